@@ -1,0 +1,63 @@
+"""Disposable computers for asyncio: `async with AsyncSmolVM(...) as vm`."""
+
+from __future__ import annotations
+
+from smolvm_async.config import Timeouts
+from smolvm_async.errors import (
+    CommandError,
+    ConfigError,
+    HostError,
+    ImageError,
+    LaunchError,
+    MonitorError,
+    SmolVMError,
+    UnsupportedError,
+    VMAlreadyExistsError,
+    VMCrashedError,
+    VMNotRunningError,
+    VMTimeoutError,
+)
+from smolvm_async.events import (
+    BootState,
+    BootStateChanged,
+    Event,
+    EventStream,
+    GuestPanicked,
+    PortChanged,
+    Reset,
+    Shutdown,
+)
+from smolvm_async.progress import Progress
+from smolvm_async.shutdown import Rung, ShutdownReport, Step
+from smolvm_async.vm import AcceleratorWarning, AsyncSmolVM, Status
+
+__all__ = [
+    "AcceleratorWarning",
+    "AsyncSmolVM",
+    "BootState",
+    "BootStateChanged",
+    "CommandError",
+    "ConfigError",
+    "Event",
+    "EventStream",
+    "GuestPanicked",
+    "HostError",
+    "ImageError",
+    "LaunchError",
+    "MonitorError",
+    "PortChanged",
+    "Progress",
+    "Reset",
+    "Rung",
+    "Shutdown",
+    "ShutdownReport",
+    "SmolVMError",
+    "Status",
+    "Step",
+    "Timeouts",
+    "UnsupportedError",
+    "VMAlreadyExistsError",
+    "VMCrashedError",
+    "VMNotRunningError",
+    "VMTimeoutError",
+]

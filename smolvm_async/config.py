@@ -1,0 +1,213 @@
+"""Arguments → one frozen, validated model; nothing here looks at the host or at a file."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from smolvm_async.errors import ConfigError
+from smolvm_async.guests import GUESTS, GuestProfile
+
+VM_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+DAY = 86_400  # seconds
+
+Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
+DeadlineOrNone = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
+
+
+class _Model(BaseModel):
+    """Frozen and strict; what pydantic complains of first becomes a `ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def __init__(self, **values: object) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{name}={first['input']!r} is wrong: {first['msg']}.") from None
+
+
+class Timeouts(_Model):
+    """Deadlines in seconds.
+
+    Attributes:
+        launch: From spawning QEMU until its first QMP answer.
+        boot: `wait_for()`'s own default.
+        powerdown: How long the guest may take to power down after the power button;
+            0 leaves the button out.
+        quit: QMP's `quit`.
+        terminate: SIGTERM; SIGKILL follows.
+    """
+
+    launch: Deadline = 30
+    boot: Deadline = 300
+    powerdown: DeadlineOrNone = 60
+    quit: DeadlineOrNone = 5
+    terminate: DeadlineOrNone = 5
+
+
+class VMConfig(_Model):
+    """What was asked for, validated. Memory is in MiB."""
+
+    os: str
+    image: str
+    memory: int
+    cpus: int = Field(ge=1, le=255)
+    vm_id: str
+    accel: Literal["auto", "kvm", "tcg"]
+    timeouts: Timeouts
+    data_dir: Path
+
+    @property
+    def profile(self) -> GuestProfile:
+        """What the library knows of the guest OS."""
+        return GUESTS[self.os]
+
+
+def new_vm_id() -> str:
+    """`vm-` and 8 random hex digits."""
+    return f"vm-{secrets.token_hex(4)}"
+
+
+def default_data_dir() -> Path:
+    """`$XDG_STATE_HOME/smolvm-async`, by default `~/.local/state/smolvm-async`."""
+    state_home = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(state_home) if os.path.isabs(state_home) else Path.home() / ".local" / "state"
+    return base / "smolvm-async"
+
+
+def make_config(
+    *,
+    os: object = None,
+    image: object = None,
+    memory: object = None,
+    cpus: object = None,
+    vm_id: object = None,
+    accel: object = "auto",
+    timeouts: object = None,
+    data_dir: object = None,
+    features: Mapping[str, object] = MappingProxyType({}),
+) -> VMConfig:
+    """Validate the constructor's arguments.
+
+    Args:
+        features: Arguments that not every guest OS has, by name, with what was passed.
+
+    Raises:
+        ConfigError: It names the argument, what is wrong and what to do instead.
+    """
+    image = _image(image)
+    profile = _profile(os, image)
+    for feature, value in features.items():
+        if value:
+            profile.require(feature)
+    if not image:
+        raise ConfigError(
+            f"image= is missing: this library builds no {profile.title} image; "
+            f"pass image= with the path of a qcow2 that has {profile.title} installed."
+        )
+    arguments: dict[str, Any] = dict(  # pydantic checks the types
+        os=profile.name,
+        image=image,
+        memory=_memory(memory, profile),
+        cpus=profile.default_cpus if cpus is None else cpus,
+        vm_id=new_vm_id() if vm_id is None else _vm_id(vm_id),
+        accel=accel,
+        timeouts=_timeouts(timeouts),
+        data_dir=_data_dir(data_dir),
+    )
+    return VMConfig(**arguments)
+
+
+def _image(image: object) -> str:
+    if image is None:
+        return ""
+    if isinstance(image, os.PathLike):
+        image = os.fspath(image)
+    if not isinstance(image, str):
+        raise ConfigError(f"image={image!r} is wrong: pass a path or a URI as str or Path.")
+    if not image:
+        raise ConfigError("image='' is empty: pass the path of a qcow2.")
+    return image
+
+
+def _profile(os: object, image: str) -> GuestProfile:
+    names = " or ".join(f"os={name!r}" for name in GUESTS)
+    if image.startswith("s3://"):
+        if os is not None:
+            raise ConfigError(
+                f"os={os!r} cannot be given with image={image!r}: the manifest of an s3:// image "
+                "records the guest OS; leave os= out."
+            )
+        raise ConfigError(
+            f"image={image!r}: s3:// images are not in this version yet; "
+            f"download the qcow2 and pass its path with {names}."
+        )
+    if os is None and image:
+        raise ConfigError(
+            f"os= is missing: a file does not tell which operating system is inside {image!r}; "
+            f"pass {names}."
+        )
+    if os is None or os == "linux":
+        raise ConfigError(f"Linux sandboxes are not in this version yet: pass {names} and image=.")
+    if not isinstance(os, str) or os not in GUESTS:
+        raise ConfigError(f"os={os!r} is not a known guest OS: pass {names}.")
+    return GUESTS[os]
+
+
+def _memory(memory: object, profile: GuestProfile) -> object:
+    if memory is None:
+        return profile.default_memory
+    if isinstance(memory, bool) or not isinstance(memory, int):
+        raise ConfigError(
+            f"memory={memory!r} is wrong: pass a whole number of MiB, "
+            f"such as memory={profile.default_memory}."
+        )
+    if memory < profile.minimum_memory:
+        raise ConfigError(
+            f"memory={memory} is under the {profile.minimum_memory} MiB that {profile.title} "
+            f"needs: pass memory={profile.minimum_memory} or more (MiB)."
+        )
+    return memory
+
+
+def _vm_id(vm_id: object) -> str:
+    if not isinstance(vm_id, str) or not VM_ID.fullmatch(vm_id):
+        raise ConfigError(
+            f"vm_id={vm_id!r} is wrong: pass 1 to 63 lower-case letters, digits and hyphens, "
+            "with no hyphen at either end, such as vm_id='build-42'."
+        )
+    return vm_id
+
+
+def _timeouts(timeouts: object) -> Timeouts:
+    if timeouts is None:
+        return Timeouts()
+    if isinstance(timeouts, Timeouts):
+        return timeouts
+    if isinstance(timeouts, Mapping):
+        unknown = sorted(str(name) for name in timeouts if name not in Timeouts.model_fields)
+        if unknown:
+            known = ", ".join(Timeouts.model_fields)
+            raise ConfigError(f"timeouts= has no {', '.join(unknown)}; there are: {known}.")
+        return Timeouts(**timeouts)
+    raise ConfigError(
+        f"timeouts={timeouts!r} is wrong: pass Timeouts(powerdown=10) or a mapping of its names."
+    )
+
+
+def _data_dir(data_dir: object) -> Path:
+    if data_dir is None:
+        return default_data_dir()
+    if not isinstance(data_dir, str | os.PathLike) or not str(data_dir) or "\0" in str(data_dir):
+        raise ConfigError(f"data_dir={data_dir!r} is wrong: pass the path of a directory.")
+    return Path(os.path.abspath(os.path.expanduser(data_dir)))

@@ -1,0 +1,82 @@
+"""Every exception of the library.
+
+::
+
+    SmolVMError
+    ├── ConfigError (ValueError)         an argument is wrong
+    │   ├── ImageError                   the image cannot be used
+    │   ├── UnsupportedError             this guest OS does not have that feature
+    │   └── VMAlreadyExistsError         the VM id is taken
+    ├── HostError (ValueError)           the host lacks something
+    ├── CommandError                     a host command failed (mcopy, apt-get, ...)
+    ├── LaunchError                      QEMU or a sidecar did not start
+    ├── VMCrashedError                   QEMU, a sidecar or the guest died
+    ├── VMNotRunningError                the VM is not running (any more)
+    ├── VMTimeoutError (TimeoutError)    a deadline passed
+    └── MonitorError                     QEMU refused a QMP command
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CommandError",
+    "ConfigError",
+    "HostError",
+    "ImageError",
+    "LaunchError",
+    "MonitorError",
+    "SmolVMError",
+    "UnsupportedError",
+    "VMAlreadyExistsError",
+    "VMCrashedError",
+    "VMNotRunningError",
+    "VMTimeoutError",
+]
+
+
+class SmolVMError(Exception):
+    """Base of every error that this library raises."""
+
+
+class ConfigError(SmolVMError, ValueError):
+    """An argument is wrong; nothing was created."""
+
+
+class ImageError(ConfigError):
+    """The image cannot be used; QEMU never saw it."""
+
+
+class UnsupportedError(ConfigError):
+    """The guest OS does not have this feature; the message names the workaround."""
+
+
+class VMAlreadyExistsError(ConfigError):
+    """A living VM, of this process or of another one, has this id."""
+
+
+class HostError(SmolVMError, ValueError):
+    """The host lacks a program, a file or a feature; the message says how to get it."""
+
+
+class CommandError(SmolVMError):
+    """A host command ended with an error; the message quotes the end of its output."""
+
+
+class LaunchError(SmolVMError):
+    """QEMU or a sidecar did not start: command, exit status and the end of its log."""
+
+
+class VMCrashedError(SmolVMError):
+    """QEMU, a sidecar or the guest itself died: which one, how, and the end of its log."""
+
+
+class VMNotRunningError(SmolVMError):
+    """The VM was not started, has stopped, or was deleted."""
+
+
+class VMTimeoutError(SmolVMError, TimeoutError):
+    """A deadline passed; the message says what was waited for and what was seen."""
+
+
+class MonitorError(SmolVMError):
+    """QEMU refused a QMP command."""

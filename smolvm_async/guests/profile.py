@@ -1,0 +1,54 @@
+"""What the library has to know of a guest operating system: pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from smolvm_async.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class GuestProfile:
+    """One guest OS. Adding one is one new file in this package.
+
+    Attributes:
+        name: What `os=` takes.
+        title: What messages call it.
+        default_memory: MiB.
+        minimum_memory: MiB; the OS does not run with less.
+        default_cpus: Cores of the one socket.
+        hosts: Values of `sys.platform` under which it runs.
+        firmware_features: What QEMU's firmware descriptor must offer (firmware.json).
+        machine: Value of QEMU's `-machine`.
+        cpu: Value of `-cpu`, by accelerator.
+        globals: Values of `-global`, for every accelerator.
+        accelerator_globals: Further ones, by accelerator.
+        rtc: Value of `-rtc`.
+        sidecars: Names in `smolvm_async.sidecars.SIDECARS`.
+        unsupported: For each feature that it lacks, the sentence that says so and what to do.
+    """
+
+    name: str
+    title: str
+    default_memory: int
+    minimum_memory: int
+    default_cpus: int
+    hosts: tuple[str, ...]
+    firmware_features: frozenset[str]
+    machine: str
+    cpu: Mapping[str, str]
+    globals: tuple[str, ...]
+    rtc: str
+    accelerator_globals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sidecars: tuple[str, ...] = ()
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+
+    def require(self, feature: str) -> None:
+        """Refuse a feature that this guest OS lacks.
+
+        Raises:
+            UnsupportedError: It names the feature and the workaround.
+        """
+        if feature in self.unsupported:
+            raise UnsupportedError(self.unsupported[feature])

@@ -1,0 +1,96 @@
+"""What this host has: programs, firmware, accelerator. Looked up once for the process."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolvm_async.errors import HostError
+from smolvm_async.guests import GuestProfile
+from smolvm_async.host import accelerator, firmware
+from smolvm_async.host.accelerator import Accelerator, Problem
+from smolvm_async.host.distribution import how_to_install
+from smolvm_async.host.firmware import Firmware
+
+__all__ = ["Accelerator", "Firmware", "HostTools", "choose_accelerator", "find_tools"]
+
+
+@dataclass(frozen=True)
+class HostTools:
+    """The programs and the firmware that a guest OS needs, as absolute paths."""
+
+    qemu: Path
+    qemu_img: Path
+    swtpm: Path
+    firmware: Firmware
+
+
+def find_tools(profile: GuestProfile) -> HostTools:
+    """Find everything that a guest of `profile` needs, or say at once all that is missing.
+
+    Raises:
+        HostError: It names the packages, the command that installs them, and where it looked.
+    """
+    if sys.platform not in profile.hosts:
+        raise HostError(
+            f"{profile.title} guests need a Linux host; this one is {sys.platform!r}. "
+            "Run this on a Linux machine, or in a Linux VM with nested virtualization."
+        )
+    directories = tuple(firmware.descriptor_directories(os.environ))
+    search_path = os.environ.get("PATH", os.defpath)
+    return _find_tools(profile.firmware_features, search_path, directories)
+
+
+@functools.lru_cache(maxsize=8)  # errors are not kept: what is installed meanwhile is found
+def _find_tools(
+    features: frozenset[str], search_path: str, directories: tuple[Path, ...]
+) -> HostTools:
+    names = ("qemu-system-x86_64", "qemu-img", "swtpm", "setpriv")
+    programs = {name: shutil.which(name, path=search_path) for name in names}
+    pair = firmware.find_firmware(features, list(directories))
+    missing = [name for name, path in programs.items() if path is None]
+    looked = [f"PATH ({search_path})"] if missing else []
+    if pair is None:
+        missing.append("ovmf")
+        looked += firmware.places(list(directories))
+    if missing or pair is None:
+        named = [
+            name if name != "ovmf" else "UEFI firmware with Secure Boot (OVMF)" for name in missing
+        ]
+        raise HostError(
+            f"{', '.join(named)} not found. {how_to_install(missing)}. "
+            f"Looked in: {', '.join(looked)}."
+        )
+    qemu, qemu_img, swtpm = (Path(programs[name] or "") for name in names[:3])
+    return HostTools(qemu.absolute(), qemu_img.absolute(), swtpm.absolute(), pair)
+
+
+@functools.cache
+def _kvm_problem() -> Problem | None:
+    return accelerator.probe_kvm()
+
+
+def choose_accelerator(requested: str) -> tuple[Accelerator, str | None]:
+    """The accelerator to use, and if `auto` had to fall back to TCG, the warning to give.
+
+    Raises:
+        HostError: If `kvm` was asked for and cannot be used here.
+    """
+    if requested == "tcg":
+        return accelerator.TCG, None
+    problem = _kvm_problem()
+    if problem is None:
+        return accelerator.KVM, None
+    if requested == "kvm":
+        raise HostError(
+            f"accel='kvm' cannot be used: {problem.reason}. {problem.cure} "
+            "Or pass accel='tcg': software emulation, many times slower."
+        )
+    return accelerator.TCG, (
+        f"KVM cannot be used: {problem.reason}. The guest runs under TCG (software emulation), "
+        f"many times slower. {problem.cure} accel='tcg' silences this warning."
+    )

@@ -1,0 +1,117 @@
+"""Find the UEFI firmware: QEMU's firmware descriptors first, then distributions' paths.
+
+The descriptors are specified in QEMU's docs/interop/firmware.json: files of the same name in a
+more specific directory win, an empty one hides, and the first match in order of names is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+MACHINE = "pc-q35-7.2"  # any q35: descriptors name patterns such as pc-q35-*
+
+
+@dataclass(frozen=True)
+class Firmware:
+    """A pair of UEFI code and variable template, and the format of each (`raw` or `qcow2`)."""
+
+    code: Path
+    code_format: str
+    vars_template: Path
+    vars_format: str
+
+
+# (code, variables) with Secure Boot and Microsoft's keys, for hosts without descriptors.
+KNOWN_PAIRS = (
+    # Debian, Ubuntu
+    ("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.secboot.fd", "/usr/share/OVMF/OVMF_VARS.ms.fd"),
+    # Fedora, RHEL
+    ("/usr/share/edk2/ovmf/OVMF_CODE.secboot.fd", "/usr/share/edk2/ovmf/OVMF_VARS.secboot.fd"),
+    # Arch
+    ("/usr/share/edk2/x64/OVMF_CODE.secboot.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
+    # Homebrew
+    (
+        "/opt/homebrew/share/qemu/edk2-x86_64-secure-code.fd",
+        "/opt/homebrew/share/qemu/edk2-i386-vars.fd",
+    ),
+    (
+        "/usr/local/share/qemu/edk2-x86_64-secure-code.fd",
+        "/usr/local/share/qemu/edk2-i386-vars.fd",
+    ),
+)
+
+
+def descriptor_directories(environ: Mapping[str, str]) -> list[Path]:
+    """Where descriptors are, the least specific first."""
+    config_home = environ.get("XDG_CONFIG_HOME") or os.path.join(
+        environ.get("HOME", "/nonexistent"), ".config"
+    )
+    return [
+        Path("/usr/share/qemu/firmware"),
+        Path("/etc/qemu/firmware"),
+        Path(config_home) / "qemu" / "firmware",
+    ]
+
+
+def find_firmware(
+    features: frozenset[str],
+    directories: list[Path],
+    pairs: tuple[tuple[str, str], ...] = KNOWN_PAIRS,
+) -> Firmware | None:
+    """The first firmware that offers all of `features` and whose two files can be read."""
+    described = (
+        firmware
+        for descriptor in _descriptors(directories)
+        if (firmware := _match(descriptor, features)) is not None
+    )
+    known = (Firmware(Path(code), "raw", Path(template), "raw") for code, template in pairs)
+    for firmware in (*described, *known):
+        if os.access(firmware.code, os.R_OK) and os.access(firmware.vars_template, os.R_OK):
+            return firmware
+    return None
+
+
+def places(directories: list[Path]) -> list[str]:
+    """Where `find_firmware` looks, for an error message."""
+    return [f"{directory}/*.json" for directory in directories] + [code for code, _ in KNOWN_PAIRS]
+
+
+def _descriptors(directories: list[Path]) -> Iterator[Any]:
+    by_name: dict[str, Path] = {}
+    for directory in directories:
+        by_name.update((path.name, path) for path in directory.glob("*.json"))
+    for _, path in sorted(by_name.items()):
+        try:
+            yield json.loads(path.read_bytes() or b"null")
+        except (OSError, ValueError):
+            continue  # another program's broken file is no reason to fail
+
+
+def _match(descriptor: Any, features: frozenset[str]) -> Firmware | None:
+    try:
+        mapping = descriptor["mapping"]
+        if (
+            "uefi" not in descriptor["interface-types"]
+            or mapping["device"] != "flash"
+            or mapping.get("mode", "split") != "split"
+            or not features <= set(descriptor["features"])
+            or not any(
+                target["architecture"] == "x86_64"
+                and any(fnmatch(MACHINE, machine) for machine in target["machines"])
+                for target in descriptor["targets"]
+            )
+        ):
+            return None
+        code, template = mapping["executable"], mapping["nvram-template"]
+        return Firmware(
+            Path(code["filename"]), code["format"], Path(template["filename"]), template["format"]
+        )
+    except (KeyError, TypeError):
+        return None

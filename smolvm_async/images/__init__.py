@@ -1,0 +1,1 @@
+"""Where a disk comes from: references, the header check, builders."""

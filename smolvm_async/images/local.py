@@ -1,0 +1,64 @@
+"""A base image on this machine, opened once: what was checked is what QEMU gets."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolvm_async.errors import ImageError
+from smolvm_async.images import qcow2
+
+
+@dataclass(frozen=True)
+class BaseImage:
+    """An open, checked base image.
+
+    Attributes:
+        path: Where it is.
+        fd: Open for reading only; QEMU inherits it and never opens the path itself.
+        virtual_size: Bytes of the disk that the guest sees.
+    """
+
+    path: Path
+    fd: int
+    virtual_size: int
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[BaseImage]:
+    """Open and check a base image.
+
+    Raises:
+        ImageError: If it is missing, not a plain file, unreadable, or a qcow2 that QEMU must
+            not see (see `smolvm_async.images.qcow2`).
+    """
+    try:
+        # Without O_NONBLOCK the open of a FIFO would hang.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise ImageError(f"image {str(path)!r} does not exist.") from None
+    except PermissionError:
+        raise ImageError(
+            f"image {str(path)!r} cannot be read by this user: give it read permission."
+        ) from None
+    except OSError as error:
+        raise ImageError(f"image {str(path)!r} cannot be opened: {error.strerror}.") from None
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"image {str(path)!r} is a directory: pass the qcow2 file inside it.")
+        if not stat.S_ISREG(mode):
+            raise ImageError(f"image {str(path)!r} is not a plain file: pass a qcow2 file.")
+        try:
+            header = qcow2.check(fd)
+        except qcow2.Qcow2Error as error:
+            raise ImageError(f"image {str(path)!r} {error}.") from None
+        except OSError as error:
+            raise ImageError(f"image {str(path)!r} cannot be read: {error.strerror}.") from None
+        yield BaseImage(path, fd, header.virtual_size)
+    finally:
+        os.close(fd)

@@ -1,0 +1,40 @@
+"""What `on_progress=` receives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of something slow.
+
+    Attributes:
+        stage: Which part reports: `image`, `launch`, `boot`, `stop`.
+        message: What is happening, in plain English.
+        elapsed: Seconds since the work began.
+        done: How much is done, where that can be said.
+        total: Out of how much.
+    """
+
+    stage: str
+    message: str
+    elapsed: float
+    done: int | None = None
+    total: int | None = None
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def report(callback: ProgressCallback | None, progress: Progress) -> None:
+    """Call the user's callback; an error in it is logged and harms nothing."""
+    if callback is not None:
+        try:
+            callback(progress)
+        except Exception:
+            logger.exception("on_progress raised for %s", progress)

@@ -1,0 +1,104 @@
+"""Boot states: when a VM enters each, and waiting for one. `events.BootState` defines them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from smolvm_async.errors import MonitorError, VMNotRunningError
+from smolvm_async.events import BootState, BootStateChanged, Event, EventHub, PortChanged, Reset
+from smolvm_async.progress import Progress, ProgressCallback, report
+from smolvm_async.qemu.acpi import os_in_control
+from smolvm_async.qemu.arguments import AGENT_PORT
+from smolvm_async.qemu.monitor import Monitor
+
+POLL = 0.25  # seconds between two looks at a guest that boots
+REST = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
+
+
+class BootTracker:
+    """Follows one boot, from `start()` on: an event for each boot state that is entered."""
+
+    def __init__(self, hub: EventHub, on_progress: ProgressCallback | None) -> None:
+        self._hub = hub
+        self._on_progress = on_progress
+        self._started = time.monotonic()
+        self._changed = asyncio.Event()
+        self._ended = False
+        self.last: BootStateChanged
+        self.enter(BootState.LAUNCHING, "start() was called")
+
+    def enter(self, state: BootState, evidence: str) -> None:
+        """Enter a boot state and tell everybody."""
+        elapsed = time.monotonic() - self._started
+        self.last = BootStateChanged(
+            "BOOT_STATE", time.time(), state=state, evidence=evidence, elapsed=elapsed
+        )
+        self._hub.publish(self.last)
+        report(self._on_progress, Progress("boot", f"{state}: {evidence}", elapsed))
+        self._wake()
+
+    def end(self) -> None:
+        """The VM has ended; whoever waits is woken."""
+        self._ended = True
+        self._wake()
+
+    def on_event(self, event: Event) -> None:
+        """Draw the conclusions from one of QEMU's events."""
+        if isinstance(event, Reset):
+            self.enter(BootState.FIRMWARE, f"the machine was reset ({event.reason})")
+        elif isinstance(event, PortChanged) and event.port == AGENT_PORT and event.open:
+            evidence = "the guest agent opened its port (VSERPORT_CHANGE)"
+            for state in (BootState.OPERATING_SYSTEM, BootState.READY):
+                if not self.last.state.reaches(state):
+                    self.enter(state, evidence)
+
+    async def watch(self, monitor: Monitor) -> None:
+        """Look for what QEMU has no event for, until cancelled or QEMU has ended."""
+        while True:
+            try:
+                if self.last.state is BootState.FIRMWARE and await os_in_control(monitor):
+                    evidence = "the guest switched the chipset to ACPI mode (SCI_EN)"
+                    self.enter(BootState.OPERATING_SYSTEM, evidence)
+                elif self.last.state is BootState.OPERATING_SYSTEM:
+                    await self._look_at_disk(monitor)
+            except MonitorError:
+                pass  # a busy QEMU; the next look may succeed
+            except VMNotRunningError:
+                return
+            if self.last.state is BootState.READY:
+                await self._changed.wait()  # a reset
+            else:
+                await asyncio.sleep(POLL)
+
+    async def wait_for(self, state: BootState) -> BootStateChanged | None:
+        """Wait until `state` or a later one is reached; `None` if the VM ended before."""
+        while not self.last.state.reaches(state):
+            if self._ended:
+                return None
+            await self._changed.wait()
+        return self.last
+
+    async def _look_at_disk(self, monitor: Monitor) -> None:
+        entered = self.last
+        in_state = time.monotonic() - self._started - entered.elapsed
+        if in_state < REST:
+            return
+        idle = _idle_seconds(await monitor.execute("query-blockstats"))
+        if idle >= REST and self.last is entered:
+            self.enter(BootState.READY, f"no guest agent; the disk has rested for {REST:g} s")
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+def _idle_seconds(blockstats: Any) -> float:
+    """Seconds since the last I/O on the guest's disk, from `query-blockstats`."""
+    idle = [
+        device["stats"]["idle_time_ns"] / 1e9
+        for device in blockstats
+        if device.get("node-name") == "disk" and "idle_time_ns" in device["stats"]
+    ]
+    return min(idle, default=0.0)

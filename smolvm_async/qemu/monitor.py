@@ -1,0 +1,105 @@
+"""QEMU's monitor: the only importer of `qemu.qmp`.
+
+The client's own tasks live outside every anyio scope, and a scope that cancels its `connect()`
+wedges it: `connect()` and `disconnect()` run in tasks of their own, which are waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
+
+from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
+from smolvm_async.events import Event, parse_event
+from smolvm_async.shielding import settle
+
+logger = logging.getLogger(__name__)
+
+ANSWER = 30.0  # seconds that QEMU may take for one command; it usually takes 0.3 ms
+LAST_WORDS = 1.0  # seconds to read what a QEMU that has ended still had to say
+
+
+class Monitor:
+    """A QMP session over a socketpair whose other end QEMU has inherited."""
+
+    def __init__(self, vm_id: str, on_event: Callable[[Event], None]) -> None:
+        self._client = QMPClient(vm_id)
+
+        def hand_on(message: Any) -> bool:
+            on_event(parse_event(message))
+            return False  # or the client would keep every event for ever
+
+        self._client.events.event_filter = hand_on
+        self._socket: socket.socket | None = None
+
+    def open(self) -> socket.socket:
+        """Make the socketpair; returns QEMU's end, which the caller closes once QEMU has it."""
+        self._socket, qemus = socket.socketpair()
+        return qemus
+
+    async def connect(self, ends: Iterable[asyncio.Future[Any]], timeout: float) -> None:
+        """Wait for the greeting and negotiate.
+
+        Args:
+            ends: Futures that mean the end of the attempt, such as a process's exit.
+            timeout: Seconds.
+
+        Raises:
+            LaunchError: If the session does not come about.
+        """
+        assert self._socket is not None
+        connecting = asyncio.ensure_future(self._client.connect(self._socket))
+        try:
+            await asyncio.wait(
+                {connecting, *ends}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            if not connecting.done():
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)  # the end of file ends the attempt
+            with contextlib.suppress(QMPError):
+                await settle(connecting)
+        if self._client.runstate is not Runstate.RUNNING:
+            raise LaunchError(f"QEMU's monitor gave no answer within {timeout:g} s")
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Execute a QMP command and return its result.
+
+        Raises:
+            MonitorError: If QEMU refuses it, or does not answer within 30 s.
+            VMNotRunningError: If QEMU has ended.
+        """
+        try:
+            async with asyncio.timeout(ANSWER):
+                return await self._client.execute(command, dict(arguments) if arguments else None)
+        except ExecuteError as error:
+            raise MonitorError(f"QEMU refused {command}: {error}") from error
+        except TimeoutError:
+            raise MonitorError(f"QEMU did not answer {command} within {ANSWER:g} s") from None
+        except QMPError as error:
+            raise VMNotRunningError(f"QEMU has ended; {command} was not executed") from error
+
+    async def last_words(self) -> None:
+        """Once QEMU has ended: hand on the events that it still sent."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS):
+                while self._client.runstate is Runstate.RUNNING:
+                    await self._client.runstate_changed()
+
+    async def disconnect(self) -> None:
+        """End the session; nothing is raised, since an ended QEMU is what one expects here."""
+        if self._socket is None:
+            return
+        try:
+            if self._client.runstate is not Runstate.IDLE:
+                with contextlib.suppress(QMPError, EOFError, OSError):
+                    await settle(self._client.disconnect())
+        finally:
+            self._socket.close()
+            self._socket = None

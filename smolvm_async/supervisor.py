@@ -1,0 +1,282 @@
+"""One run of a VM: every process of it, in one task group, from launch until all are reaped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from smolvm_async.config import VMConfig
+from smolvm_async.errors import LaunchError, SmolVMError, VMCrashedError, VMNotRunningError
+from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Shutdown
+from smolvm_async.host import Accelerator, HostTools
+from smolvm_async.images.local import BaseImage, open_image
+from smolvm_async.process import Child, spawn
+from smolvm_async.progress import ProgressCallback
+from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
+from smolvm_async.qemu.boot import BootTracker
+from smolvm_async.qemu.console import Console
+from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.shielding import in_thread
+from smolvm_async.shutdown import Rung, ShutdownReport, shut_down
+from smolvm_async.sidecars import SIDECARS, Attachment
+from smolvm_async.state import QEMU_LOG, StateDirectory
+
+logger = logging.getLogger(__name__)
+
+SAME_END = 0.5  # seconds within which a sidecar that ended well and QEMU ended together
+CONSOLE_TAIL = 2000  # bytes of the serial console that an error quotes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs to know before it begins."""
+
+    config: VMConfig
+    image: Path
+    tools: HostTools
+    accelerator: Accelerator
+    on_progress: ProgressCallback | None
+
+
+class Supervisor:
+    """Owns the processes of one run. One task executes `run()`; others ask it to end.
+
+    Attributes:
+        started: Done when the guest's processors run.
+        boot: The boot states.
+        console: The serial console.
+        failure: Why the run could not begin, or how it crashed; `None` if all went well.
+        report: How it ended.
+    """
+
+    def __init__(self, plan: Plan, hub: EventHub) -> None:
+        self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.boot = BootTracker(hub, plan.on_progress)
+        self.console = Console()
+        self.failure: Exception | None = None
+        self.report = ShutdownReport(Rung.NONE)
+        self._plan = plan
+        self._state: StateDirectory
+        self._hub = hub
+        self._monitor = Monitor(plan.config.vm_id, self._on_event)
+        self._scope = anyio.CancelScope()
+        self._children: list[Child] = []
+        self._ended: list[Child] = []  # in the order in which they ended
+        self._shutdown: Shutdown | None = None
+        self._powerdown_timeout: float | None = None
+        self._stop = asyncio.Event()
+        self._news = asyncio.Event()  # something that may be the end
+        self._paused = False
+        self._crash: str | None = None
+
+    def stop(self, powerdown_timeout: float | None) -> None:
+        """Ask for the shutdown ladder; the first caller's deadline (seconds) counts."""
+        if not self._stop.is_set():
+            self._powerdown_timeout = powerdown_timeout
+            self._stop.set()
+            self._news.set()
+
+    def abort(self) -> None:
+        """Kill every process now; `run()` returns when they are reaped."""
+        self.report = ShutdownReport(Rung.SIGKILL)
+        self._kill()
+        self._scope.cancel()
+
+    async def run(self, state: StateDirectory) -> None:
+        """Launch, hold and end the VM in `state`. Failures are kept in `failure`, never raised."""
+        self._state = state
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as group:
+                    await self._run(group)
+                    group.cancel_scope.cancel()
+        except* Exception as errors:
+            self.failure = _first(errors)
+        finally:
+            await self._monitor.disconnect()
+            self.console.close()
+            self.boot.end()
+
+    async def _run(self, group: TaskGroup) -> None:
+        try:
+            qemu = await self._launch(group)
+        except (SmolVMError, OSError) as error:
+            self.failure = await self._launch_error(error)
+            return
+        group.start_soon(self.boot.watch, self._monitor)
+        self.started.set_result(None)
+        await self._until_end(qemu)
+        if qemu.returncode is not None:
+            await self._monitor.last_words()
+        self.failure = self._judge(qemu)
+        self._kill()
+
+    async def _launch(self, group: TaskGroup) -> Child:
+        """Start swtpm and QEMU together, attach the monitor, let the processors run."""
+        plan = self._plan
+        with ExitStack() as stack:
+            image = await self._open_image(stack)
+            await self._state.prepare(image.virtual_size, plan.tools.firmware.vars_template)
+            attachments: list[Attachment] = [
+                await group.start(self._hold_sidecar, name) for name in plan.config.profile.sidecars
+            ]
+            monitor = stack.enter_context(self._monitor.open())
+            console = stack.enter_context(self.console.open())
+            attach = [word for attachment in attachments for word in attachment.argv]
+            sockets = [sock for attachment in attachments for sock in attachment.sockets]
+            for sock in sockets:
+                stack.enter_context(sock)
+            descriptors = Descriptors(monitor.fileno(), console.fileno(), image.fd)
+            argv = qemu_arguments(plan.config, plan.tools, plan.accelerator, descriptors, attach)
+            fds = [*descriptors, *(sock.fileno() for sock in sockets)]
+            qemu: Child = await group.start(self._hold_qemu, argv, fds)
+        # Only QEMU has its ends now: its death shows as the end of file.
+        await self._monitor.connect(
+            [child.exited for child in self._children], plan.config.timeouts.launch
+        )
+        await self._monitor.execute("cont")
+        self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
+        return qemu
+
+    async def _open_image(self, stack: ExitStack) -> BaseImage:
+        opening = open_image(self._plan.image)
+        image = await in_thread(opening.__enter__)
+        stack.push(opening.__exit__)
+        return image
+
+    async def _hold_sidecar(self, name: str, *, task_status: TaskStatus[Attachment]) -> None:
+        async with SIDECARS[name](self._plan.tools, self._state) as attachment:
+            self._children.append(attachment.child)
+            task_status.started(attachment)
+            await self._watch(attachment.child)
+
+    async def _hold_qemu(
+        self, argv: Sequence[str], fds: Sequence[int], *, task_status: TaskStatus[Child]
+    ) -> None:
+        log = self._state.path / QEMU_LOG
+        child = spawn("QEMU", argv, cwd=self._state.path, log=log, fds=fds)
+        try:
+            self._children.append(child)
+            task_status.started(child)
+            await self._watch(child)
+        finally:
+            await child.reap()
+
+    async def _watch(self, child: Child) -> None:
+        await asyncio.wait([child.exited])
+        self._ended.append(child)
+        self._news.set()
+
+    async def _until_end(self, qemu: Child) -> None:
+        """Until QEMU has ended, or has to."""
+        while not (self._ended or self._crash or self._stop.is_set()):
+            self._news.clear()
+            await self._news.wait()
+            if self._paused:
+                self._paused = False
+                await self._look_why_paused()
+        if self._crash:
+            return
+        if self._ended:
+            first = self._ended[0]
+            if first is not qemu and first.returncode == 0:
+                await asyncio.wait([qemu.exited], timeout=SAME_END)
+            self.report = ShutdownReport(Rung.GUEST, exit_status=qemu.returncode)
+            return
+        timeouts = self._plan.config.timeouts
+        if self._powerdown_timeout is not None:
+            timeouts = timeouts.model_copy(update={"powerdown": self._powerdown_timeout})
+        self.report = await shut_down(qemu, self._monitor, timeouts)
+
+    def _on_event(self, event: Event) -> None:
+        self._hub.publish(event)
+        self.boot.on_event(event)
+        if isinstance(event, Shutdown):
+            self._shutdown = event
+        elif isinstance(event, GuestPanicked):
+            self._give_up("the guest panicked (GUEST_PANICKED)")
+        elif event.name == "STOP":
+            self._paused = True
+            self._news.set()
+
+    async def _look_why_paused(self) -> None:
+        try:
+            status = (await self._monitor.execute("query-status"))["status"]
+        except SmolVMError:
+            return  # it has ended, which others see
+        if status == "internal-error":
+            self._give_up("the accelerator gave up on the guest (status internal-error)")
+        elif status == "io-error":
+            logger.error(
+                "%s: the guest is paused: QEMU could not write its disk (is the host's full?)",
+                self._plan.config.vm_id,
+            )
+
+    def _give_up(self, reason: str) -> None:
+        self._crash = self._crash or reason
+        self._news.set()
+
+    def _judge(self, qemu: Child) -> VMCrashedError | None:
+        """Whether the end was a crash, once QEMU has ended or was found to have to."""
+        if self._crash:
+            return self._crashed(f"{self._crash}")
+        if self.report.rung not in (Rung.GUEST, Rung.POWERDOWN):
+            return None
+        if qemu.returncode == 0 and self._shutdown is not None:
+            if self._shutdown.guest or self._shutdown.reason.startswith("host-qmp"):
+                return None
+            return self._crashed(f"QEMU was ended from outside ({self._shutdown.reason})")
+        culprit = qemu
+        if self._ended and self._ended[0].returncode != 0:
+            culprit = self._ended[0]
+        return self._crashed(culprit.report())
+
+    def _crashed(self, what: str) -> VMCrashedError:
+        self.report = ShutdownReport(Rung.CRASH, exit_status=self.report.exit_status)
+        return VMCrashedError(f"{self._plan.config.vm_id} crashed: {what}\n{self.console_tail()}")
+
+    async def _launch_error(self, error: Exception) -> Exception:
+        """What to raise for a launch that failed: it tells which process ended, and how."""
+        if self._children:
+            # The reason is whatever ended by itself, and that may be a moment late.
+            await asyncio.wait(
+                [child.exited for child in self._children],
+                timeout=SAME_END,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        reports = [child.report() for child in self._children if child.returncode is not None]
+        self._kill()
+        vm_id = self._plan.config.vm_id
+        if isinstance(error, OSError):
+            return LaunchError(f"{vm_id} could not be prepared: {error}")
+        if isinstance(error, LaunchError | VMNotRunningError) and reports:
+            return LaunchError(f"{vm_id} did not start. " + "\n".join(reports))
+        if isinstance(error, LaunchError):
+            running = "\n".join(child.report() for child in self._children)
+            return LaunchError(f"{vm_id} did not start: {error}.\n{running}")
+        return error
+
+    def _kill(self) -> None:
+        for child in self._children:
+            child.kill()
+
+    def console_tail(self) -> str:
+        """The end of the serial console, for an error message."""
+        self.console.drain()
+        tail = self.console.text(CONSOLE_TAIL).strip()
+        return f"Serial console:\n{tail or '(empty)'}"
+
+
+def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error

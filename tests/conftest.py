@@ -1,0 +1,76 @@
+"""What every test shares: the asyncio backend, disks to boot, and the proof that nothing is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from smolvm_async.images.stand_in import build_stand_in
+
+GONE = 5.0  # seconds for what was killed to be reaped by others
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def blank_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty 10 GiB qcow2: enough for everything that needs no operating system."""
+    path = tmp_path_factory.mktemp("images") / "blank.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "10G"], check=True)
+    return path
+
+
+@pytest.fixture
+async def stand_in() -> Path:
+    """The signed Linux disk that stands in for Windows; built once, then cached."""
+    return await build_stand_in()
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """A data directory that must be empty at the end."""
+    return tmp_path / "data"
+
+
+def children() -> set[int]:
+    """The process ids of this process's children, zombies included."""
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        found |= {int(pid) for pid in (task / "children").read_text().split()}
+    return found
+
+
+def descriptors() -> dict[int, str]:
+    """This process's open files."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the listing's own
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """After every test: no process, descriptor, or file of a VM that was not there before."""
+    processes, files = children(), descriptors()
+    yield
+    deadline = time.monotonic() + GONE
+    while children() - processes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not children() - processes, "processes were left"
+    left = {fd: link for fd, link in descriptors().items() if files.get(fd) != link}
+    assert not left, "descriptors were left"
+    data = tmp_path / "data"
+    assert not data.exists() or not list(data.iterdir()), "files were left"
+    assert not [thread for thread in threading.enumerate() if "waitpid" in thread.name]

@@ -1,0 +1,204 @@
+"""Whatever dies, the block says so and nothing is left (the leak check runs after every test)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from smolvm_async import (
+    AsyncSmolVM,
+    LaunchError,
+    Rung,
+    Status,
+    VMCrashedError,
+    VMNotRunningError,
+)
+from tests.conftest import children
+
+pytestmark = pytest.mark.anyio
+
+OWNER = """
+import asyncio, sys
+from smolvm_async import AsyncSmolVM
+
+async def main():
+    async with AsyncSmolVM(
+        os="windows", image=sys.argv[1], data_dir=sys.argv[2], vm_id="orphan", accel="tcg"
+    ):
+        print("running", flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def child_named(name: str) -> int:
+    for pid in children():
+        if Path(f"/proc/{pid}/comm").read_text().startswith(name):
+            return pid
+    raise AssertionError(f"no {name} among our children")
+
+
+@pytest.mark.parametrize(
+    ("process", "title", "number"),
+    [
+        ("swtpm", "swtpm ended: killed by SIGKILL", signal.SIGKILL),
+        ("qemu", "QEMU ended: killed by SIGKILL", signal.SIGKILL),
+        ("qemu", "QEMU was ended from outside (host-signal)", signal.SIGTERM),
+    ],
+)
+async def test_a_process_that_is_killed_cancels_the_body_and_is_named(
+    blank_image: Path, data_dir: Path, process: str, title: str, number: signal.Signals
+) -> None:
+    cancelled = False
+    with pytest.raises(VMCrashedError) as raised:
+        async with AsyncSmolVM(
+            os="windows", image=blank_image, data_dir=data_dir, accel="tcg"
+        ) as vm:
+            events = vm.events()
+            os.kill(child_named(process), number)
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                cancelled = True
+                raise
+    assert cancelled
+    assert title in str(raised.value)
+    assert vm.status is Status.DELETED
+    assert [event async for event in events] is not None  # the iterator ends
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+async def test_a_crash_reaches_a_body_that_never_awaits_again(
+    blank_image: Path, data_dir: Path
+) -> None:
+    with pytest.raises(VMCrashedError):
+        async with AsyncSmolVM(
+            os="windows", image=blank_image, data_dir=data_dir, accel="tcg"
+        ) as vm:
+            os.kill(child_named("qemu"), signal.SIGKILL)
+            while vm.status is Status.RUNNING:
+                try:
+                    await asyncio.sleep(0.01)
+                except asyncio.CancelledError:
+                    break  # swallowed, as some bodies do
+
+
+async def test_without_a_block_the_crash_is_raised_where_one_waits(
+    blank_image: Path, data_dir: Path
+) -> None:
+    vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
+    await vm.start()
+    waiting = asyncio.ensure_future(vm.wait_for("ready", timeout=60))
+    await asyncio.sleep(0)
+    os.kill(child_named("qemu"), signal.SIGKILL)
+    with pytest.raises(VMCrashedError, match="SIGKILL"):
+        await vm.wait_stopped()
+    with pytest.raises(VMCrashedError):
+        await waiting
+    assert vm.status is Status.CRASHED
+    assert (await vm.stop()).rung is Rung.CRASH
+    assert not (data_dir / vm.vm_id / "tpm").exists()
+    assert not (data_dir / vm.vm_id / "vars.fd").exists()
+    await vm.start()  # a new run, from the image
+    assert vm.status is Status.RUNNING
+    await vm.delete()
+    with pytest.raises(VMNotRunningError, match="deleted"):
+        await vm.start()
+
+
+async def test_nothing_outlives_an_owner_that_is_killed(blank_image: Path, data_dir: Path) -> None:
+    arguments = [sys.executable, "-c", OWNER, str(blank_image), str(data_dir)]
+    owner = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    assert await owner.stdout.readline() == b"running\n"
+    pids = (Path(f"/proc/{owner.pid}/task/{owner.pid}/children")).read_text().split()
+    assert len(pids) == 2
+    owner.kill()
+    deadline = time.monotonic() + 2
+    while any(alive(int(pid)) for pid in pids):
+        assert time.monotonic() < deadline, "a process outlived its owner by 2 s"
+        await asyncio.sleep(0.01)
+    await owner.communicate()
+    assert (data_dir / "orphan" / "tpm").exists()  # what a SIGKILL leaves ...
+    async with AsyncSmolVM(
+        os="windows", image=blank_image, data_dir=data_dir, vm_id="orphan", accel="tcg"
+    ):
+        pass  # ... the next start of this id clears
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def fake(directory: Path, name: str, script: str) -> None:
+    path = directory / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "words"),
+    [
+        (
+            "qemu-system-x86_64",
+            "echo no such machine >&2; exit 3",
+            ["exit status 3", "no such mac"],
+        ),
+        ("qemu-system-x86_64", "kill -SEGV $$", ["killed by SIGSEGV"]),
+        (
+            "swtpm",
+            "echo state is locked >&2; exit 1",
+            ["swtpm", "exit status 1", "state is locked"],
+        ),
+        ("qemu-system-x86_64", "exec sleep 60", ["no answer within 0.5 s", "still running"]),
+    ],
+)
+async def test_what_fails_to_start_is_told_with_status_command_and_log(
+    blank_image: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    script: str,
+    words: list[str],
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    fake(programs, name, script)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    vm = AsyncSmolVM(
+        os="windows", image=blank_image, data_dir=data_dir, accel="tcg", timeouts={"launch": 0.5}
+    )
+    began = time.monotonic()
+    with pytest.raises(LaunchError) as raised:
+        await vm.start()
+    assert time.monotonic() - began < 5
+    for word in [*words, str(programs / name)]:
+        assert word in str(raised.value)
+    assert not list(data_dir.iterdir())
+
+
+async def test_a_qemu_that_ignores_everything_is_killed(blank_image: Path, data_dir: Path) -> None:
+    timeouts = {"powerdown": 0.2, "quit": 0.2, "terminate": 0.2}
+    vm = AsyncSmolVM(
+        os="windows", image=blank_image, data_dir=data_dir, accel="tcg", timeouts=timeouts
+    )
+    await vm.start()
+    os.kill(child_named("qemu"), signal.SIGSTOP)  # SIGKILL is all that a stopped process takes
+    report = await vm.stop()
+    assert report.rung is Rung.SIGKILL
+    assert [step.rung for step in report.steps] == list(Rung)[:4]
+    await vm.delete()
