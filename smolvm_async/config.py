@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -75,7 +74,7 @@ class VMConfig(_Model):
 
 def new_vm_id() -> str:
     """`vm-` and 8 random hex digits."""
-    return f"vm-{secrets.token_hex(4)}"
+    return f"vm-{os.urandom(4).hex()}"
 
 
 def default_data_dir() -> Path:

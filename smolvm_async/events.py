@@ -21,8 +21,8 @@ class BootState(StrEnum):
 
     LAUNCHING: the host prepares; ends when QEMU's `cont` lets the processors run.
     FIRMWARE: the processors run UEFI, then the boot loader. A guest's reset leads back here.
-    OPERATING_SYSTEM: an operating system has switched the chipset to ACPI mode (SCI_EN in
-        PM1_CNT, which firmware and boot loaders leave alone).
+    OPERATING_SYSTEM: an operating system listens to the chipset's ACPI events (PM1_EN is not
+        0, as it is through firmware and boot loader), or the guest agent has opened its port.
     READY: the guest agent has opened its port; or, in a guest without one, the disk has rested
         for a while. `BootStateChanged.evidence` says which it was.
     """

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import anyio
+
+with contextlib.suppress(ImportError):
+    # anyio imports it at its first use, which would stall the event loop for over 10 ms.
+    import anyio._backends._asyncio  # noqa: F401
 
 T = TypeVar("T")
 

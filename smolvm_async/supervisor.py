@@ -31,7 +31,7 @@ from smolvm_async.state import QEMU_LOG, StateDirectory
 logger = logging.getLogger(__name__)
 
 SAME_END = 0.5  # seconds within which a sidecar that ended well and QEMU ended together
-CONSOLE_TAIL = 2000  # bytes of the serial console that an error quotes
+CONSOLE_TAIL = 4096  # bytes of the serial console that an error quotes
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,8 @@ class AsyncSmolVM:
             names = ", ".join(repr(str(known)) for known in BootState)
             raise ConfigError(f"state={state!r} is no boot state: there are {names}.") from None
         supervisor, running = self._begun()
+        if running.done():
+            raise self._ended(supervisor)
         deadline = self._config.timeouts.boot if timeout is None else timeout
         try:
             async with asyncio.timeout(deadline):
@@ -306,9 +308,7 @@ class AsyncSmolVM:
             ) from None
         if reached is None:
             await asyncio.wait([running])
-            raise supervisor.failure or VMNotRunningError(
-                f"{self.vm_id} ended ({supervisor.report.rung}) before it reached {str(state)!r}."
-            )
+            raise self._ended(supervisor)
         return reached
 
     def events(self) -> EventStream:
@@ -348,6 +348,12 @@ class AsyncSmolVM:
         if self._supervisor is None or self._running is None:
             raise VMNotRunningError(f"{self.vm_id} was not started: use async with, or start().")
         return self._supervisor, self._running
+
+    def _ended(self, supervisor: Supervisor) -> Exception:
+        """What a control raises once the VM has ended."""
+        return supervisor.failure or VMNotRunningError(
+            f"{self.vm_id} does not run any more: it ended by {str(supervisor.report.rung)!r}."
+        )
 
     async def _run(self, supervisor: Supervisor) -> None:
         """The supervisor task: one run, from the directory to the last process reaped."""

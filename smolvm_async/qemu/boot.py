@@ -59,7 +59,7 @@ class BootTracker:
         while True:
             try:
                 if self.last.state is BootState.FIRMWARE and await os_in_control(monitor):
-                    evidence = "the guest switched the chipset to ACPI mode (SCI_EN)"
+                    evidence = "an operating system listens to ACPI events (PM1_EN)"
                     self.enter(BootState.OPERATING_SYSTEM, evidence)
                 elif self.last.state is BootState.OPERATING_SYSTEM:
                     await self._look_at_disk(monitor)

@@ -1,0 +1,1 @@
+"""What happens when something fails, is killed or is cancelled."""

@@ -1,0 +1,71 @@
+"""The main job: boot a sandbox with Secure Boot and a TPM, look at it, power it down.
+
+Without --image it boots the stand-in for Windows, a small signed Linux disk that it builds
+first, and shows what that guest reports about its machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import sys
+from pathlib import Path
+
+from smolvm_async import AsyncSmolVM, Progress, SmolVMError
+from smolvm_async.images.stand_in import build_stand_in
+
+
+def show(progress: Progress) -> None:
+    """Print one step as it comes, with the seconds since the work began."""
+    amount = ""
+    if progress.done is not None and progress.total:
+        amount = f" ({100 * progress.done // progress.total} %)"
+    print(f"{progress.elapsed:7.2f} s  {progress.stage:<6} {progress.message}{amount}", flush=True)
+
+
+async def facts(vm: AsyncSmolVM) -> dict[str, str]:
+    """What the stand-in says on its (slow) serial console: `STAND-IN: key=value`."""
+    async with asyncio.timeout(60):
+        while "STAND-IN: ready" not in vm.console_log():
+            await asyncio.sleep(0.1)
+    return dict(re.findall(r"STAND-IN: (\w+)=(\S+)", vm.console_log()))
+
+
+def verdict(reported: dict[str, str]) -> bool:
+    """Print what the guest found; whether it is the machine that Windows 11 demands."""
+    secure_boot = reported.get("secure_boot") == "1"
+    tpm = reported.get("tpm_version") == "2" and bool(reported.get("tpm_random"))
+    disk = reported.get("root_driver") == "virtio_scsi"
+    print("\nThe guest itself reports:")
+    print(f"  Secure Boot  {'on' if secure_boot else 'OFF'}")
+    print(f"  TPM          {reported.get('tpm_version')}.0, random: {reported.get('tpm_random')}")
+    print(f"  root disk    {reported.get('root_device')} on {reported.get('root_driver')}\n")
+    return secure_boot and tpm and disk
+
+
+async def main(image: Path | None, memory: int) -> int:
+    """Run the job; returns the exit status."""
+    good = True
+    disk = image or await build_stand_in(on_progress=show)
+    async with AsyncSmolVM(os="windows", image=disk, memory=memory, on_progress=show) as vm:
+        await vm.wait_for("ready")
+        if image is None:
+            good = verdict(await facts(vm))
+        report = await vm.stop()
+    for step in report.steps:
+        print(f"{step.seconds:7.2f} s  stop   {step.rung} {step.note}".rstrip())
+    how = "the guest powered itself down" if report.graceful else f"ended by {report.rung}"
+    print(f"\nShutdown: {how}, in {report.seconds:.2f} s.")
+    return 0 if good and report.graceful else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--image", type=Path, help="a qcow2 with Windows 11 installed")
+    parser.add_argument("--memory", type=int, default=4096, help="MiB (default 4096)")
+    arguments = parser.parse_args()
+    try:
+        sys.exit(asyncio.run(main(arguments.image, arguments.memory)))
+    except SmolVMError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

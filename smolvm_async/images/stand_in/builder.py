@@ -1,0 +1,164 @@
+"""The stand-in's cache: what is built when, and under which name it is kept.
+
+In the cache directory:
+
+    packages/              apt's lists and archives
+    stand-in/
+        packages-RECIPE.json   the packages that this recipe was built with, and their digests
+        base-KEY.raw           the disk without grub.cfg: all that the variants share
+        stand-in-KEY.qcow2     the results
+        building/              the one build that is going on
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from smolvm_async.images import packages
+from smolvm_async.images.stand_in import disk, system
+from smolvm_async.progress import Progress, ProgressCallback, report
+from smolvm_async.shielding import settle
+
+STEPS = 6
+
+Digests = dict[str, str]  # file name of a package → SHA-256
+
+
+class Builder:
+    """Builds one variant of the stand-in in one cache directory."""
+
+    def __init__(
+        self, cache: Path, kernel_arguments: Sequence[str], on_progress: ProgressCallback | None
+    ) -> None:
+        self._store = cache.absolute() / "stand-in"
+        self._packages = cache.absolute() / "packages"
+        self._kernel_arguments = tuple(kernel_arguments)
+        self._on_progress = on_progress
+        self._started = time.monotonic()
+        self._recipe = _recipe()
+
+    def find(self) -> Path | None:
+        """The result, if it was built before; a matter of milliseconds."""
+        remembered = self._remembered()
+        result = self._result(remembered) if remembered else None
+        return result if result and result.exists() else None
+
+    async def build(self) -> Path:
+        """Build what is missing; other builders in this cache wait meanwhile."""
+        self._report(0, "waiting for the cache to be free")
+        async with packages.exclusive(self._store):
+            digests = await self._known_packages() or await self._fetch_packages()
+            base, result = self._base(digests), self._result(digests)
+            if not result.exists():
+                async with self._workshop() as work:
+                    if not base.exists():
+                        await self._build_base(digests, work, base)
+                    self._report(5, "making the disk")
+                    made = await disk.make_variant(base, work, self._kernel_arguments)
+                    await settle(asyncio.to_thread(_keep, made, result))
+        self._report(STEPS, "the stand-in is ready")
+        return result
+
+    async def _build_base(self, digests: Digests, work: Path, base: Path) -> None:
+        self._report(2, "unpacking packages")
+        (work / "unpacked").mkdir()
+        await packages.unpack([self._archives / name for name in digests], work / "unpacked")
+        self._report(3, "arranging the guest's files")
+        await system.arrange(work / "unpacked", work)
+        self._report(4, "making the file systems")
+        made = await disk.make_base(work)
+        await settle(asyncio.to_thread(_keep, made, base))
+
+    @contextlib.asynccontextmanager
+    async def _workshop(self) -> AsyncIterator[Path]:
+        work = self._store / "building"
+        if work.exists():  # its builder was killed, or we would not hold the lock
+            await settle(asyncio.to_thread(shutil.rmtree, work))
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            await settle(asyncio.to_thread(shutil.rmtree, work))
+
+    # Packages
+
+    async def _known_packages(self) -> Digests | None:
+        """The remembered packages, if all that has to be made can be made of them."""
+        digests = self._remembered()
+        if digests is None or self._base(digests).exists():
+            return digests
+        present = await settle(asyncio.to_thread(packages.digests, self._archives, digests))
+        return digests if present == digests else None
+
+    async def _fetch_packages(self) -> Digests:
+        self._report(1, "looking up packages")
+        await packages.update(self._packages)
+        names = await system.package_names(self._packages)
+        debs = await packages.fetch(names, self._packages, self._relay)
+        files = [deb.name for deb in debs]
+        digests = await settle(asyncio.to_thread(packages.digests, self._archives, files))
+        new = self._store / "packages.new"
+        new.write_text(json.dumps(digests, indent=1))
+        os.replace(new, self._memory)
+        return digests
+
+    @property
+    def _archives(self) -> Path:
+        return self._packages / "archives"
+
+    # Names in the cache
+
+    @property
+    def _memory(self) -> Path:
+        return self._store / f"packages-{self._recipe}.json"
+
+    def _remembered(self) -> Digests | None:
+        try:
+            digests: Digests = json.loads(self._memory.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return digests
+
+    def _base(self, digests: Digests) -> Path:
+        return self._store / f"base-{_key(self._recipe, digests)}.raw"
+
+    def _result(self, digests: Digests) -> Path:
+        key = _key(self._recipe, digests, self._kernel_arguments)
+        return self._store / f"stand-in-{key}.qcow2"
+
+    # Progress
+
+    def _report(self, done: int, message: str) -> None:
+        self._relay(Progress("image", message, 0.0, done, STEPS))
+
+    def _relay(self, progress: Progress) -> None:
+        elapsed = time.monotonic() - self._started
+        report(self._on_progress, replace(progress, elapsed=elapsed))
+
+
+def _recipe() -> str:
+    """A digest of all that decides, besides the packages, what comes out."""
+    here = Path(__file__).parent
+    sources = [Path(packages.__file__), *here.glob("*.py"), *here.glob("guest/*.sh")]
+    return _key(system.release(), *(path.read_text() for path in sorted(sources)))
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _keep(made: Path, name: Path) -> None:
+    """Give a finished file its name in the cache: whole, and read-only."""
+    made.chmod(0o444)
+    with made.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(made, name)

@@ -1,0 +1,183 @@
+#!/bin/sh
+# Process 1 of the stand-in: says on the serial console what machine it finds itself on, runs the
+# guest agent, and obeys the power button. `stand_in.` kernel arguments make it misbehave.
+
+export PATH=/bin
+
+say() {
+    echo "STAND-IN: $*"
+}
+
+option() { # the value of the kernel argument stand_in.$1
+    local arguments argument
+    read -r arguments </proc/cmdline
+    for argument in $arguments; do
+        case $argument in stand_in."$1"=*) echo "${argument#*=}" ;; esac
+    done
+}
+
+# Ending. busybox's poweroff, halt and reboot tell process 1 by these signals.
+
+end() { # $1: what to say; $2: poweroff or reboot
+    trap '' USR1 USR2 TERM
+    say "$1"
+    kill -KILL -1 # whoever still writes would keep the disk from becoming read-only
+    sync
+    mount -o remount,ro /
+    "$2" -f
+}
+
+trap 'end "powering off" poweroff' USR1 USR2
+trap 'end rebooting reboot' TERM
+
+watch_power_button() { # its events come in on stdin, 24 bytes each
+    local events
+    while events=$(dd bs=96 count=1 2>/dev/null | hexdump -v -e '1/1 "%02x"') && [ "$events" ]; do
+        case $events in
+        *0100740001000000*) # EV_KEY, KEY_POWER, pressed
+            if [ "$(option power_button)" = ignore ]; then
+                say "power button ignored"
+            else
+                kill -USR2 1
+            fi
+            ;;
+        esac
+    done
+}
+
+watch_power_buttons() {
+    local name label event
+    for name in /sys/class/input/event*/device/name; do
+        read -r label <"$name"
+        [ "$label" = "Power Button" ] || continue
+        event=${name#/sys/class/input/}
+        exec 3<"/dev/input/${event%%/*}" # opened here, so that from now on no press is lost
+        watch_power_button <&3 &
+        exec 3<&-
+    done
+}
+
+# Starting.
+
+start_network() {
+    ifconfig lo 127.0.0.1 up
+    [ -e /sys/class/net/eth0 ] || return
+    ifconfig eth0 up
+    udhcpc -i eth0 -s /etc/network.sh -b >/dev/null 2>&1 &
+}
+
+start_agent() { # sets $agent to its process
+    local port name
+    [ "$(option agent)" != off ] || return
+    for port in /sys/class/virtio-ports/*; do
+        [ -e "$port/name" ] && read -r name <"$port/name" || continue
+        [ "$name" = org.qemu.guest_agent.0 ] || continue
+        qemu-ga --method=virtio-serial --path="/dev/${port##*/}" --statedir=/run >/dev/null 2>&1 &
+        agent=$!
+    done
+}
+
+report_agent() { # it counts as started when it has opened its port
+    [ "$agent" ] || return
+    for _ in $(seq 250); do
+        if ls -l "/proc/$agent/fd" 2>/dev/null | grep -q vport; then
+            say agent=started
+            return
+        fi
+        sleep 0.02
+    done
+}
+
+# Reporting.
+
+efi_variable() { # $1: a variable of one byte; its value follows four bytes of attributes
+    local file="/sys/firmware/efi/efivars/$1-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+    if [ -e "$file" ]; then
+        tail -c 1 "$file" | hexdump -v -e '1/1 "%d"'
+    else
+        echo none
+    fi
+}
+
+tpm_random() { # TPM2_GetRandom(8); the answer is tag, size, return code, count, bytes
+    local answer
+    exec 3<>/dev/tpmrm0
+    printf '\200\001\000\000\000\014\000\000\001\173\000\010' >&3
+    answer=$(dd bs=64 count=1 <&3 2>/dev/null | hexdump -v -e '1/1 "%02x"')
+    exec 3<&-
+    case $answer in
+    8001????????00000000*) echo "${answer#????????????????????????}" ;;
+    *) echo none ;;
+    esac
+}
+
+report_tpm() {
+    local version=none
+    [ ! -e /sys/class/tpm/tpm0 ] || read -r version </sys/class/tpm/tpm0/tpm_version_major
+    say "tpm_version=$version"
+    [ "$version" != 2 ] || say "tpm_random=$(tpm_random)"
+}
+
+report_root() {
+    local number place path controller
+    while read -r _ _ number _ place _; do
+        [ "$place" != / ] || path=$(readlink -f "/sys/dev/block/$number")
+    done </proc/self/mountinfo
+    controller=$(readlink -f "${path%%/host[0-9]*}/driver")
+    say "root_device=${path##*/}"
+    say "root_driver=${controller##*/}"
+}
+
+report_machine() {
+    local id kib
+    read -r id </proc/sys/kernel/random/boot_id
+    read -r _ kib _ </proc/meminfo
+    say "boot_id=$id"
+    say "cpus=$(nproc)"
+    say "memory_mib=$((kib / 1024))"
+    say "secure_boot=$(efi_variable SecureBoot)"
+    say "setup_mode=$(efi_variable SetupMode)"
+    report_root
+    report_tpm
+}
+
+# Misbehaving.
+
+and_then() {
+    case $1 in
+    reboot)
+        [ ! -e /rebooted ] || return
+        echo >/rebooted
+        end rebooting reboot
+        ;;
+    panic)
+        say panicking
+        echo c >/proc/sysrq-trigger
+        ;;
+    poweroff)
+        end "powering off" poweroff
+        ;;
+    esac
+}
+
+for directory in run tmp; do
+    mount -t tmpfs tmpfs "/$directory"
+done
+while read -r module; do
+    insmod "/lib/modules/$module"
+done </lib/modules/order
+[ ! -e /sys/firmware/efi/efivars ] || mount -t efivarfs efivarfs /sys/firmware/efi/efivars
+
+start_agent
+start_network
+watch_power_buttons
+report_machine
+report_agent
+say ready
+and_then "$(option then)"
+[ "$(option flood)" != serial ] || yes "STAND-IN: flood" &
+
+while :; do # process 1 never ends; the wait also reaps orphans, and lets the traps run
+    sleep 86400 &
+    wait $!
+done

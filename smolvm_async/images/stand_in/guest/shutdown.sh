@@ -1,0 +1,7 @@
+#!/bin/sh
+# What qemu-ga runs for guest-shutdown: `shutdown -h -P|-H|-r +0 message`. Process 1 does the rest.
+
+case " $* " in
+*" -r "*) reboot ;;
+*) poweroff ;;
+esac

@@ -1,0 +1,125 @@
+"""Launching, without an operating system: paths, sharing, ids, an installed wheel."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from smolvm_async import AsyncSmolVM, Progress, Rung, ShutdownReport, Status, VMAlreadyExistsError
+from tests.conftest import children
+
+pytestmark = pytest.mark.anyio
+
+ROOT = Path(__file__).parents[2]
+NAMES = [
+    "with space",
+    "comma,snapshot=on",
+    "quote\"and'",
+    "per%20cent%",
+    "back\\slash",
+    "new\nline",
+    "umläut-漢字",
+    "x" * 200,
+    b"not-utf8-\xff".decode(errors="surrogateescape"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+async def test_any_path_will_do(blank_image: Path, tmp_path: Path, name: str) -> None:
+    image = tmp_path / name
+    image.write_bytes(blank_image.read_bytes())
+    data_dir = tmp_path / "dir" / name
+    async with AsyncSmolVM(os="windows", image=image, data_dir=data_dir, accel="tcg") as vm:
+        assert vm.boot_state == "firmware"
+        assert [entry.name for entry in data_dir.iterdir()] == [vm.vm_id]
+    assert not list(data_dir.iterdir())
+
+
+async def test_eight_vms_share_an_image(blank_image: Path, data_dir: Path) -> None:
+    blank_image.chmod(0o444)
+    vms = [
+        AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg", memory=2048)
+        for _ in range(8)
+    ]
+    await asyncio.gather(*(vm.start() for vm in vms))
+    assert len(children()) == 16
+    assert len(list(data_dir.iterdir())) == 8
+    await asyncio.gather(*(vm.delete() for vm in vms))
+
+
+async def test_an_id_is_never_taken_twice(blank_image: Path, data_dir: Path) -> None:
+    def same() -> AsyncSmolVM:
+        return AsyncSmolVM(
+            os="windows", image=blank_image, data_dir=data_dir, accel="tcg", vm_id="one"
+        )
+
+    async with same() as first:
+        with pytest.raises(VMAlreadyExistsError, match="vm_id='one'"):
+            await same().start()
+        assert first.status is Status.RUNNING
+    async with same():
+        pass  # free again
+
+
+async def test_every_step_may_be_repeated(blank_image: Path, data_dir: Path) -> None:
+    vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
+    assert vm.status is Status.CREATED
+    assert await vm.stop() == ShutdownReport(Rung.NONE)
+    await vm.start()
+    await vm.start()
+    reports = await asyncio.gather(vm.stop(), vm.stop(), vm.stop())
+    assert len({id(report) for report in reports}) == 1
+    assert vm.status is Status.STOPPED
+    await vm.start()  # afresh
+    await asyncio.gather(vm.delete(), vm.delete())
+    await vm.delete()
+    assert vm.status is Status.DELETED
+
+
+async def test_progress_is_told_and_its_errors_harm_nothing(
+    blank_image: Path, data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[Progress] = []
+
+    def callback(progress: Progress) -> None:
+        seen.append(progress)
+        raise ZeroDivisionError
+
+    async with AsyncSmolVM(
+        os="windows", image=blank_image, data_dir=data_dir, accel="tcg", on_progress=callback
+    ):
+        pass
+    assert [progress.message.split(":")[0] for progress in seen] == ["launching", "firmware"]
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_the_wheel_works_with_its_declared_dependencies_alone(
+    blank_image: Path, tmp_path: Path, data_dir: Path
+) -> None:
+    script = tmp_path / "launch.py"
+    script.write_text(
+        "import asyncio, sys\n"
+        "from smolvm_async import AsyncSmolVM\n"
+        "from smolvm_async.images.stand_in import build_stand_in\n"
+        "async def main():\n"
+        "    await build_stand_in()\n"
+        "    image, data_dir = sys.argv[1:]\n"
+        "    vm = AsyncSmolVM(os='windows', image=image, data_dir=data_dir, accel='tcg')\n"
+        "    async with vm:\n"
+        "        print(vm.status)\n"
+        "asyncio.run(main())\n"
+    )
+    run = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(run, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True)
+    launch = [python, "-I", "-W", "error", script, blank_image, data_dir]
+    output = subprocess.run(launch, check=True, capture_output=True, cwd=tmp_path)
+    assert output.stdout == b"running\n"

@@ -1,0 +1,215 @@
+"""The main job, on the disk that stands in for Windows; and guests that behave awkwardly."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from smolvm_async import (
+    AsyncSmolVM,
+    BootState,
+    BootStateChanged,
+    PortChanged,
+    Reset,
+    Rung,
+    Shutdown,
+    Status,
+    VMCrashedError,
+    VMNotRunningError,
+    VMTimeoutError,
+)
+from smolvm_async.images.stand_in import build_stand_in
+from tests.conftest import children, descriptors
+
+pytestmark = pytest.mark.anyio
+
+BOOT = 240  # seconds; a boot takes 12 to 40 here, under TCG
+ESP_OFFSET = 1 << 20  # bytes; where the stand-in's first partition begins
+AWKWARD = "a b,c'd\"e%20f%5Cé漢=,x" + "y" * 180
+
+
+async def machine(*arguments: str, data_dir: Path, **options: object) -> AsyncSmolVM:
+    """A VM on a stand-in with these kernel arguments."""
+    disk = await build_stand_in(kernel_arguments=arguments)
+    settings = {"memory": 2048, "accel": "tcg", "timeouts": {"boot": BOOT}, **options}
+    return AsyncSmolVM(os="windows", image=disk, data_dir=data_dir, **settings)  # type: ignore[arg-type]
+
+
+async def console_shows(vm: AsyncSmolVM, text: str) -> None:
+    """Wait for `text` on the serial console, which is slower than the guest agent."""
+    async with asyncio.timeout(BOOT):
+        while text not in vm.console_log():
+            await asyncio.sleep(0.1)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def open_files(pid: int) -> dict[str, int]:
+    """What a process has open: path or kind → flags."""
+    found = {}
+    for fd, link in descriptors(pid).items():
+        info = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
+        flags = re.search(r"flags:\s+0?(\d+)", info)
+        assert flags
+        found[link] = int(flags[1], 8)
+    return found
+
+
+async def test_the_main_job(stand_in: Path, tmp_path: Path, data_dir: Path) -> None:
+    image = tmp_path / f"{AWKWARD}.qcow2"
+    image.write_bytes(stand_in.read_bytes())
+    before = digest(image), image.stat().st_mtime_ns
+    data_dir = data_dir / AWKWARD
+    vm = AsyncSmolVM(
+        os="windows", image=image.as_uri(), cpus=2, memory=2048, accel="tcg", data_dir=data_dir
+    )
+    events = vm.events()
+    async with vm:
+        assert (await vm.wait_for("ready", timeout=BOOT)).state is BootState.READY
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in children()}
+        assert sorted(names.values()) == ["qemu-system-x86", "swtpm"]
+        for pid in names:
+            for link, flags in open_files(pid).items():
+                if link == str(image):
+                    assert flags & os.O_ACCMODE == os.O_RDONLY
+                elif flags & os.O_ACCMODE != os.O_RDONLY and link.startswith("/"):
+                    assert link.startswith((str(data_dir), "/dev/null", "/memfd:")), link
+        assert [entry.name for entry in data_dir.iterdir()] == [vm.vm_id]
+        mode = (data_dir / vm.vm_id).stat().st_mode & 0o777
+        assert mode == 0o700
+        await console_shows(vm, "STAND-IN: ready")
+        reported = dict(re.findall(r"STAND-IN: (\w+)=(\S+)", vm.console_log()))
+        report = await vm.stop()
+        assert {entry.name for entry in (data_dir / vm.vm_id).iterdir()} == {
+            "overlay.qcow2",
+            "qemu.log",
+            "swtpm.log",
+        }
+        assert (data_dir / vm.vm_id / "qemu.log").read_text() == ""
+    assert not list(data_dir.iterdir())
+    assert (digest(image), image.stat().st_mtime_ns) == before
+    data_dir.rmdir()
+
+    assert report.rung is Rung.POWERDOWN
+    assert report.graceful
+    assert report.exit_status == 0
+    assert reported["secure_boot"] == "1"
+    assert reported["setup_mode"] == "0"
+    assert reported["tpm_version"] == "2"
+    assert re.fullmatch(r"[0-9a-f]{16}", reported["tpm_random"])
+    assert reported["root_driver"] == "virtio_scsi"
+    assert reported["cpus"] == "2"
+    assert 1700 < int(reported["memory_mib"]) <= 2048
+
+    seen = [event async for event in events]
+    boot = [event for event in seen if isinstance(event, BootStateChanged)]
+    assert [event.state for event in boot] == list(BootState)
+    assert "PM1_EN" in boot[2].evidence
+    assert "VSERPORT_CHANGE" in boot[3].evidence
+    assert [event.elapsed for event in boot] == sorted(event.elapsed for event in boot)
+    assert any(isinstance(event, PortChanged) and event.open for event in seen)
+    (shutdown,) = (event for event in seen if isinstance(event, Shutdown))
+    assert shutdown.guest
+    assert shutdown.reason == "guest-shutdown"
+    assert abs(shutdown.timestamp - boot[3].timestamp) < BOOT
+
+
+async def test_a_guest_that_ignores_the_power_button_is_quit(data_dir: Path) -> None:
+    vm = await machine("stand_in.power_button=ignore", data_dir=data_dir)
+    async with vm:
+        await console_shows(vm, "STAND-IN: ready")
+        report = await vm.stop(timeout=2)
+    assert report.rung is Rung.QUIT
+    assert not report.graceful
+    assert [step.rung for step in report.steps] == [Rung.POWERDOWN, Rung.QUIT]
+    assert report.steps[0].seconds >= 2
+    assert "power button" in vm.console_log()
+
+
+async def test_stopped_during_early_boot_nothing_is_waited_for(data_dir: Path) -> None:
+    async with await machine(data_dir=data_dir) as vm:
+        report = await vm.stop()
+    assert report.rung is Rung.QUIT
+    assert "no operating system" in report.steps[0].note
+
+
+async def test_a_guest_that_reboots_goes_on(data_dir: Path) -> None:
+    vm = await machine("stand_in.then=reboot", data_dir=data_dir)
+    events = vm.events()
+    async with vm:
+        states = []
+        async for event in events:
+            if isinstance(event, Reset):
+                assert event.guest
+                states.clear()
+            if isinstance(event, BootStateChanged):
+                states.append(event.state)
+                if states == [BootState.FIRMWARE, BootState.OPERATING_SYSTEM, BootState.READY]:
+                    if "guest-reset" in first.evidence:
+                        break
+                elif event.state is BootState.FIRMWARE:
+                    first = event
+        await console_shows(vm, "rebooting")
+        boots = re.findall(r"STAND-IN: boot_id=(\S+)", vm.console_log())
+        assert len(set(boots)) == 2
+        assert vm.status is Status.RUNNING
+
+
+async def test_a_guest_that_shuts_itself_down_is_no_crash(data_dir: Path) -> None:
+    async with await machine("stand_in.then=poweroff", data_dir=data_dir) as vm:
+        await vm.wait_stopped()
+        assert vm.status is Status.STOPPED
+        with pytest.raises(VMNotRunningError, match="ended by 'guest'"):
+            await vm.wait_for("firmware")
+        assert (await vm.stop()).rung is Rung.GUEST
+
+
+async def test_a_guest_that_panics_is_a_crash(data_dir: Path) -> None:
+    with pytest.raises(VMCrashedError, match="panicked") as raised:
+        async with await machine("stand_in.then=panic", data_dir=data_dir) as vm:
+            await asyncio.sleep(BOOT)
+    assert "Kernel panic" in str(raised.value)
+    assert vm.status is Status.DELETED
+
+
+async def test_without_an_agent_the_disk_at_rest_means_ready(data_dir: Path) -> None:
+    async with await machine("stand_in.agent=off", data_dir=data_dir) as vm:
+        ready = await vm.wait_for("ready")
+        assert "no guest agent; the disk has rested" in ready.evidence
+        assert "STAND-IN: ready" in vm.console_log()
+
+
+async def test_secure_boot_refuses_a_kernel_changed_after_signing(
+    stand_in: Path, tmp_path: Path, data_dir: Path
+) -> None:
+    raw, kernel, forged = tmp_path / "disk.raw", tmp_path / "vmlinuz", tmp_path / "forged.qcow2"
+    partition = f"{raw}@@{ESP_OFFSET}"
+    run("qemu-img", "convert", "-O", "raw", stand_in, raw)
+    listing = run("mdir", "-b", "-/", "-i", partition, "::").split()
+    name = next(line for line in listing if "vmlinuz" in line)
+    run("mcopy", "-n", "-i", partition, name, kernel)
+    content = bytearray(kernel.read_bytes())
+    content[len(content) // 2] ^= 1
+    kernel.write_bytes(content)
+    run("mcopy", "-o", "-i", partition, kernel, name)
+    run("qemu-img", "convert", "-O", "qcow2", raw, forged)
+    vm = AsyncSmolVM(os="windows", image=forged, data_dir=data_dir, memory=2048, accel="tcg")
+    async with vm:
+        await console_shows(vm, "bad shim signature")
+        with pytest.raises(VMTimeoutError, match="'firmware' since") as raised:
+            await vm.wait_for("operating_system", timeout=1)
+        assert "bad shim signature" in str(raised.value)
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run(
+        [str(word) for word in command], check=True, capture_output=True, text=True
+    ).stdout

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets everything up and passes the tests. Arguments go to pytest.
+
+set -eu
+. "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
