@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from smolvm_async.config import Timeouts
 from smolvm_async.errors import (
+    AcceleratorWarning,
     CommandError,
     ConfigError,
     HostError,
@@ -29,7 +30,7 @@ from smolvm_async.events import (
 )
 from smolvm_async.progress import Progress
 from smolvm_async.shutdown import Rung, ShutdownReport, Step
-from smolvm_async.vm import AcceleratorWarning, AsyncSmolVM, Status
+from smolvm_async.vm import AsyncSmolVM, Status
 
 __all__ = [
     "AcceleratorWarning",

@@ -114,17 +114,29 @@ def make_config(
             f"image= is missing: this library builds no {profile.title} image; "
             f"pass image= with the path of a qcow2 that has {profile.title} installed."
         )
-    arguments: dict[str, Any] = dict(  # pydantic checks the types
-        os=profile.name,
-        image=image,
-        memory=_memory(memory, profile),
-        cpus=profile.default_cpus if cpus is None else cpus,
-        vm_id=new_vm_id() if vm_id is None else _vm_id(vm_id),
-        accel=accel,
-        timeouts=_timeouts(timeouts),
-        data_dir=_data_dir(data_dir),
-    )
+    arguments: dict[str, Any] = {  # pydantic checks the types
+        "os": profile.name,
+        "image": image,
+        "memory": _memory(memory, profile),
+        "cpus": profile.default_cpus if cpus is None else cpus,
+        "vm_id": new_vm_id() if vm_id is None else _vm_id(vm_id),
+        "accel": accel,
+        "timeouts": _timeouts(timeouts),
+        "data_dir": _data_dir(data_dir),
+    }
     return VMConfig(**arguments)
+
+
+def check_timeout(timeout: object) -> None:
+    """Check the `timeout=` of a method; `None` stands for its default.
+
+    Raises:
+        ConfigError: If it is not a number of seconds, 0 or more.
+    """
+    if timeout is None:
+        return
+    if not isinstance(timeout, int | float) or not 0 <= timeout < float("inf"):
+        raise ConfigError(f"timeout={timeout!r} is wrong: pass seconds, 0 or more.")
 
 
 def _image(image: object) -> str:

@@ -14,11 +14,14 @@
     ├── VMNotRunningError                the VM is not running (any more)
     ├── VMTimeoutError (TimeoutError)    a deadline passed
     └── MonitorError                     QEMU refused a QMP command
+
+and one warning, `AcceleratorWarning`.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "AcceleratorWarning",
     "CommandError",
     "ConfigError",
     "HostError",
@@ -80,3 +83,7 @@ class VMTimeoutError(SmolVMError, TimeoutError):
 
 class MonitorError(SmolVMError):
     """QEMU refused a QMP command."""
+
+
+class AcceleratorWarning(UserWarning):
+    """KVM cannot be used; the guest runs under TCG, many times slower."""

@@ -11,7 +11,7 @@ import anyio
 
 with contextlib.suppress(ImportError):
     # anyio imports it at its first use, which would stall the event loop for over 10 ms.
-    import anyio._backends._asyncio  # noqa: F401
+    import anyio._backends._asyncio
 
 T = TypeVar("T")
 

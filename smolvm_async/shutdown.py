@@ -12,6 +12,7 @@ from enum import StrEnum
 from smolvm_async.config import Timeouts
 from smolvm_async.errors import MonitorError, VMNotRunningError
 from smolvm_async.process import Child
+from smolvm_async.progress import Progress, ProgressCallback, report
 from smolvm_async.qemu.acpi import os_in_control, power_button_enabled
 from smolvm_async.qemu.monitor import Monitor
 
@@ -69,8 +70,11 @@ class ShutdownReport:
         return self.rung in (Rung.POWERDOWN, Rung.GUEST)
 
 
-async def shut_down(qemu: Child, monitor: Monitor, timeouts: Timeouts) -> ShutdownReport:
+async def shut_down(
+    qemu: Child, monitor: Monitor, timeouts: Timeouts, on_progress: ProgressCallback | None
+) -> ShutdownReport:
     """Climb the ladder until QEMU has ended."""
+    began = time.monotonic()
 
     async def power_down() -> str:
         return await _power_down(qemu, monitor)
@@ -91,14 +95,15 @@ async def shut_down(qemu: Child, monitor: Monitor, timeouts: Timeouts) -> Shutdo
     steps: list[Step] = []
     for rung, act, deadline in ladder:
         if qemu.returncode is None and deadline > 0:
+            message = f"{rung}: up to {deadline:g} s"
+            report(on_progress, Progress("stop", message, time.monotonic() - began))
             steps.append(await _climb(rung, act, deadline, qemu))
     if qemu.returncode is None:
-        began = time.monotonic()
+        killed = time.monotonic()
         await qemu.reap()
-        steps.append(Step(Rung.SIGKILL, time.monotonic() - began))
+        steps.append(Step(Rung.SIGKILL, time.monotonic() - killed))
     rung = steps[-1].rung if steps else Rung.GUEST
-    seconds = sum(step.seconds for step in steps)
-    return ShutdownReport(rung, seconds, tuple(steps), qemu.returncode)
+    return ShutdownReport(rung, time.monotonic() - began, tuple(steps), qemu.returncode)
 
 
 async def _climb(

@@ -31,6 +31,7 @@ from smolvm_async.state import QEMU_LOG, StateDirectory
 logger = logging.getLogger(__name__)
 
 SAME_END = 0.5  # seconds within which a sidecar that ended well and QEMU ended together
+IMAGE_IN_USE = 'Failed to get shared "write" lock'  # QEMU's words for it
 CONSOLE_TAIL = 4096  # bytes of the serial console that an error quotes
 
 
@@ -100,9 +101,11 @@ class Supervisor:
         except* Exception as errors:
             self.failure = _first(errors)
         finally:
-            await self._monitor.disconnect()
-            self.console.close()
             self.boot.end()
+            try:
+                await self._monitor.disconnect()
+            finally:
+                self.console.close()
 
     async def _run(self, group: TaskGroup) -> None:
         try:
@@ -193,7 +196,7 @@ class Supervisor:
         timeouts = self._plan.config.timeouts
         if self._powerdown_timeout is not None:
             timeouts = timeouts.model_copy(update={"powerdown": self._powerdown_timeout})
-        self.report = await shut_down(qemu, self._monitor, timeouts)
+        self.report = await shut_down(qemu, self._monitor, timeouts, self._plan.on_progress)
 
     def _on_event(self, event: Event) -> None:
         self._hub.publish(event)
@@ -257,7 +260,10 @@ class Supervisor:
         if isinstance(error, OSError):
             return LaunchError(f"{vm_id} could not be prepared: {error}")
         if isinstance(error, LaunchError | VMNotRunningError) and reports:
-            return LaunchError(f"{vm_id} did not start. " + "\n".join(reports))
+            told = "\n".join(reports)
+            if IMAGE_IN_USE in told:
+                told = f"Another program has {self._plan.image} open for writing.\n{told}"
+            return LaunchError(f"{vm_id} did not start. {told}")
         if isinstance(error, LaunchError):
             running = "\n".join(child.report() for child in self._children)
             return LaunchError(f"{vm_id} did not start: {error}.\n{running}")

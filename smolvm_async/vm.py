@@ -10,10 +10,10 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from smolvm_async.config import Timeouts, make_config
+from smolvm_async.config import Timeouts, check_timeout, make_config
 from smolvm_async.errors import (
+    AcceleratorWarning,
     ConfigError,
-    SmolVMError,
     VMCrashedError,
     VMNotRunningError,
     VMTimeoutError,
@@ -28,10 +28,6 @@ from smolvm_async.shielding import in_thread, settle
 from smolvm_async.shutdown import Rung, ShutdownReport
 from smolvm_async.state import StateDirectory
 from smolvm_async.supervisor import Plan, Supervisor
-
-
-class AcceleratorWarning(UserWarning):
-    """KVM cannot be used; the guest runs under TCG, many times slower."""
 
 
 class Status(StrEnum):
@@ -234,8 +230,7 @@ class AsyncSmolVM:
         Returns:
             Which rung ended the VM, and how long each took.
         """
-        if timeout is not None and not 0 <= timeout < float("inf"):
-            raise ConfigError(f"timeout={timeout!r} is wrong: pass seconds, 0 or more.")
+        check_timeout(timeout)
         if self._supervisor is None or self._running is None:
             return ShutdownReport(Rung.NONE)
         if not self._running.done():
@@ -292,6 +287,7 @@ class AsyncSmolVM:
         except ValueError:
             names = ", ".join(repr(str(known)) for known in BootState)
             raise ConfigError(f"state={state!r} is no boot state: there are {names}.") from None
+        check_timeout(timeout)
         supervisor, running = self._begun()
         if running.done():
             raise self._ended(supervisor)
@@ -361,17 +357,17 @@ class AsyncSmolVM:
             await in_thread(self._take_state)
             assert self._state is not None
             await supervisor.run(self._state)
-        except SmolVMError as error:
+        except Exception as error:  # start() raises it
             supervisor.failure = error
         except asyncio.CancelledError:  # the loop is closing, and nobody will call delete()
             await self._remove_state()
             raise
         finally:
-            if self._state is not None:
-                self._state.clear_secrets()
             self._hub.close()
             if isinstance(supervisor.failure, VMCrashedError) and self._body is not None:
                 self._body_cancelled = self._body.cancel()
+            if self._state is not None:
+                self._state.clear_secrets()
 
     def _take_state(self) -> None:
         if self._state is None:

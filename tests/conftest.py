@@ -1,4 +1,4 @@
-"""What every test shares: the asyncio backend, disks to boot, and the proof that nothing is left."""
+"""What the tests share: asyncio, disks to boot, and the proof that nothing is left."""
 
 from __future__ import annotations
 

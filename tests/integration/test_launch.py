@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, Progress, Rung, ShutdownReport, Status, VMAlreadyExistsError
+from smolvm_async import (
+    AsyncSmolVM,
+    LaunchError,
+    Progress,
+    Rung,
+    ShutdownReport,
+    Status,
+    VMAlreadyExistsError,
+)
 from tests.conftest import children
 
 pytestmark = pytest.mark.anyio
@@ -27,6 +35,22 @@ NAMES = [
     "x" * 200,
     b"not-utf8-\xff".decode(errors="surrogateescape"),
 ]
+
+
+async def test_an_image_that_another_program_writes_is_told(
+    blank_image: Path, data_dir: Path
+) -> None:
+    command = ["stdbuf", "-oL", "qemu-io", "-f", "qcow2", "-c", "write 0 512", "-c", "sleep 600000"]
+    writer = await asyncio.create_subprocess_exec(*command, blank_image, stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None
+        await writer.stdout.readline()  # it has opened and written it
+        vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
+        with pytest.raises(LaunchError, match=r"Another program has .*blank\.qcow2 open"):
+            await vm.start()
+    finally:
+        writer.kill()
+        await writer.communicate()
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
@@ -68,17 +92,17 @@ async def test_an_id_is_never_taken_twice(blank_image: Path, data_dir: Path) -> 
 
 async def test_every_step_may_be_repeated(blank_image: Path, data_dir: Path) -> None:
     vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
-    assert vm.status is Status.CREATED
+    assert str(vm.status) == "created"
     assert await vm.stop() == ShutdownReport(Rung.NONE)
     await vm.start()
     await vm.start()
     reports = await asyncio.gather(vm.stop(), vm.stop(), vm.stop())
     assert len({id(report) for report in reports}) == 1
-    assert vm.status is Status.STOPPED
+    assert str(vm.status) == "stopped"
     await vm.start()  # afresh
     await asyncio.gather(vm.delete(), vm.delete())
     await vm.delete()
-    assert vm.status is Status.DELETED
+    assert str(vm.status) == "deleted"
 
 
 async def test_progress_is_told_and_its_errors_harm_nothing(
@@ -94,7 +118,8 @@ async def test_progress_is_told_and_its_errors_harm_nothing(
         os="windows", image=blank_image, data_dir=data_dir, accel="tcg", on_progress=callback
     ):
         pass
-    assert [progress.message.split(":")[0] for progress in seen] == ["launching", "firmware"]
+    steps = [progress.message.split(":")[0] for progress in seen]
+    assert steps == ["launching", "firmware", "powerdown", "quit"]
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -114,12 +139,12 @@ def test_the_wheel_works_with_its_declared_dependencies_alone(
         "        print(vm.status)\n"
         "asyncio.run(main())\n"
     )
-    run = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT]
-    subprocess.run(run, check=True)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True)
-    launch = [python, "-I", "-W", "error", script, blank_image, data_dir]
+    launch: list[str | Path] = [python, "-I", "-W", "error", script, blank_image, data_dir]
     output = subprocess.run(launch, check=True, capture_output=True, cwd=tmp_path)
     assert output.stdout == b"running\n"
