@@ -53,8 +53,6 @@ async def main(image: Path | None, memory: int) -> int:
         if image is None:
             good = verdict(await facts(vm))
         report = await vm.stop()
-    for step in report.steps:
-        print(f"{step.seconds:7.2f} s  stop   {step.rung} {step.note}".rstrip())
     how = "the guest powered itself down" if report.graceful else f"ended by {report.rung}"
     print(f"\nShutdown: {how}, in {report.seconds:.2f} s.")
     return 0 if good and report.graceful else 1

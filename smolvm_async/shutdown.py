@@ -76,6 +76,9 @@ async def shut_down(
     """Climb the ladder until QEMU has ended."""
     began = time.monotonic()
 
+    def tell(message: str) -> None:
+        report(on_progress, Progress("stop", message, time.monotonic() - began))
+
     async def power_down() -> str:
         return await _power_down(qemu, monitor)
 
@@ -95,9 +98,11 @@ async def shut_down(
     steps: list[Step] = []
     for rung, act, deadline in ladder:
         if qemu.returncode is None and deadline > 0:
-            message = f"{rung}: up to {deadline:g} s"
-            report(on_progress, Progress("stop", message, time.monotonic() - began))
-            steps.append(await _climb(rung, act, deadline, qemu))
+            tell(f"{rung}: up to {deadline:g} s")
+            step = await _climb(rung, act, deadline, qemu)
+            steps.append(step)
+            if step.note:
+                tell(f"{rung}: {step.note}")
     if qemu.returncode is None:
         killed = time.monotonic()
         await qemu.reap()

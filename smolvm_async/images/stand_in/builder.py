@@ -54,7 +54,7 @@ class Builder:
 
     async def build(self) -> Path:
         """Build what is missing; other builders in this cache wait meanwhile."""
-        self._report(0, "waiting for the cache to be free")
+        self._report(0, "taking the cache")
         async with packages.exclusive(self._store):
             digests = await self._known_packages() or await self._fetch_packages()
             base, result = self._base(digests), self._result(digests)
