@@ -119,7 +119,7 @@ async def test_progress_is_told_and_its_errors_harm_nothing(
     ):
         pass
     steps = [progress.message.split(":")[0] for progress in seen]
-    assert steps == ["launching", "firmware", "powerdown", "quit"]
+    assert steps == ["launching", "firmware", "powerdown", "powerdown", "quit"]
     assert "ZeroDivisionError" in caplog.text
 
 
