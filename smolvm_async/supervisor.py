@@ -66,7 +66,7 @@ class Supervisor:
         self._plan = plan
         self._state: StateDirectory
         self._hub = hub
-        self._monitor = Monitor(plan.config.vm_id, self._on_event)
+        self._monitor = Monitor(self._on_event)
         self._scope = anyio.CancelScope()
         self._children: list[Child] = []
         self._ended: list[Child] = []  # in the order in which they ended

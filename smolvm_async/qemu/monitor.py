@@ -19,7 +19,9 @@ from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
 from smolvm_async.events import Event, parse_event
 from smolvm_async.shielding import settle
 
-logger = logging.getLogger(__name__)
+# What the client logs as errors is raised here, or expected. DEBUG shows every message.
+wire = logging.getLogger(f"{__name__}.wire")
+wire.setLevel(logging.CRITICAL)
 
 ANSWER = 30.0  # seconds that QEMU may take for one command; it usually takes 0.3 ms
 LAST_WORDS = 1.0  # seconds to read what a QEMU that has ended still had to say
@@ -28,8 +30,9 @@ LAST_WORDS = 1.0  # seconds to read what a QEMU that has ended still had to say
 class Monitor:
     """A QMP session over a socketpair whose other end QEMU has inherited."""
 
-    def __init__(self, vm_id: str, on_event: Callable[[Event], None]) -> None:
-        self._client = QMPClient(vm_id)
+    def __init__(self, on_event: Callable[[Event], None]) -> None:
+        self._client = QMPClient()  # a name would cost a logger that is never freed
+        self._client.logger = wire
 
         def hand_on(message: Any) -> bool:
             on_event(parse_event(message))
