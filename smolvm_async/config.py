@@ -16,6 +16,7 @@ from smolvm_async.guests import GUESTS, GuestProfile
 
 VM_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 DAY = 86_400  # seconds
+MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 
 Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
 DeadlineOrNone = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
@@ -188,6 +189,11 @@ def _memory(memory: object, profile: GuestProfile) -> object:
             f"memory={memory} is under the {profile.minimum_memory} MiB that {profile.title} "
             f"needs: pass memory={profile.minimum_memory} or more (MiB)."
         )
+    if memory > MAX_MEMORY:
+        raise ConfigError(
+            f"memory={memory} is more than QEMU can give a guest: "
+            f"pass MiB, at most memory={MAX_MEMORY}."
+        )
     return memory
 
 
@@ -219,6 +225,12 @@ def _timeouts(timeouts: object) -> Timeouts:
 def _data_dir(data_dir: object) -> Path:
     if data_dir is None:
         return default_data_dir()
-    if not isinstance(data_dir, str | os.PathLike) or not str(data_dir) or "\0" in str(data_dir):
-        raise ConfigError(f"data_dir={data_dir!r} is wrong: pass the path of a directory.")
-    return Path(os.path.abspath(os.path.expanduser(data_dir)))
+    try:
+        text = os.path.expanduser(os.fspath(data_dir))  # type: ignore[call-overload]
+        if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
+            return Path(text).absolute()
+    except (TypeError, UnicodeEncodeError):
+        pass
+    raise ConfigError(
+        f"data_dir={data_dir!r} is wrong: pass the path of a directory as str or Path."
+    )

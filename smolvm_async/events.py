@@ -149,6 +149,8 @@ class EventStream:
 
     def put(self, event: Event) -> None:
         """Add an event; the oldest goes if the listener is too far behind."""
+        if self._closed:
+            return
         if len(self._backlog) == BACKLOG:
             logger.warning("a listener of events() is %d behind; the oldest is dropped", BACKLOG)
         self._backlog.append(event)

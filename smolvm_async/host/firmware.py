@@ -6,6 +6,7 @@ more specific directory win, an empty one hides, and the first match in order of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -73,9 +74,16 @@ def find_firmware(
     )
     known = (Firmware(Path(code), "raw", Path(template), "raw") for code, template in pairs)
     for firmware in (*described, *known):
-        if os.access(firmware.code, os.R_OK) and os.access(firmware.vars_template, os.R_OK):
+        if _readable(firmware.code) and _readable(firmware.vars_template):
             return firmware
     return None
+
+
+def _readable(path: Path) -> bool:
+    try:
+        return os.access(path, os.R_OK)
+    except ValueError:  # a NUL character
+        return False
 
 
 def places(directories: list[Path]) -> list[str]:
@@ -86,7 +94,8 @@ def places(directories: list[Path]) -> list[str]:
 def _descriptors(directories: list[Path]) -> Iterator[Any]:
     by_name: dict[str, Path] = {}
     for directory in directories:
-        by_name.update((path.name, path) for path in directory.glob("*.json"))
+        with contextlib.suppress(OSError):  # missing, or not for this user
+            by_name.update((path.name, path) for path in directory.glob("*.json"))
     for _, path in sorted(by_name.items()):
         try:
             yield json.loads(path.read_bytes() or b"null")

@@ -40,13 +40,16 @@ def open_image(path: Path) -> Iterator[BaseImage]:
         # Without O_NONBLOCK the open of a FIFO would hang.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise ImageError(f"image {str(path)!r} does not exist.") from None
+        raise ImageError(f"image {str(path)!r} does not exist: check the path.") from None
     except PermissionError:
         raise ImageError(
             f"image {str(path)!r} cannot be read by this user: give it read permission."
         ) from None
     except OSError as error:
-        raise ImageError(f"image {str(path)!r} cannot be opened: {error.strerror}.") from None
+        raise ImageError(
+            f"image {str(path)!r} cannot be opened ({error.strerror}): "
+            "pass the path of a qcow2 file."
+        ) from None
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):

@@ -8,6 +8,7 @@ fifth of a launch; its header names no backing file, QEMU gets that as an explic
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ HEADER_V3 = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 DIRTY, CORRUPT, EXTERNAL_DATA_FILE, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
 KNOWN_FEATURES = DIRTY | CORRUPT | EXTERNAL_DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00  # bits 9-55 of an L1, L2 or refcount table entry
-COMPRESSED = 1 << 62
-MAX_TABLE = 32 << 20  # bytes; QEMU's own limit for an L1 table (QCOW_MAX_L1_SIZE)
+MAX_L1, MAX_REFCOUNT_TABLE = 32 << 20, 8 << 20  # bytes; QEMU's own limits (block/qcow2.h)
+MAX_READ = 16 << 20  # bytes of reference counts that are looked at
+OVERLAY_CLUSTER_BITS = 16
 
 OTHER_FORMATS = {
     b"KDMV": "a VMDK",
@@ -136,8 +138,12 @@ def _check_features(features: int, backing: int, crypt: int) -> None:
 def _check_tables(header: Header, file_size: int) -> None:
     l2_bits = header.cluster_bits - (4 if header.features & EXTENDED_L2 else 3)
     needed = -(-header.virtual_size >> (header.cluster_bits + l2_bits))
-    if header.l1_entries < needed or header.l1_entries * 8 > MAX_TABLE:
+    if header.l1_entries < needed or header.l1_entries * 8 > MAX_L1:
         raise Qcow2Error("has a damaged qcow2 header (the L1 table does not fit the disk's size)")
+    if header.refcount_clusters << header.cluster_bits > MAX_REFCOUNT_TABLE:
+        raise Qcow2Error("has a damaged qcow2 header (the refcount table is too large)")
+    if _l1_entries(header.virtual_size, OVERLAY_CLUSTER_BITS) * 8 > MAX_L1:
+        raise Qcow2Error("is a disk of over 2 PiB, for which no overlay can be made; use a smaller")
     for offset, length in (
         (header.l1_offset, header.l1_entries * 8),
         (header.refcount_offset, header.refcount_clusters << header.cluster_bits),
@@ -149,67 +155,47 @@ def _check_tables(header: Header, file_size: int) -> None:
 
 
 def _check_length(fd: int, header: Header, file_size: int) -> None:
-    """Whether the file reaches to its last used cluster.
+    """Whether the file reaches to its last counted cluster, found from the end backwards.
 
-    The reference counts tell in two reads. Where they point past the end (they may, by a leak
-    after a crash), or cannot be trusted (dirty), the mapping itself decides.
+    In an image marked dirty the counts may be behind, and a cut pass unnoticed.
     """
-    if not header.features & DIRTY and _last_counted(fd, header, file_size) < file_size:
-        return
-    for l2_entry in _table(fd, header.l1_offset, header.l1_entries * 8):
-        if l2_offset := l2_entry & OFFSET_MASK:
-            if l2_offset + header.cluster_size > file_size:
-                raise _truncated(l2_offset + header.cluster_size, file_size)
-            highest = _highest_mapped(fd, header, l2_offset)
-            if highest >= file_size:
-                raise _truncated(highest + 1, file_size)
-
-
-def _highest_mapped(fd: int, header: Header, l2_offset: int) -> int:
-    """The highest file offset at which a cluster begins that this L2 table maps."""
-    stride = 2 if header.features & EXTENDED_L2 else 1
-    compressed_mask = (1 << (70 - header.cluster_bits)) - 1
-    return max(
-        entry & (compressed_mask if entry & COMPRESSED else OFFSET_MASK)
-        for entry in _table(fd, l2_offset, header.cluster_size)[::stride]
-    )
-
-
-def _last_counted(fd: int, header: Header, file_size: int) -> int:
-    """Offset of the last cluster with a reference count (a little high for counts under 8 bits)."""
-    table = _table(fd, header.refcount_offset, header.refcount_clusters << header.cluster_bits)
-    blocks = [(index, entry) for index, entry in enumerate(table) if entry]
+    length = header.refcount_clusters << header.cluster_bits
+    table = os.pread(fd, length, header.refcount_offset).rstrip(b"\0")
     bits = 1 << header.refcount_order
     per_block = header.cluster_size * 8 // bits
-    for index, entry in reversed(blocks):
-        if entry + header.cluster_size > file_size:
-            return entry
-        counts = os.pread(fd, header.cluster_size, entry).rstrip(b"\0")
+    blocks = range((len(table) - 1) // 8, -1, -1)
+    for index in itertools.islice(blocks, MAX_READ // header.cluster_size):
+        entry = table[index * 8 : index * 8 + 8].ljust(8, b"\0")
+        offset = int.from_bytes(entry, "big") & OFFSET_MASK
+        if offset + header.cluster_size > file_size:
+            raise _truncated(offset + header.cluster_size, file_size)
+        counts = os.pread(fd, header.cluster_size, offset).rstrip(b"\0") if offset else b""
         if counts:
-            last = (len(counts) * 8 - 1) // bits
-            return (index * per_block + last) << header.cluster_bits
-    return 0
+            last_bit = len(counts) * 8 - 9 + counts[-1].bit_length()
+            last = index * per_block + last_bit // bits
+            if last << header.cluster_bits >= file_size:
+                raise _truncated((last << header.cluster_bits) + 1, file_size)
+            return
 
 
-def _table(fd: int, offset: int, length: int) -> tuple[int, ...]:
-    data = os.pread(fd, min(length, MAX_TABLE), offset)
-    return struct.unpack(f">{len(data) // 8}Q", data[: len(data) // 8 * 8])
+def _l1_entries(virtual_size: int, cluster_bits: int) -> int:
+    return -(-virtual_size >> (2 * cluster_bits - 3))
 
 
 def _truncated(expected: int, actual: int) -> Qcow2Error:
     return Qcow2Error(
         f"is truncated: it has {actual} bytes, but its header promises at least {expected}; "
-        "download or copy it again"
+        "download or copy it again, or if a crash left it so, repair it with qemu-img check -r all"
     )
 
 
-def empty(virtual_size: int, cluster_bits: int = 16) -> bytes:
+def empty(virtual_size: int, cluster_bits: int = OVERLAY_CLUSTER_BITS) -> bytes:
     """The bytes of a qcow2 of `virtual_size` bytes with nothing in it.
 
     Layout: header, refcount table, refcount block(s), L1 table, each on clusters of its own.
     """
     cluster = 1 << cluster_bits
-    l1_entries = -(-virtual_size >> (2 * cluster_bits - 3))
+    l1_entries = _l1_entries(virtual_size, cluster_bits)
     l1_clusters = max(1, -(-l1_entries * 8 >> cluster_bits))
     per_block = cluster // 2  # 16-bit reference counts
     blocks = 1

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from smolvm_async.errors import ImageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(file):", re.IGNORECASE)
+_FILE_URI = re.compile(r"file:(?://(?P<host>[^/]*))?(?P<path>.*)", re.IGNORECASE | re.DOTALL)
 
 
 def local_path(image: str) -> Path:
     """The absolute path that `image` names: absolute, `~`, relative, or a `file://` URI.
 
     Raises:
-        ImageError: If it is a URI of another kind, or a malformed one.
+        ImageError: If it is a URI of another kind or a malformed one, or no file can be named so.
     """
     match = _SCHEME.match(image)
     if match is None:
@@ -28,29 +29,42 @@ def local_path(image: str) -> Path:
             f"image={image!r}: {match[1]}:// images are not supported; "
             "download the qcow2 and pass its path."
         )
-    if "\0" in text:
-        raise ImageError(f"image={image!r} contains a NUL character; no file name can.")
-    return Path(os.path.abspath(text))
+    try:
+        if b"\0" in os.fsencode(text):
+            raise ImageError(
+                f"image={image!r} has a NUL character, which no path has: leave it out."
+            )
+    except UnicodeEncodeError:
+        raise ImageError(
+            f"image={image!r} has a character that no path can have (a lone surrogate): "
+            "pass the path as os.fsdecode() gives it."
+        ) from None
+    return Path(text).absolute()  # not normalized: `..` after a symbolic link is the kernel's
 
 
 def _path_of_uri(image: str) -> str:
-    parts = urlsplit(image)
-    if parts.netloc not in ("", "localhost"):
+    parts = _FILE_URI.fullmatch(image)
+    assert parts is not None
+    if (parts["host"] or "localhost") != "localhost":
         raise ImageError(
-            f"image={image!r} names the host {parts.netloc!r}: only files of this machine can be "
-            f"used; write file:///absolute/path (three slashes)."
+            f"image={image!r} names the host {parts['host']!r}: only files of this machine can be "
+            "used; write file:///absolute/path (three slashes)."
         )
-    if "?" in image or "#" in image:
+    if bad := re.search(r"[?#\x00-\x1f\x7f]", image):
         raise ImageError(
-            f"image={image!r}: '?' and '#' have a meaning of their own in a URI; "
-            "write them as %3F and %23, or pass the plain path."
+            f"image={image!r}: '?' and '#' and control characters cannot stand for themselves in a "
+            f"URI; write {bad[0]!r} as %{ord(bad[0]):02X}, or pass the plain path."
         )
     if re.search(r"%(?![0-9A-Fa-f]{2})", image):
         raise ImageError(
             f"image={image!r}: a '%' in a URI is followed by two hex digits; "
             "write a literal one as %25, or pass the plain path."
         )
-    text = os.fsdecode(unquote_to_bytes(parts.path))
-    if not text.startswith("/"):
-        raise ImageError(f"image={image!r}: a file:// URI holds an absolute path.")
-    return text
+    if not parts["path"].startswith("/"):
+        raise ImageError(
+            f"image={image!r} holds no absolute path: write file:///absolute/path (three slashes)."
+        )
+    try:
+        return os.fsdecode(unquote_to_bytes(parts["path"]))
+    except UnicodeEncodeError:
+        return parts["path"]  # refused by the caller

@@ -25,6 +25,7 @@ class BootTracker:
         self._on_progress = on_progress
         self._started = time.monotonic()
         self._changed = asyncio.Event()
+        self._waiting: list[tuple[BootState, asyncio.Future[BootStateChanged | None]]] = []
         self._ended = False
         self.last: BootStateChanged
         self.enter(BootState.LAUNCHING, "start() was called")
@@ -37,12 +38,18 @@ class BootTracker:
         )
         self._hub.publish(self.last)
         report(self._on_progress, Progress("boot", f"{state}: {evidence}", elapsed))
-        self._wake()
+        for wanted, future in self._waiting:
+            if state.reaches(wanted) and not future.done():
+                future.set_result(self.last)
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def end(self) -> None:
-        """The VM has ended; whoever waits is woken."""
+        """The VM has ended; whoever still waits is told so."""
         self._ended = True
-        self._wake()
+        for _, future in self._waiting:
+            if not future.done():
+                future.set_result(None)
 
     def on_event(self, event: Event) -> None:
         """Draw the conclusions from one of QEMU's events."""
@@ -74,11 +81,16 @@ class BootTracker:
 
     async def wait_for(self, state: BootState) -> BootStateChanged | None:
         """Wait until `state` or a later one is reached; `None` if the VM ended before."""
-        while not self.last.state.reaches(state):
-            if self._ended:
-                return None
-            await self._changed.wait()
-        return self.last
+        if self.last.state.reaches(state):
+            return self.last
+        if self._ended:
+            return None
+        future: asyncio.Future[BootStateChanged | None] = asyncio.Future()
+        self._waiting.append((state, future))
+        try:
+            return await future
+        finally:
+            self._waiting.remove((state, future))
 
     async def _look_at_disk(self, monitor: Monitor) -> None:
         entered = self.last
@@ -88,10 +100,6 @@ class BootTracker:
         idle = _idle_seconds(await monitor.execute("query-blockstats"))
         if idle >= REST and self.last is entered:
             self.enter(BootState.READY, f"no guest agent; the disk has rested for {REST:g} s")
-
-    def _wake(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
 
 def _idle_seconds(blockstats: Any) -> float:
