@@ -16,6 +16,7 @@ from smolvm_async.guests import GUESTS, GuestProfile
 
 VM_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 DAY = 86_400  # seconds
+MAX_SHOWN = 200  # characters
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 
 Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
@@ -33,7 +34,7 @@ class _Model(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{name}={first['input']!r} is wrong: {first['msg']}.") from None
+            raise ConfigError(f"{name}={shown(first['input'])} is wrong: {first['msg']}.") from None
 
 
 class Timeouts(_Model):
@@ -71,6 +72,15 @@ class VMConfig(_Model):
     def profile(self) -> GuestProfile:
         """What the library knows of the guest OS."""
         return GUESTS[self.os]
+
+
+def shown(value: object) -> str:
+    """How a message shows a value, which may be as long as its maker pleased."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of over 4300 digits
+        return "..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def new_vm_id() -> str:
@@ -154,7 +164,7 @@ def _image(image: object) -> str:
 
 def _profile(os: object, image: str) -> GuestProfile:
     names = " or ".join(f"os={name!r}" for name in GUESTS)
-    if image.startswith("s3://"):
+    if image.lower().startswith("s3://"):
         if os is not None:
             raise ConfigError(
                 f"os={os!r} cannot be given with image={image!r}: the manifest of an s3:// image "
@@ -186,12 +196,12 @@ def _memory(memory: object, profile: GuestProfile) -> object:
         )
     if memory < profile.minimum_memory:
         raise ConfigError(
-            f"memory={memory} is under the {profile.minimum_memory} MiB that {profile.title} "
-            f"needs: pass memory={profile.minimum_memory} or more (MiB)."
+            f"memory={shown(memory)} is under the {profile.minimum_memory} MiB that "
+            f"{profile.title} needs: pass memory={profile.minimum_memory} or more (MiB)."
         )
     if memory > MAX_MEMORY:
         raise ConfigError(
-            f"memory={memory} is more than QEMU can give a guest: "
+            f"memory={shown(memory)} is more than QEMU can give a guest: "
             f"pass MiB, at most memory={MAX_MEMORY}."
         )
     return memory
@@ -229,6 +239,11 @@ def _data_dir(data_dir: object) -> Path:
         text = os.path.expanduser(os.fspath(data_dir))  # type: ignore[call-overload]
         if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
             return Path(text).absolute()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"data_dir={data_dir!r} is relative to a working directory that is gone: "
+            "pass an absolute path."
+        ) from None
     except (TypeError, UnicodeEncodeError):
         pass
     raise ConfigError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAGIC = b"QFI\xfb"
@@ -30,11 +31,14 @@ OTHER_FORMATS = {
     b"conectix": "a VHD",
     b"QED\0": "a QED",
     b"<<< ": "a VDI",
-    b"\x1f\x8b": "a gzip file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"\xfd7zXZ\0": "an xz file",
-    b"PK\x03\x04": "a ZIP file",
 }
+ARCHIVES = {
+    b"\x1f\x8b": "a gzip",
+    b"\x28\xb5\x2f\xfd": "a zstd",
+    b"\xfd7zXZ\0": "an xz",
+    b"PK\x03\x04": "a ZIP",
+}
+DAMAGED = "; download or copy it again"
 
 
 class Qcow2Error(ValueError):
@@ -79,7 +83,9 @@ def parse(head: bytes, file_size: int) -> Header:
     if file_size == 0:
         raise Qcow2Error("is empty (0 bytes); the download or copy of it failed")
     if not head.startswith(MAGIC):
-        kind = next((name for magic, name in OTHER_FORMATS.items() if head.startswith(magic)), None)
+        if archive := _kind(head, ARCHIVES):
+            raise Qcow2Error(f"is not a qcow2 image, but {archive} file; unpack it first")
+        kind = _kind(head, OTHER_FORMATS)
         raise Qcow2Error(
             f"is not a qcow2 image{f', but {kind}' if kind else ''}; "
             "convert it with qemu-img convert -O qcow2, and pass the result"
@@ -94,12 +100,14 @@ def parse(head: bytes, file_size: int) -> Header:
             raise Qcow2Error(f"is truncated: its qcow2 header has {HEADER_V3.size} bytes or more")
         features, _, _, refcount_order, _ = HEADER_V3.unpack_from(head)[13:]
     elif version != 2:
-        raise Qcow2Error(f"is a qcow2 of version {version}; only 2 and 3 are known")
+        raise Qcow2Error(f"is a qcow2 of version {version}; only 2 and 3 are known" + DAMAGED)
     _check_features(features, backing, crypt)
     if not 9 <= cluster_bits <= 21 or refcount_order > 6:
-        raise Qcow2Error("has a damaged qcow2 header (cluster or refcount size out of range)")
+        raise Qcow2Error(
+            "has a damaged qcow2 header (cluster or refcount size out of range)" + DAMAGED
+        )
     if virtual_size == 0:
-        raise Qcow2Error("is a disk of 0 bytes; nothing can be installed on it")
+        raise Qcow2Error("is a disk of 0 bytes; nothing can be installed on it; pass another")
     return Header(
         virtual_size=virtual_size,
         cluster_bits=cluster_bits,
@@ -110,6 +118,10 @@ def parse(head: bytes, file_size: int) -> Header:
         refcount_order=refcount_order,
         features=features,
     )
+
+
+def _kind(head: bytes, kinds: Mapping[bytes, str]) -> str | None:
+    return next((name for magic, name in kinds.items() if head.startswith(magic)), None)
 
 
 def _check_features(features: int, backing: int, crypt: int) -> None:
@@ -139,9 +151,13 @@ def _check_tables(header: Header, file_size: int) -> None:
     l2_bits = header.cluster_bits - (4 if header.features & EXTENDED_L2 else 3)
     needed = -(-header.virtual_size >> (header.cluster_bits + l2_bits))
     if header.l1_entries < needed or header.l1_entries * 8 > MAX_L1:
-        raise Qcow2Error("has a damaged qcow2 header (the L1 table does not fit the disk's size)")
-    if header.refcount_clusters << header.cluster_bits > MAX_REFCOUNT_TABLE:
-        raise Qcow2Error("has a damaged qcow2 header (the refcount table is too large)")
+        raise Qcow2Error(
+            "has a damaged qcow2 header (the L1 table does not fit the disk's size)" + DAMAGED
+        )
+    if not 0 < header.refcount_clusters << header.cluster_bits <= MAX_REFCOUNT_TABLE:
+        raise Qcow2Error(
+            "has a damaged qcow2 header (the refcount table is too large, or missing)" + DAMAGED
+        )
     if _l1_entries(header.virtual_size, OVERLAY_CLUSTER_BITS) * 8 > MAX_L1:
         raise Qcow2Error("is a disk of over 2 PiB, for which no overlay can be made; use a smaller")
     for offset, length in (
@@ -149,7 +165,7 @@ def _check_tables(header: Header, file_size: int) -> None:
         (header.refcount_offset, header.refcount_clusters << header.cluster_bits),
     ):
         if offset == 0 or offset % header.cluster_size:
-            raise Qcow2Error("has a damaged qcow2 header (a table is misplaced)")
+            raise Qcow2Error("has a damaged qcow2 header (a table is misplaced)" + DAMAGED)
         if offset + length > file_size:
             raise _truncated(offset + length, file_size)
 
@@ -185,15 +201,17 @@ def _l1_entries(virtual_size: int, cluster_bits: int) -> int:
 def _truncated(expected: int, actual: int) -> Qcow2Error:
     return Qcow2Error(
         f"is truncated: it has {actual} bytes, but its header promises at least {expected}; "
-        "download or copy it again, or if a crash left it so, repair it with qemu-img check -r all"
+        "download or copy it again, or if qemu-img check finds no errors, "
+        "make a whole one with qemu-img convert -O qcow2"
     )
 
 
-def empty(virtual_size: int, cluster_bits: int = OVERLAY_CLUSTER_BITS) -> bytes:
+def empty(virtual_size: int) -> bytes:
     """The bytes of a qcow2 of `virtual_size` bytes with nothing in it.
 
     Layout: header, refcount table, refcount block(s), L1 table, each on clusters of its own.
     """
+    cluster_bits = OVERLAY_CLUSTER_BITS
     cluster = 1 << cluster_bits
     l1_entries = _l1_entries(virtual_size, cluster_bits)
     l1_clusters = max(1, -(-l1_entries * 8 >> cluster_bits))

@@ -39,13 +39,21 @@ def local_path(image: str) -> Path:
             f"image={image!r} has a character that no path can have (a lone surrogate): "
             "pass the path as os.fsdecode() gives it."
         ) from None
-    return Path(text).absolute()  # not normalized: `..` after a symbolic link is the kernel's
+    if text.endswith("/"):
+        raise ImageError(f"image={image!r} names a directory: pass the qcow2 file inside it.")
+    try:
+        return Path(text).absolute()  # not normalized: `..` after a symbolic link is the kernel's
+    except FileNotFoundError:
+        raise ImageError(
+            f"image={image!r} is relative to a working directory that is gone: "
+            "pass an absolute path."
+        ) from None
 
 
 def _path_of_uri(image: str) -> str:
     parts = _FILE_URI.fullmatch(image)
     assert parts is not None
-    if (parts["host"] or "localhost") != "localhost":
+    if (parts["host"] or "localhost").lower() != "localhost":
         raise ImageError(
             f"image={image!r} names the host {parts['host']!r}: only files of this machine can be "
             "used; write file:///absolute/path (three slashes)."

@@ -1,0 +1,1 @@
+"""Pure: no virtual machine is started here."""

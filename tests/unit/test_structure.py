@@ -1,0 +1,256 @@
+"""The shape of the code: who imports whom, sizes and names, the public names, the error tree."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+import smolvm_async
+from smolvm_async import errors
+
+PACKAGE = Path(smolvm_async.__file__).parent
+REPOSITORY = PACKAGE.parent
+
+# A module imports only from rows above its own, or from its own row if that is a package.
+ROWS = [
+    "errors",
+    "shielding",
+    "progress",
+    "process",
+    "guests",
+    "config",
+    "events",
+    "images",
+    "host",
+    "state",
+    "sidecars",
+    "qemu.arguments",
+    "qemu.monitor",
+    "qemu.console",
+    "qemu.acpi",
+    "qemu.boot",
+    "shutdown",
+    "supervisor",
+    "vm",
+    "__init__",
+]
+PACKAGES = {"guests", "images", "host", "sidecars"}
+EMPTY = {"qemu.__init__"}  # no row of its own: there is nothing in it
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+def row(module: str) -> str:
+    """The row that a module belongs to; empty if to none."""
+    first = module.split(".")[0]
+    name = first if first in PACKAGES else module
+    return name if name in ROWS else ""
+
+
+def imports(module: str) -> Iterator[str]:
+    """What a module imports, anywhere in it, by its full name."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if own(submodule) in MODULES else node.module
+
+
+def own(name: str) -> str:
+    """The module of this library that a full name means: `images.qcow2`; empty if none."""
+    if name == "smolvm_async":
+        return "__init__"
+    module = name.removeprefix("smolvm_async.")
+    if module == name:
+        return ""
+    return module if module in MODULES else f"{module}.__init__"
+
+
+def test_every_module_has_a_row_and_every_row_a_module() -> None:
+    rows = {row(module) for module in MODULES if module not in EMPTY}
+    assert "" not in rows, [module for module in MODULES if not row(module)]
+    assert rows == set(ROWS)
+    for module in EMPTY:
+        assert [type(node) for node in tree(module).body] == [ast.Expr], "a docstring at most"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in EMPTY])
+def test_a_module_imports_only_from_above(module: str) -> None:
+    mine = row(module)
+    for name in imports(module):
+        if other := own(name):
+            assert other in MODULES, name
+            theirs = row(other)
+            in_package = theirs == mine and mine in PACKAGES
+            assert in_package or ROWS.index(theirs) < ROWS.index(mine), f"{module} imports {name}"
+
+
+def test_only_the_monitor_imports_the_qmp_client() -> None:
+    importers = {
+        module for module in MODULES for name in imports(module) if re.match(r"qemu(\.|$)", name)
+    }
+    assert importers == {"qemu.monitor"}
+
+
+SPAWNING = {
+    *("create_subprocess_exec", "create_subprocess_shell", "subprocess_exec", "subprocess_shell"),
+    *("Popen", "check_call", "check_output", "getoutput", "getstatusoutput", "open_process"),
+    *("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "run_process"),
+}
+
+
+def spawns(module: str) -> Iterator[str]:
+    """Calls that start a process, and imports that could hide one."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ""
+            by_name = node.attr in SPAWNING or re.match("(exec|spawn)[lv]", node.attr)
+            call = f"{owner}.{node.attr}"
+            if call == "subprocess.run" or (by_name and call != "platform.system"):
+                yield call
+        elif isinstance(node, ast.ImportFrom) and node.module in ("subprocess", "os", "pty"):
+            yield f"from {node.module}"
+        elif isinstance(node, ast.Import):
+            hidden = {"subprocess", "multiprocessing", "pty", "concurrent.futures"}
+            yield from (alias.name for alias in node.names if alias.name in hidden)
+
+
+def test_only_one_module_starts_processes() -> None:
+    found = {module: list(spawns(module)) for module in MODULES}
+    assert found.pop("process"), "the search itself finds nothing"
+    assert {module: calls for module, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_library_does_not_print(module: str) -> None:
+    names = [node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)]
+    assert "print" not in names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_small_and_has_a_name_of_its_own(module: str) -> None:
+    assert len(MODULES[module].read_text().splitlines()) < 400
+    for part in module.split("."):
+        assert not re.search("util|helper|common|manager|misc|base$", part)
+    assert ast.get_docstring(tree(module)), "its one responsibility"
+
+
+# The public names
+
+
+def public_classes_and_functions() -> list[tuple[str, object]]:
+    return [(name, getattr(smolvm_async, name)) for name in smolvm_async.__all__]
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert list(smolvm_async.__all__) == sorted(set(smolvm_async.__all__))
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree("__init__"))
+        if isinstance(node, ast.ImportFrom) and node.module != "__future__"
+        for alias in node.names
+    }
+    assert set(smolvm_async.__all__) == imported
+    assert set(errors.__all__) <= set(smolvm_async.__all__)
+    # No other name hangs around, but for the submodules.
+    names = {name for name in vars(smolvm_async) if not name.startswith("_")}
+    submodules = {module.split(".")[0] for module in MODULES}
+    assert names - submodules - {"annotations"} == set(smolvm_async.__all__)
+
+
+@pytest.mark.parametrize(("name", "value"), public_classes_and_functions())
+def test_every_public_name_is_documented_with_its_members(name: str, value: object) -> None:
+    assert inspect.isclass(value) or inspect.isfunction(value)
+    assert documented(value), name
+    for parent in inspect.getmro(value) if inspect.isclass(value) else ():
+        if parent.__module__.startswith("smolvm_async"):
+            for member, attribute in vars(parent).items():
+                if not member.startswith("_") and documentable(attribute):
+                    assert inspect.getdoc(attribute), f"{name}.{member}"
+
+
+def documentable(attribute: object) -> bool:
+    kinds = (FunctionType, property, classmethod, staticmethod)
+    return isinstance(attribute, kinds)
+
+
+def documented(value: object) -> bool:
+    """Whether it has a docstring of its own (a dataclass without one is given its signature)."""
+    assert inspect.isclass(value) or inspect.isfunction(value)
+    (node,) = ast.parse(inspect.getsource(value)).body
+    assert isinstance(node, ast.ClassDef | ast.FunctionDef)
+    return bool(ast.get_docstring(node))
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+# The errors
+
+
+def drawn() -> list[tuple[str, str | None, str | None]]:
+    """The tree in the docstring of errors.py: each name, its parent, and its second base."""
+    found: list[tuple[str, str | None, str | None]] = []
+    path: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        if match := re.match(r"    ([│ ]*(?:[├└]── )?)(\w+Error)(?: \((\w+)\))?(?:  |$)", line):
+            depth = len(match[1]) // 4
+            del path[depth:]
+            found.append((match[2], path[-1] if path else None, match[3]))
+            path.append(match[2])
+    return found
+
+
+def test_the_tree_of_errors_is_the_one_that_is_drawn() -> None:
+    for module in MODULES:
+        importlib.import_module(f"smolvm_async.{module}".removesuffix(".__init__"))
+
+    def real(kind: type[errors.SmolVMError]) -> Iterator[tuple[str, str | None, str | None]]:
+        bases = [base.__name__ for base in kind.__bases__]
+        parent, second = (*bases, None)[:2] if kind is not errors.SmolVMError else (None, None)
+        yield kind.__name__, parent, second
+        for child in kind.__subclasses__():
+            yield from real(child)
+
+    assert len(drawn()) > 5
+    assert sorted(drawn(), key=str) == sorted(real(errors.SmolVMError), key=str)
+    names = {name for name, _, _ in drawn()}
+    assert names == {name for name in errors.__all__ if name.endswith("Error")}
+    assert all(name in (errors.__doc__ or "") for name in errors.__all__)
+
+
+# The repository
+
+TOP_LEVEL = {
+    *("pyproject.toml", "smolvm_async", "tests", "examples", "benchmarks"),
+    *("README.md", "CHANGELOG.md", "LICENSE"),
+}
+
+
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="this is no checkout")
+def test_the_top_level_holds_nothing_else() -> None:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    entries = {line.strip('"').split("/")[0] for line in done.stdout.splitlines()}
+    assert "smolvm_async" in entries
+    assert {entry for entry in entries if not entry.startswith(".")} <= TOP_LEVEL
