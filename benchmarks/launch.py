@@ -1,8 +1,9 @@
 """Launch time against the floor, import time, and the event loop's longest stall.
 
 The floor is what one pays without this library: QEMU and swtpm spawned bare and at once with
-the same command lines, `qemu-img create` running beside them (on an overlay of its own, so that
-QEMU need not wait for it). Floor and library alternate in one run; only their ratio means much.
+the same command lines, and an overlay made by `qemu-img create` beside them (one of its own, so
+that QEMU need not wait for it). It competes for the processors, so the floor without it is
+measured too. All alternate in one run; only the ratios mean much.
 
 Three points are measured, since QEMU sends its QMP greeting long before it has built the
 machine: the greeting, the first command's answer, and the answer to `cont`, when the guest's
@@ -55,8 +56,8 @@ class Floor:
     running: float
 
 
-def floor(config: VMConfig, tools: HostTools, image: Path) -> Floor:
-    """Launch the same processes without the library."""
+def floor(config: VMConfig, tools: HostTools, image: Path, *, overlay: bool) -> Floor:
+    """Launch the same processes without the library, with `qemu-img` beside them or not."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         shutil.copy(tools.firmware.vars_template, directory / VARS)
@@ -84,11 +85,14 @@ def floor(config: VMConfig, tools: HostTools, image: Path) -> Floor:
             [*DIE_WITH_OWNER, *swtpm_line], cwd=directory, pass_fds=[swtpm_end.fileno()]
         )
         stack.callback(end, swtpm)
-        overlay = subprocess.Popen([*create, str(directory / "beside.qcow2")])
+        making = subprocess.Popen(
+            [*create, str(directory / "beside.qcow2")] if overlay else ["true"]
+        )
+        stack.callback(end, making)
         monitor.close()
         stream = stack.enter_context(ours.makefile("rwb", buffering=0))
         stream.readline()
-        overlay.wait()
+        making.wait()
         greeting = time.perf_counter() - began
         execute(stream, "qmp_capabilities")
         first_answer = time.perf_counter() - began
@@ -155,30 +159,36 @@ def measure(image: Path, count: int) -> dict[str, float]:
     config = make_config(os="windows", image=image)
     tools = find_tools(config.profile)
     floors: list[Floor] = []
+    bares: list[Floor] = []
     launches: list[float] = []
     stalls: list[float] = []
     imports: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as data_dir, asyncio.Runner() as runner:
         for round_ in range(count + 1):
-            bare = floor(config, tools, image)
+            with_overlay = floor(config, tools, image, overlay=True)
+            bare = floor(config, tools, image, overlay=False)
             launched = runner.run(library(image, Path(data_dir)))
             stalled = runner.run(stall(image, Path(data_dir)))
             if round_:  # the first one warms the page cache
-                floors.append(bare)
+                floors.append(with_overlay)
+                bares.append(bare)
                 launches.append(launched)
                 stalls.append(stalled)
                 imports.append(import_cost())
     launch = statistics.median(launches)
-    greeting = statistics.median(bare.greeting for bare in floors)
-    first_answer = statistics.median(bare.first_answer for bare in floors)
-    running = statistics.median(bare.running for bare in floors)
+    greeting = statistics.median(point.greeting for point in floors)
+    first_answer = statistics.median(point.first_answer for point in floors)
+    running = statistics.median(point.running for point in floors)
+    without = statistics.median(point.first_answer for point in bares)
     return {
         "floor, to the QMP greeting (ms)": greeting * 1e3,
         "floor, to the first answer (ms)": first_answer * 1e3,
         "floor, to running processors (ms)": running * 1e3,
+        "without qemu-img, to the first answer (ms)": without * 1e3,
         "library, to running processors (ms)": launch * 1e3,
         "library / floor to the greeting": launch / greeting,
         "library / floor to the first answer": launch / first_answer,
+        "library / the same without qemu-img": launch / without,
         "library / floor to running processors": launch / running,
         "longest stall of the event loop, median (ms)": statistics.median(stalls) * 1e3,
         "longest stall of the event loop, worst (ms)": max(stalls) * 1e3,

@@ -30,7 +30,8 @@ from smolvm_async.events import (
 )
 from smolvm_async.progress import Progress
 from smolvm_async.shutdown import Rung, ShutdownReport, Step
-from smolvm_async.vm import AsyncSmolVM, Status
+from smolvm_async.supervisor import Status
+from smolvm_async.vm import AsyncSmolVM
 
 __all__ = [
     "AcceleratorWarning",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,6 +16,7 @@ from smolvm_async.guests import GUESTS, GuestProfile
 
 VM_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 DAY = 86_400  # seconds
+MAX_CPUS = 255  # what QEMU's q35 takes without an interrupt remapper
 MAX_SHOWN = 200  # characters
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 
@@ -27,6 +28,7 @@ class _Model(BaseModel):
     """Frozen and strict; what pydantic complains of first becomes a `ConfigError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    argument: ClassVar[str] = ""  # the constructor's, where the names are not its own
 
     def __init__(self, **values: object) -> None:
         try:
@@ -34,7 +36,9 @@ class _Model(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{name}={shown(first['input'])} is wrong: {first['msg']}.") from None
+            raise ConfigError(
+                f"{self.argument}{name}={shown(first['input'])} is wrong: {first['msg']}."
+            ) from None
 
 
 class Timeouts(_Model):
@@ -49,6 +53,8 @@ class Timeouts(_Model):
         terminate: SIGTERM; SIGKILL follows.
     """
 
+    argument = "timeouts: "
+
     launch: Deadline = 30
     boot: Deadline = 300
     powerdown: DeadlineOrNone = 60
@@ -62,7 +68,7 @@ class VMConfig(_Model):
     os: str
     image: str
     memory: int
-    cpus: int = Field(ge=1, le=255)
+    cpus: int
     vm_id: str
     accel: Literal["auto", "kvm", "tcg"]
     timeouts: Timeouts
@@ -129,9 +135,9 @@ def make_config(
         "os": profile.name,
         "image": image,
         "memory": _memory(memory, profile),
-        "cpus": profile.default_cpus if cpus is None else cpus,
+        "cpus": profile.default_cpus if cpus is None else _cpus(cpus),
         "vm_id": new_vm_id() if vm_id is None else _vm_id(vm_id),
-        "accel": accel,
+        "accel": _accel(accel),
         "timeouts": _timeouts(timeouts),
         "data_dir": _data_dir(data_dir),
     }
@@ -168,7 +174,8 @@ def _profile(os: object, image: str) -> GuestProfile:
         if os is not None:
             raise ConfigError(
                 f"os={os!r} cannot be given with image={image!r}: the manifest of an s3:// image "
-                "records the guest OS; leave os= out."
+                "records the guest OS, so leave os= out. s3:// images are not in this version "
+                "yet: for now, download the qcow2 and pass its path with os=."
             )
         raise ConfigError(
             f"image={image!r}: s3:// images are not in this version yet; "
@@ -180,7 +187,10 @@ def _profile(os: object, image: str) -> GuestProfile:
             f"pass {names}."
         )
     if os is None or os == "linux":
-        raise ConfigError(f"Linux sandboxes are not in this version yet: pass {names} and image=.")
+        raise ConfigError(
+            f"Linux sandboxes are not in this version yet, and os={os!r} means one: "
+            f"pass {names} and image=."
+        )
     if not isinstance(os, str) or os not in GUESTS:
         raise ConfigError(f"os={os!r} is not a known guest OS: pass {names}.")
     return GUESTS[os]
@@ -205,6 +215,20 @@ def _memory(memory: object, profile: GuestProfile) -> object:
             f"pass MiB, at most memory={MAX_MEMORY}."
         )
     return memory
+
+
+def _cpus(cpus: object) -> object:
+    if isinstance(cpus, bool) or not isinstance(cpus, int) or not 1 <= cpus <= MAX_CPUS:
+        raise ConfigError(
+            f"cpus={shown(cpus)} is wrong: pass a whole number of cores from 1 to {MAX_CPUS}."
+        )
+    return cpus
+
+
+def _accel(accel: object) -> object:
+    if accel not in ("auto", "kvm", "tcg"):
+        raise ConfigError(f"accel={shown(accel)} is wrong: pass 'auto', 'kvm' or 'tcg'.")
+    return accel
 
 
 def _vm_id(vm_id: object) -> str:
@@ -237,6 +261,8 @@ def _data_dir(data_dir: object) -> Path:
         return default_data_dir()
     try:
         text = os.path.expanduser(os.fspath(data_dir))  # type: ignore[call-overload]
+        if isinstance(text, str) and text.startswith("~"):
+            raise ConfigError(f"data_dir={data_dir!r} names a user who does not exist.")
         if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
             return Path(text).absolute()
     except FileNotFoundError:

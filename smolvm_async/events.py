@@ -135,6 +135,7 @@ class EventStream:
         self._backlog: deque[Event] = deque(maxlen=BACKLOG)
         self._news = asyncio.Event()
         self._closed = False
+        self._behind = False
 
     def __aiter__(self) -> EventStream:
         return self
@@ -151,8 +152,9 @@ class EventStream:
         """Add an event; the oldest goes if the listener is too far behind."""
         if self._closed:
             return
-        if len(self._backlog) == BACKLOG:
-            logger.warning("a listener of events() is %d behind; the oldest is dropped", BACKLOG)
+        if len(self._backlog) == BACKLOG and not self._behind:
+            self._behind = True
+            logger.warning("a listener of events() is %d behind; it loses the oldest", BACKLOG)
         self._backlog.append(event)
         self._news.set()
 

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -30,12 +31,20 @@ DIE_WITH_OWNER = ("setpriv", "--pdeathsig", "KILL", "--")
 LOG_TAIL = 4096  # bytes of a log that an error quotes
 
 
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]")
+
+
+def printable(text: str) -> str:
+    """`text` without terminal control sequences: a guest may have chosen it."""
+    return _CONTROL.sub("", text)
+
+
 def log_tail(path: Path, limit: int = LOG_TAIL) -> str:
     """The last `limit` bytes of a log file, as text; empty if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
-            return file.read().decode(errors="replace").strip()
+            return printable(file.read().decode(errors="replace")).strip()
     except OSError:
         return ""
 
@@ -80,10 +89,12 @@ class Child:
         return self.exited.result() if self.exited.done() else None
 
     def report(self) -> str:
-        """Name, exit status, command and the end of the log, for an error message."""
-        status = "still running" if self.returncode is None else describe_exit(self.returncode)
+        """Name, exit status, the end of the log and the command, for an error message."""
+        status = "still runs"
+        if self.returncode is not None:
+            status = f"ended: {describe_exit(self.returncode)}"
         tail = log_tail(self.log) or "(empty)"
-        return f"{self.name} ended: {status}.\nCommand: {shlex.join(self.argv)}\nLog:\n{tail}"
+        return f"{self.name} {status}.\nLog:\n{tail}\nCommand: {shlex.join(self.argv)}"
 
     def terminate(self) -> None:
         """Send SIGTERM, if it still runs."""

@@ -18,8 +18,10 @@ from smolvm_async.errors import ConfigError, VMAlreadyExistsError
 from smolvm_async.images import qcow2
 from smolvm_async.shielding import in_thread
 
-OVERLAY, VARS, TPM = "overlay.qcow2", "vars.fd", "tpm"  # names in the directory
+# All names that there are in a VM's directory.
+OVERLAY, VARS, TPM = "overlay.qcow2", "vars.fd", "tpm"
 QEMU_LOG, SWTPM_LOG = "qemu.log", "swtpm.log"
+OURS = frozenset({OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG})
 
 
 class StateDirectory:
@@ -40,9 +42,13 @@ class StateDirectory:
 
         Raises:
             VMAlreadyExistsError: If a living process, this one included, holds it.
-            ConfigError: If `data_dir` cannot be used.
+            ConfigError: If `data_dir` cannot be used, or has something else of that name.
         """
-        _prepare_data_dir(data_dir)
+        try:
+            data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unusable(data_dir, str(error.strerror)) from error
+        check_data_dir(data_dir)
         path = data_dir / vm_id
         while True:
             try:
@@ -58,11 +64,18 @@ class StateDirectory:
                     f"vm_id={vm_id!r} is taken by a VM that is in use: choose another id, "
                     "or delete() that VM first."
                 )
-            if _is_at(fd, path):
-                directory = cls(path, fd)
-                directory.clear()
-                return directory
-            os.close(fd)
+            if not _is_at(fd, path):
+                os.close(fd)
+                continue
+            if not OURS.issuperset(os.listdir(path)):
+                os.close(fd)
+                raise ConfigError(
+                    f"{str(path)!r} exists and is not a VM's directory: "
+                    f"choose another vm_id= than {vm_id!r}, or another data_dir=."
+                )
+            directory = cls(path, fd)
+            directory.clear()
+            return directory
 
     async def prepare(self, virtual_size: int, vars_template: Path) -> None:
         """Write the empty overlay, the copy of the UEFI variables and the TPM's directory.
@@ -104,20 +117,29 @@ class StateDirectory:
             file.write(content)
 
 
-def _prepare_data_dir(data_dir: Path) -> None:
-    try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = data_dir.stat().st_mode
-    except OSError as error:
-        raise ConfigError(
-            f"data_dir={str(data_dir)!r} cannot be used: {error.strerror}; pass the path of a "
-            "directory that this user can write to."
-        ) from error
-    if mode & stat.S_IWOTH:
+def check_data_dir(data_dir: Path) -> None:
+    """Whether VMs can have their directories in `data_dir`, or it can be made; nothing is.
+
+    Raises:
+        ConfigError: If it cannot, or every user of this machine could interfere.
+    """
+    existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    if not existing.is_dir():
+        raise _unusable(data_dir, f"{str(existing)!r} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unusable(data_dir, f"this user may not write to {str(existing)!r}")
+    if existing == data_dir and data_dir.stat().st_mode & stat.S_IWOTH:
         raise ConfigError(
             f"data_dir={str(data_dir)!r} can be written to by every user of this machine: "
             "pass another one, or run chmod o-w on it."
         )
+
+
+def _unusable(data_dir: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"data_dir={str(data_dir)!r} cannot be used: {reason}; pass the path of a directory that "
+        "this user can write to."
+    )
 
 
 def _lock(fd: int) -> bool:

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 import anyio
@@ -17,7 +18,7 @@ from smolvm_async.errors import LaunchError, SmolVMError, VMCrashedError, VMNotR
 from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Shutdown
 from smolvm_async.host import Accelerator, HostTools
 from smolvm_async.images.local import BaseImage, open_image
-from smolvm_async.process import Child, spawn
+from smolvm_async.process import Child, printable, spawn
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.boot import BootTracker
@@ -33,6 +34,18 @@ logger = logging.getLogger(__name__)
 SAME_END = 0.5  # seconds within which a sidecar that ended well and QEMU ended together
 IMAGE_IN_USE = 'Failed to get shared "write" lock'  # QEMU's words for it
 CONSOLE_TAIL = 4096  # bytes of the serial console that an error quotes
+
+
+class Status(StrEnum):
+    """What a VM is doing."""
+
+    CREATED = "created"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    CRASHED = "crashed"
+    DELETED = "deleted"
 
 
 @dataclass(frozen=True)
@@ -229,36 +242,36 @@ class Supervisor:
     def _judge(self, qemu: Child) -> VMCrashedError | None:
         """Whether the end was a crash, once QEMU has ended or was found to have to."""
         if self._crash:
-            return self._crashed(f"{self._crash}")
+            return self._crashed(self._crash)
+        sidecars = [child for child in self._children if child is not qemu]
+        for sidecar in sidecars:
+            if sidecar.returncode or (sidecar.returncode == 0 and qemu.returncode is None):
+                return self._crashed(sidecar.report())
         if self.report.rung not in (Rung.GUEST, Rung.POWERDOWN):
             return None
         if qemu.returncode == 0 and self._shutdown is not None:
             if self._shutdown.guest or self._shutdown.reason.startswith("host-qmp"):
                 return None
-            return self._crashed(f"QEMU was ended from outside ({self._shutdown.reason})")
-        culprit = qemu
-        if self._ended and self._ended[0].returncode != 0:
-            culprit = self._ended[0]
-        return self._crashed(culprit.report())
+            reason = f"QEMU was ended from outside ({self._shutdown.reason}). "
+            return self._crashed(reason + qemu.report())
+        return self._crashed(qemu.report())
 
     def _crashed(self, what: str) -> VMCrashedError:
-        self.report = ShutdownReport(Rung.CRASH, exit_status=self.report.exit_status)
+        self.report = replace(self.report, rung=Rung.CRASH)
         return VMCrashedError(f"{self._plan.config.vm_id} crashed: {what}\n{self.console_tail()}")
 
     async def _launch_error(self, error: Exception) -> Exception:
         """What to raise for a launch that failed: it tells which process ended, and how."""
         if self._children:
-            # The reason is whatever ended by itself, and that may be a moment late.
-            await asyncio.wait(
-                [child.exited for child in self._children],
-                timeout=SAME_END,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        reports = [child.report() for child in self._children if child.returncode is not None]
+            # When one ends the other follows, swtpm with status 0: the reason may come second.
+            await asyncio.wait([child.exited for child in self._children], timeout=SAME_END)
+        ended = [child for child in self._children if child.returncode is not None]
+        failed = [child for child in ended if child.returncode != 0] or ended
+        reports = [child.report() for child in failed]
         self._kill()
         vm_id = self._plan.config.vm_id
         if isinstance(error, OSError):
-            return LaunchError(f"{vm_id} could not be prepared: {error}")
+            return LaunchError(f"{vm_id} could not be prepared in {self._state.path}: {error}")
         if isinstance(error, LaunchError | VMNotRunningError) and reports:
             told = "\n".join(reports)
             if IMAGE_IN_USE in told:
@@ -276,7 +289,7 @@ class Supervisor:
     def console_tail(self) -> str:
         """The end of the serial console, for an error message."""
         self.console.drain()
-        tail = self.console.text(CONSOLE_TAIL).strip()
+        tail = printable(self.console.text(CONSOLE_TAIL)).strip()
         return f"Serial console:\n{tail or '(empty)'}"
 
 

@@ -6,9 +6,8 @@ import asyncio
 import os as os_module
 import warnings
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 from smolvm_async.config import Timeouts, check_timeout, make_config
 from smolvm_async.errors import (
@@ -26,20 +25,8 @@ from smolvm_async.images.reference import local_path
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.shielding import in_thread, settle
 from smolvm_async.shutdown import Rung, ShutdownReport
-from smolvm_async.state import StateDirectory
-from smolvm_async.supervisor import Plan, Supervisor
-
-
-class Status(StrEnum):
-    """What a VM is doing."""
-
-    CREATED = "created"
-    STARTING = "starting"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    CRASHED = "crashed"
-    DELETED = "deleted"
+from smolvm_async.state import StateDirectory, check_data_dir
+from smolvm_async.supervisor import Plan, Status, Supervisor
 
 
 class AsyncSmolVM:
@@ -79,12 +66,12 @@ class AsyncSmolVM:
     def __init__(
         self,
         *,
-        os: str | None = None,
+        os: Literal["windows", "linux"] | None = None,
         image: str | os_module.PathLike[str] | None = None,
         memory: int | None = None,
         cpus: int | None = None,
         vm_id: str | None = None,
-        accel: str = "auto",
+        accel: Literal["auto", "kvm", "tcg"] = "auto",
         mounts: Sequence[object] = (),
         writable_mounts: bool = False,
         internet_settings: object | None = None,
@@ -111,6 +98,7 @@ class AsyncSmolVM:
         path = local_path(config.image)
         with open_image(path):
             pass  # checked now, for an early answer, and again by start()
+        check_data_dir(config.data_dir)
         tools = find_tools(config.profile)
         accelerator, warning = choose_accelerator(config.accel)
         if warning is not None:
@@ -156,6 +144,8 @@ class AsyncSmolVM:
         return self._plan.accelerator.name
 
     async def __aenter__(self) -> Self:
+        if self._body is not None:
+            raise ConfigError(f"{self.vm_id} is in an async with block already: use it there.")
         await self.start()
         self._body = asyncio.current_task()
         assert self._body is not None
@@ -197,6 +187,8 @@ class AsyncSmolVM:
             ImageError: The image has changed since, and cannot be used.
             VMNotRunningError: The VM was deleted, or stopped while it started.
         """
+        if self._stopping and self._running is not None:
+            await asyncio.wait([self._running])
         if self._deleted:
             raise VMNotRunningError(f"{self.vm_id} was deleted: make a new AsyncSmolVM.")
         if self._supervisor is None or self._running is None or self._running.done():
@@ -213,6 +205,9 @@ class AsyncSmolVM:
             raise
         finally:
             self._starters -= 1
+        if self._stopping:
+            await asyncio.wait([running])
+            raise VMNotRunningError(f"{self.vm_id} was stopped while it started.")
         if not supervisor.started.done():
             await self._remove_state()
             raise supervisor.failure or VMNotRunningError(f"{self.vm_id} was stopped meanwhile.")
@@ -246,6 +241,7 @@ class AsyncSmolVM:
     async def delete(self) -> None:
         """Remove the VM and everything of it; one that still runs is killed first."""
         self._deleted = True
+        self._hub.close()
         await self._discard()
 
     async def wait_stopped(self) -> None:
@@ -314,7 +310,7 @@ class AsyncSmolVM:
         than 1024 events behind loses the oldest.
         """
         stream = self._hub.subscribe()
-        if self._running is not None and self._running.done():
+        if self._deleted or (self._running is not None and self._running.done()):
             stream.close()
         return stream
 

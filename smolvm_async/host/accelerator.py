@@ -47,13 +47,20 @@ def probe_kvm(
             f"this processor is {platform.machine()}, the guest is x86_64",
             "Use an x86_64 host.",
         )
+    if not _has_virtualization(cpuinfo):
+        return Problem(
+            "the processor shows neither VT-x (vmx) nor AMD-V (svm): they are switched off, or "
+            "this host is itself a VM without nested virtualization, where guests hang or die even if "
+            f"{device} opens",
+            "Switch virtualization on in the host's firmware set-up; for a VM, enable nested "
+            "virtualization on its own host.",
+        )
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return Problem(
             f"{device} does not exist",
-            "Switch virtualization (VT-x or AMD-V) on in the host's firmware set-up, "
-            "or nested virtualization if the host is a VM, and load kvm_intel or kvm_amd.",
+            "Load the kernel's module: sudo modprobe kvm_intel, or kvm_amd.",
         )
     except PermissionError:
         return Problem(
@@ -63,12 +70,12 @@ def probe_kvm(
     except OSError as error:
         return Problem(f"{device} cannot be opened: {error.strerror}", "Load kvm_intel or kvm_amd.")
     try:
-        return _probe(fd, device, cpuinfo)
+        return _probe(fd, device)
     finally:
         os.close(fd)
 
 
-def _probe(fd: int, device: Path, cpuinfo: Path) -> Problem | None:
+def _probe(fd: int, device: Path) -> Problem | None:
     try:
         version = fcntl.ioctl(fd, KVM_GET_API_VERSION)
         has_smm = fcntl.ioctl(fd, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM)
@@ -76,12 +83,6 @@ def _probe(fd: int, device: Path, cpuinfo: Path) -> Problem | None:
         return Problem(f"{device} does not answer as KVM: {error.strerror}", "Reload kvm.")
     if version != KVM_API_VERSION:
         return Problem(f"{device} speaks KVM API {version}, not 12", "Update the host's kernel.")
-    if not _has_virtualization(cpuinfo):
-        return Problem(
-            f"{device} opens, but the processor shows neither VT-x (vmx) nor AMD-V (svm): "
-            "this host is itself a VM without nested virtualization, where guests hang or die",
-            "Enable nested virtualization for this host, or use a bare-metal one.",
-        )
     if not has_smm:
         return Problem(
             "this KVM has no System Management Mode (SMM), which Secure Boot needs",

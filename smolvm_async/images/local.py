@@ -43,7 +43,8 @@ def open_image(path: Path) -> Iterator[BaseImage]:
         raise ImageError(f"image {str(path)!r} does not exist: check the path.") from None
     except PermissionError:
         raise ImageError(
-            f"image {str(path)!r} cannot be read by this user: give it read permission."
+            f"image {str(path)!r} cannot be read by this user: give read permission to it, "
+            "and execute permission to its directories."
         ) from None
     except OSError as error:
         raise ImageError(

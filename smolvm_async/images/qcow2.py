@@ -21,6 +21,7 @@ DIRTY, CORRUPT, EXTERNAL_DATA_FILE, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit fo
 KNOWN_FEATURES = DIRTY | CORRUPT | EXTERNAL_DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00  # bits 9-55 of an L1, L2 or refcount table entry
 MAX_L1, MAX_REFCOUNT_TABLE = 32 << 20, 8 << 20  # bytes; QEMU's own limits (block/qcow2.h)
+MAX_SNAPSHOTS, SNAPSHOT_SIZE = 65536, 40  # of the table, and bytes of an entry at least
 MAX_READ = 16 << 20  # bytes of reference counts that are looked at
 OVERLAY_CLUSTER_BITS = 16
 
@@ -56,6 +57,8 @@ class Header:
     refcount_offset: int
     refcount_clusters: int
     refcount_order: int
+    snapshots: int
+    snapshots_offset: int
     features: int
 
     @property
@@ -91,14 +94,20 @@ def parse(head: bytes, file_size: int) -> Header:
             "convert it with qemu-img convert -O qcow2, and pass the result"
         )
     if len(head) < HEADER_V2.size:
-        raise Qcow2Error(f"is truncated: a qcow2 header has {HEADER_V2.size} bytes or more")
+        raise Qcow2Error(
+            f"is truncated: a qcow2 header has {HEADER_V2.size} bytes or more" + DAMAGED
+        )
     fields = HEADER_V2.unpack_from(head)
     _, version, backing, _, cluster_bits, virtual_size, crypt, l1_entries, l1_offset = fields[:9]
     features, refcount_order = 0, 4
     if version == 3:
         if len(head) < HEADER_V3.size:
-            raise Qcow2Error(f"is truncated: its qcow2 header has {HEADER_V3.size} bytes or more")
-        features, _, _, refcount_order, _ = HEADER_V3.unpack_from(head)[13:]
+            raise Qcow2Error(
+                f"is truncated: its header has {HEADER_V3.size} bytes or more{DAMAGED}"
+            )
+        features, _, _, refcount_order, length = HEADER_V3.unpack_from(head)[13:]
+        if not HEADER_V3.size <= length <= 1 << min(cluster_bits, 21) or length % 8:
+            raise Qcow2Error("has a damaged qcow2 header (its length)" + DAMAGED)
     elif version != 2:
         raise Qcow2Error(f"is a qcow2 of version {version}; only 2 and 3 are known" + DAMAGED)
     _check_features(features, backing, crypt)
@@ -116,6 +125,8 @@ def parse(head: bytes, file_size: int) -> Header:
         refcount_offset=fields[9],
         refcount_clusters=fields[10],
         refcount_order=refcount_order,
+        snapshots=fields[11],
+        snapshots_offset=fields[12],
         features=features,
     )
 
@@ -160,7 +171,11 @@ def _check_tables(header: Header, file_size: int) -> None:
         )
     if _l1_entries(header.virtual_size, OVERLAY_CLUSTER_BITS) * 8 > MAX_L1:
         raise Qcow2Error("is a disk of over 2 PiB, for which no overlay can be made; use a smaller")
+    if header.snapshots > MAX_SNAPSHOTS:
+        raise Qcow2Error("has a damaged qcow2 header (too many snapshots)" + DAMAGED)
+    snapshots = [(header.snapshots_offset, header.snapshots * SNAPSHOT_SIZE)]
     for offset, length in (
+        *(snapshots if header.snapshots else ()),
         (header.l1_offset, header.l1_entries * 8),
         (header.refcount_offset, header.refcount_clusters << header.cluster_bits),
     ):

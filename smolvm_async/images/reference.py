@@ -22,6 +22,10 @@ def local_path(image: str) -> Path:
     match = _SCHEME.match(image)
     if match is None:
         text = os.path.expanduser(image)
+        if text.startswith("~"):
+            raise ImageError(
+                f"image={image!r} names a user who does not exist: pass the absolute path."
+            )
     elif (match[1] or match[2]).lower() == "file":
         text = _path_of_uri(image)
     else:

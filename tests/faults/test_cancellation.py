@@ -105,6 +105,24 @@ async def test_a_second_starter_is_not_harmed_by_the_first_ones_cancellation(
     await vm.delete()
 
 
+async def test_stopped_while_it_starts_and_started_while_it_stops(
+    new_vm: Callable[[], AsyncSmolVM],
+) -> None:
+    vm = new_vm()
+    starting = asyncio.ensure_future(vm.start())
+    await asyncio.sleep(0)
+    await vm.stop(timeout=0)
+    with pytest.raises(VMNotRunningError, match="stopped while it started"):
+        await starting
+    await vm.start()
+    stopping = asyncio.ensure_future(vm.stop())
+    await asyncio.sleep(0)
+    await vm.start()  # afresh, once it has stopped
+    assert (await stopping).rung is Rung.QUIT
+    assert vm.status is Status.RUNNING
+    await vm.delete()
+
+
 async def test_deleted_while_it_starts(new_vm: Callable[[], AsyncSmolVM]) -> None:
     vm = new_vm()
     starting = asyncio.ensure_future(vm.start())

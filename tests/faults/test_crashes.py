@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def child_named(name: str) -> int:
     [
         ("swtpm", "swtpm ended: killed by SIGKILL", signal.SIGKILL),
         ("qemu", "QEMU ended: killed by SIGKILL", signal.SIGKILL),
-        ("qemu", "QEMU was ended from outside (host-signal)", signal.SIGTERM),
+        ("qemu", "ended from outside (host-signal). QEMU ended: exit status 0", signal.SIGTERM),
+        ("swtpm", "swtpm ended: exit status 0", signal.SIGTERM),
     ],
 )
 async def test_a_process_that_is_killed_cancels_the_body_and_is_named(
@@ -92,6 +94,33 @@ async def test_a_crash_is_raised_even_if_the_body_swallows_its_cancellation(
     vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
     with pytest.raises(VMCrashedError):
         await body(vm)
+
+
+async def test_a_crash_behind_the_back_of_a_busy_loop_is_seen(
+    blank_image: Path, data_dir: Path
+) -> None:
+    with pytest.raises(VMCrashedError, match="swtpm ended: killed by SIGKILL"):
+        async with AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg"):
+            pid = child_named("swtpm")
+            os.kill(pid, signal.SIGKILL)
+            while alive(pid):
+                pass  # the event loop has no turn
+
+
+async def test_a_refusal_of_qemu_is_not_blamed_on_swtpm(
+    blank_image: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu = shutil.which("qemu-system-x86_64")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    fake(programs, "qemu-system-x86_64", f'exec {qemu} "$@" -m size=9999G')
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    for _ in range(10):
+        vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
+        with pytest.raises(LaunchError, match=r"start\. QEMU ended: exit status 1") as raised:
+            await vm.start()
+        assert "Cannot allocate memory" in str(raised.value)
+        assert "swtpm ended" not in str(raised.value)
 
 
 async def test_without_a_block_the_crash_is_raised_where_one_waits(
@@ -164,7 +193,7 @@ def fake(directory: Path, name: str, script: str) -> None:
             "echo state is locked >&2; exit 1",
             ["swtpm", "exit status 1", "state is locked"],
         ),
-        ("qemu-system-x86_64", "exec sleep 60", ["no answer within 0.5 s", "still running"]),
+        ("qemu-system-x86_64", "exec sleep 60", ["no answer within 0.5 s", "still runs"]),
     ],
 )
 async def test_what_fails_to_start_is_told_with_status_command_and_log(

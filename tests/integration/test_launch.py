@@ -12,6 +12,7 @@ import pytest
 
 from smolvm_async import (
     AsyncSmolVM,
+    ConfigError,
     LaunchError,
     Progress,
     Rung,
@@ -88,6 +89,51 @@ async def test_an_id_is_never_taken_twice(blank_image: Path, data_dir: Path) -> 
         assert first.status is Status.RUNNING
     async with same():
         pass  # free again
+
+
+async def test_what_is_not_a_vms_directory_is_left_alone(blank_image: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "documents" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    vm = AsyncSmolVM(
+        os="windows", image=blank_image, data_dir=tmp_path, accel="tcg", vm_id="documents"
+    )
+    with pytest.raises(ConfigError, match="is not a VM's directory"):
+        await vm.start()
+    await vm.delete()
+    assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("kind", ["a_file", "below_a_file", "for_everybody"])
+def test_a_data_dir_that_cannot_be_used_is_refused_at_once(
+    blank_image: Path, tmp_path: Path, kind: str
+) -> None:
+    data_dir = tmp_path / "there"
+    if kind == "for_everybody":
+        data_dir.mkdir()
+        data_dir.chmod(0o777)
+    else:
+        data_dir.write_text("")
+    if kind == "below_a_file":
+        data_dir /= "below"
+    with pytest.raises(ConfigError, match="data_dir="):
+        AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
+
+
+async def test_events_end_even_if_nothing_ever_started(blank_image: Path, data_dir: Path) -> None:
+    vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
+    before = vm.events()
+    await vm.delete()
+    assert [event async for event in before] == []
+    assert [event async for event in vm.events()] == []
+
+
+async def test_a_block_is_entered_once(blank_image: Path, data_dir: Path) -> None:
+    async with AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg") as vm:
+        with pytest.raises(ConfigError, match="already"):
+            async with vm:
+                pass
+        assert vm.status is Status.RUNNING
 
 
 async def test_every_step_may_be_repeated(blank_image: Path, data_dir: Path) -> None:

@@ -175,6 +175,7 @@ async def test_a_guest_that_panics_is_a_crash(data_dir: Path) -> None:
         async with await machine("stand_in.then=panic", data_dir=data_dir) as vm:
             await asyncio.sleep(BOOT)
     assert "Kernel panic" in str(raised.value)
+    assert "\x1b" not in str(raised.value)  # the guest does not get at the user's terminal
     assert vm.status is Status.DELETED
 
 

@@ -392,7 +392,7 @@ def test_an_image_that_this_user_may_not_read_is_refused(blank_image: Path, clos
                 AsyncSmolVM(os="windows", image=image, accel="tcg")
         finally:
             os.seteuid(0)
-    for phrase in (repr(str(image)), "cannot be read by this user", "give it read permission"):
+    for phrase in (repr(str(image)), "cannot be read by this user", "give read permission to it"):
         assert phrase in str(caught.value)
 
 
@@ -453,14 +453,11 @@ def test_more_memory_than_a_machine_can_address_is_refused_at_once(refuse: Refus
     assert f"memory={1 << 60}" in message
 
 
-@pytest.mark.parametrize(
-    ("cpus", "limit"),
-    [(0, "1"), (-1, "1"), (256, "255"), (10**20, "255"), (True, ""), (2.0, ""), ("2", "")],
-)
-def test_cpus_is_a_whole_number_from_1_to_255(refuse: Refuse, cpus: object, limit: str) -> None:
+@pytest.mark.parametrize("cpus", [0, -1, 256, 10**20, True, 2.0, "2"])
+def test_cpus_is_a_whole_number_from_1_to_255(refuse: Refuse, cpus: object) -> None:
     message = refuse(cpus=cpus)
     assert f"cpus={cpus!r} is wrong" in message
-    assert f"{limit}." in message if limit else "valid integer" in message
+    assert "a whole number of cores from 1 to 255." in message
     assert (config(cpus=1).cpus, config(cpus=255).cpus) == (1, 255)
 
 
