@@ -19,6 +19,7 @@ import re
 import shlex
 import signal
 import subprocess
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -120,12 +121,30 @@ class Child:
         self.exited.set_result(self._process.wait())  # it has ended: this only reaps
 
 
-def spawn(name: str, argv: Sequence[str], *, cwd: Path, log: Path, fds: Sequence[int]) -> Child:
+async def spawn(
+    name: str, argv: Sequence[str], *, cwd: Path, log: Path, fds: Sequence[int]
+) -> Child:
     """Start `argv` in `cwd`, with `fds` inherited and its output appended to `log`.
 
     Raises:
         LaunchError: If the operating system refuses (no memory, no descriptors, no program).
     """
+    async with _turn():
+        await asyncio.sleep(0)
+        return _spawn(name, argv, cwd, log, fds)
+
+
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _turn() -> asyncio.Lock:
+    """One spawn for each turn of the loop: it blocks for 1 to 3 ms, and many VMs may start."""
+    return _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+
+
+def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[int]) -> Child:
     logger.debug("%s: %s", name, shlex.join(argv))
     process = None
     try:

@@ -177,7 +177,7 @@ class Supervisor:
         self, argv: Sequence[str], fds: Sequence[int], *, task_status: TaskStatus[Child]
     ) -> None:
         log = self._state.path / QEMU_LOG
-        child = spawn("QEMU", argv, cwd=self._state.path, log=log, fds=fds)
+        child = await spawn("QEMU", argv, cwd=self._state.path, log=log, fds=fds)
         try:
             self._children.append(child)
             task_status.started(child)

@@ -50,8 +50,8 @@ def probe_kvm(
     if not _has_virtualization(cpuinfo):
         return Problem(
             "the processor shows neither VT-x (vmx) nor AMD-V (svm): they are switched off, or "
-            "this host is itself a VM without nested virtualization, where guests hang or die even if "
-            f"{device} opens",
+            "this host is itself a VM without nested virtualization, where guests hang or die "
+            f"even if {device} opens",
             "Switch virtualization on in the host's firmware set-up; for a VM, enable nested "
             "virtualization on its own host.",
         )

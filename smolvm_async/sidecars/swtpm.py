@@ -44,7 +44,7 @@ async def swtpm(tools: HostTools, state: StateDirectory) -> AsyncIterator[Attach
     with ours, qemus:
         argv = swtpm_arguments(tools, ours.fileno())
         log = state.path / SWTPM_LOG
-        child = spawn("swtpm", argv, cwd=state.path, log=log, fds=(ours.fileno(),))
+        child = await spawn("swtpm", argv, cwd=state.path, log=log, fds=(ours.fileno(),))
         ours.close()  # or a dead swtpm would never show as the end of QEMU's connection
         try:
             yield Attachment(tuple(attach_arguments(qemus.fileno())), (qemus,), child)
