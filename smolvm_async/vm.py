@@ -150,6 +150,8 @@ class AsyncSmolVM:
         self._body = asyncio.current_task()
         assert self._body is not None
         self._body_cancelling = self._body.cancelling()
+        if self.status is Status.CRASHED:  # before there was a body to cancel
+            await self.__aexit__(None, None, None)
         return self
 
     async def __aexit__(
@@ -173,6 +175,8 @@ class AsyncSmolVM:
         crash = self._supervisor.failure if self._supervisor else None
         if isinstance(error, asyncio.CancelledError) and not ours:
             raise error
+        if error is crash:
+            return  # it comes out by itself, or there is none
         if crash is not None and (ours or error is None or isinstance(error, Exception)):
             raise crash from error
 

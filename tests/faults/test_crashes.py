@@ -96,6 +96,20 @@ async def test_a_crash_is_raised_even_if_the_body_swallows_its_cancellation(
         await body(vm)
 
 
+async def test_a_crash_that_the_body_itself_raises_comes_out_as_it_is(
+    blank_image: Path, data_dir: Path
+) -> None:
+    with pytest.raises(VMCrashedError) as raised:
+        async with AsyncSmolVM(
+            os="windows", image=blank_image, data_dir=data_dir, accel="tcg"
+        ) as vm:
+            os.kill(child_named("qemu"), signal.SIGKILL)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+            await vm.wait_stopped()
+    assert raised.value.__cause__ is None
+
+
 async def test_a_crash_behind_the_back_of_a_busy_loop_is_seen(
     blank_image: Path, data_dir: Path
 ) -> None:
