@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smolvm_async.errors import ConfigError
 from smolvm_async.guests import GUESTS, GuestProfile
 
-VM_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 DAY = 86_400  # seconds
 MAX_CPUS = 255  # what QEMU's q35 takes without an interrupt remapper
 MAX_SHOWN = 200  # characters
@@ -232,7 +232,7 @@ def _accel(accel: object) -> object:
 
 
 def _vm_id(vm_id: object) -> str:
-    if not isinstance(vm_id, str) or not VM_ID.fullmatch(vm_id):
+    if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
         raise ConfigError(
             f"vm_id={vm_id!r} is wrong: pass 1 to 63 lower-case letters, digits and hyphens, "
             "with no hyphen at either end, such as vm_id='build-42'."

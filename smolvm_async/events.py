@@ -62,7 +62,6 @@ class BootStateChanged(Event):
     elapsed: float = 0.0  # seconds since start()
 
 
-@dataclass(frozen=True)
 class _Caused(Event):
     """An event with QEMU's `ShutdownCause`."""
 
@@ -77,17 +76,14 @@ class _Caused(Event):
         return str(self.data.get("reason", "unknown"))
 
 
-@dataclass(frozen=True)
 class Shutdown(_Caused):
     """QEMU's SHUTDOWN: the machine goes off."""
 
 
-@dataclass(frozen=True)
 class Reset(_Caused):
     """QEMU's RESET: the machine starts again, as in a reboot."""
 
 
-@dataclass(frozen=True)
 class GuestPanicked(Event):
     """QEMU's GUEST_PANICKED: the guest's kernel gave up."""
 
@@ -97,7 +93,6 @@ class GuestPanicked(Event):
         return str(self.data.get("action", "unknown"))
 
 
-@dataclass(frozen=True)
 class PortChanged(Event):
     """QEMU's VSERPORT_CHANGE: the guest has opened or closed a virtio-serial port."""
 

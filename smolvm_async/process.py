@@ -32,12 +32,12 @@ DIE_WITH_OWNER = ("setpriv", "--pdeathsig", "KILL", "--")
 LOG_TAIL = 4096  # bytes of a log that an error quotes
 
 
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]")
+CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]"
 
 
 def printable(text: str) -> str:
     """`text` without terminal control sequences: a guest may have chosen it."""
-    return _CONTROL.sub("", text)
+    return re.sub(CONTROL, "", text)
 
 
 def log_tail(path: Path, limit: int = LOG_TAIL) -> str:

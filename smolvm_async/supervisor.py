@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -48,8 +49,7 @@ class Status(StrEnum):
     DELETED = "deleted"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a run needs to know before it begins."""
 
     config: VMConfig

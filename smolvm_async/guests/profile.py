@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from smolvm_async.errors import UnsupportedError
 
 
-@dataclass(frozen=True)
-class GuestProfile:
+class GuestProfile(NamedTuple):
     """One guest OS. Adding one is one new file in this package.
 
     Attributes:
@@ -40,9 +40,9 @@ class GuestProfile:
     cpu: Mapping[str, str]
     globals: tuple[str, ...]
     rtc: str
-    accelerator_globals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    accelerator_globals: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     sidecars: tuple[str, ...] = ()
-    unsupported: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = MappingProxyType({})
 
     def require(self, feature: str) -> None:
         """Refuse a feature that this guest OS lacks.

@@ -6,8 +6,8 @@ import functools
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from smolvm_async.errors import HostError
 from smolvm_async.guests import GuestProfile
@@ -19,8 +19,7 @@ from smolvm_async.host.firmware import Firmware
 __all__ = ["Accelerator", "Firmware", "HostTools", "choose_accelerator", "find_tools"]
 
 
-@dataclass(frozen=True)
-class HostTools:
+class HostTools(NamedTuple):
     """The programs and the firmware that a guest OS needs, as absolute paths."""
 
     qemu: Path

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # <linux/kvm.h>
 KVM_GET_API_VERSION, KVM_CHECK_EXTENSION = 0xAE00, 0xAE03
@@ -14,16 +14,14 @@ KVM_CAP_X86_SMM = 117
 KVM_API_VERSION = 12
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Why an accelerator cannot be used, and what to do about it: two sentences."""
 
     reason: str
     cure: str
 
 
-@dataclass(frozen=True)
-class Accelerator:
+class Accelerator(NamedTuple):
     """One of QEMU's accelerators: its name and the value of `-accel`."""
 
     name: str

@@ -10,16 +10,14 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MACHINE = "pc-q35-7.2"  # any q35: descriptors name patterns such as pc-q35-*
 
 
-@dataclass(frozen=True)
-class Firmware:
+class Firmware(NamedTuple):
     """A pair of UEFI code and variable template, and the format of each (`raw` or `qcow2`)."""
 
     code: Path

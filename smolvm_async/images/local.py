@@ -6,15 +6,14 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from smolvm_async.errors import ImageError
 from smolvm_async.images import qcow2
 
 
-@dataclass(frozen=True)
-class BaseImage:
+class BaseImage(NamedTuple):
     """An open, checked base image.
 
     Attributes:

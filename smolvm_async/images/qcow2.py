@@ -12,7 +12,7 @@ import itertools
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAGIC = b"QFI\xfb"
 HEADER_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
@@ -46,8 +46,7 @@ class Qcow2Error(ValueError):
     """Why a file cannot be used as a qcow2 image: the rest of a sentence about it."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """The parts of a qcow2 header that matter here; offsets and sizes in bytes."""
 
     virtual_size: int

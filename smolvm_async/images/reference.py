@@ -9,8 +9,8 @@ from urllib.parse import unquote_to_bytes
 
 from smolvm_async.errors import ImageError
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(file):", re.IGNORECASE)
-_FILE_URI = re.compile(r"file:(?://(?P<host>[^/]*))?(?P<path>.*)", re.IGNORECASE | re.DOTALL)
+SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://|(file):"
+FILE_URI = r"file:(?://(?P<host>[^/]*))?(?P<path>.*)"
 
 
 def local_path(image: str) -> Path:
@@ -19,7 +19,7 @@ def local_path(image: str) -> Path:
     Raises:
         ImageError: If it is a URI of another kind or a malformed one, or no file can be named so.
     """
-    match = _SCHEME.match(image)
+    match = re.match(SCHEME, image, re.IGNORECASE)
     if match is None:
         text = os.path.expanduser(image)
         if text.startswith("~"):
@@ -55,7 +55,7 @@ def local_path(image: str) -> Path:
 
 
 def _path_of_uri(image: str) -> str:
-    parts = _FILE_URI.fullmatch(image)
+    parts = re.fullmatch(FILE_URI, image, re.IGNORECASE | re.DOTALL)
     assert parts is not None
     if (parts["host"] or "localhost").lower() != "localhost":
         raise ImageError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from socket import socket
+from typing import NamedTuple
 
 from smolvm_async.process import Child
 
 
-@dataclass(frozen=True)
-class Attachment:
+class Attachment(NamedTuple):
     """A sidecar that runs beside QEMU.
 
     Attributes:

@@ -7,7 +7,6 @@ import socket
 import string
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,7 @@ def test_a_machine_keeps_its_identity_and_shares_it_with_no_other() -> None:
 def test_a_firmware_path_arrives_whole_whatever_is_in_it(code: str, image_format: str) -> None:
     """Paths such as `/x,snapshot=on/"quoted"/CODE.fd`: an option of their own in QEMU's syntax."""
     firmware = Firmware(Path("/", code), image_format, Path("/fw/VARS"), image_format)
-    argv = arguments(config(), tools=replace(TOOLS, firmware=firmware))
+    argv = arguments(config(), tools=TOOLS._replace(firmware=firmware))
     nodes = [json.loads(value) for value in argv if value.startswith("{")]
     by_name = {node["node-name"]: node for node in nodes}
     assert by_name["code"]["file"]["filename"] == str(firmware.code)
