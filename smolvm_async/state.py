@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError
 from smolvm_async.images import qcow2
+from smolvm_async.locking import try_lock
 from smolvm_async.shielding import in_thread
 
 # All names that there are in a VM's directory.
@@ -58,7 +58,7 @@ class StateDirectory:
                 continue  # its last owner has just removed it
             except OSError as error:
                 raise ConfigError(f"{str(path)!r} cannot be used: {error.strerror}.") from error
-            if not _lock(fd):
+            if not try_lock(fd):
                 os.close(fd)
                 raise VMAlreadyExistsError(
                     f"vm_id={vm_id!r} is taken by a VM that is in use: choose another id, "
@@ -140,14 +140,6 @@ def _unusable(data_dir: Path, reason: str) -> ConfigError:
         f"data_dir={str(data_dir)!r} cannot be used: {reason}; pass the path of a directory that "
         "this user can write to."
     )
-
-
-def _lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_at(fd: int, path: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from smolvm_async import process
 from smolvm_async.errors import CommandError
+from smolvm_async.locking import try_lock
 from smolvm_async.progress import Progress, ProgressCallback, report
 from smolvm_async.shielding import settle
 
@@ -38,7 +38,7 @@ async def exclusive(directory: Path) -> AsyncIterator[None]:
     """
     descriptor = _open(directory)
     try:
-        while not _locked(descriptor):  # noqa: ASYNC110 (no event comes from another process)
+        while not try_lock(descriptor):  # noqa: ASYNC110 (no event comes from another process)
             await asyncio.sleep(POLL)
         yield
     finally:
@@ -48,14 +48,6 @@ async def exclusive(directory: Path) -> AsyncIterator[None]:
 def _open(directory: Path) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 async def update(cache: Path) -> None:

@@ -23,6 +23,7 @@ REPOSITORY = PACKAGE.parent
 ROWS = [
     "errors",
     "shielding",
+    "locking",
     "progress",
     "process",
     "guests",
