@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolvm_async.errors import ConfigError
 from smolvm_async.guests import GUESTS, GuestProfile
+from smolvm_async.paths import PathError, absolute, expand, xdg_home
 
 VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 DAY = 86_400  # seconds
@@ -21,7 +22,7 @@ MAX_SHOWN = 200  # characters
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 
 Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
-DeadlineOrNone = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
+DeadlineOrZero = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
 
 
 class _Model(BaseModel):
@@ -57,9 +58,9 @@ class Timeouts(_Model):
 
     launch: Deadline = 30
     boot: Deadline = 300
-    powerdown: DeadlineOrNone = 60
-    quit: DeadlineOrNone = 5
-    terminate: DeadlineOrNone = 5
+    powerdown: DeadlineOrZero = 60
+    quit: DeadlineOrZero = 5
+    terminate: DeadlineOrZero = 5
 
 
 class VMConfig(_Model):
@@ -96,9 +97,7 @@ def new_vm_id() -> str:
 
 def default_data_dir() -> Path:
     """`$XDG_STATE_HOME/smolvm-async`, by default `~/.local/state/smolvm-async`."""
-    state_home = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(state_home) if os.path.isabs(state_home) else Path.home() / ".local" / "state"
-    return base / "smolvm-async"
+    return xdg_home("XDG_STATE_HOME", ".local/state") / "smolvm-async"
 
 
 def make_config(
@@ -259,19 +258,14 @@ def _timeouts(timeouts: object) -> Timeouts:
 def _data_dir(data_dir: object) -> Path:
     if data_dir is None:
         return default_data_dir()
-    try:
-        text = os.path.expanduser(os.fspath(data_dir))  # type: ignore[call-overload]
-        if isinstance(text, str) and text.startswith("~"):
-            raise ConfigError(f"data_dir={data_dir!r} names a user who does not exist.")
-        if isinstance(text, str) and text and b"\0" not in os.fsencode(text):
-            return Path(text).absolute()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"data_dir={data_dir!r} is relative to a working directory that is gone: "
-            "pass an absolute path."
-        ) from None
-    except (TypeError, UnicodeEncodeError):
-        pass
+    if isinstance(data_dir, os.PathLike):
+        data_dir = os.fspath(data_dir)
+    reason = "is wrong"
+    if isinstance(data_dir, str) and data_dir:
+        try:
+            return absolute(expand(data_dir))
+        except PathError as error:
+            reason = str(error)
     raise ConfigError(
-        f"data_dir={data_dir!r} is wrong: pass the path of a directory as str or Path."
+        f"data_dir={data_dir!r} {reason}: pass the path of a directory as str or Path."
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from smolvm_async.errors import ImageError
+from smolvm_async.paths import PathError, absolute, expand
 
 SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://|(file):"
 FILE_URI = r"file:(?://(?P<host>[^/]*))?(?P<path>.*)"
@@ -20,38 +21,21 @@ def local_path(image: str) -> Path:
         ImageError: If it is a URI of another kind or a malformed one, or no file can be named so.
     """
     match = re.match(SCHEME, image, re.IGNORECASE)
-    if match is None:
-        text = os.path.expanduser(image)
-        if text.startswith("~"):
-            raise ImageError(
-                f"image={image!r} names a user who does not exist: pass the absolute path."
-            )
-    elif (match[1] or match[2]).lower() == "file":
-        text = _path_of_uri(image)
-    else:
+    if match is not None and (match[1] or match[2]).lower() != "file":
         raise ImageError(
             f"image={image!r}: {match[1]}:// images are not supported; "
             "download the qcow2 and pass its path."
         )
     try:
-        if b"\0" in os.fsencode(text):
-            raise ImageError(
-                f"image={image!r} has a NUL character, which no path has: leave it out."
-            )
-    except UnicodeEncodeError:
+        text = expand(image) if match is None else _path_of_uri(image)
+        path = absolute(text)
+    except PathError as error:
         raise ImageError(
-            f"image={image!r} has a character that no path can have (a lone surrogate): "
-            "pass the path as os.fsdecode() gives it."
+            f"image={image!r} {error}: pass the absolute path of a qcow2 file."
         ) from None
     if text.endswith("/"):
         raise ImageError(f"image={image!r} names a directory: pass the qcow2 file inside it.")
-    try:
-        return Path(text).absolute()  # not normalized: `..` after a symbolic link is the kernel's
-    except FileNotFoundError:
-        raise ImageError(
-            f"image={image!r} is relative to a working directory that is gone: "
-            "pass an absolute path."
-        ) from None
+    return path
 
 
 def _path_of_uri(image: str) -> str:

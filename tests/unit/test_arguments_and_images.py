@@ -275,6 +275,9 @@ REFERENCES = [
     (BytesPath(), ["image=", "str or Path"]),
     (7, ["image=7", "str or Path"]),
     ("/lone\ud800surrogate.qcow2", []),
+    ("~nobody\0/disk.qcow2", ["NUL"]),
+    ("~\ud800/disk.qcow2", ["surrogate"]),
+    ("~no-such-user/disk.qcow2", ["names a user who does not exist"]),
 ]
 
 
@@ -552,7 +555,9 @@ def test_an_unknown_accelerator_is_refused_with_the_known_ones(
 
 
 @pytest.mark.parametrize(
-    "data_dir", ["", b"/tmp/vms", 7, "a\0b", BytesPath(), "/tmp/lone\ud800surrogate"], ids=ascii
+    "data_dir",
+    ["", b"/tmp/vms", 7, "a\0b", BytesPath(), "/tmp/lone\ud800surrogate", "~x\0"],
+    ids=ascii,
 )
 def test_a_data_dir_that_is_no_path_is_refused(refuse: Refuse, data_dir: object) -> None:
     message = refuse(data_dir=data_dir)

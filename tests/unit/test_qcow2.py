@@ -512,18 +512,23 @@ def test_noise_is_refused(noise: bytes, start: bytes) -> None:
         check(fd)
 
 
+def crafted(*changes: tuple[tuple[int, int], int]) -> bytes:
+    """The header of an empty disk with some of its fields changed."""
+    header = bytearray(empty(TIB)[:512])
+    for (offset, length), value in changes:
+        header[offset : offset + length] = value.to_bytes(length, "big")
+    return bytes(header)
+
+
 @pytest.mark.parametrize("features", [0, DIRTY])
 def test_tables_that_point_at_each_other_cost_no_time(features: int) -> None:
     """Half a million entries name one table of 2 MiB: read once each, that would be 1 TiB."""
     cluster = 2 * MIB
-    header = bytearray(empty(TIB)[:512])
-    changes = (
+    header = crafted(
         *((CLUSTER_BITS, 21), (L1_SIZE, cluster // 8), (L1_OFFSET, cluster)),
         *((REFCOUNT_OFFSET, 2 * cluster), (REFCOUNT_CLUSTERS, 1), (INCOMPATIBLE, features)),
     )
-    for (offset, length), value in changes:
-        header[offset : offset + length] = value.to_bytes(length, "big")
-    with in_memory(bytes(header), 4 * cluster) as fd:
+    with in_memory(header, 4 * cluster) as fd:
         for table in (1, 2):
             os.pwrite(fd, struct.pack(">Q", 3 * cluster) * (cluster // 8), table * cluster)
         with at_most(3):
@@ -533,14 +538,11 @@ def test_tables_that_point_at_each_other_cost_no_time(features: int) -> None:
 def test_the_largest_tables_cost_little_memory() -> None:
     """32 MiB of L1 table and as much of reference counts, with no entry empty."""
     cluster = 2 * MIB
-    header = bytearray(empty(TIB)[:512])
-    changes = (
+    header = crafted(
         *((CLUSTER_BITS, 21), (L1_SIZE, 4 * MIB), (L1_OFFSET, cluster)),
         *((REFCOUNT_OFFSET, 17 * cluster), (REFCOUNT_CLUSTERS, 16)),
     )
-    for (offset, length), value in changes:
-        header[offset : offset + length] = value.to_bytes(length, "big")
-    with in_memory(bytes(header), 33 * cluster) as fd:
+    with in_memory(header, 33 * cluster) as fd:
         for table in range(32):
             os.pwrite(fd, struct.pack(">Q", 1 << 40) * (cluster // 8), (1 + table) * cluster)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

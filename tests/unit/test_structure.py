@@ -24,6 +24,7 @@ ROWS = [
     "errors",
     "shielding",
     "locking",
+    "paths",
     "progress",
     "process",
     "guests",

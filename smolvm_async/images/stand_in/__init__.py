@@ -8,7 +8,6 @@ TPM 2.0 and virtio-scsi. What it finds it says on the serial console: `STAND-IN:
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from smolvm_async.errors import ConfigError, HostError
 from smolvm_async.images.stand_in import disk, system
 from smolvm_async.images.stand_in.builder import Builder
+from smolvm_async.paths import xdg_home
 from smolvm_async.progress import ProgressCallback
 
 __all__ = ["GUEST_OPTIONS", "build_stand_in"]
@@ -71,7 +71,7 @@ async def build_stand_in(
         CommandError: If a package cannot be fetched, or a program fails.
     """
     _check_arguments(kernel_arguments)
-    cache = cache_dir or _default_cache()
+    cache = cache_dir or xdg_home("XDG_CACHE_HOME", ".cache") / "smolvm-async"
     builder = await asyncio.to_thread(Builder, cache, kernel_arguments, on_progress)
     try:
         found = await asyncio.to_thread(builder.find)
@@ -115,7 +115,3 @@ def _check_host() -> None:
             f"To build the stand-in this host lacks {', '.join(missing)}. "
             f"Install them with: sudo apt-get install {wanted}"
         )
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smolvm-async"
