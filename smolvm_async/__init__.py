@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smolvm_async.config import Timeouts
+from smolvm_async.config import Limits, Timeouts
 from smolvm_async.errors import (
     AcceleratorWarning,
     CommandError,
@@ -15,6 +15,7 @@ from smolvm_async.errors import (
     UnsupportedError,
     VMAlreadyExistsError,
     VMCrashedError,
+    VMNotFoundError,
     VMNotRunningError,
     VMTimeoutError,
 )
@@ -29,8 +30,9 @@ from smolvm_async.events import (
     Shutdown,
 )
 from smolvm_async.progress import Progress
+from smolvm_async.record import Status
+from smolvm_async.registry import VMInfo
 from smolvm_async.shutdown import Rung, ShutdownReport, Step
-from smolvm_async.supervisor import Status
 from smolvm_async.vm import AsyncSmolVM
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "HostError",
     "ImageError",
     "LaunchError",
+    "Limits",
     "MonitorError",
     "PortChanged",
     "Progress",
@@ -60,6 +63,8 @@ __all__ = [
     "UnsupportedError",
     "VMAlreadyExistsError",
     "VMCrashedError",
+    "VMInfo",
+    "VMNotFoundError",
     "VMNotRunningError",
     "VMTimeoutError",
 ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,6 +42,9 @@ class _Model(BaseModel):
             ) from None
 
 
+M = TypeVar("M", bound=_Model)
+
+
 class Timeouts(_Model):
     """Deadlines in seconds.
 
@@ -63,6 +66,23 @@ class Timeouts(_Model):
     terminate: DeadlineOrZero = 5
 
 
+class Limits(_Model):
+    """What VMs may take of the host; `None` sets no bound.
+
+    Attributes:
+        max_memory: MiB that all running VMs of the data directory may have together.
+        vm_memory: MiB that this VM's QEMU may use (`MemoryMax` of a systemd scope). QEMU itself
+            takes some 100 MiB besides the guest's memory; over the bound, the kernel kills it.
+        vm_cpus: How many of the host's processors it may use (`CPUQuota` of that scope).
+    """
+
+    argument = "limits: "
+
+    max_memory: Annotated[int, Field(gt=0)] | None = None
+    vm_memory: Annotated[int, Field(gt=0)] | None = None
+    vm_cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
 class VMConfig(_Model):
     """What was asked for, validated. Memory is in MiB."""
 
@@ -72,6 +92,8 @@ class VMConfig(_Model):
     cpus: int
     vm_id: str
     accel: Literal["auto", "kvm", "tcg"]
+    keep: bool
+    limits: Limits
     timeouts: Timeouts
     data_dir: Path
 
@@ -108,6 +130,8 @@ def make_config(
     cpus: object = None,
     vm_id: object = None,
     accel: object = "auto",
+    keep: object = False,
+    limits: object = None,
     timeouts: object = None,
     data_dir: object = None,
     features: Mapping[str, object] = MappingProxyType({}),
@@ -135,10 +159,12 @@ def make_config(
         "image": image,
         "memory": _memory(memory, profile),
         "cpus": profile.default_cpus if cpus is None else _cpus(cpus),
-        "vm_id": new_vm_id() if vm_id is None else _vm_id(vm_id),
+        "vm_id": new_vm_id() if vm_id is None else check_vm_id(vm_id),
         "accel": _accel(accel),
-        "timeouts": _timeouts(timeouts),
-        "data_dir": _data_dir(data_dir),
+        "keep": _keep(keep),
+        "limits": _nested(Limits, "limits", limits),
+        "timeouts": _nested(Timeouts, "timeouts", timeouts),
+        "data_dir": make_data_dir(data_dir),
     }
     return VMConfig(**arguments)
 
@@ -230,7 +256,18 @@ def _accel(accel: object) -> object:
     return accel
 
 
-def _vm_id(vm_id: object) -> str:
+def _keep(keep: object) -> object:
+    if not isinstance(keep, bool):
+        raise ConfigError(f"keep={shown(keep)} is wrong: pass True or False.")
+    return keep
+
+
+def check_vm_id(vm_id: object) -> str:
+    """Check the id of a VM.
+
+    Raises:
+        ConfigError: If no VM can have it.
+    """
     if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
         raise ConfigError(
             f"vm_id={vm_id!r} is wrong: pass 1 to 63 lower-case letters, digits and hyphens, "
@@ -239,23 +276,30 @@ def _vm_id(vm_id: object) -> str:
     return vm_id
 
 
-def _timeouts(timeouts: object) -> Timeouts:
-    if timeouts is None:
-        return Timeouts()
-    if isinstance(timeouts, Timeouts):
-        return timeouts
-    if isinstance(timeouts, Mapping):
-        unknown = sorted(str(name) for name in timeouts if name not in Timeouts.model_fields)
+def _nested(model: type[M], argument: str, value: object) -> M:
+    """An argument that is a model of its own, or a mapping of its names."""
+    if value is None:
+        return model()
+    if isinstance(value, model):
+        return value
+    known = ", ".join(model.model_fields)
+    if isinstance(value, Mapping):
+        unknown = sorted(str(name) for name in value if name not in model.model_fields)
         if unknown:
-            known = ", ".join(Timeouts.model_fields)
-            raise ConfigError(f"timeouts= has no {', '.join(unknown)}; there are: {known}.")
-        return Timeouts(**timeouts)
+            raise ConfigError(f"{argument}= has no {', '.join(unknown)}; there are: {known}.")
+        return model(**value)
     raise ConfigError(
-        f"timeouts={timeouts!r} is wrong: pass Timeouts(powerdown=10) or a mapping of its names."
+        f"{argument}={shown(value)} is wrong: pass {model.__name__}(...) or a mapping of "
+        f"its names: {known}."
     )
 
 
-def _data_dir(data_dir: object) -> Path:
+def make_data_dir(data_dir: object) -> Path:
+    """The data directory as an absolute path; by default `default_data_dir()`.
+
+    Raises:
+        ConfigError: If it is not the path of a directory.
+    """
     if data_dir is None:
         return default_data_dir()
     if isinstance(data_dir, os.PathLike):

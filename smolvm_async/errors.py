@@ -6,7 +6,8 @@
     ├── ConfigError (ValueError)         an argument is wrong
     │   ├── ImageError                   the image cannot be used
     │   ├── UnsupportedError             this guest OS does not have that feature
-    │   └── VMAlreadyExistsError         the VM id is taken
+    │   ├── VMAlreadyExistsError         the VM id is taken
+    │   └── VMNotFoundError              no VM has this id
     ├── HostError (ValueError)           the host lacks something
     ├── CommandError                     a host command failed (mcopy, apt-get, ...)
     ├── LaunchError                      QEMU or a sidecar did not start
@@ -32,6 +33,7 @@ __all__ = [
     "UnsupportedError",
     "VMAlreadyExistsError",
     "VMCrashedError",
+    "VMNotFoundError",
     "VMNotRunningError",
     "VMTimeoutError",
 ]
@@ -54,7 +56,11 @@ class UnsupportedError(ConfigError):
 
 
 class VMAlreadyExistsError(ConfigError):
-    """A living VM, of this process or of another one, has this id."""
+    """A living VM, of this process or of another one, or a kept VM has this id."""
+
+
+class VMNotFoundError(ConfigError):
+    """No VM has this id."""
 
 
 class HostError(SmolVMError, ValueError):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
-logger = logging.getLogger(__name__)
+from smolvm_async.log import get_logger
+
+logger = get_logger(__name__)
 
 BACKLOG = 1024  # events that a listener may be behind before the oldest are dropped
 
@@ -56,6 +57,8 @@ class Event:
 @dataclass(frozen=True)
 class BootStateChanged(Event):
     """The VM has entered a boot state; `name` is `BOOT_STATE`, which QEMU does not use."""
+
+    NAME: ClassVar[str] = "BOOT_STATE"
 
     state: BootState = BootState.LAUNCHING
     evidence: str = ""
@@ -123,12 +126,29 @@ def parse_event(message: Mapping[str, Any]) -> Event:
     return TYPES.get(name, Event)(name, timestamp, message.get("data", {}))
 
 
+def event_to_json(event: Event) -> dict[str, Any]:
+    """All of an event, for `event_from_json`."""
+    return asdict(event)
+
+
+def event_from_json(values: Mapping[str, Any]) -> Event:
+    """The event that `event_to_json` was given."""
+    if values["name"] == BootStateChanged.NAME:
+        return BootStateChanged(**{**values, "state": BootState(values["state"])})
+    return TYPES.get(values["name"], Event)(**values)
+
+
 class EventStream:
-    """An async iterator of one listener's events; it ends when the VM does."""
+    """An async iterator of one listener's events; it ends when the VM does.
+
+    Attributes:
+        listeners: Each is set when there is another event, or the end.
+    """
 
     def __init__(self) -> None:
         self._backlog: deque[Event] = deque(maxlen=BACKLOG)
         self._news = asyncio.Event()
+        self.listeners: weakref.WeakSet[asyncio.Event] = weakref.WeakSet([self._news])
         self._closed = False
         self._behind = False
 
@@ -151,12 +171,22 @@ class EventStream:
             self._behind = True
             logger.warning("a listener of events() is %d behind; it loses the oldest", BACKLOG)
         self._backlog.append(event)
-        self._news.set()
+        self._wake()
 
     def close(self) -> None:
         """End the stream, once it has been read to its end."""
         self._closed = True
-        self._news.set()
+        self._wake()
+
+    def pending(self) -> list[Event]:
+        """Take all events that are there, without waiting."""
+        events = list(self._backlog)
+        self._backlog.clear()
+        return events
+
+    def _wake(self) -> None:
+        for listener in self.listeners:
+            listener.set()
 
 
 class EventHub:

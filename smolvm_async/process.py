@@ -1,8 +1,9 @@
 """The only place that spawns, signals and reaps processes.
 
-Every child dies with its owner: `setpriv --pdeathsig KILL` sets the parent-death signal and
-then becomes the program, so that even a SIGKILL of Python leaves nothing running. The signal
-follows the *thread* that spawned the child, which is the event loop's.
+Every child dies with its owner: `setpriv --pdeathsig KILL` sets the parent-death signal, a shell
+looks whether the owner still lives (it may have died before the signal was set) and then becomes
+the program, so that even a SIGKILL of Python leaves nothing running. The signal follows the
+*thread* that spawned the child, which is the event loop's.
 
 A VM's children are watched by the event loop through a pidfd. asyncio's own subprocess transport
 would take a thread for each under Python 3.11, and its `kill()` polls first and so can take the
@@ -13,41 +14,63 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from smolvm_async.errors import CommandError, LaunchError
+from smolvm_async.log import get_logger
 from smolvm_async.shielding import settle
+from smolvm_async.tail import LogFile, Reader, printable
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-DIE_WITH_OWNER = ("setpriv", "--pdeathsig", "KILL", "--")
+LOG_LIMIT = 256 * 1024  # bytes of its output that are kept for each process
 LOG_TAIL = 4096  # bytes of a log that an error quotes
 
+# What a VM's process gets of the owner's environment: the rest may hold secrets.
+ENVIRONMENT = (
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "LD_LIBRARY_PATH",
+    "XDG_RUNTIME_DIR",
+)
 
-CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]"
+
+def die_with_owner() -> list[str]:
+    """What stands before a command line, so that the process dies with this one."""
+    guard = '[ "$PPID" = "$0" ] && exec "$@"'
+    return ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", guard, str(os.getpid())]
 
 
-def printable(text: str) -> str:
-    """`text` without terminal control sequences: a guest may have chosen it."""
-    return re.sub(CONTROL, "", text)
+class Identity(NamedTuple):
+    """Which process: a process id alone is given again to others.
+
+    Attributes:
+        pid: The process id.
+        started: When it started, in clock ticks since the host booted (proc(5), `starttime`).
+    """
+
+    pid: int
+    started: int
 
 
-def log_tail(path: Path, limit: int = LOG_TAIL) -> str:
-    """The last `limit` bytes of a log file, as text; empty if there is none."""
+def identify(pid: int) -> Identity | None:
+    """The identity of a process that runs now; `None` if there is none, or only a zombie."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
-            return printable(file.read().decode(errors="replace")).strip()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
+        return None
+    return Identity(pid, int(fields[19])) if fields[0] not in "ZX" else None
 
 
 def describe_exit(returncode: int) -> str:
@@ -65,23 +88,29 @@ class Child:
 
     Attributes:
         name: What messages call it, such as `QEMU`.
-        argv: Its command line, without the `setpriv` in front.
-        log: The file that takes its stdout and stderr.
-        pid: Its process id.
+        argv: Its command line, without `die_with_owner()` in front.
+        log: What it writes to stdout and stderr.
+        identity: Which process it is.
         exited: A future of its exit status, negative for a signal; never cancelled.
     """
 
     def __init__(
-        self, name: str, argv: Sequence[str], log: Path, process: subprocess.Popen[bytes]
+        self,
+        name: str,
+        argv: Sequence[str],
+        process: subprocess.Popen[bytes],
+        output: int,
+        log: LogFile,
     ) -> None:
         self.name = name
         self.argv = tuple(argv)
         self.log = log
-        self.pid = process.pid
+        self.identity = identify(process.pid) or Identity(process.pid, 0)
         self._process = process
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._pidfd = os.pidfd_open(process.pid)
+        self._reader = Reader(output, log)
         self._loop.add_reader(self._pidfd, self._on_exit)
 
     @property
@@ -94,7 +123,7 @@ class Child:
         status = "still runs"
         if self.returncode is not None:
             status = f"ended: {describe_exit(self.returncode)}"
-        tail = log_tail(self.log) or "(empty)"
+        tail = printable(self.log.text(LOG_TAIL)).strip() or "(empty)"
         return f"{self.name} {status}.\nLog:\n{tail}\nCommand: {shlex.join(self.argv)}"
 
     def terminate(self) -> None:
@@ -118,13 +147,15 @@ class Child:
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._reader.close()
+        self.log.close()
         self.exited.set_result(self._process.wait())  # it has ended: this only reaps
 
 
 async def spawn(
     name: str, argv: Sequence[str], *, cwd: Path, log: Path, fds: Sequence[int]
 ) -> Child:
-    """Start `argv` in `cwd`, with `fds` inherited and its output appended to `log`.
+    """Start `argv` in `cwd`, with `fds` inherited and the end of its output in the file `log`.
 
     Raises:
         LaunchError: If the operating system refuses (no memory, no descriptors, no program).
@@ -146,29 +177,31 @@ def _turn() -> asyncio.Lock:
 
 def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[int]) -> Child:
     logger.debug("%s: %s", name, shlex.join(argv))
-    process = None
-    try:
-        with open(log, "ab", opener=_private) as output:
-            process = subprocess.Popen(
-                [*DIE_WITH_OWNER, *argv],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=cwd,
-                pass_fds=fds,
-                start_new_session=True,
-            )
-        return Child(name, argv, log, process)
-    except OSError as error:
-        if process is not None:
-            process.kill()
-            process.wait()
-        message = f"{name} could not be started: {error}.\nCommand: {shlex.join(argv)}"
-        raise LaunchError(message) from error
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    with contextlib.ExitStack() as undo:
+        try:
+            kept = LogFile(log, LOG_LIMIT)
+            undo.callback(kept.close)
+            output, childs = os.pipe()
+            undo.callback(os.close, output)
+            with open(childs, "wb") as childs_end:
+                process = subprocess.Popen(
+                    [*die_with_owner(), *argv],
+                    stdin=subprocess.DEVNULL,
+                    stdout=childs_end,
+                    stderr=childs_end,
+                    cwd=cwd,
+                    env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+                    pass_fds=fds,
+                    start_new_session=True,
+                )
+            undo.callback(process.wait)
+            undo.callback(process.kill)
+            child = Child(name, argv, process, output, kept)
+        except OSError as error:
+            message = f"{name} could not be started: {error}.\nCommand: {shlex.join(argv)}"
+            raise LaunchError(message) from error
+        undo.pop_all()
+        return child
 
 
 async def run(
@@ -191,7 +224,7 @@ async def run(
     logger.debug("%s", shlex.join(words))
     try:
         process = await asyncio.create_subprocess_exec(
-            *DIE_WITH_OWNER,
+            *die_with_owner(),
             *words,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

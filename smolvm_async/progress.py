@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-logger = logging.getLogger(__name__)
+from smolvm_async.log import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import weakref
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import anyio
@@ -40,11 +43,46 @@ async def settle(work: Awaitable[T]) -> T:
     return future.result()
 
 
-async def in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Run `function` in a worker thread, to its end (see `settle`).
+# One for each loop and not for each process: after a fork() the child's loops get workers of their
+# own, where a shared one would be a thread that the child does not have. A worker's thread ends
+# once its loop is collected.
+_workers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ThreadPoolExecutor] = (
+    weakref.WeakKeyDictionary()
+)
 
-    The executor's future is no task: not even `asyncio.run`, which cancels all tasks at its end,
-    parts us from the thread.
+
+def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+    """Have the loop's one worker thread run `function`, after all that was submitted before.
+
+    It runs to its end, whether or not anybody waits. The executor's future is no task: not even
+    `asyncio.run`, which cancels all tasks at its end, parts us from the thread.
     """
     loop = asyncio.get_running_loop()
-    return await settle(loop.run_in_executor(None, function, *arguments))
+    worker = _workers.get(loop)
+    if worker is None:
+        worker = _workers[loop] = ThreadPoolExecutor(1, "smolvm-async")
+    return _submit(worker, function, arguments)
+
+
+async def in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """Run `function`, which must be short, in the loop's worker thread, to its end.
+
+    See `settle`. However many VMs start at once, the process has one thread more.
+    """
+    return await settle(submit(function, *arguments))
+
+
+async def in_background(function: Callable[..., T], *arguments: object) -> T:
+    """Run `function`, which may take seconds, in a thread of the loop's own pool, to its end.
+
+    See `settle`. No VM waits for it.
+    """
+    return await settle(_submit(None, function, arguments))
+
+
+def _submit(
+    executor: ThreadPoolExecutor | None, function: Callable[..., T], arguments: tuple[object, ...]
+) -> asyncio.Future[T]:
+    loop = asyncio.get_running_loop()
+    context = contextvars.copy_context()
+    return loop.run_in_executor(executor, context.run, function, *arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -11,12 +10,13 @@ from enum import StrEnum
 
 from smolvm_async.config import Timeouts
 from smolvm_async.errors import MonitorError, VMNotRunningError
+from smolvm_async.log import get_logger
 from smolvm_async.process import Child
 from smolvm_async.progress import Progress, ProgressCallback, report
 from smolvm_async.qemu.acpi import os_in_control, power_button_enabled
 from smolvm_async.qemu.monitor import Monitor
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PRESS_AGAIN = 5.0  # seconds; a press is lost while nothing in the guest listens to it yet
 EXIT = 1.0  # seconds from the end of the monitor's connection to QEMU's exit

@@ -1,7 +1,8 @@
-"""A VM's own directory: taken under a lock, filled, cleared, removed.
+"""A VM's own directory: held under a lock, filled, cleared, removed.
 
 The lock is an flock(2) on the directory itself, so there is no lock file to leave behind: the
-owner's death releases it, and whoever gets it next clears what the dead one left.
+owner's death releases it, and whoever gets it next ends what the dead one left. The record is
+the first file to be written and the last to be removed, so that nothing is there without it.
 """
 
 from __future__ import annotations
@@ -11,71 +12,110 @@ import contextlib
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 
-from smolvm_async.errors import ConfigError, VMAlreadyExistsError
+from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
 from smolvm_async.images import qcow2
 from smolvm_async.locking import try_lock
+from smolvm_async.orphans import end_orphans
+from smolvm_async.process import identify
+from smolvm_async.record import NEW_RECORD, RECORD, Record, read_record, write_record
 from smolvm_async.shielding import in_thread
 
 # All names that there are in a VM's directory.
 OVERLAY, VARS, TPM = "overlay.qcow2", "vars.fd", "tpm"
-QEMU_LOG, SWTPM_LOG = "qemu.log", "swtpm.log"
-OURS = frozenset({OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG})
+QEMU_LOG, SWTPM_LOG, CONTROL = "qemu.log", "swtpm.log", "control.sock"
+OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG, CONTROL})
+
+BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
+POLL = 0.01  # seconds between two tries to lock
 
 
 class StateDirectory:
-    """The directory of one VM, 0700, its files 0600; it is ours for as long as it is open.
+    """The directory of one VM, 0700, its files 0600; it is ours from `hold()` to `release()`.
 
     Attributes:
         path: Where it is. The VM's processes have it as their working directory, so that no
             path of the user's becomes part of one of their options.
+        fd: The open directory, which is locked; -1 while it is not held.
+        record: What it says of itself; `None` if nothing.
     """
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
-        self._fd = fd
+    def __init__(self, data_dir: Path, vm_id: str) -> None:
+        self.path = data_dir / vm_id
+        self.fd = -1
+        self.record: Record | None = None
 
-    @classmethod
-    def take(cls, data_dir: Path, vm_id: str) -> StateDirectory:
-        """Make the directory of `vm_id` and lock it; clear what a dead owner left in it.
+    async def hold(self, *, create: bool) -> None:
+        """Lock the directory, made if need be, and end what a dead owner left running in it.
 
         Raises:
             VMAlreadyExistsError: If a living process, this one included, holds it.
-            ConfigError: If `data_dir` cannot be used, or has something else of that name.
+            VMNotFoundError: If it is not there, and not to be made.
+            ConfigError: If it cannot be used, or something else has that name.
         """
+        deadline = time.monotonic() + BUSY
         try:
-            data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unusable(data_dir, str(error.strerror)) from error
-        check_data_dir(data_dir)
-        path = data_dir / vm_id
+            while not await in_thread(self.try_hold, create):
+                self._refuse_if_owned(hurry=time.monotonic() > deadline)
+                await asyncio.sleep(POLL)
+            await self.end_orphans()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def try_hold(self, create: bool) -> bool:
+        """Lock the directory and read its record; false if somebody else has locked it.
+
+        Raises:
+            VMNotFoundError, ConfigError: See `hold()`.
+        """
+        if create:
+            _make(self.path.parent)
         while True:
             try:
-                path.mkdir(mode=0o700, exist_ok=True)
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                if create:
+                    self.path.mkdir(mode=0o700, exist_ok=True)
+                self.fd = open_directory(self.path)
             except FileNotFoundError:
-                continue  # its last owner has just removed it
+                if create:
+                    continue  # its last owner has just removed it
+                raise not_found(self.path) from None
             except OSError as error:
-                raise ConfigError(f"{str(path)!r} cannot be used: {error.strerror}.") from error
-            if not try_lock(fd):
-                os.close(fd)
-                raise VMAlreadyExistsError(
-                    f"vm_id={vm_id!r} is taken by a VM that is in use: choose another id, "
-                    "or delete() that VM first."
-                )
-            if not _is_at(fd, path):
-                os.close(fd)
-                continue
-            if not OURS.issuperset(os.listdir(path)):
-                os.close(fd)
                 raise ConfigError(
-                    f"{str(path)!r} exists and is not a VM's directory: "
-                    f"choose another vm_id= than {vm_id!r}, or another data_dir=."
-                )
-            directory = cls(path, fd)
-            directory.clear()
-            return directory
+                    f"{str(self.path)!r} cannot be used: {error.strerror}."
+                ) from error
+            if not _is_at(self.fd, self.path):
+                self.release()
+                continue
+            locked = try_lock(self.fd)
+            if locked and not _is_at(self.fd, self.path):
+                self.release()
+                continue
+            self._check_ours()
+            self.record = read_record(self.path, self.fd)
+            if not locked:
+                self.release()
+            return locked
+
+    async def end_orphans(self) -> None:
+        """End the processes that a dead owner left running in it.
+
+        Raises:
+            TimeoutError: If one does not end.
+        """
+        if self.record is not None:
+            await end_orphans(self.record.processes.values(), self.fd)
+
+    def write(self, record: Record) -> None:
+        """Replace the record.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        write_record(record, self.fd)
+        self.record = record
 
     async def prepare(self, virtual_size: int, vars_template: Path) -> None:
         """Write the empty overlay, the copy of the UEFI variables and the TPM's directory.
@@ -89,56 +129,134 @@ class StateDirectory:
             in_thread((self.path / TPM).mkdir, 0o700),
         )
 
+    def check_kept(self) -> None:
+        """Whether the disk, the UEFI variables and the TPM's state of a kept VM are all there.
+
+        Raises:
+            ConfigError: If one is not, or is a symbolic link.
+        """
+        for name, is_kind in ((OVERLAY, stat.S_ISREG), (VARS, stat.S_ISREG), (TPM, stat.S_ISDIR)):
+            try:
+                good = is_kind((self.path / name).lstat().st_mode)
+            except FileNotFoundError:
+                good = False
+            if not good:
+                raise ConfigError(
+                    f"{str(self.path / name)!r} is missing, or is not what was kept: this VM "
+                    "cannot be started again. Put it back, or delete() the VM."
+                )
+
     def clear_secrets(self) -> None:
         """Remove the TPM's state and the UEFI variables."""
         shutil.rmtree(self.path / TPM, ignore_errors=True)
         (self.path / VARS).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove everything in the directory."""
+        """Remove everything in the directory but the record."""
         for entry in os.scandir(self.path):
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
-            else:
+            elif entry.name != RECORD:
                 os.unlink(entry.path)
 
     def remove(self) -> None:
         """Remove the directory and give the lock back; a second call does nothing."""
-        if self._fd >= 0:
+        if self.fd >= 0:
             try:
-                shutil.rmtree(self.path)
+                self.clear()
+                (self.path / RECORD).unlink(missing_ok=True)
+                self.path.rmdir()
             finally:
-                os.close(self._fd)
-                self._fd = -1
+                self.release()
+
+    def abandon(self) -> None:
+        """Give the lock back, and remove a directory in which nothing has begun."""
+        if self.fd >= 0 and {NEW_RECORD}.issuperset(os.listdir(self.path)):
+            self.remove()
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back and leave the files; a second call does nothing."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def _write(self, name: str, content: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(self.path / name, flags, 0o600), "wb") as file:
             file.write(content)
 
+    def _check_ours(self) -> None:
+        if not OURS.issuperset(os.listdir(self.path)):
+            self.release()
+            raise ConfigError(
+                f"{str(self.path)!r} exists and is not a VM's directory: "
+                f"choose another vm_id= than {self.path.name!r}, or another data_dir=."
+            )
+
+    def _refuse_if_owned(self, *, hurry: bool) -> None:
+        """Refuse if the one who has the lock is a VM's owner, not someone who just looks."""
+        owner = self.record.owner if self.record else None
+        if hurry or (owner is not None and identify(owner.pid) == owner):
+            by = f"process {owner.pid}" if owner else "another process"
+            raise VMAlreadyExistsError(
+                f"vm_id={self.path.name!r} is taken by a VM that is in use by {by}: choose another "
+                "id, attach to that VM with AsyncSmolVM.from_id(), or delete() it first."
+            )
+
 
 def check_data_dir(data_dir: Path) -> None:
     """Whether VMs can have their directories in `data_dir`, or it can be made; nothing is.
 
     Raises:
-        ConfigError: If it cannot, or every user of this machine could interfere.
+        ConfigError: If it cannot, or other users of this machine could interfere.
     """
     existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
     if not existing.is_dir():
         raise _unusable(data_dir, f"{str(existing)!r} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise _unusable(data_dir, f"this user may not write to {str(existing)!r}")
-    if existing == data_dir and data_dir.stat().st_mode & stat.S_IWOTH:
+    if existing != data_dir:
+        return
+    status = data_dir.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise _unusable(data_dir, f"it belongs to another user (user id {status.st_uid})")
+    if status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
         raise ConfigError(
-            f"data_dir={str(data_dir)!r} can be written to by every user of this machine: "
-            "pass another one, or run chmod o-w on it."
+            f"data_dir={str(data_dir)!r} can be written to by other users of this machine: "
+            f"pass another one, or run: chmod go-w {str(data_dir)!r}"
         )
+
+
+def _make(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(data_dir, str(error.strerror)) from error
+    check_data_dir(data_dir)
 
 
 def _unusable(data_dir: Path, reason: str) -> ConfigError:
     return ConfigError(
         f"data_dir={str(data_dir)!r} cannot be used: {reason}; pass the path of a directory that "
         "this user can write to."
+    )
+
+
+def open_directory(path: Path) -> int:
+    """Open a VM's directory; the caller closes it.
+
+    Raises:
+        OSError: If it is not there, is no directory or is a symbolic link.
+    """
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def not_found(path: Path) -> VMNotFoundError:
+    """What to raise if `path` is no VM's directory."""
+    return VMNotFoundError(
+        f"vm_id={path.name!r} is not a VM in {str(path.parent)!r}: AsyncSmolVM.list() tells which "
+        "there are; pass data_dir= if it was made with one."
     )
 
 

@@ -3,60 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import signal
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from enum import StrEnum
-from pathlib import Path
-from typing import NamedTuple
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from smolvm_async.config import VMConfig
-from smolvm_async.errors import LaunchError, SmolVMError, VMCrashedError, VMNotRunningError
+from smolvm_async.errors import (
+    ImageError,
+    LaunchError,
+    SmolVMError,
+    VMCrashedError,
+    VMNotRunningError,
+)
 from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Shutdown
-from smolvm_async.host import Accelerator, HostTools
+from smolvm_async.handle import console_tail
 from smolvm_async.images.local import BaseImage, open_image
-from smolvm_async.process import Child, printable, spawn
-from smolvm_async.progress import ProgressCallback
+from smolvm_async.limits import oom_kills
+from smolvm_async.log import get_logger
+from smolvm_async.plan import Plan
+from smolvm_async.process import Child, spawn
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.record import Machine, Status
 from smolvm_async.shielding import in_thread
 from smolvm_async.shutdown import Rung, ShutdownReport, shut_down
 from smolvm_async.sidecars import SIDECARS, Attachment
 from smolvm_async.state import QEMU_LOG, StateDirectory
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SAME_END = 0.5  # seconds within which a sidecar that ended well and QEMU ended together
 IMAGE_IN_USE = 'Failed to get shared "write" lock'  # QEMU's words for it
-CONSOLE_TAIL = 4096  # bytes of the serial console that an error quotes
-
-
-class Status(StrEnum):
-    """What a VM is doing."""
-
-    CREATED = "created"
-    STARTING = "starting"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    CRASHED = "crashed"
-    DELETED = "deleted"
-
-
-class Plan(NamedTuple):
-    """What a run needs to know before it begins."""
-
-    config: VMConfig
-    image: Path
-    tools: HostTools
-    accelerator: Accelerator
-    on_progress: ProgressCallback | None
 
 
 class Supervisor:
@@ -78,6 +60,7 @@ class Supervisor:
         self.report = ShutdownReport(Rung.NONE)
         self._plan = plan
         self._state: StateDirectory
+        self._machine: Machine | None = None  # of a kept VM that has run before
         self._hub = hub
         self._monitor = Monitor(self._on_event)
         self._scope = anyio.CancelScope()
@@ -89,6 +72,7 @@ class Supervisor:
         self._news = asyncio.Event()  # something that may be the end
         self._paused = False
         self._crash: str | None = None
+        self._oom_kills = oom_kills()
 
     def stop(self, powerdown_timeout: float | None) -> None:
         """Ask for the shutdown ladder; the first caller's deadline (seconds) counts."""
@@ -106,6 +90,8 @@ class Supervisor:
     async def run(self, state: StateDirectory) -> None:
         """Launch, hold and end the VM in `state`. Failures are kept in `failure`, never raised."""
         self._state = state
+        assert state.record is not None
+        self._machine = state.record.machine
         try:
             with self._scope:
                 async with anyio.create_task_group() as group:
@@ -139,7 +125,11 @@ class Supervisor:
         plan = self._plan
         with ExitStack() as stack:
             image = await self._open_image(stack)
-            await self._state.prepare(image.virtual_size, plan.tools.firmware.vars_template)
+            if self._machine is None:
+                await self._state.prepare(image.virtual_size, plan.tools.firmware.vars_template)
+            else:
+                self._state.check_kept()
+                _check_unchanged(image, self._machine)
             attachments: list[Attachment] = [
                 await group.start(self._hold_sidecar, name) for name in plan.config.profile.sidecars
             ]
@@ -150,7 +140,10 @@ class Supervisor:
             for sock in sockets:
                 stack.enter_context(sock)
             descriptors = Descriptors(monitor.fileno(), console.fileno(), image.fd)
-            argv = qemu_arguments(plan.config, plan.tools, plan.accelerator, descriptors, attach)
+            machine_type = self._machine.type if self._machine else None
+            argv = qemu_arguments(
+                plan.config, plan.tools, plan.accelerator, descriptors, attach, machine_type
+            )
             fds = [*descriptors, *(sock.fileno() for sock in sockets)]
             qemu: Child = await group.start(self._hold_qemu, argv, fds)
         # Only QEMU has its ends now: its death shows as the end of file.
@@ -159,7 +152,22 @@ class Supervisor:
         )
         await self._monitor.execute("cont")
         self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
+        await self._record_running(image)
         return qemu
+
+    async def _record_running(self, image: BaseImage) -> None:
+        machine = self._machine
+        if self._plan.config.keep and machine is None:
+            where = {"path": "/machine", "property": "type"}
+            type_name = str(await self._monitor.execute("qom-get", where))
+            machine = Machine(type_name.removesuffix("-machine"), image.size, image.mtime_ns)
+        processes = {child.name: child.identity for child in self._children}
+        await self._record(status=Status.RUNNING, processes=processes, machine=machine)
+
+    async def _record(self, **update: object) -> None:
+        record = self._state.record
+        assert record is not None
+        await in_thread(self._state.write, record.model_copy(update=update))
 
     async def _open_image(self, stack: ExitStack) -> BaseImage:
         opening = open_image(self._plan.image)
@@ -177,7 +185,8 @@ class Supervisor:
         self, argv: Sequence[str], fds: Sequence[int], *, task_status: TaskStatus[Child]
     ) -> None:
         log = self._state.path / QEMU_LOG
-        child = await spawn("QEMU", argv, cwd=self._state.path, log=log, fds=fds)
+        command = [*self._plan.prefix, *argv]
+        child = await spawn("QEMU", command, cwd=self._state.path, log=log, fds=fds)
         try:
             self._children.append(child)
             task_status.started(child)
@@ -209,6 +218,8 @@ class Supervisor:
         timeouts = self._plan.config.timeouts
         if self._powerdown_timeout is not None:
             timeouts = timeouts.model_copy(update={"powerdown": self._powerdown_timeout})
+        with suppress(OSError):  # a full disk
+            await self._record(status=Status.STOPPING)
         self.report = await shut_down(qemu, self._monitor, timeouts, self._plan.on_progress)
 
     def _on_event(self, event: Event) -> None:
@@ -230,10 +241,7 @@ class Supervisor:
         if status == "internal-error":
             self._give_up("the accelerator gave up on the guest (status internal-error)")
         elif status == "io-error":
-            logger.error(
-                "%s: the guest is paused: QEMU could not write its disk (is the host's full?)",
-                self._plan.config.vm_id,
-            )
+            logger.error("the guest is paused: QEMU could not write its disk (is the host's full?)")
 
     def _give_up(self, reason: str) -> None:
         self._crash = self._crash or reason
@@ -254,11 +262,23 @@ class Supervisor:
                 return None
             reason = f"QEMU was ended from outside ({self._shutdown.reason}). "
             return self._crashed(reason + qemu.report())
-        return self._crashed(qemu.report())
+        return self._crashed(self._oom_hint(qemu) + qemu.report())
+
+    def _oom_hint(self, qemu: Child) -> str:
+        kills = oom_kills() - self._oom_kills
+        if qemu.returncode != -signal.SIGKILL or not kills:
+            return ""
+        return (
+            "the kernel's out-of-memory killer has ended "
+            f"{kills} process{'es' if kills > 1 else ''} since it started, this one it seems: "
+            "use a smaller memory=, or fewer VMs at once. "
+        )
 
     def _crashed(self, what: str) -> VMCrashedError:
+        self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)
-        return VMCrashedError(f"{self._plan.config.vm_id} crashed: {what}\n{self.console_tail()}")
+        console = console_tail(self.console)
+        return VMCrashedError(f"{self._plan.config.vm_id} crashed: {what}\n{console}")
 
     async def _launch_error(self, error: Exception) -> Exception:
         """What to raise for a launch that failed: it tells which process ended, and how."""
@@ -286,11 +306,14 @@ class Supervisor:
         for child in self._children:
             child.kill()
 
-    def console_tail(self) -> str:
-        """The end of the serial console, for an error message."""
-        self.console.drain()
-        tail = printable(self.console.text(CONSOLE_TAIL)).strip()
-        return f"Serial console:\n{tail or '(empty)'}"
+
+def _check_unchanged(image: BaseImage, machine: Machine) -> None:
+    if (image.size, image.mtime_ns) != (machine.image_size, machine.image_mtime_ns):
+        raise ImageError(
+            f"image {str(image.path)!r} was changed after this VM was made from it, and the VM "
+            "keeps only what differs from it: its disk would be corrupt. Put the image back as "
+            "it was, or delete() the VM."
+        )
 
 
 def _first(errors: BaseExceptionGroup[Exception]) -> Exception:

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os as os_module
-import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
-from smolvm_async.config import Timeouts, check_timeout, make_config
-from smolvm_async.errors import (
-    AcceleratorWarning,
-    ConfigError,
-    VMCrashedError,
-    VMNotRunningError,
-    VMTimeoutError,
+from smolvm_async.config import (
+    Limits,
+    Timeouts,
+    check_timeout,
+    check_vm_id,
+    make_config,
+    make_data_dir,
 )
-from smolvm_async.events import BootState, BootStateChanged, EventHub, EventStream
+from smolvm_async.control import Attached
+from smolvm_async.errors import ConfigError, VMNotRunningError, VMTimeoutError
+from smolvm_async.events import BootState, BootStateChanged, EventStream
 from smolvm_async.guests import GUESTS
-from smolvm_async.host import choose_accelerator, find_tools
-from smolvm_async.images.local import open_image
+from smolvm_async.handle import Handle, Run, console_tail, ended
 from smolvm_async.images.reference import local_path
+from smolvm_async.lookup import find
+from smolvm_async.owned import Owned
+from smolvm_async.plan import make_plan
 from smolvm_async.progress import ProgressCallback
-from smolvm_async.shielding import in_thread, settle
-from smolvm_async.shutdown import Rung, ShutdownReport
-from smolvm_async.state import StateDirectory, check_data_dir
-from smolvm_async.supervisor import Plan, Status, Supervisor
+from smolvm_async.record import Status
+from smolvm_async.registry import VMInfo, list_vms, prune_vms
+from smolvm_async.shutdown import ShutdownReport
 
 
 class AsyncSmolVM:
@@ -37,9 +39,10 @@ class AsyncSmolVM:
         async with AsyncSmolVM(os="windows", image="~/win11.qcow2", memory=4096) as vm:
             await vm.wait_for("ready")
 
-    Leaving the block powers the guest down and deletes the VM; leaving it by an exception or a
-    cancellation kills it at once. If QEMU, swtpm or the guest dies meanwhile, the block is
-    cancelled and raises `VMCrashedError`. Without `async with`: `start()`, `stop()`, `delete()`.
+    Leaving the block powers the guest down and deletes the VM (`keep=True` keeps it); leaving it
+    by an exception or a cancellation kills it at once. If QEMU, swtpm or the guest dies meanwhile,
+    the block is cancelled and raises `VMCrashedError`. Without `async with`: `start()`, `stop()`,
+    `delete()`.
 
     Args:
         os: The guest OS: `"windows"`.
@@ -50,6 +53,9 @@ class AsyncSmolVM:
         vm_id: Lower-case letters, digits and hyphens; by default `vm-` and 8 hex digits.
         accel: `"auto"` takes KVM where it works, and TCG with a warning where it does not;
             `"kvm"` or `"tcg"` insists.
+        keep: Whether the VM outlives its block and its process: its disk, UEFI variables and TPM
+            stay together until `delete()`, and `from_id()` finds it again.
+        limits: What VMs may take of the host: a `Limits`, or a mapping of its names.
         mounts: Not for Windows guests.
         writable_mounts: Not for Windows guests.
         internet_settings: Not for Windows guests.
@@ -72,6 +78,8 @@ class AsyncSmolVM:
         cpus: int | None = None,
         vm_id: str | None = None,
         accel: Literal["auto", "kvm", "tcg"] = "auto",
+        keep: bool = False,
+        limits: Limits | Mapping[str, float] | None = None,
         mounts: Sequence[object] = (),
         writable_mounts: bool = False,
         internet_settings: object | None = None,
@@ -86,6 +94,8 @@ class AsyncSmolVM:
             cpus=cpus,
             vm_id=vm_id,
             accel=accel,
+            keep=keep,
+            limits=limits,
             timeouts=timeouts,
             data_dir=data_dir,
             features={
@@ -93,55 +103,83 @@ class AsyncSmolVM:
                 "internet_settings": internet_settings is not None,
             },
         )
-        if on_progress is not None and not callable(on_progress):
-            raise ConfigError(f"on_progress={on_progress!r} is wrong: pass a function.")
-        path = local_path(config.image)
-        with open_image(path):
-            pass  # checked now, for an early answer, and again by start()
-        check_data_dir(config.data_dir)
-        tools = find_tools(config.profile)
-        accelerator, warning = choose_accelerator(config.accel)
-        if warning is not None:
-            warnings.warn(warning, AcceleratorWarning, stacklevel=2)
-        self._config = config
-        self._plan = Plan(config, path, tools, accelerator, on_progress)
-        self._hub = EventHub()
-        self._state: StateDirectory | None = None
-        self._supervisor: Supervisor | None = None
-        self._running: asyncio.Task[None] | None = None
-        self._starters = 0
-        self._stopping = False
-        self._deleted = False
-        self._removal: asyncio.Future[None] | None = None
+        _check_progress(on_progress)
+        config = config.model_copy(update={"image": str(local_path(config.image))})
+        plan = make_plan(config, on_progress)
+        self._hold(Owned(config, lambda: plan), on_progress)
+
+    def _hold(self, handle: Owned | Attached, on_progress: ProgressCallback | None) -> None:
+        self._vm: Handle = handle
+        self._on_progress = on_progress
         self._body: asyncio.Task[Any] | None = None
         self._body_cancelling = 0
         self._body_cancelled = False
+        handle.on_crash = self._cancel_body
+
+    @classmethod
+    async def from_id(
+        cls,
+        vm_id: str,
+        *,
+        data_dir: str | os_module.PathLike[str] | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> Self:
+        """Find a VM by its id, in a later process or beside its owner.
+
+        A running VM is attached to: everything works as for its owner, and `detach()`, or the
+        end of an `async with` block, leaves it running. A kept VM at rest is the caller's:
+        `start()` boots the same machine again.
+
+        Args:
+            vm_id: Its id; `list()` tells which there are.
+            data_dir: See the class.
+            on_progress: See the class; of an attached VM, its owner has the progress.
+
+        Raises:
+            VMNotFoundError: No VM has this id (a `ValueError`).
+            VMNotRunningError: Its owner is alive and does not answer.
+        """
+        _check_progress(on_progress)
+        path = make_data_dir(data_dir) / check_vm_id(vm_id)
+        vm = cls.__new__(cls)
+        vm._hold(await find(path, lambda config: make_plan(config, on_progress)), on_progress)
+        return vm
+
+    @classmethod
+    async def list(
+        cls, *, data_dir: str | os_module.PathLike[str] | None = None
+    ) -> Sequence[VMInfo]:
+        """Every VM of this user, running or kept, the oldest first, and what dead owners left."""
+        return await list_vms(make_data_dir(data_dir))
+
+    @classmethod
+    async def prune(
+        cls, *, data_dir: str | os_module.PathLike[str] | None = None
+    ) -> Sequence[VMInfo]:
+        """End and remove what dead owners left; a kept VM of theirs stays, `stopped`.
+
+        Returns:
+            What was found, as it was before.
+        """
+        return await prune_vms(make_data_dir(data_dir))
 
     def __repr__(self) -> str:
-        return f"<AsyncSmolVM {self.vm_id} {self._config.os} {self.status}>"
+        return f"<AsyncSmolVM {self.vm_id} {self._vm.config.os} {self.status}>"
 
     @property
     def vm_id(self) -> str:
         """Its id; also the name of its directory."""
-        return self._config.vm_id
+        return self._vm.config.vm_id
 
     @property
     def status(self) -> Status:
         """What the VM is doing."""
-        if self._deleted:
-            return Status.DELETED
-        if self._supervisor is None or self._running is None:
-            return Status.CREATED
-        if not self._running.done():
-            if self._stopping:
-                return Status.STOPPING
-            return Status.RUNNING if self._supervisor.started.done() else Status.STARTING
-        return Status.CRASHED if self._supervisor.failure else Status.STOPPED
+        return self._vm.status
 
     @property
     def accelerator(self) -> str:
-        """`kvm` or `tcg`: what QEMU runs the guest with."""
-        return self._plan.accelerator.name
+        """`kvm` or `tcg`: what QEMU runs the guest with; empty before that is known."""
+        return self._vm.accelerator
 
     async def __aenter__(self) -> Self:
         if self._body is not None:
@@ -164,15 +202,13 @@ class AsyncSmolVM:
         ours = self._body_cancelled  # whether it was the crash that cancelled the body
         self._body_cancelled = False
         try:
-            if error is None:
-                await self.stop()
-            await self.delete()
+            await self._vm.leave(graceful=error is None)
         except asyncio.CancelledError as cancellation:
-            await self.delete()
+            await self._vm.leave(graceful=False)
             error = error or cancellation
         if ours and body is asyncio.current_task() and body is not None:
             ours = body.uncancel() <= self._body_cancelling
-        crash = self._supervisor.failure if self._supervisor else None
+        crash = self._vm.run.failure if self._vm.run else None
         if isinstance(error, asyncio.CancelledError) and not ours:
             raise error
         if error is crash:
@@ -180,47 +216,36 @@ class AsyncSmolVM:
         if crash is not None and (ours or error is None or isinstance(error, Exception)):
             raise crash from error
 
+    def _cancel_body(self) -> None:
+        if self._body is not None:
+            self._body_cancelled = self._body.cancel()
+
     async def start(self) -> None:
         """Start the VM; returns when the guest's processors run. A running VM is left alone.
 
-        A VM that was stopped starts afresh from its image. Cancelled, it leaves nothing behind.
+        A kept VM that was stopped boots again, with its disk, UEFI variables and TPM; any other
+        starts afresh from its image. Cancelled, it leaves nothing behind.
 
         Raises:
             LaunchError: QEMU or swtpm did not start.
-            VMAlreadyExistsError: Another living VM has this id.
+            VMAlreadyExistsError: Another VM has this id.
+            HostError: The VM does not fit into the host's memory; with the figures.
             ImageError: The image has changed since, and cannot be used.
             VMNotRunningError: The VM was deleted, or stopped while it started.
         """
-        if self._stopping and self._running is not None:
-            await asyncio.wait([self._running])
-        if self._deleted:
-            raise VMNotRunningError(f"{self.vm_id} was deleted: make a new AsyncSmolVM.")
-        if self._supervisor is None or self._running is None or self._running.done():
-            self._stopping = False
-            self._supervisor = Supervisor(self._plan, self._hub)
-            self._running = asyncio.ensure_future(self._run(self._supervisor))
-        running, supervisor = self._running, self._supervisor
-        self._starters += 1
-        try:
-            await asyncio.wait({running, supervisor.started}, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            if self._starters == 1:  # nobody else waits for this VM
-                await self._discard()
-            raise
-        finally:
-            self._starters -= 1
-        if self._stopping:
-            await asyncio.wait([running])
-            raise VMNotRunningError(f"{self.vm_id} was stopped while it started.")
-        if not supervisor.started.done():
-            await self._remove_state()
-            raise supervisor.failure or VMNotRunningError(f"{self.vm_id} was stopped meanwhile.")
+        if isinstance(self._vm, Attached) and self._vm.over.done():
+            config = self._vm.config  # its owner's run is over: it may be ours now
+            handle = await find(
+                config.data_dir / config.vm_id, lambda found: make_plan(found, self._on_progress)
+            )
+            self._hold(handle, self._on_progress)
+        await self._vm.start()
 
     async def stop(self, timeout: float | None = None) -> ShutdownReport:
         """Power the guest down, and climb the shutdown ladder if it does not.
 
-        The TPM's state and the UEFI variables are gone afterwards; the rest goes with
-        `delete()`. Cancelled, it kills the VM at once.
+        A kept VM can be started again. Of any other, the TPM's state and the UEFI variables are
+        gone afterwards; the rest goes with `delete()`. Cancelled, it kills the VM at once.
 
         Args:
             timeout: Seconds for the guest to power down, instead of `Timeouts.powerdown`;
@@ -230,23 +255,23 @@ class AsyncSmolVM:
             Which rung ended the VM, and how long each took.
         """
         check_timeout(timeout)
-        if self._supervisor is None or self._running is None:
-            return ShutdownReport(Rung.NONE)
-        if not self._running.done():
-            self._stopping = True
-            self._supervisor.stop(timeout)
-            try:
-                await asyncio.wait([self._running])
-            except asyncio.CancelledError:
-                await self._kill()
-                raise
-        return self._supervisor.report
+        return await self._vm.stop(timeout)
 
     async def delete(self) -> None:
-        """Remove the VM and everything of it; one that still runs is killed first."""
-        self._deleted = True
-        self._hub.close()
-        await self._discard()
+        """Remove the VM and everything of it; one that still runs is killed first.
+
+        Raises:
+            VMAlreadyExistsError: It was at rest, and another process has started it meanwhile.
+        """
+        await self._vm.delete()
+
+    async def detach(self) -> None:
+        """Let go of a VM that `from_id()` attached to; it goes on under its owner.
+
+        Raises:
+            ConfigError: The VM is this process's own.
+        """
+        await self._vm.detach()
 
     async def wait_stopped(self) -> None:
         """Wait until the VM has stopped, whoever stopped it.
@@ -255,15 +280,15 @@ class AsyncSmolVM:
             VMCrashedError: It crashed.
             VMNotRunningError: It was never started.
         """
-        supervisor, running = self._begun()
-        await asyncio.wait([running])
-        if supervisor.failure is not None:
-            raise supervisor.failure
+        run, over = self._begun()
+        await asyncio.wait([over])
+        if run.failure is not None:
+            raise run.failure
 
     @property
     def boot_state(self) -> BootState | None:
         """The boot state it is in, or was in when it ended; `None` before `start()`."""
-        return self._supervisor.boot.last.state if self._supervisor else None
+        return self._vm.run.boot.last.state if self._vm.run else None
 
     async def wait_for(
         self, state: BootState | str, timeout: float | None = None
@@ -288,23 +313,23 @@ class AsyncSmolVM:
             names = ", ".join(repr(str(known)) for known in BootState)
             raise ConfigError(f"state={state!r} is no boot state: there are {names}.") from None
         check_timeout(timeout)
-        supervisor, running = self._begun()
-        if running.done():
-            raise self._ended(supervisor)
-        deadline = self._config.timeouts.boot if timeout is None else timeout
+        run, over = self._begun()
+        if over.done():
+            raise ended(self.vm_id, run)
+        deadline = self._vm.config.timeouts.boot if timeout is None else timeout
         try:
             async with asyncio.timeout(deadline):
-                reached = await supervisor.boot.wait_for(state)
+                reached = await run.boot.wait_for(state)
         except TimeoutError:
-            last = supervisor.boot.last
+            last = run.boot.last
             raise VMTimeoutError(
                 f"{self.vm_id} did not reach {str(state)!r} within {deadline:g} s: it is at "
                 f"{str(last.state)!r} since {last.elapsed:.1f} s after start() ({last.evidence}).\n"
-                f"{supervisor.console_tail()}"
+                f"{console_tail(run.console)}"
             ) from None
         if reached is None:
-            await asyncio.wait([running])
-            raise self._ended(supervisor)
+            await asyncio.wait([over])
+            raise ended(self.vm_id, run)
         return reached
 
     def events(self) -> EventStream:
@@ -313,14 +338,15 @@ class AsyncSmolVM:
         It may be called before `start()`. The iterator ends when the VM does; one that is more
         than 1024 events behind loses the oldest.
         """
-        stream = self._hub.subscribe()
-        if self._deleted or (self._running is not None and self._running.done()):
+        stream = self._vm.hub.subscribe()
+        over = self._vm.over
+        if self.status is Status.DELETED or (over is not None and over.done()):
             stream.close()
         return stream
 
     def console_log(self) -> str:
         """What the guest has written to its serial console: the last 256 KiB, as text."""
-        return self._supervisor.console.text() if self._supervisor else ""
+        return self._vm.run.console.text() if self._vm.run else ""
 
     async def run(self, command: str, **options: object) -> NoReturn:
         """Not for Windows guests: raises `UnsupportedError`."""
@@ -337,60 +363,15 @@ class AsyncSmolVM:
         raise AssertionError
 
     def _refuse(self, feature: str) -> NoReturn:
-        self._config.profile.require(feature)
+        self._vm.config.profile.require(feature)
         raise AssertionError(f"{feature} is not refused, and not there")
 
-    def _begun(self) -> tuple[Supervisor, asyncio.Task[None]]:
-        if self._supervisor is None or self._running is None:
+    def _begun(self) -> tuple[Run, asyncio.Future[None]]:
+        if self._vm.run is None or self._vm.over is None:
             raise VMNotRunningError(f"{self.vm_id} was not started: use async with, or start().")
-        return self._supervisor, self._running
+        return self._vm.run, self._vm.over
 
-    def _ended(self, supervisor: Supervisor) -> Exception:
-        """What a control raises once the VM has ended."""
-        return supervisor.failure or VMNotRunningError(
-            f"{self.vm_id} does not run any more: it ended by {str(supervisor.report.rung)!r}."
-        )
 
-    async def _run(self, supervisor: Supervisor) -> None:
-        """The supervisor task: one run, from the directory to the last process reaped."""
-        try:
-            await in_thread(self._take_state)
-            assert self._state is not None
-            await supervisor.run(self._state)
-        except Exception as error:  # start() raises it
-            supervisor.failure = error
-        except asyncio.CancelledError:  # the loop is closing, and nobody will call delete()
-            await self._remove_state()
-            raise
-        finally:
-            self._hub.close()
-            if isinstance(supervisor.failure, VMCrashedError) and self._body is not None:
-                self._body_cancelled = self._body.cancel()
-            if self._state is not None:
-                self._state.clear_secrets()
-
-    def _take_state(self) -> None:
-        if self._state is None:
-            self._state = StateDirectory.take(self._config.data_dir, self.vm_id)
-        else:
-            self._state.clear()
-
-    async def _kill(self) -> None:
-        """End a run at once; its processes are reaped afterwards, whatever cancels us."""
-        if self._supervisor is not None and self._running is not None:
-            if not self._running.done():
-                self._supervisor.abort()
-            await settle(asyncio.wait([self._running]))
-
-    async def _discard(self) -> None:
-        try:
-            await self._kill()
-        finally:
-            await self._remove_state()
-
-    async def _remove_state(self) -> None:
-        state, self._state = self._state, None
-        if state is not None:
-            self._removal = asyncio.get_running_loop().run_in_executor(None, state.remove)
-        if self._removal is not None:
-            await settle(self._removal)
+def _check_progress(on_progress: object) -> None:
+    if on_progress is not None and not callable(on_progress):
+        raise ConfigError(f"on_progress={on_progress!r} is wrong: pass a function.")

@@ -20,7 +20,8 @@ class GuestProfile(NamedTuple):
         default_cpus: Cores of the one socket.
         hosts: Values of `sys.platform` under which it runs.
         firmware_features: What QEMU's firmware descriptor must offer (firmware.json).
-        machine: Value of QEMU's `-machine`.
+        machine_type: QEMU's machine type; a kept VM stays with the version it was made with.
+        machine_options: Options of `-machine`.
         cpu: Value of `-cpu`, by accelerator.
         globals: Values of `-global`, for every accelerator.
         accelerator_globals: Further ones, by accelerator.
@@ -36,7 +37,8 @@ class GuestProfile(NamedTuple):
     default_cpus: int
     hosts: tuple[str, ...]
     firmware_features: frozenset[str]
-    machine: str
+    machine_type: str
+    machine_options: str
     cpu: Mapping[str, str]
     globals: tuple[str, ...]
     rtc: str

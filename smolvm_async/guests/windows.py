@@ -32,7 +32,8 @@ WINDOWS = GuestProfile(
     hosts=("linux",),
     firmware_features=frozenset({"secure-boot", "enrolled-keys", "requires-smm"}),
     # No HPET: Windows prefers the Hyper-V clock and polls a HPET at a cost (libvirt does the same).
-    machine="q35,smm=on,vmport=off,hpet=off",
+    machine_type="q35",
+    machine_options="smm=on,vmport=off,hpet=off",
     cpu={"kvm": ",".join(("host", *HYPER_V)), "tcg": "max"},
     globals=(
         # Secure Boot holds only if nothing but SMM writes the variables, and S3 is off.

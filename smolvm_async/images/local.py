@@ -20,11 +20,15 @@ class BaseImage(NamedTuple):
         path: Where it is.
         fd: Open for reading only; QEMU inherits it and never opens the path itself.
         virtual_size: Bytes of the disk that the guest sees.
+        size: Bytes of the file.
+        mtime_ns: When it was last written to, in nanoseconds since the epoch.
     """
 
     path: Path
     fd: int
     virtual_size: int
+    size: int
+    mtime_ns: int
 
 
 @contextmanager
@@ -51,7 +55,8 @@ def open_image(path: Path) -> Iterator[BaseImage]:
             "pass the path of a qcow2 file."
         ) from None
     try:
-        mode = os.fstat(fd).st_mode
+        status = os.fstat(fd)
+        mode = status.st_mode
         if stat.S_ISDIR(mode):
             raise ImageError(f"image {str(path)!r} is a directory: pass the qcow2 file inside it.")
         if not stat.S_ISREG(mode):
@@ -62,6 +67,6 @@ def open_image(path: Path) -> Iterator[BaseImage]:
             raise ImageError(f"image {str(path)!r} {error}.") from None
         except OSError as error:
             raise ImageError(f"image {str(path)!r} cannot be read: {error.strerror}.") from None
-        yield BaseImage(path, fd, header.virtual_size)
+        yield BaseImage(path, fd, header.virtual_size, status.st_size, status.st_mtime_ns)
     finally:
         os.close(fd)

@@ -44,9 +44,16 @@ def qemu_arguments(
     accelerator: Accelerator,
     descriptors: Descriptors,
     attach: Sequence[str],
+    machine_type: str | None = None,
 ) -> list[str]:
-    """The whole command line of one VM; `attach` holds the options for its sidecars."""
+    """The whole command line of one VM.
+
+    Args:
+        attach: The options for its sidecars.
+        machine_type: The one that a kept VM was made with; by default the newest.
+    """
     profile = config.profile
+    machine = f"{machine_type or profile.machine_type},{profile.machine_options}"
     global_options = (*profile.globals, *profile.accelerator_globals.get(accelerator.name, ()))
     return [
         str(tools.qemu),
@@ -55,7 +62,7 @@ def qemu_arguments(
         "-nodefaults",
         "-no-user-config",
         "-S",  # `cont` follows when everything is attached
-        *("-machine", f"{profile.machine},pflash0=code,pflash1=vars"),
+        *("-machine", f"{machine},pflash0=code,pflash1=vars"),
         *("-accel", accelerator.option),
         *("-cpu", profile.cpu[accelerator.name]),
         *("-smp", f"sockets=1,cores={config.cpus},threads=1"),
@@ -66,7 +73,7 @@ def qemu_arguments(
         *_monitor(descriptors.monitor),
         *_console(descriptors.console),
         *_firmware(tools),
-        *_disk(descriptors.base_image),
+        *_disk(descriptors.base_image, keep=config.keep),
         *_network(config.vm_id),
         *_agent(),
         *_display(),
@@ -102,9 +109,9 @@ def _firmware(tools: HostTools) -> list[str]:
     ]
 
 
-def _disk(base_image: int) -> list[str]:
-    # The overlay is thrown away with the VM, so the host need not flush it for the guest.
-    cache = {"direct": False, "no-flush": True}
+def _disk(base_image: int, *, keep: bool) -> list[str]:
+    # An overlay that is thrown away with the VM need not be flushed to the host's disk.
+    cache = {"direct": False, "no-flush": not keep}
     overlay = {
         "driver": "qcow2",
         "node-name": "disk",

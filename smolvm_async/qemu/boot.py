@@ -17,32 +17,26 @@ POLL = 0.25  # seconds between two looks at a guest that boots
 REST = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
 
 
-class BootTracker:
-    """Follows one boot, from `start()` on: an event for each boot state that is entered."""
+class BootStates:
+    """The boot states that a VM enters, and waiting for one.
 
-    def __init__(self, hub: EventHub, on_progress: ProgressCallback | None) -> None:
+    Attributes:
+        last: The latest change.
+    """
+
+    def __init__(self, hub: EventHub, first: BootStateChanged) -> None:
         self._hub = hub
-        self._on_progress = on_progress
-        self._started = time.monotonic()
-        self._changed = asyncio.Event()
         self._waiting: list[tuple[BootState, asyncio.Future[BootStateChanged | None]]] = []
         self._ended = False
-        self.last: BootStateChanged
-        self.enter(BootState.LAUNCHING, "start() was called")
+        self.last = first
 
-    def enter(self, state: BootState, evidence: str) -> None:
+    def change(self, change: BootStateChanged) -> None:
         """Enter a boot state and tell everybody."""
-        elapsed = time.monotonic() - self._started
-        self.last = BootStateChanged(
-            "BOOT_STATE", time.time(), state=state, evidence=evidence, elapsed=elapsed
-        )
-        self._hub.publish(self.last)
-        report(self._on_progress, Progress("boot", f"{state}: {evidence}", elapsed))
+        self.last = change
+        self._hub.publish(change)
         for wanted, future in self._waiting:
-            if state.reaches(wanted) and not future.done():
-                future.set_result(self.last)
-        self._changed.set()
-        self._changed = asyncio.Event()
+            if change.state.reaches(wanted) and not future.done():
+                future.set_result(change)
 
     def end(self) -> None:
         """The VM has ended; whoever still waits is told so."""
@@ -50,6 +44,39 @@ class BootTracker:
         for _, future in self._waiting:
             if not future.done():
                 future.set_result(None)
+
+    async def wait_for(self, state: BootState) -> BootStateChanged | None:
+        """Wait until `state` or a later one is reached; `None` if the VM ended before."""
+        if self.last.state.reaches(state):
+            return self.last
+        if self._ended:
+            return None
+        future: asyncio.Future[BootStateChanged | None] = asyncio.Future()
+        self._waiting.append((state, future))
+        try:
+            return await future
+        finally:
+            self._waiting.remove((state, future))
+
+
+class BootTracker(BootStates):
+    """Follows one boot, from `start()` on, by what QEMU tells and by what can be seen in it."""
+
+    def __init__(self, hub: EventHub, on_progress: ProgressCallback | None) -> None:
+        self._on_progress = on_progress
+        self._started = time.monotonic()
+        self._changed = asyncio.Event()
+        super().__init__(hub, BootStateChanged(BootStateChanged.NAME, time.time()))
+        self.enter(BootState.LAUNCHING, "start() was called")
+
+    def enter(self, state: BootState, evidence: str) -> None:
+        """Enter a boot state, on that evidence."""
+        elapsed = time.monotonic() - self._started
+        name = BootStateChanged.NAME
+        self.change(BootStateChanged(name, time.time(), {}, state, evidence, elapsed))
+        report(self._on_progress, Progress("boot", f"{state}: {evidence}", elapsed))
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def on_event(self, event: Event) -> None:
         """Draw the conclusions from one of QEMU's events."""
@@ -78,19 +105,6 @@ class BootTracker:
                 await self._changed.wait()  # a reset
             else:
                 await asyncio.sleep(POLL)
-
-    async def wait_for(self, state: BootState) -> BootStateChanged | None:
-        """Wait until `state` or a later one is reached; `None` if the VM ended before."""
-        if self.last.state.reaches(state):
-            return self.last
-        if self._ended:
-            return None
-        future: asyncio.Future[BootStateChanged | None] = asyncio.Future()
-        self._waiting.append((state, future))
-        try:
-            return await future
-        finally:
-            self._waiting.remove((state, future))
 
     async def _look_at_disk(self, monitor: Monitor) -> None:
         entered = self.last

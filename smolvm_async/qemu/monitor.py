@@ -17,10 +17,11 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
 from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
 from smolvm_async.events import Event, parse_event
+from smolvm_async.log import get_logger
 from smolvm_async.shielding import settle
 
 # What the client logs as errors is raised here, or expected. DEBUG shows every message.
-wire = logging.getLogger(f"{__name__}.wire")
+wire = get_logger(f"{__name__}.wire")
 wire.setLevel(logging.CRITICAL)
 
 ANSWER = 30.0  # seconds that QEMU may take for one command; it usually takes 0.3 ms

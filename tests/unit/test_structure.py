@@ -22,17 +22,23 @@ REPOSITORY = PACKAGE.parent
 # A module imports only from rows above its own, or from its own row if that is a package.
 ROWS = [
     "errors",
+    "log",
     "shielding",
     "locking",
     "paths",
     "progress",
+    "tail",
     "process",
     "guests",
     "config",
     "events",
     "images",
     "host",
+    "record",
+    "orphans",
     "state",
+    "registry",
+    "limits",
     "sidecars",
     "qemu.arguments",
     "qemu.monitor",
@@ -40,11 +46,16 @@ ROWS = [
     "qemu.acpi",
     "qemu.boot",
     "shutdown",
+    "handle",
+    "plan",
     "supervisor",
+    "control",
+    "owned",
+    "lookup",
     "vm",
     "__init__",
 ]
-PACKAGES = {"guests", "images", "host", "sidecars"}
+PACKAGES = {"guests", "images", "host", "sidecars", "control"}
 EMPTY = {"qemu.__init__"}  # no row of its own: there is nothing in it
 
 MODULES = {

@@ -1,0 +1,179 @@
+"""The owner's side of a control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from smolvm_async.config import check_timeout
+from smolvm_async.control.messages import (
+    MAX_MESSAGE,
+    address,
+    decode,
+    encode,
+    error_to_json,
+    report_to_json,
+)
+from smolvm_async.errors import ConfigError
+from smolvm_async.events import EventStream, event_to_json
+from smolvm_async.handle import Handle, Run
+from smolvm_async.log import get_logger
+
+logger = get_logger(__name__)
+
+FLUSH = 1.0  # seconds that a client may take to read the last messages
+
+
+class ControlServer:
+    """Serves one run of a VM on the socket in its directory."""
+
+    def __init__(self, vm: Handle, run: Run) -> None:
+        self._vm = vm
+        self._run = run
+        self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
+        self._requests: set[asyncio.Task[None]] = set()
+        self._news: set[asyncio.Event] = set()
+        self._over = False
+
+    async def start(self, dir_fd: int) -> None:
+        """Listen on the socket in an open directory; only this user can connect to it.
+
+        Raises:
+            OSError: If it cannot be made.
+        """
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            os.fchmod(listener.fileno(), 0o600)  # the socket's file gets this mode
+            listener.bind(address(dir_fd))
+            self._server = await asyncio.start_unix_server(
+                self._serve, sock=listener, limit=MAX_MESSAGE
+            )
+        except BaseException:
+            listener.close()
+            raise
+
+    def tell_status(self) -> None:
+        """Tell every client that the VM's status may have changed."""
+        for news in self._news:
+            news.set()
+
+    async def close(self) -> None:
+        """Send every client what is left to say, and close."""
+        self._over = True
+        if self._server is not None:
+            self._server.close()
+            self.tell_status()
+            if self._connections:
+                await asyncio.wait(self._connections, timeout=FLUSH)
+            for task in [*self._connections]:
+                task.cancel()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        reading = asyncio.ensure_future(self._read_requests(reader, writer))
+        telling = asyncio.ensure_future(self._tell(writer))
+        try:
+            await asyncio.wait({reading, telling}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._connections.discard(task)
+            for part in (reading, telling):
+                part.cancel()
+            await asyncio.gather(reading, telling, return_exceptions=True)
+            if self._over:
+                writer.close()
+            else:
+                writer.transport.abort()
+
+    async def _tell(self, writer: asyncio.StreamWriter) -> None:
+        """Everything that happens, as fast as the client reads; the oldest is left out if slow."""
+        news = asyncio.Event()
+        events, console = self._vm.hub.subscribe(), self._run.console
+        events.listeners.add(news)
+        console.listeners.add(news)
+        self._news.add(news)
+        try:
+            hello = {
+                "accelerator": self._vm.accelerator,
+                "boot": event_to_json(self._run.boot.last),
+            }
+            self._notify(writer, "hello", hello)
+            told, read = "", max(0, console.count - console.limit)
+            while True:
+                over = self._over
+                news.clear()
+                read = self._send_news(writer, events, read)
+                if told != (told := str(self._vm.status)):
+                    self._notify(writer, "status", {"status": told})
+                await writer.drain()
+                if over:
+                    self._notify(writer, "ended", self._end())
+                    await writer.drain()
+                    return
+                await news.wait()
+        finally:
+            console.listeners.discard(news)
+            self._news.discard(news)
+
+    def _send_news(self, writer: asyncio.StreamWriter, events: EventStream, read: int) -> int:
+        for event in events.pending():
+            self._notify(writer, "event", event_to_json(event))
+        console = self._run.console
+        if text := console.since(read):
+            self._notify(writer, "console", {"text": text.decode("latin-1")})
+        return console.count
+
+    def _end(self) -> dict[str, Any]:
+        failure = self._run.failure
+        return {
+            "report": report_to_json(self._run.report),
+            "failure": error_to_json(failure) if failure else None,
+        }
+
+    async def _read_requests(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.suppress(ValueError, OSError):  # what is no message ends the connection
+            while line := await reader.readline():
+                # Not the connection's own: a client that leaves has still asked for it.
+                task = asyncio.ensure_future(self._answer(decode(line), writer))
+                self._requests.add(task)
+                task.add_done_callback(self._requests.discard)
+
+    async def _answer(self, request: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
+        answer: dict[str, Any]
+        try:
+            method = self._methods().get(str(request.get("method")))
+            if method is None:
+                raise ConfigError(f"the VM's owner knows no {request.get('method')!r}")
+            answer = {"result": await method(request.get("params") or {})}
+        except Exception as error:
+            logger.debug("a client's request failed: %r", error)
+            answer = {"error": error_to_json(error)}
+        with contextlib.suppress(OSError, RuntimeError):  # it has gone
+            self._notify(writer, "status", {"status": str(self._vm.status)})
+            writer.write(encode({"id": request.get("id"), **answer}))
+
+    def _methods(self) -> Mapping[str, Callable[[Mapping[str, Any]], Awaitable[Any]]]:
+        """What a client can ask for."""
+        return {"start": self._start, "stop": self._stop, "delete": self._delete}
+
+    async def _start(self, params: Mapping[str, Any]) -> None:
+        await self._vm.start()
+
+    async def _stop(self, params: Mapping[str, Any]) -> Any:
+        timeout = params.get("timeout")
+        check_timeout(timeout)
+        return report_to_json(await self._vm.stop(timeout))
+
+    async def _delete(self, params: Mapping[str, Any]) -> None:
+        await self._vm.delete()
+
+    def _notify(self, writer: asyncio.StreamWriter, method: str, params: Any) -> None:
+        writer.write(encode({"method": method, "params": params}))

@@ -1,0 +1,95 @@
+"""What `AsyncSmolVM` needs of a VM, whether this process owns it or is attached to its owner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from smolvm_async.config import VMConfig
+from smolvm_async.errors import VMNotRunningError
+from smolvm_async.events import EventHub
+from smolvm_async.qemu.boot import BootStates
+from smolvm_async.record import Status
+from smolvm_async.shutdown import ShutdownReport
+from smolvm_async.tail import Tail, printable
+
+CONSOLE_TAIL = 4096  # bytes of the serial console that an error quotes
+
+
+class Run(Protocol):
+    """One run of a VM, from launch to its last process."""
+
+    @property
+    def boot(self) -> BootStates:
+        """Its boot states."""
+
+    @property
+    def console(self) -> Tail:
+        """Its serial console."""
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why it could not begin, or how it crashed; `None` if all went well."""
+
+    @property
+    def report(self) -> ShutdownReport:
+        """How it ended."""
+
+
+class Handle(Protocol):
+    """A VM.
+
+    Attributes:
+        config: Its arguments.
+        hub: Hands out its events.
+        on_crash: Called when it has crashed.
+    """
+
+    config: VMConfig
+    hub: EventHub
+    on_crash: Callable[[], None]
+
+    @property
+    def status(self) -> Status:
+        """What it is doing."""
+
+    @property
+    def accelerator(self) -> str:
+        """What QEMU runs it with; empty before that is known."""
+
+    @property
+    def run(self) -> Run | None:
+        """Its run: this one or the last one; `None` before the first."""
+
+    @property
+    def over(self) -> asyncio.Future[None] | None:
+        """Done when `run` is over."""
+
+    async def start(self) -> None:
+        """See `AsyncSmolVM.start()`."""
+
+    async def stop(self, timeout: float | None) -> ShutdownReport:
+        """See `AsyncSmolVM.stop()`."""
+
+    async def delete(self) -> None:
+        """See `AsyncSmolVM.delete()`."""
+
+    async def leave(self, *, graceful: bool) -> None:
+        """The end of an `async with` block; not graceful if an exception ended it."""
+
+    async def detach(self) -> None:
+        """See `AsyncSmolVM.detach()`."""
+
+
+def console_tail(console: Tail) -> str:
+    """The end of the serial console, for an error message."""
+    tail = printable(console.text(CONSOLE_TAIL)).strip()
+    return f"Serial console:\n{tail or '(empty)'}"
+
+
+def ended(vm_id: str, run: Run) -> Exception:
+    """What a control raises once the VM has ended."""
+    return run.failure or VMNotRunningError(
+        f"{vm_id} does not run any more: it ended by {str(run.report.rung)!r}."
+    )

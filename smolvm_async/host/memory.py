@@ -1,0 +1,95 @@
+"""How much memory this process can still use: the host's, or less if a cgroup limits it.
+
+A cgroup counts the files that its processes have read; the kernel drops those on demand, so the
+inactive ones count as free here, as in Kubernetes' "working set".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+MIB = 1 << 20
+
+
+class Memory(NamedTuple):
+    """Memory in MiB, and what limits it: `host`, or `cgroup` and its path."""
+
+    total: int
+    available: int
+    limit: str = "host"
+
+
+class Files(NamedTuple):
+    """Where a version of cgroups keeps the limit, the usage and the droppable part of it."""
+
+    hierarchy: str
+    limit: str
+    usage: str
+    inactive: str
+
+
+VERSION_1 = Files("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = Files("", "memory.max", "memory.current", "inactive_file")
+
+
+def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
+    """The tightest of the host's memory and the limits of this process's cgroups.
+
+    Raises:
+        OSError: If the kernel does not tell.
+    """
+    host = parse_meminfo((proc / "meminfo").read_text())
+    try:
+        memberships = (proc / "self" / "cgroup").read_text()
+    except OSError:
+        return host
+    limits = _limits(parse_cgroups(memberships), cgroups)
+    return min((host, *limits), key=lambda memory: memory.available)
+
+
+def parse_meminfo(text: str) -> Memory:
+    """`/proc/meminfo` → the host's memory."""
+    sizes = {name: int(kib) // 1024 for name, kib in re.findall(r"(?m)^(\w+): *(\d+) kB$", text)}
+    return Memory(sizes["MemTotal"], sizes["MemAvailable"])
+
+
+def parse_cgroups(text: str) -> list[tuple[Files, PurePosixPath]]:
+    """`/proc/self/cgroup` → the memory cgroups that this process is in, of either version."""
+    found = []
+    for line in text.splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            found.append((VERSION_1, PurePosixPath(path)))
+        elif hierarchy == "0":
+            found.append((VERSION_2, PurePosixPath(path)))
+    return found
+
+
+def _limits(memberships: list[tuple[Files, PurePosixPath]], cgroups: Path) -> Iterator[Memory]:
+    """Every limit that binds: a cgroup's own and those above it.
+
+    In a container the path may be the host's, and only its end, the root, be there.
+    """
+    for files, path in memberships:
+        for cgroup in (path, *path.parents):
+            directory = cgroups / files.hierarchy / str(cgroup).lstrip("/")
+            try:
+                limit = (directory / files.limit).read_text()
+                usage = (directory / files.usage).read_text()
+                stat = (directory / "memory.stat").read_text()
+            except OSError:
+                continue
+            if (memory := parse_limit(limit, usage, stat, files)) is not None:
+                yield memory._replace(limit=f"cgroup {cgroup}")
+
+
+def parse_limit(limit: str, usage: str, stat: str, files: Files) -> Memory | None:
+    """The files of one cgroup → its memory; `None` if it has no limit."""
+    if limit.strip() == "max":
+        return None
+    inactive = re.search(rf"(?m)^{files.inactive} (\d+)$", stat)
+    used = int(usage) - (int(inactive[1]) if inactive else 0)
+    return Memory(int(limit) // MIB, max(0, int(limit) - used) // MIB)

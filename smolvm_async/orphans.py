@@ -1,0 +1,59 @@
+"""Processes that a dead owner left: recognised by their identity and the directory they hold."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterable
+
+from smolvm_async.log import get_logger
+from smolvm_async.process import Identity, identify
+
+logger = get_logger(__name__)
+
+ENDED = 10.0  # seconds for the kernel to end a process after SIGKILL
+
+
+async def end_orphans(identities: Iterable[Identity], dir_fd: int) -> None:
+    """Kill those of `identities` that still run in the directory `dir_fd`, and wait until they end.
+
+    Another process that was given the same id meanwhile is left alone, as is one that has
+    another working directory.
+
+    Raises:
+        TimeoutError: If the kernel does not end one within 10 s.
+    """
+    for identity in identities:
+        try:
+            pidfd = os.pidfd_open(identity.pid)  # from here on the id cannot mean another process
+        except ProcessLookupError:
+            continue
+        try:
+            if identify(identity.pid) == identity and _works_in(identity.pid, dir_fd):
+                logger.warning("ending process %d, which its dead owner left", identity.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                async with asyncio.timeout(ENDED):
+                    await _readable(pidfd)
+        finally:
+            os.close(pidfd)
+
+
+def _works_in(pid: int, dir_fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(f"/proc/{pid}/cwd"), os.fstat(dir_fd))
+    except OSError:
+        return False
+
+
+async def _readable(pidfd: int) -> None:
+    """Wait for a process's end, which makes its pidfd readable."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)

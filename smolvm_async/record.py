@@ -1,0 +1,125 @@
+"""The record in a VM's directory: what the VM is, who owns it, and which processes it has."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from smolvm_async.config import VMConfig
+from smolvm_async.errors import ConfigError
+from smolvm_async.process import Identity
+
+RECORD, NEW_RECORD = "vm.json", "vm.json.new"
+SCHEMA_VERSION = 1
+MAX_SIZE = 1 << 20  # bytes
+
+
+class Status(StrEnum):
+    """What a VM is doing.
+
+    ORPHANED: its owner has died without stopping it; `prune()`, or its own next `start()`,
+    removes what is left of it, or makes a kept VM `stopped`.
+    """
+
+    CREATED = "created"
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    CRASHED = "crashed"
+    ORPHANED = "orphaned"
+    DELETED = "deleted"
+
+
+class Machine(NamedTuple):
+    """What has to stay the same for a kept VM, besides what its id decides (UUID and MAC).
+
+    Attributes:
+        type: QEMU's versioned machine type.
+        image_size: Bytes of the image that the overlay was made for, and ...
+        image_mtime_ns: ... when it had been written to: any later change would corrupt the disk.
+    """
+
+    type: str
+    image_size: int
+    image_mtime_ns: int
+
+
+class Record(BaseModel):
+    """One VM, as its directory describes it.
+
+    Attributes:
+        config: Its arguments.
+        created: When it was made, in nanoseconds since the epoch; no two VMs of one id share it.
+        status: What its owner last said.
+        owner: The process that holds it; `None` if nobody does.
+        processes: Its processes by name.
+        machine: Once a kept VM has run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    config: VMConfig
+    created: int
+    status: Status = Status.STARTING
+    owner: Identity | None = None
+    processes: dict[str, Identity] = {}
+    machine: Machine | None = None
+
+    def to_json(self) -> bytes:
+        """As the file holds it; ASCII, since a path may not be UTF-8."""
+        return json.dumps(self.model_dump(), default=os.fspath, indent=1).encode()
+
+
+def read_record(directory: Path, dir_fd: int) -> Record | None:
+    """The record in the open directory `dir_fd`, which is at `directory`; `None` if it has none.
+
+    Raises:
+        ConfigError: If it cannot be read as one.
+    """
+    try:
+        fd = os.open(
+            RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd
+        )
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(directory, str(error.strerror)) from error
+    with open(fd, "rb") as file:
+        content = file.read(MAX_SIZE)
+    try:
+        values: Any = json.loads(content)
+        if values["schema_version"] != SCHEMA_VERSION:
+            raise _unreadable(directory, "another version of this library wrote it")
+        # It is where we found it, wherever it was made.
+        values["config"] |= {"data_dir": directory.parent, "vm_id": directory.name}
+        return Record(**values)
+    except (ValueError, TypeError, KeyError, ValidationError) as error:
+        if isinstance(error, ConfigError) and RECORD in str(error):
+            raise
+        raise _unreadable(directory, "it is damaged") from error
+
+
+def write_record(record: Record, dir_fd: int) -> None:
+    """Replace the record, at once and as a whole.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(NEW_RECORD, flags, 0o600, dir_fd=dir_fd), "wb") as file:
+        file.write(record.to_json())
+    os.replace(NEW_RECORD, RECORD, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+
+def _unreadable(directory: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{str(directory / RECORD)!r} cannot be read as the record of a VM: {reason}. "
+        "Remove the directory if it is of no use."
+    )

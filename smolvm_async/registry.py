@@ -1,0 +1,140 @@
+"""All VMs of a data directory: what there is, and the removal of what dead owners left."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolvm_async.config import VM_ID
+from smolvm_async.errors import ConfigError
+from smolvm_async.locking import is_locked
+from smolvm_async.log import current_vm, get_logger
+from smolvm_async.record import Record, Status, read_record
+from smolvm_async.shielding import in_thread
+from smolvm_async.state import StateDirectory, open_directory
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class VMInfo:
+    """One VM, as its directory describes it.
+
+    Attributes:
+        vm_id: Its id.
+        os: The guest OS.
+        status: What it is doing; `orphaned` if its owner has died.
+        owner: The process id of its owner; `None` if it has none, or a dead one.
+        age: Seconds since it was made.
+        memory: MiB.
+        keep: Whether it outlives its owner.
+        image: The image that it was made from.
+    """
+
+    vm_id: str
+    os: str
+    status: Status
+    owner: int | None
+    age: float
+    memory: int
+    keep: bool
+    image: str
+
+
+async def list_vms(data_dir: Path) -> list[VMInfo]:
+    """Every VM in `data_dir`, the oldest first; looking disturbs none of them."""
+    infos = await in_thread(lambda: [describe(*found) for found in survey(data_dir)])
+    return sorted(infos, key=lambda info: -info.age)
+
+
+def describe(record: Record, held: bool) -> VMInfo:
+    """What a record tells, given whether somebody holds its directory."""
+    config = record.config
+    orphaned = record.owner is not None and not held
+    return VMInfo(
+        vm_id=config.vm_id,
+        os=config.os,
+        status=Status.ORPHANED if orphaned else record.status,
+        owner=record.owner.pid if record.owner is not None and held else None,
+        age=max(0.0, (time.time_ns() - record.created) / 1e9),
+        memory=config.memory,
+        keep=config.keep,
+        image=config.image,
+    )
+
+
+def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
+    """The record of every VM, and whether somebody holds its directory."""
+    for path in _directories(data_dir):
+        try:
+            fd = open_directory(path)
+        except OSError:
+            continue  # removed meanwhile, or not ours
+        try:
+            held = is_locked(fd)  # first: who has just let go has written the record before
+            record = read_record(path, fd)
+        except ConfigError as error:
+            logger.warning("%s", error)
+            continue
+        finally:
+            os.close(fd)
+        if record is not None:
+            yield record, held
+
+
+async def prune_vms(data_dir: Path) -> list[VMInfo]:
+    """End and remove what dead owners left in `data_dir`; kept VMs become `stopped` and stay.
+
+    What a living process holds is left alone.
+
+    Returns:
+        What was found, as it was before.
+    """
+    pruned = []
+    for path in await in_thread(lambda: list(_directories(data_dir))):
+        token = current_vm.set(path.name)
+        try:
+            info = await _prune(StateDirectory(data_dir, path.name))
+        except (ConfigError, OSError) as error:
+            logger.warning("not pruned: %s", error)
+        else:
+            pruned += [info] if info is not None else []
+        finally:
+            current_vm.reset(token)
+    return pruned
+
+
+async def _prune(state: StateDirectory) -> VMInfo | None:
+    try:
+        if not await in_thread(state.try_hold, False):
+            return None
+        record = state.record
+        if record is None or record.owner is None:
+            return None
+        await state.end_orphans()
+        if record.config.keep:
+            await in_thread(state.write, at_rest(record, Status.STOPPED))
+        else:
+            await in_thread(state.remove)
+        return describe(record, held=False)
+    finally:
+        await in_thread(state.abandon)  # also if its owner died as it began
+
+
+def at_rest(record: Record, status: Status) -> Record:
+    """The record of a VM that nobody holds and that has no process."""
+    return record.model_copy(update={"status": status, "owner": None, "processes": {}})
+
+
+def _directories(data_dir: Path) -> Iterator[Path]:
+    try:
+        entries = sorted(os.scandir(data_dir), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if re.fullmatch(VM_ID, entry.name) and entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)

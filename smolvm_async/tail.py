@@ -1,0 +1,122 @@
+"""The last part of a byte stream, however much comes: of a serial console, or of a log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from pathlib import Path
+
+CHUNK = 65536
+CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]"
+
+
+def printable(text: str) -> str:
+    """`text` without terminal control sequences: a guest may have chosen it."""
+    return re.sub(CONTROL, "", text)
+
+
+class Tail:
+    """Keeps the last `limit` bytes of what it is fed.
+
+    Attributes:
+        count: How many bytes ever came.
+        listeners: Each is set when more has come.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.count = 0
+        self.listeners: set[asyncio.Event] = set()
+        self._kept = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Add to the end; the oldest goes."""
+        self._kept += data
+        self.count += len(data)
+        del self._kept[: -self.limit]
+        for listener in self.listeners:
+            listener.set()
+
+    def since(self, count: int) -> bytes:
+        """What came after the first `count` bytes, as far as it is still kept."""
+        return bytes(self._kept[-(self.count - count) :]) if count < self.count else b""
+
+    def text(self, limit: int | None = None) -> str:
+        """The last `limit` bytes, by default all that is kept, as text."""
+        return bytes(self._kept[-(limit or self.limit) :]).decode(errors="replace")
+
+
+class LogFile(Tail):
+    """What a process writes to its stdout and stderr: the end of it, also in a file.
+
+    The file holds at most twice `limit` bytes, and a disk that is full costs only the file.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        super().__init__(limit)
+        self.path = path
+        self._written = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._file = os.open(path, flags, 0o600)
+
+    def feed(self, data: bytes) -> None:
+        """Add to the end, and to the file."""
+        super().feed(data)
+        with contextlib.suppress(OSError):
+            if self._written + len(data) > 2 * self.limit:
+                os.ftruncate(self._file, 0)
+                os.lseek(self._file, 0, os.SEEK_SET)
+                data, self._written = self.since(0), 0
+            os.write(self._file, data)
+            self._written += len(data)
+
+    def close(self) -> None:
+        """Close the file; what was kept stays."""
+        os.close(self._file)
+
+
+class Reader:
+    """Feeds a `Tail` from a descriptor, on the event loop, until its end or `close()`.
+
+    It owns the descriptor, which is made non-blocking.
+    """
+
+    def __init__(self, fd: int, tail: Tail) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._tail = tail
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(fd, self._read)
+
+    def drain(self) -> None:
+        """Read what is still there, within reason: it may be written without end."""
+        for _ in range(16):
+            if self._fd < 0 or not self._read():
+                break
+
+    def close(self) -> None:
+        """Read what is still there, and stop."""
+        self.drain()
+        self._stop()
+
+    def _read(self) -> bool:
+        try:
+            data = os.read(self._fd, CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if data:
+            self._tail.feed(data)
+        else:
+            self._stop()
+        return bool(data)
+
+    def _stop(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
