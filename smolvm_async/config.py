@@ -30,6 +30,7 @@ class _Model(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     argument: ClassVar[str] = ""  # the constructor's, where the names are not its own
+    example: ClassVar[str] = ""
 
     def __init__(self, **values: object) -> None:
         try:
@@ -58,6 +59,7 @@ class Timeouts(_Model):
     """
 
     argument = "timeouts: "
+    example = "powerdown=10"
 
     launch: Deadline = 30
     boot: Deadline = 300
@@ -77,6 +79,7 @@ class Limits(_Model):
     """
 
     argument = "limits: "
+    example = "max_memory=16384"
 
     max_memory: Annotated[int, Field(gt=0)] | None = None
     vm_memory: Annotated[int, Field(gt=0)] | None = None
@@ -289,8 +292,8 @@ def _nested(model: type[M], argument: str, value: object) -> M:
             raise ConfigError(f"{argument}= has no {', '.join(unknown)}; there are: {known}.")
         return model(**value)
     raise ConfigError(
-        f"{argument}={shown(value)} is wrong: pass {model.__name__}(...) or a mapping of "
-        f"its names: {known}."
+        f"{argument}={shown(value)} is wrong: pass {model.__name__}({model.example}) or a mapping "
+        f"of its names: {known}."
     )
 
 

@@ -102,8 +102,10 @@ class Owned:
             await asyncio.wait({over, run.started}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             if self._starters == 1:  # nobody else waits for this VM
-                await self._kill()
-                await self._discard()
+                try:
+                    await self._kill()
+                finally:
+                    await self._discard()
             raise
         finally:
             self._starters -= 1
@@ -226,22 +228,14 @@ class Owned:
         state = self._state
         if state is None or state.record is None:
             return
+        (state.path / CONTROL).unlink(missing_ok=True)
         status = Status.CRASHED if isinstance(run.failure, VMCrashedError) else Status.STOPPED
-        with suppress(OSError):  # a full disk, which prune() will put right
-            if self.config.keep and state.record.machine is not None:
-                self._state = None
-                await in_thread(self._give_back, state, at_rest(state.record, status))
-            else:
-                update = {"status": status, "processes": {}}
-                await in_thread(state.write, state.record.model_copy(update=update))
-                await in_thread(state.clear_secrets)
-
-    def _give_back(self, state: StateDirectory, record: Record) -> None:
-        try:
-            (state.path / CONTROL).unlink(missing_ok=True)
-            state.write(record)
-        finally:
-            state.release()
+        if self.config.keep and state.record.machine is not None and not self._deleted:
+            self._state = None
+            await in_thread(_give_back, state, at_rest(state.record, status))
+        else:
+            update = {"status": status, "processes": {}}
+            await in_thread(_retire, state, state.record.model_copy(update=update))
 
     async def _kill(self) -> None:
         """End a run at once; its processes are reaped afterwards, whatever cancels us."""
@@ -269,3 +263,18 @@ class Owned:
                 else:
                     state.release()  # another VM has this id now
         await self._discard()
+
+
+def _give_back(state: StateDirectory, record: Record) -> None:
+    try:
+        state.write(record)
+    except OSError as error:
+        logger.warning("the record could not be written, prune() will put it right: %s", error)
+    finally:
+        state.release()
+
+
+def _retire(state: StateDirectory, record: Record) -> None:
+    state.clear_secrets()
+    with suppress(OSError):  # a full disk; the directory is about to go
+        state.write(record)

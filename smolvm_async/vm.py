@@ -106,7 +106,9 @@ class AsyncSmolVM:
         _check_progress(on_progress)
         config = config.model_copy(update={"image": str(local_path(config.image))})
         plan = make_plan(config, on_progress)
-        self._hold(Owned(config, lambda: plan), on_progress)
+        handle = Owned(config, lambda: plan)
+        handle.plan()
+        self._hold(handle, on_progress)
 
     def _hold(self, handle: Owned | Attached, on_progress: ProgressCallback | None) -> None:
         self._vm: Handle = handle

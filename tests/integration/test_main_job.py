@@ -92,6 +92,7 @@ async def test_the_main_job(stand_in: Path, tmp_path: Path, data_dir: Path) -> N
             "overlay.qcow2",
             "qemu.log",
             "swtpm.log",
+            "vm.json",
         }
         assert (data_dir / vm.vm_id / "qemu.log").read_text() == ""
     assert not list(data_dir.iterdir())
