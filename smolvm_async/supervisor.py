@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 
 import anyio
@@ -152,22 +152,31 @@ class Supervisor:
         )
         await self._monitor.execute("cont")
         self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
-        await self._record_running(image)
+        if plan.config.keep:  # what is not recorded cannot be started again
+            await self._record_running(await self._see_machine(image))
+        else:
+            group.start_soon(self._record_running, None)
         return qemu
 
-    async def _record_running(self, image: BaseImage) -> None:
-        machine = self._machine
-        if self._plan.config.keep and machine is None:
-            where = {"path": "/machine", "property": "type"}
-            type_name = str(await self._monitor.execute("qom-get", where))
-            machine = Machine(type_name.removesuffix("-machine"), image.size, image.mtime_ns)
+    async def _see_machine(self, image: BaseImage) -> Machine:
+        where = {"path": "/machine", "property": "type"}
+        type_name = str(await self._monitor.execute("qom-get", where))
+        return Machine(type_name.removesuffix("-machine"), image.size, image.mtime_ns)
+
+    async def _record_running(self, machine: Machine | None) -> None:
         processes = {child.name: child.identity for child in self._children}
         await self._record(status=Status.RUNNING, processes=processes, machine=machine)
 
     async def _record(self, **update: object) -> None:
+        """Write the record anew; a full disk is no reason to end a VM that is not kept."""
         record = self._state.record
         assert record is not None
-        await in_thread(self._state.write, record.model_copy(update=update))
+        try:
+            await in_thread(self._state.write, record.model_copy(update=update))
+        except OSError as error:
+            if self._plan.config.keep and record.machine is None:
+                raise
+            logger.warning("the record could not be written: %s", error)
 
     async def _open_image(self, stack: ExitStack) -> BaseImage:
         opening = open_image(self._plan.image)
@@ -218,8 +227,7 @@ class Supervisor:
         timeouts = self._plan.config.timeouts
         if self._powerdown_timeout is not None:
             timeouts = timeouts.model_copy(update={"powerdown": self._powerdown_timeout})
-        with suppress(OSError):  # a full disk
-            await self._record(status=Status.STOPPING)
+        await self._record(status=Status.STOPPING)
         self.report = await shut_down(qemu, self._monitor, timeouts, self._plan.on_progress)
 
     def _on_event(self, event: Event) -> None:
