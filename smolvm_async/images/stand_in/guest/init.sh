@@ -99,23 +99,51 @@ efi_variable() { # $1: a variable of one byte; its value follows four bytes of a
     fi
 }
 
-tpm_random() { # TPM2_GetRandom(8); the answer is tag, size, return code, count, bytes
+tpm() { # $1: a command, for printf; prints the answer after tag, size and return code
     local answer
     exec 3<>/dev/tpmrm0
-    printf '\200\001\000\000\000\014\000\000\001\173\000\010' >&3
+    printf "$1" >&3
     answer=$(dd bs=64 count=1 <&3 2>/dev/null | hexdump -v -e '1/1 "%02x"')
     exec 3<&-
     case $answer in
-    8001????????00000000*) echo "${answer#????????????????????????}" ;;
+    8001????????00000000*) echo "${answer#????????????????????}" ;;
     *) echo none ;;
     esac
+}
+
+tpm_random() { # TPM2_GetRandom(8): a count, then the bytes
+    tpm '\200\001\000\000\000\014\000\000\001\173\000\010' | cut -c 5-
+}
+
+tpm_resets() { # TPM2_ReadClock: time, clock, and how often this TPM was started
+    tpm '\200\001\000\000\000\012\000\000\001\201' | cut -c 33-40
 }
 
 report_tpm() {
     local version=none
     [ ! -e /sys/class/tpm/tpm0 ] || read -r version </sys/class/tpm/tpm0/tpm_version_major
     say "tpm_version=$version"
-    [ "$version" != 2 ] || say "tpm_random=$(tpm_random)"
+    [ "$version" = 2 ] || return
+    say "tpm_random=$(tpm_random)"
+    say "tpm_resets=$((0x$(tpm_resets)))"
+}
+
+report_identity() {
+    local id address=none
+    read -r id </sys/class/dmi/id/product_uuid
+    [ ! -e /sys/class/net/eth0 ] || read -r address </sys/class/net/eth0/address
+    say "uuid=$id"
+    say "mac=$address"
+}
+
+report_boots() { # what each boot leaves on the disk, and among the UEFI variables
+    local variables=/sys/firmware/efi/efivars name
+    echo >>/boots
+    say "disk_boots=$(wc -l </boots)"
+    [ -e $variables ] || return
+    name=StandInBoot$(($(ls $variables | grep -c StandInBoot) + 1))
+    printf '\007\000\000\000\001' >"$variables/$name-6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10"
+    say "efi_boots=$(ls $variables | grep -c StandInBoot)"
 }
 
 report_root() {
@@ -139,6 +167,8 @@ report_machine() {
     say "setup_mode=$(efi_variable SetupMode)"
     report_root
     report_tpm
+    report_identity
+    report_boots
 }
 
 # Misbehaving.
