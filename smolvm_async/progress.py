@@ -15,7 +15,7 @@ class Progress:
     """One step of something slow.
 
     Attributes:
-        stage: Which part reports: `image`, `boot` or `stop`.
+        stage: Which part reports: `image`, `boot`, `stop` or `doctor`.
         message: What is happening, in plain English.
         elapsed: Seconds since the work began.
         done: How much is done, where that can be said.

@@ -49,13 +49,14 @@ ROWS = [
     "handle",
     "plan",
     "supervisor",
+    "doctor",
     "control",
     "owned",
     "lookup",
     "vm",
     "__init__",
 ]
-PACKAGES = {"guests", "images", "host", "sidecars", "control"}
+PACKAGES = {"guests", "images", "host", "sidecars", "control", "doctor"}
 EMPTY = {"qemu.__init__"}  # no row of its own: there is nothing in it
 
 MODULES = {

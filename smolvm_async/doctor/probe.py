@@ -1,0 +1,235 @@
+"""The firmware probe: a guest's own command line, on a disk that Secure Boot has to refuse.
+
+One boot of a few seconds shows whether the accelerator runs a guest, whether the firmware works
+(with SMM), reads a virtio-scsi disk and enforces Secure Boot, and, as it tries the network next,
+whether QEMU's DHCP server answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+from smolvm_async.config import make_config
+from smolvm_async.doctor.sighting import NETWORK, Sighting, offered_address
+from smolvm_async.doctor.unsigned import unsigned_disk
+from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
+from smolvm_async.guests import GuestProfile
+from smolvm_async.host import Accelerator, HostTools
+from smolvm_async.images.local import open_image
+from smolvm_async.process import LOG_TAIL, Child, describe_exit, run, spawn
+from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
+from smolvm_async.qemu.console import Console
+from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.shielding import in_thread
+from smolvm_async.sidecars import SIDECARS
+from smolvm_async.state import QEMU_LOG, StateDirectory
+from smolvm_async.tail import printable
+
+RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
+
+LAUNCH = 30.0  # seconds until QEMU's first answer
+BOOT = {"kvm": 20.0, "tcg": 90.0}  # seconds until the firmware is done with the disk
+DHCP = 15.0  # seconds from then on until an address is offered
+EXIT = 1.0  # seconds for a QEMU that has hung up to end
+POLL = 0.1
+MACHINES = 4  # with and without each of the two parts that QEMU may refuse
+DEADLINE = {name: MACHINES * LAUNCH + boot + DHCP for name, boot in BOOT.items()}
+
+# The network comes after the disk, and what it carries is seen.
+NETWORK_OPTIONS = (
+    *("-global", "virtio-net-pci.bootindex=2"),
+    *("-object", f"filter-dump,id=capture,netdev=network,file={CAPTURE}"),
+)
+USER_NETWORK = "user,id=network"
+NO_NETWORK = "hubport,id=network,hubid=0"  # every QEMU has it, and it leads nowhere
+
+
+class Machine(NamedTuple):
+    """What is probed; `parts` are the network and the sidecars that it has."""
+
+    profile: GuestProfile
+    tools: HostTools
+    accelerator: Accelerator
+    parts: frozenset[str]
+
+
+class _RefusedError(Exception):
+    """QEMU gave up building the machine; its words."""
+
+
+@asynccontextmanager
+async def scratch(data_dir: Path) -> AsyncIterator[StateDirectory]:
+    """A directory `doctor-` and 8 hex digits, held by its lock, gone at the end."""
+    state = StateDirectory(data_dir, f"doctor-{os.urandom(4).hex()}")
+    await state.hold(create=True)
+    try:
+        yield state
+    finally:
+        await in_thread(state.remove)
+
+
+async def make_disk(qemu_img: Path, directory: Path) -> None:
+    """Make the disk in `directory`, as a qcow2.
+
+    Raises:
+        CommandError: If qemu-img fails.
+    """
+    await in_thread((directory / RAW).write_bytes, unsigned_disk())
+    words = ("convert", "-f", "raw", "-O", "qcow2", RAW, DISK)
+    await run([qemu_img, *words], cwd=directory)
+
+
+async def probe(machine: Machine, data_dir: Path) -> Sighting:
+    """Boot the firmware; a part of the machine that QEMU refuses is left out.
+
+    Raises:
+        SmolVMError: If the probe cannot be prepared.
+    """
+    refusals: dict[frozenset[str], str] = {}
+    for left_out in _subsets(machine.parts):
+        try:
+            async with scratch(data_dir) as state:
+                smaller = machine._replace(parts=machine.parts - left_out)
+                sighting = await _boot(smaller, state)
+        except _RefusedError as refusal:
+            refusals[left_out] = str(refusal)
+        else:
+            blamed = {part: refusals[left_out - {part}] for part in left_out}
+            return sighting._replace(refused=blamed)
+    return Sighting(machine.accelerator.name, failure=refusals[frozenset()])
+
+
+def _subsets(parts: frozenset[str]) -> list[frozenset[str]]:
+    """All of them, the smallest first."""
+    sizes = range(len(parts) + 1)
+    return [frozenset(some) for size in sizes for some in combinations(sorted(parts), size)]
+
+
+async def _boot(machine: Machine, state: StateDirectory) -> Sighting:
+    await make_disk(machine.tools.qemu_img, state.path)
+    monitor, console = Monitor(lambda event: None), Console()
+    started = time.monotonic()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(monitor.disconnect)
+        stack.callback(console.close)
+        qemu = await _launch(machine, state, monitor, console, stack)
+        try:
+            await monitor.connect([qemu.exited], LAUNCH)
+            await monitor.execute("cont")
+        except (LaunchError, MonitorError, VMNotRunningError) as error:
+            await asyncio.wait([qemu.exited], timeout=EXIT)
+            if qemu.returncode is not None and qemu.returncode > 0:
+                raise _RefusedError(_last_words(qemu)) from error
+            failure = str(error) if qemu.returncode is None else _last_words(qemu)
+            return Sighting(machine.accelerator.name, failure=failure)
+        return await _watch(machine, state, qemu, monitor, console, started)
+
+
+async def _launch(
+    machine: Machine,
+    state: StateDirectory,
+    monitor: Monitor,
+    console: Console,
+    stack: AsyncExitStack,
+) -> Child:
+    """Spawn the sidecars and QEMU as for a guest; `stack` reaps them."""
+    profile, tools = machine.profile, machine.tools
+    config = make_config(
+        os=profile.name,
+        image=DISK,
+        memory=profile.minimum_memory,
+        cpus=1,  # under TCG a second one makes SMM wait for the host's scheduler
+        vm_id=state.path.name,
+        accel=machine.accelerator.name,
+        data_dir=state.path.parent,
+    )
+    with ExitStack() as ends:
+        image = ends.enter_context(open_image(state.path / DISK))
+        await state.prepare(image.virtual_size, tools.firmware.vars_template)
+        attachments = [
+            await stack.enter_async_context(SIDECARS[name](tools, state))
+            for name in profile.sidecars
+            if name in machine.parts
+        ]
+        sockets = [
+            ends.enter_context(sock) for attached in attachments for sock in attached.sockets
+        ]
+        descriptors = Descriptors(
+            ends.enter_context(monitor.open()).fileno(),
+            ends.enter_context(console.open()).fileno(),
+            image.fd,
+        )
+        attach = [word for attached in attachments for word in attached.argv]
+        argv = qemu_arguments(config, tools, machine.accelerator, descriptors, attach)
+        if NETWORK in machine.parts:
+            argv += NETWORK_OPTIONS
+        else:
+            argv = [NO_NETWORK if word.startswith(USER_NETWORK) else word for word in argv]
+        fds = [*descriptors, *(sock.fileno() for sock in sockets)]
+        log = state.path / QEMU_LOG
+        qemu = await spawn("QEMU", argv, cwd=state.path, log=log, fds=fds)
+        stack.push_async_callback(qemu.reap)
+        return qemu
+
+
+async def _watch(
+    machine: Machine,
+    state: StateDirectory,
+    qemu: Child,
+    monitor: Monitor,
+    console: Console,
+    started: float,
+) -> Sighting:
+    """Look at the guest until it has shown everything, or ends, or a deadline passes."""
+    name = machine.accelerator.name
+    deadline = started + BOOT[name]
+    tried = False
+    while True:
+        failure = await _failure(qemu, monitor)
+        console.drain()
+        sighting = Sighting(
+            name,
+            console.text(),
+            offered_address(_read(state.path / CAPTURE)),
+            failure,
+            seconds=time.monotonic() - started,
+        )
+        if sighting.disk_tried and not tried:
+            tried, deadline = True, time.monotonic() + DHCP
+        done = tried if NETWORK not in machine.parts else tried and sighting.offered
+        if done or failure or time.monotonic() > deadline:
+            return sighting
+        await asyncio.sleep(POLL)
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+async def _failure(qemu: Child, monitor: Monitor) -> str:
+    """Why the guest does not run any more; empty if it does."""
+    try:
+        status = (await monitor.execute("query-status"))["status"]
+    except MonitorError as error:
+        return str(error)
+    except VMNotRunningError:
+        await asyncio.wait([qemu.exited], timeout=EXIT)
+        return _last_words(qemu)
+    if status == "internal-error":
+        return "the accelerator gave up on the guest (QEMU's status is internal-error)"
+    return ""
+
+
+def _last_words(qemu: Child) -> str:
+    status = "QEMU closed its monitor"
+    if qemu.returncode is not None:
+        status = f"QEMU ended ({describe_exit(qemu.returncode)})"
+    said = printable(qemu.log.text(LOG_TAIL)).strip()
+    return f"{status}: {said or 'it said nothing'}"
