@@ -222,8 +222,8 @@ async def run(
     """
     words = [str(word) for word in argv]
     logger.debug("%s", shlex.join(words))
-    try:
-        process = await asyncio.create_subprocess_exec(
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
             *die_with_owner(),
             *words,
             stdin=subprocess.DEVNULL,
@@ -233,14 +233,17 @@ async def run(
             env={**os.environ, **(env or {})},
             start_new_session=True,
         )
+    )
+    try:
+        process = await settle(starting)
+        output, _ = await process.communicate()
     except OSError as error:
         raise CommandError(f"{shlex.join(words)} could not be started: {error}") from error
-    try:
-        output, _ = await process.communicate()
     except asyncio.CancelledError:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await settle(process.wait())
+        if not starting.cancelled() and starting.exception() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(starting.result().pid, signal.SIGKILL)
+            await settle(starting.result().wait())
         raise
     text = output.decode(errors="replace")
     if process.returncode:

@@ -26,6 +26,7 @@ from smolvm_async.shielding import in_thread
 # All names that there are in a VM's directory.
 OVERLAY, VARS, TPM = "overlay.qcow2", "vars.fd", "tpm"
 QEMU_LOG, SWTPM_LOG, CONTROL = "qemu.log", "swtpm.log", "control.sock"
+SCRATCH = "scratch"  # marks the directory of something that is no VM, and not worth keeping
 OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG, CONTROL})
 
 BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
@@ -152,11 +153,11 @@ class StateDirectory:
         (self.path / VARS).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove everything in the directory but the record."""
+        """Remove everything in the directory but what says whose it is."""
         for entry in os.scandir(self.path):
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
-            elif entry.name != RECORD:
+            elif entry.name not in (RECORD, SCRATCH):
                 os.unlink(entry.path)
 
     def remove(self) -> None:
@@ -164,16 +165,23 @@ class StateDirectory:
         if self.fd >= 0:
             try:
                 self.clear()
-                (self.path / RECORD).unlink(missing_ok=True)
+                for name in (RECORD, SCRATCH):
+                    (self.path / name).unlink(missing_ok=True)
                 self.path.rmdir()
             finally:
                 self.release()
 
     def abandon(self) -> None:
-        """Give the lock back, and remove a directory in which nothing has begun."""
-        if self.fd >= 0 and {NEW_RECORD}.issuperset(os.listdir(self.path)):
-            self.remove()
+        """Give the lock back, and remove a directory in which no VM has begun."""
+        if self.fd >= 0:
+            names = os.listdir(self.path)
+            if SCRATCH in names or {NEW_RECORD}.issuperset(names):
+                self.remove()
         self.release()
+
+    def mark_scratch(self) -> None:
+        """Say that it holds no VM: whoever finds it without a holder may remove it."""
+        self._write(SCRATCH, b"")
 
     def release(self) -> None:
         """Give the lock back and leave the files; a second call does nothing."""
@@ -187,7 +195,8 @@ class StateDirectory:
             file.write(content)
 
     def _check_ours(self) -> None:
-        if not OURS.issuperset(os.listdir(self.path)):
+        names = os.listdir(self.path)
+        if SCRATCH not in names and not OURS.issuperset(names):
             self.release()
             raise ConfigError(
                 f"{str(self.path)!r} exists and is not a VM's directory: "

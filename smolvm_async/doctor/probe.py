@@ -68,8 +68,9 @@ class _RefusedError(Exception):
 async def scratch(data_dir: Path) -> AsyncIterator[StateDirectory]:
     """A directory `doctor-` and 8 hex digits, held by its lock, gone at the end."""
     state = StateDirectory(data_dir, f"doctor-{os.urandom(4).hex()}")
-    await state.hold(create=True)
     try:
+        await state.hold(create=True)
+        await in_thread(state.mark_scratch)
         yield state
     finally:
         await in_thread(state.remove)
