@@ -192,6 +192,7 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
                     cwd=cwd,
                     env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
                     pass_fds=fds,
+                    umask=0o077,  # what it makes is for this user alone
                     start_new_session=True,
                 )
             undo.callback(process.wait)

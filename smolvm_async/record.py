@@ -100,7 +100,7 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
         # It is where we found it, wherever it was made.
         values["config"] |= {"data_dir": directory.parent, "vm_id": directory.name}
         return Record(**values)
-    except (ValueError, TypeError, KeyError, ValidationError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
         if isinstance(error, ConfigError) and RECORD in str(error):
             raise
         raise _unreadable(directory, "it is damaged") from error

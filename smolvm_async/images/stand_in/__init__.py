@@ -26,7 +26,7 @@ GUEST_OPTIONS = {
     "power_button": ("ignore",),  # a press is said on the console, nothing else happens
     "agent": ("off",),
     "then": ("reboot", "panic", "poweroff"),  # once, after `ready`; reboot: on the first boot
-    "flood": ("serial",),  # after `ready`, write to the console without end
+    "flood": ("serial", "agent"),  # after `ready`, write to the console without end
 }
 
 PROGRAMS = {

@@ -66,15 +66,20 @@ start_network() {
     udhcpc -i eth0 -s /etc/network.sh -b >/dev/null 2>&1 &
 }
 
-start_agent() { # sets $agent to its process
+agent_port() {
     local port name
-    [ "$(option agent)" != off ] || return
     for port in /sys/class/virtio-ports/*; do
         [ -e "$port/name" ] && read -r name <"$port/name" || continue
-        [ "$name" = org.qemu.guest_agent.0 ] || continue
-        qemu-ga --method=virtio-serial --path="/dev/${port##*/}" --statedir=/run >/dev/null 2>&1 &
-        agent=$!
+        [ "$name" != org.qemu.guest_agent.0 ] || echo "/dev/${port##*/}"
     done
+}
+
+start_agent() { # sets $agent to its process
+    local port
+    port=$(agent_port)
+    [ "$port" ] && [ "$(option agent)" != off ] || return
+    qemu-ga --method=virtio-serial --path="$port" --statedir=/run >/dev/null 2>&1 &
+    agent=$!
 }
 
 report_agent() { # it counts as started when it has opened its port
@@ -190,6 +195,13 @@ and_then() {
     esac
 }
 
+flood() {
+    case $1 in
+    serial) yes "STAND-IN: flood" & ;;
+    agent) yes flood >"$(agent_port)" & ;; # with stand_in.agent=off: one opens it at a time
+    esac
+}
+
 for directory in run tmp; do
     mount -t tmpfs tmpfs "/$directory"
 done
@@ -205,7 +217,7 @@ report_machine
 report_agent
 say ready
 and_then "$(option then)"
-[ "$(option flood)" != serial ] || yes "STAND-IN: flood" &
+flood "$(option flood)"
 
 while :; do # process 1 never ends; the wait also reaps orphans, and lets the traps run
     sleep 86400 &

@@ -1,0 +1,305 @@
+"""As an attacker would: another user of this machine, a hostile guest, planted files."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolvm_async import AsyncSmolVM, BootState, ConfigError, Rung, Status, VMNotFoundError
+from smolvm_async.images.stand_in import build_stand_in
+from smolvm_async.owned import Owned
+from smolvm_async.supervisor import Supervisor
+from tests.conftest import children
+
+pytestmark = pytest.mark.anyio
+
+BOOT = 240  # seconds
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user as well")
+
+
+def vm_in(data_dir: Path, image: Path, **options: Any) -> AsyncSmolVM:
+    return AsyncSmolVM(
+        os="windows", image=image, memory=2048, accel="tcg", data_dir=data_dir, **options
+    )
+
+
+def supervisor_of(vm: AsyncSmolVM) -> Supervisor:
+    assert isinstance(vm._vm, Owned)
+    assert vm._vm.run is not None
+    return vm._vm.run
+
+
+# Another user of this machine
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that every user can reach."""
+    place = Path("/tmp") / f"smolvm-async-test-{os.getpid()}"
+    place.mkdir(mode=0o755)
+    place.chmod(0o755)
+    yield place
+    assert {entry.name for entry in place.iterdir()} <= {"data"}
+    shutil.rmtree(place)
+
+
+ATTACK = """
+import os, socket, sys
+found = []
+directory, *pids = sys.argv[1:]
+
+def attempt(what, act):
+    try:
+        act()
+        found.append(what)
+    except OSError as error:
+        assert error.errno in (1, 13), (what, error)
+
+def connect():
+    socket.socket(socket.AF_UNIX).connect(directory + "/control.sock")
+
+attempt("list", lambda: os.listdir(directory))
+attempt("enter", lambda: os.chdir(directory))
+attempt("connect", connect)
+for name in ("vm.json", "vars.fd", "overlay.qcow2", "qemu.log", "tpm", "tpm/tpm2-00.permall"):
+    attempt(name, lambda: os.open(directory + "/" + name, os.O_RDONLY))
+    attempt(name, lambda: os.unlink(directory + "/" + name))
+attempt("plant", lambda: os.open(directory + "/x", os.O_CREAT | os.O_WRONLY))
+attempt("rename", lambda: os.rename(directory, directory + "2"))
+for pid in pids:
+    attempt("kill", lambda: os.kill(int(pid), 9))
+    attempt("memory", lambda: os.open(f"/proc/{pid}/mem", os.O_RDWR))
+    attempt("environment", lambda: os.open(f"/proc/{pid}/environ", os.O_RDONLY))
+print(found)
+"""
+
+
+@as_root
+async def test_another_user_gets_nothing(blank_image: Path, open_place: Path) -> None:
+    data_dir = open_place / "data"
+    async with vm_in(data_dir, blank_image, vm_id="secret") as vm:
+        pids = [str(pid) for pid in children()]
+        listening = listening_ports(int(pid) for pid in pids)
+        attack = await asyncio.create_subprocess_exec(
+            *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"),
+            *(sys.executable, "-I", "-c", ATTACK, str(data_dir / "secret"), *pids),
+            stdout=subprocess.PIPE,
+            cwd="/",
+        )
+        assert (await attack.communicate())[0] == b"[]\n"
+        for path in (data_dir / "secret").rglob("*"):
+            assert path.lstat().st_mode & 0o077 == 0, path
+        assert listening == []
+        assert vm.status is Status.RUNNING
+
+
+def listening_ports(pids: Iterator[int]) -> list[str]:
+    """The TCP and UDP sockets of these processes."""
+    inodes = {
+        os.readlink(link)
+        for pid in pids
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if os.readlink(link).startswith("socket:")
+    }
+    return [
+        line
+        for table in ("tcp", "tcp6", "udp", "udp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        if f"socket:[{line.split()[9]}]" in inodes
+    ]
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o775, 0o720])
+def test_a_data_dir_that_others_can_write_to_is_refused(
+    blank_image: Path, tmp_path: Path, mode: int
+) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    data_dir.chmod(mode)
+    with pytest.raises(ConfigError, match="chmod go-w"):
+        vm_in(data_dir, blank_image)
+    data_dir.chmod(0o755)
+    vm_in(data_dir, blank_image)
+
+
+@as_root
+async def test_a_data_dir_of_another_user_is_refused(blank_image: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir(mode=0o755)
+    os.chown(data_dir, NOBODY, NOBODY)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        vm_in(data_dir, blank_image)
+
+
+async def test_a_vms_processes_get_none_of_the_owners_secrets(
+    blank_image: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    async with vm_in(data_dir, blank_image):
+        for pid in children():
+            assert b"hunter2" not in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+# Planted files
+
+
+async def test_a_planted_link_is_not_followed(
+    blank_image: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "thesis.tex").write_text("years of work")
+    data_dir.mkdir(mode=0o700)
+    (data_dir / "planted").symlink_to(victim)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        await vm_in(data_dir, blank_image, vm_id="planted").start()
+    with pytest.raises(VMNotFoundError):
+        await AsyncSmolVM.from_id("planted", data_dir=data_dir)
+    assert await AsyncSmolVM.list(data_dir=data_dir) == []
+    assert await AsyncSmolVM.prune(data_dir=data_dir) == []
+    assert (victim / "thesis.tex").exists()
+    (data_dir / "planted").unlink()
+
+
+@pytest.mark.parametrize("name", ["overlay.qcow2", "vars.fd", "tpm", "qemu.log", "vm.json.new"])
+async def test_what_an_orphan_points_to_is_neither_written_nor_removed(
+    blank_image: Path, data_dir: Path, tmp_path: Path, name: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("years of work")
+    vm = vm_in(data_dir, blank_image, vm_id="planted", keep=True)
+    async with vm:
+        pass
+    planted = data_dir / "planted" / name
+    if planted.is_dir():
+        shutil.rmtree(planted)
+    planted.unlink(missing_ok=True)
+    planted.symlink_to(victim)
+    try:
+        async with vm:
+            pass
+    except (ConfigError, OSError):
+        pass
+    except Exception as error:
+        assert "planted" in str(error)
+    assert victim.read_text() == "years of work"
+    await vm.delete()
+    assert victim.read_text() == "years of work"
+
+
+RECORDS = [
+    b"",
+    b"null",
+    b"[1]",
+    b"{}",
+    b'{"schema_version": 2}',
+    b'{"schema_version": 1, "config": {}}',
+    b"[" * 100_000,
+    b'{"schema_version": 1, "config": {"vm_id": "../../etc"}, "created": 1}',
+]
+
+
+@pytest.mark.parametrize("content", RECORDS, ids=range(len(RECORDS)))
+async def test_a_record_that_is_none_is_told_and_touched_by_nobody(
+    blank_image: Path, data_dir: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = data_dir / "strange"
+    directory.mkdir(parents=True, mode=0o700)
+    data_dir.chmod(0o700)
+    (directory / "vm.json").write_bytes(content)
+    assert await AsyncSmolVM.list(data_dir=data_dir) == []
+    assert await AsyncSmolVM.prune(data_dir=data_dir) == []
+    assert "cannot be read as the record of a VM" in caplog.text
+    with pytest.raises(ConfigError, match="cannot be read as the record"):
+        await AsyncSmolVM.from_id("strange", data_dir=data_dir)
+    with pytest.raises(ConfigError, match="cannot be read as the record"):
+        await vm_in(data_dir, blank_image, vm_id="strange").start()
+    assert (directory / "vm.json").read_bytes() == content
+    shutil.rmtree(directory)
+
+
+async def test_a_record_cannot_lead_elsewhere(
+    blank_image: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    vm = vm_in(data_dir, blank_image, vm_id="moved", keep=True)
+    async with vm:
+        pass
+    path = data_dir / "moved" / "vm.json"
+    record = json.loads(path.read_text())
+    record["config"] |= {"data_dir": str(tmp_path / "elsewhere"), "vm_id": "other"}
+    path.write_text(json.dumps(record))
+    again = await AsyncSmolVM.from_id("moved", data_dir=data_dir)
+    assert again.vm_id == "moved"
+    async with again:
+        assert (data_dir / "moved" / "control.sock").exists()
+    assert not (tmp_path / "elsewhere").exists()
+    await again.delete()
+
+
+# A hostile guest
+
+
+async def test_a_flood_of_the_log_is_bounded_on_disk_and_in_memory(
+    blank_image: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest can make QEMU complain without end; a wrapper does it faster."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    qemu = shutil.which("qemu-system-x86_64")
+    wrapper = programs / "qemu-system-x86_64"
+    flood = "(yes flood | head -c 50000000 >&2; echo done >&2) &"
+    wrapper.write_text(f'#!/bin/sh\n{flood} exec {qemu} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    async with vm_in(data_dir, blank_image) as vm:
+        log = data_dir / vm.vm_id / "qemu.log"
+        (qemu_child,) = [c for c in supervisor_of(vm)._children if c.name == "QEMU"]
+        async with asyncio.timeout(60):
+            while not qemu_child.log.text().endswith("done\n"):
+                assert log.stat().st_size <= 2 * 256 * 1024
+                await asyncio.sleep(0.001)
+        assert qemu_child.log.count >= 50_000_000
+        assert len(qemu_child.log.text()) <= 256 * 1024
+        assert log.read_text().endswith("done\n")
+
+
+async def test_a_flood_of_events_is_bounded(blank_image: Path, data_dir: Path) -> None:
+    async with vm_in(data_dir, blank_image) as vm:
+        slow = vm.events()
+        other = await AsyncSmolVM.from_id(vm.vm_id, data_dir=data_dir)
+        monitor = supervisor_of(vm)._monitor
+        for _ in range(1500):
+            await monitor.execute("system_reset")
+        assert len(slow.pending()) == 1024  # the latest
+        assert vm.boot_state is BootState.FIRMWARE
+        assert other.boot_state is BootState.FIRMWARE
+        assert (await vm.stop(timeout=0)).rung is Rung.QUIT
+
+
+async def test_a_flood_of_the_agents_channel_is_bounded(data_dir: Path) -> None:
+    flood = ("stand_in.agent=off", "stand_in.flood=agent")
+    image = await build_stand_in(kernel_arguments=flood)
+    async with vm_in(data_dir, image) as vm:
+        await vm.wait_for("ready", timeout=BOOT)  # the port is open
+        async with asyncio.timeout(BOOT):
+            while "STAND-IN: ready" not in vm.console_log():
+                await asyncio.sleep(0.1)
+        before = owned_bytes(data_dir / vm.vm_id)
+        for _ in range(200):
+            assert (await supervisor_of(vm)._monitor.execute("query-status"))["running"]
+        assert owned_bytes(data_dir / vm.vm_id) - before < 8 << 20
+        assert (await vm.stop()).rung is Rung.POWERDOWN
+
+
+def owned_bytes(directory: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*"))

@@ -1,0 +1,283 @@
+"""One process owns a VM, others attach to it; seen from either side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from smolvm_async import (
+    AsyncSmolVM,
+    BootState,
+    ConfigError,
+    Rung,
+    Status,
+    VMCrashedError,
+    VMNotFoundError,
+    VMNotRunningError,
+    VMTimeoutError,
+)
+from smolvm_async.images.stand_in import build_stand_in
+from tests.conftest import children
+
+pytestmark = pytest.mark.anyio
+
+BOOT = 240  # seconds
+
+OWNER = """
+import asyncio, json, sys
+from smolvm_async import AsyncSmolVM
+
+async def main():
+    image, data_dir, keep = sys.argv[1:]
+    vm = AsyncSmolVM(os="windows", image=image, memory=2048, accel="tcg", data_dir=data_dir,
+                     vm_id="shared", keep=keep == "keep")
+    async with vm:
+        print("running", flush=True)
+        await vm.wait_stopped()
+        print(vm.status, flush=True)
+    print("left", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def owner(
+    image: Path, data_dir: Path, keep: str = ""
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Another process that runs the VM `shared`."""
+    arguments = [sys.executable, "-c", OWNER, str(image), str(data_dir), keep]
+    process = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"running\n"
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+def vm_in(image: Path, data_dir: Path) -> AsyncSmolVM:
+    return AsyncSmolVM(
+        os="windows", image=image, memory=2048, accel="tcg", data_dir=data_dir, vm_id="shared"
+    )
+
+
+async def test_an_attached_process_sees_what_the_owner_sees(
+    data_dir: Path,
+) -> None:
+    image = await build_stand_in(kernel_arguments=("stand_in.then=poweroff",))
+    async with owner(image, data_dir) as process:
+        vm = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+        assert vm.status is Status.RUNNING
+        assert vm.accelerator == "tcg"
+        assert vm.boot_state is BootState.FIRMWARE
+        events = vm.events()
+        reached = await vm.wait_for("operating_system", timeout=BOOT)
+        assert "PM1_EN" in reached.evidence
+        await vm.wait_stopped()  # the guest powers itself down
+        assert "STAND-IN: powering off" in vm.console_log()
+        names = [event.name async for event in events]
+        assert names.count("BOOT_STATE") == 2
+        assert "SHUTDOWN" in names
+        assert (await vm.stop()).rung is Rung.GUEST
+        assert (await process.communicate())[0] == b"stopped\nleft\n"
+    assert not list(data_dir.iterdir())
+
+
+async def test_leaving_the_block_detaches_and_the_vm_goes_on(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with vm_in(blank_image, data_dir) as vm:
+        async with await AsyncSmolVM.from_id("shared", data_dir=data_dir) as first:
+            second = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+            assert second.vm_id == first.vm_id == "shared"
+        assert vm.status is Status.RUNNING
+        with pytest.raises(VMNotRunningError, match="detached"):
+            await first.stop()
+        with pytest.raises(ZeroDivisionError):
+            async with second:
+                raise ZeroDivisionError
+        assert vm.status is Status.RUNNING
+        await first.start()  # attaches again
+        assert first.status is Status.RUNNING
+        await first.detach()
+        with pytest.raises(ConfigError, match="keep=True"):
+            await vm.detach()
+        assert vm.status is Status.RUNNING
+
+
+@pytest.mark.parametrize("keep", ["", "keep"])
+async def test_an_attached_process_can_stop_it(
+    blank_image: Path, data_dir: Path, keep: str
+) -> None:
+    async with owner(blank_image, data_dir, keep) as process:
+        vm = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+        report = await vm.stop(timeout=0)
+        assert report.rung is Rung.QUIT
+        assert report.exit_status == 0
+        assert report.steps[0].seconds > 0
+        assert vm.status is Status.STOPPED
+        assert (await process.communicate())[0] == b"stopped\nleft\n"
+        with pytest.raises(VMNotRunningError, match="quit"):
+            await vm.wait_for("ready")
+    if keep:
+        await vm.start()  # it is ours now
+        assert len(children()) == 2
+        await vm.delete()
+    assert not list(data_dir.iterdir())
+
+
+@pytest.mark.parametrize("keep", ["", "keep"])
+async def test_an_attached_process_can_delete_it(
+    blank_image: Path, data_dir: Path, keep: str
+) -> None:
+    async with owner(blank_image, data_dir, keep) as process:
+        vm = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+        await vm.delete()
+        assert vm.status is Status.DELETED
+        assert not list(data_dir.iterdir())
+        assert (await process.communicate())[0] == b"deleted\nleft\n"
+        assert process.returncode == 0
+
+
+async def test_a_crash_cancels_the_attached_block_too(blank_image: Path, data_dir: Path) -> None:
+    async with owner(blank_image, data_dir) as process:
+        pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        with pytest.raises(VMCrashedError, match="ended: killed by SIGKILL"):
+            async with await AsyncSmolVM.from_id("shared", data_dir=data_dir):
+                os.kill(int(pids[0]), signal.SIGKILL)
+                await asyncio.sleep(30)
+        await process.communicate()
+
+
+async def test_an_owner_that_is_killed_is_a_crash_and_its_vm_an_orphan(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with owner(blank_image, data_dir) as process:
+        with pytest.raises(VMCrashedError, match=f"process {process.pid}, has gone"):
+            async with await AsyncSmolVM.from_id("shared", data_dir=data_dir) as vm:
+                process.kill()
+                await asyncio.sleep(30)
+        assert vm.status is Status.ORPHANED
+        await process.communicate()
+    (info,) = await AsyncSmolVM.list(data_dir=data_dir)
+    assert (info.status, info.owner) == ("orphaned", None)
+    (pruned,) = await AsyncSmolVM.prune(data_dir=data_dir)
+    assert pruned.vm_id == "shared"
+    assert not list(data_dir.iterdir())
+
+
+async def test_an_attached_process_that_is_killed_harms_nothing(
+    blank_image: Path, data_dir: Path
+) -> None:
+    script = (
+        "import asyncio, sys\n"
+        "from smolvm_async import AsyncSmolVM\n"
+        "async def main():\n"
+        "    vm = await AsyncSmolVM.from_id('shared', data_dir=sys.argv[1])\n"
+        "    print(vm.status, flush=True)\n"
+        "    await vm.wait_stopped()\n"
+        "asyncio.run(main())\n"
+    )
+    async with vm_in(blank_image, data_dir) as vm:
+        arguments = [sys.executable, "-c", script, str(data_dir)]
+        other = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
+        assert other.stdout is not None
+        assert await other.stdout.readline() == b"running\n"
+        other.kill()
+        await other.communicate()
+        async with await AsyncSmolVM.from_id("shared", data_dir=data_dir) as another:
+            with pytest.raises(VMTimeoutError, match="did not reach 'ready'"):
+                await another.wait_for("ready", timeout=0.1)
+        assert vm.status is Status.RUNNING
+
+
+async def test_one_that_reads_nothing_does_not_hold_up_the_owner(
+    data_dir: Path,
+) -> None:
+    image = await build_stand_in(kernel_arguments=("stand_in.flood=serial",))
+    vm = vm_in(image, data_dir)
+    await vm.start()
+    _, writer = await asyncio.open_unix_connection(str(data_dir / "shared" / "control.sock"))
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await vm.wait_for("ready", timeout=BOOT)
+    async with asyncio.timeout(BOOT):
+        while vm.console_log().count("flood") < 10_000:
+            await asyncio.sleep(0.1)
+    assert len(vm.console_log()) <= 256 * 1024
+    async with asyncio.timeout(30):
+        assert (await vm.stop(timeout=0)).rung is Rung.QUIT
+    writer.transport.abort()
+    await vm.delete()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"\n", b"nonsense\n", b"[]\n", b'{"method": "rm"}\n', b'{"id": 1}\n', b"\xff\n", b"x" * 70000],
+)
+async def test_nonsense_on_the_control_socket_harms_nothing(
+    blank_image: Path, data_dir: Path, line: bytes
+) -> None:
+    async with vm_in(blank_image, data_dir) as vm:
+        reader, writer = await asyncio.open_unix_connection(
+            str(data_dir / "shared" / "control.sock")
+        )
+        assert json.loads(await reader.readline())["method"] == "hello"
+        writer.write(line)
+        if line.endswith(b'"}\n') or line.startswith(b'{"id'):
+            async with asyncio.timeout(10):
+                while "error" not in json.loads(await reader.readline()):
+                    pass
+        writer.transport.abort()
+        assert vm.status is Status.RUNNING
+        async with await AsyncSmolVM.from_id("shared", data_dir=data_dir) as other:
+            assert other.status is Status.RUNNING
+
+
+async def test_an_unknown_id_is_told_and_a_wrong_one_refused(data_dir: Path) -> None:
+    with pytest.raises(VMNotFoundError, match="vm_id='nobody' is not a VM in"):
+        await AsyncSmolVM.from_id("nobody", data_dir=data_dir)
+    with pytest.raises(ConfigError, match="vm_id="):
+        await AsyncSmolVM.from_id("../etc", data_dir=data_dir)
+    assert await AsyncSmolVM.list(data_dir=data_dir) == []
+    assert await AsyncSmolVM.prune(data_dir=data_dir) == []
+    assert not data_dir.exists()
+
+
+async def test_list_tells_all_there_is(blank_image: Path, data_dir: Path) -> None:
+    async with vm_in(blank_image, data_dir) as vm:
+        (info,) = await AsyncSmolVM.list(data_dir=data_dir)
+        assert info.vm_id == vm.vm_id
+        assert (info.os, info.memory, info.keep) == ("windows", 2048, False)
+        assert (info.status, info.owner) == ("running", os.getpid())
+        assert 0 < info.age < 600
+        assert info.image == str(blank_image)
+        assert await AsyncSmolVM.prune(data_dir=data_dir) == []  # it lives
+        await vm.stop(timeout=0)
+        assert (await AsyncSmolVM.list(data_dir=data_dir))[0].status == "stopped"
+        with pytest.raises(VMNotRunningError, match="yet to delete"):
+            await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+
+
+async def test_a_path_longer_than_a_sockets_address_will_do(
+    blank_image: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data" / ("x" * 200)
+    async with (
+        vm_in(blank_image, data_dir),
+        await AsyncSmolVM.from_id("shared", data_dir=data_dir) as other,
+    ):
+        assert other.status is Status.RUNNING
+    data_dir.rmdir()
