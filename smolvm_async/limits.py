@@ -15,6 +15,7 @@ from smolvm_async.record import Status
 from smolvm_async.registry import survey
 from smolvm_async.state import open_directory
 
+SYSTEM_RUNTIME = Path("/run")  # where systemd itself has its socket; a user's is elsewhere
 IN_USE = (Status.STARTING, Status.RUNNING, Status.STOPPING)
 
 
@@ -78,7 +79,7 @@ def scope_prefix(config: VMConfig) -> tuple[str, ...]:
         return ()
     systemd_run = shutil.which("systemd-run")
     root = os.geteuid() == 0
-    runtime = Path("/run" if root else os.environ.get("XDG_RUNTIME_DIR", "/nonexistent"))
+    runtime = SYSTEM_RUNTIME if root else Path(os.environ.get("XDG_RUNTIME_DIR", "/nonexistent"))
     if systemd_run is None or not (runtime / "systemd" / "private").exists():
         raise HostError(
             "limits= with vm_memory or vm_cpus needs systemd: there is no "

@@ -12,6 +12,7 @@ from smolvm_async.config import VMConfig
 from smolvm_async.control import ControlServer
 from smolvm_async.errors import (
     ConfigError,
+    LaunchError,
     VMAlreadyExistsError,
     VMCrashedError,
     VMNotFoundError,
@@ -170,8 +171,10 @@ class Owned:
             await server.start(state.fd)
             self._server = server
             await run.run(state)
-        except Exception as error:
-            run.failure = run.failure or error  # start() raises it
+        except Exception as error:  # start() raises it
+            where = self.config.data_dir / self.config.vm_id
+            message = f"{self.config.vm_id} could not be prepared in {str(where)!r}: {error}"
+            run.failure = LaunchError(message) if isinstance(error, OSError) else error
         except asyncio.CancelledError:  # the loop is closing, and nobody will call delete()
             await self._rest(run)
             await self._discard()

@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import time
+import weakref
 from pathlib import Path
 
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
@@ -31,6 +32,18 @@ OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG, C
 
 BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
 POLL = 0.01  # seconds between two tries to lock
+
+
+_held: weakref.WeakSet[StateDirectory] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    """A forked child has the lock too, and must not keep it when the owner dies."""
+    for state in list(_held):
+        state.release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 class StateDirectory:
@@ -90,6 +103,7 @@ class StateDirectory:
             if not _is_at(self.fd, self.path):
                 self.release()
                 continue
+            _held.add(self)
             locked = try_lock(self.fd)
             if locked and not _is_at(self.fd, self.path):
                 self.release()
@@ -185,6 +199,7 @@ class StateDirectory:
 
     def release(self) -> None:
         """Give the lock back and leave the files; a second call does nothing."""
+        _held.discard(self)
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)

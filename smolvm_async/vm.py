@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os as os_module
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
@@ -17,7 +18,7 @@ from smolvm_async.config import (
     make_data_dir,
 )
 from smolvm_async.control import Attached
-from smolvm_async.errors import ConfigError, VMNotRunningError, VMTimeoutError
+from smolvm_async.errors import ConfigError, VMNotFoundError, VMNotRunningError, VMTimeoutError
 from smolvm_async.events import BootState, BootStateChanged, EventStream
 from smolvm_async.guests import GUESTS
 from smolvm_async.handle import Handle, Run, console_tail, ended
@@ -235,13 +236,17 @@ class AsyncSmolVM:
             ImageError: The image has changed since, and cannot be used.
             VMNotRunningError: The VM was deleted, or stopped while it started.
         """
+        await self._look_again()
+        await self._vm.start()
+
+    async def _look_again(self) -> None:
+        """Once we are not attached any more: attach again, or take it over if it is at rest."""
         if isinstance(self._vm, Attached) and self._vm.over.done():
-            config = self._vm.config  # its owner's run is over: it may be ours now
+            config = self._vm.config
             handle = await find(
                 config.data_dir / config.vm_id, lambda found: make_plan(found, self._on_progress)
             )
             self._hold(handle, self._on_progress)
-        await self._vm.start()
 
     async def stop(self, timeout: float | None = None) -> ShutdownReport:
         """Power the guest down, and climb the shutdown ladder if it does not.
@@ -265,6 +270,8 @@ class AsyncSmolVM:
         Raises:
             VMAlreadyExistsError: It was at rest, and another process has started it meanwhile.
         """
+        with suppress(VMNotFoundError):  # it has been deleted already
+            await self._look_again()
         await self._vm.delete()
 
     async def detach(self) -> None:

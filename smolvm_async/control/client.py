@@ -125,7 +125,6 @@ class Attached:
 
     async def detach(self) -> None:
         """Close the connection; the VM goes on."""
-        self._detached = True
         self._reading.cancel()
         await asyncio.wait([self._reading])
 
@@ -143,9 +142,12 @@ class Attached:
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 while line := await reader.readline():
                     self._handle(decode(line))
+        except asyncio.CancelledError:
+            self._detached = True
+            raise
         finally:
             self._end()
 

@@ -152,6 +152,21 @@ async def test_an_attached_process_can_delete_it(
         assert process.returncode == 0
 
 
+async def test_one_that_was_attached_can_delete_what_the_owner_keeps(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with owner(blank_image, data_dir, "keep") as process:
+        first = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+        second = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+        await first.stop(timeout=0)
+        await process.communicate()
+    await second.wait_stopped()
+    await second.delete()
+    assert not list(data_dir.iterdir())
+    await first.delete()  # it is gone already
+    assert first.status is Status.DELETED
+
+
 async def test_a_crash_cancels_the_attached_block_too(blank_image: Path, data_dir: Path) -> None:
     async with owner(blank_image, data_dir) as process:
         pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -177,6 +192,31 @@ async def test_an_owner_that_is_killed_is_a_crash_and_its_vm_an_orphan(
     (pruned,) = await AsyncSmolVM.prune(data_dir=data_dir)
     assert pruned.vm_id == "shared"
     assert not list(data_dir.iterdir())
+
+
+async def test_a_forked_child_of_a_dead_owner_does_not_hold_its_vms(
+    blank_image: Path, data_dir: Path
+) -> None:
+    script = OWNER.replace(
+        'print("running", flush=True)',
+        "import os, time\n        if not os.fork():\n            time.sleep(600)\n"
+        '        print("running", os.getpid(), flush=True)',
+    )
+    arguments = [sys.executable, "-c", script, str(blank_image), str(data_dir), ""]
+    process = await asyncio.create_subprocess_exec(
+        *arguments, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    os.kill(process.pid, signal.SIGKILL)
+    await process.wait()
+    try:
+        (pruned,) = await AsyncSmolVM.prune(data_dir=data_dir)
+        assert pruned.status == "orphaned"
+        assert not list(data_dir.iterdir())
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.communicate()
 
 
 async def test_an_attached_process_that_is_killed_harms_nothing(
