@@ -27,6 +27,7 @@ from smolvm_async import (
     VMTimeoutError,
 )
 from smolvm_async.images.stand_in import build_stand_in
+from smolvm_async.process import identify
 from tests.conftest import children
 
 pytestmark = pytest.mark.anyio
@@ -209,8 +210,10 @@ async def test_a_forked_child_of_a_dead_owner_does_not_hold_its_vms(
     assert process.stdout is not None
     await process.stdout.readline()
     os.kill(process.pid, signal.SIGKILL)
-    await process.wait()
     try:
+        async with asyncio.timeout(10):
+            while identify(process.pid):  # wait() would wait for the child's pipe, too
+                await asyncio.sleep(0.01)
         (pruned,) = await AsyncSmolVM.prune(data_dir=data_dir)
         assert pruned.status == "orphaned"
         assert not list(data_dir.iterdir())
