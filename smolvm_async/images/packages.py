@@ -22,7 +22,7 @@ from smolvm_async import process
 from smolvm_async.errors import CommandError
 from smolvm_async.locking import try_lock
 from smolvm_async.progress import Progress, ProgressCallback, report
-from smolvm_async.shielding import in_thread
+from smolvm_async.shielding import in_background
 
 POLL = 0.1  # seconds
 
@@ -98,7 +98,7 @@ async def fetch(
         offers = {match["file"]: match for match in _URI.finditer(said)}
         if len(offers) != len(set(names)):
             raise CommandError(f"apt-get download does not tell all digests:\n{said.strip()}")
-        present = await in_thread(digests, archives, list(offers))
+        present = await in_background(digests, archives, list(offers))
         missing = {
             file: int(offer["size"])
             for file, offer in offers.items()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
+import os
 import selectors
 import threading
 from collections.abc import Callable, Coroutine
@@ -12,9 +14,13 @@ from typing import Any
 import anyio
 import pytest
 
-from smolvm_async.shielding import in_thread, settle
+from smolvm_async.shielding import in_background, in_thread, settle, submit
 
 pytestmark = pytest.mark.anyio
+
+InThread = Callable[..., Coroutine[Any, Any, Any]]
+either = pytest.mark.parametrize("run", [in_thread, in_background])
+number = contextvars.ContextVar[int]("number")
 
 
 async def turns(count: int) -> None:
@@ -121,7 +127,11 @@ async def test_a_cancelled_anyio_scope_waits_for_the_work_and_is_then_left() -> 
     assert scope.cancelled_caught
 
 
-async def test_a_thread_runs_to_its_end_though_its_waiter_was_cancelled() -> None:
+# Threads
+
+
+@either
+async def test_a_thread_runs_to_its_end_though_its_waiter_was_cancelled(run: InThread) -> None:
     began, release = threading.Event(), threading.Event()
     log: list[tuple[str, int]] = []
 
@@ -130,7 +140,7 @@ async def test_a_thread_runs_to_its_end_though_its_waiter_was_cancelled() -> Non
         release.wait(10)
         log.append((name, number))
 
-    waiter = asyncio.create_task(in_thread(work, "thread", 1))
+    waiter = asyncio.create_task(run(work, "thread", 1))
     while not began.is_set():
         await turns(1)
     for _ in range(3):
@@ -144,14 +154,26 @@ async def test_a_thread_runs_to_its_end_though_its_waiter_was_cancelled() -> Non
     assert log == [("thread", 1)]
 
 
-async def test_a_thread_returns_and_raises_like_a_call() -> None:
+@either
+async def test_a_thread_returns_and_raises_like_a_call(run: InThread) -> None:
     loop_thread = threading.get_ident()
-    assert await in_thread(threading.get_ident) != loop_thread
+    assert await run(threading.get_ident) != loop_thread
     with pytest.raises(ZeroDivisionError):
-        await in_thread(divmod, 1, 0)
+        await run(divmod, 1, 0)
 
 
-def test_a_thread_outlives_even_the_end_of_asyncio_run() -> None:
+@either
+async def test_a_thread_sees_the_context_variables_of_its_caller(run: InThread) -> None:
+    async def told(value: int) -> int:
+        number.set(value)
+        return int(await run(number.get))
+
+    assert [*await asyncio.gather(told(1), told(2))] == [1, 2]
+    assert number.get(None) is None
+
+
+@either
+def test_a_thread_outlives_even_the_end_of_asyncio_run(run: InThread) -> None:
     """At its end `asyncio.run` cancels every task that is left."""
     began, release = threading.Event(), threading.Event()
     log: list[str] = []
@@ -163,7 +185,7 @@ def test_a_thread_outlives_even_the_end_of_asyncio_run() -> None:
 
     async def waiter() -> None:
         try:
-            await in_thread(work)
+            await run(work)
         finally:
             log.append("waiter left")
 
@@ -177,6 +199,46 @@ def test_a_thread_outlives_even_the_end_of_asyncio_run() -> None:
 
     asyncio.run(main())
     assert log == ["main left", "work done", "waiter left"]
+
+
+async def test_what_is_submitted_runs_in_order_in_one_thread_though_nobody_waits() -> None:
+    log: list[tuple[int, threading.Thread]] = []
+    for turn in range(20):
+        submit(lambda turn=turn: log.append((turn, threading.current_thread())))
+    await in_thread(int)
+    assert [turn for turn, _ in log] == list(range(20))
+    (worker,) = {thread for _, thread in log}
+    assert worker.name.startswith("smolvm-async")
+
+
+async def test_work_in_the_background_holds_nothing_up() -> None:
+    release = threading.Event()
+    slow = asyncio.create_task(in_background(release.wait, 10))
+    await turns(1)
+    await in_thread(release.set)
+    assert await slow
+
+
+def test_every_loop_has_a_worker_of_its_own_which_ends_when_the_loop_is_collected() -> None:
+    workers = [asyncio.run(in_thread(threading.current_thread)) for _ in range(2)]
+    assert workers[0] is not workers[1]
+    gc.collect()
+    for worker in workers:
+        worker.join(10)
+        assert not worker.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from 3.12 on
+def test_a_forked_child_has_a_worker_too() -> None:
+    with asyncio.Runner() as runner:
+        runner.run(in_thread(int))
+        child = os.fork()  # no thread but this one comes along
+        if not child:
+            try:
+                os._exit(asyncio.run(in_thread(int, "7")))
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 # Waiting costs nothing

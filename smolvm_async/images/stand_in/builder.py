@@ -25,7 +25,7 @@ from pathlib import Path
 from smolvm_async.images import packages
 from smolvm_async.images.stand_in import disk, system
 from smolvm_async.progress import Progress, ProgressCallback, report
-from smolvm_async.shielding import in_thread
+from smolvm_async.shielding import in_background
 
 STEPS = 6
 
@@ -63,7 +63,7 @@ class Builder:
                         await self._build_base(digests, work, base)
                     self._report(5, "making the disk")
                     made = await disk.make_variant(base, work, self._kernel_arguments)
-                    await in_thread(_keep, made, result)
+                    await in_background(_keep, made, result)
         self._report(STEPS, "the stand-in is ready")
         return result
 
@@ -75,18 +75,18 @@ class Builder:
         await system.arrange(work / "unpacked", work)
         self._report(4, "making the file systems")
         made = await disk.make_base(work)
-        await in_thread(_keep, made, base)
+        await in_background(_keep, made, base)
 
     @contextlib.asynccontextmanager
     async def _workshop(self) -> AsyncIterator[Path]:
         work = self._store / "building"
         if work.exists():  # its builder was killed, or we would not hold the lock
-            await in_thread(shutil.rmtree, work)
+            await in_background(shutil.rmtree, work)
         work.mkdir()
         try:
             yield work
         finally:
-            await in_thread(shutil.rmtree, work)
+            await in_background(shutil.rmtree, work)
 
     # Packages
 
@@ -95,7 +95,7 @@ class Builder:
         digests = self._remembered()
         if digests is None or self._base(digests).exists():
             return digests
-        present = await in_thread(packages.digests, self._archives, digests)
+        present = await in_background(packages.digests, self._archives, digests)
         return digests if present == digests else None
 
     async def _fetch_packages(self) -> Digests:
@@ -104,7 +104,7 @@ class Builder:
         names = await system.package_names(self._packages)
         debs = await packages.fetch(names, self._packages, self._relay)
         files = [deb.name for deb in debs]
-        digests = await in_thread(packages.digests, self._archives, files)
+        digests = await in_background(packages.digests, self._archives, files)
         new = self._store / "packages.new"
         new.write_text(json.dumps(digests, indent=1))
         os.replace(new, self._memory)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smolvm_async import process
-from smolvm_async.shielding import in_thread
+from smolvm_async.shielding import in_background
 
 EPOCH = 1_704_067_200  # 2024-01-01, the date of every file
 MIB = 1 << 20
@@ -77,7 +77,7 @@ async def _make_esp(work: Path) -> None:
     hidden = str(ESP_START // SECTOR)
     geometry = ("-T", sectors, "-H", hidden, "-h", "64", "-s", "32")
     await _run(work, "mformat", "-i", _FAT, *geometry, "-N", "5AFE0001", "-v", "STAND-IN", "::")
-    paths = await in_thread(_contents, work / "esp")
+    paths = await in_background(_contents, work / "esp")
     directories = {str(Path(name).parent) for name in CONFIGURATIONS}
     directories |= {path for path in paths if (work / "esp" / path).is_dir()}
     await _run(work, "mmd", "-i", _FAT, *(f"::/{path}" for path in sorted(directories)))
@@ -87,7 +87,7 @@ async def _make_esp(work: Path) -> None:
 
 
 async def _make_root(work: Path) -> None:
-    paths = await in_thread(_contents, work / "root")
+    paths = await in_background(_contents, work / "root")
     (work / "mke2fs.conf").write_text(MKE2FS_CONF)
     flags = ["-q", "-t", "ext4", "-d", "root", "-U", ROOT_ID, "-L", "stand-in", "-m", "0"]
     extended = f"offset={ROOT_START},hash_seed={ROOT_ID},root_owner=0:0,nodiscard"

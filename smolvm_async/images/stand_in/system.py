@@ -16,7 +16,7 @@ from pathlib import Path
 from smolvm_async import process
 from smolvm_async.errors import HostError
 from smolvm_async.images import packages
-from smolvm_async.shielding import in_thread
+from smolvm_async.shielding import in_background
 
 GUEST_SCRIPTS = Path(__file__).parent / "guest"
 
@@ -92,8 +92,8 @@ async def arrange(unpacked: Path, work: Path) -> None:
     all_drivers = await _modules(unpacked, [*DISK_DRIVERS, *OTHER_DRIVERS])
     other_drivers = [driver for driver in all_drivers if driver not in disk_drivers]
     programs = (libraries, applets.split(), other_drivers)
-    await in_thread(_arrange_root, unpacked, root, *programs)
-    await in_thread(_arrange_esp, unpacked, esp, disk_drivers)
+    await in_background(_arrange_root, unpacked, root, *programs)
+    await in_background(_arrange_esp, unpacked, esp, disk_drivers)
 
 
 def _arrange_root(
