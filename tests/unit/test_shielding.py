@@ -222,10 +222,10 @@ async def test_work_in_the_background_holds_nothing_up() -> None:
 def test_every_loop_has_a_worker_of_its_own_which_ends_when_the_loop_is_collected() -> None:
     workers = [asyncio.run(in_thread(threading.current_thread)) for _ in range(2)]
     assert workers[0] is not workers[1]
-    gc.collect()
     for worker in workers:
-        worker.join(10)
-        assert not worker.is_alive()
+        while worker.is_alive():  # it may itself still hold what it did last for the loop
+            gc.collect()
+            worker.join(0.1)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from 3.12 on
