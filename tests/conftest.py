@@ -50,6 +50,19 @@ def children() -> set[int]:
     return found
 
 
+def processes(directory: Path) -> dict[int, str]:
+    """The processes that work in `directory`, whosever they are: their ids and names.
+
+    Every process of a VM works in its state directory. A zombie works nowhere.
+    """
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            if (entry / "cwd").readlink().is_relative_to(directory):
+                found[int(entry.name)] = (entry / "comm").read_text().strip()
+    return found
+
+
 def descriptors(pid: int | str = "self") -> dict[int, str]:
     """A process's open files, by default this one's."""
     found = {}
@@ -64,12 +77,13 @@ def descriptors(pid: int | str = "self") -> dict[int, str]:
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     """After every test: no process, descriptor, or file of a VM that was not there before."""
-    processes, files = children(), descriptors()
+    ours, files = children(), descriptors()
     yield
     deadline = time.monotonic() + GONE
-    while children() - processes and time.monotonic() < deadline:
+    while (children() - ours or processes(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not children() - processes, "processes were left"
+    assert not children() - ours, "processes were left"
+    assert not processes(tmp_path), "processes of other owners were left"
     left = {fd: link for fd, link in descriptors().items() if files.get(fd) != link}
     assert not left, "descriptors were left"
     data = tmp_path / "data"

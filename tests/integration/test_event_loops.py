@@ -1,0 +1,410 @@
+"""Every way to run a loop starts and stops a VM, and leaves nothing.
+
+That no process, descriptor or file is left, `nothing_left` shows after each test, for processes
+of other interpreters too; for their descriptors, `life.py` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from smolvm_async import VMCrashedError
+from tests.conftest import processes
+from tests.integration.life import LOOPS, Run, live, new_vm
+
+ROOT = Path(__file__).parents[2]
+
+Main = Coroutine[None, None, None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lasting_descriptors() -> None:
+    """Libuv makes a pipe for signals, once for each process, and keeps it."""
+    uvloop.run(asyncio.sleep(0))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """A loop's worker thread ends once the loop is collected."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        while thread.is_alive():  # it may itself still hold what it did last for the loop
+            gc.collect()
+            thread.join(0.1)
+
+
+# In this process
+
+
+def in_a_runner(main: Main) -> None:
+    with asyncio.Runner() as runner:
+        runner.run(asyncio.sleep(0))
+        runner.run(main)
+
+
+def in_debug_mode(main: Main) -> None:
+    asyncio.run(main, debug=True)
+
+
+def in_a_thread(main: Main) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, main).result()
+
+
+def in_uvloop_in_a_thread(main: Main) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(uvloop.run, main).result()
+
+
+def in_a_thread_of_another_loop(main: Main) -> None:
+    asyncio.run(asyncio.to_thread(asyncio.run, main))
+
+
+def in_a_loop_of_ones_own(main: Main) -> None:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main)
+    loop.close()
+
+
+def with_eager_tasks(main: Main) -> None:
+    factory = getattr(asyncio, "eager_task_factory", None)
+    if factory is None:
+        main.close()
+        pytest.skip("Python 3.12 brought them")
+
+    async def eager() -> None:
+        asyncio.get_running_loop().set_task_factory(factory)
+        await main
+
+    asyncio.run(eager())
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *LOOPS.values(),
+        in_a_runner,
+        in_debug_mode,
+        in_a_thread,
+        in_uvloop_in_a_thread,
+        in_a_thread_of_another_loop,
+        in_a_loop_of_ones_own,
+        with_eager_tasks,
+    ],
+)
+def test_a_vm_lives_in_it(blank_image: Path, data_dir: Path, run: Run) -> None:
+    run(live(blank_image, data_dir))
+
+
+def test_two_loops_at_once_do_not_meet(blank_image: Path, tmp_path: Path) -> None:
+    both = [live(blank_image, tmp_path / "data" / name) for name in ("one", "two")]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(asyncio.run, both))
+    for name in ("one", "two"):
+        (tmp_path / "data" / name).rmdir()
+
+
+def test_vms_that_a_threads_loop_forgot_end_with_it(blank_image: Path, data_dir: Path) -> None:
+    async def forget() -> None:
+        await asyncio.gather(*(new_vm(blank_image, data_dir).start() for _ in range(2)))
+        assert len(processes(data_dir)) == 4
+
+    in_a_thread(forget())
+    assert not processes(data_dir)
+    assert not list(data_dir.iterdir())
+
+
+def test_a_vm_ends_with_the_thread_that_started_it(blank_image: Path, data_dir: Path) -> None:
+    """The parent-death signal is the thread's; a loop that goes on in another one notices."""
+    loop, vm = asyncio.new_event_loop(), new_vm(blank_image, data_dir)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loop.run_until_complete, vm.start()).result()
+    with pytest.raises(VMCrashedError, match="killed by SIGKILL"):
+        loop.run_until_complete(vm.wait_stopped())
+    assert str(vm.status) == "crashed"
+    loop.run_until_complete(vm.delete())
+    loop.close()
+
+
+# In an interpreter of its own
+
+
+def python(*arguments: str | Path, cwd: Path = ROOT, **variables: str | Path) -> str:
+    """Run Python to its good end; what it printed. It has nothing to complain of."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {name: str(value) for name, value in variables.items()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["-X", "dev", "-W", "error"]], ids=["plain", "dev"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_vm_lives_in_a_fresh_interpreter(
+    blank_image: Path, data_dir: Path, loop: str, flags: list[str]
+) -> None:
+    """In the development mode, asyncio tells of slow callbacks and of what was not retrieved."""
+    python(*flags, "-m", "tests.integration.life", loop, blank_image, data_dir)
+
+
+OWNER = """
+import asyncio, sys, uvloop
+from pathlib import Path
+from tests.integration.life import LOOPS, new_vm
+
+async def main(image, data_dir):
+    async with new_vm(image, data_dir):
+        print("running", flush=True)
+        await asyncio.Event().wait()
+
+LOOPS[sys.argv[1]](main(*map(Path, sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_ctrl_c_ends_the_vm_before_the_loop(blank_image: Path, data_dir: Path, loop: str) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, loop, blank_image, data_dir],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with owner:
+        assert owner.stdout is not None
+        assert owner.stderr is not None
+        assert owner.stdout.readline() == "running\n"
+        owner.send_signal(signal.SIGINT)
+        complaint = owner.stderr.read()
+    assert complaint.endswith("\nKeyboardInterrupt\n")
+    assert "never retrieved" not in complaint
+    assert owner.returncode == -signal.SIGINT
+    assert not processes(data_dir)
+    assert not list(data_dir.iterdir())
+
+
+CLOSED = """
+import asyncio, sys
+from pathlib import Path
+from tests.integration.life import new_vm
+
+loop = asyncio.new_event_loop()
+loop.run_until_complete(new_vm(*map(Path, sys.argv[1:]), "closed").start())
+loop.close()
+"""
+
+
+def test_a_loop_closed_over_a_vm_leaves_no_process(blank_image: Path, data_dir: Path) -> None:
+    """Nobody cancels the tasks, as `asyncio.run` does."""
+    python("-W", "ignore", "-c", CLOSED, blank_image, data_dir)
+    starts_again("closed", blank_image, data_dir)
+
+
+def starts_again(vm_id: str, image: Path, data_dir: Path) -> None:
+    """An owner that did not clean up left no process, and a directory for the next one."""
+    while processes(data_dir):  # the kernel is about to end them
+        time.sleep(0.01)
+
+    async def restart() -> None:
+        async with new_vm(image, data_dir, vm_id):
+            pass
+
+    asyncio.run(restart())
+
+
+# In pytest's plugins
+
+ASYNCIO_PLUGIN = """
+import pytest, pytest_asyncio
+
+def fixture(scope):
+    return pytest_asyncio.fixture(scope=scope, loop_scope="session")
+
+own_fixture = pytest_asyncio.fixture
+in_session = pytest.mark.asyncio(loop_scope="session")
+alone = pytest.mark.asyncio
+"""
+
+ANYIO_PLUGIN = """
+import pytest
+
+@pytest.fixture(scope="session", params=[{}, {"use_uvloop": True}], ids=["asyncio", "uvloop"])
+def anyio_backend(request):
+    return "asyncio", request.param
+
+def fixture(scope):
+    return pytest.fixture(scope=scope)
+
+own_fixture = pytest.fixture
+in_session = alone = pytest.mark.anyio
+"""
+
+TESTS = """
+import os
+from pathlib import Path
+from tests.integration.life import new_vm
+
+def a_vm():
+    return new_vm(Path(os.environ["IMAGE"]), Path(os.environ["DATA_DIR"]))
+
+@fixture("session")
+async def of_session():
+    async with a_vm() as vm:
+        yield vm
+
+@fixture("module")
+async def of_module():
+    async with a_vm() as vm:
+        yield vm
+
+@fixture("function")
+async def of_function():
+    async with a_vm() as vm:
+        yield vm
+
+@own_fixture
+async def of_own_loop():
+    async with a_vm() as vm:
+        yield vm
+
+@in_session
+@pytest.mark.parametrize("turn", range(2))
+async def test_all_run(of_function, of_module, of_session, turn):
+    for vm in (of_function, of_module, of_session):
+        assert vm.status == "running"
+        assert (await vm.wait_for("firmware")).state == "firmware"
+    await of_function.stop(timeout=0)
+
+@alone
+async def test_in_a_loop_of_its_own(of_own_loop):
+    assert of_own_loop.status == "running"
+"""
+
+
+@pytest.mark.parametrize(
+    ("plugin", "mode", "count"),
+    [
+        (ASYNCIO_PLUGIN, "asyncio_mode=strict", 3),
+        (ASYNCIO_PLUGIN, "asyncio_mode=auto", 3),
+        (ANYIO_PLUGIN, "anyio_mode=strict", 6),
+    ],
+    ids=["pytest-asyncio", "pytest-asyncio-auto", "anyio"],
+)
+def test_a_vm_lives_in_a_plugins_fixtures(
+    blank_image: Path, data_dir: Path, tmp_path: Path, plugin: str, mode: str, count: int
+) -> None:
+    (tmp_path / "test_vms.py").write_text(plugin + TESTS)
+    scope = "asyncio_default_fixture_loop_scope=function"  # or pytest-asyncio warns
+    said = python(
+        *("-m", "pytest", "-q", "-W", "error", "-o", mode, "-o", scope, "test_vms.py"),
+        cwd=tmp_path,
+        PYTHONPATH=ROOT,
+        IMAGE=blank_image,
+        DATA_DIR=data_dir,
+    )
+    assert f"{count} passed" in said
+
+
+# In Jupyter
+
+
+@pytest.fixture
+def jupyter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels find this library and these tests, and keep their files here."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+NOTEBOOK = """
+from pathlib import Path
+from tests.conftest import children, descriptors
+from tests.integration.life import new_vm
+before, data_dir = descriptors(), Path({data_dir!r})
+vm = new_vm(Path({image!r}), data_dir)
+await vm.start()
+# %%
+assert vm.status == "running"
+(await vm.wait_for("firmware")).state
+# %%
+async with new_vm(Path({image!r}), data_dir) as other:
+    assert len(children()) == 4
+# %%
+(await vm.stop(timeout=0)).rung
+# %%
+await vm.delete()
+assert not children()
+assert not list(data_dir.iterdir())
+assert descriptors() == before
+"""
+
+EXECUTE = """
+import sys
+import nbformat.v4, nbclient
+cells = [nbformat.v4.new_code_cell(text) for text in sys.argv[1].split("# %%")]
+notebook = nbformat.v4.new_notebook(cells=cells)
+nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+print(*(output["data"]["text/plain"] for cell in notebook.cells for output in cell.outputs))
+"""
+
+
+@pytest.mark.usefixtures("jupyter")
+def test_a_vm_lives_in_the_cells_of_a_notebook(blank_image: Path, data_dir: Path) -> None:
+    text = NOTEBOOK.format(image=str(blank_image), data_dir=str(data_dir))
+    assert run_in_jupyter(EXECUTE, text) == "<BootState.FIRMWARE: 'firmware'> <Rung.QUIT: 'quit'>\n"
+
+
+KERNEL = """
+import sys
+from jupyter_client.manager import start_new_kernel
+
+how, image, data_dir = sys.argv[1:]
+start = f'''
+from pathlib import Path
+from tests.integration.life import new_vm
+vm = new_vm(Path({image!r}), Path({data_dir!r}), "in-kernel")
+await vm.start()
+'''
+manager, client = start_new_kernel()
+assert client.execute_interactive(start)["content"]["status"] == "ok"
+if how == "restart":
+    manager.restart_kernel()
+    client.wait_for_ready()
+    assert client.execute_interactive(start)["content"]["status"] == "ok"
+client.stop_channels()
+manager.shutdown_kernel(now=how == "kill")
+"""
+
+
+@pytest.mark.usefixtures("jupyter")
+@pytest.mark.parametrize("how", ["shutdown", "kill", "restart"])
+def test_a_kernels_vms_end_with_it(blank_image: Path, data_dir: Path, how: str) -> None:
+    """No kernel cancels the tasks of its loop at its end."""
+    run_in_jupyter(KERNEL, how, blank_image, data_dir)
+    starts_again("in-kernel", blank_image, data_dir)
+
+
+def run_in_jupyter(script: str, *arguments: str | Path) -> str:
+    """What a script printed that starts a kernel; kernels may have more to say on stderr."""
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
