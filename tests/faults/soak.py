@@ -1,0 +1,70 @@
+"""Many VMs in one process; prints what the process holds after the first, and in the end.
+
+python -m tests.faults.soak IMAGE DATA_DIR ONE_AFTER_ANOTHER AT_ONCE
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+from tests.conftest import children, descriptors
+from tests.integration.life import new_vm
+
+Figures = dict[str, object]
+
+
+async def one(image: Path, data_dir: Path) -> None:
+    async with new_vm(image, data_dir) as vm:
+        await vm.wait_for("firmware")
+        await vm.stop(timeout=0)
+
+
+async def figures(data_dir: Path) -> Figures:
+    """What this process holds now, garbage apart."""
+    await asyncio.sleep(0)  # what woke this task up is held until its next turn
+    while gc.collect():
+        pass
+    return {
+        "descriptors": sorted(kind(link) for link in descriptors().values()),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "children": len(children()),
+        "entries": [entry.name for entry in data_dir.iterdir()],
+        "tasks": len(asyncio.all_tasks()),
+        "loggers": len(logging.root.manager.loggerDict),
+        "resident_kib": resident(),
+        "blocks": sys.getallocatedblocks(),
+        "objects": Counter(type(thing).__qualname__ for thing in gc.get_objects()),
+    }
+
+
+def kind(link: str) -> str:
+    """What a descriptor leads to, without the number that makes each one different."""
+    return link.partition(":[")[0]
+
+
+def resident() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+async def main() -> None:
+    image, data_dir = map(Path, sys.argv[1:3])
+    in_turn, at_once = map(int, sys.argv[3:])
+    await one(image, data_dir)
+    first = await figures(data_dir)
+    for _ in range(in_turn):
+        await one(image, data_dir)
+    after_turns = await figures(data_dir)
+    await asyncio.gather(*(one(image, data_dir) for _ in range(at_once)))
+    print(json.dumps([first, after_turns, await figures(data_dir)]))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
