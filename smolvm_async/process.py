@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import anyio
+
 from smolvm_async.errors import CommandError, LaunchError
 from smolvm_async.log import get_logger
 from smolvm_async.shielding import settle
@@ -165,14 +167,15 @@ async def spawn(
         return _spawn(name, argv, cwd, log, fds)
 
 
-_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = (
+# anyio's locks, since one of asyncio's that was waited for holds its loop, which would never go.
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, anyio.Lock] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _turn() -> asyncio.Lock:
+def _turn() -> anyio.Lock:
     """One spawn for each turn of the loop: it blocks for 1 to 3 ms, and many VMs may start."""
-    return _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+    return _turns.setdefault(asyncio.get_running_loop(), anyio.Lock())
 
 
 def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[int]) -> Child:
