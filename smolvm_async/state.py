@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import stat
 import time
 import weakref
@@ -104,6 +105,7 @@ class StateDirectory:
                 self.release()
                 continue
             _held.add(self)
+            self._unless_released = weakref.finalize(self, _abandon, self.path, self.fd)
             locked = try_lock(self.fd)
             if locked and not _is_at(self.fd, self.path):
                 self.release()
@@ -168,20 +170,13 @@ class StateDirectory:
 
     def clear(self) -> None:
         """Remove everything in the directory but what says whose it is."""
-        for entry in os.scandir(self.path):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            elif entry.name not in (RECORD, SCRATCH):
-                os.unlink(entry.path)
+        _clear(self.path)
 
     def remove(self) -> None:
         """Remove the directory and give the lock back; a second call does nothing."""
         if self.fd >= 0:
             try:
-                self.clear()
-                for name in (RECORD, SCRATCH):
-                    (self.path / name).unlink(missing_ok=True)
-                self.path.rmdir()
+                _remove(self.path)
             finally:
                 self.release()
 
@@ -199,9 +194,10 @@ class StateDirectory:
 
     def release(self) -> None:
         """Give the lock back and leave the files; a second call does nothing."""
-        _held.discard(self)
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            _held.discard(self)
+            self._unless_released.detach()
             os.close(fd)
 
     def _write(self, name: str, content: bytes) -> None:
@@ -227,6 +223,40 @@ class StateDirectory:
                 f"vm_id={self.path.name!r} is taken by a VM that is in use by {by}: choose another "
                 "id, attach to that VM with AsyncSmolVM.from_id(), or delete() it first."
             )
+
+
+def _abandon(path: Path, fd: int) -> None:
+    """What is left to do for an owner that exits, or drops the VM, without ending its loop.
+
+    A Jupyter kernel does so. A kept VM is then an orphan, which its next start() puts right.
+    """
+    try:
+        record = read_record(path, fd)
+        if record is not None and not record.config.keep:
+            for identity in record.processes.values():
+                if identify(identity.pid) == identity:
+                    os.kill(identity.pid, signal.SIGKILL)
+            _remove(path)
+    except (ConfigError, OSError):
+        pass  # it is an orphan
+    finally:
+        os.close(fd)
+
+
+def _clear(path: Path) -> None:
+    """Remove everything in the directory but what says whose it is."""
+    for entry in os.scandir(path):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif entry.name not in (RECORD, SCRATCH):
+            os.unlink(entry.path)
+
+
+def _remove(path: Path) -> None:
+    _clear(path)
+    for name in (RECORD, SCRATCH):
+        (path / name).unlink(missing_ok=True)
+    path.rmdir()
 
 
 def check_data_dir(data_dir: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from smolvm_async import VMCrashedError
+from smolvm_async import AsyncSmolVM, VMCrashedError
 from tests.conftest import processes
 from tests.integration.life import LOOPS, Run, live, new_vm
 
@@ -213,22 +213,25 @@ loop.close()
 """
 
 
-def test_a_loop_closed_over_a_vm_leaves_no_process(blank_image: Path, data_dir: Path) -> None:
-    """Nobody cancels the tasks, as `asyncio.run` does."""
+def test_a_loop_closed_over_a_vm_leaves_nothing_in_the_end(
+    blank_image: Path, data_dir: Path
+) -> None:
+    """Nobody cancels the tasks, as `asyncio.run` does: the interpreter's end is the VM's."""
     python("-W", "ignore", "-c", CLOSED, blank_image, data_dir)
-    starts_again("closed", blank_image, data_dir)
+    assert not list(data_dir.iterdir())
 
 
-def starts_again(vm_id: str, image: Path, data_dir: Path) -> None:
-    """An owner that did not clean up left no process, and a directory for the next one."""
-    while processes(data_dir):  # the kernel is about to end them
-        time.sleep(0.01)
+def test_a_vm_that_was_stopped_and_dropped_leaves_nothing(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async def drop() -> None:
+        vm = new_vm(blank_image, data_dir)
+        await vm.start()
+        await vm.stop(timeout=0)
 
-    async def restart() -> None:
-        async with new_vm(image, data_dir, vm_id):
-            pass
-
-    asyncio.run(restart())
+    asyncio.run(drop())
+    gc.collect()
+    assert not list(data_dir.iterdir())
 
 
 # In pytest's plugins
@@ -401,7 +404,17 @@ manager.shutdown_kernel(now=how == "kill")
 def test_a_kernels_vms_end_with_it(blank_image: Path, data_dir: Path, how: str) -> None:
     """No kernel cancels the tasks of its loop at its end."""
     run_in_jupyter(KERNEL, how, blank_image, data_dir)
-    starts_again("in-kernel", blank_image, data_dir)
+    if how == "kill":
+        while processes(data_dir):  # the kernel is about to end them
+            time.sleep(0.01)
+        assert list(data_dir.iterdir())  # until the same id starts again:
+        asyncio.run(start_and_delete(new_vm(blank_image, data_dir, "in-kernel")))
+    assert not list(data_dir.iterdir())
+
+
+async def start_and_delete(vm: AsyncSmolVM) -> None:
+    async with vm:
+        pass
 
 
 def run_in_jupyter(script: str, *arguments: str | Path) -> str:
