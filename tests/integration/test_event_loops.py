@@ -22,7 +22,7 @@ import pytest
 import uvloop
 
 from smolvm_async import AsyncSmolVM, VMCrashedError
-from tests.conftest import processes
+from tests.conftest import GONE, processes
 from tests.integration.life import LOOPS, Run, live, new_vm
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +41,10 @@ def no_thread_left() -> Iterator[None]:
     """A loop's worker thread ends once the loop is collected."""
     before = set(threading.enumerate())
     yield
+    deadline = time.monotonic() + GONE
     for thread in set(threading.enumerate()) - before:
         while thread.is_alive():  # it may itself still hold what it did last for the loop
+            assert time.monotonic() < deadline, f"{thread.name} was left"
             gc.collect()
             thread.join(0.1)
 
