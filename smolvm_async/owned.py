@@ -25,7 +25,7 @@ from smolvm_async.plan import Plan
 from smolvm_async.process import identify
 from smolvm_async.record import Record, Status
 from smolvm_async.registry import at_rest
-from smolvm_async.shielding import in_thread, settle
+from smolvm_async.shielding import in_thread, settle, submit
 from smolvm_async.shutdown import Rung, ShutdownReport
 from smolvm_async.state import CONTROL, StateDirectory
 from smolvm_async.supervisor import Supervisor
@@ -56,7 +56,7 @@ class Owned:
         self._starters = 0
         self._stopping = False
         self._deleted = False
-        self._removal: asyncio.Task[None] | None = None
+        self._removal: asyncio.Future[None] | None = None
 
     @property
     def status(self) -> Status:
@@ -251,7 +251,7 @@ class Owned:
         """Remove the directory, if it is held: a kept VM is not, unless it never ran."""
         if self._state is not None:
             state, self._state, self._created = self._state, None, None
-            self._removal = asyncio.ensure_future(in_thread(state.remove))
+            self._removal = submit(state.remove)
         if self._removal is not None:
             await settle(self._removal)
 
