@@ -169,7 +169,14 @@ def make_config(
         "timeouts": _nested(Timeouts, "timeouts", timeouts),
         "data_dir": make_data_dir(data_dir),
     }
-    return VMConfig(**arguments)
+    config = VMConfig(**arguments)
+    bound = config.limits.vm_memory
+    if bound is not None and bound <= config.memory:
+        raise ConfigError(
+            f"limits: vm_memory={bound} is too small for memory={config.memory}: QEMU needs the "
+            "guest's memory and some 100 MiB for itself; pass more, or a smaller memory=."
+        )
+    return config
 
 
 def check_timeout(timeout: object) -> None:

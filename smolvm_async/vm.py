@@ -6,6 +6,7 @@ import asyncio
 import os as os_module
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
@@ -30,6 +31,7 @@ from smolvm_async.progress import ProgressCallback
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo, list_vms, prune_vms
 from smolvm_async.shutdown import ShutdownReport
+from smolvm_async.state import check_data_dir
 
 
 class AsyncSmolVM:
@@ -143,7 +145,7 @@ class AsyncSmolVM:
             VMNotRunningError: Its owner is alive and does not answer.
         """
         _check_progress(on_progress)
-        path = make_data_dir(data_dir) / check_vm_id(vm_id)
+        path = _known_data_dir(data_dir) / check_vm_id(vm_id)
         vm = cls.__new__(cls)
         vm._hold(await find(path, lambda config: make_plan(config, on_progress)), on_progress)
         return vm
@@ -153,7 +155,7 @@ class AsyncSmolVM:
         cls, *, data_dir: str | os_module.PathLike[str] | None = None
     ) -> Sequence[VMInfo]:
         """Every VM of this user, running or kept, the oldest first, and what dead owners left."""
-        return await list_vms(make_data_dir(data_dir))
+        return await list_vms(_known_data_dir(data_dir))
 
     @classmethod
     async def prune(
@@ -164,7 +166,7 @@ class AsyncSmolVM:
         Returns:
             What was found, as it was before.
         """
-        return await prune_vms(make_data_dir(data_dir))
+        return await prune_vms(_known_data_dir(data_dir))
 
     def __repr__(self) -> str:
         return f"<AsyncSmolVM {self.vm_id} {self._vm.config.os} {self.status}>"
@@ -379,6 +381,13 @@ class AsyncSmolVM:
         if self._vm.run is None or self._vm.over is None:
             raise VMNotRunningError(f"{self.vm_id} was not started: use async with, or start().")
         return self._vm.run, self._vm.over
+
+
+def _known_data_dir(data_dir: object) -> Path:
+    path = make_data_dir(data_dir)
+    if path.exists():
+        check_data_dir(path)
+    return path
 
 
 def _check_progress(on_progress: object) -> None:

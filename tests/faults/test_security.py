@@ -136,6 +136,9 @@ def test_a_data_dir_that_others_can_write_to_is_refused(
     data_dir.chmod(mode)
     with pytest.raises(ConfigError, match="chmod go-w"):
         vm_in(data_dir, blank_image)
+    for look in (AsyncSmolVM.list, AsyncSmolVM.prune):
+        with pytest.raises(ConfigError, match="chmod go-w"):
+            asyncio.run(look(data_dir=data_dir))
     data_dir.chmod(0o755)
     vm_in(data_dir, blank_image)
 

@@ -58,6 +58,7 @@ async def test_all_vms_together_stay_within_max_memory(blank_image: Path, data_d
         ({"max_memory": 0}, ["limits: max_memory=0", "greater than 0"]),
         ({"vm_cpus": -1}, ["limits: vm_cpus=-1", "greater than 0"]),
         ({"vm_memory": 1.5}, ["limits: vm_memory=1.5"]),
+        ({"vm_memory": 2048}, ["limits: vm_memory=2048", "too small for memory=2048"]),
         ({"memory": 5}, ["limits= has no memory", "max_memory, vm_memory, vm_cpus"]),
         (5, ["limits=5", "Limits(max_memory=16384)", "mapping"]),
     ],
