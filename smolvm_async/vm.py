@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Literal, NoReturn, Self
 
+from smolvm_async.block import Block
 from smolvm_async.config import (
     Limits,
     Timeouts,
@@ -114,12 +115,13 @@ class AsyncSmolVM:
         self._hold(handle, on_progress)
 
     def _hold(self, handle: Owned | Attached, on_progress: ProgressCallback | None) -> None:
-        self._vm: Handle = handle
+        self._block = Block()
         self._on_progress = on_progress
-        self._body: asyncio.Task[Any] | None = None
-        self._body_cancelling = 0
-        self._body_cancelled = False
-        handle.on_crash = self._cancel_body
+        self._attach(handle)
+
+    def _attach(self, handle: Owned | Attached) -> None:
+        self._vm: Handle = handle
+        handle.on_crash = self._block.cancel
 
     @classmethod
     async def from_id(
@@ -187,14 +189,12 @@ class AsyncSmolVM:
         return self._vm.accelerator
 
     async def __aenter__(self) -> Self:
-        if self._body is not None:
+        if self._block.entered:
             raise ConfigError(f"{self.vm_id} is in an async with block already: use it there.")
         await self.start()
-        self._body = asyncio.current_task()
-        assert self._body is not None
-        self._body_cancelling = self._body.cancelling()
-        if self.status is Status.CRASHED:  # before there was a body to cancel
-            await self.__aexit__(None, None, None)
+        self._block.enter()
+        if self.status is Status.CRASHED:  # before there was a block to cancel
+            await self._block.leave(self._vm, None)
         return self
 
     async def __aexit__(
@@ -203,27 +203,7 @@ class AsyncSmolVM:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        body, self._body = self._body, None
-        ours = self._body_cancelled  # whether it was the crash that cancelled the body
-        self._body_cancelled = False
-        try:
-            await self._vm.leave(graceful=error is None)
-        except asyncio.CancelledError as cancellation:
-            await self._vm.leave(graceful=False)
-            error = error or cancellation
-        if ours and body is asyncio.current_task() and body is not None:
-            ours = body.uncancel() <= self._body_cancelling
-        crash = self._vm.run.failure if self._vm.run else None
-        if isinstance(error, asyncio.CancelledError) and not ours:
-            raise error
-        if error is crash:
-            return  # it comes out by itself, or there is none
-        if crash is not None and (ours or error is None or isinstance(error, Exception)):
-            raise crash from error
-
-    def _cancel_body(self) -> None:
-        if self._body is not None:
-            self._body_cancelled = self._body.cancel()
+        await self._block.leave(self._vm, error)
 
     async def start(self) -> None:
         """Start the VM; returns when the guest's processors run. A running VM is left alone.
@@ -248,7 +228,7 @@ class AsyncSmolVM:
             handle = await find(
                 config.data_dir / config.vm_id, lambda found: make_plan(found, self._on_progress)
             )
-            self._hold(handle, self._on_progress)
+            self._attach(handle)
 
     async def stop(self, timeout: float | None = None) -> ShutdownReport:
         """Power the guest down, and climb the shutdown ladder if it does not.

@@ -47,6 +47,7 @@ ROWS = [
     "qemu.boot",
     "shutdown",
     "handle",
+    "block",
     "plan",
     "supervisor",
     "doctor",
