@@ -68,10 +68,14 @@ class Attached:
         reader, vm._writer = await asyncio.open_unix_connection(address(dir_fd), limit=MAX_MESSAGE)
         try:
             async with asyncio.timeout(GREETING):
-                line = await reader.readline()
-            if not line:
-                raise ConnectionResetError("the owner has closed the control socket")
-            vm._handle(decode(line))
+                method = ""
+                while method != "status":  # the last of what has happened so far
+                    line = await reader.readline()
+                    if not line:
+                        raise ConnectionResetError("the owner has closed the control socket")
+                    message = decode(line)
+                    vm._handle(message)
+                    method = message["method"]
         except BaseException:
             vm._writer.transport.abort()
             raise
