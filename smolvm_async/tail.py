@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import os
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 CHUNK = 65536
@@ -42,6 +44,26 @@ class Tail:
     def since(self, count: int) -> bytes:
         """What came after the first `count` bytes, as far as it is still kept."""
         return bytes(self._kept[-(self.count - count) :]) if count < self.count else b""
+
+    async def follow(self, over: asyncio.Future[None]) -> AsyncIterator[str]:
+        """All that is kept, then what comes, as text, until `over` is done."""
+        news = asyncio.Event()
+        self.listeners.add(news)
+        over.add_done_callback(lambda _: news.set())
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        read = max(0, self.count - self.limit)
+        try:
+            while True:
+                news.clear()
+                final = over.done()
+                data, read = self.since(read), self.count
+                if text := decoder.decode(data, final):
+                    yield text
+                if final:
+                    return
+                await news.wait()
+        finally:
+            self.listeners.discard(news)
 
     def text(self, limit: int | None = None) -> str:
         """The last `limit` bytes, by default all that is kept, as text."""

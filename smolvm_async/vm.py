@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os as os_module
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -338,6 +338,15 @@ class AsyncSmolVM:
     def console_log(self) -> str:
         """What the guest has written to its serial console: the last 256 KiB, as text."""
         return self._vm.run.console.text() if self._vm.run else ""
+
+    def follow_console(self) -> AsyncIterator[str]:
+        """The serial console as text: its last 256 KiB, then what comes, until the VM ends.
+
+        Raises:
+            VMNotRunningError: The VM was never started.
+        """
+        run, over = self._begun()
+        return run.console.follow(over)
 
     async def run(self, command: str, **options: object) -> NoReturn:
         """Not for Windows guests: raises `UnsupportedError`."""

@@ -38,6 +38,7 @@ ROWS = [
     "orphans",
     "state",
     "registry",
+    "logs",
     "limits",
     "sidecars",
     "qemu.arguments",
