@@ -57,8 +57,10 @@ ROWS = [
     "lookup",
     "vm",
     "__init__",
+    "cli",
+    "__main__",
 ]
-PACKAGES = {"guests", "images", "host", "sidecars", "control", "doctor"}
+PACKAGES = {"guests", "images", "host", "sidecars", "control", "doctor", "cli"}
 EMPTY = {"qemu.__init__"}  # no row of its own: there is nothing in it
 
 MODULES = {

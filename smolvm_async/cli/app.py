@@ -1,0 +1,82 @@
+"""`smolvm-async`: its commands, and what is common to them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import warnings
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+
+from smolvm_async.cli.doctor import doctor
+from smolvm_async.cli.logs import logs
+from smolvm_async.cli.output import complain, err, say
+from smolvm_async.cli.run import run
+from smolvm_async.cli.vms import delete, list_vms, prune, stop
+from smolvm_async.log import get_logger
+
+NAME = "smolvm-async"
+EPILOG = """
+Exit codes: 0 success; 1 it failed, or the VM crashed; 2 wrong usage or argument; 3 the host lacks
+something; 4 no VM has this id; 128+n interrupted by signal n (130: Ctrl-C).
+
+With --json, stdout holds JSON, one document or one on each line; what failed is its last:
+{"error": {"type": ..., "message": ...}}.
+"""
+
+app = typer.Typer(
+    name=NAME,
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run)
+app.command("list")(list_vms)
+for command in (stop, delete, prune, logs, doctor):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        say(f"{NAME} {version('smolvm-async')}")
+        raise typer.Exit
+
+
+@app.callback()
+def set_up(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log to stderr, command lines included.")
+    ] = False,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Disposable computers: Windows 11 sandboxes in QEMU, with Secure Boot and a TPM."""
+    handler: logging.Handler
+    if err.is_terminal:
+        handler, form = RichHandler(console=err, show_path=False), "%(message)s"
+    else:
+        handler, form = logging.StreamHandler(), "%(levelname)s: %(message)s"
+    logging.basicConfig(format=form, handlers=[handler])
+    if verbose:
+        get_logger("smolvm_async").setLevel(logging.DEBUG)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    complain("Warning", str(message), "bold yellow")
+
+
+def main() -> None:
+    """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
+    app(prog_name=NAME)

@@ -1,0 +1,58 @@
+"""`doctor`: whether this host can run the guests, and if not, what to do."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from smolvm_async import Progress
+from smolvm_async.cli.execution import FAILED, execute
+from smolvm_async.cli.options import DataDir, Json
+from smolvm_async.cli.output import busy, out, write_json
+
+
+def doctor(
+    accel: Annotated[
+        Literal["auto", "kvm", "tcg"], typer.Option(help="What VMs would ask for.")
+    ] = "auto",
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Examine this host by doing what a VM does; it takes some seconds, and leaves nothing."""
+    from smolvm_async.doctor import Finding, Outcome, examine  # only this command needs it
+
+    marks = {
+        Outcome.OK: ("✔", "green"),
+        Outcome.WARNING: ("!", "yellow"),
+        Outcome.FAILED: ("✘", "bold red"),
+        Outcome.SKIPPED: ("-", "dim"),
+    }
+
+    def show(finding: Finding) -> None:
+        mark, style = marks[finding.status]
+        line = Text.assemble("  ", (mark, style), f" {finding.check:<{width}}  {finding.detail}")
+        out.print(line, soft_wrap=True)
+        if finding.cure:
+            out.print(Text(f"    {'':<{width}}  {finding.cure}", style), soft_wrap=True)
+
+    with busy("Examining", json=json) as tell:
+
+        def on_progress(progress: Progress) -> None:
+            tell(f"Examining {progress.message}")
+
+        report = execute(
+            examine(data_dir=data_dir, accel=accel, on_progress=on_progress), json=json
+        )
+    if json:
+        write_json(report.model_dump(mode="json"))
+    else:
+        width = max(len(finding.check) for finding in report.findings)
+        for guest, findings in groupby(report.findings, lambda finding: finding.guest):
+            out.print(Text(f"{guest} guests" if guest else "this host", "bold"))
+            for finding in findings:
+                show(finding)
+    if not report.ok:
+        raise typer.Exit(FAILED)

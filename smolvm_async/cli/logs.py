@@ -1,0 +1,66 @@
+"""`logs`: what a VM's guest writes to its console, or its processes to their logs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from smolvm_async import VMNotFoundError, VMNotRunningError
+from smolvm_async.cli.execution import execute
+from smolvm_async.cli.options import RUNNING, DataDir, Json, VMId, find_vm, no_such_vm
+from smolvm_async.cli.output import write_json, write_text
+from smolvm_async.logs import read_log
+
+
+def logs(
+    vm_id: VMId,
+    source: Annotated[
+        Literal["console", "qemu", "swtpm"],
+        typer.Option(help="The serial console, which only a running VM has, or a process's log."),
+    ] = "console",
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what comes, until the VM ends.")
+    ] = False,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Show the end of a VM's serial console, or of the log of QEMU or swtpm.
+
+    On a terminal, the guest's control sequences are left out.
+    """
+
+    def show(text: str) -> None:
+        if json:
+            write_json({"vm_id": vm_id, "source": source, "text": text})
+        else:
+            write_text(text)
+
+    async def show_log() -> None:
+        texts = read_log(vm_id, source, data_dir=data_dir, follow=follow)
+        try:
+            if not follow:
+                show("".join([text async for text in texts]))
+                return
+            async for text in texts:
+                show(text)
+        except VMNotFoundError:
+            raise no_such_vm(vm_id) from None
+
+    async def show_console() -> None:
+        vm = await find_vm(vm_id, data_dir)
+        if vm.status not in RUNNING:
+            raise VMNotRunningError(
+                f"{vm_id} is {vm.status}, and has no console any more; its logs are there: "
+                "--source qemu, --source swtpm."
+            )
+        try:
+            if not follow:
+                show(vm.console_log())
+                return
+            async for text in vm.follow_console():
+                show(text)
+        finally:
+            await vm.detach()
+
+    execute(show_console() if source == "console" else show_log(), json=json)

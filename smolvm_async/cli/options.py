@@ -1,0 +1,68 @@
+"""The options and arguments that commands share, and the VM that an id means."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from smolvm_async import AsyncSmolVM, SmolVMError, Status, VMNotFoundError
+from smolvm_async.progress import ProgressCallback
+
+RUNNING = (Status.STARTING, Status.RUNNING, Status.STOPPING)  # another process holds it
+
+
+def complete_vm_id(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """The ids of the VMs in the data directory, with what each is doing."""
+    try:
+        infos = asyncio.run(AsyncSmolVM.list(data_dir=context.params.get("data_dir")))
+    except (SmolVMError, OSError):
+        return []
+    return [(info.vm_id, info.status) for info in infos if info.vm_id.startswith(incomplete)]
+
+
+VMId = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="The VM's id.", autocompletion=complete_vm_id),
+]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIRECTORY",
+        help="Where the VMs are.",
+        show_default="$XDG_STATE_HOME/smolvm-async or ~/.local/state/smolvm-async",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        min=0,
+        help="How long the guest may take to power down; 0 leaves the power button out.",
+        show_default="60",
+    ),
+]
+
+
+async def find_vm(
+    vm_id: str, data_dir: str | None, on_progress: ProgressCallback | None = None
+) -> AsyncSmolVM:
+    """`AsyncSmolVM.from_id()`, whose error names the command that helps.
+
+    Raises:
+        VMNotFoundError: No VM has this id.
+    """
+    try:
+        return await AsyncSmolVM.from_id(vm_id, data_dir=data_dir, on_progress=on_progress)
+    except VMNotFoundError:
+        raise no_such_vm(vm_id) from None
+
+
+def no_such_vm(vm_id: str) -> VMNotFoundError:
+    """What to raise for an id that no VM has."""
+    return VMNotFoundError(
+        f"there is no VM {vm_id!r}: smolvm-async list shows which there are; "
+        "--data-dir says where, if that is not the default."
+    )

@@ -1,0 +1,185 @@
+"""`run`: boot an image, hold the VM until somebody ends it, and show all that happens."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from smolvm_async import (
+    AsyncSmolVM,
+    BootStateChanged,
+    EventStream,
+    Progress,
+    VMAlreadyExistsError,
+)
+from smolvm_async.cli.ending import describe_ending, ending_fields
+from smolvm_async.cli.execution import Interrupts, execute
+from smolvm_async.cli.options import RUNNING, DataDir, Json, Timeout, complete_vm_id, find_vm
+from smolvm_async.cli.output import busy, say, write_json, write_nowhere
+
+
+def run(
+    image: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[IMAGE]",
+            help="A qcow2 to start from. Left out, --id names a kept VM to boot again.",
+        ),
+    ] = None,
+    os: Annotated[
+        Literal["windows"] | None, typer.Option(help="The guest OS; an image needs it.")
+    ] = None,
+    memory: Annotated[
+        int | None, typer.Option(metavar="MIB", help="Memory.", show_default="4096")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(help="Cores.", show_default="2")] = None,
+    vm_id: Annotated[
+        str | None,
+        typer.Option(
+            "--id",
+            metavar="ID",
+            help="The VM's id.",
+            show_default="vm- and 8 hex digits",
+            autocompletion=complete_vm_id,
+        ),
+    ] = None,
+    accel: Annotated[
+        Literal["auto", "kvm", "tcg"] | None,
+        typer.Option(help="What QEMU runs the guest with.", show_default="auto"),
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the VM afterwards, to boot it again.")
+    ] = False,
+    timeout: Timeout = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Boot an image and hold the VM until Ctrl-C, showing the boot states.
+
+    The first Ctrl-C (or SIGTERM, or a terminal that closes) powers the guest down; the next one
+    kills it at once. Then the VM is deleted, unless it is kept.
+
+    For example:
+
+      smolvm-async run ~/win11.qcow2 --os windows --memory 8192
+
+      smolvm-async run ~/win11.qcow2 --os windows --id office --keep
+
+      smolvm-async run --id office
+    """
+    machine = {"os": os, "memory": memory, "cpus": cpus, "accel": accel, "keep": keep or None}
+    given = {name: value for name, value in machine.items() if value is not None}
+    if image is None and vm_id is None:
+        raise typer.BadParameter("give one, or --id of a kept VM", param_hint="IMAGE")
+    if image is None and given:
+        names = ", ".join(f"--{name}" for name in given)
+        raise typer.BadParameter(f"a kept VM has its own {names}: leave out", param_hint="--id")
+    feed = Feed(json, Interrupts(spare_first=True))
+
+    async def boot() -> None:
+        if image is not None:
+            arguments: dict[str, Any] = {**given, "image": image, "vm_id": vm_id}
+            vm = AsyncSmolVM(**arguments, data_dir=data_dir, on_progress=feed.on_progress)
+        else:
+            vm = await _find_at_rest(str(vm_id), data_dir, feed)
+        try:
+            await _hold(vm, timeout, feed)
+        finally:
+            await _tell_if_kept(vm.vm_id, data_dir, feed)
+
+    execute(boot(), json=json, interrupts=feed.interrupts)
+
+
+class Feed(NamedTuple):
+    """Tells what happens, as it does; if nobody reads that any more, the VM is to be stopped."""
+
+    json: bool
+    interrupts: Interrupts
+
+    def tell(self, event: str, text: str, **fields: object) -> None:
+        """Tell one thing: the text to people, its name and the fields to programs."""
+        try:
+            if self.json:
+                write_json({"event": event, **fields})
+            else:
+                say(text)
+        except OSError:
+            write_nowhere()
+            self.interrupts.first.set()
+
+    def on_progress(self, progress: Progress) -> None:
+        """Tell a step; a boot state comes as an event too, which tells more."""
+        if progress.stage != "boot":
+            text = _line(progress.elapsed, progress.stage, progress.message)
+            self.tell("progress", text, **asdict(progress))
+
+    async def tell_boot(self, events: EventStream) -> None:
+        """Tell the boot states until the VM ends."""
+        async for event in events:
+            if isinstance(event, BootStateChanged):
+                fields = {"elapsed": event.elapsed, "evidence": event.evidence}
+                text = _line(event.elapsed, event.state, event.evidence)
+                self.tell("boot_state", text, state=event.state, **fields)
+
+
+def _line(elapsed: float, what: str, text: str) -> str:
+    return f"{elapsed:8.2f} s  {what:<16}  {text}"
+
+
+async def _find_at_rest(vm_id: str, data_dir: str | None, feed: Feed) -> AsyncSmolVM:
+    vm = await find_vm(vm_id, data_dir, on_progress=feed.on_progress)
+    if vm.status in RUNNING:
+        await vm.detach()
+        raise VMAlreadyExistsError(
+            f"{vm_id} runs already: smolvm-async logs --follow {vm_id} shows its console."
+        )
+    return vm
+
+
+async def _hold(vm: AsyncSmolVM, timeout: float | None, feed: Feed) -> None:
+    feed.tell("starting", f"Starting {vm.vm_id}.", vm_id=vm.vm_id)
+    events = vm.events()
+    showing = asyncio.ensure_future(feed.tell_boot(events))
+    asked = asyncio.ensure_future(feed.interrupts.first.wait())
+    try:
+        with busy(vm.vm_id, json=feed.json):
+            async with vm:
+                feed.tell(
+                    "started",
+                    f"{vm.vm_id} runs under {vm.accelerator}; Ctrl-C powers it down.",
+                    vm_id=vm.vm_id,
+                    accelerator=vm.accelerator,
+                )
+                # All events are told when the VM has ended; a crash cancels this block.
+                await asyncio.wait({asked, showing}, return_when=asyncio.FIRST_COMPLETED)
+                if asked.done():
+                    feed.tell(
+                        "stopping",
+                        f"Stopping {vm.vm_id}. Another Ctrl-C kills it at once.",
+                        signal=feed.interrupts.number.name,
+                    )
+                report = await vm.stop(timeout)
+    except asyncio.CancelledError:
+        feed.tell("killed", f"{vm.vm_id} was killed.", vm_id=vm.vm_id)
+        raise
+    finally:
+        asked.cancel()
+        events.close()
+        await showing
+    feed.tell("ended", describe_ending(vm.vm_id, report), **ending_fields(vm.vm_id, report))
+
+
+async def _tell_if_kept(vm_id: str, data_dir: str | None, feed: Feed) -> None:
+    for info in await AsyncSmolVM.list(data_dir=data_dir):
+        if info.vm_id == vm_id and info.keep and info.owner is None:
+            place = f" --data-dir {shlex.quote(data_dir)}" if data_dir else ""
+            feed.tell(
+                "kept",
+                f"{vm_id} is kept. To boot it again: smolvm-async run --id {vm_id}{place}\n"
+                f"To delete it: smolvm-async delete {vm_id}{place}",
+                vm_id=vm_id,
+            )

@@ -1,0 +1,660 @@
+"""The command line, as its users have it: processes, their output, signals and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CLI = [sys.executable, "-m", "smolvm_async"]
+SCRIPT = Path(sys.executable).with_name("smolvm-async")
+PATIENCE = 60  # seconds
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+UP = "tcg"  # is in the line, in words or as JSON, that says that the VM runs
+
+
+def cli(
+    *arguments: object, code: int = 0, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Execute a command, which must end with that exit code, and with a traceback never."""
+    done = subprocess.run(
+        [*CLI, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(env or {})},
+        **options,
+    )
+    assert done.returncode == code, done
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr, "no colours in a pipe"
+    return done
+
+
+def document(*arguments: object, code: int = 0, **options: Any) -> Any:
+    """The one JSON document that a command writes; its stderr is empty."""
+    done = cli(*arguments, "--json", code=code, **options)
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def as_usual() -> None:
+    """What a shell in the foreground starts: no signal ignored, which children would inherit."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def as_nohup() -> None:
+    as_usual()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+class Running:
+    """`smolvm-async run`, with what it has written so far."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+
+    def until(self, word: str) -> str:
+        """Read on to the line with that word."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if word in line:
+                return line
+        raise AssertionError(f"no {word!r} in {self.lines}; {self.process.communicate()}")
+
+    def end(self) -> tuple[str, str, int]:
+        """Its whole output, stderr and exit code."""
+        output, errors = self.process.communicate(timeout=PATIENCE)
+        assert "Traceback" not in errors
+        return "".join(self.lines) + output, errors, self.process.returncode
+
+    def events(self) -> list[dict[str, Any]]:
+        """All that it has written with --json, once it has ended."""
+        return [json.loads(line) for line in self.end()[0].splitlines()]
+
+    def kill(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def child(self, name: str) -> int:
+        """The process id of its QEMU or swtpm."""
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            for pid in (task / "children").read_text().split():
+                if Path(f"/proc/{pid}/comm").read_text().startswith(name):
+                    return int(pid)
+        raise AssertionError(f"it has no {name}")
+
+
+Run = Callable[..., contextlib.AbstractContextManager[Running]]
+
+
+@pytest.fixture
+def run(blank_image: Path, data_dir: Path) -> Run:
+    """Starts `smolvm-async run` of a blank image; the VM is up."""
+
+    @contextlib.contextmanager
+    def start(*arguments: str, up: bool = True, preexec: Any = as_usual) -> Iterator[Running]:
+        image = [] if "--id" in arguments and "again" in arguments else [str(blank_image)]
+        machine = ["--os", "windows", "--accel", "tcg"] if image else []
+        words = [word for word in arguments if word != "again"]
+        command = [*CLI, "run", *image, *machine, "--data-dir", str(data_dir), *words]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec
+        ) as process:
+            try:
+                running = Running(process)
+                if up:
+                    running.until(UP)
+                yield running
+            finally:
+                process.kill()
+
+    return start
+
+
+def terminal(*arguments: object, typed: str = "", **env: str) -> tuple[str, int]:
+    """What a command writes on a terminal, on which something is typed, and its exit code."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        as_usual()
+        command = [*CLI, *map(str, arguments)]
+        os.execve(command[0], command, {**os.environ, "TERM": "xterm-256color", **env})
+    os.write(fd, typed.encode())
+    output = b""
+    with contextlib.suppress(OSError):  # Linux's end of a terminal
+        while data := os.read(fd, 65536):
+            output += data
+    os.close(fd)
+    return output.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# run
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_stops_the_vm(run: Run, number: signal.Signals) -> None:
+    with run("--id", "one") as running:
+        running.kill(number)
+        output, errors, code = running.end()
+    assert code == 0
+    assert errors == ""
+    assert [line.split()[2] for line in output.splitlines() if " s  " in line] == [
+        *("launching", "firmware"),
+        *("stop", "stop", "stop"),
+    ]
+    assert "Stopping one. Another Ctrl-C kills it at once." in output
+    assert "no operating system runs that could power down" in output
+    assert "one has stopped: QEMU was told to quit (quit, 0." in output
+
+
+def test_a_program_gets_all_of_it_as_json(run: Run) -> None:
+    with run("--id", "one", "--json") as running:
+        running.kill(signal.SIGINT)
+        events = running.events()
+    assert running.process.returncode == 0
+    assert [event["event"] for event in events] == [
+        *("starting", "boot_state", "boot_state", "started", "stopping"),
+        *("progress", "progress", "progress", "ended"),
+    ]
+    assert [event["state"] for event in events[1:3]] == ["launching", "firmware"]
+    assert events[2]["evidence"] == "QEMU runs the guest's processors (cont)"
+    assert 0 < events[2]["elapsed"] < PATIENCE
+    assert events[3]["accelerator"] == "tcg"
+    assert events[4]["signal"] == "SIGINT"
+    end = events[-1]
+    assert (end["vm_id"], end["rung"], end["graceful"]) == ("one", "quit", False)
+    assert [step["rung"] for step in end["steps"]] == ["powerdown", "quit"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_second_signal_kills_the_vm(run: Run, data_dir: Path, keep: bool) -> None:
+    with run("--id", "one", *["--keep"][: int(keep)]) as running:
+        os.kill(running.child("qemu"), signal.SIGSTOP)  # it would climb the ladder for a minute
+        running.kill(signal.SIGINT)
+        running.until("Another Ctrl-C")
+        running.kill(signal.SIGINT)
+        output, errors, code = running.end()
+    assert code == 128 + signal.SIGINT
+    assert "one was killed." in output
+    assert errors == "Error: interrupted by SIGINT\n"
+    assert ("one is kept" in output) == keep
+    if keep:
+        cli("delete", "--yes", "one", "--data-dir", data_dir)
+
+
+def test_a_terminal_that_closes_may_say_so_twice(run: Run) -> None:
+    with run("--json") as running:
+        running.kill(signal.SIGHUP)
+        running.until("stopping")
+        running.kill(signal.SIGHUP)
+        assert running.events()[-1]["event"] == "ended"
+    assert running.process.returncode == 0
+
+
+def test_nohup_is_respected(run: Run) -> None:
+    with run("--json", preexec=as_nohup) as running:
+        running.kill(signal.SIGHUP)
+        running.kill(signal.SIGTERM)
+        assert json.loads(running.until("stopping"))["signal"] == "SIGTERM"
+        running.end()
+    assert running.process.returncode == 0
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_crash_is_told_and_fails(run: Run, data_dir: Path, keep: bool) -> None:
+    with run("--id", "one", *["--keep"][: int(keep)]) as running:
+        os.kill(running.child("qemu"), signal.SIGKILL)
+        output, errors, code = running.end()
+    assert code == 1
+    assert errors.startswith("Error: one crashed: QEMU ended: killed by SIGKILL.\n")
+    assert ("one is kept" in output) == keep
+    if keep:
+        (info,) = document("list", "--data-dir", data_dir)
+        assert info["status"] == "crashed"
+        assert "stopped already" in cli("stop", "one", "--data-dir", data_dir).stdout
+        cli("delete", "--yes", "one", "--data-dir", data_dir)
+
+
+def test_a_crash_is_the_last_line_of_json(run: Run) -> None:
+    with run("--json") as running:
+        os.kill(running.child("swtpm"), signal.SIGKILL)
+        error = running.events()[-1]["error"]
+    assert running.process.returncode == 1
+    assert error["type"] == "VMCrashedError"
+    assert "swtpm ended: killed by SIGKILL" in error["message"]
+
+
+def test_a_reader_that_goes_away_stops_the_vm(run: Run, data_dir: Path) -> None:
+    with run("--id", "one") as running:
+        assert running.process.stdout is not None
+        running.process.stdout.close()
+        cli("stop", "one", "--data-dir", data_dir)  # whose steps it cannot tell any more
+        assert running.process.wait(PATIENCE) == 0
+        assert running.process.stderr is not None
+        assert running.process.stderr.read() == ""
+
+
+def test_a_program_that_has_gone_before_is_noticed_too(blank_image: Path, data_dir: Path) -> None:
+    command = [*CLI, "run", str(blank_image), "--os", "windows", "--accel", "tcg"]
+    with subprocess.Popen(
+        [*command, "--data-dir", str(data_dir)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(PATIENCE) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give one, or --id of a kept VM"),
+        (["--id", "one", "--memory", "4096"], "a kept VM has its own --memory"),
+        (["x.qcow2", "--os", "beos"], "--os"),
+        (["x.qcow2"], "os= is missing"),
+        (["x.qcow2", "--os", "windows", "--memory", "100"], "memory=100 is under"),
+        (["/nowhere/x.qcow2", "--os", "windows"], "/nowhere/x.qcow2"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments: list[str], words: str) -> None:
+    errors = cli("run", *arguments, code=2).stderr
+    assert words in " ".join(errors.replace("│", " ").split())
+
+
+def test_an_id_that_is_taken_is_told(run: Run, blank_image: Path, data_dir: Path) -> None:
+    arguments = ["--os", "windows", "--accel", "tcg", "--id", "one", "--data-dir", str(data_dir)]
+    with run("--id", "one") as running:
+        told = cli("run", f"file://{blank_image}", *arguments, code=2)
+        assert "vm_id='one' is taken by a VM that is in use" in told.stderr
+        running.kill(signal.SIGINT)
+        running.end()
+
+
+def test_what_the_host_lacks_has_an_exit_code(
+    blank_image: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    arguments = ["run", blank_image, "--os", "windows", "--data-dir", data_dir]
+    env = {"PATH": str(tmp_path)}
+    assert cli(*arguments, code=3, env=env).stderr.startswith("Error: ")
+    assert document(*arguments, code=3, env=env)["error"]["type"] == "HostError"
+
+
+def test_the_missing_accelerator_is_one_line(blank_image: Path, data_dir: Path) -> None:
+    with subprocess.Popen(
+        [*CLI, "run", str(blank_image), "--os", "windows", "--data-dir", str(data_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=as_usual,
+    ) as process:
+        running = Running(process)
+        running.until("runs under")
+        running.kill(signal.SIGINT)
+        _, errors, _ = running.end()
+    assert len(errors.splitlines()) <= 1  # none where KVM works
+    assert all(line.startswith("Warning: KVM ") for line in errors.splitlines())
+
+
+def test_verbose_shows_the_command_lines(blank_image: Path, data_dir: Path) -> None:
+    arguments = ["--os", "windows", "--accel", "tcg", "--data-dir", str(data_dir), "--id", "one"]
+    with subprocess.Popen(
+        [*CLI, "-v", "run", str(blank_image), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=as_usual,
+    ) as process:
+        running = Running(process)
+        running.until(UP)
+        running.kill(signal.SIGINT)
+        _, errors, _ = running.end()
+    assert "one: QEMU: /" in errors
+    assert " -nodefaults " in errors
+
+
+# The other commands, beside a VM that runs
+
+
+def test_a_running_vm_is_listed(run: Run, blank_image: Path, data_dir: Path) -> None:
+    name = "a-name-of-sixty-three-characters-which-is-as-long-as-they-can-b"
+    with run("--id", name) as running:
+        (info,) = document("list", "--data-dir", data_dir)
+        lines = cli("list", "--data-dir", data_dir).stdout.splitlines()
+        running.kill(signal.SIGINT)
+        running.end()
+    owner = running.process.pid
+    assert 0 <= info.pop("age") < PATIENCE
+    assert info == {
+        "vm_id": name,
+        "os": "windows",
+        "status": "running",
+        "owner": owner,
+        "memory": 4096,
+        "keep": False,
+        "image": str(blank_image),
+    }
+    assert lines[0].split() == ["ID", "OS", "STATUS", "OWNER", "AGE", "MEMORY", "KEEP", "IMAGE"]
+    words = lines[1].split()
+    assert words[:4] == [name, "windows", "running", str(owner)]
+    assert words[-4:] == ["4096", "MiB", "no", str(blank_image)]
+
+
+def test_it_is_stopped_from_elsewhere(run: Run, data_dir: Path) -> None:
+    with run("--id", "one") as running:
+        output = cli("stop", "one", "--data-dir", data_dir).stdout
+        assert output.startswith("one has stopped: QEMU was told to quit (quit, 0.")
+        output, errors, code = running.end()
+    assert (errors, code) == ("", 0)
+    assert "one has stopped: QEMU was told to quit" in output
+
+
+def test_it_is_stopped_from_elsewhere_by_a_program(run: Run, data_dir: Path) -> None:
+    with run("--id", "one") as running:
+        ended = document("stop", "one", "--timeout", "0", "--data-dir", data_dir)
+        running.end()
+    assert (ended["vm_id"], ended["rung"]) == ("one", "quit")
+    assert [step["rung"] for step in ended["steps"]] == ["quit"]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_it_is_deleted_from_elsewhere(run: Run, data_dir: Path, as_json: bool) -> None:
+    with run("--id", "one") as running:
+        if as_json:
+            assert document("delete", "one", "--data-dir", data_dir) == {"deleted": ["one"]}
+        else:
+            assert cli("delete", "one", "--data-dir", data_dir).stdout == "one is deleted.\n"
+        output, errors, code = running.end()
+    assert (errors, code) == ("", 0)
+    assert "one has stopped: QEMU was killed" in output
+
+
+def test_its_console_and_logs_are_shown(run: Run, data_dir: Path) -> None:
+    with run("--id", "one") as running:
+        deadline = time.monotonic() + PATIENCE
+        console = [*CLI, "logs", "one", "--data-dir", str(data_dir)]
+        while not (text := subprocess.run(console, capture_output=True, text=True).stdout):
+            assert time.monotonic() < deadline, "the firmware writes to its console"
+        assert "\x1b[2J" in text, "what the guest wrote, as it is"
+        told = document("logs", "one", "--data-dir", data_dir)
+        assert (told["vm_id"], told["source"]) == ("one", "console")
+        assert told["text"].startswith(text)
+        for source in ("qemu", "swtpm"):
+            told = document("logs", "one", "--source", source, "--data-dir", data_dir)
+            assert told["source"] == source
+        assert "Error" not in cli("logs", "one", "--source", "qemu", "--data-dir", data_dir).stdout
+        running.kill(signal.SIGINT)
+        running.end()
+
+
+@pytest.mark.parametrize("source", ["console", "qemu"])
+def test_following_ends_with_the_vm(run: Run, data_dir: Path, source: str) -> None:
+    follow = [*CLI, "logs", "-f", "--json", "one", "--source", source, "--data-dir", str(data_dir)]
+    with run("--id", "one") as running:
+        log = data_dir / "one" / "qemu.log"
+        log.write_text("x" * 100)
+        with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as follower:
+            assert follower.stdout is not None
+            told = json.loads(follower.stdout.readline())
+            assert told["source"] == source
+            if source == "qemu":
+                log.write_text("anew")
+                assert json.loads(follower.stdout.readline())["text"] == "anew"
+            running.kill(signal.SIGINT)
+            running.end()
+            follower.communicate(timeout=PATIENCE)
+            assert follower.returncode == 0
+
+
+def test_what_another_program_owns_is_reached_as_well(blank_image: Path, data_dir: Path) -> None:
+    owner = """
+import asyncio, sys
+from smolvm_async import AsyncSmolVM
+
+async def main():
+    arguments = {"image": sys.argv[1], "data_dir": sys.argv[2], "vm_id": "one", "accel": "tcg"}
+    async with AsyncSmolVM(os="windows", **arguments) as vm:
+        print("up", flush=True)
+        await vm.wait_stopped()
+
+asyncio.run(main())
+"""
+    command = [sys.executable, "-c", owner, str(blank_image), str(data_dir)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        assert "running" in cli("list", "--data-dir", data_dir).stdout
+        assert document("stop", "one", "--data-dir", data_dir)["rung"] == "quit"
+        assert process.wait(PATIENCE) == 0
+
+
+# VMs at rest, and none at all
+
+
+def test_a_kept_vm_is_booted_again_and_deleted(run: Run, data_dir: Path) -> None:
+    place = ["--data-dir", str(data_dir)]
+    with run("--id", "one", "--keep") as running:
+        running.kill(signal.SIGINT)
+        output, _, code = running.end()
+    assert code == 0
+    assert f"smolvm-async run --id one --data-dir {data_dir}\n" in output
+    assert f"smolvm-async delete one --data-dir {data_dir}\n" in output
+    assert cli("stop", "one", *place).stdout == "one is stopped already.\n"
+    assert document("stop", "one", *place)["rung"] == "none"
+    assert "has no console any more" in cli("logs", "one", *place, code=1).stderr
+    assert document("logs", "one", *place, code=1)["error"]["type"] == "VMNotRunningError"
+    assert cli("prune", *place).stdout == "There is nothing to prune.\n"
+    with run("again", "--id", "one", "--json") as running:
+        refused = document("run", "--id", "one", *place, code=2)
+        assert "one runs already" in refused["error"]["message"]
+        running.kill(signal.SIGINT)
+        events = running.events()
+    assert [event["event"] for event in events[-2:]] == ["ended", "kept"]
+    for form in ([], ["--json"]):
+        assert "only with --yes" in cli("delete", "one", *form, *place, code=2).stderr
+    output, code = terminal("delete", "one", *place, typed="n\n")
+    assert "Delete for good: one? [y/N]" in output
+    assert code == 1
+    assert [info["status"] for info in document("list", *place)] == ["stopped"]
+    output, code = terminal("delete", "one", *place, typed="y\n")
+    assert "one is deleted." in output
+    assert code == 0
+    assert document("list", *place) == []
+
+
+def test_a_log_is_the_readers_and_not_the_terminals(run: Run, data_dir: Path) -> None:
+    with run("--id", "one", "--keep") as running:
+        running.kill(signal.SIGINT)
+        running.end()
+    (data_dir / "one" / "qemu.log").write_text("clear \x1b[2Jthe screen\n")
+    arguments = ["logs", "one", "--source", "qemu", "--data-dir", str(data_dir)]
+    raw = subprocess.run([*CLI, *arguments], capture_output=True, text=True, check=True)
+    assert raw.stdout == "clear \x1b[2Jthe screen\n"
+    assert terminal(*arguments) == ("clear the screen\r\n", 0)
+    cli("delete", "--yes", "one", "--data-dir", data_dir)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_a_killed_run_leaves_is_pruned(run: Run, data_dir: Path, as_json: bool) -> None:
+    place = ["--data-dir", str(data_dir)]
+    for vm_id, keep in (("gone", []), ("kept", ["--keep"])):
+        with run("--id", vm_id, *keep) as running:
+            running.kill(signal.SIGKILL)
+            running.end()
+    infos = document("list", *place)
+    assert {(info["vm_id"], info["status"], info["owner"]) for info in infos} == {
+        ("gone", "orphaned", None),
+        ("kept", "orphaned", None),
+    }
+    assert "smolvm-async prune" in cli("stop", "gone", *place, code=1).stderr
+    assert document("logs", "gone", "--source", "qemu", *place)["text"] == ""
+    if as_json:
+        pruned = document("prune", *place)
+        assert {info["vm_id"] for info in pruned} == {"gone", "kept"}
+    else:
+        assert set(cli("prune", *place).stdout.splitlines()) == {
+            "gone is removed.",
+            "kept is kept, and stopped.",
+        }
+    (info,) = document("list", *place)
+    assert (info["vm_id"], info["status"]) == ("kept", "stopped")
+    assert document("prune", *place) == []
+    cli("delete", "--yes", "kept", *place)
+
+
+def test_no_vm_is_no_error_but_for_those_that_name_one(data_dir: Path) -> None:
+    place = ["--data-dir", str(data_dir)]
+    assert cli("list", *place).stdout == "There are no VMs.\n"
+    assert document("list", *place) == []
+    assert cli("prune", *place).stdout == "There is nothing to prune.\n"
+    assert document("prune", *place) == []
+    for command in (["stop"], ["delete"], ["logs"], ["logs", "--source=qemu"], ["run", "--id"]):
+        assert "there is no VM 'none'" in cli(*command, "none", *place, code=4).stderr
+        error = document(*command, "none", *place, code=4)["error"]
+        assert error["type"] == "VMNotFoundError"
+
+
+def test_nothing_is_deleted_if_one_id_is_wrong(run: Run, data_dir: Path) -> None:
+    with run("--id", "one") as running:
+        cli("delete", "one", "none", "--data-dir", data_dir, code=4)
+        assert document("list", "--data-dir", data_dir)[0]["status"] == "running"
+        running.kill(signal.SIGINT)
+        running.end()
+
+
+def test_a_data_directory_that_is_none_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert str(file) in cli("list", "--data-dir", file, code=2).stderr
+    assert document("list", "--data-dir", "", code=2)["error"]["type"] == "ConfigError"
+
+
+# doctor
+
+
+def test_the_doctor_reports_as_a_table_and_as_json(tmp_path: Path) -> None:
+    data_dir = tmp_path / "state"
+    lines = cli("doctor", "--accel", "tcg", "--data-dir", data_dir).stdout.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == ["this host", "windows guests"]
+    assert any(line.startswith("  ✔ kernel ") for line in lines)
+    report = document("doctor", "--accel", "tcg", "--data-dir", data_dir)
+    assert report["ok"] is True
+    assert {finding["guest"] for finding in report["findings"]} == {None, "windows"}
+
+
+def test_a_host_without_qemu_is_told_and_fails(tmp_path: Path) -> None:
+    arguments = ["doctor", "--data-dir", tmp_path / "state"]
+    env = {"PATH": str(tmp_path)}
+    lines = cli(*arguments, code=1, env=env).stdout.splitlines()
+    failure = next(index for index, line in enumerate(lines) if line.startswith("  ✘ "))
+    assert lines[failure + 1].startswith("      "), "the cure"
+    assert document(*arguments, code=1, env=env)["ok"] is False
+
+
+def test_the_doctor_is_interrupted(tmp_path: Path) -> None:
+    command = [*CLI, "-v", "doctor", "--accel", "tcg", "--data-dir", str(tmp_path / "state")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_usual
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "qemu-system" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert output == ""
+    assert errors.splitlines()[-1] == "Error: interrupted by SIGTERM"
+
+
+# Terminals, pipes, completion
+
+
+def test_colours_and_signs_of_life_are_for_terminals(data_dir: Path) -> None:
+    output, code = terminal("stop", "none", "--data-dir", data_dir)
+    assert code == 4
+    assert "\x1b[1;31mError: " in output
+    output, _ = terminal("stop", "none", "--data-dir", data_dir, NO_COLOR="1")
+    assert "\x1b[1mError: " in output, "bold is no colour"
+
+
+def test_a_closed_pipe_is_no_traceback(data_dir: Path) -> None:
+    for command in (["list"], ["list", "--json"], ["--version"], ["--help"]):
+        place = ["--data-dir", str(data_dir)] if "list" in command else []
+        with subprocess.Popen(
+            [*CLI, *command, *place], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+            assert process.wait(PATIENCE) == 1
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
+
+
+def test_any_path_can_be_listed(run: Run, data_dir: Path, blank_image: Path) -> None:
+    image = blank_image.with_name(b"[bold]\xff\n".decode(errors="surrogateescape"))
+    image.symlink_to(blank_image)
+    arguments = ["--os", "windows", "--accel", "tcg", "--data-dir", str(data_dir), "--keep"]
+    with subprocess.Popen(
+        [*CLI, "run", str(image), *arguments, "--id", "one"],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=as_usual,
+    ) as process:
+        running = Running(process)
+        running.until(UP)
+        running.kill(signal.SIGINT)
+        process.communicate()
+    assert "/[bold]\\udcff " in cli("list", "--data-dir", data_dir).stdout
+    assert document("list", "--data-dir", data_dir)[0]["image"] == str(image)
+    cli("delete", "--yes", "one", "--data-dir", data_dir)
+
+
+def test_help_tells_the_exit_codes_and_gives_examples() -> None:
+    text = " ".join(cli("--help").stdout.split())
+    assert "Exit codes: 0 success;" in text
+    assert "smolvm-async run ~/win11.qcow2 --os windows" in cli("run", "--help").stdout
+    assert subprocess.run([SCRIPT, "--version"], capture_output=True, check=True).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_there_is_a_completion_script(shell: str) -> None:
+    env = {"_SMOLVM_ASYNC_COMPLETE": f"source_{shell}"}
+    assert "_SMOLVM_ASYNC_COMPLETE=complete_" in cli(env=env).stdout
+
+
+def test_ids_are_completed(run: Run, data_dir: Path) -> None:
+    with run("--id", "one") as running:
+        for command in ("stop", "delete", "logs", "run --id"):
+            words = f"smolvm-async {command.split()[0]} --data-dir {data_dir} "
+            words += " ".join(command.split()[1:])
+            env = {
+                "_SMOLVM_ASYNC_COMPLETE": "complete_bash",
+                "COMP_WORDS": f"{words} o".replace("  ", " "),
+                "COMP_CWORD": str(len(words.split())),
+            }
+            assert cli(env=env).stdout.split() == ["one"]
+        running.kill(signal.SIGINT)
+        running.end()
+
+
+def test_the_library_does_not_import_the_command_line() -> None:
+    code = "import smolvm_async, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "smolvm_async.vm" in done
+    assert not {"typer", "rich", "click", "smolvm_async.cli"} & set(done)
