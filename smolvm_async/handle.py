@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from smolvm_async.config import VMConfig
-from smolvm_async.errors import VMNotRunningError
+from smolvm_async.errors import LaunchError, VMNotRunningError
 from smolvm_async.events import EventHub
 from smolvm_async.qemu.boot import BootStates
 from smolvm_async.record import Status
@@ -93,3 +93,9 @@ def ended(vm_id: str, run: Run) -> Exception:
     return run.failure or VMNotRunningError(
         f"{vm_id} does not run any more: it ended by {str(run.report.rung)!r}."
     )
+
+
+def unprepared(config: VMConfig, error: OSError) -> LaunchError:
+    """What `start()` raises if the VM's directory cannot be filled: the disk is full, ..."""
+    path = config.data_dir / config.vm_id
+    return LaunchError(f"{config.vm_id} could not be prepared in {path}: {error}")

@@ -12,20 +12,20 @@ from smolvm_async.config import VMConfig
 from smolvm_async.control import ControlServer
 from smolvm_async.errors import (
     ConfigError,
-    LaunchError,
     VMAlreadyExistsError,
     VMCrashedError,
     VMNotFoundError,
     VMNotRunningError,
 )
 from smolvm_async.events import EventHub
+from smolvm_async.handle import unprepared
 from smolvm_async.limits import admit
 from smolvm_async.log import current_vm, get_logger
 from smolvm_async.plan import Plan
 from smolvm_async.process import identify
 from smolvm_async.record import Record, Status
 from smolvm_async.registry import at_rest
-from smolvm_async.shielding import in_thread, settle, submit
+from smolvm_async.shielding import in_thread, settle
 from smolvm_async.shutdown import Rung, ShutdownReport
 from smolvm_async.state import CONTROL, StateDirectory
 from smolvm_async.supervisor import Supervisor
@@ -56,7 +56,7 @@ class Owned:
         self._starters = 0
         self._stopping = False
         self._deleted = False
-        self._removal: asyncio.Future[None] | None = None
+        self._removal: asyncio.Task[None] | None = None
 
     @property
     def status(self) -> Status:
@@ -171,10 +171,10 @@ class Owned:
             await server.start(state.fd)
             self._server = server
             await run.run(state)
-        except Exception as error:  # start() raises it
-            where = self.config.data_dir / self.config.vm_id
-            message = f"{self.config.vm_id} could not be prepared in {str(where)!r}: {error}"
-            run.failure = LaunchError(message) if isinstance(error, OSError) else error
+        except Exception as error:
+            if isinstance(error, OSError):
+                error = unprepared(self.config, error)
+            run.failure = run.failure or error  # start() raises it
         except asyncio.CancelledError:  # the loop is closing, and nobody will call delete()
             await self._rest(run)
             await self._discard()
@@ -184,8 +184,10 @@ class Owned:
             self.hub.close()
             if isinstance(run.failure, VMCrashedError):
                 self.on_crash()
-            await self._rest(run)
-            await server.close()
+            try:
+                await self._rest(run)
+            finally:
+                await server.close()
 
     async def _take(self) -> StateDirectory:
         """Hold the directory, and make its record ours."""
@@ -198,7 +200,8 @@ class Owned:
             await in_thread(self._begin, state)
         except BaseException:
             if self._state is None:
-                state.abandon()
+                with suppress(OSError):
+                    state.abandon()
             raise
         return state
 
@@ -250,10 +253,20 @@ class Owned:
     async def _discard(self) -> None:
         """Remove the directory, if it is held: a kept VM is not, unless it never ran."""
         if self._state is not None:
-            state, self._state, self._created = self._state, None, None
-            self._removal = submit(state.remove)
+            state, created = self._state, self._created
+            self._state = self._created = None
+            self._removal = asyncio.ensure_future(self._erase(state, created))
         if self._removal is not None:
             await settle(self._removal)
+
+    async def _erase(self, state: StateDirectory, created: int | None) -> None:
+        try:
+            await in_thread(state.remove)
+        except OSError as error:
+            self._created = created  # delete() can be tried again
+            raise ConfigError(
+                f"{str(state.path)!r} cannot be removed: {error.strerror}."
+            ) from error
 
     async def _remove(self) -> None:
         """Remove the directory, also that of a VM at rest."""
@@ -278,6 +291,9 @@ def _give_back(state: StateDirectory, record: Record) -> None:
 
 
 def _retire(state: StateDirectory, record: Record) -> None:
-    state.clear_secrets()
+    try:
+        state.clear_secrets()
+    except OSError as error:
+        logger.warning("the TPM's state stays until the VM is deleted: %s", error)
     with suppress(OSError):  # a full disk; the directory is about to go
         state.write(record)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import stat
 import time
 import weakref
+from collections.abc import Container
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
 from smolvm_async.images import qcow2
+from smolvm_async.lease import Lease
 from smolvm_async.locking import try_lock
 from smolvm_async.orphans import end_orphans
 from smolvm_async.process import identify
@@ -35,32 +37,25 @@ BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the l
 POLL = 0.01  # seconds between two tries to lock
 
 
-_held: weakref.WeakSet[StateDirectory] = weakref.WeakSet()
-
-
-def _release_in_child() -> None:
-    """A forked child has the lock too, and must not keep it when the owner dies."""
-    for state in list(_held):
-        state.release()
-
-
-os.register_at_fork(after_in_child=_release_in_child)
-
-
 class StateDirectory:
     """The directory of one VM, 0700, its files 0600; it is ours from `hold()` to `release()`.
 
     Attributes:
         path: Where it is. The VM's processes have it as their working directory, so that no
             path of the user's becomes part of one of their options.
-        fd: The open directory, which is locked; -1 while it is not held.
         record: What it says of itself; `None` if nothing.
     """
 
     def __init__(self, data_dir: Path, vm_id: str) -> None:
         self.path = data_dir / vm_id
-        self.fd = -1
         self.record: Record | None = None
+        self._lease: Lease | None = None
+        self._unless_released: weakref.finalize[..., StateDirectory] | None = None
+
+    @property
+    def fd(self) -> int:
+        """The open directory, which is locked; -1 while it is not held."""
+        return self._lease.fd if self._lease is not None else -1
 
     async def hold(self, *, create: bool) -> None:
         """Lock the directory, made if need be, and end what a dead owner left running in it.
@@ -76,8 +71,11 @@ class StateDirectory:
                 self._refuse_if_owned(hurry=time.monotonic() > deadline)
                 await asyncio.sleep(POLL)
             await self.end_orphans()
-        except BaseException:
-            self.abandon()
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                self.abandon()
+            if isinstance(error, OSError):
+                raise ConfigError(f"{str(self.path)!r} cannot be used: {error}.") from error
             raise
 
     def try_hold(self, create: bool) -> bool:
@@ -92,28 +90,31 @@ class StateDirectory:
             try:
                 if create:
                     self.path.mkdir(mode=0o700, exist_ok=True)
-                self.fd = open_directory(self.path)
+                lease = Lease(open_directory(self.path))
             except FileNotFoundError:
                 if create:
                     continue  # its last owner has just removed it
                 raise not_found(self.path) from None
             except OSError as error:
+                if create:
+                    with contextlib.suppress(OSError):
+                        self.path.rmdir()  # it is empty if we have just made it
                 raise ConfigError(
                     f"{str(self.path)!r} cannot be used: {error.strerror}."
                 ) from error
-            if not _is_at(self.fd, self.path):
-                self.release()
+            locked = try_lock(lease.fd)
+            if not _is_at(lease.fd, self.path):
+                lease.close()
                 continue
-            _held.add(self)
-            self._unless_released = weakref.finalize(self, _abandon, self.path, self.fd)
-            locked = try_lock(self.fd)
-            if locked and not _is_at(self.fd, self.path):
-                self.release()
-                continue
-            self._check_ours()
-            self.record = read_record(self.path, self.fd)
-            if not locked:
-                self.release()
+            if locked:
+                self._lease = lease
+                self._unless_released = weakref.finalize(self, _abandon, self.path, lease)
+            try:
+                self._check_ours()
+                self.record = read_record(self.path, lease.fd)
+            finally:
+                if not locked:
+                    lease.close()
             return locked
 
     async def end_orphans(self) -> None:
@@ -131,7 +132,8 @@ class StateDirectory:
         Raises:
             OSError: If the disk is full.
         """
-        write_record(record, self.fd)
+        with self._spare_descriptor():
+            write_record(record, self.fd)
         self.record = record
 
     async def prepare(self, virtual_size: int, vars_template: Path) -> None:
@@ -165,28 +167,34 @@ class StateDirectory:
 
     def clear_secrets(self) -> None:
         """Remove the TPM's state and the UEFI variables."""
-        shutil.rmtree(self.path / TPM, ignore_errors=True)
         (self.path / VARS).unlink(missing_ok=True)
+        with self._spare_descriptor(), contextlib.suppress(FileNotFoundError):
+            _empty(self.path / TPM)
+            (self.path / TPM).rmdir()
 
     def clear(self) -> None:
         """Remove everything in the directory but what says whose it is."""
-        _clear(self.path)
+        with self._spare_descriptor():
+            _empty(self.path, keep=(RECORD, SCRATCH))
 
     def remove(self) -> None:
         """Remove the directory and give the lock back; a second call does nothing."""
-        if self.fd >= 0:
+        if self._lease is not None:
             try:
-                _remove(self.path)
+                _remove(self.path, self._lease)
             finally:
                 self.release()
 
     def abandon(self) -> None:
         """Give the lock back, and remove a directory in which no VM has begun."""
-        if self.fd >= 0:
-            names = os.listdir(self.path)
-            if SCRATCH in names or {NEW_RECORD}.issuperset(names):
-                self.remove()
-        self.release()
+        try:
+            if self.fd >= 0:
+                with self._spare_descriptor():
+                    names = os.listdir(self.path)
+                if SCRATCH in names or {NEW_RECORD}.issuperset(names):
+                    self.remove()
+        finally:
+            self.release()
 
     def mark_scratch(self) -> None:
         """Say that it holds no VM: whoever finds it without a holder may remove it."""
@@ -194,11 +202,14 @@ class StateDirectory:
 
     def release(self) -> None:
         """Give the lock back and leave the files; a second call does nothing."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            _held.discard(self)
+        if self._lease is not None and self._unless_released is not None:
             self._unless_released.detach()
-            os.close(fd)
+            self._lease.close()
+            self._lease = None
+
+    def _spare_descriptor(self) -> AbstractContextManager[None]:
+        assert self._lease is not None, "it is held"
+        return self._lease.spare_descriptor()
 
     def _write(self, name: str, content: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -208,7 +219,6 @@ class StateDirectory:
     def _check_ours(self) -> None:
         names = os.listdir(self.path)
         if SCRATCH not in names and not OURS.issuperset(names):
-            self.release()
             raise ConfigError(
                 f"{str(self.path)!r} exists and is not a VM's directory: "
                 f"choose another vm_id= than {self.path.name!r}, or another data_dir=."
@@ -225,38 +235,42 @@ class StateDirectory:
             )
 
 
-def _abandon(path: Path, fd: int) -> None:
+def _abandon(path: Path, lease: Lease) -> None:
     """What is left to do for an owner that exits, or drops the VM, without ending its loop.
 
     A Jupyter kernel does so. A kept VM is then an orphan, which its next start() puts right.
     """
     try:
-        record = read_record(path, fd)
+        record = read_record(path, lease.fd)
         if record is not None and not record.config.keep:
             for identity in record.processes.values():
                 if identify(identity.pid) == identity:
                     os.kill(identity.pid, signal.SIGKILL)
-            _remove(path)
+            _remove(path, lease)
     except (ConfigError, OSError):
         pass  # it is an orphan
     finally:
-        os.close(fd)
+        lease.close()
 
 
-def _clear(path: Path) -> None:
-    """Remove everything in the directory but what says whose it is."""
-    for entry in os.scandir(path):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        elif entry.name not in (RECORD, SCRATCH):
-            os.unlink(entry.path)
-
-
-def _remove(path: Path) -> None:
-    _clear(path)
+def _remove(path: Path, lease: Lease) -> None:
+    with lease.spare_descriptor():
+        _empty(path, keep=(RECORD, SCRATCH))
     for name in (RECORD, SCRATCH):
         (path / name).unlink(missing_ok=True)
     path.rmdir()
+
+
+def _empty(directory: str | Path, keep: Container[str] = ()) -> None:
+    """Remove what is in a directory; one descriptor is enough, where `shutil` would take two."""
+    with os.scandir(directory) as entries:
+        found = list(entries)
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            _empty(entry.path)
+            os.rmdir(entry.path)
+        elif entry.name not in keep:
+            os.unlink(entry.path)
 
 
 def check_data_dir(data_dir: Path) -> None:

@@ -19,7 +19,7 @@ from smolvm_async.errors import (
     VMNotRunningError,
 )
 from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Shutdown
-from smolvm_async.handle import console_tail
+from smolvm_async.handle import console_tail, unprepared
 from smolvm_async.images.local import BaseImage, open_image
 from smolvm_async.limits import oom_kills
 from smolvm_async.log import get_logger
@@ -299,7 +299,7 @@ class Supervisor:
         self._kill()
         vm_id = self._plan.config.vm_id
         if isinstance(error, OSError):
-            return LaunchError(f"{vm_id} could not be prepared in {self._state.path}: {error}")
+            return unprepared(self._plan.config, error)
         if isinstance(error, LaunchError | VMNotRunningError) and reports:
             told = "\n".join(reports)
             if IMAGE_IN_USE in told:

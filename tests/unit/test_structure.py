@@ -25,6 +25,7 @@ ROWS = [
     "log",
     "shielding",
     "locking",
+    "lease",
     "paths",
     "progress",
     "tail",
