@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from smolvm_async.config import VMConfig
 from smolvm_async.control import Attached
-from smolvm_async.errors import VMNotRunningError
+from smolvm_async.errors import ConfigError, VMNotRunningError
 from smolvm_async.locking import is_locked
 from smolvm_async.owned import Owned
 from smolvm_async.plan import Plan
@@ -35,7 +36,9 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Att
     while True:
         try:
             fd = open_directory(path)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise ConfigError(f"{str(path)!r} cannot be used: {error.strerror}.") from error
             raise not_found(path) from None
         try:
             held = is_locked(fd)
