@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import anyio
 
+from smolvm_async.errors import HostError
+
 with contextlib.suppress(ImportError):
     # anyio imports it at its first use, which would stall the event loop for over 10 ms.
     import anyio._backends._asyncio
@@ -56,12 +58,19 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
 
     It runs to its end, whether or not anybody waits. The executor's future is no task: not even
     `asyncio.run`, which cancels all tasks at its end, parts us from the thread.
+
+    Raises:
+        HostError: If the host has no thread for us.
     """
     loop = asyncio.get_running_loop()
     worker = _workers.get(loop)
     if worker is None:
         worker = _workers[loop] = ThreadPoolExecutor(1, "smolvm-async")
-    return _submit(worker, function, arguments)
+    try:
+        return _submit(worker, function, arguments)
+    except RuntimeError as error:
+        del _workers[loop]  # with what it has queued: a later thread would still run it
+        raise HostError(f"{error}: end other processes, or raise their limit.") from error
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:
