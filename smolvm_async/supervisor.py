@@ -117,7 +117,8 @@ class Supervisor:
         await self._until_end(qemu)
         if qemu.returncode is not None:
             await self._monitor.last_words()
-        self.failure = self._judge(qemu)
+        if not self._scope.cancel_called:  # or our own signals would look like a crash
+            self.failure = self._judge(qemu)
         self._kill()
 
     async def _launch(self, group: TaskGroup) -> Child:
