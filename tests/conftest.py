@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,51 @@ async def stand_in() -> Path:
 def data_dir(tmp_path: Path) -> Path:
     """A data directory that must be empty at the end."""
     return tmp_path / "data"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 4 MiB: what it takes to be really full."""
+    path = tmp_path / "small"
+    path.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs"]
+    mounted = subprocess.run(["mount", *options, path], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def fill_up(directory: Path) -> Path:
+    """Take all space of the file system of `directory`; it is given back by removing the file."""
+    filler = directory / "filler"
+    with filler.open("wb") as file:
+        while (space := os.fstatvfs(file.fileno())).f_bavail:
+            with contextlib.suppress(OSError):  # somebody else has taken some
+                size = os.fstat(file.fileno()).st_size
+                os.posix_fallocate(file.fileno(), size, space.f_bavail * space.f_frsize)
+    return filler
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many faults were injected, as the tests record it, and at how many lines."""
+    injected: Counter[str] = Counter()
+    lines: set[str] = set()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                for name, value in report.user_properties:
+                    if name == "injected":
+                        injected[value[0]] += value[1]
+                    elif name == "injected at":
+                        lines.update(value)
+    if injected:
+        terminalreporter.section("injected faults")
+        for kind, count in sorted(injected.items()):
+            terminalreporter.line(f"{count:6}  {kind}")
+        terminalreporter.line(
+            f"{injected.total():6}  in all, at {len(lines)} different lines of the library"
+        )
 
 
 def children() -> set[int]:

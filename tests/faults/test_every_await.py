@@ -1,0 +1,347 @@
+"""A fault at every await of start, body, stop and delete: nothing is left, the next VM starts."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import itertools
+import os
+import random
+import resource
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolvm_async import AsyncSmolVM, HostError, LaunchError, SmolVMError, Status, VMTimeoutError
+from tests.conftest import descriptors, fill_up
+from tests.faults.injection import PROGRAMS, Fault, Run, run_once
+
+QEMU, SWTPM = PROGRAMS
+MOMENT = 0.005  # seconds
+IMPATIENT = {"launch": 0.5, "powerdown": 0.1, "quit": 0.1, "terminate": 0.1}
+
+
+Story = Callable[["World"], Coroutine[Any, Any, None]]
+
+
+class World:
+    """Where the scenarios run."""
+
+    def __init__(self, image: Path, data_dir: Path) -> None:
+        self.image = image
+        self.data_dir = data_dir
+        self.timeouts: dict[str, float] = {}
+
+    def vm(self, *, keep: bool = False) -> AsyncSmolVM:
+        return AsyncSmolVM(
+            os="windows",
+            image=self.image,
+            memory=2048,
+            data_dir=self.data_dir,
+            vm_id="vm",
+            accel="tcg",
+            keep=keep,
+            timeouts=self.timeouts,
+        )
+
+    async def found(self) -> AsyncSmolVM:
+        return await AsyncSmolVM.from_id("vm", data_dir=self.data_dir)
+
+
+async def use(vm: AsyncSmolVM) -> None:
+    with suppress(VMTimeoutError):
+        await vm.wait_for("ready", timeout=MOMENT)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(MOMENT):
+            async for _ in vm.events():
+                pass
+    with suppress(TimeoutError):
+        async with asyncio.timeout(MOMENT):
+            await vm.wait_stopped()
+
+
+async def block(world: World) -> None:
+    async with world.vm() as vm:
+        await use(vm)
+
+
+async def explicit(world: World) -> None:
+    vm = world.vm()
+    try:
+        await vm.start()
+        await use(vm)
+        await vm.stop(timeout=0)
+    finally:
+        await vm.delete()
+
+
+async def kept(world: World) -> None:
+    async with world.vm(keep=True):
+        pass
+    vm = await world.found()
+    try:
+        await vm.start()
+        await vm.stop(timeout=0)
+    finally:
+        await vm.delete()
+
+
+async def attached(world: World) -> None:
+    async with world.vm():
+        async with await world.found() as seen:
+            await use(seen)
+        seen = await world.found()
+        await seen.stop(timeout=0)
+        await seen.detach()
+
+
+async def deleted_by_another(world: World) -> None:
+    async with world.vm():
+        seen = await world.found()
+        try:
+            await seen.delete()
+        finally:
+            await seen.detach()
+
+
+STORIES: list[Story] = [block, explicit, kept, attached, deleted_by_another]
+
+
+def cancel(run: Run) -> Generator[int, None, None]:
+    run.cancel()
+    yield from ()
+
+
+def cancel_twice(gap: int) -> Fault:
+    def fault(run: Run) -> Generator[int, None, None]:
+        run.cancel()
+        yield gap
+        run.cancel()
+
+    return fault
+
+
+def send(number: signal.Signals, *names: str) -> Fault:
+    def fault(run: Run) -> Generator[int, None, None]:
+        run.signal(number, *names)
+        yield from ()
+
+    return fault
+
+
+def no_descriptors(duration: int) -> Fault:
+    def fault(run: Run) -> Generator[int, None, None]:
+        run.struck = True
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(descriptors()) + 1, hard))
+        taken = []
+        try:
+            with suppress(OSError):
+                while True:
+                    taken.append(os.dup(0))
+            yield duration
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in taken:
+                os.close(fd)
+
+    return fault
+
+
+def no_space(directory: Path) -> Fault:
+    def fault(run: Run) -> Generator[int, None, None]:
+        run.struck = True
+        filler = fill_up(directory)
+        try:
+            yield FOR_EVER
+        finally:
+            filler.unlink()
+
+    return fault
+
+
+FOR_EVER = 1 << 30
+FAULTS: dict[str, Fault] = {
+    "cancel": cancel,
+    "cancel, and 1 await later": cancel_twice(1),
+    "cancel, and 2 awaits later": cancel_twice(2),
+    "cancel, and 3 awaits later": cancel_twice(3),
+    "cancel, and 5 awaits later": cancel_twice(5),
+    "SIGKILL QEMU": send(signal.SIGKILL, QEMU),
+    "SIGKILL swtpm": send(signal.SIGKILL, SWTPM),
+    "SIGKILL QEMU and swtpm": send(signal.SIGKILL, QEMU, SWTPM),
+    "SIGTERM QEMU": send(signal.SIGTERM, QEMU),
+    "SIGTERM swtpm": send(signal.SIGTERM, SWTPM),
+    "SIGSTOP QEMU": send(signal.SIGSTOP, QEMU),  # it answers neither QMP nor SIGTERM
+    "SIGSTOP swtpm": send(signal.SIGSTOP, SWTPM),
+    "EMFILE until the next await": no_descriptors(1),
+    "EMFILE for 5 awaits": no_descriptors(5),
+    "EMFILE to the end": no_descriptors(FOR_EVER),
+}
+ENOSPC = "ENOSPC to the end"
+
+# Which stories have which faults, at every n-th of their awaits: the machine's time is finite.
+# Where n is not 1, chance says which; with SMOLVM_ASYNC_EVERY_FAULT=1 in the environment it is 1.
+PLAN: list[tuple[str, list[Story], int]] = [
+    ("cancel", STORIES, 1),
+    ("cancel, and 1 await later", [block, explicit], 1),
+    ("cancel, and 1 await later", [kept], 2),
+    ("cancel, and 2 awaits later", [explicit], 1),
+    ("cancel, and 3 awaits later", [attached], 2),
+    ("cancel, and 5 awaits later", [block], 1),
+    ("SIGKILL QEMU", [block, explicit], 1),
+    ("SIGKILL QEMU", [kept, attached], 2),
+    ("SIGKILL swtpm", [block], 1),
+    ("SIGKILL swtpm", [kept, deleted_by_another], 2),
+    ("SIGKILL QEMU and swtpm", [explicit], 1),
+    ("SIGKILL QEMU and swtpm", [attached], 2),
+    ("SIGTERM QEMU", [explicit], 1),
+    ("SIGTERM swtpm", [block], 1),
+    ("SIGSTOP QEMU", [block, explicit, kept], 4),
+    ("SIGSTOP swtpm", [explicit, kept], 4),
+    ("EMFILE until the next await", [explicit], 1),
+    ("EMFILE until the next await", [kept], 3),
+    ("EMFILE for 5 awaits", [block], 1),
+    ("EMFILE for 5 awaits", [attached], 3),
+    ("EMFILE to the end", [explicit], 1),
+    ("EMFILE to the end", [kept, deleted_by_another], 3),
+    (ENOSPC, [block], 1),
+    (ENOSPC, [kept], 2),
+]
+EVERY = "SMOLVM_ASYNC_EVERY_FAULT" in os.environ
+
+
+@pytest.fixture
+def world(blank_image: Path, tmp_path: Path) -> Iterator[World]:
+    gc.collect()
+    gc.freeze()  # a collection after every run has only its leavings to look at
+    yield World(blank_image, tmp_path / "data")
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(
+    ("fault", "story", "stride"),
+    [
+        pytest.param(fault, story, 1 if EVERY else stride, id=f"{fault}-{story.__name__}")
+        for fault, stories, stride in PLAN
+        for story in stories
+    ],
+)
+def test_at_every_await(
+    world: World,
+    fault: str,
+    story: Story,
+    stride: int,
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if "SIGSTOP" in fault:
+        monkeypatch.setattr("smolvm_async.qemu.monitor.ANSWER", 0.3)
+        world.timeouts = IMPATIENT
+    if fault == ENOSPC:
+        world.data_dir = request.getfixturevalue("small_disk") / "data"
+        inject = no_space(world.data_dir.parent)
+    else:
+        inject = FAULTS[fault]
+    struck = 0
+    sites: set[str] = set()
+    for point in itertools.count(random.SystemRandom().randint(1, stride), stride):
+        run = run_once(lambda: story(world), inject, point)
+        if run.count < point:
+            break
+        if run.struck:
+            struck += 1
+            sites.update(run.site.split())
+            prune = fault.startswith(("EMFILE", "ENOSPC"))
+            check(run, world, f"{fault} at await {point}", prune=prune)
+    assert struck > 3
+    record_property("injected", (fault, struck))
+    record_property("injected at", sorted(sites))
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN])
+@pytest.mark.parametrize("story", STORIES)
+def test_at_every_spawn(
+    world: World,
+    story: Story,
+    number: int,
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failing(subprocess.Popen[bytes]):
+        spawns = 0
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            Failing.spawns += 1
+            if Failing.spawns == nth:
+                raise OSError(number, os.strerror(number))
+            super().__init__(*arguments, **options)
+
+    for nth in itertools.count(1):
+        Failing.spawns = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", Failing)
+            run = run_once(lambda: story(world))
+        check(run, world, f"{errno.errorcode[number]} at spawn {nth}")
+        if Failing.spawns < nth:
+            assert run.error is None
+            break
+        assert isinstance(run.error, LaunchError)
+        assert os.strerror(number) in str(run.error)
+    record_property("injected", (f"{errno.errorcode[number]} at a spawn", nth - 1))
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_without_a_thread(world: World, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        run = run_once(lambda: story(world))
+    assert isinstance(run.error, HostError)
+    check(run, world, "no thread")
+
+
+def check(run: Run, world: World, what: str, *, prune: bool = False) -> None:
+    problems = [*run.complaints, *judge(run, world, prune=prune)]
+    assert not problems, f"{what} ({run.site}), {run.error!r}: {problems}"
+
+
+def judge(run: Run, world: World, *, prune: bool = False) -> Iterator[str]:
+    """What is wrong with how a run ended, or with what it left."""
+    if run.cancelled and not run.ended_cancelled:
+        yield f"the cancellation was swallowed: {run.error!r}"
+    if run.ended_cancelled and not run.cancelled:
+        yield "nobody cancelled it"
+    if run.error is not None and not isinstance(run.error, SmolVMError):
+        yield f"it raised {run.error!r}"
+    try:
+        asyncio.run(next_vm(World(world.image, world.data_dir), prune=prune))
+    except Exception as error:
+        yield f"the next VM does not start: {error!r}"
+
+
+async def next_vm(world: World, *, prune: bool) -> None:
+    """Nothing is there but a kept VM at rest, which starts, and so does another one."""
+    if prune:  # a kept VM could not write down that it is at rest
+        await AsyncSmolVM.prune(data_dir=world.data_dir)
+    for info in await AsyncSmolVM.list(data_dir=world.data_dir):
+        assert info.keep, info
+        assert info.status in (Status.STOPPED, Status.CRASHED), info
+        vm = await world.found()
+        await vm.start()
+        await vm.delete()
+    assert not list(world.data_dir.glob("*"))
+    vm = world.vm()
+    await vm.start()
+    await vm.delete()
+    assert not list(world.data_dir.iterdir())
