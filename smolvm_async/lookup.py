@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import time
 from collections.abc import Callable
@@ -11,14 +10,14 @@ from pathlib import Path
 
 from smolvm_async.config import VMConfig
 from smolvm_async.control import Attached
-from smolvm_async.errors import ConfigError, VMNotRunningError
+from smolvm_async.errors import VMNotRunningError
 from smolvm_async.locking import is_locked
 from smolvm_async.owned import Owned
 from smolvm_async.plan import Plan
 from smolvm_async.process import identify
 from smolvm_async.record import Record, Status, read_record
 from smolvm_async.shielding import in_thread
-from smolvm_async.state import not_found, open_directory
+from smolvm_async.state import NO_DIRECTORY, cannot_use, not_found, open_directory
 
 ANSWER = 5.0  # seconds for an owner that is just starting or stopping the VM
 POLL = 0.01  # seconds between two looks
@@ -37,9 +36,9 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Att
         try:
             fd = open_directory(path)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise ConfigError(f"{str(path)!r} cannot be used: {error.strerror}.") from error
-            raise not_found(path) from None
+            if error.errno in NO_DIRECTORY:
+                raise not_found(path) from None
+            raise cannot_use(path, error) from error
         try:
             held = is_locked(fd)
             record = await in_thread(read_record, path, fd)

@@ -90,7 +90,8 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise _unreadable(directory, str(error.strerror)) from error
+        path = str(directory / RECORD)
+        raise ConfigError(f"{path!r} cannot be read: {error.strerror}.") from error
     with open(fd, "rb") as file:
         content = file.read(MAX_SIZE)
     try:

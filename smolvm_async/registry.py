@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -15,7 +16,7 @@ from smolvm_async.locking import is_locked
 from smolvm_async.log import current_vm, get_logger
 from smolvm_async.record import Record, Status, read_record
 from smolvm_async.shielding import in_thread
-from smolvm_async.state import StateDirectory, open_directory
+from smolvm_async.state import NO_DIRECTORY, StateDirectory, cannot_use, open_directory
 
 logger = get_logger(__name__)
 
@@ -72,8 +73,10 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
     for path in _directories(data_dir):
         try:
             fd = open_directory(path)
-        except OSError:
-            continue  # removed meanwhile, or not ours
+        except OSError as error:
+            if error.errno in (*NO_DIRECTORY, errno.EACCES):
+                continue  # removed meanwhile, or not ours
+            raise cannot_use(path, error) from error
         try:
             held = is_locked(fd)  # first: who has just let go has written the record before
             record = read_record(path, fd)
@@ -135,6 +138,8 @@ def _directories(data_dir: Path) -> Iterator[Path]:
         entries = sorted(os.scandir(data_dir), key=lambda entry: entry.name)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise cannot_use(data_dir, error) from error
     for entry in entries:
         if re.fullmatch(VM_ID, entry.name) and entry.is_dir(follow_symlinks=False):
             yield Path(entry.path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import stat
@@ -33,6 +34,7 @@ QEMU_LOG, SWTPM_LOG, CONTROL = "qemu.log", "swtpm.log", "control.sock"
 SCRATCH = "scratch"  # marks the directory of something that is no VM, and not worth keeping
 OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG, CONTROL})
 
+NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # nothing there, a file, a link
 BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
 POLL = 0.01  # seconds between two tries to lock
 
@@ -75,7 +77,7 @@ class StateDirectory:
             with contextlib.suppress(OSError):
                 self.abandon()
             if isinstance(error, OSError):
-                raise ConfigError(f"{str(self.path)!r} cannot be used: {error}.") from error
+                raise cannot_use(self.path, error) from error
             raise
 
     def try_hold(self, create: bool) -> bool:
@@ -99,9 +101,7 @@ class StateDirectory:
                 if create:
                     with contextlib.suppress(OSError):
                         self.path.rmdir()  # it is empty if we have just made it
-                raise ConfigError(
-                    f"{str(self.path)!r} cannot be used: {error.strerror}."
-                ) from error
+                raise cannot_use(self.path, error) from error
             locked = try_lock(lease.fd)
             if not _is_at(lease.fd, self.path):
                 lease.close()
@@ -318,6 +318,11 @@ def open_directory(path: Path) -> int:
         OSError: If it is not there, is no directory or is a symbolic link.
     """
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def cannot_use(path: Path, error: OSError) -> ConfigError:
+    """What to raise if the operating system refuses a directory."""
+    return ConfigError(f"{str(path)!r} cannot be used: {error.strerror or error}.")
 
 
 def not_found(path: Path) -> VMNotFoundError:
