@@ -69,7 +69,8 @@ class Identity(NamedTuple):
 def identify(pid: int) -> Identity | None:
     """The identity of a process that runs now; `None` if there is none, or only a zombie."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
         return None
     return Identity(pid, int(fields[19])) if fields[0] not in "ZX" else None
