@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from smolvm_async.errors import VMNotRunningError
 from smolvm_async.handle import Handle
 
 
@@ -49,6 +50,8 @@ class Block:
         if ours and task is asyncio.current_task() and task is not None:
             ours = task.uncancel() <= self._cancelling
         crash = vm.run.failure if vm.run else None
+        if isinstance(crash, VMNotRunningError):
+            crash = None  # it has only been detached from
         if isinstance(error, asyncio.CancelledError) and not ours:
             raise error
         if error is crash:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from smolvm_async.config import VMConfig
 from smolvm_async.errors import HostError
 from smolvm_async.host.memory import available_memory
-from smolvm_async.locking import lock
+from smolvm_async.locking import try_lock_file, unlock_file
 from smolvm_async.record import Status
-from smolvm_async.registry import survey
-from smolvm_async.state import open_directory
+from smolvm_async.registry import LOCK, survey
+from smolvm_async.shielding import in_thread
+from smolvm_async.state import BUSY, POLL
 
 SYSTEM_RUNTIME = Path("/run")  # where systemd itself has its socket; a user's is elsewhere
 IN_USE = (Status.STARTING, Status.RUNNING, Status.STOPPING)
 
 
-def admit(config: VMConfig, write_record: Callable[[], None]) -> None:
-    """Write the record of a VM that starts, if it fits.
+@asynccontextmanager
+async def admission(config: VMConfig) -> AsyncIterator[None]:
+    """Around the writing of a starting VM's record: refuse the VM if it does not fit.
 
     Memory that other VMs were promised and have not touched is not counted, unless
     `Limits.max_memory` says so: then two that start at once are judged one after the other.
 
     Raises:
         HostError: If it does not fit; with the figures.
-        OSError: If the record cannot be written.
+        OSError: If the lock cannot be made.
     """
-    memory = available_memory()
+    memory = await in_thread(available_memory)
     if config.memory > memory.available:
         raise HostError(
             f"memory={config.memory} MiB does not fit: {memory.available} MiB of "
@@ -37,15 +42,32 @@ def admit(config: VMConfig, write_record: Callable[[], None]) -> None:
             "stop other VMs, or free memory of the host."
         )
     if config.limits.max_memory is None:
-        write_record()
+        yield
         return
-    fd = open_directory(config.data_dir)
+    async with _one_at_a_time(config.data_dir / LOCK):
+        await in_thread(_check_sum, config, config.limits.max_memory)
+        yield
+
+
+@asynccontextmanager
+async def _one_at_a_time(path: Path) -> AsyncIterator[None]:
+    """Hold a lock on a file that no other user can open, and that is gone afterwards."""
+    deadline = time.monotonic() + BUSY
+    fd = -1
     try:
-        lock(fd)
-        _check_sum(config, config.limits.max_memory)
-        write_record()
+        while fd < 0:
+            fd = try_lock_file(path)
+            if fd < 0 and time.monotonic() > deadline:
+                raise HostError(
+                    f"max_memory= could not be checked: another process has held {str(path)!r} "
+                    f"for {BUSY:g} s."
+                )
+            if fd < 0:
+                await asyncio.sleep(POLL)
+        yield
     finally:
-        os.close(fd)
+        if fd >= 0:
+            unlock_file(fd, path)
 
 
 def _check_sum(config: VMConfig, max_memory: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
+from pathlib import Path
 
 
 def try_lock(fd: int) -> bool:
@@ -10,9 +13,27 @@ def try_lock(fd: int) -> bool:
     return _try(fd, fcntl.LOCK_EX)
 
 
-def lock(fd: int) -> None:
-    """Lock it, once nobody else holds it."""
-    fcntl.flock(fd, fcntl.LOCK_EX)
+def try_lock_file(path: Path) -> int:
+    """Make and lock a file that is for this user alone; -1 if somebody else holds it.
+
+    `unlock_file()` removes it.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    if try_lock(fd):
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                return fd
+    os.close(fd)  # it is held, or its last holder has just removed it
+    return -1
+
+
+def unlock_file(fd: int, path: Path) -> None:
+    """Remove the file, and give its lock back."""
+    path.unlink(missing_ok=True)
+    os.close(fd)
 
 
 def is_locked(fd: int) -> bool:

@@ -41,7 +41,10 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Att
             raise cannot_use(path, error) from error
         try:
             held = is_locked(fd)
-            record = await in_thread(read_record, path, fd)
+            try:
+                record = await in_thread(read_record, path, fd)
+            except OSError as error:
+                raise cannot_use(path, error) from error
             if record is None and not held:
                 raise not_found(path)
             if record is not None and not held:

@@ -19,7 +19,7 @@ from smolvm_async.errors import (
 )
 from smolvm_async.events import EventHub
 from smolvm_async.handle import unprepared
-from smolvm_async.limits import admit
+from smolvm_async.limits import admission
 from smolvm_async.log import current_vm, get_logger
 from smolvm_async.plan import Plan
 from smolvm_async.process import identify
@@ -197,7 +197,8 @@ class Owned:
             await state.hold(create=self._created is None)
         try:
             self._check_ours(state.record)
-            await in_thread(self._begin, state)
+            async with admission(self.config):
+                await in_thread(self._begin, state)
         except BaseException:
             if self._state is None:
                 with suppress(OSError):
@@ -222,7 +223,7 @@ class Owned:
         created = self._created or time.time_ns()
         owner = identify(os.getpid())
         record = Record(config=self.config, created=created, owner=owner, machine=machine)
-        admit(self.config, lambda: state.write(record))
+        state.write(record)
         self._created, self._state = created, state
         if machine is None:
             state.clear()
@@ -261,7 +262,7 @@ class Owned:
 
     async def _erase(self, state: StateDirectory, created: int | None) -> None:
         try:
-            await in_thread(state.remove)
+            await in_thread(_dispose, state)
         except OSError as error:
             self._created = created  # delete() can be tried again
             raise ConfigError(
@@ -279,6 +280,18 @@ class Owned:
                 else:
                     state.release()  # another VM has this id now
         await self._discard()
+
+
+def _dispose(state: StateDirectory) -> None:
+    """Remove a VM; if we die halfway, what is left is no kept VM but an orphan, for prune()."""
+    record = state.record
+    if record is not None and record.config.keep:
+        config = record.config.model_copy(update={"keep": False})
+        with suppress(OSError):  # a full disk
+            state.write(
+                record.model_copy(update={"config": config, "owner": identify(os.getpid())})
+            )
+    state.remove()
 
 
 def _give_back(state: StateDirectory, record: Record) -> None:

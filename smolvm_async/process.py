@@ -21,9 +21,10 @@ import subprocess
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import anyio
+from pydantic import Field
 
 from smolvm_async.errors import CommandError, LaunchError
 from smolvm_async.log import get_logger
@@ -62,8 +63,8 @@ class Identity(NamedTuple):
         started: When it started, in clock ticks since the host booted (proc(5), `starttime`).
     """
 
-    pid: int
-    started: int
+    pid: Annotated[int, Field(gt=0, lt=1 << 31)]
+    started: Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 def identify(pid: int) -> Identity | None:

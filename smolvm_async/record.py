@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolvm_async.config import VMConfig
 from smolvm_async.errors import ConfigError
@@ -66,7 +68,7 @@ class Record(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     config: VMConfig
-    created: int
+    created: Annotated[int, Field(ge=0, lt=1 << 63)]
     status: Status = Status.STARTING
     owner: Identity | None = None
     processes: dict[str, Identity] = {}
@@ -81,7 +83,8 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
     """The record in the open directory `dir_fd`, which is at `directory`; `None` if it has none.
 
     Raises:
-        ConfigError: If it cannot be read as one.
+        ConfigError: If it is damaged.
+        OSError: If it cannot be read now.
     """
     try:
         fd = os.open(
@@ -90,10 +93,15 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        path = str(directory / RECORD)
-        raise ConfigError(f"{path!r} cannot be read: {error.strerror}.") from error
-    with open(fd, "rb") as file:
-        content = file.read(MAX_SIZE)
+        if error.errno in (errno.ELOOP, errno.EACCES):
+            raise _unreadable(directory, str(error.strerror)) from error
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _unreadable(directory, "it is no regular file")
+        content = os.read(fd, MAX_SIZE)
+    finally:
+        os.close(fd)
     try:
         values: Any = json.loads(content)
         if values["schema_version"] != SCHEMA_VERSION:

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolvm_async.config import VM_ID
-from smolvm_async.errors import ConfigError
-from smolvm_async.locking import is_locked
+from smolvm_async.errors import ConfigError, VMNotFoundError
+from smolvm_async.locking import is_locked, try_lock_file, unlock_file
 from smolvm_async.log import current_vm, get_logger
 from smolvm_async.record import Record, Status, read_record
 from smolvm_async.shielding import in_thread
 from smolvm_async.state import NO_DIRECTORY, StateDirectory, cannot_use, open_directory
 
 logger = get_logger(__name__)
+
+LOCK = "max_memory.lock"  # in the data directory, where no VM can have that id
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
         except ConfigError as error:
             logger.warning("%s", error)
             continue
+        except OSError as error:
+            raise cannot_use(path, error) from error
         finally:
             os.close(fd)
         if record is not None:
@@ -97,11 +101,14 @@ async def prune_vms(data_dir: Path) -> list[VMInfo]:
     Returns:
         What was found, as it was before.
     """
+    await in_thread(_remove_stale_lock, data_dir / LOCK)
     pruned = []
     for path in await in_thread(lambda: list(_directories(data_dir))):
         token = current_vm.set(path.name)
         try:
             info = await _prune(StateDirectory(data_dir, path.name))
+        except VMNotFoundError:
+            pass  # its owner, or another prune(), was faster
         except (ConfigError, OSError) as error:
             logger.warning("not pruned: %s", error)
         else:
@@ -119,13 +126,18 @@ async def _prune(state: StateDirectory) -> VMInfo | None:
         if record is None or record.owner is None:
             return None
         await state.end_orphans()
-        if record.config.keep:
+        if record.config.keep and record.machine is not None:
             await in_thread(state.write, at_rest(record, Status.STOPPED))
         else:
             await in_thread(state.remove)
         return describe(record, held=False)
     finally:
         await in_thread(state.abandon)  # also if its owner died as it began
+
+
+def _remove_stale_lock(path: Path) -> None:
+    if path.exists() and (fd := try_lock_file(path)) >= 0:
+        unlock_file(fd, path)
 
 
 def at_rest(record: Record, status: Status) -> Record:

@@ -279,7 +279,10 @@ def check_data_dir(data_dir: Path) -> None:
     Raises:
         ConfigError: If it cannot, or other users of this machine could interfere.
     """
-    existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    try:
+        existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    except OSError as error:
+        raise _unusable(data_dir, str(error.strerror)) from error
     if not existing.is_dir():
         raise _unusable(data_dir, f"{str(existing)!r} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -32,7 +32,7 @@ from smolvm_async.progress import ProgressCallback
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo, list_vms, prune_vms
 from smolvm_async.shutdown import ShutdownReport
-from smolvm_async.state import check_data_dir
+from smolvm_async.state import cannot_use, check_data_dir
 
 
 class AsyncSmolVM:
@@ -374,7 +374,11 @@ class AsyncSmolVM:
 
 def _known_data_dir(data_dir: object) -> Path:
     path = make_data_dir(data_dir)
-    if path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise cannot_use(path, error) from error
+    if there:
         check_data_dir(path)
     return path
 

@@ -13,8 +13,9 @@ import typer
 from rich.logging import RichHandler
 
 from smolvm_async.cli.doctor import doctor
+from smolvm_async.cli.execution import FAILED
 from smolvm_async.cli.logs import logs
-from smolvm_async.cli.output import complain, err, say
+from smolvm_async.cli.output import complain, err, say, write_nowhere
 from smolvm_async.cli.run import run
 from smolvm_async.cli.vms import delete, list_vms, prune, stop
 from smolvm_async.log import get_logger
@@ -25,7 +26,7 @@ Exit codes: 0 success; 1 it failed, or the VM crashed; 2 wrong usage or argument
 something; 4 no VM has this id; 128+n interrupted by signal n (130: Ctrl-C).
 
 With --json, stdout holds JSON, one document or one on each line; what failed is its last:
-{"error": {"type": ..., "message": ...}}.
+{"error": {"type": ..., "message": ...}}. Wrong usage is text on stderr.
 """
 
 app = typer.Typer(
@@ -79,4 +80,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
-    app(prog_name=NAME)
+    try:
+        app(prog_name=NAME)
+    except OSError as error:  # stdout cannot be written to: the disk is full, ...
+        write_nowhere()
+        complain("Error", f"stdout: {error.strerror}", "bold red")
+        sys.exit(FAILED)

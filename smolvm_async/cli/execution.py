@@ -14,8 +14,8 @@ from smolvm_async.cli.output import complain, write_json
 
 T = TypeVar("T")
 
-FAILED = 1
-CODES: dict[type[Exception], int] = {VMNotFoundError: 4, HostError: 3, ConfigError: 2}
+FAILED, WRONG = 1, 2
+CODES: dict[type[Exception], int] = {VMNotFoundError: 4, HostError: 3, ConfigError: WRONG}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -23,7 +23,8 @@ class Screen(Console):
     """A console that shows text as it is, and tells its caller when nobody reads any more."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        stream: TextIO | None = sys.stderr if stderr else sys.stdout  # None if it was closed
+        terminal = stream is not None and stream.isatty()
         super().__init__(
             stderr=stderr,
             width=None if terminal else UNBOUNDED,
@@ -40,9 +41,10 @@ class Screen(Console):
 
 def write_nowhere() -> None:
     """Nobody reads stdout any more: what is still written, and was, goes to /dev/null."""
-    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    if sys.stdout is not None:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 out = Screen()
@@ -66,8 +68,9 @@ def write_json(document: object) -> None:
 
 def write_text(text: str) -> None:
     """Write a guest's text to stdout: as it is, but for a terminal, which it could take over."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
 
 
 def show_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> None:

@@ -17,7 +17,7 @@ from smolvm_async import (
     VMNotRunningError,
 )
 from smolvm_async.cli.ending import describe_ending, ending_fields
-from smolvm_async.cli.execution import execute
+from smolvm_async.cli.execution import WRONG, execute, fail
 from smolvm_async.cli.options import (
     DataDir,
     Json,
@@ -102,6 +102,7 @@ def delete(
 
     A kept VM is gone for good: unless --yes is given, you are asked.
     """
+    vm_ids = list(dict.fromkeys(vm_ids))
     infos = {info.vm_id: info for info in execute(AsyncSmolVM.list(data_dir=data_dir), json=json)}
     kept = [vm_id for vm_id in vm_ids if vm_id in infos and infos[vm_id].keep]
     if kept and not yes:
@@ -123,7 +124,7 @@ def delete(
 
 def _confirm(names: str, json: bool) -> None:
     if json or not sys.stdin.isatty():
-        raise typer.BadParameter(f"a kept VM ({names}) is deleted only with --yes", param_hint="ID")
+        fail("ConfigError", f"a kept VM ({names}) is deleted only with --yes.", WRONG, json=json)
     typer.confirm(f"Delete for good: {names}?", abort=True)
 
 

@@ -32,6 +32,10 @@ REMOVED = 30.0  # seconds for the owner to remove the directory
 POLL = 0.01  # seconds between two looks whether it is removed
 
 
+# asyncio itself refers to its tasks weakly, and events() may be all that a user holds.
+_readings: set[asyncio.Task[None]] = set()
+
+
 class Attached:
     """A VM seen from another process: what its owner tells of it, and what one asks of that.
 
@@ -80,6 +84,8 @@ class Attached:
             vm._writer.transport.abort()
             raise
         vm._reading = asyncio.ensure_future(vm._read(reader))
+        _readings.add(vm._reading)
+        vm._reading.add_done_callback(_readings.discard)
         return vm
 
     @property
@@ -200,6 +206,8 @@ class Attached:
             self.failure = VMCrashedError(
                 f"{self.config.vm_id} crashed: its owner, process {self._owner}, has gone."
             )
+        if self._detached:
+            self.failure = self._gone()
         self.boot.end()
         self.hub.close()
         for answer in self._answers.values():

@@ -45,7 +45,8 @@ async def examine(
     no_place = ""
     if not await notebook.check("data-dir", lambda: space.check_data_dir(place)):
         no_place = needs("data-dir")
-    await notebook.check("disk", lambda: space.check_disk(place), obstacle=no_place)
+    if not await notebook.check("disk", lambda: space.check_disk(place), obstacle=no_place):
+        no_place = no_place or needs("disk")
     for profile in GUESTS.values():
         await examine_guest(notebook, profile, place, accel, obstacle or no_place)
     return Report(findings=tuple(notebook.findings))

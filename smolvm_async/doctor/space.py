@@ -64,11 +64,14 @@ def _problem(path: Path) -> str:
 
 async def check_disk(data_dir: Path) -> Verdict:
     """Free disk space, and a file that reaches the disk."""
-    async with scratch(data_dir) as state:
-        seconds = await in_thread(_write, state.path / SAMPLE)
-        free = shutil.disk_usage(state.path).free
-    found = f"{free / GIB:.1f} GiB are free in {data_dir}; 1 MiB was on disk in {seconds:.3f} s"
     cure = "Free some space, or pass a directory on another disk as data_dir=."
+    try:
+        async with scratch(data_dir) as state:
+            seconds = await in_thread(_write, state.path / SAMPLE)
+            free = shutil.disk_usage(state.path).free
+    except OSError as error:
+        return failed(f"1 MiB cannot be written to {data_dir}: {error.strerror}", cure)
+    found = f"{free / GIB:.1f} GiB are free in {data_dir}; 1 MiB was on disk in {seconds:.3f} s"
     if free < TOO_LITTLE:
         return failed(found, cure)
     if free < LITTLE:

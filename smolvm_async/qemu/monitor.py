@@ -67,7 +67,7 @@ class Monitor:
             if not connecting.done():
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)  # the end of file ends the attempt
-            with contextlib.suppress(QMPError):
+            with contextlib.suppress(QMPError, AssertionError):  # QEMU died as it had just begun
                 await settle(connecting)
         if self._client.runstate is not Runstate.RUNNING:
             raise LaunchError(f"QEMU's monitor gave no answer within {timeout:g} s")

@@ -218,6 +218,23 @@ async def test_what_an_orphan_points_to_is_neither_written_nor_removed(
     assert victim.read_text() == "years of work"
 
 
+GOOD_RECORD = {
+    "schema_version": 1,
+    "config": {
+        "os": "windows",
+        "image": "/x.qcow2",
+        "memory": 2048,
+        "cpus": 2,
+        "vm_id": "strange",
+        "accel": "tcg",
+        "keep": False,
+        "limits": {},
+        "timeouts": {},
+        "data_dir": "/x",
+    },
+    "created": 1,
+    "owner": [4000000, 1],  # long dead
+}
 RECORDS = [
     b"",
     b"null",
@@ -227,6 +244,16 @@ RECORDS = [
     b'{"schema_version": 1, "config": {}}',
     b"[" * 100_000,
     b'{"schema_version": 1, "config": {"vm_id": "../../etc"}, "created": 1}',
+    *(
+        json.dumps({**GOOD_RECORD, **change}).encode()
+        for change in (
+            {"created": 10**400},
+            {"created": -(10**400)},
+            {"processes": {"QEMU": [10**30, 1]}},
+            {"processes": {"QEMU": [-1, 1]}},
+            {"processes": {"QEMU": [0, 1]}},
+        )
+    ),
 ]
 
 
@@ -247,6 +274,36 @@ async def test_a_record_that_is_none_is_told_and_touched_by_nobody(
         await vm_in(data_dir, blank_image, vm_id="strange").start()
     assert (directory / "vm.json").read_bytes() == content
     shutil.rmtree(directory)
+
+
+async def test_the_record_that_the_others_are_made_of_is_a_good_one(data_dir: Path) -> None:
+    directory = data_dir / "strange"
+    directory.mkdir(parents=True, mode=0o700)
+    data_dir.chmod(0o700)
+    (directory / "vm.json").write_text(json.dumps(GOOD_RECORD))
+    (info,) = await AsyncSmolVM.prune(data_dir=data_dir)
+    assert (info.vm_id, info.status) == ("strange", "orphaned")
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "link"])
+async def test_a_record_that_is_no_file_is_told_every_time(
+    data_dir: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = data_dir / "strange" / "vm.json"
+    record.parent.mkdir(parents=True, mode=0o700)
+    data_dir.chmod(0o700)
+    if kind == "directory":
+        record.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(record)
+    else:
+        record.symlink_to("/etc/passwd")
+    for _ in range(3):
+        assert await AsyncSmolVM.list(data_dir=data_dir) == []
+        assert await AsyncSmolVM.prune(data_dir=data_dir) == []
+        with pytest.raises(ConfigError, match="cannot be read as the record"):
+            await AsyncSmolVM.from_id("strange", data_dir=data_dir)
+    shutil.rmtree(record.parent)
 
 
 async def test_a_record_cannot_lead_elsewhere(

@@ -604,6 +604,16 @@ def test_a_closed_pipe_is_no_traceback(data_dir: Path) -> None:
             assert process.stderr.read() == ""
 
 
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["text", "json"])
+def test_what_cannot_be_written_is_one_line_on_stderr(data_dir: Path, as_json: list[str]) -> None:
+    command = [*CLI, "list", "--data-dir", str(data_dir), *as_json]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "Error: stdout: No space left on device\n")
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE)
+    assert (closed.returncode, closed.stderr) == (0, b"")
+
+
 def test_any_path_can_be_listed(run: Run, data_dir: Path, blank_image: Path) -> None:
     image = blank_image.with_name(b"[bold]\xff\n".decode(errors="surrogateescape"))
     image.symlink_to(blank_image)

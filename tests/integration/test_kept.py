@@ -225,6 +225,29 @@ async def test_what_is_not_complete_any_more_is_not_started(
     assert moved.exists()
 
 
+async def test_a_deletion_that_dies_halfway_is_finished_by_prune(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with kept(blank_image, data_dir):
+        pass
+    script = (
+        "import asyncio, os, shutil, sys\n"
+        "from smolvm_async import AsyncSmolVM, state\n"
+        "def die(path, lease):\n"
+        "    shutil.rmtree(path / 'tpm')\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "state._remove = die\n"
+        "async def main():\n"
+        "    await (await AsyncSmolVM.from_id('kept', data_dir=sys.argv[1])).delete()\n"
+        "asyncio.run(main())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, data_dir]).returncode == -9
+    (info,) = await AsyncSmolVM.list(data_dir=data_dir)
+    assert (info.status, info.keep) == ("orphaned", False)
+    await AsyncSmolVM.prune(data_dir=data_dir)
+    assert not list(data_dir.iterdir())
+
+
 async def test_a_kept_vm_of_a_loop_that_ends_is_at_rest(blank_image: Path, data_dir: Path) -> None:
     async def forget() -> None:
         await kept(blank_image, data_dir).start()

@@ -14,6 +14,7 @@ import pytest
 from smolvm_async import AsyncSmolVM, ConfigError, HostError, Limits, VMCrashedError, limits
 from smolvm_async.config import make_config
 from smolvm_async.host.memory import available_memory
+from smolvm_async.locking import try_lock, try_lock_file
 from tests.conftest import children
 
 pytestmark = pytest.mark.anyio
@@ -50,6 +51,41 @@ async def test_all_vms_together_stay_within_max_memory(blank_image: Path, data_d
         async with vm_in(data_dir, blank_image, limits=bound):
             pass  # there is room again, though a stopped one has not been deleted yet
         await asyncio.gather(second.delete(), third.delete())
+
+
+async def test_a_lock_that_another_holds_delays_and_is_told(
+    blank_image: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "BUSY", 0.2)
+    data_dir.mkdir(mode=0o700)
+    lock = data_dir / "max_memory.lock"
+    fd = try_lock_file(lock)
+    vm = vm_in(data_dir, blank_image, limits={"max_memory": 5000})
+    with pytest.raises(HostError, match=r"another process has held .*max_memory\.lock"):
+        await vm.start()
+    assert lock.stat().st_mode & 0o777 == 0o600  # no other user can hold it
+    starting = asyncio.ensure_future(vm.start())
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert [entry.name for entry in data_dir.iterdir()] == [lock.name]
+    os.close(fd)  # as if its holder had been killed
+    await AsyncSmolVM.prune(data_dir=data_dir)
+    assert not list(data_dir.iterdir())
+    async with vm:
+        pass
+
+
+async def test_who_locks_the_data_directory_itself_is_not_waited_for(
+    blank_image: Path, data_dir: Path
+) -> None:
+    data_dir.mkdir(mode=0o755)
+    fd = os.open(data_dir, os.O_RDONLY)  # another user could do that
+    assert try_lock(fd)
+    async with vm_in(data_dir, blank_image, limits={"max_memory": 5000}):
+        pass
+    os.close(fd)
 
 
 @pytest.mark.parametrize(

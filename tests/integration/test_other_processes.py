@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -117,6 +118,31 @@ async def test_leaving_the_block_detaches_and_the_vm_goes_on(
         with pytest.raises(ConfigError, match="keep=True"):
             await vm.detach()
         assert vm.status is Status.RUNNING
+
+
+async def test_what_one_has_detached_from_is_not_said_to_have_ended(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with vm_in(blank_image, data_dir) as vm:
+        other = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+        waiting = asyncio.ensure_future(other.wait_for("ready", timeout=30))
+        await asyncio.sleep(0)
+        await other.detach()
+        for outcome in (waiting, other.wait_for("ready"), other.wait_stopped()):
+            with pytest.raises(VMNotRunningError, match="we have detached from it"):
+                await outcome
+        assert vm.status is Status.RUNNING
+
+
+async def test_the_events_of_an_attached_vm_end_with_it_even_if_only_they_are_held(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with vm_in(blank_image, data_dir) as vm:
+        events = (await AsyncSmolVM.from_id("shared", data_dir=data_dir)).events()
+        gc.collect()
+        await vm.stop(timeout=0)
+        async with asyncio.timeout(10):
+            assert "SHUTDOWN" in [event.name async for event in events]
 
 
 @pytest.mark.parametrize("keep", ["", "keep"])
