@@ -34,7 +34,6 @@ from smolvm_async import AcceleratorWarning, AsyncSmolVM
 from smolvm_async.config import VMConfig, make_config
 from smolvm_async.host import HostTools, choose_accelerator, find_tools
 from smolvm_async.images import qcow2
-from smolvm_async.process import die_with_owner
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.sidecars.swtpm import attach_arguments, swtpm_arguments
 from smolvm_async.state import OVERLAY, TPM, VARS
@@ -79,11 +78,9 @@ def floor(config: VMConfig, tools: HostTools, image: Path, *, overlay: bool) -> 
         create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image)]
 
         began = time.perf_counter()
-        qemu = subprocess.Popen([*die_with_owner(), *qemu_line], cwd=directory, pass_fds=fds)
+        qemu = subprocess.Popen(qemu_line, cwd=directory, pass_fds=fds)
         stack.callback(end, qemu)
-        swtpm = subprocess.Popen(
-            [*die_with_owner(), *swtpm_line], cwd=directory, pass_fds=[swtpm_end.fileno()]
-        )
+        swtpm = subprocess.Popen(swtpm_line, cwd=directory, pass_fds=[swtpm_end.fileno()])
         stack.callback(end, swtpm)
         making = subprocess.Popen(
             [*create, str(directory / "beside.qcow2")] if overlay else ["true"]

@@ -463,8 +463,9 @@ def test_a_kept_vm_is_booted_again_and_deleted(run: Run, data_dir: Path) -> None
         running.kill(signal.SIGINT)
         events = running.events()
     assert [event["event"] for event in events[-2:]] == ["ended", "kept"]
-    for form in ([], ["--json"]):
-        assert "only with --yes" in cli("delete", "one", *form, *place, code=2).stderr
+    assert "only with --yes" in cli("delete", "one", *place, code=2).stderr
+    refused = document("delete", "one", *place, code=2)
+    assert "only with --yes" in refused["error"]["message"]
     output, code = terminal("delete", "one", *place, typed="n\n")
     assert "Delete for good: one? [y/N]" in output
     assert code == 1
