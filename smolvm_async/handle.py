@@ -12,9 +12,7 @@ from smolvm_async.events import EventHub
 from smolvm_async.qemu.boot import BootStates
 from smolvm_async.record import Status
 from smolvm_async.shutdown import ShutdownReport
-from smolvm_async.tail import Tail, printable
-
-CONSOLE_TAIL = 4096  # bytes of the serial console that an error quotes
+from smolvm_async.tail import Tail
 
 
 class Run(Protocol):
@@ -84,8 +82,7 @@ class Handle(Protocol):
 
 def console_tail(console: Tail) -> str:
     """The end of the serial console, for an error message."""
-    tail = printable(console.text(CONSOLE_TAIL)).strip()
-    return f"Serial console:\n{tail or '(empty)'}"
+    return f"Serial console:\n{console.quote() or '(empty)'}"
 
 
 def ended(vm_id: str, run: Run) -> Exception:

@@ -14,13 +14,12 @@ from smolvm_async.config import VMConfig
 from smolvm_async.errors import HostError
 from smolvm_async.host.memory import available_memory
 from smolvm_async.locking import try_lock_file, unlock_file
-from smolvm_async.record import Status
+from smolvm_async.record import ACTIVE
 from smolvm_async.registry import LOCK, survey
 from smolvm_async.shielding import in_thread
 from smolvm_async.state import BUSY, POLL
 
 SYSTEM_RUNTIME = Path("/run")  # where systemd itself has its socket; a user's is elsewhere
-IN_USE = (Status.STARTING, Status.RUNNING, Status.STOPPING)
 
 
 @asynccontextmanager
@@ -53,28 +52,24 @@ async def admission(config: VMConfig) -> AsyncIterator[None]:
 async def _one_at_a_time(path: Path) -> AsyncIterator[None]:
     """Hold a lock on a file that no other user can open, and that is gone afterwards."""
     deadline = time.monotonic() + BUSY
-    fd = -1
+    while (fd := try_lock_file(path)) < 0:
+        if time.monotonic() > deadline:
+            raise HostError(
+                f"max_memory= could not be checked: another process has held {str(path)!r} "
+                f"for {BUSY:g} s."
+            )
+        await asyncio.sleep(POLL)
     try:
-        while fd < 0:
-            fd = try_lock_file(path)
-            if fd < 0 and time.monotonic() > deadline:
-                raise HostError(
-                    f"max_memory= could not be checked: another process has held {str(path)!r} "
-                    f"for {BUSY:g} s."
-                )
-            if fd < 0:
-                await asyncio.sleep(POLL)
         yield
     finally:
-        if fd >= 0:
-            unlock_file(fd, path)
+        unlock_file(fd, path)
 
 
 def _check_sum(config: VMConfig, max_memory: int) -> None:
     others = [
         record.config.memory
         for record, held in survey(config.data_dir)
-        if held and record.status in IN_USE and record.config.vm_id != config.vm_id
+        if held and record.status in ACTIVE and record.config.vm_id != config.vm_id
     ]
     if config.memory + sum(others) > max_memory:
         raise HostError(

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from smolvm_async.config import check_vm_id, make_data_dir
 from smolvm_async.locking import is_locked
-from smolvm_async.state import QEMU_LOG, SWTPM_LOG, not_found, open_directory
+from smolvm_async.state import QEMU_LOG, SWTPM_LOG, find_directory, open_directory
 
 LOGS = {"qemu": QEMU_LOG, "swtpm": SWTPM_LOG}
 POLL = 0.2  # seconds between two looks for more
@@ -50,10 +50,7 @@ async def read_log(
 
 
 def _open(path: Path, name: str) -> BinaryIO:
-    try:
-        directory = open_directory(path)
-    except OSError:
-        raise not_found(path) from None
+    directory = find_directory(path)
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         return open(os.open(name, flags, dir_fd=directory), "rb")

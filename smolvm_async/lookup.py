@@ -14,10 +14,9 @@ from smolvm_async.errors import VMNotRunningError
 from smolvm_async.locking import is_locked
 from smolvm_async.owned import Owned
 from smolvm_async.plan import Plan
-from smolvm_async.process import identify
 from smolvm_async.record import Record, Status, read_record
 from smolvm_async.shielding import in_thread
-from smolvm_async.state import NO_DIRECTORY, cannot_use, not_found, open_directory
+from smolvm_async.state import cannot_use, find_directory, not_found
 
 ANSWER = 5.0  # seconds for an owner that is just starting or stopping the VM
 POLL = 0.01  # seconds between two looks
@@ -33,12 +32,7 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Att
     """
     deadline = time.monotonic() + ANSWER
     while True:
-        try:
-            fd = open_directory(path)
-        except OSError as error:
-            if error.errno in NO_DIRECTORY:
-                raise not_found(path) from None
-            raise cannot_use(path, error) from error
+        fd = find_directory(path)
         try:
             held = is_locked(fd)
             try:
@@ -66,18 +60,13 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Att
 
 
 def _at_rest(record: Record, make_plan: Callable[[VMConfig], Plan]) -> Owned:
-    status = Status.ORPHANED if record.owner is not None else record.status
-    record = record.model_copy(update={"status": status})
+    record = record.model_copy(update={"status": record.status_seen(held=False)})
     return Owned(record.config, lambda: make_plan(record.config), record)
 
 
 def _refuse_if_over(record: Record) -> None:
-    owner = record.owner
-    if (
-        record.status in (Status.STOPPED, Status.CRASHED)
-        and owner is not None
-        and identify(owner.pid) == owner
-    ):
+    owner, over = record.owner, record.status in (Status.STOPPED, Status.CRASHED)
+    if over and owner is not None and owner.alive:
         raise VMNotRunningError(
             f"{record.config.vm_id} is {record.status}, and its owner, process {owner.pid}, has "
             "yet to delete() it."

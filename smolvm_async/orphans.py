@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from smolvm_async.log import get_logger
-from smolvm_async.process import Identity, identify
+from smolvm_async.process import Identity
 
 logger = get_logger(__name__)
 
@@ -26,19 +26,29 @@ async def end_orphans(identities: Iterable[Identity], dir_fd: int) -> None:
         TimeoutError: If the kernel does not end one within 10 s.
     """
     for identity in identities:
-        try:
-            pidfd = os.pidfd_open(identity.pid)  # from here on the id cannot mean another process
-        except ProcessLookupError:
-            continue
-        try:
-            if identify(identity.pid) == identity and _works_in(identity.pid, dir_fd):
+        with killed_orphan(identity, dir_fd) as pidfd:
+            if pidfd is not None:
                 logger.warning("ending process %d, which its dead owner left", identity.pid)
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 async with asyncio.timeout(ENDED):
                     await _readable(pidfd)
-        finally:
-            os.close(pidfd)
+
+
+@contextlib.contextmanager
+def killed_orphan(identity: Identity, dir_fd: int) -> Iterator[int | None]:
+    """Kill a process, if it still is that one and works in `dir_fd`; yields its pidfd if so."""
+    try:
+        pidfd = os.pidfd_open(identity.pid)  # from here on the id cannot mean another process
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        found = identity.alive and _works_in(identity.pid, dir_fd)
+        if found:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        yield pidfd if found else None
+    finally:
+        os.close(pidfd)
 
 
 def _works_in(pid: int, dir_fd: int) -> bool:

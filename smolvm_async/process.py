@@ -29,12 +29,11 @@ from pydantic import Field
 from smolvm_async.errors import CommandError, LaunchError
 from smolvm_async.log import get_logger
 from smolvm_async.shielding import settle
-from smolvm_async.tail import LogFile, Reader, printable
+from smolvm_async.tail import QUOTED, LogFile, Reader
 
 logger = get_logger(__name__)
 
 LOG_LIMIT = 256 * 1024  # bytes of its output that are kept for each process
-LOG_TAIL = 4096  # bytes of a log that an error quotes
 
 # What a VM's process gets of the owner's environment: the rest may hold secrets.
 ENVIRONMENT = (
@@ -65,6 +64,11 @@ class Identity(NamedTuple):
 
     pid: Annotated[int, Field(gt=0, lt=1 << 31)]
     started: Annotated[int, Field(ge=0, lt=1 << 63)]
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        return identify(self.pid) == self
 
 
 def identify(pid: int) -> Identity | None:
@@ -127,7 +131,7 @@ class Child:
         status = "still runs"
         if self.returncode is not None:
             status = f"ended: {describe_exit(self.returncode)}"
-        tail = printable(self.log.text(LOG_TAIL)).strip() or "(empty)"
+        tail = self.log.quote() or "(empty)"
         return f"{self.name} {status}.\nLog:\n{tail}\nCommand: {shlex.join(self.argv)}"
 
     def terminate(self) -> None:
@@ -254,5 +258,5 @@ async def run(
     text = output.decode(errors="replace")
     if process.returncode:
         status = describe_exit(process.returncode)
-        raise CommandError(f"{shlex.join(words)}: {status}\n{text[-LOG_TAIL:].strip()}")
+        raise CommandError(f"{shlex.join(words)}: {status}\n{text[-QUOTED:].strip()}")
     return text

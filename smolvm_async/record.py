@@ -38,6 +38,9 @@ class Status(StrEnum):
     DELETED = "deleted"
 
 
+ACTIVE = (Status.STARTING, Status.RUNNING, Status.STOPPING)  # it has, or may have, processes
+
+
 class Machine(NamedTuple):
     """What has to stay the same for a kept VM, besides what its id decides (UUID and MAC).
 
@@ -73,6 +76,10 @@ class Record(BaseModel):
     owner: Identity | None = None
     processes: dict[str, Identity] = {}
     machine: Machine | None = None
+
+    def status_seen(self, *, held: bool) -> Status:
+        """What the VM is doing, given whether somebody holds its directory."""
+        return Status.ORPHANED if self.owner is not None and not held else self.status
 
     def to_json(self) -> bytes:
         """As the file holds it; ASCII, since a path may not be UTF-8."""

@@ -57,11 +57,10 @@ async def list_vms(data_dir: Path) -> list[VMInfo]:
 def describe(record: Record, held: bool) -> VMInfo:
     """What a record tells, given whether somebody holds its directory."""
     config = record.config
-    orphaned = record.owner is not None and not held
     return VMInfo(
         vm_id=config.vm_id,
         os=config.os,
-        status=Status.ORPHANED if orphaned else record.status,
+        status=record.status_seen(held=held),
         owner=record.owner.pid if record.owner is not None and held else None,
         age=max(0.0, (time.time_ns() - record.created) / 1e9),
         memory=config.memory,

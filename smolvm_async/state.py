@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import signal
 import stat
 import time
 import weakref
@@ -23,8 +22,7 @@ from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundErr
 from smolvm_async.images import qcow2
 from smolvm_async.lease import Lease
 from smolvm_async.locking import try_lock
-from smolvm_async.orphans import end_orphans
-from smolvm_async.process import identify
+from smolvm_async.orphans import end_orphans, killed_orphan
 from smolvm_async.record import NEW_RECORD, RECORD, Record, read_record, write_record
 from smolvm_async.shielding import in_thread
 
@@ -227,7 +225,7 @@ class StateDirectory:
     def _refuse_if_owned(self, *, hurry: bool) -> None:
         """Refuse if the one who has the lock is a VM's owner, not someone who just looks."""
         owner = self.record.owner if self.record else None
-        if hurry or (owner is not None and identify(owner.pid) == owner):
+        if hurry or (owner is not None and owner.alive):
             by = f"process {owner.pid}" if owner else "another process"
             raise VMAlreadyExistsError(
                 f"vm_id={self.path.name!r} is taken by a VM that is in use by {by}: choose another "
@@ -244,8 +242,8 @@ def _abandon(path: Path, lease: Lease) -> None:
         record = read_record(path, lease.fd)
         if record is not None and not record.config.keep:
             for identity in record.processes.values():
-                if identify(identity.pid) == identity:
-                    os.kill(identity.pid, signal.SIGKILL)
+                with killed_orphan(identity, lease.fd):
+                    pass  # nobody is left to wait for it
             _remove(path, lease)
     except (ConfigError, OSError):
         pass  # it is an orphan
@@ -312,6 +310,21 @@ def _unusable(data_dir: Path, reason: str) -> ConfigError:
         f"data_dir={str(data_dir)!r} cannot be used: {reason}; pass the path of a directory that "
         "this user can write to."
     )
+
+
+def find_directory(path: Path) -> int:
+    """Open a VM's directory, which has to be there; the caller closes it.
+
+    Raises:
+        VMNotFoundError: If it is not.
+        ConfigError: If it cannot be opened now.
+    """
+    try:
+        return open_directory(path)
+    except OSError as error:
+        if error.errno in NO_DIRECTORY:
+            raise not_found(path) from None
+        raise cannot_use(path, error) from error
 
 
 def open_directory(path: Path) -> int:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 CHUNK = 65536
+QUOTED = 4096  # bytes that an error quotes
 CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]"
 
 
@@ -68,6 +69,10 @@ class Tail:
     def text(self, limit: int | None = None) -> str:
         """The last `limit` bytes, by default all that is kept, as text."""
         return bytes(self._kept[-(limit or self.limit) :]).decode(errors="replace")
+
+    def quote(self) -> str:
+        """The end of it for an error message: printable, and without space around it."""
+        return printable(self.text(QUOTED)).strip()
 
 
 class LogFile(Tail):

@@ -8,9 +8,10 @@ import typer
 
 from smolvm_async import VMNotFoundError, VMNotRunningError
 from smolvm_async.cli.execution import execute
-from smolvm_async.cli.options import RUNNING, DataDir, Json, VMId, find_vm, no_such_vm
+from smolvm_async.cli.options import DataDir, Json, VMId, find_vm, no_such_vm
 from smolvm_async.cli.output import write_json, write_text
 from smolvm_async.logs import read_log
+from smolvm_async.record import ACTIVE
 
 
 def logs(
@@ -49,7 +50,7 @@ def logs(
 
     async def show_console() -> None:
         vm = await find_vm(vm_id, data_dir)
-        if vm.status not in RUNNING:
+        if vm.status not in ACTIVE:
             raise VMNotRunningError(
                 f"{vm_id} is {vm.status}, and has no console any more; its logs are there: "
                 "--source qemu, --source swtpm."

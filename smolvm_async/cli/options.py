@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from smolvm_async import AsyncSmolVM, SmolVMError, Status, VMNotFoundError
+from smolvm_async import AsyncSmolVM, SmolVMError, VMNotFoundError
 from smolvm_async.progress import ProgressCallback
-
-RUNNING = (Status.STARTING, Status.RUNNING, Status.STOPPING)  # another process holds it
 
 
 def complete_vm_id(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:

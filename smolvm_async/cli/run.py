@@ -18,8 +18,9 @@ from smolvm_async import (
 )
 from smolvm_async.cli.ending import describe_ending, ending_fields
 from smolvm_async.cli.execution import Interrupts, execute
-from smolvm_async.cli.options import RUNNING, DataDir, Json, Timeout, complete_vm_id, find_vm
+from smolvm_async.cli.options import DataDir, Json, Timeout, complete_vm_id, find_vm
 from smolvm_async.cli.output import busy, say, write_json, write_nowhere
+from smolvm_async.record import ACTIVE
 
 
 def run(
@@ -132,7 +133,7 @@ def _line(elapsed: float, what: str, text: str) -> str:
 
 async def _find_at_rest(vm_id: str, data_dir: str | None, feed: Feed) -> AsyncSmolVM:
     vm = await find_vm(vm_id, data_dir, on_progress=feed.on_progress)
-    if vm.status in RUNNING:
+    if vm.status in ACTIVE:
         await vm.detach()
         raise VMAlreadyExistsError(
             f"{vm_id} runs already: smolvm-async logs --follow {vm_id} shows its console."

@@ -23,14 +23,13 @@ from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host import Accelerator, HostTools
 from smolvm_async.images.local import open_image
-from smolvm_async.process import LOG_TAIL, Child, describe_exit, run, spawn
+from smolvm_async.process import Child, describe_exit, run, spawn
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.shielding import in_thread
 from smolvm_async.sidecars import SIDECARS
 from smolvm_async.state import QEMU_LOG, StateDirectory
-from smolvm_async.tail import printable
 
 RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
 
@@ -232,5 +231,4 @@ def _last_words(qemu: Child) -> str:
     status = "QEMU closed its monitor"
     if qemu.returncode is not None:
         status = f"QEMU ended ({describe_exit(qemu.returncode)})"
-    said = printable(qemu.log.text(LOG_TAIL)).strip()
-    return f"{status}: {said or 'it said nothing'}"
+    return f"{status}: {qemu.log.quote() or 'it said nothing'}"

@@ -79,8 +79,6 @@ async def check_setpriv() -> Verdict:
 
 async def check_qemu() -> Verdict:
     """QEMU's version; the firmware probe shows whether it works."""
-    if shutil.which(QEMU) is None:
-        return _missing(QEMU)
     version = await _version(QEMU)
     if isinstance(version, Verdict):
         return version
@@ -95,8 +93,6 @@ async def check_qemu() -> Verdict:
 
 async def check_qemu_img(data_dir: Path) -> Verdict:
     """qemu-img, by making a disk and looking at it."""
-    if shutil.which(QEMU_IMG) is None:
-        return _missing(QEMU_IMG)
     version = await _version(QEMU_IMG)
     if isinstance(version, Verdict):
         return version
@@ -112,8 +108,6 @@ async def check_qemu_img(data_dir: Path) -> Verdict:
 
 async def check_swtpm(data_dir: Path) -> Verdict:
     """Swtpm, by asking it for random bytes."""
-    if shutil.which(SWTPM) is None:
-        return _missing(SWTPM)
     version = await _version(SWTPM)
     if isinstance(version, Verdict):
         return version
@@ -172,6 +166,8 @@ async def _exchange(connection: socket, command: bytes) -> bytes:
 
 async def _version(program: str) -> str | Verdict:
     """The first line of what `--version` prints, or why there is none."""
+    if shutil.which(program) is None:
+        return _missing(program)
     try:
         printed = await run([program, "--version"])
     except CommandError as error:

@@ -15,7 +15,7 @@ from smolvm_async.errors import ConfigError
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host.memory import available_memory
 from smolvm_async.shielding import in_thread
-from smolvm_async.state import StateDirectory
+from smolvm_async.state import StateDirectory, open_directory
 
 GIB = 1 << 30
 LITTLE, TOO_LITTLE = 10 * GIB, 1 * GIB  # of disk
@@ -51,7 +51,7 @@ def _problem(path: Path) -> str:
     if again.try_hold(create=False):
         again.release()
         return f"locks do not work in {path.parent}: one directory was locked twice"
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = open_directory(path)
     try:
         with socket.socket(socket.AF_UNIX) as listener:  # a path may have 107 bytes at most
             listener.bind(f"/proc/self/fd/{fd}/socket")
