@@ -1,19 +1,26 @@
-"""What the tests share: asyncio, disks to boot, and the proof that nothing is left."""
+"""What the tests share: asyncio, disks and VMs, fake programs, the proof that nothing is left."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from smolvm_async import AsyncSmolVM
 from smolvm_async.images.stand_in import build_stand_in
 
+FakeProgram = Callable[[str, str], None]
+
+BOOT = 240  # seconds; a boot takes 12 to 40 here, under TCG
 GONE = 5.0  # seconds for what was killed to be reaped by others
 
 
@@ -85,6 +92,43 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(
             f"{injected.total():6}  in all, at {len(lines)} different lines of the library"
         )
+
+
+def vm_in(data_dir: Path, image: Path, **options: Any) -> AsyncSmolVM:
+    """A VM on `image`, under TCG, as small as can be unless `options` say otherwise."""
+    settings = {"memory": 2048, "accel": "tcg", **options}
+    return AsyncSmolVM(os="windows", image=image, data_dir=data_dir, **settings)
+
+
+async def console_shows(vm: AsyncSmolVM, text: str, times: int = 1) -> None:
+    """Wait for `text` on the serial console, which is slower than the guest agent."""
+    async with asyncio.timeout(BOOT):
+        while vm.console_log().count(text) < times:
+            await asyncio.sleep(0.1)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeProgram:
+    """Put a shell script before the real program of that name, which it knows as $REAL."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", f"{directory}:{path}")
+
+    def write(name: str, script: str) -> None:
+        real = shutil.which(name, path=path)
+        (directory / name).write_text(f"#!/bin/sh\nREAL={real}\n{script}\n")
+        (directory / name).chmod(0o755)
+
+    return write
+
+
+def child_named(name: str) -> int:
+    """The process id of our child whose name begins so."""
+    for pid in children():
+        if Path(f"/proc/{pid}/comm").read_text().startswith(name):
+            return pid
+    raise AssertionError(f"no {name} among our children")
 
 
 def children() -> set[int]:

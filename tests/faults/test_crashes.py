@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from smolvm_async import (
     VMCrashedError,
     VMNotRunningError,
 )
-from tests.conftest import children
+from tests.conftest import FakeProgram, child_named
 
 pytestmark = pytest.mark.anyio
 
@@ -39,13 +38,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-def child_named(name: str) -> int:
-    for pid in children():
-        if Path(f"/proc/{pid}/comm").read_text().startswith(name):
-            return pid
-    raise AssertionError(f"no {name} among our children")
 
 
 @pytest.mark.parametrize(
@@ -122,13 +114,9 @@ async def test_a_crash_behind_the_back_of_a_busy_loop_is_seen(
 
 
 async def test_a_refusal_of_qemu_is_not_blamed_on_swtpm(
-    blank_image: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    blank_image: Path, data_dir: Path, fake: FakeProgram
 ) -> None:
-    qemu = shutil.which("qemu-system-x86_64")
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    fake(programs, "qemu-system-x86_64", f'exec {qemu} "$@" -m size=9999G')
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    fake("qemu-system-x86_64", 'exec $REAL "$@" -m size=9999G')
     for _ in range(10):
         vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
         with pytest.raises(LaunchError, match=r"start\. QEMU ended: exit status 1") as raised:
@@ -187,12 +175,6 @@ def alive(pid: int) -> bool:
         return False
 
 
-def fake(directory: Path, name: str, script: str) -> None:
-    path = directory / name
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
 @pytest.mark.parametrize(
     ("name", "script", "words"),
     [
@@ -214,15 +196,12 @@ async def test_what_fails_to_start_is_told_with_status_command_and_log(
     blank_image: Path,
     data_dir: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    fake: FakeProgram,
     name: str,
     script: str,
     words: list[str],
 ) -> None:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    fake(programs, name, script)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    fake(name, script)
     vm = AsyncSmolVM(
         os="windows", image=blank_image, data_dir=data_dir, accel="tcg", timeouts={"launch": 0.5}
     )
@@ -230,7 +209,7 @@ async def test_what_fails_to_start_is_told_with_status_command_and_log(
     with pytest.raises(LaunchError) as raised:
         await vm.start()
     assert time.monotonic() - began < 5
-    for word in [*words, str(programs / name)]:
+    for word in [*words, str(tmp_path / "bin" / name)]:
         assert word in str(raised.value)
     assert not list(data_dir.iterdir())
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,19 +25,12 @@ from smolvm_async import (
 from smolvm_async.images.stand_in import build_stand_in
 from smolvm_async.owned import Owned
 from smolvm_async.supervisor import Supervisor
-from tests.conftest import children
+from tests.conftest import BOOT, FakeProgram, children, console_shows, vm_in
 
 pytestmark = pytest.mark.anyio
 
-BOOT = 240  # seconds
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user as well")
-
-
-def vm_in(data_dir: Path, image: Path, **options: Any) -> AsyncSmolVM:
-    return AsyncSmolVM(
-        os="windows", image=image, memory=2048, accel="tcg", data_dir=data_dir, **options
-    )
 
 
 def supervisor_of(vm: AsyncSmolVM) -> Supervisor:
@@ -328,17 +320,11 @@ async def test_a_record_cannot_lead_elsewhere(
 
 
 async def test_a_flood_of_the_log_is_bounded_on_disk_and_in_memory(
-    blank_image: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    blank_image: Path, data_dir: Path, fake: FakeProgram
 ) -> None:
     """A guest can make QEMU complain without end; a wrapper does it faster."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    qemu = shutil.which("qemu-system-x86_64")
-    wrapper = programs / "qemu-system-x86_64"
     flood = "(yes flood | head -c 50000000 >&2; echo done >&2) &"
-    wrapper.write_text(f'#!/bin/sh\n{flood} exec {qemu} "$@"\n')
-    wrapper.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    fake("qemu-system-x86_64", f'{flood} exec $REAL "$@"')
     async with vm_in(data_dir, blank_image) as vm:
         log = data_dir / vm.vm_id / "qemu.log"
         (qemu_child,) = [c for c in supervisor_of(vm)._children if c.name == "QEMU"]
@@ -369,9 +355,7 @@ async def test_a_flood_of_the_agents_channel_is_bounded(data_dir: Path) -> None:
     image = await build_stand_in(kernel_arguments=flood)
     async with vm_in(data_dir, image) as vm:
         await vm.wait_for("ready", timeout=BOOT)  # the port is open
-        async with asyncio.timeout(BOOT):
-            while "STAND-IN: ready" not in vm.console_log():
-                await asyncio.sleep(0.1)
+        await console_shows(vm, "STAND-IN: ready")
         before = owned_bytes(data_dir / vm.vm_id)
         for _ in range(200):
             assert (await supervisor_of(vm)._monitor.execute("query-status"))["running"]

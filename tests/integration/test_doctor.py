@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,31 +15,13 @@ from smolvm_async import ConfigError, Progress
 from smolvm_async.doctor import Finding, Outcome, Report, examine, probe, programs
 from smolvm_async.guests import GUESTS
 from smolvm_async.host import find_tools
-from tests.conftest import children
+from tests.conftest import FakeProgram, child_named, children
 
 pytestmark = pytest.mark.anyio
 
 KVM = os.access("/dev/kvm", os.R_OK | os.W_OK)
 BOOTED = {"boot", "smm", "virtio-scsi", "secure-boot", "user-network", "tpm"}
 NO_KEYS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
-
-FakeProgram = Callable[[str, str], None]
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeProgram:
-    """Put a shell script before the real program of that name, which it knows as $REAL."""
-    directory = tmp_path / "bin"
-    directory.mkdir()
-    path = os.environ["PATH"]
-    monkeypatch.setenv("PATH", f"{directory}:{path}")
-
-    def write(name: str, script: str) -> None:
-        real = shutil.which(name, path=path)
-        (directory / name).write_text(f"#!/bin/sh\nREAL={real}\n{script}\n")
-        (directory / name).chmod(0o755)
-
-    return write
 
 
 @pytest.fixture
@@ -301,9 +282,7 @@ async def test_cancelled_at_fifty_moments_before(data_dir: Path) -> None:
 async def test_a_qemu_that_is_killed_is_told(data_dir: Path) -> None:
     task = asyncio.ensure_future(examine(data_dir=data_dir, accel="tcg"))
     await until_qemu_runs(data_dir)
-    for pid in children():
-        if "qemu" in Path(f"/proc/{pid}/comm").read_text():
-            os.kill(pid, signal.SIGKILL)
+    os.kill(child_named("qemu"), signal.SIGKILL)
     found = by_check(await task)
     assert found["boot"].status is Outcome.FAILED
     assert "killed by SIGKILL" in found["boot"].detail

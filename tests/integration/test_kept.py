@@ -22,11 +22,9 @@ from smolvm_async import (
     VMAlreadyExistsError,
     VMNotFoundError,
 )
-from tests.conftest import children
+from tests.conftest import BOOT, children, console_shows, vm_in
 
 pytestmark = pytest.mark.anyio
-
-BOOT = 240  # seconds
 
 LATER = """
 import asyncio, json, re, sys
@@ -44,15 +42,7 @@ asyncio.run(main())
 
 
 def kept(image: Path, data_dir: Path, vm_id: str = "kept") -> AsyncSmolVM:
-    return AsyncSmolVM(
-        os="windows",
-        image=image,
-        memory=2048,
-        accel="tcg",
-        data_dir=data_dir,
-        vm_id=vm_id,
-        keep=True,
-    )
+    return vm_in(data_dir, image, vm_id=vm_id, keep=True)
 
 
 def command_line() -> list[str]:
@@ -67,9 +57,7 @@ def command_line() -> list[str]:
 async def test_a_later_process_boots_the_same_machine(stand_in: Path, data_dir: Path) -> None:
     async with kept(stand_in, data_dir) as vm:
         await vm.wait_for("ready", timeout=BOOT)
-        async with asyncio.timeout(BOOT):
-            while "STAND-IN: ready" not in vm.console_log():
-                await asyncio.sleep(0.1)
+        await console_shows(vm, "STAND-IN: ready")
         first = dict(re.findall(r"STAND-IN: (\w+)=(\S+)", vm.console_log()))
         await vm.stop()
         assert vm.status is Status.STOPPED
@@ -141,14 +129,7 @@ async def test_an_id_of_a_kept_vm_is_not_taken_again(blank_image: Path, data_dir
     async with vm:
         pass
     for keep in (True, False):
-        other = AsyncSmolVM(
-            os="windows",
-            image=blank_image,
-            accel="tcg",
-            data_dir=data_dir,
-            vm_id="kept",
-            keep=keep,
-        )
+        other = vm_in(data_dir, blank_image, vm_id="kept", keep=keep)
         with pytest.raises(VMAlreadyExistsError, match="from_id"):
             await other.start()
         await other.delete()  # never its own

@@ -15,14 +15,9 @@ from smolvm_async import AsyncSmolVM, ConfigError, HostError, Limits, VMCrashedE
 from smolvm_async.config import make_config
 from smolvm_async.host.memory import available_memory
 from smolvm_async.locking import try_lock, try_lock_file
-from tests.conftest import children
+from tests.conftest import child_named, children, vm_in
 
 pytestmark = pytest.mark.anyio
-
-
-def vm_in(data_dir: Path, image: Path, **options: Any) -> AsyncSmolVM:
-    settings = {"memory": 2048, "accel": "tcg", **options}
-    return AsyncSmolVM(os="windows", image=image, data_dir=data_dir, **settings)
 
 
 async def test_a_vm_that_cannot_fit_is_refused_with_figures(
@@ -182,8 +177,7 @@ async def test_an_out_of_memory_kill_is_recognised(
 ) -> None:
     with pytest.raises(VMCrashedError) as raised:
         async with vm_in(data_dir, blank_image):
-            (qemu,) = [pid for pid in children() if "qemu" in Path(f"/proc/{pid}/comm").read_text()]
-            small_cgroup.write_text(str(qemu))
+            small_cgroup.write_text(str(child_named("qemu")))
             await asyncio.sleep(60)  # the firmware touches more than that
     assert "the kernel's out-of-memory killer has ended 1 process since" in str(raised.value)
     assert "QEMU ended: killed by SIGKILL" in str(raised.value)

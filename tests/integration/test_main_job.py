@@ -25,11 +25,10 @@ from smolvm_async import (
     VMTimeoutError,
 )
 from smolvm_async.images.stand_in import build_stand_in
-from tests.conftest import children, descriptors
+from tests.conftest import BOOT, children, console_shows, descriptors
 
 pytestmark = pytest.mark.anyio
 
-BOOT = 240  # seconds; a boot takes 12 to 40 here, under TCG
 ESP_OFFSET = 1 << 20  # bytes; where the stand-in's first partition begins
 AWKWARD = "a b,c'd\"e%20f%5Cé漢=,x" + "y" * 180
 
@@ -39,13 +38,6 @@ async def machine(*arguments: str, data_dir: Path, **options: object) -> AsyncSm
     disk = await build_stand_in(kernel_arguments=arguments)
     settings = {"memory": 2048, "accel": "tcg", "timeouts": {"boot": BOOT}, **options}
     return AsyncSmolVM(os="windows", image=disk, data_dir=data_dir, **settings)  # type: ignore[arg-type]
-
-
-async def console_shows(vm: AsyncSmolVM, text: str, times: int = 1) -> None:
-    """Wait for `text` on the serial console, which is slower than the guest agent."""
-    async with asyncio.timeout(BOOT):
-        while vm.console_log().count(text) < times:
-            await asyncio.sleep(0.1)
 
 
 def digest(path: Path) -> str:

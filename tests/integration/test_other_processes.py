@@ -29,11 +29,9 @@ from smolvm_async import (
 )
 from smolvm_async.images.stand_in import build_stand_in
 from smolvm_async.process import identify
-from tests.conftest import children
+from tests.conftest import BOOT, children, vm_in
 
 pytestmark = pytest.mark.anyio
-
-BOOT = 240  # seconds
 
 OWNER = """
 import asyncio, json, sys
@@ -70,10 +68,8 @@ async def owner(
         await process.communicate()
 
 
-def vm_in(image: Path, data_dir: Path) -> AsyncSmolVM:
-    return AsyncSmolVM(
-        os="windows", image=image, memory=2048, accel="tcg", data_dir=data_dir, vm_id="shared"
-    )
+def shared(image: Path, data_dir: Path) -> AsyncSmolVM:
+    return vm_in(data_dir, image, vm_id="shared")
 
 
 async def test_an_attached_process_sees_what_the_owner_sees(
@@ -101,7 +97,7 @@ async def test_an_attached_process_sees_what_the_owner_sees(
 async def test_leaving_the_block_detaches_and_the_vm_goes_on(
     blank_image: Path, data_dir: Path
 ) -> None:
-    async with vm_in(blank_image, data_dir) as vm:
+    async with shared(blank_image, data_dir) as vm:
         async with await AsyncSmolVM.from_id("shared", data_dir=data_dir) as first:
             second = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
             assert second.vm_id == first.vm_id == "shared"
@@ -123,7 +119,7 @@ async def test_leaving_the_block_detaches_and_the_vm_goes_on(
 async def test_what_one_has_detached_from_is_not_said_to_have_ended(
     blank_image: Path, data_dir: Path
 ) -> None:
-    async with vm_in(blank_image, data_dir) as vm:
+    async with shared(blank_image, data_dir) as vm:
         other = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
         waiting = asyncio.ensure_future(other.wait_for("ready", timeout=30))
         await asyncio.sleep(0)
@@ -137,7 +133,7 @@ async def test_what_one_has_detached_from_is_not_said_to_have_ended(
 async def test_the_events_of_an_attached_vm_end_with_it_even_if_only_they_are_held(
     blank_image: Path, data_dir: Path
 ) -> None:
-    async with vm_in(blank_image, data_dir) as vm:
+    async with shared(blank_image, data_dir) as vm:
         events = (await AsyncSmolVM.from_id("shared", data_dir=data_dir)).events()
         gc.collect()
         await vm.stop(timeout=0)
@@ -260,7 +256,7 @@ async def test_an_attached_process_that_is_killed_harms_nothing(
         "    await vm.wait_stopped()\n"
         "asyncio.run(main())\n"
     )
-    async with vm_in(blank_image, data_dir) as vm:
+    async with shared(blank_image, data_dir) as vm:
         arguments = [sys.executable, "-c", script, str(data_dir)]
         other = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
         assert other.stdout is not None
@@ -277,7 +273,7 @@ async def test_one_that_reads_nothing_does_not_hold_up_the_owner(
     data_dir: Path,
 ) -> None:
     image = await build_stand_in(kernel_arguments=("stand_in.flood=serial",))
-    vm = vm_in(image, data_dir)
+    vm = shared(image, data_dir)
     await vm.start()
     _, writer = await asyncio.open_unix_connection(str(data_dir / "shared" / "control.sock"))
     writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -299,7 +295,7 @@ async def test_one_that_reads_nothing_does_not_hold_up_the_owner(
 async def test_nonsense_on_the_control_socket_harms_nothing(
     blank_image: Path, data_dir: Path, line: bytes
 ) -> None:
-    async with vm_in(blank_image, data_dir) as vm:
+    async with shared(blank_image, data_dir) as vm:
         reader, writer = await asyncio.open_unix_connection(
             str(data_dir / "shared" / "control.sock")
         )
@@ -326,7 +322,7 @@ async def test_an_unknown_id_is_told_and_a_wrong_one_refused(data_dir: Path) -> 
 
 
 async def test_list_tells_all_there_is(blank_image: Path, data_dir: Path) -> None:
-    async with vm_in(blank_image, data_dir) as vm:
+    async with shared(blank_image, data_dir) as vm:
         (info,) = await AsyncSmolVM.list(data_dir=data_dir)
         assert info.vm_id == vm.vm_id
         assert (info.os, info.memory, info.keep) == ("windows", 2048, False)
@@ -345,7 +341,7 @@ async def test_a_path_longer_than_a_sockets_address_will_do(
 ) -> None:
     data_dir = tmp_path / "data" / ("x" * 200)
     async with (
-        vm_in(blank_image, data_dir),
+        shared(blank_image, data_dir),
         await AsyncSmolVM.from_id("shared", data_dir=data_dir) as other,
     ):
         assert other.status is Status.RUNNING
