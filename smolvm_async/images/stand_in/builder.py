@@ -5,7 +5,7 @@ In the cache directory:
     packages/              apt's lists and archives
     stand-in/
         packages-RECIPE.json   the packages that this recipe was built with, and their digests
-        base-KEY.raw           the disk without grub.cfg: all that the variants share
+        base-KEY.raw           the disk without grub.cfg: all that variants of a flavour share
         stand-in-KEY.qcow2     the results
         building/              the one build that is going on
 """
@@ -36,14 +36,19 @@ class Builder:
     """Builds one variant of the stand-in in one cache directory."""
 
     def __init__(
-        self, cache: Path, kernel_arguments: Sequence[str], on_progress: ProgressCallback | None
+        self,
+        cache: Path,
+        flavour: system.Flavour,
+        kernel_arguments: Sequence[str],
+        on_progress: ProgressCallback | None,
     ) -> None:
         self._store = cache.absolute() / "stand-in"
         self._packages = cache.absolute() / "packages"
+        self._flavour = flavour
         self._kernel_arguments = tuple(kernel_arguments)
         self._on_progress = on_progress
         self._started = time.monotonic()
-        self._recipe = _recipe()
+        self._recipe = _recipe(flavour)
 
     def find(self) -> Path | None:
         """The result, if it was built before; a matter of milliseconds."""
@@ -72,7 +77,7 @@ class Builder:
         (work / "unpacked").mkdir()
         await packages.unpack([self._archives / name for name in digests], work / "unpacked")
         self._report(3, "arranging the guest's files")
-        await system.arrange(work / "unpacked", work)
+        await system.arrange(work / "unpacked", work, self._flavour)
         self._report(4, "making the file systems")
         made = await disk.make_base(work)
         await in_background(_keep, made, base)
@@ -101,7 +106,7 @@ class Builder:
     async def _fetch_packages(self) -> Digests:
         self._report(1, "looking up packages")
         await packages.update(self._packages)
-        names = await system.package_names(self._packages)
+        names = await system.package_names(self._packages, self._flavour)
         debs = await packages.fetch(names, self._packages, self._relay)
         files = [deb.name for deb in debs]
         digests = await in_background(packages.digests, self._archives, files)
@@ -144,11 +149,11 @@ class Builder:
         report(self._on_progress, replace(progress, elapsed=elapsed))
 
 
-def _recipe() -> str:
+def _recipe(flavour: system.Flavour) -> str:
     """A digest of all that decides, besides the packages, what comes out."""
     here = Path(__file__).parent
     sources = [Path(packages.__file__), *here.glob("*.py"), *here.glob("guest/*.sh")]
-    return _key(system.release(), *(path.read_text() for path in sorted(sources)))
+    return _key(system.release(), flavour.name, *(path.read_text() for path in sorted(sources)))
 
 
 def _key(*parts: object) -> str:

@@ -10,8 +10,9 @@ import asyncio
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from smolvm_async import process
 from smolvm_async.errors import HostError
@@ -20,13 +21,12 @@ from smolvm_async.shielding import in_background
 
 GUEST_SCRIPTS = Path(__file__).parent / "guest"
 
-KERNELS = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
 SIGNED = ("shim-signed", "grub-efi-amd64-signed")
 SHIMS = ("shimx64.efi.signed", "shimx64.efi.signed.latest", "shimx64.efi.dualsigned")
 LOADER = "ld-linux-x86-64.so.2"
 GRUBS = ("grubx64.efi.signed", "grubx64.efi.signed.latest")
 
-DISK_DRIVERS = ("virtio_pci", "virtio_scsi", "sd_mod", "ext4")
+DISK_DRIVERS = ("virtio_pci", "virtio_scsi", "sd_mod", "crc32c_generic", "ext4")
 OTHER_DRIVERS = (
     "virtio_console",
     "virtio_net",
@@ -39,6 +39,24 @@ OTHER_DRIVERS = (
     "pvpanic",
     "pvpanic_mmio",
     "pvpanic_pci",
+)
+
+
+class Flavour(NamedTuple):
+    """What a guest has: its kernel by distribution, and the drivers and scripts of its own."""
+
+    name: str
+    kernels: Mapping[str, str]
+    drivers: tuple[str, ...] = ()
+    scripts: tuple[str, ...] = ()
+
+
+PLAIN = Flavour("plain", {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"})
+DESKTOP = Flavour(  # kernels for clouds have no USB
+    "desktop",
+    {"debian": "linux-image-amd64", "ubuntu": "linux-image-generic"},
+    drivers=("xhci_pci", "usbhid", "hid_generic", "psmouse"),
+    scripts=("desktop",),
 )
 
 
@@ -58,17 +76,17 @@ def distribution() -> str:
         HostError: If it is neither.
     """
     for name in release():
-        if name in KERNELS and platform.machine() == "x86_64":
+        if name in PLAIN.kernels and platform.machine() == "x86_64":
             return name
     raise HostError(
         "The stand-in is built from Debian's or Ubuntu's x86-64 packages and needs such a host."
     )
 
 
-async def package_names(cache: Path) -> list[str]:
+async def package_names(cache: Path, flavour: Flavour) -> list[str]:
     """The packages to fetch, once the lists in `cache` are there."""
     agent = await packages.dependencies(["qemu-guest-agent"], cache)
-    kernel = await packages.dependencies([KERNELS[distribution()]], cache)
+    kernel = await packages.dependencies([flavour.kernels[distribution()]], cache)
     return [
         *SIGNED,
         "busybox-static",
@@ -78,7 +96,7 @@ async def package_names(cache: Path) -> list[str]:
     ]
 
 
-async def arrange(unpacked: Path, work: Path) -> None:
+async def arrange(unpacked: Path, work: Path, flavour: Flavour) -> None:
     """Make `esp` and `root` in `work` from the unpacked packages.
 
     Raises:
@@ -89,9 +107,9 @@ async def arrange(unpacked: Path, work: Path) -> None:
     busybox = await asyncio.to_thread(_find, unpacked, ["busybox"])
     applets = await process.run([busybox, "--list"])
     disk_drivers = await _modules(unpacked, DISK_DRIVERS)
-    all_drivers = await _modules(unpacked, [*DISK_DRIVERS, *OTHER_DRIVERS])
+    all_drivers = await _modules(unpacked, [*DISK_DRIVERS, *OTHER_DRIVERS, *flavour.drivers])
     other_drivers = [driver for driver in all_drivers if driver not in disk_drivers]
-    programs = (libraries, applets.split(), other_drivers)
+    programs = (libraries, applets.split(), other_drivers, flavour.scripts)
     await in_background(_arrange_root, unpacked, root, *programs)
     await in_background(_arrange_esp, unpacked, esp, disk_drivers)
 
@@ -102,6 +120,7 @@ def _arrange_root(
     libraries: Iterable[Path],
     applets: Iterable[str],
     drivers: Sequence[Path],
+    scripts: Iterable[str],
 ) -> None:
     for name in ("bin", "dev", "etc", "lib/modules", "lib64", "proc", "run", "sys", "tmp"):
         (root / name).mkdir(parents=True)
@@ -112,8 +131,8 @@ def _arrange_root(
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
     (root / "bin/init").unlink(missing_ok=True)  # busybox has one too
-    _install(GUEST_SCRIPTS / "init.sh", root / "bin/init", 0o755)
-    _install(GUEST_SCRIPTS / "shutdown.sh", root / "bin/shutdown", 0o755)
+    for script in ("init", "shutdown", *scripts):
+        _install(GUEST_SCRIPTS / f"{script}.sh", root / "bin" / script, 0o755)
     _install(GUEST_SCRIPTS / "network.sh", root / "etc/network.sh", 0o755)
     _install(_find(unpacked, ["qemu-ga"]), root / "bin/qemu-ga", 0o755)
     for library in libraries:

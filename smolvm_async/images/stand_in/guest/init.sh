@@ -29,6 +29,7 @@ end() { # $1: what to say; $2: poweroff or reboot
 
 trap 'end "powering off" poweroff' USR1 USR2
 trap 'end rebooting reboot' TERM
+trap '' INT # what Ctrl-Alt-Del sends, once desktop.sh has told the kernel not to reset at once
 
 watch_power_button() { # its events come in on stdin, 24 bytes each
     local events
@@ -215,6 +216,7 @@ start_network
 watch_power_buttons
 report_machine
 report_agent
+[ ! -e /bin/desktop ] || desktop
 say ready
 and_then "$(option then)"
 flood "$(option flood)"

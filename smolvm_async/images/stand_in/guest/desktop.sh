@@ -1,0 +1,57 @@
+#!/bin/sh
+# The desktop's part of the stand-in; init.sh runs it once. It shows on the screen what is typed,
+# and says each input event on the serial console, in decimal, as in struct input_event:
+#
+#     INPUT keyboard|tablet|mouse TYPE CODE VALUE
+#
+# `INPUT NAME 0 3 0` (SYN_DROPPED) would mean that events were lost.
+
+find_device() { # whose label ends in $1
+    local device label
+    for device in /dev/input/event*; do
+        read -r label <"/sys/class/input/${device##*/}/device/name"
+        case $label in *"$1") echo "$device" ;; esac
+    done
+}
+
+# The kernel keeps no more than 64 events, so `cat` moves them at once into a pipe, which holds
+# 2,700. Where the interrupts are, a busy host delays it no more than them.
+report() { # $1: what to call the device; $2: the end of its label
+    local device
+    for _ in $(seq 200); do # USB and PS/2 are searched in the background
+        device=$(find_device "$2")
+        [ -z "$device" ] || break
+        sleep 0.05
+    done
+    [ "$device" ] || return
+    exec 3<"$device" # opened here, so that from now on no event is lost
+    taskset 1 cat <&3 | hexdump -v -e "4/4 \"%.0s\" \"INPUT $1\" 2/2 \" %u\" 1/4 \" %d\n\"" &
+    exec 3<&-
+    opened=${opened:+$opened,}$1
+}
+
+report_input() {
+    local irq opened=
+    for irq in 1 12; do # keyboard and PS/2 mouse: to the first processor
+        echo 1 >/proc/irq/$irq/smp_affinity
+    done
+    report keyboard keyboard
+    report tablet Tablet
+    report mouse Mouse
+    echo "STAND-IN: input=${opened:-none}"
+}
+
+show_typed() { # the terminal does, as long as somebody reads it
+    exec 3<>/dev/tty1
+    # A control key is shown as any other, and what Scroll Lock stops, the next key starts again.
+    stty -icanon -isig ixon ixany start undef stop undef <&3
+    printf '\033[2J\033[H\033[?25lsmolvm_async stand-in: type here\n' >&3 # without a blinking cursor
+    cat <&3 >/dev/null &
+    exec 3<&-
+}
+
+# No key may reset the guest, and Print Screen is a key like others.
+echo 0 >/proc/sys/kernel/ctrl-alt-del
+echo 0 >/proc/sys/kernel/sysrq
+show_typed
+report_input
