@@ -6,7 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # QEMU, its disk tool, the software TPM and the UEFI firmware: what the library runs.
 # mtools, fdisk and e2fsprogs: what builds the disk that stands in for Windows.
+# What the sourcing script needs besides: its own `more_packages`.
 packages=(qemu-system-x86 qemu-utils swtpm ovmf mtools fdisk e2fsprogs util-linux)
+packages+=(${more_packages[@]+"${more_packages[@]}"})
 
 say() { printf '\033[1m[set-up]\033[0m %s\n' "$*" >&2; }
 
