@@ -5,6 +5,7 @@
     SmolVMError
     ├── ConfigError (ValueError)         an argument is wrong
     │   ├── ImageError                   the image cannot be used
+    │   ├── PictureError                 this is no complete picture
     │   ├── UnsupportedError             this guest OS does not have that feature
     │   ├── VMAlreadyExistsError         the VM id is taken
     │   └── VMNotFoundError              no VM has this id
@@ -29,6 +30,7 @@ __all__ = [
     "ImageError",
     "LaunchError",
     "MonitorError",
+    "PictureError",
     "SmolVMError",
     "UnsupportedError",
     "VMAlreadyExistsError",
@@ -49,6 +51,10 @@ class ConfigError(SmolVMError, ValueError):
 
 class ImageError(ConfigError):
     """The image cannot be used; QEMU never saw it."""
+
+
+class PictureError(ConfigError):
+    """What should be a picture is none, or only a part of one."""
 
 
 class UnsupportedError(ConfigError):
