@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import socket
 import statistics
@@ -66,15 +67,19 @@ def floor(config: VMConfig, tools: HostTools, image: Path, *, overlay: bool) -> 
         ours, monitor, _, console, swtpm_end, tpm = (
             stack.enter_context(end) for _ in range(3) for end in socket.socketpair()
         )
+        memory = os.memfd_create("screen")
+        stack.callback(os.close, memory)
+        screen = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY)
+        stack.callback(os.close, screen)
         swtpm_line = swtpm_arguments(tools, swtpm_end.fileno())
         qemu_line = qemu_arguments(
             config,
             tools,
             choose_accelerator(config.accel)[0],
-            Descriptors(monitor.fileno(), console.fileno(), base.fileno()),
+            Descriptors(monitor.fileno(), console.fileno(), base.fileno(), screen),
             attach_arguments(tpm.fileno()),
         )
-        fds = [base.fileno(), monitor.fileno(), console.fileno(), tpm.fileno()]
+        fds = [base.fileno(), monitor.fileno(), console.fileno(), tpm.fileno(), screen]
         create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image)]
 
         began = time.perf_counter()

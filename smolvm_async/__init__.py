@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from smolvm_async.config import Limits, Timeouts
+from smolvm_async.controls.comparison import Region
+from smolvm_async.controls.picture import Screenshot
 from smolvm_async.errors import (
     AcceleratorWarning,
     CommandError,
@@ -11,6 +13,7 @@ from smolvm_async.errors import (
     ImageError,
     LaunchError,
     MonitorError,
+    PictureError,
     SmolVMError,
     UnsupportedError,
     VMAlreadyExistsError,
@@ -50,10 +53,13 @@ __all__ = [
     "LaunchError",
     "Limits",
     "MonitorError",
+    "PictureError",
     "PortChanged",
     "Progress",
+    "Region",
     "Reset",
     "Rung",
+    "Screenshot",
     "Shutdown",
     "ShutdownReport",
     "SmolVMError",

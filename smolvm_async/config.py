@@ -19,8 +19,10 @@ VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 DAY = 86_400  # seconds
 MAX_CPUS = 255  # what QEMU's q35 takes without an interrupt remapper
 MAX_SHOWN = 200  # characters
+MIN_RESOLUTION, MAX_RESOLUTION = (640, 480), (3840, 2160)  # VGA's own mode, and 4K
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 
+VNCKind = Literal["unix", "loopback"]
 Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
 DeadlineOrZero = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
 
@@ -52,6 +54,7 @@ class Timeouts(_Model):
     Attributes:
         launch: From spawning QEMU until its first QMP answer.
         boot: `wait_for()`'s own default.
+        input: How long to wait for a guest that does not take what its keyboard or tablet sends.
         powerdown: How long the guest may take to power down after the power button;
             0 leaves the button out.
         quit: QMP's `quit`.
@@ -63,6 +66,7 @@ class Timeouts(_Model):
 
     launch: Deadline = 30
     boot: Deadline = 300
+    input: Deadline = 30
     powerdown: DeadlineOrZero = 60
     quit: DeadlineOrZero = 5
     terminate: DeadlineOrZero = 5
@@ -96,6 +100,8 @@ class VMConfig(_Model):
     vm_id: str
     accel: Literal["auto", "kvm", "tcg"]
     keep: bool
+    resolution: Annotated[tuple[int, int], Field(strict=False)] = (1280, 800)  # JSON has lists
+    vnc: VNCKind | None = None
     limits: Limits
     timeouts: Timeouts
     data_dir: Path
@@ -134,6 +140,8 @@ def make_config(
     vm_id: object = None,
     accel: object = "auto",
     keep: object = False,
+    resolution: object = None,
+    vnc: object = None,
     limits: object = None,
     timeouts: object = None,
     data_dir: object = None,
@@ -165,6 +173,8 @@ def make_config(
         "vm_id": new_vm_id() if vm_id is None else check_vm_id(vm_id),
         "accel": _accel(accel),
         "keep": _keep(keep),
+        "resolution": _resolution(resolution),
+        "vnc": check_vnc_kind(vnc),
         "limits": _nested(Limits, "limits", limits),
         "timeouts": _nested(Timeouts, "timeouts", timeouts),
         "data_dir": make_data_dir(data_dir),
@@ -185,10 +195,18 @@ def check_timeout(timeout: object) -> None:
     Raises:
         ConfigError: If it is not a number of seconds, 0 or more.
     """
-    if timeout is None:
-        return
-    if not isinstance(timeout, int | float) or not 0 <= timeout < float("inf"):
-        raise ConfigError(f"timeout={timeout!r} is wrong: pass seconds, 0 or more.")
+    if timeout is not None:
+        check_seconds("timeout", timeout)
+
+
+def check_seconds(argument: str, seconds: object) -> None:
+    """Check an argument that is a time.
+
+    Raises:
+        ConfigError: If it is not a number of seconds, 0 or more.
+    """
+    if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+        raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass seconds, 0 or more.")
 
 
 def _image(image: object) -> str:
@@ -272,6 +290,46 @@ def _keep(keep: object) -> object:
     return keep
 
 
+def _resolution(resolution: object) -> tuple[int, int]:
+    if resolution is None:
+        return (1280, 800)
+    parts = resolution
+    if isinstance(resolution, str):
+        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", resolution)
+        parts = tuple(int(part) for part in match.groups()) if match else ()
+    if (
+        isinstance(parts, tuple | list)
+        and len(parts) == 2
+        and all(isinstance(part, int) and not isinstance(part, bool) for part in parts)
+    ):
+        (least_x, least_y), (most_x, most_y) = MIN_RESOLUTION, MAX_RESOLUTION
+        # The adapter's registers take the width in steps of 8 pixels.
+        if least_x <= parts[0] <= most_x and least_y <= parts[1] <= most_y and not parts[0] % 8:
+            return (parts[0], parts[1])
+    raise ConfigError(
+        f"resolution={shown(resolution)} is wrong: pass (width, height) or 'WIDTHxHEIGHT' in "
+        "pixels, from 640x480 to 3840x2160, the width a multiple of 8."
+    )
+
+
+def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
+    """Check how VNC is to be reached: a unix socket, a port of the loopback, or not at all.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    if kind is None or kind is False:
+        return None
+    if kind is True or kind == "loopback":
+        return "loopback"
+    if kind == "unix":
+        return "unix"
+    raise ConfigError(
+        f"{argument}={shown(kind)} is wrong: pass 'loopback' (a port of 127.0.0.1; True is the "
+        "same), 'unix' (a socket in the VM's directory), or None."
+    )
+
+
 def check_vm_id(vm_id: object) -> str:
     """Check the id of a VM.
 
@@ -312,14 +370,24 @@ def make_data_dir(data_dir: object) -> Path:
     """
     if data_dir is None:
         return default_data_dir()
-    if isinstance(data_dir, os.PathLike):
-        data_dir = os.fspath(data_dir)
+    return check_path(data_dir, "data_dir", "a directory")
+
+
+def check_path(path: object, argument: str, kind: str) -> Path:
+    """The absolute path that an argument means, `~` expanded.
+
+    Args:
+        kind: What the path should be of: "a directory".
+
+    Raises:
+        ConfigError: If no path can be that.
+    """
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
     reason = "is wrong"
-    if isinstance(data_dir, str) and data_dir:
+    if isinstance(path, str) and path:
         try:
-            return absolute(expand(data_dir))
+            return absolute(expand(path))
         except PathError as error:
             reason = str(error)
-    raise ConfigError(
-        f"data_dir={data_dir!r} {reason}: pass the path of a directory as str or Path."
-    )
+    raise ConfigError(f"{argument}={shown(path)} {reason}: pass the path of {kind} as str or Path.")

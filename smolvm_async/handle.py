@@ -3,20 +3,69 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from smolvm_async.config import VMConfig
+from smolvm_async.config import VMConfig, VNCKind
 from smolvm_async.errors import LaunchError, VMNotRunningError
 from smolvm_async.events import EventHub
 from smolvm_async.qemu.boot import BootStates
+from smolvm_async.qemu.input import InputEvent
 from smolvm_async.record import Status
 from smolvm_async.shutdown import ShutdownReport
 from smolvm_async.tail import Tail
 
 
+class Screen(Protocol):
+    """See `smolvm_async.qemu.screen.Screen`."""
+
+    async def dump(self, image_format: str, device: str | None, head: int) -> bytes:
+        """A picture of the screen."""
+
+
+class Input(Protocol):
+    """See `smolvm_async.qemu.input.Input`."""
+
+    async def send(self, events: Sequence[InputEvent]) -> None:
+        """Send input events together."""
+
+    def post(self, events: Sequence[InputEvent]) -> None:
+        """Send them after all that was sent before, and wait for nothing."""
+
+    async def keyboard_idle(self) -> bool:
+        """Whether the guest has read all that the keyboard sent."""
+
+    async def tablet_taken(self) -> bool:
+        """Whether the guest has a driver for the tablet."""
+
+
+class VNCServer(Protocol):
+    """See `smolvm_async.qemu.vnc.VNCServer`."""
+
+    async def start(self, kind: VNCKind) -> str:
+        """Listen; returns the URL."""
+
+    async def stop(self) -> None:
+        """Close it."""
+
+    async def url(self) -> str | None:
+        """Where it listens."""
+
+
 class Run(Protocol):
     """One run of a VM, from launch to its last process."""
+
+    @property
+    def screen(self) -> Screen:
+        """What the guest shows."""
+
+    @property
+    def input(self) -> Input:
+        """Its keyboard and tablet."""
+
+    @property
+    def vnc(self) -> VNCServer:
+        """Its VNC server."""
 
     @property
     def boot(self) -> BootStates:
@@ -70,6 +119,12 @@ class Handle(Protocol):
     async def stop(self, timeout: float | None) -> ShutdownReport:
         """See `AsyncSmolVM.stop()`."""
 
+    async def pause(self) -> None:
+        """See `AsyncSmolVM.pause()`."""
+
+    async def resume(self) -> None:
+        """See `AsyncSmolVM.resume()`."""
+
     async def delete(self) -> None:
         """See `AsyncSmolVM.delete()`."""
 
@@ -83,6 +138,32 @@ class Handle(Protocol):
 def console_tail(console: Tail) -> str:
     """The end of the serial console, for an error message."""
     return f"Serial console:\n{console.quote() or '(empty)'}"
+
+
+def begun(vm: Handle) -> tuple[Run, asyncio.Future[None]]:
+    """The VM's run, this one or the last, and the future that is done when it is over.
+
+    Raises:
+        VMNotRunningError: If there was none.
+    """
+    if vm.run is None or vm.over is None:
+        raise VMNotRunningError(f"{vm.config.vm_id} was not started: use async with, or start().")
+    return vm.run, vm.over
+
+
+def running(vm: Handle) -> Run:
+    """The run of a VM whose QEMU runs.
+
+    Raises:
+        VMNotRunningError: If it does not.
+        VMCrashedError: If it has crashed.
+    """
+    run, over = begun(vm)
+    if over.done():
+        raise ended(vm.config.vm_id, run)
+    if vm.status not in (Status.RUNNING, Status.PAUSED, Status.STOPPING):
+        raise VMNotRunningError(f"{vm.config.vm_id} does not run yet: it is {vm.status}.")
+    return run
 
 
 def ended(vm_id: str, run: Run) -> Exception:

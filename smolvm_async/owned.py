@@ -27,7 +27,7 @@ from smolvm_async.record import Record, Status
 from smolvm_async.registry import at_rest
 from smolvm_async.shielding import in_thread, settle
 from smolvm_async.shutdown import Rung, ShutdownReport
-from smolvm_async.state import CONTROL, StateDirectory
+from smolvm_async.state import StateDirectory
 from smolvm_async.supervisor import Supervisor
 
 logger = get_logger(__name__)
@@ -68,7 +68,9 @@ class Owned:
         if not self.over.done():
             if self._stopping:
                 return Status.STOPPING
-            return Status.RUNNING if self.run.started.done() else Status.STARTING
+            if not self.run.started.done():
+                return Status.STARTING
+            return Status.PAUSED if self.run.paused else Status.RUNNING
         return Status.CRASHED if self.run.failure else Status.STOPPED
 
     @property
@@ -132,6 +134,16 @@ class Owned:
                 await self._kill()
                 raise
         return self.run.report
+
+    async def pause(self) -> None:
+        """See `AsyncSmolVM.pause()`."""
+        assert self.run is not None
+        await self.run.pause()
+
+    async def resume(self) -> None:
+        """See `AsyncSmolVM.resume()`."""
+        assert self.run is not None
+        await self.run.resume()
 
     async def delete(self) -> None:
         """See `AsyncSmolVM.delete()`."""
@@ -228,14 +240,14 @@ class Owned:
         if machine is None:
             state.clear()
         else:
-            (state.path / CONTROL).unlink(missing_ok=True)
+            state.remove_sockets()
 
     async def _rest(self, run: Supervisor) -> None:
         """After a run: say so in the record; a kept VM is given back, unless it never ran."""
         state = self._state
         if state is None or state.record is None:
             return
-        (state.path / CONTROL).unlink(missing_ok=True)
+        state.remove_sockets()
         status = Status.CRASHED if isinstance(run.failure, VMCrashedError) else Status.STOPPED
         if self.config.keep and state.record.machine is not None and not self._deleted:
             self._state = None

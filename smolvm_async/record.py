@@ -24,13 +24,15 @@ MAX_SIZE = 1 << 20  # bytes
 class Status(StrEnum):
     """What a VM is doing.
 
-    ORPHANED: its owner has died without stopping it; `prune()`, or its own next `start()`,
+    PAUSED: the guest's processors stand still, by `pause()` or because QEMU could not write its
+    disk. ORPHANED: its owner has died without stopping it; `prune()`, or its own next `start()`,
     removes what is left of it, or makes a kept VM `stopped`.
     """
 
     CREATED = "created"
     STARTING = "starting"
     RUNNING = "running"
+    PAUSED = "paused"
     STOPPING = "stopping"
     STOPPED = "stopped"
     CRASHED = "crashed"
@@ -38,7 +40,12 @@ class Status(StrEnum):
     DELETED = "deleted"
 
 
-ACTIVE = (Status.STARTING, Status.RUNNING, Status.STOPPING)  # it has, or may have, processes
+ACTIVE = (  # it has, or may have, processes
+    Status.STARTING,
+    Status.RUNNING,
+    Status.PAUSED,
+    Status.STOPPING,
+)
 
 
 class Machine(NamedTuple):

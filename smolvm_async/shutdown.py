@@ -133,6 +133,9 @@ async def _climb(
 async def _power_down(qemu: Child, monitor: Monitor) -> str:
     """Press the power button until the guest has powered down."""
     status = await monitor.execute("query-status")
+    if status["status"] == "paused":  # it would not notice the button
+        await monitor.execute("cont")
+        status = await monitor.execute("query-status")
     if not status["running"]:
         return f"the guest's processors do not run ({status['status']})"
     if not await os_in_control(monitor):

@@ -29,8 +29,9 @@ from smolvm_async.shielding import in_thread
 # All names that there are in a VM's directory.
 OVERLAY, VARS, TPM = "overlay.qcow2", "vars.fd", "tpm"
 QEMU_LOG, SWTPM_LOG, CONTROL = "qemu.log", "swtpm.log", "control.sock"
+VNC = "vnc.sock"
 SCRATCH = "scratch"  # marks the directory of something that is no VM, and not worth keeping
-OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG, CONTROL})
+OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG, CONTROL, VNC})
 
 NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # nothing there, a file, a link
 BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
@@ -197,6 +198,11 @@ class StateDirectory:
     def mark_scratch(self) -> None:
         """Say that it holds no VM: whoever finds it without a holder may remove it."""
         self._write(SCRATCH, b"")
+
+    def remove_sockets(self) -> None:
+        """Remove what a run was to be reached by."""
+        for name in (CONTROL, VNC):
+            (self.path / name).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give the lock back and leave the files; a second call does nothing."""

@@ -28,7 +28,10 @@ from smolvm_async.process import Child, spawn
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
+from smolvm_async.qemu.input import Input
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.screen import Screen
+from smolvm_async.qemu.vnc import VNCServer
 from smolvm_async.record import Machine, Status
 from smolvm_async.shielding import in_thread
 from smolvm_async.shutdown import Rung, ShutdownReport, shut_down
@@ -48,6 +51,8 @@ class Supervisor:
         started: Done when the guest's processors run.
         boot: The boot states.
         console: The serial console.
+        screen, input, vnc: What QEMU shows of the guest, and what it lets one do to it.
+        paused: Whether the guest's processors stand still.
         failure: Why the run could not begin, or how it crashed; `None` if all went well.
         report: How it ended.
     """
@@ -63,6 +68,10 @@ class Supervisor:
         self._machine: Machine | None = None  # of a kept VM that has run before
         self._hub = hub
         self._monitor = Monitor(self._on_event)
+        self.screen = Screen(self._monitor)
+        self.input = Input(self._monitor)
+        self.vnc = VNCServer(self._monitor, plan.config.data_dir / plan.config.vm_id)
+        self.paused = False
         self._scope = anyio.CancelScope()
         self._children: list[Child] = []
         self._ended: list[Child] = []  # in the order in which they ended
@@ -70,7 +79,7 @@ class Supervisor:
         self._powerdown_timeout: float | None = None
         self._stop = asyncio.Event()
         self._news = asyncio.Event()  # something that may be the end
-        self._paused = False
+        self._why_paused = False  # is to be looked at
         self._crash: str | None = None
         self._oom_kills = oom_kills()
 
@@ -105,6 +114,17 @@ class Supervisor:
                 await self._monitor.disconnect()
             finally:
                 self.console.close()
+                self.screen.close()
+
+    async def pause(self) -> None:
+        """Stop the guest's processors."""
+        await self._monitor.execute("stop")
+        await self._record(status=Status.PAUSED)
+
+    async def resume(self) -> None:
+        """Let them run again."""
+        await self._monitor.execute("cont")
+        await self._record(status=Status.RUNNING)
 
     async def _run(self, group: TaskGroup) -> None:
         try:
@@ -140,7 +160,9 @@ class Supervisor:
             sockets = [sock for attachment in attachments for sock in attachment.sockets]
             for sock in sockets:
                 stack.enter_context(sock)
-            descriptors = Descriptors(monitor.fileno(), console.fileno(), image.fd)
+            descriptors = Descriptors(
+                monitor.fileno(), console.fileno(), image.fd, self.screen.open()
+            )
             machine_type = self._machine.type if self._machine else None
             argv = qemu_arguments(
                 plan.config, plan.tools, plan.accelerator, descriptors, attach, machine_type
@@ -151,6 +173,8 @@ class Supervisor:
         await self._monitor.connect(
             [child.exited for child in self._children], plan.config.timeouts.launch
         )
+        if plan.config.vnc is not None:
+            await self.vnc.start(plan.config.vnc)
         await self._monitor.execute("cont")
         self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
         if plan.config.keep:  # what is not recorded cannot be started again
@@ -214,8 +238,8 @@ class Supervisor:
         while not (self._ended or self._crash or self._stop.is_set()):
             self._news.clear()
             await self._news.wait()
-            if self._paused:
-                self._paused = False
+            if self._why_paused:
+                self._why_paused = False
                 await self._look_why_paused()
         if self._crash:
             return
@@ -238,9 +262,11 @@ class Supervisor:
             self._shutdown = event
         elif isinstance(event, GuestPanicked):
             self._give_up("the guest panicked (GUEST_PANICKED)")
-        elif event.name == "STOP":
-            self._paused = True
+        elif event.name == "STOP" and self._shutdown is None:
+            self.paused = self._why_paused = True
             self._news.set()
+        elif event.name == "RESUME":
+            self.paused = False
 
     async def _look_why_paused(self) -> None:
         try:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os as os_module
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +19,11 @@ from smolvm_async.config import (
     make_data_dir,
 )
 from smolvm_async.control import Attached
-from smolvm_async.errors import ConfigError, VMNotFoundError, VMNotRunningError, VMTimeoutError
-from smolvm_async.events import BootState, BootStateChanged, EventStream
+from smolvm_async.controls.desktop import Desktop
+from smolvm_async.controls.observation import Observation
+from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.guests import GUESTS
-from smolvm_async.handle import Handle, Run, console_tail, ended
+from smolvm_async.handle import Handle, running
 from smolvm_async.images.reference import local_path
 from smolvm_async.lookup import find
 from smolvm_async.owned import Owned
@@ -35,7 +35,7 @@ from smolvm_async.shutdown import ShutdownReport
 from smolvm_async.state import cannot_use, check_data_dir
 
 
-class AsyncSmolVM:
+class AsyncSmolVM(Observation, Desktop):
     """A disposable computer.
 
     ::
@@ -59,6 +59,9 @@ class AsyncSmolVM:
             `"kvm"` or `"tcg"` insists.
         keep: Whether the VM outlives its block and its process: its disk, UEFI variables and TPM
             stay together until `delete()`, and `from_id()` finds it again.
+        resolution: Width and height of the screen in pixels, or `"WIDTHxHEIGHT"`, up to
+            3840x2160; by default 1280x800. The guest may choose another.
+        vnc: `"loopback"` or `"unix"` turns on the VNC server; see `VNC`.
         limits: What VMs may take of the host: a `Limits`, or a mapping of its names.
         mounts: Not for Windows guests.
         writable_mounts: Not for Windows guests.
@@ -83,6 +86,8 @@ class AsyncSmolVM:
         vm_id: str | None = None,
         accel: Literal["auto", "kvm", "tcg"] = "auto",
         keep: bool = False,
+        resolution: tuple[int, int] | str | None = None,
+        vnc: Literal["loopback", "unix"] | bool | None = None,
         limits: Limits | Mapping[str, float] | None = None,
         mounts: Sequence[object] = (),
         writable_mounts: bool = False,
@@ -99,6 +104,8 @@ class AsyncSmolVM:
             vm_id=vm_id,
             accel=accel,
             keep=keep,
+            resolution=resolution,
+            vnc=vnc,
             limits=limits,
             timeouts=timeouts,
             data_dir=data_dir,
@@ -117,10 +124,12 @@ class AsyncSmolVM:
     def _hold(self, handle: Owned | Attached, on_progress: ProgressCallback | None) -> None:
         self._block = Block()
         self._on_progress = on_progress
+        self._make_controls(handle)
         self._attach(handle)
 
     def _attach(self, handle: Owned | Attached) -> None:
         self._vm: Handle = handle
+        self._control(handle)
         handle.on_crash = self._block.cancel
 
     @classmethod
@@ -246,6 +255,24 @@ class AsyncSmolVM:
         check_timeout(timeout)
         return await self._vm.stop(timeout)
 
+    async def pause(self) -> None:
+        """Stop the guest's processors; a paused VM is left alone.
+
+        Raises:
+            VMNotRunningError: It does not run.
+        """
+        running(self._vm)
+        await self._vm.pause()
+
+    async def resume(self) -> None:
+        """Let the guest's processors run again, where they stood.
+
+        Raises:
+            VMNotRunningError: It does not run.
+        """
+        running(self._vm)
+        await self._vm.resume()
+
     async def delete(self) -> None:
         """Remove the VM and everything of it; one that still runs is killed first.
 
@@ -264,90 +291,6 @@ class AsyncSmolVM:
         """
         await self._vm.detach()
 
-    async def wait_stopped(self) -> None:
-        """Wait until the VM has stopped, whoever stopped it.
-
-        Raises:
-            VMCrashedError: It crashed.
-            VMNotRunningError: It was never started.
-        """
-        run, over = self._begun()
-        await asyncio.wait([over])
-        if run.failure is not None:
-            raise run.failure
-
-    @property
-    def boot_state(self) -> BootState | None:
-        """The boot state it is in, or was in when it ended; `None` before `start()`."""
-        return self._vm.run.boot.last.state if self._vm.run else None
-
-    async def wait_for(
-        self, state: BootState | str, timeout: float | None = None
-    ) -> BootStateChanged:
-        """Wait until the VM is in a boot state, or in a later one.
-
-        Args:
-            state: `"firmware"`, `"operating_system"` or `"ready"`; see `BootState`.
-            timeout: Seconds; by default `Timeouts.boot`.
-
-        Returns:
-            The latest change of the boot state, with its evidence and the seconds since start().
-
-        Raises:
-            VMTimeoutError: The state was not reached in time.
-            VMCrashedError: The VM crashed before.
-            VMNotRunningError: The VM was never started, or ended before.
-        """
-        try:
-            state = BootState(state)
-        except ValueError:
-            names = ", ".join(repr(str(known)) for known in BootState)
-            raise ConfigError(f"state={state!r} is no boot state: there are {names}.") from None
-        check_timeout(timeout)
-        run, over = self._begun()
-        if over.done():
-            raise ended(self.vm_id, run)
-        deadline = self._vm.config.timeouts.boot if timeout is None else timeout
-        try:
-            async with asyncio.timeout(deadline):
-                reached = await run.boot.wait_for(state)
-        except TimeoutError:
-            last = run.boot.last
-            raise VMTimeoutError(
-                f"{self.vm_id} did not reach {str(state)!r} within {deadline:g} s: it is at "
-                f"{str(last.state)!r} since {last.elapsed:.1f} s after start() ({last.evidence}).\n"
-                f"{console_tail(run.console)}"
-            ) from None
-        if reached is None:
-            await asyncio.wait([over])
-            raise ended(self.vm_id, run)
-        return reached
-
-    def events(self) -> EventStream:
-        """The VM's events from this call on: QEMU's, and `BootStateChanged`.
-
-        It may be called before `start()`. The iterator ends when the VM does; one that is more
-        than 1024 events behind loses the oldest.
-        """
-        stream = self._vm.hub.subscribe()
-        over = self._vm.over
-        if self.status is Status.DELETED or (over is not None and over.done()):
-            stream.close()
-        return stream
-
-    def console_log(self) -> str:
-        """What the guest has written to its serial console: the last 256 KiB, as text."""
-        return self._vm.run.console.text() if self._vm.run else ""
-
-    def follow_console(self) -> AsyncIterator[str]:
-        """The serial console as text: its last 256 KiB, then what comes, until the VM ends.
-
-        Raises:
-            VMNotRunningError: The VM was never started.
-        """
-        run, over = self._begun()
-        return run.console.follow(over)
-
     async def run(self, command: str, **options: object) -> NoReturn:
         """Not for Windows guests: raises `UnsupportedError`."""
         self._refuse("run")
@@ -365,11 +308,6 @@ class AsyncSmolVM:
     def _refuse(self, feature: str) -> NoReturn:
         self._vm.config.profile.require(feature)
         raise AssertionError(f"{feature} is not refused, and not there")
-
-    def _begun(self) -> tuple[Run, asyncio.Future[None]]:
-        if self._vm.run is None or self._vm.over is None:
-            raise VMNotRunningError(f"{self.vm_id} was not started: use async with, or start().")
-        return self._vm.run, self._vm.over
 
 
 def _known_data_dir(data_dir: object) -> Path:

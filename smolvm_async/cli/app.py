@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from smolvm_async.cli.desktop import screenshot, vnc
 from smolvm_async.cli.doctor import doctor
 from smolvm_async.cli.execution import FAILED
 from smolvm_async.cli.logs import logs
@@ -39,7 +40,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command("list")(list_vms)
-for command in (stop, delete, prune, logs, doctor):
+for command in (stop, delete, prune, logs, screenshot, vnc, doctor):
     app.command()(command)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 import typer
 
-from smolvm_async import AsyncSmolVM, SmolVMError, VMNotFoundError
+from smolvm_async import AsyncSmolVM, SmolVMError, VMNotFoundError, VMNotRunningError
 from smolvm_async.progress import ProgressCallback
+from smolvm_async.record import ACTIVE
 
 
 def complete_vm_id(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -56,6 +59,23 @@ async def find_vm(
         return await AsyncSmolVM.from_id(vm_id, data_dir=data_dir, on_progress=on_progress)
     except VMNotFoundError:
         raise no_such_vm(vm_id) from None
+
+
+@contextlib.asynccontextmanager
+async def running_vm(vm_id: str, data_dir: str | None) -> AsyncIterator[AsyncSmolVM]:
+    """A VM that another process runs, for the time of the block.
+
+    Raises:
+        VMNotFoundError: No VM has this id.
+        VMNotRunningError: It is at rest.
+    """
+    vm = await find_vm(vm_id, data_dir)
+    if vm.status not in ACTIVE:
+        raise VMNotRunningError(f"{vm_id} does not run: it is {vm.status}.")
+    try:
+        yield vm
+    finally:
+        await vm.detach()
 
 
 def no_such_vm(vm_id: str) -> VMNotFoundError:

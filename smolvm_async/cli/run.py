@@ -55,6 +55,14 @@ def run(
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the VM afterwards, to boot it again.")
     ] = False,
+    resolution: Annotated[
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="The screen's size.", show_default="1280x800"),
+    ] = None,
+    vnc: Annotated[
+        Literal["loopback", "unix"] | None,
+        typer.Option(help="Turn on VNC; smolvm-async vnc ID shows how to connect."),
+    ] = None,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
@@ -72,7 +80,15 @@ def run(
 
       smolvm-async run --id office
     """
-    machine = {"os": os, "memory": memory, "cpus": cpus, "accel": accel, "keep": keep or None}
+    machine = {
+        "os": os,
+        "memory": memory,
+        "cpus": cpus,
+        "accel": accel,
+        "keep": keep or None,
+        "resolution": resolution,
+        "vnc": vnc,
+    }
     given = {name: value for name, value in machine.items() if value is not None}
     if image is None and vm_id is None:
         raise typer.BadParameter("give one, or --id of a kept VM", param_hint="IMAGE")

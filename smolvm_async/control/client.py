@@ -19,6 +19,7 @@ from smolvm_async.control.messages import (
     error_from_json,
     report_from_json,
 )
+from smolvm_async.control.remote import RemoteInput, RemoteScreen, RemoteVNC
 from smolvm_async.errors import VMCrashedError, VMNotRunningError
 from smolvm_async.events import BootStateChanged, EventHub, event_from_json
 from smolvm_async.qemu.boot import BootStates
@@ -50,6 +51,9 @@ class Attached:
         self.console = Tail(LIMIT)
         self.failure: Exception | None = None
         self.report = ShutdownReport(Rung.NONE)
+        self.screen = RemoteScreen(self._request)
+        self.input = RemoteInput(self._request, self._post)
+        self.vnc = RemoteVNC(self._request)
         self.status = record.status
         self.accelerator = ""
         self._path = path
@@ -111,6 +115,14 @@ class Attached:
                 return self.report
             raise
 
+    async def pause(self) -> None:
+        """Ask the owner to."""
+        await self._request("pause")
+
+    async def resume(self) -> None:
+        """Ask the owner to."""
+        await self._request("resume")
+
     async def delete(self) -> None:
         """Ask the owner to delete it, and wait until its directory is gone.
 
@@ -141,20 +153,28 @@ class Attached:
     async def _request(self, method: str, **params: object) -> Any:
         if self._reading.done():
             raise self._gone()
-        number = next(self._ids)
         answer = asyncio.get_running_loop().create_future()
+        number = self._post(method, **params)
         self._answers[number] = answer
         try:
-            self._writer.write(encode({"id": number, "method": method, "params": params}))
             return await answer
         finally:
             del self._answers[number]
 
+    def _post(self, method: str, **params: object) -> int:
+        """Send a request whose answer, if nobody waits for it, is not looked at."""
+        number = next(self._ids)
+        self._writer.write(encode({"id": number, "method": method, "params": params}))
+        return number
+
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):
                 while line := await reader.readline():
-                    self._handle(decode(line))
+                    message = decode(line)
+                    if "bytes" in message:
+                        message["result"] = await reader.readexactly(message["bytes"])
+                    self._handle(message)
         except asyncio.CancelledError:
             self._detached = True
             raise

@@ -22,6 +22,7 @@ from smolvm_async.errors import ConfigError
 from smolvm_async.events import EventStream, event_to_json
 from smolvm_async.handle import Handle, Run
 from smolvm_async.log import get_logger
+from smolvm_async.qemu.input import InputEvent, pressed, released
 
 logger = get_logger(__name__)
 
@@ -139,41 +140,63 @@ class ControlServer:
     async def _read_requests(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        with contextlib.suppress(ValueError, OSError):  # what is no message ends the connection
+        held: list[InputEvent] = []
+        try:
             while line := await reader.readline():
+                request = decode(line)
+                if request.get("method") == "input.send":
+                    held = pressed([*held, *request["params"]["events"]])
                 # Not the connection's own: a client that leaves has still asked for it.
-                task = asyncio.ensure_future(self._answer(decode(line), writer))
+                task = asyncio.ensure_future(self._answer(request, writer))
                 self._requests.add(task)
                 task.add_done_callback(self._requests.discard)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            pass  # what is no message ends the connection
+        finally:
+            if held and not self._over:  # but a key that it held down would stay so
+                self._run.input.post(released(held))
 
     async def _answer(self, request: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
         answer: dict[str, Any]
+        content = b""
         try:
             method = self._methods().get(str(request.get("method")))
             if method is None:
                 raise ConfigError(f"the VM's owner knows no {request.get('method')!r}")
-            answer = {"result": await method(request.get("params") or {})}
+            result = await method(**request.get("params") or {})
+            if isinstance(result, bytes):
+                answer, content = {"result": None, "bytes": len(result)}, result
+            else:
+                answer = {"result": result}
         except Exception as error:
             logger.debug("a client's request failed: %r", error)
             answer = {"error": error_to_json(error)}
         with contextlib.suppress(OSError, RuntimeError):  # it has gone
             self._notify(writer, "status", {"status": str(self._vm.status)})
             writer.write(encode({"id": request.get("id"), **answer}))
+            writer.write(content)
 
-    def _methods(self) -> Mapping[str, Callable[[Mapping[str, Any]], Awaitable[Any]]]:
+    def _methods(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
         """What a client can ask for."""
-        return {"start": self._start, "stop": self._stop, "delete": self._delete}
+        vm, run = self._vm, self._run
+        return {
+            "start": vm.start,
+            "stop": self._stop,
+            "delete": vm.delete,
+            "pause": vm.pause,
+            "resume": vm.resume,
+            "screen.dump": run.screen.dump,
+            "input.send": run.input.send,
+            "input.keyboard_idle": run.input.keyboard_idle,
+            "input.tablet_taken": run.input.tablet_taken,
+            "vnc.start": run.vnc.start,
+            "vnc.stop": run.vnc.stop,
+            "vnc.url": run.vnc.url,
+        }
 
-    async def _start(self, params: Mapping[str, Any]) -> None:
-        await self._vm.start()
-
-    async def _stop(self, params: Mapping[str, Any]) -> Any:
-        timeout = params.get("timeout")
+    async def _stop(self, timeout: float | None) -> Any:
         check_timeout(timeout)
         return report_to_json(await self._vm.stop(timeout))
-
-    async def _delete(self, params: Mapping[str, Any]) -> None:
-        await self._vm.delete()
 
     def _notify(self, writer: asyncio.StreamWriter, method: str, params: Any) -> None:
         writer.write(encode({"method": method, "params": params}))

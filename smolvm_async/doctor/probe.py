@@ -27,6 +27,7 @@ from smolvm_async.process import Child, describe_exit, run, spawn
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.screen import Screen
 from smolvm_async.shielding import in_thread
 from smolvm_async.sidecars import SIDECARS
 from smolvm_async.state import QEMU_LOG, StateDirectory
@@ -161,10 +162,13 @@ async def _launch(
         sockets = [
             ends.enter_context(sock) for attached in attachments for sock in attached.sockets
         ]
+        screen = Screen(monitor)
+        ends.callback(screen.close)
         descriptors = Descriptors(
             ends.enter_context(monitor.open()).fileno(),
             ends.enter_context(console.open()).fileno(),
             image.fd,
+            screen.open(),
         )
         attach = [word for attached in attachments for word in attached.argv]
         argv = qemu_arguments(config, tools, machine.accelerator, descriptors, attach)

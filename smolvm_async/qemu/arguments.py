@@ -17,6 +17,8 @@ from smolvm_async.host import Accelerator, HostTools
 from smolvm_async.state import OVERLAY, VARS
 
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
+DISPLAY = "display"  # the display adapter
+SCREEN = "/dev/fdset/2"  # where `screendump` writes to
 _NAMESPACE = uuid.UUID("6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10")
 
 
@@ -26,6 +28,7 @@ class Descriptors(NamedTuple):
     monitor: int
     console: int
     base_image: int
+    screen: int
 
 
 def machine_uuid(vm_id: str) -> uuid.UUID:
@@ -76,7 +79,7 @@ def qemu_arguments(
         *_disk(descriptors.base_image, keep=config.keep),
         *_network(config.vm_id),
         *_agent(),
-        *_display(),
+        *_display(config.resolution, descriptors.screen),
         *("-device", "pvpanic"),  # a guest's panic becomes GUEST_PANICKED
         *attach,
     ]
@@ -151,10 +154,16 @@ def _agent() -> list[str]:
     ]
 
 
-def _display() -> list[str]:
+def _display(resolution: tuple[int, int], screen: int) -> list[str]:
+    width, height = resolution
+    # Firmware and guest read from the EDID what to show: there 4K fits in with at most 50 Hz (in
+    # mHz here). At 4 bytes a pixel it takes 32 MiB.
+    mode = f"edid=on,xres={width},yres={height},refresh_rate=50000,vgamem_mb=32"
     return [
         *("-display", "none"),
-        *("-device", "VGA"),
+        *("-vnc", "none,password=on,share=ignore"),  # listens once it is told to
+        *("-add-fd", f"fd={screen},set=2"),
+        *("-device", f"VGA,id={DISPLAY},{mode}"),
         *("-device", "qemu-xhci"),  # q35 has no USB controller of its own
         *("-device", "usb-tablet"),
     ]

@@ -504,8 +504,11 @@ def test_a_vm_has_the_id_that_was_asked_for(make: Make) -> None:
     ("timeouts", "phrases"),
     [
         ({"powerdonw": 1}, ["timeouts=", "powerdonw", "powerdown"]),
-        ({"launch": 1, "b": 1, "a": 2}, ["timeouts=", "a, b", "launch, boot, powerdown, quit"]),
-        ({1: 1}, ["timeouts=", "1", "launch, boot, powerdown, quit"]),
+        (
+            {"launch": 1, "b": 1, "a": 2},
+            ["timeouts=", "a, b", "launch, boot, input, powerdown, quit"],
+        ),
+        ({1: 1}, ["timeouts=", "1", "launch, boot, input, powerdown, quit"]),
         ({"launch": 0}, ["launch=0", "greater than 0"]),
         ({"boot": 0.0}, ["boot=0.0", "greater than 0"]),
         ({"launch": -1}, ["launch=-1", "greater than 0"]),

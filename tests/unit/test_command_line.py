@@ -27,7 +27,7 @@ TOOLS = HostTools(
     swtpm=Path("/usr/bin/swtpm"),
     firmware=Firmware(Path("/fw/CODE.fd"), "raw", Path("/fw/VARS.fd"), "raw"),
 )
-DESCRIPTORS = Descriptors(monitor=10, console=11, base_image=12)
+DESCRIPTORS = Descriptors(monitor=10, console=11, base_image=12, screen=14)
 ATTACH = ("-chardev", "socket,id=tpm,fd=13", "-tpmdev", "emulator,id=tpm0,chardev=tpm")
 
 GOLDEN_TCG = [
@@ -71,7 +71,9 @@ GOLDEN_TCG = [
     "-device virtio-serial-pci",
     "-device virtserialport,id=agent,chardev=agent,name=org.qemu.guest_agent.0",
     "-display none",
-    "-device VGA",
+    "-vnc none,password=on,share=ignore",
+    "-add-fd fd=14,set=2",
+    "-device VGA,id=display,edid=on,xres=1280,yres=800,refresh_rate=50000,vgamem_mb=32",
     "-device qemu-xhci",
     "-device usb-tablet",
     "-device pvpanic",
@@ -202,8 +204,16 @@ def test_qemu_accepts_the_line_and_builds_the_machine(tmp_path: Path, blank_imag
     (tmp_path / OVERLAY).write_bytes(empty(10 << 30))
     (tmp_path / VARS).write_bytes(tools.firmware.vars_template.read_bytes())
     pairs = [socket.socketpair() for _ in range(2)]
-    with pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1], blank_image.open("rb") as image:
-        descriptors = Descriptors(pairs[0][1].fileno(), pairs[1][1].fileno(), image.fileno())
+    with (
+        pairs[0][0],
+        pairs[0][1],
+        pairs[1][0],
+        pairs[1][1],
+        blank_image.open("rb") as image,
+        (tmp_path / "screen").open("wb") as screen,
+    ):
+        ends = (pairs[0][1].fileno(), pairs[1][1].fileno(), image.fileno(), screen.fileno())
+        descriptors = Descriptors(*ends)
         line = arguments(config(memory=2048), TCG, tools, descriptors, ())
         for command in ("qmp_capabilities", "quit"):
             pairs[0][0].sendall(json.dumps({"execute": command}).encode())

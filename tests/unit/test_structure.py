@@ -32,6 +32,11 @@ ROWS = [
     "process",
     "guests",
     "config",
+    "controls.keys",
+    "controls.layouts",
+    "controls.picture",
+    "controls.comparison",
+    "controls.wanted",
     "events",
     "images",
     "host",
@@ -45,10 +50,20 @@ ROWS = [
     "qemu.arguments",
     "qemu.monitor",
     "qemu.console",
+    "qemu.screen",
+    "qemu.input",
+    "qemu.vnc",
     "qemu.acpi",
     "qemu.boot",
     "shutdown",
     "handle",
+    "controls.observation",
+    "controls.control",
+    "controls.screen",
+    "controls.keyboard",
+    "controls.mouse",
+    "controls.vnc",
+    "controls.desktop",
     "block",
     "plan",
     "supervisor",
@@ -62,7 +77,7 @@ ROWS = [
     "__main__",
 ]
 PACKAGES = {"guests", "images", "host", "sidecars", "control", "doctor", "cli"}
-EMPTY = {"qemu.__init__"}  # no row of its own: there is nothing in it
+EMPTY = {"controls.__init__", "qemu.__init__"}  # no rows: there is nothing in them
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -1,0 +1,118 @@
+"""`screenshot` and `vnc`: the desktop of a VM that runs, whoever owns it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal
+from urllib.parse import unquote, urlsplit
+
+import typer
+
+from smolvm_async import ConfigError, Screenshot
+from smolvm_async.cli.execution import execute
+from smolvm_async.cli.options import DataDir, Json, VMId, running_vm
+from smolvm_async.cli.output import say, write_json
+
+STDOUT = "-"
+
+
+def screenshot(
+    vm_id: VMId,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where to: .png, or another suffix that Pillow knows; - is stdout, as PNG.",
+            show_default="ID.png",
+        ),
+    ] = None,
+    display: Annotated[
+        str | None, typer.Option(metavar="ID", help="A display adapter other than the VM's own.")
+    ] = None,
+    head: Annotated[int, typer.Option(help="Which of its outputs.")] = 0,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Take a picture of a VM's screen."""
+    path = f"{vm_id}.png" if output is None else output
+    if path == STDOUT and json:
+        raise typer.BadParameter("stdout is for the JSON: leave one out", param_hint="--output -")
+
+    async def work() -> Screenshot:
+        async with running_vm(vm_id, data_dir) as vm:
+            picture = await vm.screenshot(display=display, head=head)
+        if path == STDOUT:
+            sys.stdout.buffer.write(picture.png)
+            sys.stdout.buffer.flush()
+        else:
+            picture.save(path)
+        return picture
+
+    picture = execute(work(), json=json)
+    if json:
+        write_json(
+            {
+                "vm_id": vm_id,
+                "path": path,
+                "width": picture.width,
+                "height": picture.height,
+                "timestamp": picture.timestamp,
+                "elapsed": picture.elapsed,
+            }
+        )
+    elif path != STDOUT:
+        say(f"{path}: {picture.width}x{picture.height}")
+
+
+def vnc(
+    vm_id: VMId,
+    kind: Annotated[
+        Literal["loopback", "unix"] | None,
+        typer.Option(
+            help="Listen anew, with another password: on a port of 127.0.0.1, or on a socket.",
+            show_default="loopback, if it is off",
+        ),
+    ] = None,
+    off: Annotated[bool, typer.Option("--off", help="Turn the VNC server off.")] = False,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Turn on a VM's VNC server, if it is off, and show how to connect to it."""
+    if off and kind is not None:
+        raise typer.BadParameter("leave one out", param_hint="--off, --kind")
+
+    async def work() -> str | None:
+        async with running_vm(vm_id, data_dir) as vm:
+            if off:
+                await vm.vnc.stop()
+                return None
+            if kind is not None:
+                return await vm.vnc.start(kind)
+            try:
+                return await vm.vnc.url()
+            except ConfigError:
+                return await vm.vnc.start()
+
+    url = execute(work(), json=json)
+    if json:
+        write_json({"vm_id": vm_id, "url": url})
+    elif url is None:
+        say(f"The VNC server of {vm_id} is off.")
+    else:
+        say(_directions(url))
+
+
+def _directions(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme == "vnc":
+        here, there = f"127.0.0.1::{parts.port}", f"127.0.0.1:{parts.port}"
+    else:
+        here = there = unquote(parts.path)
+    return (
+        f"{url}\n"
+        f"Here:           vncviewer {here}\n"
+        f"From a laptop:  ssh -L 5901:{there} THIS-HOST, and there: vncviewer 127.0.0.1::5901\n"
+        f"Password:       {parts.password}"
+    )

@@ -1,0 +1,73 @@
+"""The screen, the input devices and the VNC server of a VM that another process owns."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from smolvm_async.config import VNCKind
+from smolvm_async.qemu.input import InputEvent
+
+Request = Callable[..., Awaitable[Any]]
+Post = Callable[..., object]
+
+
+class RemoteScreen:
+    """See `smolvm_async.qemu.screen.Screen`."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    async def dump(self, image_format: str, device: str | None, head: int) -> bytes:
+        """A picture of the screen."""
+        picture: bytes = await self._request(
+            "screen.dump", image_format=image_format, device=device, head=head
+        )
+        return picture
+
+
+class RemoteInput:
+    """See `smolvm_async.qemu.input.Input`."""
+
+    def __init__(self, request: Request, post: Post) -> None:
+        self._request = request
+        self._post = post
+
+    async def send(self, events: Sequence[InputEvent]) -> None:
+        """Send input events together."""
+        await self._request("input.send", events=[*events])
+
+    def post(self, events: Sequence[InputEvent]) -> None:
+        """Send them after all that was sent before, and wait for nothing."""
+        self._post("input.send", events=[*events])
+
+    async def keyboard_idle(self) -> bool:
+        """Whether the guest has read all that the keyboard sent."""
+        idle: bool = await self._request("input.keyboard_idle")
+        return idle
+
+    async def tablet_taken(self) -> bool:
+        """Whether the guest has a driver for the tablet."""
+        taken: bool = await self._request("input.tablet_taken")
+        return taken
+
+
+class RemoteVNC:
+    """See `smolvm_async.qemu.vnc.VNCServer`."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    async def start(self, kind: VNCKind) -> str:
+        """Listen; returns the URL."""
+        url: str = await self._request("vnc.start", kind=kind)
+        return url
+
+    async def stop(self) -> None:
+        """Close it."""
+        await self._request("vnc.stop")
+
+    async def url(self) -> str | None:
+        """Where it listens."""
+        url: str | None = await self._request("vnc.url")
+        return url

@@ -1,0 +1,91 @@
+"""The guest's keyboard and tablet, as QEMU's input events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from smolvm_async.errors import MonitorError, VMNotRunningError
+from smolvm_async.qemu.monitor import Monitor
+
+InputEvent = dict[str, Any]  # QMP's InputEvent
+
+AXIS = 32767  # the end of QEMU's absolute axes (INPUT_EVENT_ABS_MAX in its ui/input.h)
+# Intel 8042: its status register, and there: data for the processor, and that it is the mouse's.
+STATUS_PORT, OUTPUT_FULL, FROM_MOUSE = 0x64, 0x01, 0x20
+
+
+def key(qcode: str, down: bool) -> InputEvent:
+    """A key is pressed or released."""
+    return {"type": "key", "data": {"down": down, "key": {"type": "qcode", "data": qcode}}}
+
+
+def button(name: str, down: bool) -> InputEvent:
+    """A mouse button is pressed or released; QEMU's wheel is buttons too."""
+    return {"type": "btn", "data": {"down": down, "button": name}}
+
+
+def position(axis: Literal["x", "y"], value: int) -> InputEvent:
+    """The tablet's pen is at a place from 0 to `AXIS`."""
+    return {"type": "abs", "data": {"axis": axis, "value": value}}
+
+
+def pressed(events: Iterable[InputEvent]) -> list[InputEvent]:
+    """Those of a series of events that press what none of them releases again."""
+    held: dict[tuple[str, str], InputEvent] = {}
+    for event in events:
+        if event["type"] in ("key", "btn"):
+            what = (event["type"], str(event["data"].get("key") or event["data"]["button"]))
+            held.pop(what, None)
+            if event["data"]["down"]:
+                held[what] = event
+    return [*held.values()]
+
+
+def released(events: Sequence[InputEvent]) -> list[InputEvent]:
+    """What releases all that `events` press, the last one first."""
+    return [{**event, "data": {**event["data"], "down": False}} for event in reversed(events)]
+
+
+class Input:
+    """Sends input events over the monitor."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._posted: set[asyncio.Task[None]] = set()
+
+    async def send(self, events: Sequence[InputEvent]) -> None:
+        """Send input events, which the guest's devices get at once and together.
+
+        Raises:
+            MonitorError: If QEMU refuses them.
+            VMNotRunningError: If QEMU has ended.
+        """
+        await self._monitor.execute("input-send-event", {"events": [*events]})
+
+    def post(self, events: Sequence[InputEvent]) -> None:
+        """Send input events after all that was sent before, and wait for nothing."""
+        task = asyncio.ensure_future(self._send_if_it_runs(events))
+        self._posted.add(task)  # asyncio itself refers to its tasks weakly
+        task.add_done_callback(self._posted.discard)
+
+    async def _send_if_it_runs(self, events: Sequence[InputEvent]) -> None:
+        with contextlib.suppress(MonitorError, VMNotRunningError):
+            await self.send(events)
+
+    async def keyboard_idle(self) -> bool:
+        """Whether the guest has read all that the keyboard sent: its controller holds nothing."""
+        line = f"i/b {STATUS_PORT:#x}"
+        answer = await self._monitor.execute("human-monitor-command", {"command-line": line})
+        try:
+            status = int(answer.split("=")[1], 16)
+        except (IndexError, ValueError):
+            raise MonitorError(f"QEMU did not understand {line!r}: {answer!r}") from None
+        return not status & OUTPUT_FULL or bool(status & FROM_MOUSE)
+
+    async def tablet_taken(self) -> bool:
+        """Whether the guest has a driver for the tablet; else QEMU has no use for its events."""
+        mice = await self._monitor.execute("query-mice")
+        return any(mouse["current"] and mouse["absolute"] for mouse in mice)

@@ -1,0 +1,62 @@
+"""The guest's screen, as QEMU draws it: into memory, so that no picture is ever on a disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import ExitStack
+
+from smolvm_async.qemu.arguments import DISPLAY, SCREEN
+from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.shielding import in_thread, settle
+
+
+class Screen:
+    """A memfd that QEMU has inherited for writing, and we read."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._turn = asyncio.Lock()
+        self._files = ExitStack()
+        self._read = self._write = -1
+
+    def open(self) -> int:
+        """Make it; returns the descriptor for QEMU, which stays ours to close."""
+        self._read = os.memfd_create("screen")
+        self._files.callback(os.close, self._read)
+        # Of its own, since QEMU wants one that can only be written to. They share the position.
+        self._write = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_CLOEXEC)
+        self._files.callback(os.close, self._write)
+        return self._write
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        self._files.close()
+
+    async def dump(self, image_format: str, device: str | None, head: int) -> bytes:
+        """Have QEMU write a picture, after those that others have asked for.
+
+        Args:
+            image_format: `png` or `ppm`.
+            device: The display adapter's id on QEMU's command line; `None` for the VM's own.
+            head: Which of its heads.
+
+        Raises:
+            MonitorError: If QEMU refuses it.
+            VMNotRunningError: If QEMU has ended.
+        """
+        async with self._turn:
+            # Not cancelled halfway: QEMU would still be writing when the next one begins.
+            return await settle(self._dump(image_format, device or DISPLAY, head))
+
+    async def _dump(self, image_format: str, device: str, head: int) -> bytes:
+        os.lseek(self._write, 0, os.SEEK_SET)
+        where = {"filename": SCREEN, "device": device, "head": head}
+        try:
+            await self._monitor.execute("screendump", {**where, "format": image_format})
+            return await in_thread(self._take)
+        finally:
+            os.ftruncate(self._write, 0)
+
+    def _take(self) -> bytes:
+        return os.pread(self._read, os.fstat(self._read).st_size, 0)
