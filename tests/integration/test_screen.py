@@ -1,0 +1,324 @@
+"""The screen: screenshots, waiting for it, its size, VNC; of the firmware, which any guest has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from examples.computer_use import enter_setup
+from smolvm_async import (
+    AsyncSmolVM,
+    ConfigError,
+    Screenshot,
+    Status,
+    VMNotRunningError,
+    VMTimeoutError,
+)
+from smolvm_async.qemu import arguments
+from tests.conftest import child_named, descriptors, vm_in
+
+pytestmark = pytest.mark.anyio
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FIRMWARE = 120  # seconds; it takes 5 to 15 until it asks for a key
+ROUNDS = 30
+
+
+async def firmware_setup(vm: AsyncSmolVM) -> Screenshot:
+    """Enter the firmware's set-up: there is nothing to boot, and it asks for a key."""
+    await enter_setup(vm)
+    return await vm.wait_for_screen(stable=1.5, timeout=FIRMWARE)
+
+
+async def still(vm: AsyncSmolVM) -> Screenshot:
+    """What it shows, paused, once the firmware has drawn something."""
+    while (await vm.wait_for_screen(changed=True, timeout=FIRMWARE)).size == (640, 480):
+        pass
+    await vm.pause()
+    return await vm.screenshot()
+
+
+async def after(vm: AsyncSmolVM, keys: str) -> Screenshot:
+    """What the screen shows once a key has had its effect."""
+    before = await vm.screenshot()
+    await vm.keyboard.press(keys)
+    return await vm.wait_for_screen(changed=before, stable=1.5, timeout=FIRMWARE)
+
+
+async def test_the_firmwares_set_up_is_navigated_by_keys_alone(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with vm_in(data_dir, blank_image) as vm:
+        first = await firmware_setup(vm)
+        second = await after(vm, "ArrowDown")
+        entry = await after(vm, "Down")
+        assert len({first, second, entry}) == 3
+        assert await after(vm, "Up") == second
+        menu = await after(vm, "Enter")
+        assert menu not in (first, second, entry)
+        assert await after(vm, "Esc") == second  # out of the menu again
+        await vm.stop(timeout=0)
+
+
+async def test_the_computer_use_example_saves_what_it_saw(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+    example = await asyncio.create_subprocess_exec(
+        *(sys.executable, EXAMPLES / "computer_use.py", "--pictures", tmp_path / "pictures"),
+        env=environment,
+        stdout=subprocess.PIPE,
+    )
+    said, _ = await example.communicate()
+    assert example.returncode == 0, said
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert len(pictures) >= 6
+    assert len({Screenshot.from_png(path.read_bytes()) for path in pictures}) >= 4
+
+
+async def test_screenshots_at_every_time_of_a_vms_life(blank_image: Path, data_dir: Path) -> None:
+    vm = vm_in(data_dir, blank_image)
+    with pytest.raises(VMNotRunningError, match="not started"):
+        await vm.screenshot()
+    async with vm:
+        first = await vm.screenshot()  # QEMU says there that nothing has been drawn
+        assert (first.width, first.height) == (640, 480)
+        assert first.png.startswith(b"\x89PNG")
+        assert len(first.pixels) == 640 * 480 * 3
+        assert 0 < first.elapsed < 60
+        assert abs(first.timestamp - time.time()) < 60
+        drawn = await vm.wait_for_screen(changed=first, timeout=FIRMWARE)
+        assert (drawn.width, drawn.height) == (1280, 800)  # the default
+        await vm.pause()
+        assert str(vm.status) == "paused"
+        paused = await vm.screenshot()
+        assert paused == await vm.screenshot()
+        with pytest.raises(VMNotRunningError, match="paused"):
+            await vm.keyboard.press("a")
+        await vm.resume()
+        assert str(vm.status) == "running"
+        many = await asyncio.gather(*(vm.screenshot() for _ in range(8)))
+        assert {picture.width for picture in many} == {1280}
+        assert not list((data_dir / vm.vm_id).glob("*.p*"))
+        await vm.stop(timeout=0)
+        with pytest.raises(VMNotRunningError, match="quit"):
+            await vm.screenshot()
+    with pytest.raises(VMNotRunningError):
+        await vm.screenshot()
+
+
+async def test_another_process_sees_the_screen_too(blank_image: Path, data_dir: Path) -> None:
+    async with vm_in(data_dir, blank_image, resolution="1920x1080") as vm:
+        drawn = await still(vm)
+        async with await AsyncSmolVM.from_id(vm.vm_id, data_dir=data_dir) as seen:
+            assert await seen.screenshot() == drawn
+            assert await seen.wait_for_screen(like=drawn, timeout=0) == drawn
+            assert seen.status is Status.PAUSED
+            assert [info.status for info in await AsyncSmolVM.list(data_dir=data_dir)] == ["paused"]
+            await seen.resume()
+        await vm.stop(timeout=0)
+
+
+async def test_a_second_display_is_named(
+    blank_image: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = arguments._display
+
+    def two(*values: Any) -> list[str]:
+        return [*real(*values), "-device", "virtio-gpu-pci,id=second,max_outputs=2"]
+
+    monkeypatch.setattr(arguments, "_display", two)
+    async with vm_in(data_dir, blank_image) as vm:
+        drawn = await still(vm)
+        assert await vm.screenshot(display="display") == drawn
+        assert await vm.screenshot(display="second", head=1) != drawn
+        wrongs: list[dict[str, Any]] = [
+            {"display": "third"},
+            {"display": ""},
+            {"head": 1},
+            {"head": -1},
+            {"display": "second", "head": 2},
+        ]
+        for wrong in wrongs:
+            with pytest.raises(ConfigError, match=next(iter(wrong))):
+                await vm.screenshot(**wrong)
+        await vm.stop(timeout=0)
+
+
+@pytest.mark.parametrize("resolution", [(1920, 1080), "3840x2160"])
+async def test_the_screen_has_the_resolution_that_was_asked_for(
+    resolution: str | tuple[int, int], blank_image: Path, data_dir: Path
+) -> None:
+    async with vm_in(data_dir, blank_image, resolution=resolution) as vm:
+        drawn = await vm.wait_for_screen(changed=True, timeout=FIRMWARE)
+        assert f"{drawn.width}x{drawn.height}" == resolution or drawn.size == resolution
+        await vm.stop(timeout=0)
+
+
+async def test_waiting_for_the_screen(blank_image: Path, data_dir: Path) -> None:
+    async with vm_in(data_dir, blank_image) as vm:
+        setup = await firmware_setup(vm)
+        with pytest.raises(VMTimeoutError, match="it has not changed"):
+            await vm.wait_for_screen(changed=setup, timeout=0.3)
+        with pytest.raises(VMTimeoutError, match="should rest for 5 s"):
+            await vm.wait_for_screen(stable=5, timeout=0.3)
+        moved = await after(vm, "Down")
+        with pytest.raises(VMTimeoutError, match="does not look like"):
+            await vm.wait_for_screen(like=setup, timeout=0.3)
+        assert await vm.wait_for_screen(like=setup, max_different=0.1, timeout=0) == moved
+        assert await vm.wait_for_screen(like=setup, tolerance=255, timeout=0) == moved
+        below = (0, setup.height - 80, setup.width, 80)  # the keys that one can press
+        assert await vm.wait_for_screen(like=setup, region=below, timeout=0) == moved
+        rest = {"menu": (0, 0, setup.width, setup.height - 80)}
+        with pytest.raises(VMTimeoutError):
+            await vm.wait_for_screen(changed=setup, ignore=rest, timeout=0.3)
+        await vm.stop(timeout=0)
+
+
+WRONG: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("nothing to wait for", {}),
+    ("changed='yes'", {"changed": "yes"}),
+    ("stable=-1", {"stable": -1}),
+    ("timeout='soon'", {"stable": 1, "timeout": "soon"}),
+    ("interval=nan", {"stable": 1, "interval": float("nan")}),
+    ("like=b'no picture'", {"like": b"no picture"}),
+    ("like='/nowhere.png'", {"like": "/nowhere.png"}),
+    ("region=", {"stable": 1, "region": (0, 0, 5000, 5000)}),
+    ("region=", {"stable": 1, "region": (0, 0, -1, 5)}),
+    ("ignore= covers all", {"stable": 1, "ignore": [(0, 0, 640, 480)]}),
+    ("tolerance=256", {"stable": 1, "tolerance": 256}),
+    ("max_different=2", {"stable": 1, "max_different": 2}),
+)
+
+
+async def test_what_cannot_be_waited_for_is_refused(blank_image: Path, data_dir: Path) -> None:
+    async with vm_in(data_dir, blank_image, resolution="640x480") as vm:
+        for message, wanted in WRONG:
+            with pytest.raises(ConfigError, match=message):
+                await vm.wait_for_screen(**wanted)
+        await vm.stop(timeout=0)
+
+
+async def test_a_screenshot_costs_little_more_than_screendump(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with vm_in(data_dir, blank_image) as vm:
+        await vm.wait_for_screen(changed=True, stable=3, timeout=FIRMWARE)
+        run: Any = vm._vm.run
+        bare, ours = [], []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            await run._monitor.execute("screendump", {"filename": "bare.png", "format": "png"})
+            middle = time.perf_counter()
+            await vm.screenshot()
+            bare.append(middle - began)
+            ours.append(time.perf_counter() - middle)
+        (data_dir / vm.vm_id / "bare.png").unlink()
+        assert statistics.median(ours) / statistics.median(bare) < 1.2
+        await vm.stop(timeout=0)
+
+
+def listening(pid: int) -> list[str]:
+    """Where a process listens: addresses in hexadecimal, as /proc/net/tcp has them."""
+    inodes = {link[8:-1] for link in descriptors(pid).values() if link.startswith("socket:[")}
+    lines = []
+    for family in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/{pid}/net/{family}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes and (fields[3] == "0A" or family.startswith("udp")):
+                lines.append(fields[1])
+    return lines
+
+
+async def picture_by_vnc(port: int, password: str, directory: Path) -> bytes:
+    """What Debian's VNC client sees, as a JPEG; empty if it is not let in."""
+    secret, file = directory / "secret", directory / "seen.jpeg"
+    obscured = subprocess.run(
+        ["tigervncpasswd", "-f"], input=f"{password}\n".encode(), capture_output=True, check=True
+    )
+    secret.write_bytes(obscured.stdout)
+    file.unlink(missing_ok=True)
+    client = await asyncio.create_subprocess_exec(
+        *("vncsnapshot", "-quiet", "-passwd", secret, f"127.0.0.1:{port - 5900}", file),
+        stderr=subprocess.DEVNULL,
+    )
+    await client.wait()
+    return file.read_bytes() if file.exists() else b""
+
+
+@contextlib.asynccontextmanager
+async def forwarded(path: str) -> AsyncIterator[int]:
+    """A port that leads to a unix socket, as `ssh -L PORT:PATH` makes one."""
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_unix_connection(path)
+        await asyncio.gather(pump(reader, back), pump(there, writer))
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(forward, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("vncsnapshot", "tigervncpasswd"))),
+    reason="Debian's VNC client is needed: vncsnapshot, and tigervnc-tools for its passwords",
+)
+async def test_vnc_takes_its_password_and_listens_nowhere_else(
+    blank_image: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    async with vm_in(data_dir, blank_image, vnc="loopback") as vm:
+        qemu = child_named("qemu")
+        url = urlsplit(await vm.vnc.url())
+        assert (url.scheme, url.hostname) == ("vnc", "127.0.0.1")
+        assert url.port
+        assert url.password
+        assert len(url.password) == 8
+        assert listening(qemu) == [f"0100007F:{url.port:04X}"]
+        assert await picture_by_vnc(url.port, url.password, tmp_path)
+        for wrong in ("", url.password[:-1], url.password.swapcase()):
+            assert not await picture_by_vnc(url.port, wrong, tmp_path)
+        moved = urlsplit(await vm.vnc.start("unix"))
+        assert not listening(qemu)
+        assert (moved.scheme, moved.path) == ("vnc+unix", f"{data_dir}/{vm.vm_id}/vnc.sock")
+        assert moved.password
+        assert moved.password != url.password
+        async with forwarded(moved.path) as port:
+            assert await picture_by_vnc(port, moved.password, tmp_path)
+            assert not await picture_by_vnc(port, url.password, tmp_path)
+        async with await AsyncSmolVM.from_id(vm.vm_id, data_dir=data_dir) as seen:
+            assert urlsplit(await seen.vnc.url()) == moved
+            again = urlsplit(await seen.vnc.start())
+            assert listening(qemu) == [f"0100007F:{again.port:04X}"]
+        await vm.vnc.stop()
+        await vm.vnc.stop()
+        assert not listening(qemu)
+        assert not Path(moved.path).exists()
+        with pytest.raises(ConfigError, match="is off"):
+            await vm.vnc.url()
+        await vm.stop(timeout=0)
+
+
+async def test_vnc_is_off_unless_asked_for(blank_image: Path, data_dir: Path) -> None:
+    async with vm_in(data_dir, blank_image) as vm:
+        with pytest.raises(ConfigError, match="is off"):
+            await vm.vnc.url()
+        assert not listening(child_named("qemu"))
+        with pytest.raises(ConfigError, match="kind='tcp' is wrong"):
+            await vm.vnc.start("tcp")  # type: ignore[arg-type]
+        await vm.stop(timeout=0)
