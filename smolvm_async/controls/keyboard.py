@@ -88,7 +88,7 @@ class Keyboard(Control):
                 raise
 
     async def down(self, keys: str, *, layout: str | None = None) -> None:
-        """Press keys, and leave them down; a guest repeats the last one. See `press()`."""
+        """Press keys, and leave them down; QEMU's keyboard does not repeat. See `press()`."""
         downs = _down(chord(keys, layout or self._layout))
         async with self._turn:
             await self._wait_idle()

@@ -1,0 +1,216 @@
+"""Keyboard and mouse, in a guest that says on its serial console what it was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import string
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from smolvm_async import AsyncSmolVM, ConfigError, VMTimeoutError
+from smolvm_async.controls.keys import KEYS
+from smolvm_async.controls.layouts import LAYOUTS, strokes
+from smolvm_async.images.stand_in import build_stand_in
+from tests.conftest import BOOT, console_shows, vm_in
+from tests.layouts import generate, xkb
+from tests.unit.test_layouts import characters
+
+pytestmark = pytest.mark.anyio
+
+EV_KEY, EV_REL, EV_ABS = 1, 2, 3  # linux/input-event-codes.h
+X, Y, WHEEL = 0, 1, 8
+LEFT, RIGHT, MIDDLE = 272, 273, 274
+AXIS = 32767
+LETTERS = string.ascii_letters + string.digits + " .,;-_/()"
+
+Event = tuple[int, int, int]  # type, code, value
+
+
+class Guest:
+    """A VM whose guest reports its input: `INPUT device type code value`."""
+
+    def __init__(self, vm: AsyncSmolVM) -> None:
+        self.vm = vm
+        self._text = ""
+        self._more = asyncio.Event()
+
+    async def listen(self) -> None:
+        """Gather what comes, which may be more than the console keeps."""
+        async for text in self.vm.follow_console():
+            self._text += text
+            self._more.set()
+
+    async def reported(self, device: str, until: Event) -> list[Event]:
+        """What the guest has seen of a device since the last call, up to an event."""
+        end = f"INPUT {device} {until[0]} {until[1]} {until[2]}\n"
+        async with asyncio.timeout(BOOT):
+            while end not in self._text.replace("\r", ""):
+                self._more.clear()
+                await self._more.wait()
+        before, _, self._text = self._text.replace("\r", "").partition(end)
+        lines = re.findall(rf"INPUT {device} (\d+) (\d+) (-?\d+)\n", before)
+        events = [(int(kind), int(code), int(value)) for kind, code, value in lines]
+        return [event for event in events if event[0] in (EV_KEY, EV_REL, EV_ABS)]
+
+    async def keys(self) -> list[tuple[int, int]]:
+        """The keys that it has seen since the last call: evdev number, and whether down."""
+        await self.vm.keyboard.press("F12")
+        events = await self.reported("keyboard", (EV_KEY, 88, 0))
+        assert events.pop() == (EV_KEY, 88, 1)
+        return [(code, value) for _, code, value in events]
+
+    async def pointer(self) -> list[Event]:
+        """What the tablet did since the last call; the mouse is then at the place 7, 7."""
+        await self.vm.mouse.move(9, 9)
+        await self.vm.mouse.move(7, 7)
+        width, height = await self.vm._screen.size()
+        x, y = (round(7 * AXIS / (size - 1)) for size in (width, height))
+        events = await self.reported("tablet", (EV_ABS, Y, y))
+        assert events.pop() == (EV_ABS, X, x)
+        place = [round(9 * AXIS / (size - 1)) for size in (width, height)]
+        assert events[-2:] == [(EV_ABS, X, place[0]), (EV_ABS, Y, place[1])]
+        return events[:-2]
+
+
+@asynccontextmanager
+async def guest(data_dir: Path) -> AsyncIterator[Guest]:
+    """A guest that listens to its keyboard and its mouse."""
+    disk = await build_stand_in(desktop=True)
+    async with vm_in(data_dir, disk, timeouts={"boot": BOOT, "input": BOOT}) as vm:
+        await console_shows(vm, "STAND-IN: ready")
+        there = Guest(vm)
+        listening = asyncio.create_task(there.listen())
+        try:
+            await there.keys()  # from here on nothing is lost
+            yield there
+        finally:
+            listening.cancel()
+        await vm.stop()
+
+
+def text_of(events: list[tuple[int, int]], layout: str) -> str:
+    """What a Linux program with this layout reads of the keys."""
+    keyboard = xkb.Keyboard(*generate.LAYOUTS[layout])
+    text = ""
+    for code, value in events:
+        if value:
+            text += keyboard.down(code)
+        else:
+            keyboard.up(code)
+    return text
+
+
+def pressed(*codes: int) -> list[tuple[int, int]]:
+    """Keys that go down in this order, and up in the reverse one."""
+    return [*((code, 1) for code in codes), *((code, 0) for code in reversed(codes))]
+
+
+@pytest.mark.skipif(bool(xkb.missing()), reason=xkb.missing())
+async def test_every_key_and_every_character_arrives(data_dir: Path) -> None:
+    async with guest(data_dir) as there:
+        keyboard = there.vm.keyboard
+        others = [key for key in KEYS if key.qcode != "f12"]
+        for key in others:
+            await keyboard.press(key.names[0])
+        assert await there.keys() == [event for key in others for event in pressed(key.evdev)]
+        for layout in ("us", "de", "fr", "gb"):
+            assert layout in LAYOUTS
+            keyboard.layout = layout
+            text = characters(layout)
+            await keyboard.type(text)
+            assert text_of(await there.keys(), layout) == text
+        await keyboard.press("ctrl+alt+delete")
+        assert await there.keys() == pressed(29, 56, 111)
+        await keyboard.press("AltGr+KeyQ", layout="us")
+        assert await there.keys() == pressed(100, 16)
+        await keyboard.down("shift")
+        await keyboard.press("b", layout="us")
+        await keyboard.up("shift")
+        assert await there.keys() == [(42, 1), *pressed(48), (42, 0)]
+        await keyboard.press("x", hold=0.5, layout="us")  # a real keyboard would repeat it
+        assert await there.keys() == pressed(45)
+        with pytest.raises(ConfigError, match="SNOWMAN"):
+            await keyboard.type("not one of these keys: \N{SNOWMAN}")
+        assert await there.keys() == []
+
+
+async def test_three_guests_are_typed_into_at_once(data_dir: Path) -> None:
+    async def check(number: int) -> None:
+        text = "".join(random.Random(number).choices(LETTERS, k=500))
+        async with guest(data_dir) as there:
+            await ready.wait()
+            await there.vm.keyboard.type(text)
+            seen = await there.keys()
+            evdev = {key.qcode: key.evdev for key in KEYS}
+            wanted = [pressed(*(evdev[code] for code in keys)) for keys in strokes(text, "us")]
+            assert seen == [event for stroke in wanted for event in stroke]
+
+    ready = asyncio.Barrier(3)
+    async with asyncio.TaskGroup() as group:
+        for number in range(3):
+            group.create_task(check(number))
+
+
+async def test_the_mouse_is_exact(data_dir: Path) -> None:
+    disk = await build_stand_in(desktop=True)
+    async with vm_in(data_dir, disk, timeouts={"boot": BOOT, "input": 0.5}) as vm:
+        with pytest.raises(VMTimeoutError, match="has not taken the tablet"):
+            await vm.mouse.click(1, 1)
+    async with guest(data_dir) as there:
+        mouse, seen = there.vm.mouse, await there.vm.screenshot()
+        right, bottom = seen.width - 1, seen.height - 1
+        await there.pointer()
+
+        for x, y, at in (
+            (0, 0, (0, 0)),
+            (right, 0, (AXIS, 0)),
+            (right, bottom, (AXIS, AXIS)),
+            (0, bottom, (0, AXIS)),
+            (seen.width // 2, seen.height // 2, (16396, 16404)),
+        ):
+            await mouse.click(x, y)
+            events = await there.pointer()
+            assert events == [
+                (EV_ABS, X, at[0]),
+                (EV_ABS, Y, at[1]),
+                (EV_KEY, LEFT, 1),
+                (EV_KEY, LEFT, 0),
+            ]
+        for button, code in (("left", LEFT), ("middle", MIDDLE), ("right", RIGHT)):
+            await mouse.click(button=button)  # type: ignore[arg-type]
+            await mouse.down(button=button)  # type: ignore[arg-type]
+            await mouse.up(button=button)  # type: ignore[arg-type]
+            assert await there.pointer() == 2 * [(EV_KEY, code, 1), (EV_KEY, code, 0)]
+        await mouse.double_click()
+        assert await there.pointer() == 2 * [(EV_KEY, LEFT, 1), (EV_KEY, LEFT, 0)]
+        await mouse.drag(100, 50, 700, 500, duration=0.3)
+        events = await there.pointer()
+        down, up = events.index((EV_KEY, LEFT, 1)), events.index((EV_KEY, LEFT, 0))
+        assert (down, up) == (2, len(events) - 1)
+        ways = [[value for _, code, value in events[:up] if code == axis] for axis in (X, Y)]
+        for way, start, end, size in zip(ways, (100, 50), (700, 500), (right, bottom), strict=True):
+            assert (way[0], way[-1]) == (round(start * AXIS / size), round(end * AXIS / size))
+            assert way == sorted(way)
+            assert len(way) > 5
+        await mouse.scroll(3)
+        await mouse.scroll(-2, x=20, y=20)
+        wheel = [value for kind, code, value in await there.pointer() if (kind, code) == (2, WHEEL)]
+        assert (sum(wheel[:3]), sum(wheel)) == (-3, -1)
+        for wrong in ((seen.width, 0), (0, seen.height), (-1, 5), (5, -1)):
+            with pytest.raises(ConfigError, match=r"is not on the screen: pass pixels from 0 to"):
+                await mouse.click(*wrong)
+        assert await there.pointer() == []
+
+
+async def test_a_guest_that_does_not_read_its_keyboard_is_told_of(
+    blank_image: Path, data_dir: Path
+) -> None:
+    async with vm_in(data_dir, blank_image, timeouts={"input": 0.2}) as vm:
+        with pytest.raises(VMTimeoutError, match=r"has not read its keyboard for 0\.2 s"):
+            await vm.keyboard.type("the firmware does not listen yet")
+        await vm.stop(timeout=0)
