@@ -207,6 +207,27 @@ async def test_the_mouse_is_exact(data_dir: Path) -> None:
         assert await there.pointer() == []
 
 
+async def test_input_reaches_the_guest_after_a_reboot(data_dir: Path) -> None:
+    disk = await build_stand_in(desktop=True, kernel_arguments=["stand_in.then=reboot"])
+    async with vm_in(data_dir, disk, timeouts={"boot": BOOT, "input": BOOT}) as vm:
+        await console_shows(vm, "STAND-IN: ready", times=2)
+        there = Guest(vm)
+        listening = asyncio.create_task(there.listen())
+        await there.keys()
+        await vm.keyboard.type("ab\n")
+        assert await there.keys() == [*pressed(30), *pressed(48), *pressed(28)]
+        await there.pointer()
+        await vm.mouse.click(0, 0)
+        assert len(await there.pointer()) == 4
+        before = await vm.screenshot()
+        await vm.keyboard.type("it is shown")
+        shown = await vm.wait_for_screen(changed=before, stable=1)
+        assert (shown.width, shown.height) == (1280, 800)
+        listening.cancel()
+        report = await vm.stop()
+    assert report.graceful
+
+
 async def test_a_guest_that_does_not_read_its_keyboard_is_told_of(
     blank_image: Path, data_dir: Path
 ) -> None:

@@ -1,26 +1,22 @@
-"""The builder of the stand-in, and its desktop. That the plain one boots, other tests show."""
+"""The builder of the stand-in. That its disks boot, and how they behave, other tests show."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import os
-import re
 import shutil
-import string
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, Rung, process
+from smolvm_async import process
 from smolvm_async.errors import CommandError, ConfigError, HostError
 from smolvm_async.images import packages
 from smolvm_async.images.stand_in import PROGRAMS, build_stand_in
 from smolvm_async.progress import Progress
-from tests.conftest import BOOT, console_shows, vm_in
 
 pytestmark = [
     pytest.mark.anyio,
@@ -296,121 +292,3 @@ async def test_a_cache_that_cannot_be_written_is_a_host_error(tmp_path: Path) ->
 
     with pytest.raises(HostError, match="cannot be built in"):
         await build_stand_in(cache_dir=tmp_path / "cache")
-
-
-# Codes of Linux's input.h
-KEY, REL, ABS = 1, 2, 3
-ROWS = {16: "qwertyuiop", 30: "asdfghjkl", 44: "zxcvbnm"}
-KEYS = {letter: code for first, row in ROWS.items() for code, letter in enumerate(row, first)}
-KEYS |= {"shift": 42, "ctrl": 29, "alt": 56, "delete": 111}
-BUTTONS = {"left": 272, "right": 273, "middle": 274}
-WHEEL = 8
-
-TEXT = (string.ascii_lowercase * 19 + string.ascii_uppercase)[-500:]
-
-InputEvent = tuple[str, int, int, int]  # device, type, code, value
-
-
-class Desktop:
-    """What one does with the desktop, and what its guest says to that."""
-
-    def __init__(self, vm: AsyncSmolVM, data_dir: Path) -> None:
-        self._vm = vm
-        self._directory = data_dir / vm.vm_id
-        self._heard = 0
-
-    async def execute(self, command: str, **arguments: object) -> Any:
-        return await self._vm._vm.run._monitor.execute(command, arguments)  # type: ignore[union-attr]
-
-    async def press(self, *names: str) -> list[InputEvent]:
-        """Press keys and release them; returns what the guest must say."""
-        strokes = [(name, True) for name in names] + [(name, False) for name in reversed(names)]
-        for name, down in strokes:
-            await self._send("key", down=down, key={"type": "qcode", "data": name})
-            while int((await self._hmp("i/b 0x64")).split("=")[1], 16) & 1:  # not yet taken
-                await asyncio.sleep(0.001)
-        return [("keyboard", KEY, KEYS[name], down) for name, down in strokes]
-
-    async def point(self, x: int, y: int) -> list[InputEvent]:
-        await self._send("abs", axis="x", value=x)
-        await self._send("abs", axis="y", value=y)
-        return [("tablet", ABS, 0, x), ("tablet", ABS, 1, y)]
-
-    async def push(self, x: int) -> list[InputEvent]:
-        await self._send("rel", axis="x", value=x)
-        return [("mouse", REL, 0, x)]
-
-    async def click(self, name: str) -> list[InputEvent]:
-        await self._send("btn", down=True, button=name)
-        await self._send("btn", down=False, button=name)
-        if name == "wheel-up":
-            return [("tablet", REL, WHEEL, 1)]
-        return [("tablet", KEY, BUTTONS[name], down) for down in (1, 0)]
-
-    async def hears(self, expected: list[InputEvent]) -> None:
-        """The guest says `expected`, whole and in order, and nothing else."""
-        until = self._heard + len(expected)
-        async with asyncio.timeout(BOOT):
-            while len(said := self._said()) < until:
-                await asyncio.sleep(0.05)
-        assert said[self._heard :] == expected
-        self._heard = until
-
-    def _said(self) -> list[InputEvent]:
-        """Everything but marks (EV_SYN, EV_MSC), lights and the wheel's finer measure."""
-        lines = re.findall(r"^INPUT (\w+) (\d+) (\d+) (-?\d+)\r$", self._vm.console_log(), re.M)
-        events = [(name, int(kind), int(code), int(value)) for name, kind, code, value in lines]
-        return [event for event in events if event[1] in (KEY, REL, ABS) and event[2] != 11]
-
-    async def pointer(self) -> str:
-        """The device that gets what a mouse does."""
-        (name,) = (mouse["name"] for mouse in await self.execute("query-mice") if mouse["current"])
-        return str(name)
-
-    async def screen(self) -> bytes:
-        await self.execute("screendump", filename="screen")
-        return (self._directory / "screen").read_bytes()
-
-    async def _send(self, kind: str, **data: object) -> None:
-        await self.execute("input-send-event", events=[{"type": kind, "data": data}])
-
-    async def _hmp(self, line: str) -> str:
-        said = await self.execute("human-monitor-command", **{"command-line": line})
-        return str(said)
-
-
-async def test_the_desktop_shows_what_is_typed_and_says_what_it_was_sent(data_dir: Path) -> None:
-    vm = vm_in(data_dir, await build_stand_in(desktop=True))
-    async with vm:
-        desktop = Desktop(vm, data_dir)
-        await console_shows(vm, "STAND-IN: ready")
-        await use(desktop)
-        await desktop.execute("system_reset")
-        await console_shows(vm, "STAND-IN: ready", times=2)
-        await use(desktop)
-        assert vm.console_log().count("STAND-IN: input=keyboard,tablet,mouse\r\n") == 2
-        assert vm.console_log().count("STAND-IN: boot_id=") == 2
-        report = await vm.stop()
-    assert report.rung is Rung.POWERDOWN
-
-
-async def use(desktop: Desktop) -> None:
-    """Everything that one can do with a desktop."""
-    assert await desktop.pointer() == "QEMU HID Tablet"
-    greeting = await desktop.screen()
-    assert await desktop.screen() == greeting
-
-    expected = []
-    for letter in TEXT:
-        expected += await desktop.press(*["shift"] * letter.isupper(), letter.lower())
-    await desktop.hears(expected)
-    async with asyncio.timeout(BOOT):
-        while await desktop.screen() == greeting:
-            await asyncio.sleep(0.1)
-    await desktop.hears(await desktop.press("ctrl", "alt", "delete"))
-
-    for corner in ((32767, 32767), (0, 0)):
-        await desktop.hears(await desktop.point(*corner))
-    for name in (*BUTTONS, "wheel-up"):
-        await desktop.hears(await desktop.click(name))
-    await desktop.hears(await desktop.push(5))
