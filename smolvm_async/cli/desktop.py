@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -11,7 +10,7 @@ import typer
 from smolvm_async import ConfigError, Screenshot
 from smolvm_async.cli.execution import execute
 from smolvm_async.cli.options import DataDir, Json, VMId, running_vm
-from smolvm_async.cli.output import say, write_json
+from smolvm_async.cli.output import out, say, write_bytes, write_json
 
 STDOUT = "-"
 
@@ -37,15 +36,15 @@ def screenshot(
 ) -> None:
     """Take a picture of a VM's screen."""
     path = f"{vm_id}.png" if output is None else output
-    if path == STDOUT and json:
-        raise typer.BadParameter("stdout is for the JSON: leave one out", param_hint="--output -")
+    if path == STDOUT and (json or out.is_terminal):
+        reader = "the JSON" if json else "the terminal"
+        raise typer.BadParameter(f"stdout is {reader}'s: name a file", param_hint="--output")
 
     async def work() -> Screenshot:
         async with running_vm(vm_id, data_dir) as vm:
             picture = await vm.screenshot(display=display, head=head)
         if path == STDOUT:
-            sys.stdout.buffer.write(picture.png)
-            sys.stdout.buffer.flush()
+            write_bytes(picture.png)
         else:
             picture.save(path)
         return picture

@@ -73,6 +73,13 @@ def write_text(text: str) -> None:
         sys.stdout.flush()
 
 
+def write_bytes(content: bytes) -> None:
+    """Write what is no text to stdout."""
+    if sys.stdout is not None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.flush()
+
+
 def show_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> None:
     """Write a table, whose columns have rich's own arguments, to stdout."""
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -11,6 +11,7 @@ from smolvm_async.config import check_seconds, shown
 from smolvm_async.controls.control import Control
 from smolvm_async.controls.screen import Screen
 from smolvm_async.errors import ConfigError, VMTimeoutError
+from smolvm_async.events import BootState
 from smolvm_async.handle import Handle
 from smolvm_async.log import get_logger
 from smolvm_async.qemu.input import AXIS, InputEvent, position, released
@@ -160,7 +161,7 @@ class Mouse(Control):
         waiting = False
         try:
             async with asyncio.timeout(patience):
-                while not await self.taking_input().input.tablet_taken():
+                while not await self._is_taken():
                     if not waiting:
                         logger.info("waiting until the guest has taken the tablet")
                         waiting = True
@@ -172,6 +173,12 @@ class Mouse(Control):
                 "for USB tablets have no use for it. Wait until its operating system runs, or use "
                 "the keyboard."
             ) from None
+
+    async def _is_taken(self) -> bool:
+        run = self.taking_input()
+        # QEMU believes what it has seen before a reset.
+        in_control = run.boot.last.state.reaches(BootState.OPERATING_SYSTEM)
+        return in_control and await run.input.tablet_taken()
 
     async def _place(self, x: int, y: int) -> list[InputEvent]:
         width, height = await self._screen.size()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from smolvm_async import Screenshot
 
 CLI = [sys.executable, "-m", "smolvm_async"]
 SCRIPT = Path(sys.executable).with_name("smolvm-async")
@@ -516,13 +519,84 @@ def test_what_a_killed_run_leaves_is_pruned(run: Run, data_dir: Path, as_json: b
     cli("delete", "--yes", "kept", *place)
 
 
+# screenshot, vnc
+
+
+def test_a_picture_of_the_screen_is_saved(run: Run, data_dir: Path, tmp_path: Path) -> None:
+    place = ("--data-dir", data_dir)
+    with run("--id", "one", "--resolution", "1024x768") as running:
+        file = tmp_path / "picture.png"
+        assert cli("screenshot", "one", "-o", file, *place).stdout == f"{file}: 640x480\n"
+        assert Screenshot.from_png(file.read_bytes()).size == (640, 480)
+        assert cli("screenshot", "one", *place, cwd=tmp_path).stdout == "one.png: 640x480\n"
+        told = document("screenshot", "one", "-o", file.with_suffix(".ppm"), *place)
+        assert (told["vm_id"], told["width"], told["height"]) == ("one", 640, 480)
+        assert Screenshot.from_ppm(Path(told["path"]).read_bytes()).size == (640, 480)
+        piped = subprocess.run(
+            [*CLI, "screenshot", "one", "-o", "-", *place], capture_output=True, check=True
+        )
+        assert Screenshot.from_png(piped.stdout).size == (640, 480)
+        for wrong in (
+            ["-o", tmp_path / "nowhere" / "x.png"],
+            ["-o", tmp_path / "x.what"],
+            ["-o", "-", "--json"],
+            ["--display", "second"],
+        ):
+            cli("screenshot", "one", *wrong, *place, code=2, cwd=tmp_path)
+        running.kill(signal.SIGINT)
+        running.end()
+
+
+def test_a_terminal_is_spared_the_picture(run: Run, data_dir: Path) -> None:
+    with run("--id", "one") as running:
+        shown, code = terminal("screenshot", "one", "-o", "-", "--data-dir", data_dir)
+        assert ("name a file" in shown, code) == (True, 2)
+        running.kill(signal.SIGINT)
+        running.end()
+
+
+def test_vnc_is_turned_on_and_off(run: Run, data_dir: Path) -> None:
+    place = ("--data-dir", data_dir)
+    with run("--id", "one") as running:
+        url = document("vnc", "one", *place)["url"]
+        assert re.fullmatch(r"vnc://:\w{8}@127\.0\.0\.1:\d+", url)
+        shown = cli("vnc", "one", *place).stdout
+        assert shown.startswith(f"{url}\nHere:           vncviewer 127.0.0.1::")
+        socket = cli("vnc", "one", "--kind", "unix", *place).stdout
+        assert f"vncviewer {data_dir}/one/vnc.sock\n" in socket
+        assert f"ssh -L 5901:{data_dir}/one/vnc.sock " in socket
+        assert cli("vnc", "one", "--off", *place).stdout == "The VNC server of one is off.\n"
+        assert document("vnc", "one", "--off", *place) == {"vm_id": "one", "url": None}
+        cli("vnc", "one", "--off", "--kind", "unix", *place, code=2)
+        running.kill(signal.SIGINT)
+        running.end()
+    with run("--id", "two", "--vnc", "unix") as running:
+        assert document("vnc", "two", *place)["url"].startswith("vnc+unix://:")
+        running.kill(signal.SIGINT)
+        running.end()
+
+
+def test_a_vm_at_rest_has_no_screen(run: Run, data_dir: Path) -> None:
+    with run("--id", "kept", "--keep") as running:
+        running.kill(signal.SIGINT)
+        running.end()
+    for command in ("screenshot", "vnc"):
+        error = document(command, "kept", "--data-dir", data_dir, code=1)["error"]
+        assert error["type"] == "VMNotRunningError"
+    cli("delete", "--yes", "kept", "--data-dir", data_dir)
+
+
+# No VM
+
+
 def test_no_vm_is_no_error_but_for_those_that_name_one(data_dir: Path) -> None:
     place = ["--data-dir", str(data_dir)]
     assert cli("list", *place).stdout == "There are no VMs.\n"
     assert document("list", *place) == []
     assert cli("prune", *place).stdout == "There is nothing to prune.\n"
     assert document("prune", *place) == []
-    for command in (["stop"], ["delete"], ["logs"], ["logs", "--source=qemu"], ["run", "--id"]):
+    known = (["stop"], ["delete"], ["logs"], ["logs", "--source=qemu"], ["run", "--id"])
+    for command in (*known, ["screenshot"], ["vnc"]):
         assert "there is no VM 'none'" in cli(*command, "none", *place, code=4).stderr
         error = document(*command, "none", *place, code=4)["error"]
         assert error["type"] == "VMNotFoundError"
