@@ -1,0 +1,112 @@
+"""The desktop's figures: screenshots against QEMU's bare `screendump`, waiting, the loop's stalls.
+
+On the firmware's screen, of a VM with an empty disk. Bare and ours alternate in one run; only
+the ratios mean much.
+
+    python benchmarks/desktop.py [-n 50] [--resolution 1920x1080] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from smolvm_async import AcceleratorWarning, AsyncSmolVM, VMTimeoutError
+
+DRAWN = 3.0  # seconds without a change: the firmware has found nothing to boot
+TICK = 0.001  # seconds between two looks at how late the event loop is
+WATCHED = 5.0  # seconds of wait_for_screen()
+
+
+@asynccontextmanager
+async def stalls() -> AsyncIterator[list[float]]:
+    """How late the event loop came each time, in seconds."""
+    late: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            due = time.perf_counter() + TICK
+            await asyncio.sleep(TICK)
+            late.append(time.perf_counter() - due)
+
+    ticking = asyncio.create_task(tick())
+    try:
+        yield late
+    finally:
+        ticking.cancel()
+
+
+async def timed(work: Any) -> float:
+    """Seconds that an awaitable takes."""
+    began = time.perf_counter()
+    await work
+    return time.perf_counter() - began
+
+
+async def measure(image: Path, rounds: int, resolution: str) -> dict[str, float]:
+    """All figures, in milliseconds."""
+    figures: dict[str, float] = {}
+    async with AsyncSmolVM(os="windows", image=image, resolution=resolution) as vm:
+        await vm.wait_for_screen(changed=True, stable=DRAWN)
+        run: Any = vm._vm.run
+
+        def bare(image_format: str) -> Any:
+            arguments = {"filename": "bare", "format": image_format}
+            return run._monitor.execute("screendump", arguments)
+
+        pairs = [
+            (await timed(bare("png")), await timed(vm.screenshot()), await timed(bare("ppm")))
+            for _ in range(rounds)
+        ]
+        for name, values in zip(("bare png", "screenshot", "bare ppm"), zip(*pairs, strict=True), strict=True):
+            figures[name] = 1000 * statistics.median(values)
+        figures["ratio"] = figures["screenshot"] / figures["bare png"]
+        for name, wait in (("idle", asyncio.sleep(WATCHED)), ("waiting", watch(vm))):
+            async with stalls() as late:
+                await wait
+            figures[f"worst stall, {name}"] = 1000 * max(late)
+            figures[f"99th percentile of the stalls, {name}"] = (
+                1000 * sorted(late)[int(len(late) * 0.99)]
+            )
+        await vm.stop(timeout=0)
+    return figures
+
+
+async def watch(vm: AsyncSmolVM) -> None:
+    """Wait for what does not come: each picture is compared with two, as a whole."""
+    shown = await vm.screenshot()
+    with suppress(VMTimeoutError):
+        await vm.wait_for_screen(changed=shown, stable=1e6, timeout=WATCHED)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-n", "--rounds", type=int, default=50)
+    parser.add_argument("--resolution", default="1920x1080")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", AcceleratorWarning)
+    with tempfile.TemporaryDirectory() as directory:
+        image = Path(directory) / "empty.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1G"], check=True)
+        figures = asyncio.run(measure(image, options.rounds, options.resolution))
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:42} {value:8.2f}{'' if name == 'ratio' else ' ms'}")
+
+
+if __name__ == "__main__":
+    main()
