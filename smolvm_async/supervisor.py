@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -29,7 +30,7 @@ from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.input import Input
-from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.monitor import Monitor, Turns
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.vnc import VNCServer
 from smolvm_async.record import Machine, Status
@@ -72,6 +73,7 @@ class Supervisor:
         self.input = Input(self._monitor)
         self.vnc = VNCServer(self._monitor, plan.config.data_dir / plan.config.vm_id)
         self.paused = False
+        self._turns = Turns(self._monitor)
         self._scope = anyio.CancelScope()
         self._children: list[Child] = []
         self._ended: list[Child] = []  # in the order in which they ended
@@ -118,13 +120,15 @@ class Supervisor:
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
-        await self._monitor.execute("stop")
-        await self._record(status=Status.PAUSED)
+        await self._turns.take(partial(self._run_guest, "stop", Status.PAUSED))
 
     async def resume(self) -> None:
         """Let them run again."""
-        await self._monitor.execute("cont")
-        await self._record(status=Status.RUNNING)
+        await self._turns.take(partial(self._run_guest, "cont", Status.RUNNING))
+
+    async def _run_guest(self, command: str, status: Status) -> None:
+        await self._monitor.complete(command)
+        await self._record(status=status)
 
     async def _run(self, group: TaskGroup) -> None:
         try:

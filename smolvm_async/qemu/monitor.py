@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, TypeVar
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
@@ -24,8 +24,10 @@ from smolvm_async.shielding import settle
 wire = get_logger(f"{__name__}.wire")
 wire.setLevel(logging.CRITICAL)
 
-ANSWER = 30.0  # seconds that QEMU may take for one command; it usually takes 0.3 ms
+ANSWER = 30.0  # seconds that a caller waits for QEMU's answer, which usually takes 0.3 ms
 LAST_WORDS = 1.0  # seconds to read what a QEMU that has ended still had to say
+
+T = TypeVar("T")
 
 
 class Monitor:
@@ -41,6 +43,7 @@ class Monitor:
 
         self._client.events.event_filter = hand_on
         self._socket: socket.socket | None = None
+        self._begun: set[asyncio.Task[Any]] = set()
 
     def open(self) -> socket.socket:
         """Make the socketpair; returns QEMU's end, which the caller closes once QEMU has it."""
@@ -81,13 +84,30 @@ class Monitor:
         """
         try:
             async with asyncio.timeout(ANSWER):
-                return await self._client.execute(command, dict(arguments) if arguments else None)
-        except ExecuteError as error:
-            raise MonitorError(f"QEMU refused {command}: {error}") from error
+                return await self.complete(command, arguments)
         except TimeoutError:
             raise MonitorError(f"QEMU did not answer {command} within {ANSWER:g} s") from None
+
+    async def complete(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Execute a QMP command, however long QEMU takes. See `execute()`."""
+        try:
+            return await self._client.execute(command, dict(arguments) if arguments else None)
+        except ExecuteError as error:
+            raise MonitorError(f"QEMU refused {command}: {error}") from error
         except QMPError as error:
             raise VMNotRunningError(f"QEMU has ended; {command} was not executed") from error
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin what goes on though nobody waits for it, until QEMU ends."""
+        task = asyncio.ensure_future(work)
+        self._begun.add(task)  # asyncio itself refers to its tasks weakly
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        self._begun.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved, or asyncio would log it
 
     async def last_words(self) -> None:
         """Once QEMU has ended: hand on the events that it still sent."""
@@ -97,13 +117,48 @@ class Monitor:
                     await self._client.runstate_changed()
 
     async def disconnect(self) -> None:
-        """End the session; nothing is raised, since an ended QEMU is what one expects here."""
-        if self._socket is None:
-            return
+        """End the session, and all that was begun in it.
+
+        Nothing is raised, since an ended QEMU is what one expects here.
+        """
+        if self._socket is not None:
+            await settle(self._disconnect(self._socket))
+
+    async def _disconnect(self, ours: socket.socket) -> None:
         try:
             if self._client.runstate is not Runstate.IDLE:
                 with contextlib.suppress(QMPError, EOFError, OSError):
-                    await settle(self._client.disconnect())
+                    await self._client.disconnect()
+            if self._begun:
+                await asyncio.wait(self._begun)
         finally:
-            self._socket.close()
+            ours.close()
             self._socket = None
+
+
+class Turns:
+    """Pieces of work of several commands each: one after another, and each to its end.
+
+    A caller that is cancelled, or has waited long enough, leaves at once. What it has begun goes on
+    and keeps the turn: QEMU, which has its command, would do it while the next one began.
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._turn = asyncio.Lock()
+
+    async def take(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do some work, which uses `Monitor.complete()`.
+
+        Raises:
+            MonitorError, VMNotRunningError: See `Monitor.execute()`.
+        """
+        try:
+            async with asyncio.timeout(ANSWER):
+                await self._turn.acquire()
+                task = self._monitor.begin(work())
+                task.add_done_callback(lambda _: self._turn.release())
+                await asyncio.wait([task])
+        except TimeoutError:
+            raise MonitorError(f"QEMU did not answer within {ANSWER:g} s") from None
+        return task.result()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from contextlib import ExitStack
+from functools import partial
 
+from smolvm_async.errors import VMNotRunningError
 from smolvm_async.qemu.arguments import DISPLAY, SCREEN
-from smolvm_async.qemu.monitor import Monitor
-from smolvm_async.shielding import in_thread, settle
+from smolvm_async.qemu.monitor import Monitor, Turns
+from smolvm_async.shielding import in_thread
 
 
 class Screen:
@@ -16,7 +17,7 @@ class Screen:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._turn = asyncio.Lock()
+        self._turns = Turns(monitor)
         self._files = ExitStack()
         self._read = self._write = -1
 
@@ -32,6 +33,7 @@ class Screen:
     def close(self) -> None:
         """Close both descriptors."""
         self._files.close()
+        self._read = self._write = -1
 
     async def dump(self, image_format: str, device: str | None, head: int) -> bytes:
         """Have QEMU write a picture, after those that others have asked for.
@@ -42,18 +44,18 @@ class Screen:
             head: Which of its heads.
 
         Raises:
-            MonitorError: If QEMU refuses it.
+            MonitorError: If QEMU refuses it, or does not answer within 30 s.
             VMNotRunningError: If QEMU has ended.
         """
-        async with self._turn:
-            # Not cancelled halfway: QEMU would still be writing when the next one begins.
-            return await settle(self._dump(image_format, device or DISPLAY, head))
+        return await self._turns.take(partial(self._dump, image_format, device or DISPLAY, head))
 
     async def _dump(self, image_format: str, device: str, head: int) -> bytes:
+        if self._write < 0:
+            raise VMNotRunningError("QEMU has ended, and its screen with it")
         os.lseek(self._write, 0, os.SEEK_SET)
         where = {"filename": SCREEN, "device": device, "head": head}
         try:
-            await self._monitor.execute("screendump", {**where, "format": image_format})
+            await self._monitor.complete("screendump", {**where, "format": image_format})
             return await in_thread(self._take)
         finally:
             os.ftruncate(self._write, 0)

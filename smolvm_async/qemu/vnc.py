@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import string
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from smolvm_async.config import VNCKind
-from smolvm_async.qemu.monitor import Monitor
-from smolvm_async.shielding import settle
+from smolvm_async.qemu.monitor import Monitor, Turns
 from smolvm_async.state import VNC
 
 PASSWORD = 8  # characters; VNC's authentication (RFC 6143) ignores what comes after
@@ -23,7 +22,7 @@ class VNCServer:
     def __init__(self, monitor: Monitor, directory: Path) -> None:
         self._monitor = monitor
         self._directory = directory
-        self._turn = asyncio.Lock()
+        self._turns = Turns(monitor)
         self._url: str | None = None
 
     async def start(self, kind: VNCKind) -> str:
@@ -39,20 +38,19 @@ class VNCServer:
             MonitorError: If QEMU refuses it: it was built without VNC, for example.
             VMNotRunningError: If QEMU has ended.
         """
-        async with self._turn:
-            return await settle(self._start(kind))
+        return await self._turns.take(partial(self._start, kind))
 
     async def _start(self, kind: VNCKind) -> str:
         alphabet = string.ascii_letters + string.digits
         password = "".join(secrets.choice(alphabet) for _ in range(PASSWORD))
         await self._stop()
-        await self._monitor.execute("set_password", {"protocol": "vnc", "password": password})
+        await self._monitor.complete("set_password", {"protocol": "vnc", "password": password})
         if kind == "unix":
             await self._listen({"type": "unix", "path": VNC})  # QEMU works in the directory
             self._url = f"vnc+unix://:{password}@{quote(os.fspath(self._directory / VNC))}"
         else:
             await self._listen({"type": "inet", "host": "127.0.0.1", "port": "0", "ipv6": False})
-            servers = await self._monitor.execute("query-vnc-servers")
+            servers = await self._monitor.complete("query-vnc-servers")
             port = servers[0]["server"][0]["service"]
             self._url = f"vnc://:{password}@127.0.0.1:{port}"
         return self._url
@@ -63,8 +61,7 @@ class VNCServer:
         Raises:
             MonitorError, VMNotRunningError: See `start()`.
         """
-        async with self._turn:
-            await settle(self._stop())
+        await self._turns.take(self._stop)
 
     async def _stop(self) -> None:
         if self._url is not None:
@@ -72,7 +69,7 @@ class VNCServer:
             self._url = None
 
     async def _listen(self, *addresses: dict[str, object]) -> None:
-        await self._monitor.execute("display-update", {"type": "vnc", "addresses": [*addresses]})
+        await self._monitor.complete("display-update", {"type": "vnc", "addresses": [*addresses]})
 
     async def url(self) -> str | None:
         """Where it listens, with the password; `None` while it is off."""
