@@ -30,7 +30,10 @@ class Input(Protocol):
         """Send input events together."""
 
     def post(self, events: Sequence[InputEvent]) -> None:
-        """Send them after all that was sent before, and wait for nothing."""
+        """Deliver input events, and wait for nothing."""
+
+    async def deliver(self, events: Sequence[InputEvent]) -> None:
+        """Send them after all that was sent before; to a paused guest once it is resumed."""
 
     async def keyboard_idle(self) -> bool:
         """Whether the guest has read all that the keyboard sent."""

@@ -112,6 +112,7 @@ class Supervisor:
             self.failure = _first(errors)
         finally:
             self.boot.end()
+            self.input.close()
             try:
                 await self._monitor.disconnect()
             finally:
@@ -262,6 +263,7 @@ class Supervisor:
     def _on_event(self, event: Event) -> None:
         self._hub.publish(event)
         self.boot.on_event(event)
+        self.input.on_event(event)
         if isinstance(event, Shutdown):
             self._shutdown = event
         elif isinstance(event, GuestPanicked):

@@ -38,8 +38,12 @@ class RemoteInput:
         await self._request("input.send", events=[*events])
 
     def post(self, events: Sequence[InputEvent]) -> None:
-        """Send them after all that was sent before, and wait for nothing."""
-        self._post("input.send", events=[*events])
+        """Deliver them, and wait for nothing."""
+        self._post("input.deliver", events=[*events])
+
+    async def deliver(self, events: Sequence[InputEvent]) -> None:
+        """Likewise, and wait for it."""
+        await self._request("input.deliver", events=[*events])
 
     async def keyboard_idle(self) -> bool:
         """Whether the guest has read all that the keyboard sent."""

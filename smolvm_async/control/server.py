@@ -144,7 +144,7 @@ class ControlServer:
         try:
             while line := await reader.readline():
                 request = decode(line)
-                if request.get("method") == "input.send":
+                if request.get("method") in ("input.send", "input.deliver"):
                     held = pressed([*held, *request["params"]["events"]])
                 # Not the connection's own: a client that leaves has still asked for it.
                 task = asyncio.ensure_future(self._answer(request, writer))
@@ -187,6 +187,7 @@ class ControlServer:
             "resume": vm.resume,
             "screen.dump": run.screen.dump,
             "input.send": run.input.send,
+            "input.deliver": run.input.deliver,
             "input.keyboard_idle": run.input.keyboard_idle,
             "input.tablet_taken": run.input.tablet_taken,
             "vnc.start": run.vnc.start,

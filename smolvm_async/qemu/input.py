@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from smolvm_async.errors import MonitorError, VMNotRunningError
+from smolvm_async.events import Event
 from smolvm_async.qemu.monitor import Monitor
 
 InputEvent = dict[str, Any]  # QMP's InputEvent
@@ -54,26 +55,49 @@ class Input:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._posted: set[asyncio.Task[None]] = set()
+        self._pauses = 0
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+
+    def on_event(self, event: Event) -> None:
+        """To be called with every event of QEMU."""
+        if event.name == "STOP":
+            self._pauses += 1
+            self._resumed.clear()
+        elif event.name == "RESUME":
+            self._resumed.set()
+
+    def close(self) -> None:
+        """The run is over: nothing waits any more until the guest is resumed."""
+        self._resumed.set()
 
     async def send(self, events: Sequence[InputEvent]) -> None:
         """Send input events, which the guest's devices get at once and together.
 
         Raises:
-            MonitorError: If QEMU refuses them.
+            MonitorError: If QEMU refuses them, as it does while the guest is paused.
             VMNotRunningError: If QEMU has ended.
         """
         await self._monitor.execute("input-send-event", {"events": [*events]})
 
     def post(self, events: Sequence[InputEvent]) -> None:
-        """Send input events after all that was sent before, and wait for nothing."""
-        task = asyncio.ensure_future(self._send_if_it_runs(events))
-        self._posted.add(task)  # asyncio itself refers to its tasks weakly
-        task.add_done_callback(self._posted.discard)
+        """Deliver input events, and wait for nothing."""
+        self._monitor.begin(self.deliver(events))
 
-    async def _send_if_it_runs(self, events: Sequence[InputEvent]) -> None:
-        with contextlib.suppress(MonitorError, VMNotRunningError):
-            await self.send(events)
+    async def deliver(self, events: Sequence[InputEvent]) -> None:
+        """Send input events after all that was sent before; to a paused guest once it is resumed.
+
+        Nothing is raised if QEMU ends, or hangs.
+        """
+        with contextlib.suppress(VMNotRunningError):
+            while True:
+                pauses = self._pauses
+                await self._resumed.wait()
+                try:
+                    return await self.send(events)
+                except MonitorError:
+                    if pauses == self._pauses:
+                        return
 
     async def keyboard_idle(self) -> bool:
         """Whether the guest has read all that the keyboard sent: its controller holds nothing."""
