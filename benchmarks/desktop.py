@@ -68,7 +68,8 @@ async def measure(image: Path, rounds: int, resolution: str) -> dict[str, float]
             (await timed(bare("png")), await timed(vm.screenshot()), await timed(bare("ppm")))
             for _ in range(rounds)
         ]
-        for name, values in zip(("bare png", "screenshot", "bare ppm"), zip(*pairs, strict=True), strict=True):
+        names = ("bare png", "screenshot", "bare ppm")
+        for name, values in zip(names, zip(*pairs, strict=True), strict=True):
             figures[name] = 1000 * statistics.median(values)
         figures["ratio"] = figures["screenshot"] / figures["bare png"]
         for name, wait in (("idle", asyncio.sleep(WATCHED)), ("waiting", watch(vm))):
