@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,18 +10,24 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from smolvm_async.checks import (
+    VNCKind,
+    check_accel,
+    check_cpus,
+    check_keep,
+    check_path,
+    check_resolution,
+    check_vm_id,
+    check_vnc_kind,
+    shown,
+)
 from smolvm_async.errors import ConfigError
 from smolvm_async.guests import GUESTS, GuestProfile
-from smolvm_async.paths import PathError, absolute, expand, xdg_home
+from smolvm_async.paths import xdg_home
 
-VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 DAY = 86_400  # seconds
-MAX_CPUS = 255  # what QEMU's q35 takes without an interrupt remapper
-MAX_SHOWN = 200  # characters
-MIN_RESOLUTION, MAX_RESOLUTION = (640, 480), (3840, 2160)  # VGA's own mode, and 4K
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 
-VNCKind = Literal["unix", "loopback"]
 Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
 DeadlineOrZero = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
 
@@ -112,15 +117,6 @@ class VMConfig(_Model):
         return GUESTS[self.os]
 
 
-def shown(value: object) -> str:
-    """How a message shows a value, which may be as long as its maker pleased."""
-    try:
-        text = repr(value)
-    except ValueError:  # an int of over 4300 digits
-        return "..."
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
 def new_vm_id() -> str:
     """`vm-` and 8 random hex digits."""
     return f"vm-{os.urandom(4).hex()}"
@@ -169,11 +165,11 @@ def make_config(
         "os": profile.name,
         "image": image,
         "memory": _memory(memory, profile),
-        "cpus": profile.default_cpus if cpus is None else _cpus(cpus),
+        "cpus": profile.default_cpus if cpus is None else check_cpus(cpus),
         "vm_id": new_vm_id() if vm_id is None else check_vm_id(vm_id),
-        "accel": _accel(accel),
-        "keep": _keep(keep),
-        "resolution": _resolution(resolution),
+        "accel": check_accel(accel),
+        "keep": check_keep(keep),
+        "resolution": check_resolution(resolution),
         "vnc": check_vnc_kind(vnc),
         "limits": _nested(Limits, "limits", limits),
         "timeouts": _nested(Timeouts, "timeouts", timeouts),
@@ -187,26 +183,6 @@ def make_config(
             "guest's memory and some 100 MiB for itself; pass more, or a smaller memory=."
         )
     return config
-
-
-def check_timeout(timeout: object) -> None:
-    """Check the `timeout=` of a method; `None` stands for its default.
-
-    Raises:
-        ConfigError: If it is not a number of seconds, 0 or more.
-    """
-    if timeout is not None:
-        check_seconds("timeout", timeout)
-
-
-def check_seconds(argument: str, seconds: object) -> None:
-    """Check an argument that is a time.
-
-    Raises:
-        ConfigError: If it is not a number of seconds, 0 or more.
-    """
-    if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
-        raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass seconds, 0 or more.")
 
 
 def _image(image: object) -> str:
@@ -270,80 +246,6 @@ def _memory(memory: object, profile: GuestProfile) -> object:
     return memory
 
 
-def _cpus(cpus: object) -> object:
-    if isinstance(cpus, bool) or not isinstance(cpus, int) or not 1 <= cpus <= MAX_CPUS:
-        raise ConfigError(
-            f"cpus={shown(cpus)} is wrong: pass a whole number of cores from 1 to {MAX_CPUS}."
-        )
-    return cpus
-
-
-def _accel(accel: object) -> object:
-    if accel not in ("auto", "kvm", "tcg"):
-        raise ConfigError(f"accel={shown(accel)} is wrong: pass 'auto', 'kvm' or 'tcg'.")
-    return accel
-
-
-def _keep(keep: object) -> object:
-    if not isinstance(keep, bool):
-        raise ConfigError(f"keep={shown(keep)} is wrong: pass True or False.")
-    return keep
-
-
-def _resolution(resolution: object) -> tuple[int, int]:
-    if resolution is None:
-        return (1280, 800)
-    parts = resolution
-    if isinstance(resolution, str):
-        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", resolution)
-        parts = tuple(int(part) for part in match.groups()) if match else ()
-    if (
-        isinstance(parts, tuple | list)
-        and len(parts) == 2
-        and all(isinstance(part, int) and not isinstance(part, bool) for part in parts)
-    ):
-        (least_x, least_y), (most_x, most_y) = MIN_RESOLUTION, MAX_RESOLUTION
-        # The adapter's registers take the width in steps of 8 pixels.
-        if least_x <= parts[0] <= most_x and least_y <= parts[1] <= most_y and not parts[0] % 8:
-            return (parts[0], parts[1])
-    raise ConfigError(
-        f"resolution={shown(resolution)} is wrong: pass (width, height) or 'WIDTHxHEIGHT' in "
-        "pixels, from 640x480 to 3840x2160, the width a multiple of 8."
-    )
-
-
-def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
-    """Check how VNC is to be reached: a unix socket, a port of the loopback, or not at all.
-
-    Raises:
-        ConfigError: If it is none of these.
-    """
-    if kind is None or kind is False:
-        return None
-    if kind is True or kind == "loopback":
-        return "loopback"
-    if kind == "unix":
-        return "unix"
-    raise ConfigError(
-        f"{argument}={shown(kind)} is wrong: pass 'loopback' (a port of 127.0.0.1; True is the "
-        "same), 'unix' (a socket in the VM's directory), or None."
-    )
-
-
-def check_vm_id(vm_id: object) -> str:
-    """Check the id of a VM.
-
-    Raises:
-        ConfigError: If no VM can have it.
-    """
-    if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
-        raise ConfigError(
-            f"vm_id={vm_id!r} is wrong: pass 1 to 63 lower-case letters, digits and hyphens, "
-            "with no hyphen at either end, such as vm_id='build-42'."
-        )
-    return vm_id
-
-
 def _nested(model: type[M], argument: str, value: object) -> M:
     """An argument that is a model of its own, or a mapping of its names."""
     if value is None:
@@ -371,23 +273,3 @@ def make_data_dir(data_dir: object) -> Path:
     if data_dir is None:
         return default_data_dir()
     return check_path(data_dir, "data_dir", "a directory")
-
-
-def check_path(path: object, argument: str, kind: str) -> Path:
-    """The absolute path that an argument means, `~` expanded.
-
-    Args:
-        kind: What the path should be of: "a directory".
-
-    Raises:
-        ConfigError: If no path can be that.
-    """
-    if isinstance(path, os.PathLike):
-        path = os.fspath(path)
-    reason = "is wrong"
-    if isinstance(path, str) and path:
-        try:
-            return absolute(expand(path))
-        except PathError as error:
-            reason = str(error)
-    raise ConfigError(f"{argument}={shown(path)} {reason}: pass the path of {kind} as str or Path.")

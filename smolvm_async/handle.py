@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from smolvm_async.config import VMConfig, VNCKind
+from smolvm_async.checks import VNCKind
+from smolvm_async.config import VMConfig
 from smolvm_async.errors import LaunchError, VMNotRunningError
 from smolvm_async.events import EventHub
 from smolvm_async.qemu.boot import BootStates

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO
 
-from smolvm_async.config import check_vm_id, make_data_dir
+from smolvm_async.checks import check_vm_id
+from smolvm_async.config import make_data_dir
 from smolvm_async.locking import is_locked
 from smolvm_async.state import QEMU_LOG, SWTPM_LOG, find_directory, open_directory
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from smolvm_async.config import VM_ID
+from smolvm_async.checks import VM_ID
 from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.locking import is_locked, try_lock_file, unlock_file
 from smolvm_async.log import current_vm, get_logger

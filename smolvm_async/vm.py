@@ -10,14 +10,8 @@ from types import TracebackType
 from typing import Literal, NoReturn, Self
 
 from smolvm_async.block import Block
-from smolvm_async.config import (
-    Limits,
-    Timeouts,
-    check_timeout,
-    check_vm_id,
-    make_config,
-    make_data_dir,
-)
+from smolvm_async.checks import check_timeout, check_vm_id
+from smolvm_async.config import Limits, Timeouts, make_config, make_data_dir
 from smolvm_async.control import Attached
 from smolvm_async.controls.desktop import Desktop
 from smolvm_async.controls.observation import Observation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from smolvm_async.config import VNCKind
+from smolvm_async.checks import VNCKind
 from smolvm_async.qemu.input import InputEvent
 
 Request = Callable[..., Awaitable[Any]]

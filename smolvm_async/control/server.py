@@ -9,7 +9,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from smolvm_async.config import check_timeout
+from smolvm_async.checks import check_timeout
 from smolvm_async.control.messages import (
     MAX_MESSAGE,
     address,

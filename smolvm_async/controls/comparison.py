@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeGuard
 
-from smolvm_async.config import shown
+from smolvm_async.checks import shown
 from smolvm_async.controls.picture import CHANNELS, Screenshot
 from smolvm_async.errors import ConfigError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from smolvm_async.config import check_seconds
+from smolvm_async.checks import check_seconds
 from smolvm_async.controls.control import Control
 from smolvm_async.controls.layouts import check_layout, chord, strokes
 from smolvm_async.errors import VMTimeoutError

@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from smolvm_async.config import shown
+from smolvm_async.checks import shown
 from smolvm_async.errors import ConfigError
 
 

@@ -35,7 +35,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from smolvm_async.config import shown
+from smolvm_async.checks import shown
 from smolvm_async.controls.keys import find_key, simplified
 from smolvm_async.errors import ConfigError
 

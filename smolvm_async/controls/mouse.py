@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Literal, get_args
 
-from smolvm_async.config import check_seconds, shown
+from smolvm_async.checks import check_seconds, shown
 from smolvm_async.controls.control import Control
 from smolvm_async.controls.screen import Screen
 from smolvm_async.errors import ConfigError, VMTimeoutError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from smolvm_async.config import check_timeout
+from smolvm_async.checks import check_timeout
 from smolvm_async.errors import ConfigError, VMTimeoutError
 from smolvm_async.events import BootState, BootStateChanged, EventStream
 from smolvm_async.handle import Handle, begun, console_tail, ended

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from smolvm_async.config import check_path, shown
+from smolvm_async.checks import check_path, shown
 from smolvm_async.errors import ConfigError, PictureError
 
 if TYPE_CHECKING:

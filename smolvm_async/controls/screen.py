@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from smolvm_async.config import check_seconds, shown
+from smolvm_async.checks import check_seconds, shown
 from smolvm_async.controls.control import Control
 from smolvm_async.controls.picture import Screenshot
 from smolvm_async.controls.wanted import Wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smolvm_async.config import VNCKind, check_vnc_kind
+from smolvm_async.checks import VNCKind, check_vnc_kind
 from smolvm_async.controls.control import Control
 from smolvm_async.errors import ConfigError
 

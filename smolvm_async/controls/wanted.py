@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from smolvm_async.config import check_seconds, shown
+from smolvm_async.checks import check_seconds, shown
 from smolvm_async.controls.comparison import Comparison
 from smolvm_async.controls.picture import Reference, Screenshot, load_picture
 from smolvm_async.errors import ConfigError

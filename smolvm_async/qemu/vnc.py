@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-from smolvm_async.config import VNCKind
+from smolvm_async.checks import VNCKind
 from smolvm_async.qemu.monitor import Monitor, Turns
 from smolvm_async.state import VNC
 

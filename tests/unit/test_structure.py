@@ -30,6 +30,7 @@ ROWS = [
     "progress",
     "tail",
     "process",
+    "checks",
     "guests",
     "config",
     "controls.keys",
