@@ -69,7 +69,7 @@ class Supervisor:
         self._machine: Machine | None = None  # of a kept VM that has run before
         self._hub = hub
         self._monitor = Monitor(self._on_event)
-        self.screen = Screen(self._monitor)
+        self.screen = Screen(self._monitor, plan.config.resolution)
         self.input = Input(self._monitor)
         self.vnc = VNCServer(self._monitor, plan.config.data_dir / plan.config.vm_id)
         self.paused = False

@@ -162,7 +162,7 @@ async def _launch(
         sockets = [
             ends.enter_context(sock) for attached in attachments for sock in attached.sockets
         ]
-        screen = Screen(monitor)
+        screen = Screen(monitor, config.resolution)
         ends.callback(screen.close)
         descriptors = Descriptors(
             ends.enter_context(monitor.open()).fileno(),

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import ExitStack
 from functools import partial
 
-from smolvm_async.errors import VMNotRunningError
+from smolvm_async.errors import HostError, VMNotRunningError
 from smolvm_async.qemu.arguments import DISPLAY, SCREEN
 from smolvm_async.qemu.monitor import Monitor, Turns
 from smolvm_async.shielding import in_thread
 
+PIXEL = 4  # bytes, at most, in a picture
+
 
 class Screen:
-    """A memfd that QEMU has inherited for writing, and we read."""
+    """A memfd that QEMU has inherited for writing, and we read.
 
-    def __init__(self, monitor: Monitor) -> None:
+    Args:
+        monitor: QEMU's.
+        resolution: Width and height that the guest is offered.
+    """
+
+    def __init__(self, monitor: Monitor, resolution: tuple[int, int]) -> None:
         self._monitor = monitor
+        self._size = math.prod(resolution) * PIXEL
         self._turns = Turns(monitor)
         self._files = ExitStack()
         self._read = self._write = -1
@@ -44,6 +53,7 @@ class Screen:
             head: Which of its heads.
 
         Raises:
+            HostError: If there is no memory for it.
             MonitorError: If QEMU refuses it, or does not answer within 30 s.
             VMNotRunningError: If QEMU has ended.
         """
@@ -52,13 +62,23 @@ class Screen:
     async def _dump(self, image_format: str, device: str, head: int) -> bytes:
         if self._write < 0:
             raise VMNotRunningError("QEMU has ended, and its screen with it")
-        os.lseek(self._write, 0, os.SEEK_SET)
         where = {"filename": SCREEN, "device": device, "head": head}
         try:
+            await in_thread(self._reserve)
             await self._monitor.complete("screendump", {**where, "format": image_format})
             return await in_thread(self._take)
         finally:
             os.ftruncate(self._write, 0)
 
+    def _reserve(self) -> None:
+        """Or libpng would abort QEMU, where the kernel promises no memory that it does not have."""
+        try:
+            os.posix_fallocate(self._write, 0, self._size)
+        except OSError as error:
+            raise HostError(
+                f"There is no memory for a picture of the screen: {error.strerror}."
+            ) from error
+        os.lseek(self._write, 0, os.SEEK_SET)
+
     def _take(self) -> bytes:
-        return os.pread(self._read, os.fstat(self._read).st_size, 0)
+        return os.pread(self._read, os.lseek(self._write, 0, os.SEEK_CUR), 0)
