@@ -57,6 +57,24 @@ async def client(data_dir: str) -> None:
         await vm.wait_stopped()
 
 
+async def typist(data_dir: str) -> None:
+    """Attach, and hold keys and a button down until the VM ends."""
+    async with await AsyncSmolVM.from_id("vm", data_dir=data_dir) as vm:
+        await vm.keyboard.down("ctrl+a")
+        await vm.mouse.down()
+        say("holds")
+        await vm.wait_stopped()
+
+
+async def viewer(data_dir: str) -> None:
+    """Attach, start the VNC server, and take screenshots until the VM ends."""
+    async with await AsyncSmolVM.from_id("vm", data_dir=data_dir) as vm:
+        await vm.vnc.start("unix")
+        say("views")
+        while True:
+            await vm.screenshot()
+
+
 async def pruner(data_dir: str) -> None:
     """Prune until there is nothing more."""
     say("prunes")
@@ -106,6 +124,8 @@ ACTORS: tuple[Callable[..., Any], ...] = (
     owner,
     careless_owner,
     client,
+    typist,
+    viewer,
     pruner,
     starter,
     visitor,

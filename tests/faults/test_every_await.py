@@ -25,7 +25,8 @@ from tests.faults.injection import PROGRAMS, Fault, Run, run_once
 
 QEMU, SWTPM = PROGRAMS
 MOMENT = 0.005  # seconds
-IMPATIENT = {"launch": 0.5, "powerdown": 0.1, "quit": 0.1, "terminate": 0.1}
+UNREAD = {"input": 0.01}  # the firmware reads no key yet, and never has a use for the tablet
+IMPATIENT = {"launch": 0.5, "powerdown": 0.1, "quit": 0.1, "terminate": 0.1, **UNREAD}
 
 
 Story = Callable[["World"], Coroutine[Any, Any, None]]
@@ -37,7 +38,7 @@ class World:
     def __init__(self, image: Path, data_dir: Path) -> None:
         self.image = image
         self.data_dir = data_dir
-        self.timeouts: dict[str, float] = {}
+        self.timeouts = UNREAD
 
     def vm(self, *, keep: bool = False) -> AsyncSmolVM:
         return AsyncSmolVM(
@@ -112,6 +113,34 @@ async def deleted_by_another(world: World) -> None:
 
 
 STORIES: list[Story] = [block, explicit, kept, attached, deleted_by_another]
+
+
+async def use_desktop(vm: AsyncSmolVM) -> None:
+    await asyncio.gather(vm.screenshot(), vm.screenshot())
+    with suppress(VMTimeoutError):
+        await vm.wait_for_screen(stable=1, timeout=MOMENT, interval=MOMENT)
+    with suppress(VMTimeoutError):
+        await vm.keyboard.press("a")
+    with suppress(VMTimeoutError):
+        await vm.mouse.click(1, 1)
+    await vm.vnc.start("unix")
+    await vm.pause()
+    await vm.resume()
+    await vm.vnc.stop()
+
+
+async def desktop(world: World) -> None:
+    async with world.vm() as vm:
+        await use_desktop(vm)
+        await vm.stop(timeout=0)
+
+
+async def attached_desktop(world: World) -> None:
+    async with world.vm(), await world.found() as seen:
+        await use_desktop(seen)
+
+
+DESKTOPS: list[Story] = [desktop, attached_desktop]
 
 
 def cancel(run: Run) -> Generator[int, None, None]:
@@ -191,29 +220,46 @@ ENOSPC = "ENOSPC to the end"
 # Where n is not 1, chance says which; with SMOLVM_ASYNC_EVERY_FAULT=1 in the environment it is 1.
 PLAN: list[tuple[str, list[Story], int]] = [
     ("cancel", STORIES, 1),
+    ("cancel", [desktop], 1),
+    ("cancel", [attached_desktop], 2),
     ("cancel, and 1 await later", [block, explicit], 1),
     ("cancel, and 1 await later", [kept], 2),
+    ("cancel, and 1 await later", [desktop], 4),
     ("cancel, and 2 awaits later", [explicit], 1),
+    ("cancel, and 2 awaits later", [attached_desktop], 4),
     ("cancel, and 3 awaits later", [attached], 2),
     ("cancel, and 5 awaits later", [block], 1),
+    ("cancel, and 5 awaits later", [desktop], 4),
     ("SIGKILL QEMU", [block, explicit], 1),
     ("SIGKILL QEMU", [kept, attached], 2),
+    ("SIGKILL QEMU", [desktop], 2),
+    ("SIGKILL QEMU", [attached_desktop], 4),
     ("SIGKILL swtpm", [block], 1),
     ("SIGKILL swtpm", [kept, deleted_by_another], 2),
+    ("SIGKILL swtpm", [attached_desktop], 8),
     ("SIGKILL QEMU and swtpm", [explicit], 1),
     ("SIGKILL QEMU and swtpm", [attached], 2),
+    ("SIGKILL QEMU and swtpm", [desktop], 4),
     ("SIGTERM QEMU", [explicit], 1),
+    ("SIGTERM QEMU", [desktop], 4),
     ("SIGTERM swtpm", [block], 1),
+    ("SIGTERM swtpm", [desktop], 8),
     ("SIGSTOP QEMU", [block, explicit, kept], 4),
+    ("SIGSTOP QEMU", DESKTOPS, 16),
     ("SIGSTOP swtpm", [explicit, kept], 4),
+    ("SIGSTOP swtpm", [desktop], 16),
     ("EMFILE until the next await", [explicit], 1),
     ("EMFILE until the next await", [kept], 3),
+    ("EMFILE until the next await", [desktop], 4),
     ("EMFILE for 5 awaits", [block], 1),
     ("EMFILE for 5 awaits", [attached], 3),
+    ("EMFILE for 5 awaits", [attached_desktop], 8),
     ("EMFILE to the end", [explicit], 1),
     ("EMFILE to the end", [kept, deleted_by_another], 3),
+    ("EMFILE to the end", [desktop], 4),
     (ENOSPC, [block], 1),
     (ENOSPC, [kept], 2),
+    (ENOSPC, [desktop], 8),
 ]
 EVERY = "SMOLVM_ASYNC_EVERY_FAULT" in os.environ
 

@@ -10,14 +10,11 @@ import itertools
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,87 +23,11 @@ from smolvm_async import AsyncSmolVM, Status, VMInfo
 from smolvm_async.process import identify
 from tests.faults.actors import make
 from tests.faults.injection import PROGRAMS
+from tests.faults.stage import LONG, Stage, inhabitants, kill
 
 GONE = 2.0  # seconds from an owner's death until nothing of it runs
-LONG = 30.0  # seconds for anything else
 RANDOM_MOMENTS, RACES = 15, 5
 PARTIES = ("owner", "client", *PROGRAMS)
-
-
-class Stage:
-    """Starts actors (see `tests.faults.actors`), and hears what they say."""
-
-    def __init__(self, data_dir: Path) -> None:
-        command = [sys.executable, "-m", "tests.faults.actors"]
-        root = Path(__file__).parents[2]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=root, bufsize=0)
-        self._data_dir = data_dir
-        self._rest = b""
-        self._said: list[tuple[int, str]] = []
-
-    def call(self, name: str, *arguments: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([name, *arguments], default=str).encode() + b"\n")
-
-    def hear(self, *words: str, pid: int = 0) -> tuple[int, str]:
-        """Who says one of these words, and which; each is heard once."""
-        deadline = time.monotonic() + LONG
-        while True:
-            for said in self._said:
-                if said[1] in words and pid in (0, said[0]):
-                    self._said.remove(said)
-                    return said
-            told = self._listen(deadline - time.monotonic())
-            assert told, f"nobody says {words}, but {self._said}"
-
-    def has_said(self, word: str, pid: int) -> bool:
-        """Whether it had, now that it is dead."""
-        while self._listen(0):
-            pass
-        return (pid, word) in self._said
-
-    def _listen(self, seconds: float) -> bytes:
-        assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], max(0.0, seconds))[0]:
-            return b""
-        said = os.read(self._process.stdout.fileno(), 65536)
-        *lines, self._rest = (self._rest + said).split(b"\n")
-        for pid, word in (line.decode().split() for line in lines):
-            self._said.append((int(pid), word))
-        return said
-
-    def close(self) -> None:
-        """End it, and whatever a test that failed has left."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        pid = self._process.pid
-        actors = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for left in [*map(int, actors), *inhabitants(self._data_dir).values()]:
-            kill(left)
-        self._process.stdin.close()
-        self._process.wait(LONG)
-        self._process.stdout.close()
-
-
-@pytest.fixture
-def stage(data_dir: Path) -> Iterator[Stage]:
-    stage = Stage(data_dir)
-    yield stage
-    stage.close()
-
-
-def inhabitants(data_dir: Path) -> dict[str, int]:
-    """The processes that work in a VM's directory, by their program's name."""
-    found = {}
-    for process in Path("/proc").iterdir():
-        if process.name.isdecimal():
-            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if os.readlink(process / "cwd").startswith(f"{data_dir}/"):
-                    names = {Path(word).name for word in words} & {*PROGRAMS}
-                    found[min(names, default=words[0])] = int(process.name)
-    return found
 
 
 def exists(pid: int) -> bool:
@@ -123,11 +44,6 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
 def wait_until_gone(pid: int, data_dir: Path) -> None:
     wait_for(lambda: not exists(pid), LONG, f"process {pid} lives")
     wait_for(lambda: not inhabitants(data_dir), GONE, "something outlived its owner")
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 def listed(data_dir: Path) -> list[VMInfo]:
