@@ -164,7 +164,8 @@ class Attached:
     def _post(self, method: str, **params: object) -> int:
         """Send a request whose answer, if nobody waits for it, is not looked at."""
         number = next(self._ids)
-        self._writer.write(encode({"id": number, "method": method, "params": params}))
+        if not self._writer.is_closing():
+            self._writer.write(encode({"id": number, "method": method, "params": params}))
         return number
 
     async def _read(self, reader: asyncio.StreamReader) -> None:

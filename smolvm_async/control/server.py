@@ -171,7 +171,9 @@ class ControlServer:
         except Exception as error:
             logger.debug("a client's request failed: %r", error)
             answer = {"error": error_to_json(error)}
-        with contextlib.suppress(OSError, RuntimeError):  # it has gone
+        if writer.is_closing():  # it has gone
+            return
+        with contextlib.suppress(OSError, RuntimeError):
             self._notify(writer, "status", {"status": str(self._vm.status)})
             writer.write(encode({"id": request.get("id"), **answer}))
             writer.write(content)
