@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -20,6 +21,8 @@ from smolvm_async.state import NO_DIRECTORY, StateDirectory, cannot_use, open_di
 
 logger = get_logger(__name__)
 
+DYING = 2.0  # seconds for a dead owner's last thread to let go of the lock
+POLL = 0.01  # seconds between two tries
 LOCK = "max_memory.lock"  # in the data directory, where no VM can have that id
 
 
@@ -119,8 +122,12 @@ async def prune_vms(data_dir: Path) -> list[VMInfo]:
 
 async def _prune(state: StateDirectory) -> VMInfo | None:
     try:
-        if not await in_thread(state.try_hold, False):
-            return None
+        deadline = time.monotonic() + DYING
+        while not await in_thread(state.try_hold, False):
+            owner = state.record.owner if state.record else None
+            if owner is None or owner.alive or time.monotonic() > deadline:
+                return None
+            await asyncio.sleep(POLL)
         record = state.record
         if record is None or record.owner is None:
             return None

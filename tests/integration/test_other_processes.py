@@ -223,7 +223,8 @@ async def test_a_forked_child_of_a_dead_owner_does_not_hold_its_vms(
     script = OWNER.replace(
         'print("running", flush=True)',
         "import os, time\n        here, there = os.pipe()\n"
-        "        if not os.fork():\n            os.write(there, b'!')\n            time.sleep(600)\n"
+        "        if not os.fork():\n            os.write(there, b'!')\n"
+        "            time.sleep(600)\n"
         "        os.read(here, 1)  # the child has let go of what it does not own\n"
         '        print("running", os.getpid(), flush=True)',
     )
