@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -75,10 +74,15 @@ class Input:
         """Send input events, which the guest's devices get at once and together.
 
         Raises:
-            MonitorError: If QEMU refuses them, as it does while the guest is paused.
-            VMNotRunningError: If QEMU has ended.
+            MonitorError: If QEMU refuses them.
+            VMNotRunningError: If QEMU has ended, or the guest is paused.
         """
-        await self._monitor.execute("input-send-event", {"events": [*events]})
+        try:
+            await self._monitor.execute("input-send-event", {"events": [*events]})
+        except MonitorError as error:
+            if not self._resumed.is_set():
+                raise VMNotRunningError("The guest is paused, and takes no input.") from error
+            raise
 
     def post(self, events: Sequence[InputEvent]) -> None:
         """Deliver input events, and wait for nothing."""
@@ -89,15 +93,14 @@ class Input:
 
         Nothing is raised if QEMU ends, or hangs.
         """
-        with contextlib.suppress(VMNotRunningError):
-            while True:
-                pauses = self._pauses
-                await self._resumed.wait()
-                try:
-                    return await self.send(events)
-                except MonitorError:
-                    if pauses == self._pauses:
-                        return
+        while True:
+            pauses = self._pauses
+            await self._resumed.wait()
+            try:
+                return await self.send(events)
+            except (MonitorError, VMNotRunningError):
+                if pauses == self._pauses:
+                    return
 
     async def keyboard_idle(self) -> bool:
         """Whether the guest has read all that the keyboard sent: its controller holds nothing."""
