@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -184,7 +185,9 @@ class Attached:
 
     def _handle(self, message: Mapping[str, Any]) -> None:
         if "method" in message:
-            getattr(self, f"_on_{message['method']}", lambda _: None)(message["params"])
+            # Interned, or Python's cache of methods would keep each of these strings for a while.
+            name = sys.intern(f"_on_{message['method']}")
+            getattr(self, name, lambda _: None)(message["params"])
         else:
             answer = self._answers.get(message["id"])
             if answer is not None and not answer.done():
