@@ -50,6 +50,8 @@ class Desktop:
 
         Raises:
             ConfigError: There is no such display or head (a `ValueError`).
+            HostError: There is no memory for it.
+            MonitorError: QEMU hangs: it has not answered within 30 s.
             VMNotRunningError: The VM does not run.
         """
         return await self._screen.shoot(display=display, head=head)
