@@ -55,9 +55,9 @@ class Computer:
             ValueError: The action or its arguments are wrong: tell the model, which will mend it.
         """
         try:
-            await self._perform(str(action.get("action")), action)
-        except KeyError as error:
-            raise ValueError(f"action={action['action']!r} needs {error}.") from None
+            await self._perform(str(action["action"]), action)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{action!r} lacks something, or has it wrong: {error}.") from error
         with contextlib.suppress(VMTimeoutError):
             return await self.vm.wait_for_screen(stable=SETTLED, timeout=PATIENCE)
         return await self.vm.screenshot()
@@ -68,7 +68,7 @@ class Computer:
             case "screenshot":
                 pass  # act() takes one anyway
             case "wait":
-                await asyncio.sleep(action["duration"])
+                await asyncio.sleep(max(0, action["duration"]))
             case "mouse_move":
                 await mouse.move(*action["coordinate"])
             case "left_mouse_down":
@@ -76,12 +76,11 @@ class Computer:
             case "left_mouse_up":
                 await mouse.up()
             case "left_click_drag":
-                await mouse.drag(*action["start_coordinate"], *action["coordinate"])
+                await self._drag(action.get("start_coordinate"), *action["coordinate"])
             case "type":
                 await keyboard.type(action["text"])
             case "key":
-                for keys in action["text"].split():
-                    await keyboard.press(keys)
+                await self._press(action["text"])
             case "hold_key":
                 await keyboard.press(action["text"], hold=action["duration"])
             case "scroll":
@@ -93,6 +92,28 @@ class Computer:
             case _:
                 raise ValueError(f"action={name!r} is not known here.")
 
+    async def _press(self, text: str) -> None:
+        """Press what is one chord, such as `ctrl + s` or `Page Down`; else one after another."""
+        try:
+            await self.vm.keyboard.press(text)
+        except ValueError:
+            if len(keys := text.replace(" + ", "+").split()) < 2:
+                raise
+            for key in keys:
+                await self.vm.keyboard.press(key)
+
+    async def _drag(self, start: tuple[int, int] | None, x: int, y: int) -> None:
+        """Drag from a place, or, as older models do, from where the mouse is."""
+        if start is not None:
+            start_x, start_y = start
+            await self.vm.mouse.drag(start_x, start_y, x, y)
+            return
+        await self.vm.mouse.down()
+        try:
+            await self.vm.mouse.move(x, y)
+        finally:
+            await self.vm.mouse.up()
+
     async def _scroll(self, action: Mapping[str, Any]) -> None:
         direction, amount = action["scroll_direction"], action["scroll_amount"]
         if direction not in ("up", "down", "left", "right"):
@@ -100,7 +121,7 @@ class Computer:
         sideways = "shift" if direction in ("left", "right") else None  # as programs have it
         if "coordinate" in action:
             await self.vm.mouse.move(*action["coordinate"])
-        async with self._held(action.get("text") or sideways):
+        async with self._held(action.get("text")), self._held(sideways):
             await self.vm.mouse.scroll(amount if direction in ("down", "right") else -amount)
 
     @contextlib.asynccontextmanager

@@ -14,6 +14,8 @@ VNCKind = Literal["unix", "loopback"]
 
 VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 MAX_CPUS = 255  # what QEMU's q35 takes without an interrupt remapper
+MAX_HEAD = 15  # QEMU's adapters have at most 16
+MAX_SECONDS = 1e9
 MAX_SHOWN = 200  # characters
 MIN_RESOLUTION, MAX_RESOLUTION = (640, 480), (3840, 2160)  # VGA's own mode, and 4K
 
@@ -43,7 +45,11 @@ def check_seconds(argument: str, seconds: object) -> None:
     Raises:
         ConfigError: If it is not a number of seconds, 0 or more.
     """
-    if not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+    if (
+        not isinstance(seconds, int | float)
+        or isinstance(seconds, bool)
+        or not 0 <= seconds <= MAX_SECONDS
+    ):
         raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass seconds, 0 or more.")
 
 
@@ -97,6 +103,23 @@ def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
         f"{argument}={shown(kind)} is wrong: pass 'loopback' (a port of 127.0.0.1; True is the "
         "same), 'unix' (a socket in the VM's directory), or None."
     )
+
+
+def check_display(display: object, head: object) -> None:
+    """Check the name of a display adapter, and which of its outputs is meant.
+
+    Raises:
+        ConfigError: If no adapter can have it.
+    """
+    if display is not None and not (
+        isinstance(display, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,127}", display)
+    ):
+        raise ConfigError(
+            f"display={shown(display)} is wrong: pass the id that a display adapter has for QEMU, "
+            "letters and digits."
+        )
+    if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head <= MAX_HEAD:
+        raise ConfigError(f"head={shown(head)} is wrong: pass a number from 0 to {MAX_HEAD}.")
 
 
 def check_cpus(cpus: object) -> object:

@@ -36,8 +36,8 @@ class Input(Protocol):
     async def deliver(self, events: Sequence[InputEvent]) -> None:
         """Send them after all that was sent before; to a paused guest once it is resumed."""
 
-    async def keyboard_idle(self) -> bool:
-        """Whether the guest has read all that the keyboard sent."""
+    async def strike(self, events: Sequence[InputEvent], patience: float) -> None:
+        """Send what happens on the keyboard, and wait until the guest has read it."""
 
     async def tablet_taken(self) -> bool:
         """Whether the guest has a driver for the tablet."""

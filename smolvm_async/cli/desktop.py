@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -108,7 +109,7 @@ def _directions(url: str) -> str:
     if parts.scheme == "vnc":
         here, there = f"127.0.0.1::{parts.port}", f"127.0.0.1:{parts.port}"
     else:
-        here = there = unquote(parts.path)
+        here = there = shlex.quote(unquote(parts.path, errors="surrogateescape"))
     return (
         f"{url}\n"
         f"Here:           vncviewer {here}\n"

@@ -45,10 +45,9 @@ class RemoteInput:
         """Likewise, and wait for it."""
         await self._request("input.deliver", events=[*events])
 
-    async def keyboard_idle(self) -> bool:
-        """Whether the guest has read all that the keyboard sent."""
-        idle: bool = await self._request("input.keyboard_idle")
-        return idle
+    async def strike(self, events: Sequence[InputEvent], patience: float) -> None:
+        """Send what happens on the keyboard, and wait until the guest has read it."""
+        await self._request("input.strike", events=[*events], patience=patience)
 
     async def tablet_taken(self) -> bool:
         """Whether the guest has a driver for the tablet."""

@@ -144,7 +144,7 @@ class ControlServer:
         try:
             while line := await reader.readline():
                 request = decode(line)
-                if request.get("method") in ("input.send", "input.deliver"):
+                if request.get("method") in ("input.send", "input.strike", "input.deliver"):
                     held = pressed([*held, *request["params"]["events"]])
                 # Not the connection's own: a client that leaves has still asked for it.
                 task = asyncio.ensure_future(self._answer(request, writer))
@@ -190,7 +190,7 @@ class ControlServer:
             "screen.dump": run.screen.dump,
             "input.send": run.input.send,
             "input.deliver": run.input.deliver,
-            "input.keyboard_idle": run.input.keyboard_idle,
+            "input.strike": run.input.strike,
             "input.tablet_taken": run.input.tablet_taken,
             "vnc.start": run.vnc.start,
             "vnc.stop": run.vnc.stop,

@@ -1,8 +1,4 @@
-"""The keyboard: a PS/2 one, which every firmware and operating system has a driver for.
-
-It holds 16 bytes, some five keys, and drops what comes while it is full. So each key waits until
-the guest has read the last one, which the keyboard controller's status tells.
-"""
+"""The keyboard: a PS/2 one, which every firmware and operating system has a driver for."""
 
 from __future__ import annotations
 
@@ -12,19 +8,17 @@ from collections.abc import Sequence
 from smolvm_async.checks import check_seconds
 from smolvm_async.controls.control import Control
 from smolvm_async.controls.layouts import check_layout, chord, strokes
-from smolvm_async.errors import VMTimeoutError
 from smolvm_async.handle import Handle
 from smolvm_async.qemu.input import InputEvent, key, released
 from smolvm_async.shielding import in_thread
-
-FIRST_LOOK, LAST_LOOK = 0.0005, 0.02  # seconds between two looks whether the guest has read
 
 
 class Keyboard(Control):
     """Types into the guest, which has to have the same keyboard layout, and Caps Lock off.
 
-    A call returns once the guest has read what it sent. Calls are served in turn. One that fails
-    or is cancelled leaves no key held down; `down()` alone does, until `up()`.
+    A call returns once the guest has read what it sent. Calls are served in turn; the strokes of
+    several processes may mix. A call that fails or is cancelled leaves no key held down; `down()`
+    alone does, until `up()`.
     """
 
     def __init__(self, vm: Handle) -> None:
@@ -53,9 +47,8 @@ class Keyboard(Control):
             VMTimeoutError: The guest does not read its keyboard (`Timeouts.input`).
             VMNotRunningError: The VM does not run, or is paused.
         """
-        typed = await in_thread(strokes, text, layout or self._layout)
+        typed = await in_thread(strokes, text, self._layout if layout is None else layout)
         async with self._turn:
-            await self._wait_idle()
             for codes in typed:
                 # A key goes down and up in one message, so that nothing can come between.
                 await self._send([*_down(codes), *released(_down(codes))])
@@ -74,9 +67,8 @@ class Keyboard(Control):
             VMTimeoutError, VMNotRunningError: See `type()`.
         """
         check_seconds("hold", hold)
-        downs = _down(chord(keys, layout or self._layout))
+        downs = _down(chord(keys, self._layout if layout is None else layout))
         async with self._turn:
-            await self._wait_idle()
             try:
                 for down in downs:
                     await self._send([down])
@@ -89,9 +81,8 @@ class Keyboard(Control):
 
     async def down(self, keys: str, *, layout: str | None = None) -> None:
         """Press keys, and leave them down; QEMU's keyboard does not repeat. See `press()`."""
-        downs = _down(chord(keys, layout or self._layout))
+        downs = _down(chord(keys, self._layout if layout is None else layout))
         async with self._turn:
-            await self._wait_idle()
             try:
                 await self._send(downs)
             except BaseException:
@@ -100,7 +91,7 @@ class Keyboard(Control):
 
     async def up(self, keys: str, *, layout: str | None = None) -> None:
         """Release keys, the last one first. See `press()`."""
-        downs = _down(chord(keys, layout or self._layout))
+        downs = _down(chord(keys, self._layout if layout is None else layout))
         try:
             async with self._turn:
                 await self._send(released(downs))
@@ -113,22 +104,8 @@ class Keyboard(Control):
             self.vm.run.input.post(released(downs))
 
     async def _send(self, events: Sequence[InputEvent]) -> None:
-        await self.taking_input().input.send(events)
-        await self._wait_idle()
-
-    async def _wait_idle(self) -> None:
         patience = self.vm.config.timeouts.input
-        look = FIRST_LOOK
-        try:
-            async with asyncio.timeout(patience):
-                while not await self.taking_input().input.keyboard_idle():
-                    await asyncio.sleep(look)
-                    look = min(2 * look, LAST_LOOK)
-        except TimeoutError:
-            raise VMTimeoutError(
-                f"{self.vm.config.vm_id} has not read its keyboard for {patience:g} s: the guest "
-                "hangs, or has not come so far yet. What it has not read stays in the keyboard."
-            ) from None
+        await self.taking_input().input.strike(events, patience)
 
 
 def _down(codes: Sequence[str]) -> list[InputEvent]:

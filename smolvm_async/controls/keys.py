@@ -75,7 +75,9 @@ KEYS: tuple[Key, ...] = (
     _key("dot", 52, "Period period"),
     _key("slash", 53, "Slash"),
     _key("shift_r", 54, "ShiftRight Shift_R right_shift rshift"),
-    _key("ctrl", 29, "Control ControlLeft Control_L ctrl_left ctrl_l left_ctrl lctrl"),
+    _key(
+        "ctrl", 29, "Control ControlLeft Control_L ControlOrMeta ctrl_left ctrl_l left_ctrl lctrl"
+    ),
     _key(
         *("meta_l", 125),
         "Meta MetaLeft Meta_L Super Super_L super_left left_super OS OSLeft "
@@ -91,7 +93,11 @@ KEYS: tuple[Key, ...] = (
     _key("compose", 127, "ContextMenu Menu Apps Application"),
     _key("ctrl_r", 97, "ControlRight Control_R ctrl_right right_ctrl rctrl"),
     # Between it and the numeric pad.
-    _key("print", 99, "PrintScreen Print print_screen prtsc prtscr prt_scn snapshot Sys_Req sysrq"),
+    _key(
+        "print",
+        99,
+        "PrintScreen Print print_screen prtsc prtscr prt_scn prntscrn snapshot Sys_Req sysrq",
+    ),
     _key("scroll_lock", 70, "ScrollLock Scroll_Lock"),
     _key("pause", 119, "Pause Break pause_break"),
     _key("insert", 110, "Insert ins"),
@@ -106,22 +112,22 @@ KEYS: tuple[Key, ...] = (
     _key("right", 106, "ArrowRight Right right_arrow"),
     # The numeric pad. Num Lock decides between two of these names.
     _key("num_lock", 69, "NumLock Num_Lock"),
-    _key("kp_divide", 98, "NumpadDivide KP_Divide"),
-    _key("kp_multiply", 55, "NumpadMultiply KP_Multiply NumpadStar"),
-    _key("kp_subtract", 74, "NumpadSubtract KP_Subtract"),
-    _key("kp_add", 78, "NumpadAdd KP_Add"),
+    _key("kp_divide", 98, "NumpadDivide KP_Divide divide"),
+    _key("kp_multiply", 55, "NumpadMultiply KP_Multiply NumpadStar multiply"),
+    _key("kp_subtract", 74, "NumpadSubtract KP_Subtract subtract"),
+    _key("kp_add", 78, "NumpadAdd KP_Add add"),
     _key("kp_enter", 96, "NumpadEnter KP_Enter"),
-    _key("kp_decimal", 83, "NumpadDecimal KP_Decimal KP_Delete"),
-    _key("kp_0", 82, "Numpad0 KP_0 KP_Insert"),
-    _key("kp_1", 79, "Numpad1 KP_1 KP_End"),
-    _key("kp_2", 80, "Numpad2 KP_2 KP_Down"),
-    _key("kp_3", 81, "Numpad3 KP_3 KP_Page_Down KP_Next"),
-    _key("kp_4", 75, "Numpad4 KP_4 KP_Left"),
-    _key("kp_5", 76, "Numpad5 KP_5 KP_Begin Clear"),
-    _key("kp_6", 77, "Numpad6 KP_6 KP_Right"),
-    _key("kp_7", 71, "Numpad7 KP_7 KP_Home"),
-    _key("kp_8", 72, "Numpad8 KP_8 KP_Up"),
-    _key("kp_9", 73, "Numpad9 KP_9 KP_Page_Up KP_Prior"),
+    _key("kp_decimal", 83, "NumpadDecimal KP_Decimal KP_Delete decimal"),
+    _key("kp_0", 82, "Numpad0 num0 KP_0 KP_Insert"),
+    _key("kp_1", 79, "Numpad1 num1 KP_1 KP_End"),
+    _key("kp_2", 80, "Numpad2 num2 KP_2 KP_Down"),
+    _key("kp_3", 81, "Numpad3 num3 KP_3 KP_Page_Down KP_Next"),
+    _key("kp_4", 75, "Numpad4 num4 KP_4 KP_Left"),
+    _key("kp_5", 76, "Numpad5 num5 KP_5 KP_Begin Clear"),
+    _key("kp_6", 77, "Numpad6 num6 KP_6 KP_Right"),
+    _key("kp_7", 71, "Numpad7 num7 KP_7 KP_Home"),
+    _key("kp_8", 72, "Numpad8 num8 KP_8 KP_Up"),
+    _key("kp_9", 73, "Numpad9 num9 KP_9 KP_Page_Up KP_Prior"),
     _key("kp_equals", 117, "NumpadEqual KP_Equal"),  # on few keyboards
     _key("kp_comma", 121, "NumpadComma"),  # on Brazilian ones
     # Japanese and Brazilian keyboards.

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from smolvm_async.checks import shown
-from smolvm_async.controls.keys import find_key, simplified
+from smolvm_async.controls.keys import KEYS, find_key, simplified
 from smolvm_async.errors import ConfigError
 
 Stroke = tuple[str, ...]
@@ -58,6 +58,11 @@ _NAMES = """
 """
 CHARACTERS = dict(zip(_NAMES.split(), string.punctuation, strict=True))
 CHARACTERS |= {"hyphen": "-", "dot": ".", "equals": "=", "backtick": "`"}  # people's own
+
+# What the DOM and QEMU write otherwise than X is a place: `BracketLeft`, `bracket_left`.
+PLACES = frozenset(
+    name for key in KEYS for name in (key.qcode, *key.names) if name != name.lower() or "_" in name
+)
 
 # With one of these, a letter is the key that it is printed on, as in menus: Ctrl+C has no Shift.
 COMMANDING = frozenset({"ctrl", "ctrl_r", "alt", "meta_l", "meta_r"})
@@ -140,7 +145,7 @@ def _parts(text: str) -> list[str]:
 
 def _name(part: str) -> Stroke:
     """The key that a part names; empty if it is a character, or X's name of one."""
-    if len(part) == 1 or simplified(part) in CHARACTERS:
+    if len(part) == 1 or (simplified(part) in CHARACTERS and part not in PLACES):
         return ()
     return (find_key(part).qcode,)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 from collections.abc import AsyncIterator
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 from smolvm_async.checks import check_seconds, shown
 from smolvm_async.controls.control import Control
@@ -20,6 +21,7 @@ from smolvm_async.qemu.input import button as button_event
 logger = get_logger(__name__)
 
 Button = Literal["left", "middle", "right"]
+Point = tuple[int, ...]  # x and y in pixels; empty where the mouse is
 
 PACE = 0.02  # seconds between two changes: the tablet holds 16, and the guest asks every 8 ms
 POLL = 0.05  # seconds between two looks whether the guest has taken the tablet
@@ -46,8 +48,9 @@ class Mouse(Control):
 
     async def move(self, x: int, y: int) -> None:
         """Move to a place."""
+        point = self._point(x, y)
         async with self._taken():
-            await self._move(x, y)
+            await self._move(point)
 
     async def click(
         self, x: int | None = None, y: int | None = None, *, button: Button = "left", count: int = 1
@@ -60,13 +63,13 @@ class Mouse(Control):
             button: `"left"`, `"middle"` or `"right"`.
             count: How many times: 2 is a double click.
         """
-        press = _press(button)
-        if not isinstance(count, int) or not 1 <= count <= 10:
+        press, point = _press(button), self._point(x, y, optional=True)
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10:
             raise ConfigError(
-                f"count={shown(count)} is wrong: pass 1 for a click, 2 for a double click."
+                f"count={shown(count)} is wrong: pass 1 for a click, 2 for a double one, up to 10."
             )
         async with self._taken():
-            await self._move(x, y)
+            await self._move(point)
             for _ in range(count):
                 async with self._held(press):
                     pass
@@ -119,14 +122,16 @@ class Mouse(Control):
         """
         press = _press(button)
         check_seconds("duration", duration)
+        start, end = self._point(start_x, start_y), self._point(end_x, end_y)
         async with self._taken():
-            await self._place(end_x, end_y)  # a wrong end is said before anything moves
-            await self._move(start_x, start_y)
+            await self._place(end)  # a wrong end is said before anything moves
+            await self._move(start)
             async with self._held(press):
                 for step in range(1, STEPS + 1):
-                    x = start_x + round((end_x - start_x) * step / STEPS)
-                    y = start_y + round((end_y - start_y) * step / STEPS)
-                    await self._move(x, y)
+                    x, y = (
+                        a + round((b - a) * step / STEPS) for a, b in zip(start, end, strict=True)
+                    )
+                    await self._move((x, y))
                     await asyncio.sleep(duration / STEPS)
 
     async def scroll(self, clicks: int, *, x: int | None = None, y: int | None = None) -> None:
@@ -142,9 +147,10 @@ class Mouse(Control):
                 f"clicks={shown(clicks)} is wrong: pass clicks of the wheel, positive to scroll "
                 "down, negative to scroll up, such as 3."
             )
+        point = self._point(x, y, optional=True)
         turn = button_event("wheel-down" if clicks > 0 else "wheel-up", down=True)
         async with self._taken():
-            await self._move(x, y)
+            await self._move(point)
             for _ in range(abs(clicks)):
                 await self._send(turn, *released([turn]))
                 await asyncio.sleep(PACE)
@@ -180,26 +186,25 @@ class Mouse(Control):
         in_control = run.boot.last.state.reaches(BootState.OPERATING_SYSTEM)
         return in_control and await run.input.tablet_taken()
 
-    async def _place(self, x: int, y: int) -> list[InputEvent]:
-        width, height = await self._screen.size()
-        for name, value, size in (("x", x, width), ("y", y, height)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-                raise ConfigError(
-                    f"{name}={shown(value)} is not on the screen: pass pixels from 0 to "
-                    f"{size - 1}; the last screenshot is {width}x{height}."
-                )
-        # The last pixel is the end of the axis, which a guest maps to its last pixel.
-        return [
-            position("x", round(x * AXIS / (width - 1))),
-            position("y", round(y * AXIS / (height - 1))),
-        ]
+    def _point(self, x: object, y: object, *, optional: bool = False) -> Point:
+        """A place, as far as it can be checked before the guest has taken the tablet."""
+        if optional and x is None and y is None:
+            return ()
+        point = tuple(_whole(name, value) for name, value in (("x", x), ("y", y)))
+        if self._screen.last_size is not None:
+            _check_within(point, self._screen.last_size)
+        return point
 
-    async def _move(self, x: int | None, y: int | None) -> None:
-        if x is None and y is None:
-            return
-        if x is None or y is None:
-            raise ConfigError(f"x={x!r}, y={y!r} is no place: pass both, or neither.")
-        await self._send(*await self._place(x, y))
+    async def _place(self, point: Point) -> list[InputEvent]:
+        size = await self._screen.size()
+        _check_within(point, size)
+        # The last pixel is the end of the axis, which a guest maps to its last pixel.
+        x, y = (round(pixel * AXIS / (end - 1)) for pixel, end in zip(point, size, strict=True))
+        return [position("x", x), position("y", y)]
+
+    async def _move(self, point: Point) -> None:
+        if point:
+            await self._send(*await self._place(point))
 
     @contextlib.asynccontextmanager
     async def _held(self, press: InputEvent) -> AsyncIterator[None]:
@@ -227,3 +232,21 @@ def _press(button: str) -> InputEvent:
     if button not in names:
         raise ConfigError(f"button={shown(button)} is wrong: there are {', '.join(names)}.")
     return button_event(button, down=True)
+
+
+def _whole(name: str, value: object) -> int:
+    """A number of pixels; what compares pictures has NumPy's, and models write 100.0."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        return operator.index(value)
+    raise ConfigError(f"{name}={shown(value)} is no number of pixels: pass a whole one.")
+
+
+def _check_within(point: Point, size: tuple[int, int]) -> None:
+    for name, pixel, end in zip("xy", point, size, strict=True):
+        if not 0 <= pixel < end:
+            raise ConfigError(
+                f"{name}={shown(pixel)} is not on the screen: pass pixels from 0 to {end - 1}; "
+                f"the last screenshot is {size[0]}x{size[1]}."
+            )

@@ -57,6 +57,7 @@ class Wanted:
         """
         self._now = now
         if not self._fits(picture):
+            self._last = None
             return False
         if self._last is None or self._comparison.differs(self._last, picture):
             self._last, self._since = picture, now

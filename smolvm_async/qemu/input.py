@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from smolvm_async.errors import MonitorError, VMNotRunningError
+from smolvm_async.errors import MonitorError, VMNotRunningError, VMTimeoutError
 from smolvm_async.events import Event
 from smolvm_async.qemu.monitor import Monitor
 
 InputEvent = dict[str, Any]  # QMP's InputEvent
 
 AXIS = 32767  # the end of QEMU's absolute axes (INPUT_EVENT_ABS_MAX in its ui/input.h)
+FIRST_LOOK, LAST_LOOK = 0.0005, 0.02  # seconds between two looks whether the guest has read
 # Intel 8042: its status register, and there: data for the processor, and that it is the mouse's.
 STATUS_PORT, OUTPUT_FULL, FROM_MOUSE = 0x64, 0x01, 0x20
 
@@ -54,6 +55,7 @@ class Input:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
+        self._stroke = asyncio.Lock()
         self._pauses = 0
         self._resumed = asyncio.Event()
         self._resumed.set()
@@ -84,6 +86,40 @@ class Input:
                 raise VMNotRunningError("The guest is paused, and takes no input.") from error
             raise
 
+    async def strike(self, events: Sequence[InputEvent], patience: float) -> None:
+        """Send what happens on the keyboard, and wait until the guest has read it.
+
+        The keyboard holds 16 bytes, some five keys, and drops what comes while it is full. So each
+        stroke, of whichever process, waits until the guest has read the last one.
+
+        Args:
+            events: At most 16 bytes' worth: three keys, down and up.
+            patience: Seconds for the guest to read what the keyboard holds.
+
+        Raises:
+            VMTimeoutError: If it does not.
+            MonitorError, VMNotRunningError: See `send()`.
+        """
+        async with self._stroke:
+            await self._wait_read(patience)
+            await self.send(events)
+            await self._wait_read(patience)
+
+    async def _wait_read(self, patience: float) -> None:
+        look = FIRST_LOOK
+        try:
+            async with asyncio.timeout(patience):
+                while not await self._keyboard_idle():
+                    if not self._resumed.is_set():
+                        raise VMNotRunningError("The guest is paused, and reads no input.")
+                    await asyncio.sleep(look)
+                    look = min(2 * look, LAST_LOOK)
+        except TimeoutError:
+            raise VMTimeoutError(
+                f"The guest has not read its keyboard for {patience:g} s: it hangs, or has not "
+                "come so far yet. What it has not read stays in the keyboard."
+            ) from None
+
     def post(self, events: Sequence[InputEvent]) -> None:
         """Deliver input events, and wait for nothing."""
         self._monitor.begin(self.deliver(events))
@@ -97,12 +133,13 @@ class Input:
             pauses = self._pauses
             await self._resumed.wait()
             try:
-                return await self.send(events)
+                async with self._stroke:
+                    return await self.send(events)
             except (MonitorError, VMNotRunningError):
                 if pauses == self._pauses:
                     return
 
-    async def keyboard_idle(self) -> bool:
+    async def _keyboard_idle(self) -> bool:
         """Whether the guest has read all that the keyboard sent: its controller holds nothing."""
         line = f"i/b {STATUS_PORT:#x}"
         answer = await self._monitor.execute("human-monitor-command", {"command-line": line})

@@ -7,6 +7,7 @@ import os
 from contextlib import ExitStack
 from functools import partial
 
+from smolvm_async.checks import check_display
 from smolvm_async.errors import HostError, VMNotRunningError
 from smolvm_async.qemu.arguments import DISPLAY, SCREEN
 from smolvm_async.qemu.monitor import Monitor, Turns
@@ -53,10 +54,12 @@ class Screen:
             head: Which of its heads.
 
         Raises:
+            ConfigError: If no display can have that name or head.
             HostError: If there is no memory for it.
             MonitorError: If QEMU refuses it, or does not answer within 30 s.
             VMNotRunningError: If QEMU has ended.
         """
+        check_display(device, head)  # QEMU's parser gives up the session over half a surrogate pair
         return await self._turns.take(partial(self._dump, image_format, device or DISPLAY, head))
 
     async def _dump(self, image_format: str, device: str, head: int) -> bytes:

@@ -10,9 +10,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from smolvm_async.checks import VNCKind
+from smolvm_async.errors import ConfigError
 from smolvm_async.qemu.monitor import Monitor, Turns
 from smolvm_async.state import VNC
 
+MAX_PATH = 107  # bytes; unix(7)
 PASSWORD = 8  # characters; VNC's authentication (RFC 6143) ignores what comes after
 
 
@@ -35,6 +37,7 @@ class VNCServer:
             The URL.
 
         Raises:
+            ConfigError: If the socket's path would be too long.
             MonitorError: If QEMU refuses it: it was built without VNC, for example.
             VMNotRunningError: If QEMU has ended.
         """
@@ -43,11 +46,17 @@ class VNCServer:
     async def _start(self, kind: VNCKind) -> str:
         alphabet = string.ascii_letters + string.digits
         password = "".join(secrets.choice(alphabet) for _ in range(PASSWORD))
+        path = self._directory / VNC
+        if kind == "unix" and len(os.fsencode(path)) > MAX_PATH:
+            raise ConfigError(
+                f"{str(path)!r} is longer than the {MAX_PATH} bytes that the path of a socket may "
+                "have: use vnc='loopback', or a shorter data_dir=."
+            )
         await self._stop()
         await self._monitor.complete("set_password", {"protocol": "vnc", "password": password})
         if kind == "unix":
             await self._listen({"type": "unix", "path": VNC})  # QEMU works in the directory
-            self._url = f"vnc+unix://:{password}@{quote(os.fspath(self._directory / VNC))}"
+            self._url = f"vnc+unix://:{password}@{quote(os.fsencode(path))}"
         else:
             await self._listen({"type": "inet", "host": "127.0.0.1", "port": "0", "ipv6": False})
             servers = await self._monitor.complete("query-vnc-servers")

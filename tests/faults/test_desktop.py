@@ -22,6 +22,7 @@ from qemu.qmp import QMPClient
 
 from smolvm_async import (
     AsyncSmolVM,
+    BootState,
     HostError,
     MonitorError,
     SmolVMError,
@@ -30,6 +31,7 @@ from smolvm_async import (
     VMNotRunningError,
     VMTimeoutError,
 )
+from smolvm_async.controls.mouse import Mouse
 from smolvm_async.qemu.input import Input
 from tests.conftest import child_named, descriptors, fill_up, vm_in
 from tests.faults.actors import make
@@ -94,18 +96,18 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
         wire.commands.append((str(message["execute"]), dict(message.get("arguments", {}))))
         send(self, message)
 
-    def pretend(name: str) -> None:
-        ask = getattr(Input, name)
+    def pretend(kind: type[Input | Mouse], name: str) -> None:
+        ask = getattr(kind, name)
 
-        async def answer(self: Input) -> bool:
+        async def answer(self: Input | Mouse) -> bool:
             await ask(self)
             return True
 
-        monkeypatch.setattr(Input, name, answer)
+        monkeypatch.setattr(kind, name, answer)
 
     monkeypatch.setattr(QMPClient, "_do_send", listen)
-    pretend("keyboard_idle")
-    pretend("tablet_taken")
+    pretend(Input, "_keyboard_idle")
+    pretend(Mouse, "_is_taken")
     monkeypatch.setattr("smolvm_async.controls.mouse.PACE", 0.001)
     monkeypatch.setattr("smolvm_async.controls.mouse.STEPS", 3)
     return wire
@@ -338,7 +340,7 @@ async def test_a_guest_that_reads_no_more_has_nothing_held_down(
         vm = owned
         if who == "attached":
             vm = await AsyncSmolVM.from_id(owned.vm_id, data_dir=data_dir)
-        monkeypatch.setattr(Input, "keyboard_idle", idle)
+        monkeypatch.setattr(Input, "_keyboard_idle", idle)
         for call in (press, type_text, down):
             for nth in itertools.count(1):
                 looks = nth
@@ -362,6 +364,8 @@ async def test_what_a_killed_process_held_down_is_released(
     stage: Stage, blank_image: Path, data_dir: Path, wire: Wire, paused: bool
 ) -> None:
     async with make(str(blank_image), str(data_dir), False) as vm:
+        run: Any = vm._vm.run
+        run.boot.enter(BootState.OPERATING_SYSTEM, "the test says so")  # or the mouse would wait
         stage.call("typist", data_dir)
         typist, _ = await asyncio.to_thread(stage.hear, "holds")
         assert wire.held == {"ctrl", "a", "left"}

@@ -139,6 +139,24 @@ async def test_every_key_and_every_character_arrives(data_dir: Path) -> None:
         assert await there.keys() == []
 
 
+async def test_several_processes_lose_no_key_of_each_other(data_dir: Path) -> None:
+    async with guest(data_dir) as there:
+        others = [await AsyncSmolVM.from_id(there.vm.vm_id, data_dir=data_dir) for _ in range(4)]
+        texts = ("@" * 100, "{" * 100, "q" * 100, "[" * 100)
+        async with asyncio.TaskGroup() as group:
+            for other, text in zip(others, texts, strict=True):
+                group.create_task(other.keyboard.type(text, layout="de"))
+        text = text_of(await there.keys(), "de")
+        assert sorted(text) == sorted("".join(texts))
+        await others[0].keyboard.down("alt")
+        await there.vm.pause()
+        await others[0].detach()
+        await there.vm.resume()
+        assert await there.keys() == pressed(56)
+        for other in others[1:]:
+            await other.detach()
+
+
 async def test_three_guests_are_typed_into_at_once(data_dir: Path) -> None:
     async def check(number: int) -> None:
         text = "".join(random.Random(number).choices(LETTERS, k=500))
@@ -159,6 +177,9 @@ async def test_three_guests_are_typed_into_at_once(data_dir: Path) -> None:
 async def test_the_mouse_is_exact(data_dir: Path) -> None:
     disk = await build_stand_in(desktop=True)
     async with vm_in(data_dir, disk, timeouts={"boot": BOOT, "input": 0.5}) as vm:
+        for wrong in ((-5, 0), ("a", 0), (5, None), (True, 1), (1.5, 1)):
+            with pytest.raises(ConfigError, match=r"^[xy]="):  # at once
+                await vm.mouse.click(*wrong)
         with pytest.raises(VMTimeoutError, match="has not taken the tablet"):
             await vm.mouse.click(1, 1)
     async with guest(data_dir) as there:
@@ -186,6 +207,8 @@ async def test_the_mouse_is_exact(data_dir: Path) -> None:
             await mouse.down(button=button)  # type: ignore[arg-type]
             await mouse.up(button=button)  # type: ignore[arg-type]
             assert await there.pointer() == 2 * [(EV_KEY, code, 1), (EV_KEY, code, 0)]
+        await mouse.move(640.0, 400)  # type: ignore[arg-type]  # as models write
+        assert await there.pointer() == [(EV_ABS, X, 16396), (EV_ABS, Y, 16404)]
         await mouse.double_click()
         assert await there.pointer() == 2 * [(EV_KEY, LEFT, 1), (EV_KEY, LEFT, 0)]
         await mouse.drag(100, 50, 700, 500, duration=0.3)

@@ -145,6 +145,7 @@ async def test_a_second_display_is_named(
         wrongs: list[dict[str, Any]] = [
             {"display": "third"},
             {"display": ""},
+            {"display": "\udcff"},  # QEMU's JSON parser would give up the whole session
             {"head": 1},
             {"head": -1},
             {"display": "second", "head": 2},
@@ -190,6 +191,8 @@ WRONG: tuple[tuple[str, dict[str, Any]], ...] = (
     ("changed='yes'", {"changed": "yes"}),
     ("stable=-1", {"stable": -1}),
     ("timeout='soon'", {"stable": 1, "timeout": "soon"}),
+    ("stable=True", {"stable": True}),
+    ("timeout=1000", {"stable": 1, "timeout": 10**400}),
     ("interval=nan", {"stable": 1, "interval": float("nan")}),
     ("like=b'no picture'", {"like": b"no picture"}),
     ("like='/nowhere.png'", {"like": "/nowhere.png"}),
@@ -311,6 +314,17 @@ async def test_vnc_takes_its_password_and_listens_nowhere_else(
         assert not Path(moved.path).exists()
         with pytest.raises(ConfigError, match="is off"):
             await vm.vnc.url()
+        await vm.stop(timeout=0)
+
+
+async def test_a_socket_with_too_long_a_path_is_refused(blank_image: Path, tmp_path: Path) -> None:
+    place = tmp_path / ("x" * 100)
+    async with vm_in(place, blank_image) as vm:
+        with pytest.raises(ConfigError, match="longer than the 107 bytes"):
+            await vm.vnc.start("unix")
+        with pytest.raises(ConfigError, match="is off"):
+            await vm.vnc.url()
+        assert await vm.vnc.start()
         await vm.stop(timeout=0)
 
 

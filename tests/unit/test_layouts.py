@@ -336,3 +336,12 @@ def test_every_character_of_one_stroke_is_a_chord(layout: str) -> None:
         if len(ways) == 1:
             assert (chord(char, layout),) == tuple(ways)
             assert chord(f"ctrl+{char.lower()}", layout)[-1] == strokes(char.lower(), layout)[0][-1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_the_dom_and_qemu_call_a_key_is_a_place(layout: str) -> None:
+    for name, qcode in {"BracketLeft": "bracket_left", "Minus": "minus", "Comma": "comma"}.items():
+        assert chord(name, layout) == (qcode,)
+    assert chord("bracket_left", layout) == ("bracket_left",)
+    assert chord("IntlBackslash", layout) == ("less",)
+    assert chord("minus", layout) == chord("-", layout)  # X's name of a character
