@@ -107,6 +107,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
 
     monkeypatch.setattr(QMPClient, "_do_send", listen)
     pretend(Input, "_keyboard_idle")
+    pretend(Input, "tablet_taken")
     pretend(Mouse, "_is_taken")
     monkeypatch.setattr("smolvm_async.controls.mouse.PACE", 0.001)
     monkeypatch.setattr("smolvm_async.controls.mouse.STEPS", 3)
