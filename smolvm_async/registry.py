@@ -92,7 +92,8 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
         finally:
             os.close(fd)
         if record is not None:
-            yield record, held
+            # The last thread of an owner that was killed may have the lock for a moment yet.
+            yield record, held and (record.owner is None or record.owner.alive)
 
 
 async def prune_vms(data_dir: Path) -> list[VMInfo]:

@@ -236,11 +236,16 @@ def _press(button: str) -> InputEvent:
 
 def _whole(name: str, value: object) -> int:
     """A number of pixels; what compares pictures has NumPy's, and models write 100.0."""
+    pixels = -1
     if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        return operator.index(value)
-    raise ConfigError(f"{name}={shown(value)} is no number of pixels: pass a whole one.")
+        pixels = int(value)
+    elif isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        pixels = operator.index(value)
+    if pixels < 0:
+        raise ConfigError(
+            f"{name}={shown(value)} is not on the screen: pass pixels from 0 to the screen's end."
+        )
+    return pixels
 
 
 def _check_within(point: Point, size: tuple[int, int]) -> None:

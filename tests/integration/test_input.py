@@ -225,7 +225,7 @@ async def test_the_mouse_is_exact(data_dir: Path) -> None:
         wheel = [value for kind, code, value in await there.pointer() if (kind, code) == (2, WHEEL)]
         assert (sum(wheel[:3]), sum(wheel)) == (-3, -1)
         for wrong in ((seen.width, 0), (0, seen.height), (-1, 5), (5, -1)):
-            with pytest.raises(ConfigError, match=r"is not on the screen: pass pixels from 0 to"):
+            with pytest.raises(ConfigError, match="is not on the screen: pass pixels from 0 to"):
                 await mouse.click(*wrong)
         assert await there.pointer() == []
 
