@@ -60,6 +60,7 @@ def floor(config: VMConfig, tools: HostTools, image: Path, *, overlay: bool) -> 
     """Launch the same processes without the library, with `qemu-img` beside them or not."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        assert tools.firmware is not None
         shutil.copy(tools.firmware.vars_template, directory / VARS)
         (directory / TPM).mkdir()
         base = stack.enter_context(image.open("rb"))

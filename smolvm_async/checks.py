@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
 
 from smolvm_async.errors import ConfigError
 from smolvm_async.paths import PathError, absolute, expand
 
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class PortForward(NamedTuple):
+    """A TCP port of the guest that can be reached on 127.0.0.1.
+
+    Attributes:
+        guest_port: The guest's.
+        host_port: The host's; `None` lets the kernel choose one.
+    """
+
+    guest_port: Port
+    host_port: Port | None = None
+
+
 VNCKind = Literal["unix", "loopback"]
 
+ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"  # what a POSIX shell can export
 VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 MAX_CPUS = 255  # what QEMU's q35 takes without an interrupt remapper
 MAX_HEAD = 15  # QEMU's adapters have at most 16
@@ -182,3 +201,70 @@ def check_resolution(resolution: object) -> tuple[int, int]:
         f"resolution={shown(resolution)} is wrong: pass (width, height) or 'WIDTHxHEIGHT' in "
         "pixels, from 640x480 to 3840x2160, the width a multiple of 8."
     )
+
+
+def check_env(env: object, argument: str = "env") -> dict[str, str]:
+    """Environment variables by name.
+
+    Raises:
+        ConfigError: If they are no mapping, or one has a name or a value that none can have.
+    """
+    if env is None:
+        return {}
+    if not isinstance(env, Mapping):
+        raise ConfigError(f"{argument}={shown(env)} is wrong: pass a mapping of names to values.")
+    for name, value in env.items():
+        if not isinstance(name, str) or not re.fullmatch(ENV_NAME, name):
+            raise ConfigError(
+                f"{argument}= has a variable {shown(name)}: a name consists of letters, digits and "
+                "underscores, and does not begin with a digit."
+            )
+        if not isinstance(value, str) or "\0" in value:
+            raise ConfigError(
+                f"{argument}= gives {name} a value that is no str, or has a NUL character: pass "
+                "text, such as str(value)."
+            )
+    return dict(env)
+
+
+def check_port(argument: str, port: object) -> int:
+    """A TCP port.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
+        raise ConfigError(f"{argument}={shown(port)} is wrong: pass a TCP port from 1 to 65535.")
+    return port
+
+
+def check_port_forwards(forwards: object) -> tuple[PortForward, ...]:
+    """Which ports are forwarded from the start.
+
+    Raises:
+        ConfigError: If one is wrong, or a port of the host is given twice.
+    """
+    if isinstance(forwards, Mapping):
+        forwards = list(forwards.items())
+    if isinstance(forwards, str | bytes) or not isinstance(forwards, Iterable):
+        raise ConfigError(
+            f"port_forwards={shown(forwards)} is wrong: pass a list of guest ports, or of "
+            "(guest_port, host_port), such as port_forwards=[8000, (80, 8080)]."
+        )
+    checked = []
+    for forward in forwards:
+        pair = forward if isinstance(forward, tuple | list) else (forward, None)
+        if len(pair) != 2:
+            raise ConfigError(
+                f"port_forwards= has {shown(forward)}: pass a guest port, or (guest_port, host_port)."
+            )
+        guest_port = check_port("port_forwards: guest_port", pair[0])
+        host_port = None if pair[1] is None else check_port("port_forwards: host_port", pair[1])
+        checked.append(PortForward(guest_port, host_port))
+    taken = [forward.host_port for forward in checked if forward.host_port is not None]
+    for host_port in taken:
+        if taken.count(host_port) > 1:
+            raise ConfigError(
+                f"port_forwards= gives the host's port {host_port} to two forwards: choose another."
+            )
+    return tuple(checked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,18 +12,21 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolvm_async.checks import (
+    PortForward,
     VNCKind,
     check_accel,
     check_cpus,
+    check_env,
     check_keep,
     check_path,
+    check_port_forwards,
     check_resolution,
     check_vm_id,
     check_vnc_kind,
     shown,
 )
 from smolvm_async.errors import ConfigError
-from smolvm_async.guests import GUESTS, GuestProfile
+from smolvm_async.guests import BUILT_IN, GUESTS, GuestProfile
 from smolvm_async.paths import xdg_home
 
 DAY = 86_400  # seconds
@@ -96,13 +100,19 @@ class Limits(_Model):
 
 
 class VMConfig(_Model):
-    """What was asked for, validated. Memory is in MiB."""
+    """What was asked for, validated. Memory is in MiB; no image means the built-in one."""
 
     os: str
     image: str
     memory: int
     cpus: int
     vm_id: str
+    kernel: str = ""
+    initrd: str = ""
+    boot_args: str | None = None
+    user: str = "root"
+    env: dict[str, str] = {}
+    port_forwards: tuple[PortForward, ...] = ()
     accel: Literal["auto", "kvm", "tcg"]
     keep: bool
     resolution: Annotated[tuple[int, int], Field(strict=False)] = (1280, 800)  # JSON has lists
@@ -114,7 +124,7 @@ class VMConfig(_Model):
     @property
     def profile(self) -> GuestProfile:
         """What the library knows of the guest OS."""
-        return GUESTS[self.os]
+        return profile_of(self.os, self.image)
 
 
 def new_vm_id() -> str:
@@ -127,10 +137,21 @@ def default_data_dir() -> Path:
     return xdg_home("XDG_STATE_HOME", ".local/state") / "smolvm-async"
 
 
+def profile_of(os: str, image: str) -> GuestProfile:
+    """What the library knows of a guest OS, or of the image that it builds of one itself."""
+    return GUESTS[os] if image else BUILT_IN.get(os, GUESTS[os])
+
+
 def make_config(
     *,
     os: object = None,
     image: object = None,
+    kernel: object = None,
+    initrd: object = None,
+    boot_args: object = None,
+    user: object = None,
+    env: object = None,
+    port_forwards: object = (),
     memory: object = None,
     cpus: object = None,
     vm_id: object = None,
@@ -153,10 +174,11 @@ def make_config(
     """
     image = _image(image)
     profile = _profile(os, image)
-    for feature, value in features.items():
+    given = {"kernel": kernel, "initrd": initrd, "boot_args": boot_args, "user": user, "env": env}
+    for feature, value in {**features, **given}.items():
         if value:
             profile.require(feature)
-    if not image:
+    if not image and profile.name not in BUILT_IN:
         raise ConfigError(
             f"image= is missing: this library builds no {profile.title} image; "
             f"pass image= with the path of a qcow2 that has {profile.title} installed."
@@ -167,6 +189,10 @@ def make_config(
         "memory": _memory(memory, profile),
         "cpus": profile.default_cpus if cpus is None else check_cpus(cpus),
         "vm_id": new_vm_id() if vm_id is None else check_vm_id(vm_id),
+        **_direct_boot(image, kernel, initrd, boot_args),
+        "user": _user(user, profile),
+        "env": check_env(env),
+        "port_forwards": check_port_forwards(port_forwards),
         "accel": check_accel(accel),
         "keep": check_keep(keep),
         "resolution": check_resolution(resolution),
@@ -215,14 +241,52 @@ def _profile(os: object, image: str) -> GuestProfile:
             f"os= is missing: a file does not tell which operating system is inside {image!r}; "
             f"pass {names}."
         )
-    if os is None or os == "linux":
-        raise ConfigError(
-            f"Linux sandboxes are not in this version yet, and os={os!r} means one: "
-            f"pass {names} and image=."
-        )
+    if os is None:
+        os = "linux"
     if not isinstance(os, str) or os not in GUESTS:
         raise ConfigError(f"os={os!r} is not a known guest OS: pass {names}.")
     return GUESTS[os]
+
+
+def _direct_boot(image: str, kernel: object, initrd: object, boot_args: object) -> dict[str, Any]:
+    """Where QEMU itself loads a kernel from, and what it tells it."""
+    if kernel is None:
+        for name, value in (("initrd", initrd), ("boot_args", boot_args)):
+            if value is not None:
+                raise ConfigError(
+                    f"{name}= goes with kernel=, which is missing: without a kernel of its own the "
+                    "guest starts by the image's boot loader, which decides that itself."
+                )
+        return {}
+    if not image:
+        raise ConfigError("kernel= goes with image=, which is missing: pass the root disk's qcow2.")
+    if boot_args is not None and (
+        not isinstance(boot_args, str) or not boot_args.isprintable() or len(boot_args) > 2047
+    ):
+        raise ConfigError(
+            f"boot_args={shown(boot_args)} is wrong: pass the kernel's command line as one str of "
+            "at most 2047 printable characters, such as 'console=ttyS0 root=/dev/vda rw'."
+        )
+    return {
+        "kernel": str(check_path(kernel, "kernel", "a Linux kernel")),
+        "initrd": "" if initrd is None else str(check_path(initrd, "initrd", "an initramfs")),
+        "boot_args": boot_args,
+    }
+
+
+def _user(user: object, profile: GuestProfile) -> str:
+    if user is None or user == "root":
+        return "root"
+    if not isinstance(user, str) or not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", user):
+        raise ConfigError(
+            f"user={shown(user)} is wrong: pass a Linux user name, such as user='debian'."
+        )
+    if profile.login != "nocloud":
+        raise ConfigError(
+            f"user={user!r}: the image that this library builds has root alone; leave user= out, "
+            "or make a user in the guest with run('useradd ...')."
+        )
+    return user
 
 
 def _memory(memory: object, profile: GuestProfile) -> object:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from smolvm_async.checks import VNCKind
+from smolvm_async.checks import PortForward, VNCKind
 from smolvm_async.config import VMConfig
 from smolvm_async.errors import LaunchError, VMNotRunningError
 from smolvm_async.events import EventHub
@@ -14,6 +14,8 @@ from smolvm_async.qemu.boot import BootStates
 from smolvm_async.qemu.input import InputEvent
 from smolvm_async.record import Status
 from smolvm_async.shutdown import ShutdownReport
+from smolvm_async.ssh.access import Access
+from smolvm_async.ssh.link import Link
 from smolvm_async.tail import Tail
 
 
@@ -56,6 +58,19 @@ class VNCServer(Protocol):
         """Where it listens."""
 
 
+class Ports(Protocol):
+    """See `smolvm_async.qemu.ports.Ports`."""
+
+    async def expose(self, guest_port: int, host_port: int | None) -> int:
+        """Forward a port of 127.0.0.1; returns it."""
+
+    async def unexpose(self, host_port: int) -> None:
+        """Forward it no longer."""
+
+    async def forwards(self) -> Sequence[PortForward]:
+        """What is forwarded."""
+
+
 class Run(Protocol):
     """One run of a VM, from launch to its last process."""
 
@@ -70,6 +85,17 @@ class Run(Protocol):
     @property
     def vnc(self) -> VNCServer:
         """Its VNC server."""
+
+    @property
+    def ports(self) -> Ports:
+        """What is forwarded into the guest."""
+
+    @property
+    def link(self) -> Link:
+        """The SSH connection to the guest."""
+
+    async def ssh_access(self) -> Access:
+        """How to log in to the guest."""
 
     @property
     def boot(self) -> BootStates:

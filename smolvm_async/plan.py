@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.config import VMConfig
 from smolvm_async.errors import AcceleratorWarning
 from smolvm_async.host import Accelerator, HostTools, choose_accelerator, find_tools
-from smolvm_async.images.local import open_image
-from smolvm_async.images.reference import local_path
+from smolvm_async.images.debian import build_debian, check_host, find_debian
+from smolvm_async.images.source import Source, own_source
 from smolvm_async.limits import scope_prefix
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.state import check_data_dir
@@ -20,11 +19,12 @@ class Plan(NamedTuple):
     """How to launch a VM.
 
     Attributes:
+        source: What it starts from; `None` is the built-in image, which may have to be built.
         prefix: What runs QEMU within its bounds.
     """
 
     config: VMConfig
-    image: Path
+    source: Source | None
     tools: HostTools
     accelerator: Accelerator
     prefix: tuple[str, ...]
@@ -38,12 +38,25 @@ def make_plan(config: VMConfig, on_progress: ProgressCallback | None) -> Plan:
         ConfigError: If the image or the data directory cannot be used.
         HostError: If the host lacks something.
     """
-    path = local_path(config.image)
-    with open_image(path):
-        pass  # checked now, for an early answer, and again by the launch
+    # Checked now, for an early answer, and again by the launch.
+    source = own_source(config) if config.image else None
     check_data_dir(config.data_dir)
     tools = find_tools(config.profile)
-    accelerator, warning = choose_accelerator(config.accel)
+    if source is None and find_debian() is None:
+        check_host()
+    smm = "requires-smm" in config.profile.firmware_features
+    accelerator, warning = choose_accelerator(config.accel, smm=smm)
     if warning is not None:
         warnings.warn(warning, AcceleratorWarning, stacklevel=3)
-    return Plan(config, path, tools, accelerator, scope_prefix(config), on_progress)
+    return Plan(config, source, tools, accelerator, scope_prefix(config), on_progress)
+
+
+async def find_source(plan: Plan) -> Source:
+    """What a VM starts from; the built-in image is built if it is not there yet.
+
+    Raises:
+        HostError, CommandError: If it cannot be built.
+    """
+    if plan.source is not None:
+        return plan.source
+    return Source(*await build_debian(on_progress=plan.on_progress))

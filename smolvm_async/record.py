@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolvm_async.config import VMConfig
 from smolvm_async.errors import ConfigError
+from smolvm_async.images.source import Source
 from smolvm_async.process import Identity
 
 RECORD, NEW_RECORD = "vm.json", "vm.json.new"
@@ -55,11 +56,13 @@ class Machine(NamedTuple):
         type: QEMU's versioned machine type.
         image_size: Bytes of the image that the overlay was made for, and ...
         image_mtime_ns: ... when it had been written to: any later change would corrupt the disk.
+        source: What it starts from; a newer built-in image would be another disk.
     """
 
     type: str
     image_size: int
     image_mtime_ns: int
+    source: Source | None = None
 
 
 class Record(BaseModel):

@@ -14,9 +14,11 @@ import os
 import stat
 import time
 import weakref
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
 from smolvm_async.images import qcow2
@@ -30,12 +32,38 @@ from smolvm_async.shielding import in_thread
 OVERLAY, VARS, TPM = "overlay.qcow2", "vars.fd", "tpm"
 QEMU_LOG, SWTPM_LOG, CONTROL = "qemu.log", "swtpm.log", "control.sock"
 VNC = "vnc.sock"
+SEED = "seed.iso"  # what cloud-init reads
+SSH_KEY, HOST_KEY, AUTHORIZED_KEYS = "ssh_key", "ssh_host_ed25519_key", "authorized_keys"
+SECRETS = (VARS, SSH_KEY, HOST_KEY, AUTHORIZED_KEYS, SEED)
 SCRATCH = "scratch"  # marks the directory of something that is no VM, and not worth keeping
-OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, VARS, TPM, QEMU_LOG, SWTPM_LOG, CONTROL, VNC})
+OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, TPM, QEMU_LOG, SWTPM_LOG, CONTROL, VNC, *SECRETS})
 
 NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # nothing there, a file, a link
 BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
 POLL = 0.01  # seconds between two tries to lock
+
+
+class Parts(NamedTuple):
+    """What a VM's directory holds besides the overlay of its disk.
+
+    Attributes:
+        vars_template: What its UEFI variables are copied from; `None` if it has none.
+        tpm: Whether it has a TPM.
+        files: Others, by name.
+    """
+
+    vars_template: Path | None = None
+    tpm: bool = False
+    files: Mapping[str, bytes] = MappingProxyType({})
+
+    @property
+    def names(self) -> list[str]:
+        """What they are called."""
+        return [
+            *([VARS] if self.vars_template is not None else []),
+            *([TPM] if self.tpm else []),
+            *self.files,
+        ]
 
 
 class StateDirectory:
@@ -135,25 +163,28 @@ class StateDirectory:
             write_record(record, self.fd)
         self.record = record
 
-    async def prepare(self, virtual_size: int, vars_template: Path) -> None:
-        """Write the empty overlay, the copy of the UEFI variables and the TPM's directory.
+    async def prepare(self, virtual_size: int, parts: Parts) -> None:
+        """Write the empty overlay and its other parts.
 
         Raises:
-            OSError: If the disk is full or the template cannot be read.
+            OSError: If the disk is full or a template cannot be read.
         """
-        await asyncio.gather(
-            in_thread(self._write, OVERLAY, qcow2.empty(virtual_size)),
-            in_thread(lambda: self._write(VARS, vars_template.read_bytes())),
-            in_thread((self.path / TPM).mkdir, 0o700),
-        )
+        files = {OVERLAY: qcow2.empty(virtual_size), **parts.files}
+        writes = [in_thread(self._write, name, content) for name, content in files.items()]
+        if parts.vars_template is not None:
+            writes.append(in_thread(self._copy, VARS, parts.vars_template))
+        if parts.tpm:
+            writes.append(in_thread((self.path / TPM).mkdir, 0o700))
+        await asyncio.gather(*writes)
 
-    def check_kept(self) -> None:
-        """Whether the disk, the UEFI variables and the TPM's state of a kept VM are all there.
+    def check_kept(self, names: Iterable[str]) -> None:
+        """Whether these parts of a kept VM, and its disk, are all there.
 
         Raises:
             ConfigError: If one is not, or is a symbolic link.
         """
-        for name, is_kind in ((OVERLAY, stat.S_ISREG), (VARS, stat.S_ISREG), (TPM, stat.S_ISDIR)):
+        for name in (OVERLAY, *names):
+            is_kind = stat.S_ISDIR if name == TPM else stat.S_ISREG
             try:
                 good = is_kind((self.path / name).lstat().st_mode)
             except FileNotFoundError:
@@ -165,8 +196,9 @@ class StateDirectory:
                 )
 
     def clear_secrets(self) -> None:
-        """Remove the TPM's state and the UEFI variables."""
-        (self.path / VARS).unlink(missing_ok=True)
+        """Remove the TPM's state, the UEFI variables and the SSH keys."""
+        for name in SECRETS:
+            (self.path / name).unlink(missing_ok=True)
         with self._spare_descriptor(), contextlib.suppress(FileNotFoundError):
             _empty(self.path / TPM)
             (self.path / TPM).rmdir()
@@ -219,6 +251,9 @@ class StateDirectory:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(self.path / name, flags, 0o600), "wb") as file:
             file.write(content)
+
+    def _copy(self, name: str, template: Path) -> None:
+        self._write(name, template.read_bytes())
 
     def _check_ours(self) -> None:
         names = os.listdir(self.path)

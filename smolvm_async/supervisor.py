@@ -13,30 +13,35 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
 from smolvm_async.errors import (
-    ImageError,
     LaunchError,
     SmolVMError,
     VMCrashedError,
     VMNotRunningError,
 )
-from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Shutdown
+from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Reset, Shutdown
 from smolvm_async.handle import console_tail, unprepared
-from smolvm_async.images.local import BaseImage, open_image
+from smolvm_async.images.local import BaseImage
+from smolvm_async.images.source import Source
 from smolvm_async.limits import oom_kills
 from smolvm_async.log import get_logger
+from smolvm_async.login import Login
 from smolvm_async.plan import Plan
+from smolvm_async.prepared import prepare
 from smolvm_async.process import Child, spawn
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.input import Input
 from smolvm_async.qemu.monitor import Monitor, Turns
+from smolvm_async.qemu.ports import Ports
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.vnc import VNCServer
 from smolvm_async.record import Machine, Status
 from smolvm_async.shielding import in_thread
 from smolvm_async.shutdown import Rung, ShutdownReport, shut_down
 from smolvm_async.sidecars import SIDECARS, Attachment
+from smolvm_async.ssh.access import Access
+from smolvm_async.ssh.link import Link
 from smolvm_async.state import QEMU_LOG, StateDirectory
 
 logger = get_logger(__name__)
@@ -52,7 +57,8 @@ class Supervisor:
         started: Done when the guest's processors run.
         boot: The boot states.
         console: The serial console.
-        screen, input, vnc: What QEMU shows of the guest, and what it lets one do to it.
+        screen, input, vnc, ports: What QEMU shows of the guest, and what it lets one do to it.
+        link: The SSH connection to the guest.
         paused: Whether the guest's processors stand still.
         failure: Why the run could not begin, or how it crashed; `None` if all went well.
         report: How it ended.
@@ -72,7 +78,11 @@ class Supervisor:
         self.screen = Screen(self._monitor, plan.config.resolution)
         self.input = Input(self._monitor)
         self.vnc = VNCServer(self._monitor, plan.config.data_dir / plan.config.vm_id)
+        self.ports = Ports(self._monitor)
+        self.link = Link(plan.config.vm_id, self.ssh_access)
         self.paused = False
+        self._source: Source | None = plan.source
+        self._login: Login | None = None
         self._turns = Turns(self._monitor)
         self._scope = anyio.CancelScope()
         self._children: list[Child] = []
@@ -113,6 +123,7 @@ class Supervisor:
         finally:
             self.boot.end()
             self.input.close()
+            self.link.abort()
             try:
                 await self._monitor.disconnect()
             finally:
@@ -137,7 +148,8 @@ class Supervisor:
         except (SmolVMError, OSError) as error:
             self.failure = await self._launch_error(error)
             return
-        group.start_soon(self.boot.watch, self._monitor)
+        probe = self._probe if self._login is not None else None
+        group.start_soon(self.boot.watch, self._monitor, probe)
         self.started.set_result(None)
         await self._until_end(qemu)
         if qemu.returncode is not None:
@@ -150,12 +162,8 @@ class Supervisor:
         """Start swtpm and QEMU together, attach the monitor, let the processors run."""
         plan = self._plan
         with ExitStack() as stack:
-            image = await self._open_image(stack)
-            if self._machine is None:
-                await self._state.prepare(image.virtual_size, plan.tools.firmware.vars_template)
-            else:
-                self._state.check_kept()
-                _check_unchanged(image, self._machine)
+            prepared = await prepare(plan, self._state, self._machine, stack)
+            self._source, self._login = prepared.source, prepared.login
             attachments: list[Attachment] = [
                 await group.start(self._hold_sidecar, name) for name in plan.config.profile.sidecars
             ]
@@ -166,32 +174,67 @@ class Supervisor:
             for sock in sockets:
                 stack.enter_context(sock)
             descriptors = Descriptors(
-                monitor.fileno(), console.fileno(), image.fd, self.screen.open()
+                monitor.fileno(), console.fileno(), prepared.image.fd, self.screen.open()
             )
             machine_type = self._machine.type if self._machine else None
             argv = qemu_arguments(
-                plan.config, plan.tools, plan.accelerator, descriptors, attach, machine_type
+                plan.config,
+                prepared.tools,
+                plan.accelerator,
+                descriptors,
+                attach,
+                machine_type,
+                prepared.direct_boot,
             )
-            fds = [*descriptors, *(sock.fileno() for sock in sockets)]
+            fds = [
+                *descriptors,
+                *prepared.descriptors,
+                *(sock.fileno() for sock in sockets),
+            ]
             qemu: Child = await group.start(self._hold_qemu, argv, fds)
         # Only QEMU has its ends now: its death shows as the end of file.
         await self._monitor.connect(
             [child.exited for child in self._children], plan.config.timeouts.launch
         )
-        if plan.config.vnc is not None:
-            await self.vnc.start(plan.config.vnc)
+        await self._open_ways()
         await self._monitor.execute("cont")
         self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
         if plan.config.keep:  # what is not recorded cannot be started again
-            await self._record_running(await self._see_machine(image))
+            await self._record_running(await self._see_machine(prepared.image))
         else:
             group.start_soon(self._record_running, None)
         return qemu
 
+    async def _open_ways(self) -> None:
+        """What leads into the VM before its guest runs: VNC, and ports."""
+        config = self._plan.config
+        if config.vnc is not None:
+            await self.vnc.start(config.vnc)
+        if self._login is not None:
+            await self.ports.ssh()
+        for forward in config.port_forwards:
+            await self.ports.expose(*forward)
+
+    async def ssh_access(self) -> Access:
+        """How to log in to the guest.
+
+        Raises:
+            VMNotRunningError: QEMU has ended.
+        """
+        assert self._login is not None
+        return self._login.access(await self.ports.ssh())
+
+    async def _probe(self) -> str | None:
+        """What speaks for the guest being ready."""
+        if await self.link.connect():
+            return "the guest's SSH server answers, and we are logged in"
+        return None
+
     async def _see_machine(self, image: BaseImage) -> Machine:
         where = {"path": "/machine", "property": "type"}
         type_name = str(await self._monitor.execute("qom-get", where))
-        return Machine(type_name.removesuffix("-machine"), image.size, image.mtime_ns)
+        machine_type = type_name.removesuffix("-machine")
+        return Machine(machine_type, image.size, image.mtime_ns, self._source)
 
     async def _record_running(self, machine: Machine | None) -> None:
         processes = {child.name: child.identity for child in self._children}
@@ -207,12 +250,6 @@ class Supervisor:
             if self._plan.config.keep and record.machine is None:
                 raise
             logger.warning("the record could not be written: %s", error)
-
-    async def _open_image(self, stack: ExitStack) -> BaseImage:
-        opening = open_image(self._plan.image)
-        image = await in_thread(opening.__enter__)
-        stack.push(opening.__exit__)
-        return image
 
     async def _hold_sidecar(self, name: str, *, task_status: TaskStatus[Attachment]) -> None:
         async with SIDECARS[name](self._plan.tools, self._state) as attachment:
@@ -268,6 +305,8 @@ class Supervisor:
             self._shutdown = event
         elif isinstance(event, GuestPanicked):
             self._give_up("the guest panicked (GUEST_PANICKED)")
+        elif isinstance(event, Reset):
+            self.link.abort()  # the guest has forgotten it, and its network would not tell
         elif event.name == "STOP" and self._shutdown is None:
             self.paused = self._why_paused = True
             self._news.set()
@@ -336,7 +375,8 @@ class Supervisor:
         if isinstance(error, LaunchError | VMNotRunningError) and reports:
             told = "\n".join(reports)
             if IMAGE_IN_USE in told:
-                told = f"Another program has {self._plan.image} open for writing.\n{told}"
+                path = self._source.image if self._source else "the image"
+                told = f"Another program has {path} open for writing.\n{told}"
             return LaunchError(f"{vm_id} did not start. {told}")
         if isinstance(error, LaunchError):
             running = "\n".join(child.report() for child in self._children)
@@ -346,15 +386,6 @@ class Supervisor:
     def _kill(self) -> None:
         for child in self._children:
             child.kill()
-
-
-def _check_unchanged(image: BaseImage, machine: Machine) -> None:
-    if (image.size, image.mtime_ns) != (machine.image_size, machine.image_mtime_ns):
-        raise ImageError(
-            f"image {str(image.path)!r} was changed after this VM was made from it, and the VM "
-            "keeps only what differs from it: its disk would be corrupt. Put the image back as "
-            "it was, or delete() the VM."
-        )
 
 
 def _first(errors: BaseExceptionGroup[Exception]) -> Exception:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os as os_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,8 @@ from smolvm_async.config import Limits, Timeouts, make_config, make_data_dir
 from smolvm_async.control import Attached
 from smolvm_async.controls.desktop import Desktop
 from smolvm_async.controls.observation import Observation
+from smolvm_async.controls.ports import PortForwarding
+from smolvm_async.controls.shell import Shell
 from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.guests import GUESTS
 from smolvm_async.handle import Handle, running
@@ -29,10 +31,13 @@ from smolvm_async.shutdown import ShutdownReport
 from smolvm_async.state import cannot_use, check_data_dir
 
 
-class AsyncSmolVM(Observation, Desktop):
+class AsyncSmolVM(Observation, Desktop, Shell, PortForwarding):
     """A disposable computer.
 
     ::
+
+        async with AsyncSmolVM() as vm:
+            print((await vm.run("uname -a")).stdout)
 
         async with AsyncSmolVM(os="windows", image="~/win11.qcow2", memory=4096) as vm:
             await vm.wait_for("ready")
@@ -43,23 +48,32 @@ class AsyncSmolVM(Observation, Desktop):
     `delete()`.
 
     Args:
-        os: The guest OS: `"windows"`.
+        os: The guest OS: `"linux"` (the default, without an image) or `"windows"`.
         image: The qcow2 to start from: a path or a `file://` URI. It is never written to, and
-            any number of VMs can share it.
-        memory: MiB; for Windows at least 2048, by default 4096.
+            any number of VMs can share it. A Linux one has cloud-init, or a server of its own for
+            what one wants of it. Without one, the built-in Debian, which is built at its first use.
+        kernel: A Linux kernel for QEMU to load, instead of the image's boot loader.
+        initrd: Its initramfs.
+        boot_args: Its command line; by default `console=ttyS0 root=/dev/vda rw`.
+        user: As whom `run()` and the files log in to a Linux image: `"root"`, the default, or a
+            user whom cloud-init is to make, with sudo.
+        memory: MiB; for Windows at least 2048, by default 4096; for Linux 128, and 512.
         cpus: Cores, shown to the guest as one socket; by default 2.
         vm_id: Lower-case letters, digits and hyphens; by default `vm-` and 8 hex digits.
         accel: `"auto"` takes KVM where it works, and TCG with a warning where it does not;
             `"kvm"` or `"tcg"` insists.
-        keep: Whether the VM outlives its block and its process: its disk, UEFI variables and TPM
-            stay together until `delete()`, and `from_id()` finds it again.
+        env: Environment variables of all commands, set before it is `ready`. Not for Windows.
+        port_forwards: What `expose_local()` is to forward from the start: guest ports, or
+            `(guest_port, host_port)`.
+        keep: Whether the VM outlives its block and its process: its disk, UEFI variables, TPM and
+            keys stay together until `delete()`, and `from_id()` finds it again.
         resolution: Width and height of the screen in pixels, or `"WIDTHxHEIGHT"`, up to
             3840x2160; by default 1280x800. The guest may choose another.
         vnc: `"loopback"` or `"unix"` turns on the VNC server; see `VNC`.
         limits: What VMs may take of the host: a `Limits`, or a mapping of its names.
-        mounts: Not for Windows guests.
-        writable_mounts: Not for Windows guests.
-        internet_settings: Not for Windows guests.
+        mounts: Not for Windows guests, and not yet for Linux guests.
+        writable_mounts: Likewise.
+        internet_settings: Likewise.
         timeouts: Deadlines in seconds: a `Timeouts`, or a mapping of its names.
         data_dir: Where VMs keep their files while they exist; by default
             `$XDG_STATE_HOME/smolvm-async` (`~/.local/state/smolvm-async`).
@@ -75,10 +89,16 @@ class AsyncSmolVM(Observation, Desktop):
         *,
         os: Literal["windows", "linux"] | None = None,
         image: str | os_module.PathLike[str] | None = None,
+        kernel: str | os_module.PathLike[str] | None = None,
+        initrd: str | os_module.PathLike[str] | None = None,
+        boot_args: str | None = None,
+        user: str | None = None,
         memory: int | None = None,
         cpus: int | None = None,
         vm_id: str | None = None,
         accel: Literal["auto", "kvm", "tcg"] = "auto",
+        env: Mapping[str, str] | None = None,
+        port_forwards: Iterable[int | tuple[int, int | None]] | Mapping[int, int | None] = (),
         keep: bool = False,
         resolution: tuple[int, int] | str | None = None,
         vnc: Literal["loopback", "unix"] | bool | None = None,
@@ -93,6 +113,12 @@ class AsyncSmolVM(Observation, Desktop):
         config = make_config(
             os=os,
             image=image,
+            kernel=kernel,
+            initrd=initrd,
+            boot_args=boot_args,
+            user=user,
+            env=env,
+            port_forwards=port_forwards,
             memory=memory,
             cpus=cpus,
             vm_id=vm_id,
@@ -109,7 +135,8 @@ class AsyncSmolVM(Observation, Desktop):
             },
         )
         _check_progress(on_progress)
-        config = config.model_copy(update={"image": str(local_path(config.image))})
+        if config.image:
+            config = config.model_copy(update={"image": str(local_path(config.image))})
         plan = make_plan(config, on_progress)
         handle = Owned(config, lambda: plan)
         handle.plan()
@@ -285,23 +312,16 @@ class AsyncSmolVM(Observation, Desktop):
         """
         await self._vm.detach()
 
-    async def run(self, command: str, **options: object) -> NoReturn:
-        """Not for Windows guests: raises `UnsupportedError`."""
-        self._refuse("run")
-
     async def snapshot(self, name: str | None = None) -> NoReturn:
-        """Not for Windows guests: raises `UnsupportedError`."""
-        self._refuse("snapshot")
+        """Not in this version: raises `UnsupportedError`."""
+        self._vm.config.profile.require("snapshot")
+        raise AssertionError
 
     @classmethod
     async def from_snapshot(cls, name: str, **options: object) -> NoReturn:
-        """Not for Windows guests: raises `UnsupportedError`."""
-        GUESTS["windows"].require("from_snapshot")
+        """Not in this version: raises `UnsupportedError`."""
+        GUESTS["windows" if options.get("os") == "windows" else "linux"].require("from_snapshot")
         raise AssertionError
-
-    def _refuse(self, feature: str) -> NoReturn:
-        self._vm.config.profile.require(feature)
-        raise AssertionError(f"{feature} is not refused, and not there")
 
 
 def _known_data_dir(data_dir: object) -> Path:

@@ -20,13 +20,15 @@ from smolvm_async.control.messages import (
     error_from_json,
     report_from_json,
 )
-from smolvm_async.control.remote import RemoteInput, RemoteScreen, RemoteVNC
+from smolvm_async.control.remote import RemoteInput, RemotePorts, RemoteScreen, RemoteVNC
 from smolvm_async.errors import VMCrashedError, VMNotRunningError
-from smolvm_async.events import BootStateChanged, EventHub, event_from_json
+from smolvm_async.events import BootStateChanged, EventHub, Reset, event_from_json
 from smolvm_async.qemu.boot import BootStates
 from smolvm_async.qemu.console import LIMIT
 from smolvm_async.record import Record, Status
 from smolvm_async.shutdown import Rung, ShutdownReport
+from smolvm_async.ssh.access import Access
+from smolvm_async.ssh.link import Link
 from smolvm_async.tail import Tail
 
 GREETING = 5.0  # seconds for the owner's event loop to answer
@@ -55,6 +57,8 @@ class Attached:
         self.screen = RemoteScreen(self._request)
         self.input = RemoteInput(self._request, self._post)
         self.vnc = RemoteVNC(self._request)
+        self.ports = RemotePorts(self._request)
+        self.link = Link(self.config.vm_id, self.ssh_access)
         self.status = record.status
         self.accelerator = ""
         self._path = path
@@ -123,6 +127,10 @@ class Attached:
     async def resume(self) -> None:
         """Ask the owner to."""
         await self._request("resume")
+
+    async def ssh_access(self) -> Access:
+        """Ask the owner how to log in to the guest."""
+        return Access(*await self._request("ssh.access"))
 
     async def delete(self) -> None:
         """Ask the owner to delete it, and wait until its directory is gone.
@@ -208,6 +216,8 @@ class Attached:
             self.boot.change(event)
         else:
             self.hub.publish(event)
+        if isinstance(event, Reset):
+            self.link.abort()
 
     def _on_status(self, params: Mapping[str, Any]) -> None:
         self.status = Status(params["status"])
@@ -225,6 +235,7 @@ class Attached:
     def _end(self) -> None:
         """The connection is over: by the end of the run, of the owner, or by our own doing."""
         self._writer.transport.abort()
+        self.link.abort()
         if not self._told_end and not self._detached:
             self.status = Status.ORPHANED
             self.failure = VMCrashedError(

@@ -1,11 +1,11 @@
-"""The screen, the input devices and the VNC server of a VM that another process owns."""
+"""The screen, input devices, VNC server and ports of a VM that another process owns."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from smolvm_async.checks import VNCKind
+from smolvm_async.checks import PortForward, VNCKind
 from smolvm_async.qemu.input import InputEvent
 
 Request = Callable[..., Awaitable[Any]]
@@ -74,3 +74,23 @@ class RemoteVNC:
         """Where it listens."""
         url: str | None = await self._request("vnc.url")
         return url
+
+
+class RemotePorts:
+    """See `smolvm_async.qemu.ports.Ports`."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    async def expose(self, guest_port: int, host_port: int | None) -> int:
+        """Forward a port of 127.0.0.1; returns it."""
+        port: int = await self._request("ports.expose", guest_port=guest_port, host_port=host_port)
+        return port
+
+    async def unexpose(self, host_port: int) -> None:
+        """Forward it no longer."""
+        await self._request("ports.unexpose", host_port=host_port)
+
+    async def forwards(self) -> list[PortForward]:
+        """What is forwarded."""
+        return [PortForward(*ports) for ports in await self._request("ports.forwards")]

@@ -131,6 +131,7 @@ class Probes:
         """What the boots have shown, by the name of the check."""
         yield "accelerator", accelerator_verdict(self._accel, self._kvm_works, self._problem)
         seen = self._seen or Sighting("no accelerator")
+        assert self._tools.firmware is not None, "only guests with Secure Boot are examined"
         yield "smm", smm_verdict(seen, self._profile)
         yield "virtio-scsi", disk_verdict(seen)
         yield "secure-boot", secure_boot_verdict(seen, self._profile, self._tools.firmware)

@@ -30,7 +30,7 @@ from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.shielding import in_thread
 from smolvm_async.sidecars import SIDECARS
-from smolvm_async.state import QEMU_LOG, StateDirectory
+from smolvm_async.state import QEMU_LOG, Parts, StateDirectory
 
 RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
 
@@ -153,7 +153,8 @@ async def _launch(
     )
     with ExitStack() as ends:
         image = ends.enter_context(open_image(state.path / DISK))
-        await state.prepare(image.virtual_size, tools.firmware.vars_template)
+        assert tools.firmware is not None
+        await state.prepare(image.virtual_size, Parts(tools.firmware.vars_template, tpm=True))
         attachments = [
             await stack.enter_async_context(SIDECARS[name](tools, state))
             for name in profile.sidecars

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from smolvm_async.guests.linux import DEBIAN, LINUX
 from smolvm_async.guests.profile import GuestProfile
 from smolvm_async.guests.windows import WINDOWS
 
-__all__ = ["GUESTS", "GuestProfile"]
+__all__ = ["BUILT_IN", "GUESTS", "GuestProfile"]
 
-GUESTS = {profile.name: profile for profile in (WINDOWS,)}
+GUESTS = {profile.name: profile for profile in (WINDOWS, LINUX)}
+BUILT_IN = {DEBIAN.name: DEBIAN}  # those of which this library builds an image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from smolvm_async.errors import UnsupportedError
 
@@ -19,6 +19,8 @@ class GuestProfile(NamedTuple):
         minimum_memory: MiB; the OS does not run with less.
         default_cpus: Cores of the one socket.
         hosts: Values of `sys.platform` under which it runs.
+        firmware: Whether UEFI starts it: `always`, `never` (SeaBIOS, or a kernel that QEMU itself
+            loads), or `image` if that depends on the image.
         firmware_features: What QEMU's firmware descriptor must offer (firmware.json).
         machine_type: QEMU's machine type; a kept VM stays with the version it was made with.
         machine_options: Options of `-machine`.
@@ -27,6 +29,10 @@ class GuestProfile(NamedTuple):
         accelerator_globals: Further ones, by accelerator.
         rtc: Value of `-rtc`.
         sidecars: Names in `smolvm_async.sidecars.SIDECARS`.
+        disk_bus: How it sees its disk: `scsi` (virtio-scsi) or `virtio` (virtio-blk, `/dev/vda`).
+        login: How it is told who may log in over SSH: a `nocloud` seed for cloud-init, `fw_cfg`
+            for the image that this library builds, or `none`: then nobody does.
+        usb: Whether it has a USB controller, with the tablet that the mouse is.
         unsupported: For each feature that it lacks, the sentence that says so and what to do.
     """
 
@@ -36,6 +42,7 @@ class GuestProfile(NamedTuple):
     minimum_memory: int
     default_cpus: int
     hosts: tuple[str, ...]
+    firmware: Literal["always", "image", "never"]
     firmware_features: frozenset[str]
     machine_type: str
     machine_options: str
@@ -44,6 +51,9 @@ class GuestProfile(NamedTuple):
     rtc: str
     accelerator_globals: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     sidecars: tuple[str, ...] = ()
+    disk_bus: Literal["scsi", "virtio"] = "scsi"
+    login: Literal["none", "nocloud", "fw_cfg"] = "none"
+    usb: bool = True
     unsupported: Mapping[str, str] = MappingProxyType({})
 
     def require(self, feature: str) -> None:

@@ -30,6 +30,7 @@ WINDOWS = GuestProfile(
     minimum_memory=2048,
     default_cpus=2,
     hosts=("linux",),
+    firmware="always",
     firmware_features=frozenset({"secure-boot", "enrolled-keys", "requires-smm"}),
     # No HPET: Windows prefers the Hyper-V clock and polls a HPET at a cost (libvirt does the same).
     machine_type="q35",
@@ -60,9 +61,38 @@ WINDOWS = GuestProfile(
             "from_snapshot() is not available for Windows guests: start a new VM with image= "
             "from a qcow2 that has Windows in the state you want."
         ),
-        "run": (
-            "run() is not available for Windows guests: install what is to run as a service or "
-            "a scheduled task in the image."
+        **{
+            name: (
+                f"{name}() is not available for Windows guests: install what is to run as a "
+                "service or a scheduled task in the image."
+            )
+            for name in ("run", "run_stream")
+        },
+        **{
+            name: (
+                f"{name}() is not available for Windows guests: put the files into the image, or "
+                "let the guest fetch and send them over its network (the host is 10.0.2.2 there)."
+            )
+            for name in ("upload_file", "download_file")
+        },
+        **{
+            name: (
+                f"{name}() is not available for Windows guests: set the variables inside the "
+                "image (setx NAME VALUE)."
+            )
+            for name in ("set_env_vars", "unset_env_vars", "list_env_vars")
+        },
+        "env": (
+            "env= is not available for Windows guests: set the variables inside the image "
+            "(setx NAME VALUE)."
         ),
+        "user": "user= is not available for Windows guests: the image has users of its own.",
+        **{
+            name: (
+                f"{name}= is not available for Windows guests: their own boot loader starts them; "
+                "pass image= alone."
+            )
+            for name in ("kernel", "initrd", "boot_args")
+        },
     },
 )

@@ -16,16 +16,28 @@ from smolvm_async.host.accelerator import Accelerator, Problem
 from smolvm_async.host.distribution import how_to_install
 from smolvm_async.host.firmware import Firmware
 
-__all__ = ["Accelerator", "Firmware", "HostTools", "choose_accelerator", "find_tools"]
+__all__ = [
+    "Accelerator",
+    "Firmware",
+    "HostTools",
+    "choose_accelerator",
+    "find_plain_uefi",
+    "find_tools",
+]
 
 
 class HostTools(NamedTuple):
-    """The programs and the firmware that a guest OS needs, as absolute paths."""
+    """The programs and the firmware that a guest OS needs, as absolute paths.
+
+    Attributes:
+        swtpm: `None` if it needs none.
+        firmware: UEFI firmware; `None` if it needs none.
+    """
 
     qemu: Path
     qemu_img: Path
-    swtpm: Path
-    firmware: Firmware
+    swtpm: Path | None
+    firmware: Firmware | None
 
 
 def find_tools(profile: GuestProfile) -> HostTools:
@@ -39,24 +51,49 @@ def find_tools(profile: GuestProfile) -> HostTools:
             f"{profile.title} guests need a Linux host; this one is {sys.platform!r}. "
             "Run this on a Linux machine, or in a Linux VM with nested virtualization."
         )
-    directories = tuple(firmware.descriptor_directories(os.environ))
     search_path = os.environ.get("PATH", os.defpath)
-    return _find_tools(profile.firmware_features, search_path, directories)
+    features = profile.firmware_features if profile.firmware == "always" else None
+    return _find_tools(profile.sidecars, features, search_path, _descriptor_directories())
+
+
+def find_plain_uefi() -> Firmware:
+    """UEFI firmware without Secure Boot.
+
+    Raises:
+        HostError: If there is none; it says how to install it, and where it looked.
+    """
+    directories = list(_descriptor_directories())
+    smm = frozenset({"requires-smm"})
+    found = firmware.find_firmware(frozenset(), directories, firmware.PLAIN_PAIRS, without=smm)
+    if found is None:
+        raise HostError(
+            f"UEFI firmware (OVMF) not found, and the image has no boot sector for a BIOS. "
+            f"{how_to_install(['ovmf'])}. Looked in: "
+            f"{', '.join(firmware.places(directories, firmware.PLAIN_PAIRS))}."
+        )
+    return found
+
+
+def _descriptor_directories() -> tuple[Path, ...]:
+    return tuple(firmware.descriptor_directories(os.environ))
 
 
 @functools.lru_cache(maxsize=8)  # errors are not kept: what is installed meanwhile is found
 def _find_tools(
-    features: frozenset[str], search_path: str, directories: tuple[Path, ...]
+    sidecars: tuple[str, ...],
+    features: frozenset[str] | None,
+    search_path: str,
+    directories: tuple[Path, ...],
 ) -> HostTools:
-    names = ("qemu-system-x86_64", "qemu-img", "swtpm", "setpriv")
+    names = ("qemu-system-x86_64", "qemu-img", *sidecars, "setpriv")
     programs = {name: shutil.which(name, path=search_path) for name in names}
-    pair = firmware.find_firmware(features, list(directories))
+    pair = None if features is None else firmware.find_firmware(features, list(directories))
     missing = [name for name, path in programs.items() if path is None]
     looked = [f"PATH ({search_path})"] if missing else []
-    if pair is None:
+    if features is not None and pair is None:
         missing.append("ovmf")
         looked += firmware.places(list(directories))
-    if missing or pair is None:
+    if missing:
         named = [
             name if name != "ovmf" else "UEFI firmware with Secure Boot (OVMF)" for name in missing
         ]
@@ -64,24 +101,28 @@ def _find_tools(
             f"{', '.join(named)} not found. {how_to_install(missing)}. "
             f"Looked in: {', '.join(looked)}."
         )
-    qemu, qemu_img, swtpm = (Path(programs[name] or "") for name in names[:3])
-    return HostTools(qemu.absolute(), qemu_img.absolute(), swtpm.absolute(), pair)
+    found = {name: Path(path).absolute() for name, path in programs.items() if path is not None}
+    return HostTools(found["qemu-system-x86_64"], found["qemu-img"], found.get("swtpm"), pair)
 
 
 @functools.cache
-def _kvm_problem() -> Problem | None:
-    return accelerator.probe_kvm()
+def _kvm_problem(smm: bool) -> Problem | None:
+    return accelerator.probe_kvm(smm=smm)
 
 
-def choose_accelerator(requested: str) -> tuple[Accelerator, str | None]:
+def choose_accelerator(requested: str, *, smm: bool = True) -> tuple[Accelerator, str | None]:
     """The accelerator to use, and if `auto` had to fall back to TCG, the warning to give.
+
+    Args:
+        requested: `auto`, `kvm` or `tcg`.
+        smm: Whether the guest has Secure Boot, which needs System Management Mode.
 
     Raises:
         HostError: If `kvm` was asked for and cannot be used here.
     """
     if requested == "tcg":
         return accelerator.TCG, None
-    problem = _kvm_problem()
+    problem = _kvm_problem(smm)
     if problem is None:
         return accelerator.KVM, None
     if requested == "kvm":

@@ -46,6 +46,14 @@ KNOWN_PAIRS = (
     ),
 )
 
+# The same without Secure Boot, which runs without SMM.
+PLAIN_PAIRS = (
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+    ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
+    ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
+)
+
 
 def descriptor_directories(environ: Mapping[str, str]) -> list[Path]:
     """Where descriptors are, the least specific first."""
@@ -63,12 +71,13 @@ def find_firmware(
     features: frozenset[str],
     directories: list[Path],
     pairs: tuple[tuple[str, str], ...] = KNOWN_PAIRS,
+    without: frozenset[str] = frozenset(),
 ) -> Firmware | None:
-    """The first firmware that offers all of `features` and whose two files can be read."""
+    """The first that offers all of `features`, none of `without`, and has two readable files."""
     described = (
         firmware
         for descriptor in _descriptors(directories)
-        if (firmware := _match(descriptor, features)) is not None
+        if (firmware := _match(descriptor, features, without)) is not None
     )
     known = (Firmware(Path(code), "raw", Path(template), "raw") for code, template in pairs)
     for firmware in (*described, *known):
@@ -84,9 +93,9 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def places(directories: list[Path]) -> list[str]:
+def places(directories: list[Path], pairs: tuple[tuple[str, str], ...] = KNOWN_PAIRS) -> list[str]:
     """Where `find_firmware` looks, for an error message."""
-    return [f"{directory}/*.json" for directory in directories] + [code for code, _ in KNOWN_PAIRS]
+    return [f"{directory}/*.json" for directory in directories] + [code for code, _ in pairs]
 
 
 def _descriptors(directories: list[Path]) -> Iterator[Any]:
@@ -101,7 +110,7 @@ def _descriptors(directories: list[Path]) -> Iterator[Any]:
             continue  # another program's broken file is no reason to fail
 
 
-def _match(descriptor: Any, features: frozenset[str]) -> Firmware | None:
+def _match(descriptor: Any, features: frozenset[str], without: frozenset[str]) -> Firmware | None:
     try:
         mapping = descriptor["mapping"]
         if (
@@ -109,6 +118,7 @@ def _match(descriptor: Any, features: frozenset[str]) -> Firmware | None:
             or mapping["device"] != "flash"
             or mapping.get("mode", "split") != "split"
             or not features <= set(descriptor["features"])
+            or without & set(descriptor["features"])
             or not any(
                 target["architecture"] == "x86_64"
                 and any(fnmatch(MACHINE, machine) for machine in target["machines"])

@@ -39,34 +39,50 @@ def open_image(path: Path) -> Iterator[BaseImage]:
         ImageError: If it is missing, not a plain file, unreadable, or a qcow2 that QEMU must
             not see (see `smolvm_async.images.qcow2`).
     """
-    try:
-        # Without O_NONBLOCK the open of a FIFO would hang.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise ImageError(f"image {str(path)!r} does not exist: check the path.") from None
-    except PermissionError:
-        raise ImageError(
-            f"image {str(path)!r} cannot be read by this user: give read permission to it, "
-            "and execute permission to its directories."
-        ) from None
-    except OSError as error:
-        raise ImageError(
-            f"image {str(path)!r} cannot be opened ({error.strerror}): "
-            "pass the path of a qcow2 file."
-        ) from None
-    try:
-        status = os.fstat(fd)
-        mode = status.st_mode
-        if stat.S_ISDIR(mode):
-            raise ImageError(f"image {str(path)!r} is a directory: pass the qcow2 file inside it.")
-        if not stat.S_ISREG(mode):
-            raise ImageError(f"image {str(path)!r} is not a plain file: pass a qcow2 file.")
+    with open_plain(path, "image", "a qcow2 file") as fd:
         try:
             header = qcow2.check(fd)
         except qcow2.Qcow2Error as error:
             raise ImageError(f"image {str(path)!r} {error}.") from None
         except OSError as error:
             raise ImageError(f"image {str(path)!r} cannot be read: {error.strerror}.") from None
+        status = os.fstat(fd)
         yield BaseImage(path, fd, header.virtual_size, status.st_size, status.st_mtime_ns)
+
+
+@contextmanager
+def open_plain(path: Path, argument: str, wanted: str) -> Iterator[int]:
+    """Open a plain file for reading; yields the descriptor.
+
+    Args:
+        argument: Which of the user's arguments it is, for messages.
+        wanted: What it should be: "a qcow2 file".
+
+    Raises:
+        ImageError: If it is missing, not a plain file or unreadable.
+    """
+    named = f"{argument} {str(path)!r}"
+    try:
+        # Without O_NONBLOCK the open of a FIFO would hang.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise ImageError(f"{named} does not exist: check the path.") from None
+    except PermissionError:
+        raise ImageError(
+            f"{named} cannot be read by this user: give read permission to it, "
+            "and execute permission to its directories."
+        ) from None
+    except OSError as error:
+        raise ImageError(
+            f"{named} cannot be opened ({error.strerror}): pass the path of {wanted}."
+        ) from None
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            file = wanted.partition(" ")[2]
+            raise ImageError(f"{named} is a directory: pass the {file} inside it.")
+        if not stat.S_ISREG(mode):
+            raise ImageError(f"{named} is not a plain file: pass {wanted}.")
+        yield fd
     finally:
         os.close(fd)

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from smolvm_async.config import VMConfig
+from smolvm_async.guests import GuestProfile
 from smolvm_async.host import Accelerator, HostTools
-from smolvm_async.state import OVERLAY, VARS
+from smolvm_async.state import AUTHORIZED_KEYS, HOST_KEY, OVERLAY, SEED, VARS
 
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
 DISPLAY = "display"  # the display adapter
+NETWORK = "network"  # the network's backend
 SCREEN = "/dev/fdset/2"  # where `screendump` writes to
 _NAMESPACE = uuid.UUID("6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10")
 
@@ -29,6 +31,20 @@ class Descriptors(NamedTuple):
     console: int
     base_image: int
     screen: int
+
+
+class DirectBoot(NamedTuple):
+    """A Linux kernel that QEMU itself loads.
+
+    Attributes:
+        kernel: An inherited descriptor.
+        initrd: Another one, or `None`.
+        arguments: The kernel's command line.
+    """
+
+    kernel: int
+    initrd: int | None
+    arguments: str
 
 
 def machine_uuid(vm_id: str) -> uuid.UUID:
@@ -48,15 +64,19 @@ def qemu_arguments(
     descriptors: Descriptors,
     attach: Sequence[str],
     machine_type: str | None = None,
+    direct_boot: DirectBoot | None = None,
 ) -> list[str]:
     """The whole command line of one VM.
 
     Args:
         attach: The options for its sidecars.
         machine_type: The one that a kept VM was made with; by default the newest.
+        direct_boot: Its kernel, if it has no boot loader of its own.
     """
     profile = config.profile
     machine = f"{machine_type or profile.machine_type},{profile.machine_options}"
+    if tools.firmware is not None:
+        machine += ",pflash0=code,pflash1=vars"
     global_options = (*profile.globals, *profile.accelerator_globals.get(accelerator.name, ()))
     return [
         str(tools.qemu),
@@ -65,7 +85,7 @@ def qemu_arguments(
         "-nodefaults",
         "-no-user-config",
         "-S",  # `cont` follows when everything is attached
-        *("-machine", f"{machine},pflash0=code,pflash1=vars"),
+        *("-machine", machine),
         *("-accel", accelerator.option),
         *("-cpu", profile.cpu[accelerator.name]),
         *("-smp", f"sockets=1,cores={config.cpus},threads=1"),
@@ -76,10 +96,12 @@ def qemu_arguments(
         *_monitor(descriptors.monitor),
         *_console(descriptors.console),
         *_firmware(tools),
-        *_disk(descriptors.base_image, keep=config.keep),
-        *_network(config.vm_id),
+        *(_direct_boot(direct_boot) if direct_boot is not None else ()),
+        *_disk(descriptors.base_image, profile.disk_bus, keep=config.keep),
+        *_network(config.vm_id, ssh=profile.login != "none"),
+        *_login(profile, config.vm_id),
         *_agent(),
-        *_display(config.resolution, descriptors.screen),
+        *_display(config.resolution, descriptors.screen, usb=profile.usb),
         *("-device", "pvpanic"),  # a guest's panic becomes GUEST_PANICKED
         *attach,
     ]
@@ -106,13 +128,23 @@ def _console(fd: int) -> list[str]:
 
 def _firmware(tools: HostTools) -> list[str]:
     firmware = tools.firmware
+    if firmware is None:
+        return []
     return [
         *("-blockdev", _node("code", firmware.code_format, str(firmware.code), read_only=True)),
         *("-blockdev", _node("vars", firmware.vars_format, VARS)),
     ]
 
 
-def _disk(base_image: int, *, keep: bool) -> list[str]:
+def _direct_boot(boot: DirectBoot) -> list[str]:
+    return [
+        *("-kernel", f"/proc/self/fd/{boot.kernel}"),
+        *(("-initrd", f"/proc/self/fd/{boot.initrd}") if boot.initrd is not None else ()),
+        *("-append", boot.arguments),
+    ]
+
+
+def _disk(base_image: int, bus: str, *, keep: bool) -> list[str]:
     # An overlay that is thrown away with the VM need not be flushed to the host's disk.
     cache = {"direct": False, "no-flush": not keep}
     overlay = {
@@ -124,22 +156,44 @@ def _disk(base_image: int, *, keep: bool) -> list[str]:
         "detect-zeroes": "unmap",
         "cache": cache,
     }
+    scsi = [
+        *("-device", "virtio-scsi-pci,id=scsi,iothread=disk-thread"),
+        *("-device", "scsi-hd,drive=disk,bootindex=1"),
+    ]
+    virtio = ["-device", "virtio-blk-pci,drive=disk,iothread=disk-thread,bootindex=1"]
     return [
         *("-add-fd", f"fd={base_image},set=1"),
         *("-blockdev", _node("base", "qcow2", "/dev/fdset/1", read_only=True)),
         *("-blockdev", json.dumps(overlay)),
         *("-object", "iothread,id=disk-thread"),
-        *("-device", "virtio-scsi-pci,id=scsi,iothread=disk-thread"),
-        *("-device", "scsi-hd,drive=disk,bootindex=1"),
+        *(scsi if bus == "scsi" else virtio),
     ]
 
 
-def _network(vm_id: str) -> list[str]:
+def _network(vm_id: str, *, ssh: bool) -> list[str]:
     # No boot ROM: the firmware would try the network before the disk is even looked at.
+    # The kernel chooses the port of the host, so that no two VMs can want the same.
+    forward = ",hostfwd=tcp:127.0.0.1:0-:22" if ssh else ""
     return [
-        *("-netdev", "user,id=network"),
-        *("-device", f"virtio-net-pci,netdev=network,mac={mac_address(vm_id)},romfile="),
+        *("-netdev", f"user,id={NETWORK}{forward}"),
+        *("-device", f"virtio-net-pci,netdev={NETWORK},mac={mac_address(vm_id)},romfile="),
     ]
+
+
+def _login(profile: GuestProfile, vm_id: str) -> list[str]:
+    # What a guest without a past has of entropy; its first keys would wait for more.
+    entropy = ["-device", "virtio-rng-pci"]
+    if profile.login == "nocloud":
+        seed = _node("seed", "raw", SEED, read_only=True)
+        return [*entropy, "-blockdev", seed, "-device", "virtio-blk-pci,drive=seed"]
+    if profile.login == "fw_cfg":
+        return [
+            *entropy,
+            *("-fw_cfg", f"name=opt/smolvm/authorized_keys,file={AUTHORIZED_KEYS}"),
+            *("-fw_cfg", f"name=opt/smolvm/ssh_host_ed25519_key,file={HOST_KEY}"),
+            *("-fw_cfg", f"name=opt/smolvm/hostname,string={vm_id}"),
+        ]
+    return []
 
 
 def _agent() -> list[str]:
@@ -154,7 +208,7 @@ def _agent() -> list[str]:
     ]
 
 
-def _display(resolution: tuple[int, int], screen: int) -> list[str]:
+def _display(resolution: tuple[int, int], screen: int, *, usb: bool) -> list[str]:
     width, height = resolution
     # Firmware and guest read from the EDID what to show: there 4K fits in with at most 50 Hz (in
     # mHz here). At 4 bytes a pixel it takes 32 MiB.
@@ -164,8 +218,8 @@ def _display(resolution: tuple[int, int], screen: int) -> list[str]:
         *("-vnc", "none,password=on,share=ignore"),  # listens once it is told to
         *("-add-fd", f"fd={screen},set=2"),
         *("-device", f"VGA,id={DISPLAY},{mode}"),
-        *("-device", "qemu-xhci"),  # q35 has no USB controller of its own
-        *("-device", "usb-tablet"),
+        # q35 has no USB controller of its own.
+        *(("-device", "qemu-xhci", "-device", "usb-tablet") if usb else ()),
     ]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
+
+import anyio
 
 from smolvm_async.errors import MonitorError, VMNotRunningError
 from smolvm_async.events import BootState, BootStateChanged, Event, EventHub, PortChanged, Reset
@@ -14,7 +17,11 @@ from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.monitor import Monitor
 
 POLL = 0.25  # seconds between two looks at a guest that boots
+PROBE = 0.05  # seconds between two probes of a guest that is not ready
 REST = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
+
+
+Probe = Callable[[], Awaitable[str | None]]
 
 
 class BootStates:
@@ -66,6 +73,8 @@ class BootTracker(BootStates):
         self._on_progress = on_progress
         self._started = time.monotonic()
         self._changed = asyncio.Event()
+        self._probe: Probe | None = None
+        self._resets = 0
         super().__init__(hub, BootStateChanged(BootStateChanged.NAME, time.time()))
         self.enter(BootState.LAUNCHING, "start() was called")
 
@@ -81,21 +90,33 @@ class BootTracker(BootStates):
     def on_event(self, event: Event) -> None:
         """Draw the conclusions from one of QEMU's events."""
         if isinstance(event, Reset):
+            self._resets += 1
             self.enter(BootState.FIRMWARE, f"the machine was reset ({event.reason})")
         elif isinstance(event, PortChanged) and event.port == AGENT_PORT and event.open:
-            evidence = "the guest agent opened its port (VSERPORT_CHANGE)"
-            for state in (BootState.OPERATING_SYSTEM, BootState.READY):
-                if not self.last.state.reaches(state):
-                    self.enter(state, evidence)
+            if self._probe is None:
+                self._arrive("the guest agent opened its port (VSERPORT_CHANGE)")
 
-    async def watch(self, monitor: Monitor) -> None:
-        """Look for what QEMU has no event for, until cancelled or QEMU has ended."""
+    async def watch(self, monitor: Monitor, probe: Probe | None) -> None:
+        """Look for what QEMU has no event for, until cancelled or QEMU has ended.
+
+        Args:
+            probe: What tells whether the guest is ready, if not its agent or its disk.
+        """
+        self._probe = probe
+        async with anyio.create_task_group() as group:
+            if probe is not None:
+                group.start_soon(self._probe_until_ready, probe)
+            await self._look(monitor)
+            group.cancel_scope.cancel()
+
+    async def _look(self, monitor: Monitor) -> None:
         while True:
             try:
                 if self.last.state is BootState.FIRMWARE and await os_in_control(monitor):
                     evidence = "an operating system listens to ACPI events (PM1_EN)"
-                    self.enter(BootState.OPERATING_SYSTEM, evidence)
-                elif self.last.state is BootState.OPERATING_SYSTEM:
+                    if self.last.state is BootState.FIRMWARE:
+                        self.enter(BootState.OPERATING_SYSTEM, evidence)
+                elif self.last.state is BootState.OPERATING_SYSTEM and self._probe is None:
                     await self._look_at_disk(monitor)
             except MonitorError:
                 pass  # a busy QEMU; the next look may succeed
@@ -105,6 +126,23 @@ class BootTracker(BootStates):
                 await self._changed.wait()  # a reset
             else:
                 await asyncio.sleep(POLL)
+
+    async def _probe_until_ready(self, probe: Probe) -> None:
+        while True:
+            if self.last.state is BootState.READY:
+                await self._changed.wait()
+                continue
+            resets = self._resets
+            evidence = await probe()
+            if evidence is not None and resets == self._resets:
+                self._arrive(evidence)
+            else:
+                await asyncio.sleep(PROBE)
+
+    def _arrive(self, evidence: str) -> None:
+        for state in (BootState.OPERATING_SYSTEM, BootState.READY):
+            if not self.last.state.reaches(state):
+                self.enter(state, evidence)
 
     async def _look_at_disk(self, monitor: Monitor) -> None:
         entered = self.last

@@ -87,7 +87,9 @@ async def test_this_host_runs_guests(data_dir: Path) -> None:
 async def test_firmware_without_keys_is_found_out(
     data_dir: Path, firmware: Callable[[Path, Path], None]
 ) -> None:
-    firmware(find_tools(GUESTS["windows"]).firmware.code, NO_KEYS)
+    pair = find_tools(GUESTS["windows"]).firmware
+    assert pair is not None
+    firmware(pair.code, NO_KEYS)
     report = await examine(data_dir=data_dir, accel="tcg")
     found = by_check(report)
     assert str(NO_KEYS) in found["firmware"].detail

@@ -134,8 +134,8 @@ async def test_a_second_display_is_named(
 ) -> None:
     real = arguments._display
 
-    def two(*values: Any) -> list[str]:
-        return [*real(*values), "-device", "virtio-gpu-pci,id=second,max_outputs=2"]
+    def two(*values: Any, usb: bool) -> list[str]:
+        return [*real(*values, usb=usb), "-device", "virtio-gpu-pci,id=second,max_outputs=2"]
 
     monkeypatch.setattr(arguments, "_display", two)
     async with vm_in(data_dir, blank_image) as vm:

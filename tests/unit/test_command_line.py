@@ -201,6 +201,7 @@ def test_a_firmware_path_arrives_whole_whatever_is_in_it(code: str, image_format
 def test_qemu_accepts_the_line_and_builds_the_machine(tmp_path: Path, blank_image: Path) -> None:
     """All but the TPM, which needs its emulator."""
     tools = find_tools(GUESTS["windows"])
+    assert tools.firmware is not None
     (tmp_path / OVERLAY).write_bytes(empty(10 << 30))
     (tmp_path / VARS).write_bytes(tools.firmware.vars_template.read_bytes())
     pairs = [socket.socketpair() for _ in range(2)]

@@ -284,7 +284,9 @@ def test_a_home_that_this_user_may_not_enter_is_no_reason_to_fail(
         monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
         os.seteuid(NOBODY)
         try:
-            assert find_tools(WINDOWS).swtpm.name == "swtpm"
+            swtpm = find_tools(WINDOWS).swtpm
+            assert swtpm is not None
+            assert swtpm.name == "swtpm"
         finally:
             os.seteuid(0)
 
@@ -459,6 +461,7 @@ def test_a_relative_path_entry_gives_absolute_programs(
     monkeypatch.chdir(bin_directory.parent)
     monkeypatch.setenv("PATH", bin_directory.name)
     tools = find_tools(WINDOWS)
+    assert tools.swtpm is not None
     assert {tools.qemu.parent, tools.qemu_img.parent, tools.swtpm.parent} == {bin_directory}
 
 

@@ -31,6 +31,8 @@ ROWS = [
     "tail",
     "process",
     "checks",
+    "ssh",
+    "seed",
     "guests",
     "config",
     "controls.keys",
@@ -39,11 +41,12 @@ ROWS = [
     "controls.comparison",
     "controls.wanted",
     "events",
-    "images",
     "host",
+    "images",
     "record",
     "orphans",
     "state",
+    "login",
     "registry",
     "logs",
     "limits",
@@ -54,6 +57,7 @@ ROWS = [
     "qemu.screen",
     "qemu.input",
     "qemu.vnc",
+    "qemu.ports",
     "qemu.acpi",
     "qemu.boot",
     "shutdown",
@@ -65,8 +69,11 @@ ROWS = [
     "controls.mouse",
     "controls.vnc",
     "controls.desktop",
+    "controls.shell",
+    "controls.ports",
     "block",
     "plan",
+    "prepared",
     "supervisor",
     "doctor",
     "control",
@@ -77,7 +84,7 @@ ROWS = [
     "cli",
     "__main__",
 ]
-PACKAGES = {"guests", "images", "host", "sidecars", "control", "doctor", "cli"}
+PACKAGES = {"ssh", "guests", "images", "host", "sidecars", "control", "doctor", "cli"}
 EMPTY = {"controls.__init__", "qemu.__init__"}  # no rows: there is nothing in them
 
 MODULES = {

@@ -1,0 +1,95 @@
+"""What a guest starts from: a disk, and the kernel if QEMU itself is to load one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from smolvm_async.config import VMConfig
+from smolvm_async.errors import ImageError
+from smolvm_async.images.local import open_image, open_plain
+from smolvm_async.images.reference import local_path
+from smolvm_async.process import run
+
+ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # a kernel's arguments, if none were given
+
+ELF = b"\x7fELF"  # an uncompressed kernel, which QEMU enters by its PVH note
+BZIMAGE, BZIMAGE_AT = b"HdrS", 0x202  # Documentation/arch/x86/boot.rst
+BOOT_CODE = 440  # bytes of the first sector; UEFI leaves them at 0
+
+
+class Source(NamedTuple):
+    """Where a guest starts from, as absolute paths.
+
+    Attributes:
+        image: The qcow2.
+        kernel: What QEMU loads; `None` if the image has a boot loader.
+        initrd: Its initramfs, or `None`.
+        boot_args: The kernel's command line.
+    """
+
+    image: Path
+    kernel: Path | None = None
+    initrd: Path | None = None
+    boot_args: str = ""
+
+
+def own_source(config: VMConfig) -> Source:
+    """What the user's arguments mean, checked.
+
+    Raises:
+        ImageError: If one of the files cannot be used.
+    """
+    source = Source(local_path(config.image))
+    if config.kernel:
+        initrd = Path(config.initrd) if config.initrd else None
+        boot_args = ROOT_DISK if config.boot_args is None else config.boot_args
+        source = Source(source.image, Path(config.kernel), initrd, boot_args)
+        with open_kernel(Path(config.kernel)):
+            pass
+    if source.initrd is not None:
+        with open_initrd(source.initrd):
+            pass
+    with open_image(source.image):
+        pass
+    return source
+
+
+@contextmanager
+def open_kernel(path: Path) -> Iterator[int]:
+    """Open a Linux kernel for QEMU; yields the descriptor.
+
+    Raises:
+        ImageError: If it is missing, unreadable or no kernel.
+    """
+    with open_plain(path, "kernel", "a Linux kernel") as fd:
+        begin = os.pread(fd, BZIMAGE_AT + len(BZIMAGE), 0)
+        if not begin.startswith(ELF) and begin[BZIMAGE_AT:] != BZIMAGE:
+            raise ImageError(
+                f"kernel {str(path)!r} is no Linux kernel for x86-64: pass a bzImage, such as "
+                "/boot/vmlinuz-*, or an uncompressed vmlinux."
+            )
+        yield fd
+
+
+def open_initrd(path: Path) -> AbstractContextManager[int]:
+    """Open an initramfs for QEMU.
+
+    Raises:
+        ImageError: If it is missing or unreadable.
+    """
+    return open_plain(path, "initrd", "an initramfs")
+
+
+async def starts_by_bios(qemu_img: Path, fd: int) -> bool:
+    """Whether the first sector of an open qcow2 holds code for a BIOS; if not, UEFI starts it."""
+    sector = os.memfd_create("sector", os.MFD_CLOEXEC)
+    try:
+        ends = (f"if=/proc/{os.getpid()}/fd/{fd}", f"of=/proc/{os.getpid()}/fd/{sector}")
+        await run([qemu_img, "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", *ends])
+        return any(os.pread(sector, BOOT_CODE, 0))
+    finally:
+        os.close(sector)

@@ -1,0 +1,95 @@
+"""Ports of the guest that can be reached on 127.0.0.1, by QEMU's user network (slirp).
+
+QEMU has no QMP command for it: the human monitor's `hostfwd_add`, `hostfwd_remove` and
+`info usernet` answer in words.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+from smolvm_async.checks import PortForward
+from smolvm_async.errors import ConfigError, MonitorError
+from smolvm_async.qemu.arguments import NETWORK
+from smolvm_async.qemu.monitor import Monitor, Turns
+
+SSH = 22
+
+# "  TCP[HOST_FORWARD]  13       127.0.0.1 39245       10.0.2.15    22     0     0"
+_FORWARD = re.compile(r"(?m)^\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)\s")
+
+
+class Ports:
+    """Opens and closes forwards while the guest runs."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._turns = Turns(monitor)
+        self._ssh: int | None = None
+
+    async def ssh(self) -> int:
+        """The host's port that leads to the guest's SSH server.
+
+        Raises:
+            MonitorError: If QEMU has none.
+        """
+        if self._ssh is None:
+            forwards = await self._seen()
+            found = [forward.host_port for forward in forwards if forward.guest_port == SSH]
+            if not found or found[0] is None:
+                raise MonitorError("QEMU forwards no port to the guest's SSH server")
+            self._ssh = found[0]
+        return self._ssh
+
+    async def forwards(self) -> list[PortForward]:
+        """What is forwarded, but for the library's own way to the SSH server."""
+        ours = await self.ssh() if self._ssh is not None else None
+        return [forward for forward in await self._seen() if forward.host_port != ours]
+
+    async def expose(self, guest_port: int, host_port: int | None) -> int:
+        """Forward a port of 127.0.0.1; returns it.
+
+        Raises:
+            ConfigError: If it is taken.
+            MonitorError, VMNotRunningError: See `Monitor.execute()`.
+        """
+        return await self._turns.take(partial(self._expose, guest_port, host_port))
+
+    async def _expose(self, guest_port: int, host_port: int | None) -> int:
+        before = await self._seen()
+        rule = f"tcp:127.0.0.1:{host_port or 0}-:{guest_port}"
+        said = await self._ask(f"hostfwd_add {NETWORK} {rule}")
+        new = [forward for forward in await self._seen() if forward not in before]
+        if said or not new or new[0].host_port is None:
+            port = f"host_port={host_port}" if host_port else "a port of the host's choosing"
+            raise ConfigError(
+                f"{port} cannot be forwarded to the guest's port {guest_port}: another program of "
+                "this host has it, or this user may not use it. Choose another, or leave "
+                f"host_port= out: the kernel then finds a free one. (QEMU: {said.strip()})"
+            )
+        return new[0].host_port
+
+    async def unexpose(self, host_port: int) -> None:
+        """Forward it no longer; connections that are open stay so.
+
+        Raises:
+            ConfigError: If it is not forwarded.
+            MonitorError, VMNotRunningError: See `Monitor.execute()`.
+        """
+        await self._turns.take(partial(self._unexpose, host_port))
+
+    async def _unexpose(self, host_port: int) -> None:
+        known = [forward.host_port for forward in await self.forwards()]
+        if host_port not in known:
+            ports = ", ".join(map(str, known)) or "none"
+            raise ConfigError(f"host_port={host_port} is not forwarded; those that are: {ports}.")
+        await self._ask(f"hostfwd_remove {NETWORK} tcp:127.0.0.1:{host_port}")
+
+    async def _seen(self) -> list[PortForward]:
+        found = _FORWARD.findall(await self._ask("info usernet"))
+        return [PortForward(int(guest), int(host)) for host, guest in found]
+
+    async def _ask(self, line: str) -> str:
+        answer = await self._monitor.complete("human-monitor-command", {"command-line": line})
+        return str(answer)
