@@ -15,6 +15,10 @@
     ├── VMCrashedError                   QEMU, a sidecar or the guest died
     ├── VMNotRunningError                the VM is not running (any more)
     ├── VMTimeoutError (TimeoutError)    a deadline passed
+    │   └── CommandTimeoutError          a command in the guest took too long, and was killed
+    ├── CommandFailedError               a command in the guest ended with another status than 0
+    ├── ConnectionLostError              the guest cannot be reached over SSH (any more)
+    ├── FileTransferError                a file could not be transferred
     └── MonitorError                     QEMU refused a QMP command
 
 and one warning, `AcceleratorWarning`.
@@ -25,7 +29,11 @@ from __future__ import annotations
 __all__ = [
     "AcceleratorWarning",
     "CommandError",
+    "CommandFailedError",
+    "CommandTimeoutError",
     "ConfigError",
+    "ConnectionLostError",
+    "FileTransferError",
     "HostError",
     "ImageError",
     "LaunchError",
@@ -91,6 +99,40 @@ class VMNotRunningError(SmolVMError):
 
 class VMTimeoutError(SmolVMError, TimeoutError):
     """A deadline passed; the message says what was waited for and what was seen."""
+
+
+class CommandTimeoutError(VMTimeoutError):
+    """A command in the guest took too long, and was killed.
+
+    Attributes:
+        stdout: What it had printed by then, text or bytes as the call wanted it.
+        stderr: Likewise.
+    """
+
+    def __init__(self, message: str, stdout: str | bytes = "", stderr: str | bytes = "") -> None:
+        super().__init__(message)
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class CommandFailedError(SmolVMError):
+    """A command in the guest ended with another exit code than 0, and `check` was set.
+
+    Attributes:
+        result: Its `CommandResult`.
+    """
+
+    def __init__(self, message: str, result: object = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class ConnectionLostError(SmolVMError):
+    """The guest cannot be reached over SSH, or not any more: it was reset, its server died."""
+
+
+class FileTransferError(SmolVMError):
+    """A file could not be transferred; nothing is left under its name."""
 
 
 class MonitorError(SmolVMError):

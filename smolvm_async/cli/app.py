@@ -60,7 +60,7 @@ def set_up(
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Disposable computers: Windows 11 sandboxes in QEMU, with Secure Boot and a TPM."""
+    """Disposable computers: Linux and Windows 11 sandboxes in QEMU."""
     handler: logging.Handler
     if err.is_terminal:
         handler, form = RichHandler(console=err, show_path=False), "%(message)s"

@@ -28,14 +28,17 @@ def run(
         str | None,
         typer.Argument(
             metavar="[IMAGE]",
-            help="A qcow2 to start from. Left out, --id names a kept VM to boot again.",
+            help="A qcow2 to start from. Left out, the built-in Debian; or, with --id alone, the "
+            "kept VM of that id, to boot it again.",
         ),
     ] = None,
     os: Annotated[
-        Literal["windows"] | None, typer.Option(help="The guest OS; an image needs it.")
+        Literal["linux", "windows"] | None,
+        typer.Option(help="The guest OS; an image needs it."),
     ] = None,
     memory: Annotated[
-        int | None, typer.Option(metavar="MIB", help="Memory.", show_default="4096")
+        int | None,
+        typer.Option(metavar="MIB", help="Memory.", show_default="512, for Windows 4096"),
     ] = None,
     cpus: Annotated[int | None, typer.Option(help="Cores.", show_default="2")] = None,
     vm_id: Annotated[
@@ -74,6 +77,10 @@ def run(
 
     For example:
 
+      smolvm-async run
+
+      smolvm-async run --os linux --id tools --keep
+
       smolvm-async run ~/win11.qcow2 --os windows --memory 8192
 
       smolvm-async run ~/win11.qcow2 --os windows --id office --keep
@@ -90,15 +97,14 @@ def run(
         "vnc": vnc,
     }
     given = {name: value for name, value in machine.items() if value is not None}
-    if image is None and vm_id is None:
-        raise typer.BadParameter("give one, or --id of a kept VM", param_hint="IMAGE")
-    if image is None and given:
+    at_rest = image is None and vm_id is not None and os is None
+    if at_rest and given:
         names = ", ".join(f"--{name}" for name in given)
         raise typer.BadParameter(f"a kept VM has its own {names}: leave out", param_hint="--id")
     feed = Feed(json, Interrupts(spare_first=True))
 
     async def boot() -> None:
-        if image is not None:
+        if not at_rest:
             arguments: dict[str, Any] = {**given, "image": image, "vm_id": vm_id}
             vm = AsyncSmolVM(**arguments, data_dir=data_dir, on_progress=feed.on_progress)
         else:

@@ -1,12 +1,272 @@
-"""Stub."""
+"""The one SSH connection to a guest, and the sessions on it.
+
+asyncssh is imported when it is first needed, and in a thread: that takes 0.3 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from smolvm_async.errors import ConnectionLostError
+from smolvm_async.shielding import in_background
+from smolvm_async.ssh.access import Access
+
+if TYPE_CHECKING:
+    from asyncssh import SFTPClient, SSHClientConnection
+
+GREETING = 0.3  # seconds; QEMU's network accepts before the guest listens, and then nobody speaks
+LOGIN = 30.0  # seconds from the greeting to the end of the key exchange and the login
+PATIENCE = 10.0  # seconds to connect again, to a guest that was ready before
+RETRY = 0.05  # seconds
+KEEPALIVE = 15  # seconds without a sign of the guest, thrice: the connection is dropped
+
+# Those of OpenSSH and of dropbear that cost an emulated processor least, first.
+CIPHERS = ["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes128-ctr"]
+
+T = TypeVar("T")
+
+# What asyncssh would log is raised here.
+for _name in ("asyncssh", "asyncssh.sftp"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class Link:
-    def __init__(self, vm_id, access):
-        pass
+    """Connects when it is needed, again if the connection was lost, and shares it."""
 
-    async def connect(self):
-        return False
+    def __init__(self, vm_id: str, access: Callable[[], Awaitable[Access]]) -> None:
+        self._vm_id = vm_id
+        self._access = access
+        self._connection: SSHClientConnection | None = None
+        self._connecting: asyncio.Task[SSHClientConnection | None] | None = None
+        self._sessions = Sessions()
 
-    def abort(self):
+    async def connect(self) -> bool:
+        """Connect, if the guest's server answers by now; a guest that boots is asked often."""
+        try:
+            return await self._connected() is not None
+        except ConnectionLostError:
+            return False
+
+    def abort(self) -> None:
+        """Drop the connection: whatever is going on over it fails."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+
+    async def open(self, opener: Callable[[SSHClientConnection], Awaitable[T]]) -> T:
+        """Open a session, once the server has room for one; `release()` gives it back.
+
+        Cancelled, the opening goes on behind our back, and what it opened is closed.
+
+        Args:
+            opener: Opens it on a connection; what it returns has `close()` or `exit()`.
+
+        Raises:
+            ConnectionLostError: If the guest does not answer.
+        """
+        from asyncssh import ChannelOpenError, Error
+
+        while True:
+            connection = await self._patiently_connected()
+            await self._sessions.enter()
+            opening = asyncio.ensure_future(opener(connection))
+            try:
+                return await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(self._close_late)
+                raise
+            except ChannelOpenError as error:
+                self._sessions.leave()
+                if self._connection is connection and not self._sessions.refused():
+                    raise self._lost(f"its SSH server refuses sessions: {error}") from error
+            except (Error, OSError) as error:
+                self._sessions.leave()
+                raise self._lost(str(error)) from error
+
+    def release(self) -> None:
+        """A session has ended."""
+        self._sessions.leave()
+
+    def _close_late(self, opening: asyncio.Future[Any]) -> None:
+        self._sessions.leave()
+        if not opening.cancelled() and opening.exception() is None:
+            opened = opening.result()
+            opened.exit() if hasattr(opened, "exit") else opened.close()
+
+    @asynccontextmanager
+    async def sftp(self) -> AsyncIterator[SFTPClient]:
+        """A session for files.
+
+        Raises:
+            ConnectionLostError: If the guest does not answer.
+        """
+        client = await self.open(lambda connection: connection.start_sftp_client())
+        try:
+            yield client
+        finally:
+            client.exit()
+            self.release()
+
+    async def _patiently_connected(self) -> SSHClientConnection:
+        deadline = asyncio.get_running_loop().time() + PATIENCE
+        while (connection := await self._connected()) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise self._lost(f"its SSH server has not answered for {PATIENCE:g} s")
+            await asyncio.sleep(RETRY)
+        return connection
+
+    async def _connected(self) -> SSHClientConnection | None:
+        """The connection; all who want one wait for the same attempt."""
+        if self._connection is not None and not self._connection.is_closed():
+            return self._connection
+        if self._connecting is None:
+            self._connecting = asyncio.ensure_future(self._attempt())
+            self._connecting.add_done_callback(self._attempted)
+        attempt = self._connecting
+        try:
+            return await asyncio.shield(attempt)
+        except asyncio.CancelledError:
+            if attempt.cancelled():  # by abort()
+                task = asyncio.current_task()
+                if task is not None and not task.cancelling():
+                    raise self._lost("it was reset, or has ended") from None
+            raise
+
+    def _attempted(self, attempt: asyncio.Task[Any]) -> None:
+        self._connecting = None
+        if not attempt.cancelled():
+            attempt.exception()  # retrieved, or asyncio would log it
+
+    async def _attempt(self) -> SSHClientConnection | None:
+        access = await self._access()
+        ours = await greeted(access.port)
+        if ours is None:
+            return None
+        try:
+            connection = await _log_in(ours, access)
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, Exception):
+                raise self._lost(f"logging in failed: {error}") from error
+            raise
+        self._connection = connection
+        self._sessions.forget_limit()
+        return connection
+
+    def _lost(self, reason: str) -> ConnectionLostError:
+        return ConnectionLostError(f"{self._vm_id} cannot be reached over SSH: {reason}.")
+
+    def lost(self) -> ConnectionLostError:
+        """What to raise for a session that ended without a word."""
+        return self._lost(
+            "the connection was lost; the guest was reset or has ended, or its SSH server died"
+        )
+
+
+class Sessions:
+    """How many sessions there may be: the server's limit is known once it has refused one.
+
+    OpenSSH's is 10, unless `MaxSessions` says otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._limit = sys.maxsize
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def enter(self) -> None:
+        """Wait for room, first come, first served."""
+        if self._open >= self._limit or self._waiting:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                else:  # it was ours already
+                    self.leave()
+                raise
+        else:
+            self._open += 1
+
+    def leave(self) -> None:
+        """One is free again."""
+        self._open -= 1
+        self._admit()
+
+    def forget_limit(self) -> None:
+        """The server may be another one."""
+        self._limit = sys.maxsize
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._open < self._limit:
+            turn = self._waiting.pop(0)
+            if not turn.done():
+                self._open += 1
+                turn.set_result(None)
+
+    def refused(self) -> bool:
+        """Learn the limit from a refusal; false if there is no session that could end."""
+        if self._open == 0:
+            return False
+        self._limit = min(self._limit, self._open)
+        return True
+
+
+async def greeted(port: int) -> socket.socket | None:
+    """A connection to a server that has begun to speak, its words unread; `None` if none does."""
+    loop = asyncio.get_running_loop()
+    ours = socket.socket()
+    try:
+        ours.setblocking(False)
+        ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        async with asyncio.timeout(GREETING):
+            await loop.sock_connect(ours, ("127.0.0.1", port))
+            readable = loop.create_future()
+            loop.add_reader(ours, lambda: readable.done() or readable.set_result(None))
+            try:
+                await readable
+            finally:
+                loop.remove_reader(ours)
+        if ours.recv(1, socket.MSG_PEEK):
+            return ours
+    except OSError:  # also TimeoutError
         pass
+    except BaseException:
+        ours.close()
+        raise
+    ours.close()
+    return None
+
+
+async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:
+    if "asyncssh" not in sys.modules:
+        await in_background(importlib.import_module, "asyncssh")
+    import asyncssh
+
+    known = ([asyncssh.import_public_key(access.host_key)], [], [])
+    async with asyncio.timeout(LOGIN):
+        return await asyncssh.connect(
+            sock=ours,
+            username=access.user,
+            client_keys=[asyncssh.import_private_key(access.private_key)],
+            known_hosts=known,
+            config=None,
+            agent_path=None,
+            preferred_auth="publickey",
+            encryption_algs=CIPHERS,
+            compression_algs=["none"],
+            login_timeout=LOGIN,
+            keepalive_interval=KEEPALIVE,
+        )

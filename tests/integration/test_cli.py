@@ -265,7 +265,6 @@ def test_a_program_that_has_gone_before_is_noticed_too(blank_image: Path, data_d
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give one, or --id of a kept VM"),
         (["--id", "one", "--memory", "4096"], "a kept VM has its own --memory"),
         (["x.qcow2", "--os", "beos"], "--os"),
         (["x.qcow2"], "os= is missing"),

@@ -1,0 +1,191 @@
+"""From `async with AsyncSmolVM()` to the first command's answer, against a bare QEMU.
+
+The bare one boots the same kernel, initramfs and disk with a command line tuned by hand, and is
+asked over SSH as soon as it answers. They take turns in one run, and so do the variants of the
+machine that show what each choice gains; only the ratios mean much.
+
+    python benchmarks/linux.py [-n 5] [--variants] [--commands 30] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import asyncssh
+
+from smolvm_async import AcceleratorWarning, AsyncSmolVM
+from smolvm_async.images.debian import DebianImage, build_debian
+from smolvm_async.ssh.keys import make_key_pair
+
+MACHINE = "q35,i8042=off,smbus=off,sata=off,hpet=off,vmport=off"
+ATTEMPT = 0.3  # seconds for a server's greeting
+BOOT = 120.0  # seconds
+
+# What is changed in the bare command line, and what it was before.
+VARIANTS: Mapping[str, tuple[str, str]] = {
+    "with a PS/2 keyboard (i8042)": ("i8042=off,", ""),
+    "-cpu max": ("qemu64,+rdrand", "max"),
+    "machine pc": (MACHINE, "pc,hpet=off,vmport=off"),
+    "all of the machine's own devices": (MACHINE, "q35"),
+}
+
+
+def bare_arguments(image: DebianImage, directory: Path, port: int) -> list[str]:
+    """QEMU's command line, tuned by hand."""
+    drive = f"file={directory / 'overlay.qcow2'},format=qcow2,if=none,id=disk,cache=unsafe"
+    return [
+        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-machine", MACHINE, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"),
+        *("-smp", "2", "-m", "512"),
+        *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", image.boot_args),
+        *("-drive", drive, "-device", "virtio-blk-pci,drive=disk"),
+        *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
+        *("-device", "virtio-net-pci,netdev=net,romfile="),
+        *("-device", "virtio-rng-pci", "-serial", f"file:{directory / 'console'}"),
+        *("-fw_cfg", f"name=opt/smolvm/authorized_keys,file={directory / 'authorized_keys'}"),
+        *("-fw_cfg", f"name=opt/smolvm/ssh_host_ed25519_key,file={directory / 'host_key'}"),
+        *("-fw_cfg", "name=opt/smolvm/hostname,string=bare"),
+    ]
+
+
+async def bare(image: DebianImage, change: Callable[[str], str] = str) -> float:
+    """Seconds from spawning QEMU until a command has been answered."""
+    key, host_key = make_key_pair(), make_key_pair()
+    with tempfile.TemporaryDirectory() as name, socket.socket() as free:
+        directory = Path(name)
+        (directory / "authorized_keys").write_text(f"{key.public}\n")
+        (directory / "host_key").write_bytes(host_key.private)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        began = time.perf_counter()
+        overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2"]
+        subprocess.run([*overlay, "-b", image.disk, directory / "overlay.qcow2"], check=True)
+        argv = [change(word) for word in bare_arguments(image, directory, port)]
+        with subprocess.Popen(argv) as qemu:
+            try:
+                async with asyncio.timeout(BOOT):
+                    await _answer(port, key.private, host_key.public)
+                return time.perf_counter() - began
+            finally:
+                qemu.kill()
+
+
+async def _answer(port: int, key: bytes, host_key: str) -> None:
+    known = ([asyncssh.import_public_key(host_key)], [], [])
+    while True:
+        if await _greets(port):
+            with contextlib.suppress(OSError, asyncssh.Error):
+                async with asyncssh.connect(
+                    "127.0.0.1",
+                    port,
+                    username="root",
+                    client_keys=[asyncssh.import_private_key(key)],
+                    known_hosts=known,
+                    config=None,
+                    agent_path=None,
+                ) as connection:
+                    await connection.run("uname -a", check=True)
+                    return
+        await asyncio.sleep(0.02)
+
+
+async def _greets(port: int) -> bool:
+    """Whether a server says something: QEMU accepts before the guest listens."""
+    try:
+        async with asyncio.timeout(ATTEMPT):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                return bool(await reader.read(1))
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
+
+
+async def ours() -> float:
+    """Seconds from `async with` to the first answer."""
+    began = time.perf_counter()
+    vm = AsyncSmolVM(accel="tcg")
+    async with vm:
+        await vm.run("uname -a")
+        seconds = time.perf_counter() - began
+        await vm.stop(timeout=0)
+    return seconds
+
+
+async def commands(rounds: int) -> tuple[float, float]:
+    """Medians of one command, with asyncssh alone and through `run()`, in turn."""
+    alone, through = [], []
+    async with AsyncSmolVM(accel="tcg") as vm:
+        await vm.run("true")
+        access = await vm.ssh_access()
+        known = ([asyncssh.import_public_key(access.host_key)], [], [])
+        async with asyncssh.connect(
+            "127.0.0.1",
+            access.port,
+            username=access.user,
+            client_keys=[asyncssh.import_private_key(access.private_key)],
+            known_hosts=known,
+            config=None,
+            agent_path=None,
+        ) as connection:
+            for _ in range(rounds):
+                began = time.perf_counter()
+                await connection.run("true", check=True)
+                middle = time.perf_counter()
+                await vm.run("true")
+                alone.append(middle - began)
+                through.append(time.perf_counter() - middle)
+    return statistics.median(alone), statistics.median(through)
+
+
+async def measure(rounds: int, variants: bool, command_rounds: int) -> dict[str, float]:
+    """All figures, in seconds, and ratios."""
+    image = await build_debian()
+    seconds: dict[str, list[float]] = {"bare QEMU": [], "library": []}
+    await ours()  # imports, caches
+    for _ in range(rounds):
+        seconds["bare QEMU"].append(await bare(image))
+        seconds["library"].append(await ours())
+        for name, (old, new) in VARIANTS.items() if variants else ():
+            figure = await bare(image, lambda word, old=old, new=new: word.replace(old, new))
+            seconds.setdefault(f"bare, {name}", []).append(figure)
+    figures = {name: statistics.median(values) for name, values in seconds.items()}
+    figures |= {f"{name} / bare": figures[name] / figures["bare QEMU"] for name in [*figures][1:]}
+    alone, through = await commands(command_rounds)
+    figures |= {"command, asyncssh alone": alone, "command, run()": through}
+    figures["run() / asyncssh"] = through / alone
+    return figures
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-n", "--rounds", type=int, default=5)
+    parser.add_argument("--variants", action="store_true", help="what each choice gains")
+    parser.add_argument("--commands", type=int, default=30, help="rounds of one command")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", AcceleratorWarning)
+    figures = asyncio.run(measure(options.rounds, options.variants, options.commands))
+    if options.json:
+        print(json.dumps(figures, indent=1))
+        return
+    for name, value in figures.items():
+        print(f"{name:<50} {value:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

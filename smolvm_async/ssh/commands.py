@@ -1,0 +1,170 @@
+"""Commands in a guest: run to their end, or read line by line."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Literal, Protocol, overload
+
+from smolvm_async.checks import check_env, check_timeout, shown
+from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
+from smolvm_async.shielding import in_background
+from smolvm_async.ssh.execution import Stream, executing
+from smolvm_async.ssh.lines import LineStream
+from smolvm_async.ssh.link import Link
+from smolvm_async.ssh.result import CommandResult
+from smolvm_async.ssh.script import check_command, script
+
+BIG = 1 << 20  # bytes; to join and decode more takes long enough to be done in a thread
+QUOTED = 2000  # characters of stderr that an error message has
+
+Shell = Literal["raw", "login"]
+
+
+class Reachable(Protocol):
+    """A guest that may have to boot first."""
+
+    async def link(self) -> Link:
+        """The way to it, once it is ready."""
+
+
+class Commands:
+    """What one runs in a guest."""
+
+    def __init__(self, guest: Reachable) -> None:
+        self._guest = guest
+
+    @overload
+    async def run(
+        self,
+        command: str,
+        timeout: float | None = 30,
+        env: Mapping[str, str] | None = None,
+        shell: Shell = "raw",
+        input: str | bytes | None = None,
+        check: bool = False,
+        text: Literal[True] = True,
+    ) -> CommandResult[str]: ...
+
+    @overload
+    async def run(
+        self,
+        command: str,
+        timeout: float | None = 30,
+        env: Mapping[str, str] | None = None,
+        shell: Shell = "raw",
+        input: str | bytes | None = None,
+        check: bool = False,
+        *,
+        text: Literal[False],
+    ) -> CommandResult[bytes]: ...
+
+    async def run(
+        self,
+        command: str,
+        timeout: float | None = 30,
+        env: Mapping[str, str] | None = None,
+        shell: Shell = "raw",
+        input: str | bytes | None = None,
+        check: bool = False,
+        text: bool = True,
+    ) -> CommandResult[Any]:
+        """See `AsyncSmolVM.run()`."""
+        check_command(command, shell)
+        check_timeout(timeout)
+        content, variables = _input(input), check_env(env)
+        for name, value in (("check", check), ("text", text)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
+        line, first = script(command, shell, variables)
+        link = await self._guest.link()
+        output = Output(text)
+        began = time.monotonic()
+        try:
+            async with executing(link, line, output.receive) as execution:
+                async with asyncio.timeout(timeout):
+                    await execution.write(first + content)
+                    await asyncio.wait([execution.ended])
+        except TimeoutError:
+            stdout, stderr = await output.collected()
+            raise CommandTimeoutError(
+                f"{shown(command)} did not end within {timeout:g} s, and was killed.\n"
+                f"{_quoted(stderr)}",
+                stdout,
+                stderr,
+            ) from None
+        if execution.exit_code is None:
+            raise link.lost()
+        duration = time.monotonic() - began
+        result = CommandResult(command, execution.exit_code, *await output.collected(), duration)
+        if check and not result.ok:
+            raise CommandFailedError(
+                f"{shown(command)} ended with exit code {result.exit_code}.\n"
+                f"{_quoted(result.stderr)}",
+                result,
+            )
+        return result
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        command: str,
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        shell: Shell = "raw",
+        input: str | bytes | None = None,
+    ) -> AsyncIterator[LineStream]:
+        """See `AsyncSmolVM.run_stream()`."""
+        check_command(command, shell)
+        check_timeout(timeout)
+        content, variables = _input(input), check_env(env)
+        line, first = script(command, shell, variables)
+        link = await self._guest.link()
+        lines = LineStream(command, timeout, link.lost)
+        async with executing(link, line, lines.receive) as execution:
+            lines.follow(execution)
+            writing = asyncio.ensure_future(execution.write(first + content))
+            try:
+                yield lines
+            finally:
+                writing.cancel()
+
+
+class Output:
+    """What a command prints, until it is asked for."""
+
+    def __init__(self, text: bool) -> None:
+        self._text = text
+        self._chunks: dict[Stream, list[bytes]] = {"stdout": [], "stderr": []}
+
+    def receive(self, stream: Stream, data: bytes) -> None:
+        """Something has come."""
+        self._chunks[stream].append(data)
+
+    async def collected(self) -> tuple[Any, Any]:
+        """All of stdout, all of stderr."""
+        size = sum(len(chunk) for chunks in self._chunks.values() for chunk in chunks)
+        return await in_background(self._join) if size > BIG else self._join()
+
+    def _join(self) -> tuple[Any, Any]:
+        stdout, stderr = (b"".join(self._chunks[name]) for name in ("stdout", "stderr"))
+        if not self._text:
+            return stdout, stderr
+        return stdout.decode(errors="replace"), stderr.decode(errors="replace")
+
+
+def _input(content: object) -> bytes:
+    if content is None:
+        return b""
+    if isinstance(content, str):
+        return content.encode(errors="surrogateescape")
+    if isinstance(content, bytes):
+        return content
+    raise ConfigError(f"input={shown(content)} is wrong: pass str or bytes.")
+
+
+def _quoted(stderr: str | bytes) -> str:
+    text = stderr if isinstance(stderr, str) else stderr.decode(errors="replace")
+    return f"stderr: {text[-QUOTED:].strip() or '(empty)'}"
