@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from smolvm_async.checks import PortForward
 from smolvm_async.config import Limits, Timeouts
 from smolvm_async.controls.comparison import Region
 from smolvm_async.controls.picture import Screenshot
 from smolvm_async.errors import (
     AcceleratorWarning,
     CommandError,
+    CommandFailedError,
+    CommandTimeoutError,
     ConfigError,
+    ConnectionLostError,
+    FileTransferError,
     HostError,
     ImageError,
     LaunchError,
@@ -36,25 +41,37 @@ from smolvm_async.progress import Progress
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo
 from smolvm_async.shutdown import Rung, ShutdownReport, Step
+from smolvm_async.ssh.access import Access
+from smolvm_async.ssh.lines import LineStream
+from smolvm_async.ssh.result import CommandResult, Line
 from smolvm_async.vm import AsyncSmolVM
 
 __all__ = [
     "AcceleratorWarning",
+    "Access",
     "AsyncSmolVM",
     "BootState",
     "BootStateChanged",
     "CommandError",
+    "CommandFailedError",
+    "CommandResult",
+    "CommandTimeoutError",
     "ConfigError",
+    "ConnectionLostError",
     "Event",
     "EventStream",
+    "FileTransferError",
     "GuestPanicked",
     "HostError",
     "ImageError",
     "LaunchError",
     "Limits",
+    "Line",
+    "LineStream",
     "MonitorError",
     "PictureError",
     "PortChanged",
+    "PortForward",
     "Progress",
     "Region",
     "Reset",

@@ -14,7 +14,6 @@ from smolvm_async.checks import check_timeout, check_vm_id
 from smolvm_async.config import Limits, Timeouts, make_config, make_data_dir
 from smolvm_async.control import Attached
 from smolvm_async.controls.desktop import Desktop
-from smolvm_async.controls.observation import Observation
 from smolvm_async.controls.ports import PortForwarding
 from smolvm_async.controls.shell import Shell
 from smolvm_async.errors import ConfigError, VMNotFoundError
@@ -28,10 +27,11 @@ from smolvm_async.progress import ProgressCallback
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo, list_vms, prune_vms
 from smolvm_async.shutdown import ShutdownReport
+from smolvm_async.ssh.access import Access
 from smolvm_async.state import cannot_use, check_data_dir
 
 
-class AsyncSmolVM(Observation, Desktop, Shell, PortForwarding):
+class AsyncSmolVM(Shell, Desktop, PortForwarding):
     """A disposable computer.
 
     ::
@@ -146,6 +146,7 @@ class AsyncSmolVM(Observation, Desktop, Shell, PortForwarding):
         self._block = Block()
         self._on_progress = on_progress
         self._make_controls(handle)
+        self._make_shell()
         self._attach(handle)
 
     def _attach(self, handle: Owned | Attached) -> None:
@@ -303,6 +304,16 @@ class AsyncSmolVM(Observation, Desktop, Shell, PortForwarding):
         with suppress(VMNotFoundError):  # it has been deleted already
             await self._look_again()
         await self._vm.delete()
+
+    async def ssh_access(self) -> Access:
+        """How to log in to a Linux guest with an SSH client of one's own.
+
+        Raises:
+            VMNotRunningError: It does not run.
+            UnsupportedError: This is a Windows guest.
+        """
+        self._vm.config.profile.require("run")
+        return await running(self._vm).ssh_access()
 
     async def detach(self) -> None:
         """Let go of a VM that `from_id()` attached to; it goes on under its owner.

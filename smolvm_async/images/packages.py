@@ -78,6 +78,20 @@ async def dependencies(names: Sequence[str], cache: Path) -> list[str]:
     return sorted(set(filter(_NAME.fullmatch, said.splitlines())))
 
 
+async def installation(names: Sequence[str], cache: Path) -> list[str]:
+    """What has to be installed, on a system that has nothing, to have `names`; sorted.
+
+    Args:
+        names: Of packages, or patterns (apt-patterns(7)) such as `?essential`.
+
+    Raises:
+        CommandError: If a name is unknown.
+    """
+    flags = ("--simulate", "--no-install-recommends", "--yes")
+    said = await _apt("apt-get", cache, "install", *flags, *names)
+    return sorted(re.findall(r"(?m)^Inst (\S+) ", said))
+
+
 async def fetch(
     names: Sequence[str], cache: Path, on_progress: ProgressCallback | None = None
 ) -> list[Path]:

@@ -20,7 +20,7 @@ from smolvm_async.ssh.script import check_command, script
 BIG = 1 << 20  # bytes; to join and decode more takes long enough to be done in a thread
 QUOTED = 2000  # characters of stderr that an error message has
 
-Shell = Literal["raw", "login"]
+ShellKind = Literal["raw", "login"]
 
 
 class Reachable(Protocol):
@@ -42,7 +42,7 @@ class Commands:
         command: str,
         timeout: float | None = 30,
         env: Mapping[str, str] | None = None,
-        shell: Shell = "raw",
+        shell: ShellKind = "raw",
         input: str | bytes | None = None,
         check: bool = False,
         text: Literal[True] = True,
@@ -54,7 +54,7 @@ class Commands:
         command: str,
         timeout: float | None = 30,
         env: Mapping[str, str] | None = None,
-        shell: Shell = "raw",
+        shell: ShellKind = "raw",
         input: str | bytes | None = None,
         check: bool = False,
         *,
@@ -66,7 +66,7 @@ class Commands:
         command: str,
         timeout: float | None = 30,
         env: Mapping[str, str] | None = None,
-        shell: Shell = "raw",
+        shell: ShellKind = "raw",
         input: str | bytes | None = None,
         check: bool = False,
         text: bool = True,
@@ -113,7 +113,7 @@ class Commands:
         command: str,
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
-        shell: Shell = "raw",
+        shell: ShellKind = "raw",
         input: str | bytes | None = None,
     ) -> AsyncIterator[LineStream]:
         """See `AsyncSmolVM.run_stream()`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from smolvm_async.shielding import settle
@@ -50,8 +50,9 @@ class Execution:
     async def _until_writable(self) -> None:
         if not self._writable.is_set():
             room = asyncio.ensure_future(self._writable.wait())
+            either: list[asyncio.Future[Any]] = [room, self.ended]
             try:
-                await asyncio.wait({room, self.ended}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 room.cancel()
 
@@ -63,10 +64,8 @@ class Execution:
     async def _kill(self) -> None:
         # OpenSSH signals the command's process group. A server that cannot, or a process that
         # has left the group, is left alone after a moment.
-        try:
+        with suppress(OSError):  # it is closing
             self.channel.send_signal("KILL")
-        except OSError:
-            pass  # it is closing
         await asyncio.wait([self.ended], timeout=KILLED)
         if not self.ended.done():
             self.channel.abort()
@@ -74,10 +73,8 @@ class Execution:
 
     def close(self) -> None:
         """Close it, for want of anybody who would wait."""
-        try:
+        with suppress(OSError):
             self.channel.send_signal("KILL")
-        except OSError:
-            pass
         self.channel.close()
 
     # asyncssh's callbacks

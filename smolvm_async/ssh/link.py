@@ -233,10 +233,10 @@ async def greeted(port: int) -> socket.socket | None:
         ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         async with asyncio.timeout(GREETING):
             await loop.sock_connect(ours, ("127.0.0.1", port))
-            readable = loop.create_future()
-            loop.add_reader(ours, lambda: readable.done() or readable.set_result(None))
+            readable = asyncio.Event()
+            loop.add_reader(ours, readable.set)
             try:
-                await readable
+                await readable.wait()
             finally:
                 loop.remove_reader(ours)
         if ours.recv(1, socket.MSG_PEEK):
@@ -255,7 +255,7 @@ async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:
         await in_background(importlib.import_module, "asyncssh")
     import asyncssh
 
-    known = ([asyncssh.import_public_key(access.host_key)], [], [])
+    known: Any = ([asyncssh.import_public_key(access.host_key)], [], [])
     async with asyncio.timeout(LOGIN):
         return await asyncssh.connect(
             sock=ours,

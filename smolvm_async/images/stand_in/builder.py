@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from smolvm_async.images import packages
+from smolvm_async.images import boot_files, packages
 from smolvm_async.images.stand_in import disk, system
 from smolvm_async.progress import Progress, ProgressCallback, report
 from smolvm_async.shielding import in_background
@@ -152,7 +152,12 @@ class Builder:
 def _recipe(flavour: system.Flavour) -> str:
     """A digest of all that decides, besides the packages, what comes out."""
     here = Path(__file__).parent
-    sources = [Path(packages.__file__), *here.glob("*.py"), *here.glob("guest/*.sh")]
+    sources = [
+        Path(packages.__file__),
+        Path(boot_files.__file__),
+        *here.glob("*.py"),
+        *here.glob("guest/*.sh"),
+    ]
     return _key(system.release(), flavour.name, *(path.read_text() for path in sorted(sources)))
 
 

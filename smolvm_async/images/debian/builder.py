@@ -1,0 +1,164 @@
+"""The image's cache: what is built when, and under which name it is kept.
+
+In the cache directory:
+
+    packages/            apt's lists and archives
+    debian/
+        current-RECIPE   which of the following this version of the library takes
+        KEY/             an image: disk.qcow2, kernel, initrd, boot_args
+        building/        the one build that is going on
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from smolvm_async.errors import HostError
+from smolvm_async.images import boot_files, packages
+from smolvm_async.images.debian import disk, root
+from smolvm_async.images.stand_in import system
+from smolvm_async.progress import Progress, ProgressCallback, report
+from smolvm_async.shielding import in_background
+
+STEPS = 7
+DEADLINE = 1800.0  # seconds for all of it; under TCG, on two slow processors, it takes 2 minutes
+
+# 8250.nr_uarts, nokaslr and the rest: each saves some of a boot's time under TCG, where the guest's
+# processor is emulated and what protects it from itself protects nobody.
+BOOT_ARGS = (
+    "console=ttyS0 quiet root=/dev/vda rw nokaslr mitigations=off 8250.nr_uarts=1 audit=0 "
+    "nowatchdog cryptomgr.notests ima_appraise=off random.trust_cpu=on panic=-1"
+)
+
+
+class DebianImage(NamedTuple):
+    """A built image, as absolute paths.
+
+    Attributes:
+        disk: A qcow2, read-only.
+        kernel: What QEMU loads.
+        initrd: Its initramfs.
+        boot_args: Its command line.
+    """
+
+    disk: Path
+    kernel: Path
+    initrd: Path
+    boot_args: str
+
+
+class Builder:
+    """Builds the image in one cache directory."""
+
+    def __init__(self, cache: Path, on_progress: ProgressCallback | None) -> None:
+        self._store = cache / "debian"
+        self._packages = cache / "packages"
+        self._on_progress = on_progress
+        self._started = time.monotonic()
+        self._current = self._store / f"current-{_recipe()}"
+
+    def find(self) -> DebianImage | None:
+        """The image, if it was built before."""
+        try:
+            directory = self._store / self._current.read_text()
+            boot_args = (directory / "boot_args").read_text()
+        except OSError:
+            return None
+        return DebianImage(
+            directory / "disk.qcow2", directory / "kernel", directory / "initrd", boot_args
+        )
+
+    async def build(self) -> DebianImage:
+        """Build it, unless somebody else does, for whom this waits then.
+
+        Raises:
+            HostError: If it takes too long.
+        """
+        self._report(0, "taking the cache")
+        async with packages.exclusive(self._store):
+            if (found := self.find()) is not None:
+                return found
+            try:
+                async with asyncio.timeout(DEADLINE), self._workshop() as work:
+                    await self._build(work)
+            except TimeoutError:
+                raise HostError(
+                    f"The built-in Linux was not built within {DEADLINE / 60:g} minutes: see "
+                    "whether this host's package sources answer, and try again."
+                ) from None
+        self._report(STEPS, "the image is ready")
+        found = self.find()
+        assert found is not None
+        return found
+
+    async def _build(self, work: Path) -> None:
+        self._report(1, "looking up packages")
+        await packages.update(self._packages)
+        names = await root.package_names(self._packages)
+        debs = await packages.fetch(names, self._packages, self._relay)
+        self._report(2, "unpacking packages")
+        unpacked = await root.unpack(debs, work)
+        self._report(3, "arranging the guest's files")
+        await root.arrange(unpacked, work)
+        self._report(4, "making the file system")
+        await disk.make(work)
+        self._report(5, "configuring packages in the guest")
+        await disk.configure(work, BOOT_ARGS, len(debs), self._relay)
+        self._report(6, "making the disk")
+        await disk.convert(work)
+        await in_background(self._keep, work, _key(_recipe(), [deb.name for deb in debs]))
+
+    def _keep(self, work: Path, key: str) -> None:
+        """Give the image its name, whole and read-only, and then say that it is the one."""
+        (work / "image" / "boot_args").write_text(BOOT_ARGS)
+        for path in (work / "image").iterdir():
+            path.chmod(0o444)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        target = self._store / key
+        if target.exists():
+            shutil.rmtree(target)  # nothing refers to it, or it would have been found
+        os.replace(work / "image", target)
+        new = work / "current"
+        new.write_text(key)
+        os.replace(new, self._current)
+
+    @asynccontextmanager
+    async def _workshop(self) -> AsyncIterator[Path]:
+        work = self._store / "building"
+        if work.exists():  # its builder was killed, or we would not hold the lock
+            await in_background(shutil.rmtree, work)
+        (work / "image").mkdir(parents=True)
+        try:
+            yield work
+        finally:
+            await in_background(shutil.rmtree, work)
+
+    def _report(self, done: int, message: str) -> None:
+        self._relay(Progress("image", message, 0.0, done, STEPS))
+
+    def _relay(self, progress: Progress) -> None:
+        elapsed = time.monotonic() - self._started
+        report(self._on_progress, replace(progress, elapsed=elapsed))
+
+
+def _recipe() -> str:
+    """A digest of all that decides, besides the packages, what comes out."""
+    here = Path(__file__).parent
+    shared = [Path(str(module.__file__)) for module in (packages, boot_files)]
+    sources = [*shared, *here.glob("*.py"), *here.glob("guest/*")]
+    return _key(system.release(), BOOT_ARGS, *(path.read_text() for path in sorted(sources)))
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,57 @@
+#!/bin/sh
+# Process 1 of the one boot in which dpkg configures what was unpacked; root is mounted, and empty of
+# all that maintainer scripts make.
+
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
+export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true DEBCONF_NOWARNINGS=yes
+exec </dev/null >/dev/console 2>&1
+
+own=/usr/lib/smolvm
+
+end() {
+    sync
+    mount -o remount,ro /
+    "$own/busybox" poweroff -f
+}
+
+idle() { # programs that are slow when emulated, and whose work is not wanted
+    for program in "$@"; do
+        mv "$program" "$program.real"
+        ln -s /bin/true "$program"
+    done
+}
+
+busy() {
+    for program in "$@"; do
+        mv "$program.real" "$program"
+    done
+}
+
+owners() { # what only root can set: owners, and the modes that a change of owner takes away
+    while read -r mode owner path; do
+        [ -e "$path" ] && [ ! -h "$path" ] || continue
+        chown "$owner" "$path"
+        chmod "$mode" "$path"
+    done <"$own/modes"
+}
+
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /tmp
+cp /usr/share/base-passwd/passwd.master /etc/passwd
+cp /usr/share/base-passwd/group.master /etc/group
+find / -xdev ! -user 0 -exec chown -h 0:0 {} +
+mkdir -p /var/lib/dpkg/info /run/sshd
+printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
+chmod 755 /usr/sbin/policy-rc.d
+
+python=$(readlink -f /usr/bin/python3)
+idle "$python" /usr/bin/ssh-keygen
+dpkg --configure -a --force-confold --force-confdef || { echo "SMOLVM: dpkg failed"; end; }
+busy "$python" /usr/bin/ssh-keygen
+
+owners
+depmod "$(uname -r)"
+rm -f /usr/sbin/policy-rc.d /etc/ssh/ssh_host_* /var/log/*.log /var/log/apt/* "$own/modes"
+[ -z "$(dpkg --audit)" ] || { dpkg --audit; end; }
+echo "SMOLVM: configured"
+end

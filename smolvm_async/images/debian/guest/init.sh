@@ -1,0 +1,90 @@
+#!/usr/lib/smolvm/busybox sh
+# Process 1: what a guest needs to be logged in to, and no more. The drivers are loaded.
+
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+own=/usr/lib/smolvm
+b=$own/busybox
+config=/sys/firmware/qemu_fw_cfg/by_name/opt/smolvm
+
+# Ending. /usr/lib/smolvm/end tells process 1 by these signals.
+
+finish() { # $1: poweroff or reboot
+    trap '' USR1 USR2 TERM
+    $b kill -TERM -1
+    for _ in 1 2 3 4 5; do # what wants to end well has a quarter of a second
+        [ "$($b ls /proc | $b grep -c '^[0-9]')" -gt "$kernel" ] || break
+        $b usleep 50000
+    done
+    $b kill -KILL -1
+    $b sync
+    $b mount -o remount,ro /
+    $b "$1" -f
+}
+
+trap 'finish poweroff' USR1 USR2
+trap 'finish reboot' TERM
+trap '' INT HUP
+
+watch_power_button() { # its events come in on stdin, 24 bytes each
+    while events=$($b dd bs=96 count=1 2>/dev/null | $b hexdump -v -e '1/1 "%02x"') &&
+        [ "$events" ]; do
+        case $events in
+        *0100740001000000*) $b kill -USR2 1 ;; # EV_KEY, KEY_POWER, pressed
+        esac
+    done
+}
+
+watch_power_buttons() {
+    for name in /sys/class/input/event*/device/name; do
+        read -r label <"$name" || continue
+        [ "$label" = "Power Button" ] || continue
+        event=${name#/sys/class/input/}
+        exec 3<"/dev/input/${event%%/*}" # opened here, so that from now on no press is lost
+        watch_power_button <&3 &
+        exec 3<&-
+    done
+}
+
+# Starting.
+
+start_network() { # QEMU's user network is the same for everybody
+    $b ifconfig lo 127.0.0.1 up
+    $b ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
+    $b route add default gw 10.0.2.2
+}
+
+set_identity() {
+    read -r name <$config/hostname/raw || name=debian
+    echo "$name" >/proc/sys/kernel/hostname
+    echo "$name" >/etc/hostname
+    printf '127.0.0.1 localhost\n::1 localhost\n127.0.1.1 %s\n' "$name" >/etc/hosts
+    umask 077
+    $b mkdir -p /root/.ssh
+    $b cat $config/authorized_keys/raw >/root/.ssh/authorized_keys
+    $b cat $config/ssh_host_ed25519_key/raw >/etc/ssh/ssh_host_ed25519_key
+    umask 022
+}
+
+keep_sshd() { # it is the only way in: it starts again, whatever kills it
+    while :; do
+        /usr/sbin/sshd -D -f $own/sshd_config </dev/null >/dev/console 2>&1
+        $b usleep 100000
+    done
+}
+
+$b mount -t tmpfs -o mode=755,nosuid,nodev tmpfs /run
+$b mkdir -p /run/sshd /run/lock /dev/pts /dev/shm
+$b mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+$b mount -t tmpfs -o nosuid,nodev tmpfs /dev/shm
+$b mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
+$b ln -sfn /proc/self/fd /dev/fd
+kernel=$(($($b ls /proc | $b grep -c '^[0-9]') + 1))
+start_network
+set_identity
+keep_sshd &
+watch_power_buttons
+
+while :; do # process 1 never ends; the wait also reaps orphans, and lets the traps run
+    $b sleep 86400 &
+    wait $!
+done
