@@ -20,7 +20,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import asyncssh
 
@@ -71,9 +73,11 @@ async def bare(image: DebianImage, change: Callable[[str], str] = str) -> float:
         free.close()
         began = time.perf_counter()
         overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2"]
-        subprocess.run([*overlay, "-b", image.disk, directory / "overlay.qcow2"], check=True)
+        subprocess.run(  # noqa: ASYNC221 (nothing else runs)
+            [*overlay, "-b", image.disk, directory / "overlay.qcow2"], check=True
+        )
         argv = [change(word) for word in bare_arguments(image, directory, port)]
-        with subprocess.Popen(argv) as qemu:
+        with subprocess.Popen(argv) as qemu:  # noqa: ASYNC220
             try:
                 async with asyncio.timeout(BOOT):
                     await _answer(port, key.private, host_key.public)
@@ -83,7 +87,7 @@ async def bare(image: DebianImage, change: Callable[[str], str] = str) -> float:
 
 
 async def _answer(port: int, key: bytes, host_key: str) -> None:
-    known = ([asyncssh.import_public_key(host_key)], [], [])
+    known: Any = ([asyncssh.import_public_key(host_key)], [], [])
     while True:
         if await _greets(port):
             with contextlib.suppress(OSError, asyncssh.Error):
@@ -125,13 +129,17 @@ async def ours() -> float:
     return seconds
 
 
+def _replaced(old: str, new: str, word: str) -> str:
+    return word.replace(old, new)
+
+
 async def commands(rounds: int) -> tuple[float, float]:
     """Medians of one command, with asyncssh alone and through `run()`, in turn."""
     alone, through = [], []
     async with AsyncSmolVM(accel="tcg") as vm:
         await vm.run("true")
         access = await vm.ssh_access()
-        known = ([asyncssh.import_public_key(access.host_key)], [], [])
+        known: Any = ([asyncssh.import_public_key(access.host_key)], [], [])
         async with asyncssh.connect(
             "127.0.0.1",
             access.port,
@@ -160,7 +168,7 @@ async def measure(rounds: int, variants: bool, command_rounds: int) -> dict[str,
         seconds["bare QEMU"].append(await bare(image))
         seconds["library"].append(await ours())
         for name, (old, new) in VARIANTS.items() if variants else ():
-            figure = await bare(image, lambda word, old=old, new=new: word.replace(old, new))
+            figure = await bare(image, partial(_replaced, old, new))
             seconds.setdefault(f"bare, {name}", []).append(figure)
     figures = {name: statistics.median(values) for name, values in seconds.items()}
     figures |= {f"{name} / bare": figures[name] / figures["bare QEMU"] for name in [*figures][1:]}

@@ -256,7 +256,8 @@ def check_port_forwards(forwards: object) -> tuple[PortForward, ...]:
         pair = forward if isinstance(forward, tuple | list) else (forward, None)
         if len(pair) != 2:
             raise ConfigError(
-                f"port_forwards= has {shown(forward)}: pass a guest port, or (guest_port, host_port)."
+                f"port_forwards= has {shown(forward)}: pass a guest port, or "
+                "(guest_port, host_port)."
             )
         guest_port = check_port("port_forwards: guest_port", pair[0])
         host_port = None if pair[1] is None else check_port("port_forwards: host_port", pair[1])

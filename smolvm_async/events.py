@@ -21,7 +21,8 @@ class BootState(StrEnum):
     """How far a guest has come, in this order.
 
     LAUNCHING: the host prepares; ends when QEMU's `cont` lets the processors run.
-    FIRMWARE: the processors run the firmware, then the boot loader or the kernel's beginning. A guest's reset leads back here.
+    FIRMWARE: the processors run the firmware, then the boot loader, or the kernel's beginning. A
+        guest's reset leads back here.
     OPERATING_SYSTEM: an operating system listens to the chipset's ACPI events (PM1_EN is not
         0, as it is through firmware and boot loader), or the guest agent has opened its port.
     READY: a Linux guest's SSH server answers, and lets us in. Of a Windows guest: its agent has

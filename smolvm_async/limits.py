@@ -117,3 +117,15 @@ def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def oom_hint(before: int) -> str:
+    """A sentence, if that killer has ended processes since there were `before` of them."""
+    kills = oom_kills() - before
+    if not kills:
+        return ""
+    return (
+        "the kernel's out-of-memory killer has ended "
+        f"{kills} process{'es' if kills > 1 else ''} since it started, this one it seems: "
+        "use a smaller memory=, or fewer VMs at once. "
+    )

@@ -62,9 +62,9 @@ async def prepare(
     image = await _open(stack, open_image, source.image)
     direct_boot = await _open_kernel(stack, source)
     tools = plan.tools
-    if plan.config.profile.firmware == "image" and direct_boot is None:
-        if not await starts_by_bios(tools.qemu_img, image.fd):
-            tools = tools._replace(firmware=find_plain_uefi())
+    by_itself = plan.config.profile.firmware == "image" and direct_boot is None
+    if by_itself and not await starts_by_bios(tools.qemu_img, image.fd):
+        tools = tools._replace(firmware=find_plain_uefi())
     login = await _fill(plan.config, state, machine, image, tools)
     return Prepared(source, image, tools, direct_boot, login)
 

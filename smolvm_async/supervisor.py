@@ -22,7 +22,7 @@ from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Reset
 from smolvm_async.handle import console_tail, unprepared
 from smolvm_async.images.local import BaseImage
 from smolvm_async.images.source import Source
-from smolvm_async.limits import oom_kills
+from smolvm_async.limits import oom_hint, oom_kills
 from smolvm_async.log import get_logger
 from smolvm_async.login import Login
 from smolvm_async.plan import Plan
@@ -41,6 +41,7 @@ from smolvm_async.shielding import in_thread
 from smolvm_async.shutdown import Rung, ShutdownReport, shut_down
 from smolvm_async.sidecars import SIDECARS, Attachment
 from smolvm_async.ssh.access import Access
+from smolvm_async.ssh.environment import Environment
 from smolvm_async.ssh.link import Link
 from smolvm_async.state import QEMU_LOG, StateDirectory
 
@@ -224,11 +225,20 @@ class Supervisor:
         assert self._login is not None
         return self._login.access(await self.ports.ssh())
 
+    async def _reach(self) -> Link:
+        return self.link
+
     async def _probe(self) -> str | None:
-        """What speaks for the guest being ready."""
-        if await self.link.connect():
-            return "the guest's SSH server answers, and we are logged in"
-        return None
+        """What speaks for the guest being ready: SSH answers, and its variables are set."""
+        try:
+            if not await self.link.connect():
+                return None
+            if env := self._plan.config.env:
+                await Environment(self._reach).set(env)
+        except SmolVMError as error:
+            logger.warning("the guest is not ready yet: %s", error)
+            return None
+        return "the guest's SSH server answers, and we are logged in"
 
     async def _see_machine(self, image: BaseImage) -> Machine:
         where = {"path": "/machine", "property": "type"}
@@ -342,17 +352,8 @@ class Supervisor:
                 return None
             reason = f"QEMU was ended from outside ({self._shutdown.reason}). "
             return self._crashed(reason + qemu.report())
-        return self._crashed(self._oom_hint(qemu) + qemu.report())
-
-    def _oom_hint(self, qemu: Child) -> str:
-        kills = oom_kills() - self._oom_kills
-        if qemu.returncode != -signal.SIGKILL or not kills:
-            return ""
-        return (
-            "the kernel's out-of-memory killer has ended "
-            f"{kills} process{'es' if kills > 1 else ''} since it started, this one it seems: "
-            "use a smaller memory=, or fewer VMs at once. "
-        )
+        hint = oom_hint(self._oom_kills) if qemu.returncode == -signal.SIGKILL else ""
+        return self._crashed(hint + qemu.report())
 
     def _crashed(self, what: str) -> VMCrashedError:
         self.console.drain()

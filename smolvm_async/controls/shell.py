@@ -13,6 +13,8 @@ from smolvm_async.events import BootState
 from smolvm_async.handle import running
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.ssh.commands import Commands, ShellKind
+from smolvm_async.ssh.environment import Environment
+from smolvm_async.ssh.files import Files
 from smolvm_async.ssh.lines import LineStream
 from smolvm_async.ssh.link import Link
 from smolvm_async.ssh.result import CommandResult
@@ -22,11 +24,15 @@ class Shell(Observation):
     """`AsyncSmolVM`'s commands and files. Each waits until the guest is `ready`."""
 
     _commands: Commands
+    _files: Files
+    _environment: Environment
 
     def _make_shell(self) -> None:
-        self._commands = Commands(self)
+        self._commands = Commands(self._reach)
+        self._files = Files(self._reach)
+        self._environment = Environment(self._reach)
 
-    async def link(self) -> Link:
+    async def _reach(self) -> Link:
         """The SSH connection, once the guest is ready.
 
         Raises:
@@ -135,3 +141,109 @@ class Shell(Observation):
         """
         self._require("run_stream")
         return self._commands.stream(command, timeout, env, shell, input)
+
+    async def upload_file(
+        self,
+        local_path: str | os.PathLike[str],
+        guest_path: str,
+        *,
+        make_dirs: bool = True,
+        on_progress: ProgressCallback | None = None,
+    ) -> str:
+        """Copy a file, or a directory with all that is in it, into the guest.
+
+        It arrives under a temporary name beside the final one, which it gets when it is whole; a
+        directory that is there already is merged with. Modes and times are kept, links stay links.
+
+        Args:
+            local_path: What to copy; `~` is expanded.
+            guest_path: Where to, absolute. If it is a directory, or ends with a slash, the name
+                of what is copied is added.
+            make_dirs: Whether to make the directories above it.
+            on_progress: Called with a `Progress` in bytes, some ten times a second.
+
+        Returns:
+            The path in the guest.
+
+        Raises:
+            FileTransferError: It failed: a disk is full, a permission is missing, ...
+            ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
+        """
+        self._require("upload_file")
+        return await self._files.upload(
+            local_path, guest_path, make_dirs=make_dirs, on_progress=on_progress
+        )
+
+    async def download_file(
+        self,
+        guest_path: str,
+        local_path: str | os.PathLike[str],
+        *,
+        make_dirs: bool = True,
+        max_bytes: int | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> Path:
+        """Copy a file or a directory out of the guest, as `upload_file()` does into it.
+
+        Nothing that the guest names is followed out of `local_path`; set-user-id bits are dropped.
+
+        Args:
+            guest_path: What to copy, absolute.
+            local_path: Where to; see `guest_path` of `upload_file()`.
+            make_dirs: Whether to make the directories above it.
+            max_bytes: Refuse more than that.
+            on_progress: See `upload_file()`.
+
+        Returns:
+            The path here.
+
+        Raises:
+            FileTransferError, ConnectionLostError, ...: See `upload_file()`.
+        """
+        self._require("download_file")
+        return await self._files.download(
+            guest_path,
+            local_path,
+            make_dirs=make_dirs,
+            max_bytes=max_bytes,
+            on_progress=on_progress,
+        )
+
+    async def set_env_vars(self, env_vars: Mapping[str, str], *, merge: bool = True) -> list[str]:
+        """Set environment variables of all later commands.
+
+        They are kept in the guest, in `~/.smolvm_env.sh`, which nobody else there can read.
+
+        Args:
+            env_vars: By name.
+            merge: Whether those that were set before stay.
+
+        Returns:
+            The names of all that are set now, sorted.
+
+        Raises:
+            FileTransferError, ConnectionLostError, ...: See `upload_file()`.
+        """
+        self._require("set_env_vars")
+        return await self._environment.set(env_vars, merge=merge)
+
+    async def unset_env_vars(self, names: Iterable[str]) -> dict[str, str]:
+        """Remove environment variables that `set_env_vars()` has set.
+
+        Returns:
+            Those that there were, with their values.
+
+        Raises:
+            FileTransferError, ConnectionLostError, ...: See `upload_file()`.
+        """
+        self._require("unset_env_vars")
+        return await self._environment.unset(names)
+
+    async def list_env_vars(self) -> dict[str, str]:
+        """The environment variables that `env=` and `set_env_vars()` have set.
+
+        Raises:
+            FileTransferError, ConnectionLostError, ...: See `upload_file()`.
+        """
+        self._require("list_env_vars")
+        return await self._environment.list()

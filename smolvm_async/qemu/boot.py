@@ -92,9 +92,8 @@ class BootTracker(BootStates):
         if isinstance(event, Reset):
             self._resets += 1
             self.enter(BootState.FIRMWARE, f"the machine was reset ({event.reason})")
-        elif isinstance(event, PortChanged) and event.port == AGENT_PORT and event.open:
-            if self._probe is None:
-                self._arrive("the guest agent opened its port (VSERPORT_CHANGE)")
+        elif self._probe is None and _is_agent(event):
+            self._arrive("the guest agent opened its port (VSERPORT_CHANGE)")
 
     async def watch(self, monitor: Monitor, probe: Probe | None) -> None:
         """Look for what QEMU has no event for, until cancelled or QEMU has ended.
@@ -152,6 +151,10 @@ class BootTracker(BootStates):
         idle = _idle_seconds(await monitor.execute("query-blockstats"))
         if idle >= REST and self.last is entered:
             self.enter(BootState.READY, f"no guest agent; the disk has rested for {REST:g} s")
+
+
+def _is_agent(event: Event) -> bool:
+    return isinstance(event, PortChanged) and event.port == AGENT_PORT and event.open
 
 
 def _idle_seconds(blockstats: Any) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 from smolvm_async.checks import check_env, check_timeout, shown
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
@@ -20,21 +20,15 @@ from smolvm_async.ssh.script import check_command, script
 BIG = 1 << 20  # bytes; to join and decode more takes long enough to be done in a thread
 QUOTED = 2000  # characters of stderr that an error message has
 
+Reach = Callable[[], Awaitable[Link]]  # the way to a guest, once that is ready
 ShellKind = Literal["raw", "login"]
-
-
-class Reachable(Protocol):
-    """A guest that may have to boot first."""
-
-    async def link(self) -> Link:
-        """The way to it, once it is ready."""
 
 
 class Commands:
     """What one runs in a guest."""
 
-    def __init__(self, guest: Reachable) -> None:
-        self._guest = guest
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
 
     @overload
     async def run(
@@ -79,7 +73,7 @@ class Commands:
             if not isinstance(value, bool):
                 raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
         line, first = script(command, shell, variables)
-        link = await self._guest.link()
+        link = await self._reach()
         output = Output(text)
         began = time.monotonic()
         try:
@@ -121,7 +115,7 @@ class Commands:
         check_timeout(timeout)
         content, variables = _input(input), check_env(env)
         line, first = script(command, shell, variables)
-        link = await self._guest.link()
+        link = await self._reach()
         lines = LineStream(command, timeout, link.lost)
         async with executing(link, line, lines.receive) as execution:
             lines.follow(execution)

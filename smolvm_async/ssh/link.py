@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import logging
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,10 +30,6 @@ KEEPALIVE = 15  # seconds without a sign of the guest, thrice: the connection is
 CIPHERS = ["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes128-ctr"]
 
 T = TypeVar("T")
-
-# What asyncssh would log is raised here.
-for _name in ("asyncssh", "asyncssh.sftp"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class Link:

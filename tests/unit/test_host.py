@@ -583,7 +583,7 @@ class FakeKvm:
         self.found = found
         self.probes = 0
 
-    def probe(self) -> accelerator.Problem | None:
+    def probe(self, *, smm: bool) -> accelerator.Problem | None:
         """Stand in for `probe_kvm`."""
         self.probes += 1
         return self.found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smolvm_async import process
 from smolvm_async.errors import CommandError
+from smolvm_async.guests.linux import DEBIAN
 from smolvm_async.host import choose_accelerator
 from smolvm_async.images.stand_in.disk import MKE2FS_CONF, search_path
 from smolvm_async.progress import Progress
@@ -39,9 +40,10 @@ async def configure(
         CommandError: If that fails, with the end of what the guest said.
     """
     accelerator, _ = choose_accelerator("auto", smm=False)
+    cpu = DEBIAN.cpu[accelerator.name]
     watching = asyncio.create_task(_watch(work / "console", packages, relay))
     try:
-        await process.run(_qemu(accelerator.option, boot_args), cwd=work)
+        await process.run(_qemu(accelerator.option, cpu, boot_args), cwd=work)
     finally:
         watching.cancel()
     console = _read(work / "console")
@@ -49,10 +51,10 @@ async def configure(
         raise CommandError(f"The packages could not be configured:\n{console[-TAIL:]}")
 
 
-def _qemu(accelerator: str, boot_args: str) -> list[str]:
+def _qemu(accelerator: str, cpu: str, boot_args: str) -> list[str]:
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"),
-        *("-display", "none", "-machine", "q35", "-accel", accelerator, "-cpu", "max"),
+        *("-display", "none", "-machine", "q35", "-accel", accelerator, "-cpu", cpu),
         *("-smp", "2", "-m", str(MEMORY)),
         *("-kernel", "image/kernel", "-initrd", "image/initrd"),
         *("-append", f"{boot_args} smolvm.init=/usr/lib/smolvm/configure"),

@@ -13,7 +13,7 @@ ELF = b"\x7fELF"
 
 
 def uncompressed(bzimage: bytes) -> bytes:
-    """The vmlinux in a bzImage (Documentation/arch/x86/boot.rst); what is not known is left as is."""
+    """The vmlinux in a bzImage (Documentation/arch/x86/boot.rst), or what was passed."""
     if bzimage[0x202:0x206] != b"HdrS":
         return bzimage
     setup_sectors = bzimage[0x1F1] or 4

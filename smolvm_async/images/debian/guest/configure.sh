@@ -35,6 +35,15 @@ owners() { # what only root can set: owners, and the modes that a change of owne
     done <"$own/modes"
 }
 
+certificates() { # as update-ca-certificates does, which starts a thousand programs for it
+    cd /usr/share/ca-certificates/mozilla || return
+    cat ./*.crt >/etc/ssl/certs/ca-certificates.crt
+    for name in *.crt; do
+        ln -sf "$PWD/$name" "/etc/ssl/certs/${name%.crt}.pem"
+    done
+    openssl rehash /etc/ssl/certs
+}
+
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /tmp
 cp /usr/share/base-passwd/passwd.master /etc/passwd
@@ -45,11 +54,12 @@ printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
 chmod 755 /usr/sbin/policy-rc.d
 
 python=$(readlink -f /usr/bin/python3)
-idle "$python" /usr/bin/ssh-keygen
+idle "$python" /usr/bin/ssh-keygen /usr/sbin/update-ca-certificates
 dpkg --configure -a --force-confold --force-confdef || { echo "SMOLVM: dpkg failed"; end; }
-busy "$python" /usr/bin/ssh-keygen
+busy "$python" /usr/bin/ssh-keygen /usr/sbin/update-ca-certificates
 
 owners
+certificates
 depmod "$(uname -r)"
 rm -f /usr/sbin/policy-rc.d /etc/ssh/ssh_host_* /var/log/*.log /var/log/apt/* "$own/modes"
 [ -z "$(dpkg --audit)" ] || { dpkg --audit; end; }
