@@ -245,7 +245,7 @@ def _profile(os: object, image: str) -> GuestProfile:
         os = "linux"
     if not isinstance(os, str) or os not in GUESTS:
         raise ConfigError(f"os={os!r} is not a known guest OS: pass {names}.")
-    return GUESTS[os]
+    return profile_of(os, image)
 
 
 def _direct_boot(image: str, kernel: object, initrd: object, boot_args: object) -> dict[str, Any]:
