@@ -112,7 +112,7 @@ class VMConfig(_Model):
     boot_args: str | None = None
     user: str = "root"
     env: dict[str, str] = {}
-    port_forwards: tuple[PortForward, ...] = ()
+    port_forwards: Annotated[tuple[PortForward, ...], Field(strict=False)] = ()
     accel: Literal["auto", "kvm", "tcg"]
     keep: bool
     resolution: Annotated[tuple[int, int], Field(strict=False)] = (1280, 800)  # JSON has lists

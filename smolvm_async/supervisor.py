@@ -124,7 +124,7 @@ class Supervisor:
         finally:
             self.boot.end()
             self.input.close()
-            self.link.abort()
+            self.link.close()
             try:
                 await self._monitor.disconnect()
             finally:

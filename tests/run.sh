@@ -2,8 +2,8 @@
 # Sets everything up and passes the tests. Arguments go to pytest.
 
 set -eu
-# The layouts that the keyboard's tests type on, and a VNC client.
-more_packages=(libxkbcommon0 xkb-data libx11-data vncsnapshot tigervnc-tools)
+# An SSH server, the layouts that the keyboard's tests type on, and a VNC client.
+more_packages=(openssh-server libxkbcommon0 xkb-data libx11-data vncsnapshot tigervnc-tools)
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

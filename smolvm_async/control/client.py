@@ -235,7 +235,7 @@ class Attached:
     def _end(self) -> None:
         """The connection is over: by the end of the run, of the owner, or by our own doing."""
         self._writer.transport.abort()
-        self.link.abort()
+        self.link.close()
         if not self._told_end and not self._detached:
             self.status = Status.ORPHANED
             self.failure = VMCrashedError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Literal, overload
 
 from smolvm_async.checks import check_env, check_timeout, shown
@@ -72,13 +74,15 @@ class Commands:
         for name, value in (("check", check), ("text", text)):
             if not isinstance(value, bool):
                 raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
-        line, first = script(command, shell, variables)
+        mark = secrets.token_hex(8)
+        line, first = script(command, shell, variables, mark)
         link = await self._reach()
         output = Output(text)
         began = time.monotonic()
         try:
-            async with executing(link, line, output.receive) as execution:
-                async with asyncio.timeout(timeout):
+            async with asyncio.timeout(None) as bound:
+                start = partial(_bound, bound, timeout)
+                async with executing(link, line, mark, output.receive, start) as execution:
                     await execution.write(first + content)
                     await asyncio.wait([execution.ended])
         except TimeoutError:
@@ -114,16 +118,23 @@ class Commands:
         check_command(command, shell)
         check_timeout(timeout)
         content, variables = _input(input), check_env(env)
-        line, first = script(command, shell, variables)
+        mark = secrets.token_hex(8)
+        line, first = script(command, shell, variables, mark)
         link = await self._reach()
         lines = LineStream(command, timeout, link.lost)
-        async with executing(link, line, lines.receive) as execution:
+        async with executing(link, line, mark, lines.receive) as execution:
             lines.follow(execution)
             writing = asyncio.ensure_future(execution.write(first + content))
             try:
                 yield lines
             finally:
                 writing.cancel()
+
+
+def _bound(bound: asyncio.Timeout, timeout: float | None) -> None:
+    """The time of a command begins: it has not waited for others any more."""
+    if timeout is not None:
+        bound.reschedule(asyncio.get_running_loop().time() + timeout)
 
 
 class Output:

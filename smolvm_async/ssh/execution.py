@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
+from smolvm_async.errors import SmolVMError
 from smolvm_async.shielding import settle
 from smolvm_async.ssh.link import Link
+from smolvm_async.ssh.script import killer
 
 if TYPE_CHECKING:
     from asyncssh import SSHClientChannel, SSHClientConnection
 
-KILLED = 1.0  # seconds for the server to say that a killed command has ended
+KILLED = 2.0  # seconds to kill a command, and for the server to say that it has ended
 
 Stream = Literal["stdout", "stderr"]
 
@@ -56,26 +58,28 @@ class Execution:
             finally:
                 room.cancel()
 
-    async def end(self) -> None:
+    async def end(self, link: Link, mark: str) -> None:
         """Kill it, if it still runs, and close the session; cancellation is held back."""
         if not self.ended.done():
-            await settle(self._kill())
+            await settle(self._kill(link, mark))
 
-    async def _kill(self) -> None:
-        # OpenSSH signals the command's process group. A server that cannot, or a process that
-        # has left the group, is left alone after a moment.
-        with suppress(OSError):  # it is closing
-            self.channel.send_signal("KILL")
-        await asyncio.wait([self.ended], timeout=KILLED)
+    async def _kill(self, link: Link, mark: str) -> None:
+        with suppress(TimeoutError, SmolVMError):  # a guest that hangs, or has gone
+            async with asyncio.timeout(KILLED):
+                killing = await link.open(_opener(killer(mark), lambda _, __: None))
+                try:
+                    await asyncio.wait([killing.ended])
+                    await asyncio.wait([self.ended])
+                finally:
+                    killing.channel.abort()
+                    link.release()
         if not self.ended.done():
             self.channel.abort()
             await asyncio.wait([self.ended], timeout=KILLED)
 
     def close(self) -> None:
         """Close it, for want of anybody who would wait."""
-        with suppress(OSError):
-            self.channel.send_signal("KILL")
-        self.channel.close()
+        self.channel.abort()
 
     # asyncssh's callbacks
 
@@ -117,27 +121,40 @@ class Execution:
             self.ended.set_result(None)
 
 
-@asynccontextmanager
-async def executing(
-    link: Link, command: str, receive: Callable[[Stream, bytes], None]
-) -> AsyncIterator[Execution]:
-    """Execute a command for the time of the block, at the end of which it is killed.
-
-    Raises:
-        ConnectionLostError: If the guest cannot be reached.
-    """
-
+def _opener(
+    command: str, receive: Callable[[Stream, bytes], None]
+) -> Callable[[SSHClientConnection], Awaitable[Execution]]:
     async def opener(connection: SSHClientConnection) -> Execution:
         session: Any = Execution(receive)
         await connection.create_session(lambda: session, command, encoding=None)
         execution: Execution = session
         return execution
 
-    execution = await link.open(opener)
+    return opener
+
+
+@asynccontextmanager
+async def executing(
+    link: Link,
+    command: str,
+    mark: str,
+    receive: Callable[[Stream, bytes], None],
+    on_turn: Callable[[], None] = lambda: None,
+) -> AsyncIterator[Execution]:
+    """Execute a command for the time of the block, at the end of which it is killed.
+
+    Args:
+        mark: By which its processes are found; see `script()`.
+        on_turn: Called once there is room for its session.
+
+    Raises:
+        ConnectionLostError: If the guest cannot be reached.
+    """
+    execution = await link.open(_opener(command, receive), on_turn)
     try:
         yield execution
     finally:
         try:
-            await execution.end()
+            await execution.end(link, mark)
         finally:
             link.release()

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 GREETING = 0.3  # seconds; QEMU's network accepts before the guest listens, and then nobody speaks
 LOGIN = 30.0  # seconds from the greeting to the end of the key exchange and the login
-PATIENCE = 10.0  # seconds to connect again, to a guest that was ready before
+PATIENCE = 30.0  # seconds to connect again, to a guest that was ready before
+MOST = 256  # sessions at a time; more only wait for each other in the guest
 RETRY = 0.05  # seconds
 KEEPALIVE = 15  # seconds without a sign of the guest, thrice: the connection is dropped
 
@@ -41,6 +42,7 @@ class Link:
         self._connection: SSHClientConnection | None = None
         self._connecting: asyncio.Task[SSHClientConnection | None] | None = None
         self._sessions = Sessions()
+        self._closed = False
 
     async def connect(self) -> bool:
         """Connect, if the guest's server answers by now; a guest that boots is asked often."""
@@ -48,6 +50,11 @@ class Link:
             return await self._connected() is not None
         except ConnectionLostError:
             return False
+
+    def close(self) -> None:
+        """Drop the connection for good: the VM has ended."""
+        self._closed = True
+        self.abort()
 
     def abort(self) -> None:
         """Drop the connection: whatever is going on over it fails."""
@@ -57,13 +64,18 @@ class Link:
             self._connection.abort()
             self._connection = None
 
-    async def open(self, opener: Callable[[SSHClientConnection], Awaitable[T]]) -> T:
+    async def open(
+        self,
+        opener: Callable[[SSHClientConnection], Awaitable[T]],
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> T:
         """Open a session, once the server has room for one; `release()` gives it back.
 
         Cancelled, the opening goes on behind our back, and what it opened is closed.
 
         Args:
             opener: Opens it on a connection; what it returns has `close()` or `exit()`.
+            on_turn: Called once there is room for it.
 
         Raises:
             ConnectionLostError: If the guest does not answer.
@@ -73,6 +85,7 @@ class Link:
         while True:
             connection = await self._patiently_connected()
             await self._sessions.enter()
+            on_turn()
             opening = asyncio.ensure_future(opener(connection))
             try:
                 return await asyncio.shield(opening)
@@ -81,7 +94,9 @@ class Link:
                 raise
             except ChannelOpenError as error:
                 self._sessions.leave()
-                if self._connection is connection and not self._sessions.refused():
+                if connection.is_closed():
+                    raise self.lost() from error
+                if not self._sessions.refused():
                     raise self._lost(f"its SSH server refuses sessions: {error}") from error
             except (Error, OSError) as error:
                 self._sessions.leave()
@@ -121,20 +136,16 @@ class Link:
 
     async def _connected(self) -> SSHClientConnection | None:
         """The connection; all who want one wait for the same attempt."""
+        if self._closed:
+            raise self._lost("the VM has ended")
         if self._connection is not None and not self._connection.is_closed():
             return self._connection
         if self._connecting is None:
             self._connecting = asyncio.ensure_future(self._attempt())
             self._connecting.add_done_callback(self._attempted)
         attempt = self._connecting
-        try:
-            return await asyncio.shield(attempt)
-        except asyncio.CancelledError:
-            if attempt.cancelled():  # by abort()
-                task = asyncio.current_task()
-                if task is not None and not task.cancelling():
-                    raise self._lost("it was reset, or has ended") from None
-            raise
+        await asyncio.wait([attempt])
+        return None if attempt.cancelled() else attempt.result()  # cancelled by abort()
 
     def _attempted(self, attempt: asyncio.Task[Any]) -> None:
         self._connecting = None
@@ -175,7 +186,7 @@ class Sessions:
 
     def __init__(self) -> None:
         self._open = 0
-        self._limit = sys.maxsize
+        self._limit = MOST
         self._waiting: list[asyncio.Future[None]] = []
 
     async def enter(self) -> None:
@@ -201,7 +212,7 @@ class Sessions:
 
     def forget_limit(self) -> None:
         """The server may be another one."""
-        self._limit = sys.maxsize
+        self._limit = MOST
         self._admit()
 
     def _admit(self) -> None:

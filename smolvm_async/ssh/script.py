@@ -10,6 +10,7 @@ from smolvm_async.checks import shown
 from smolvm_async.errors import ConfigError
 
 ENV_FILE = ".smolvm_env.sh"  # in the user's home: what `set_env_vars()` has set
+MARK = "SMOLVM_COMMAND"  # a variable
 SHELLS = ("raw", "login")
 
 _SOURCE = f"[ ! -r ~/{ENV_FILE} ] || . ~/{ENV_FILE}\n"
@@ -38,16 +39,19 @@ def exports(env: Mapping[str, str]) -> str:
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
 
 
-def script(command: str, shell: str, env: Mapping[str, str]) -> tuple[str, bytes]:
+def script(command: str, shell: str, env: Mapping[str, str], mark: str) -> tuple[str, bytes]:
     """What the server is asked to run, and what has to come first on its standard input.
+
+    `mark` is in the environment of every process that it starts: `killer()` finds them by it.
 
     The values of `env` are on the input only: a command line can be read by every user of the
     guest. The shell's `read` takes byte by byte, so that the rest is left to the command.
     """
     if shell == "login":
         command = f'exec "$SHELL" -lc {shlex.quote(command)}'
+    source = f"export {MARK}={mark}\n{_SOURCE}"
     if not env:
-        return f"{_SOURCE}{command}", b""
+        return f"{source}{command}", b""
     end = secrets.token_hex(16)
     reader = (
         "smolvm_env=\n"
@@ -57,7 +61,19 @@ def script(command: str, shell: str, env: Mapping[str, str]) -> tuple[str, bytes
         'eval "$smolvm_env"\n'
         "unset smolvm_env smolvm_line\n"
     )
-    return f"{_SOURCE}{reader}{command}", f"{exports(env)}{end}\n".encode(errors="surrogateescape")
+    return f"{source}{reader}{command}", f"{exports(env)}{end}\n".encode(errors="surrogateescape")
+
+
+def killer(mark: str) -> str:
+    """A script that kills what `script()` has started.
+
+    OpenSSH has a request for that, but refuses it for root; and a process that has left the
+    command's group would not be reached. The shell itself has the mark on its command line only.
+    """
+    pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # which does not match itself
+    places = "/proc/[0-9]*/environ /proc/[0-9]*/cmdline"
+    find = f"grep -ls '{pattern}' {places} | cut -d/ -f3"
+    return f"for again in 1 2; do kill -KILL $({find}) 2>/dev/null; done"
 
 
 def parse_exports(text: str) -> dict[str, str]:

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from asyncssh import SFTPClient
 
 AT_A_TIME = 16  # files
-BLOCK = 256 * 1024  # bytes; a file of that size is one request to write, and some to read
-AHEAD = 8  # blocks of one file that are on their way at a time
+PIECE = 2 << 20  # bytes that are read and written at a time; SFTP splits them, in parallel
 STEP = 0.1  # seconds between two reports
 
 
@@ -114,9 +113,9 @@ class ToGuest:
         source = self._source / entry.path if entry.path else self._source
         file = await in_background(partial(source.open, "rb"))
         try:
-            async with self._sftp.open(self._at(entry), "xb", block_size=BLOCK) as target:
+            async with self._sftp.open(self._at(entry), "xb") as target:
                 offset = 0
-                while content := await in_background(file.read, BLOCK * AHEAD):
+                while content := await in_background(file.read, PIECE):
                     await target.write(content, offset)  # in parallel blocks
                     offset += len(content)
                     self._meter.add(len(content))
@@ -181,9 +180,9 @@ class FromGuest:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = await in_background(os.open, self._at(entry), flags, 0o600)
         try:
-            async with self._sftp.open(source, "rb", block_size=BLOCK) as file:
+            async with self._sftp.open(source, "rb") as file:
                 offset = 0
-                while content := await file.read(BLOCK * AHEAD, offset):  # in parallel blocks
+                while content := await file.read(PIECE, offset):  # in parallel blocks
                     assert isinstance(content, bytes)
                     await in_background(_write_all, fd, content)
                     offset += len(content)

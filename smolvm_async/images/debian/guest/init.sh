@@ -54,7 +54,8 @@ start_network() { # QEMU's user network is the same for everybody
 }
 
 set_identity() {
-    read -r name <$config/hostname/raw || name=debian
+    read -r name <$config/hostname/raw # without a newline: its status says nothing
+    [ "$name" ] || name=debian
     echo "$name" >/proc/sys/kernel/hostname
     echo "$name" >/etc/hostname
     printf '127.0.0.1 localhost\n::1 localhost\n127.0.1.1 %s\n' "$name" >/etc/hosts
