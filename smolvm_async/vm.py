@@ -58,7 +58,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         user: As whom `run()` and the files log in to a Linux image: `"root"`, the default, or a
             user whom cloud-init is to make, with sudo.
         memory: MiB; for Windows at least 2048, by default 4096; for Linux 128, and 512.
-        cpus: Cores, shown to the guest as one socket; by default 2.
+        cpus: Cores, shown to the guest as one socket; by default 1, for Windows 2.
         vm_id: Lower-case letters, digits and hyphens; by default `vm-` and 8 hex digits.
         accel: `"auto"` takes KVM where it works, and TCG with a warning where it does not;
             `"kvm"` or `"tcg"` insists.

@@ -55,7 +55,7 @@ def _qemu(accelerator: str, cpu: str, boot_args: str) -> list[str]:
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none", "-machine", "q35", "-accel", accelerator, "-cpu", cpu),
-        *("-smp", "2", "-m", str(MEMORY)),
+        *("-m", str(MEMORY)),
         *("-kernel", "image/kernel", "-initrd", "image/initrd"),
         *("-append", f"{boot_args} smolvm.init=/usr/lib/smolvm/configure"),
         *("-drive", "file=root.raw,format=raw,if=none,id=root,cache=unsafe"),
