@@ -40,7 +40,9 @@ def run(
         int | None,
         typer.Option(metavar="MIB", help="Memory.", show_default="512, for Windows 4096"),
     ] = None,
-    cpus: Annotated[int | None, typer.Option(help="Cores.", show_default="1, for Windows 2")] = None,
+    cpus: Annotated[
+        int | None, typer.Option(help="Cores.", show_default="1, for Windows 2")
+    ] = None,
     vm_id: Annotated[
         str | None,
         typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,6 +18,7 @@ from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.monitor import Monitor
 
 POLL = 0.25  # seconds between two looks at a guest that boots
+EARLY = 10.0  # seconds after which a guest is probed though no operating system was seen
 PROBE = 0.05  # seconds between two probes of a guest that is not ready
 REST = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
 
@@ -131,6 +133,10 @@ class BootTracker(BootStates):
             if self.last.state is BootState.READY:
                 await self._changed.wait()
                 continue
+            if self.last.state is BootState.FIRMWARE:  # nobody can answer yet, as far as one sees
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(EARLY):
+                        await self._changed.wait()
             resets = self._resets
             evidence = await probe()
             if evidence is not None and resets == self._resets:

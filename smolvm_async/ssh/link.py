@@ -20,7 +20,9 @@ from smolvm_async.ssh.access import Access
 if TYPE_CHECKING:
     from asyncssh import SFTPClient, SSHClientConnection
 
-GREETING = 0.3  # seconds; QEMU's network accepts before the guest listens, and then nobody speaks
+# Seconds for the server's first word: QEMU's network accepts before the guest listens, and then
+# nobody speaks. A slow guest must get the time for it, or it would begin anew for ever.
+GREETING, LONGEST_GREETING = 0.3, 10.0
 LOGIN = 30.0  # seconds from the greeting to the end of the key exchange and the login
 PATIENCE = 30.0  # seconds to connect again, to a guest that was ready before
 MOST = 256  # sessions at a time; more only wait for each other in the guest
@@ -43,6 +45,7 @@ class Link:
         self._connecting: asyncio.Task[SSHClientConnection | None] | None = None
         self._sessions = Sessions()
         self._closed = False
+        self._greeting = GREETING
 
     async def connect(self) -> bool:
         """Connect, if the guest's server answers by now; a guest that boots is asked often."""
@@ -154,7 +157,12 @@ class Link:
 
     async def _attempt(self) -> SSHClientConnection | None:
         access = await self._access()
-        ours = await greeted(access.port)
+        try:
+            ours = await greeted(access.port, self._greeting)
+        except TimeoutError:
+            self._greeting = min(self._greeting * 1.5, LONGEST_GREETING)
+            return None
+        self._greeting = GREETING
         if ours is None:
             return None
         try:
@@ -230,14 +238,18 @@ class Sessions:
         return True
 
 
-async def greeted(port: int) -> socket.socket | None:
-    """A connection to a server that has begun to speak, its words unread; `None` if none does."""
+async def greeted(port: int, timeout: float) -> socket.socket | None:
+    """A connection to a server that has begun to speak, its words unread; `None` if none listens.
+
+    Raises:
+        TimeoutError: If it has not spoken within `timeout` seconds.
+    """
     loop = asyncio.get_running_loop()
     ours = socket.socket()
     try:
         ours.setblocking(False)
         ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        async with asyncio.timeout(GREETING):
+        async with asyncio.timeout(timeout):
             await loop.sock_connect(ours, ("127.0.0.1", port))
             readable = asyncio.Event()
             loop.add_reader(ours, readable.set)
@@ -247,10 +259,10 @@ async def greeted(port: int) -> socket.socket | None:
                 loop.remove_reader(ours)
         if ours.recv(1, socket.MSG_PEEK):
             return ours
-    except OSError:  # also TimeoutError
-        pass
-    except BaseException:
+    except BaseException as error:
         ours.close()
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+            return None
         raise
     ours.close()
     return None
