@@ -52,12 +52,7 @@ class Files:
             if make_dirs:
                 await sftp.makedirs(parent, exist_ok=True)
             meter = Meter(on_progress, f"uploading {source.name}", _size(tree))
-            try:
-                await _carry_out(ToGuest(sftp, source, target, meter), tree)
-            except Exception as error:
-                if await _is_full(sftp, parent):
-                    raise _full("the guest's", parent) from error
-                raise
+            await _carry_out(ToGuest(sftp, source, target, meter), tree, sftp, parent)
             meter.tell()
         return target
 
@@ -96,12 +91,24 @@ class Files:
         return target
 
 
-async def _carry_out(transfer: ToGuest | FromGuest, tree: list[Entry]) -> None:
+async def _carry_out(
+    transfer: ToGuest | FromGuest,
+    tree: list[Entry],
+    sftp: SFTPClient | None = None,
+    directory: str = "",
+) -> None:
+    """Do it, or remove what there is of it; `sftp` tells whether the guest's disk was full."""
+    full = False
     try:
         await transfer.copy(tree)
         await transfer.publish()
-    except BaseException:
-        await settle(_clean(transfer))
+    except BaseException as error:
+        try:
+            full = sftp is not None and await _is_full(sftp, directory, error)
+        finally:
+            await settle(_clean(transfer))
+        if full:
+            raise _full("the guest's", directory) from error
         raise
 
 
@@ -135,10 +142,12 @@ async def _explained(link: Link, what: str) -> AsyncIterator[None]:
         raise FileTransferError(f"{what}: {error}") from error
 
 
-async def _is_full(sftp: SFTPClient, directory: str) -> bool:
+async def _is_full(sftp: SFTPClient, directory: str, error: BaseException) -> bool:
     """Whether that is why the guest failed: SFTP itself says no more than "Failure"."""
     import asyncssh
 
+    if not isinstance(error, asyncssh.SFTPError):
+        return False
     with contextlib.suppress(asyncssh.Error, OSError):
         status = await sftp.statvfs(directory)
         return status.bavail == 0 or status.favail == 0 < status.files
