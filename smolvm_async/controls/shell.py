@@ -109,8 +109,7 @@ class Shell(Observation):
             ConfigError: An argument is wrong, or this is a Windows guest (a `ValueError`).
         """
         self._require("run")
-        arguments: Any = (command, timeout, env, shell, input, check)
-        return await self._commands.run(*arguments, text=text)  # type: ignore[call-overload, no-any-return]
+        return await self._commands.run(command, timeout, env, shell, input, check, text)
 
     def run_stream(
         self,

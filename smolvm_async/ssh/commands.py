@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from smolvm_async.checks import check_env, check_timeout, shown
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
@@ -31,31 +31,6 @@ class Commands:
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
-
-    @overload
-    async def run(
-        self,
-        command: str,
-        timeout: float | None = 30,
-        env: Mapping[str, str] | None = None,
-        shell: ShellKind = "raw",
-        input: str | bytes | None = None,
-        check: bool = False,
-        text: Literal[True] = True,
-    ) -> CommandResult[str]: ...
-
-    @overload
-    async def run(
-        self,
-        command: str,
-        timeout: float | None = 30,
-        env: Mapping[str, str] | None = None,
-        shell: ShellKind = "raw",
-        input: str | bytes | None = None,
-        check: bool = False,
-        *,
-        text: Literal[False],
-    ) -> CommandResult[bytes]: ...
 
     async def run(
         self,

@@ -12,19 +12,15 @@ In the cache directory:
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import shutil
-import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from smolvm_async.images import boot_files, packages
 from smolvm_async.images.stand_in import disk, system
-from smolvm_async.progress import Progress, ProgressCallback, report
+from smolvm_async.images.workshop import Steps, key_of, workshop
+from smolvm_async.progress import ProgressCallback
 from smolvm_async.shielding import in_background
 
 STEPS = 6
@@ -46,8 +42,7 @@ class Builder:
         self._packages = cache.absolute() / "packages"
         self._flavour = flavour
         self._kernel_arguments = tuple(kernel_arguments)
-        self._on_progress = on_progress
-        self._started = time.monotonic()
+        self._steps = Steps(on_progress, STEPS)
         self._recipe = _recipe(flavour)
 
     def find(self) -> Path | None:
@@ -58,40 +53,29 @@ class Builder:
 
     async def build(self) -> Path:
         """Build what is missing; other builders in this cache wait meanwhile."""
-        self._report(0, "taking the cache")
+        self._steps.report(0, "taking the cache")
         async with packages.exclusive(self._store):
             digests = await self._known_packages() or await self._fetch_packages()
             base, result = self._base(digests), self._result(digests)
             if not result.exists():
-                async with self._workshop() as work:
+                async with workshop(self._store) as work:
                     if not base.exists():
                         await self._build_base(digests, work, base)
-                    self._report(5, "making the disk")
+                    self._steps.report(5, "making the disk")
                     made = await disk.make_variant(base, work, self._kernel_arguments)
                     await in_background(_keep, made, result)
-        self._report(STEPS, "the stand-in is ready")
+        self._steps.report(STEPS, "the stand-in is ready")
         return result
 
     async def _build_base(self, digests: Digests, work: Path, base: Path) -> None:
-        self._report(2, "unpacking packages")
+        self._steps.report(2, "unpacking packages")
         (work / "unpacked").mkdir()
         await packages.unpack([self._archives / name for name in digests], work / "unpacked")
-        self._report(3, "arranging the guest's files")
+        self._steps.report(3, "arranging the guest's files")
         await system.arrange(work / "unpacked", work, self._flavour)
-        self._report(4, "making the file systems")
+        self._steps.report(4, "making the file systems")
         made = await disk.make_base(work)
         await in_background(_keep, made, base)
-
-    @contextlib.asynccontextmanager
-    async def _workshop(self) -> AsyncIterator[Path]:
-        work = self._store / "building"
-        if work.exists():  # its builder was killed, or we would not hold the lock
-            await in_background(shutil.rmtree, work)
-        work.mkdir()
-        try:
-            yield work
-        finally:
-            await in_background(shutil.rmtree, work)
 
     # Packages
 
@@ -104,10 +88,10 @@ class Builder:
         return digests if present == digests else None
 
     async def _fetch_packages(self) -> Digests:
-        self._report(1, "looking up packages")
+        self._steps.report(1, "looking up packages")
         await packages.update(self._packages)
         names = await system.package_names(self._packages, self._flavour)
-        debs = await packages.fetch(names, self._packages, self._relay)
+        debs = await packages.fetch(names, self._packages, self._steps.relay)
         files = [deb.name for deb in debs]
         digests = await in_background(packages.digests, self._archives, files)
         new = self._store / "packages.new"
@@ -133,20 +117,11 @@ class Builder:
         return digests
 
     def _base(self, digests: Digests) -> Path:
-        return self._store / f"base-{_key(self._recipe, digests)}.raw"
+        return self._store / f"base-{key_of(self._recipe, digests)}.raw"
 
     def _result(self, digests: Digests) -> Path:
-        key = _key(self._recipe, digests, self._kernel_arguments)
+        key = key_of(self._recipe, digests, self._kernel_arguments)
         return self._store / f"stand-in-{key}.qcow2"
-
-    # Progress
-
-    def _report(self, done: int, message: str) -> None:
-        self._relay(Progress("image", message, 0.0, done, STEPS))
-
-    def _relay(self, progress: Progress) -> None:
-        elapsed = time.monotonic() - self._started
-        report(self._on_progress, replace(progress, elapsed=elapsed))
 
 
 def _recipe(flavour: system.Flavour) -> str:
@@ -158,11 +133,7 @@ def _recipe(flavour: system.Flavour) -> str:
         *here.glob("*.py"),
         *here.glob("guest/*.sh"),
     ]
-    return _key(system.release(), flavour.name, *(path.read_text() for path in sorted(sources)))
-
-
-def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return key_of(system.release(), flavour.name, *(path.read_text() for path in sorted(sources)))
 
 
 def _keep(made: Path, name: Path) -> None:
