@@ -137,7 +137,7 @@ class StateDirectory:
                 self._lease = lease
                 self._unless_released = weakref.finalize(self, _abandon, self.path, lease)
             try:
-                self._check_ours()
+                self._check_ours(lease.fd)
                 self.record = read_record(self.path, lease.fd)
             finally:
                 if not locked:
@@ -255,8 +255,8 @@ class StateDirectory:
     def _copy(self, name: str, template: Path) -> None:
         self._write(name, template.read_bytes())
 
-    def _check_ours(self) -> None:
-        names = os.listdir(self.path)
+    def _check_ours(self, fd: int) -> None:
+        names = os.listdir(fd)  # not by its path: whoever has the lock may be removing it
         if SCRATCH not in names and not OURS.issuperset(names):
             raise ConfigError(
                 f"{str(self.path)!r} exists and is not a VM's directory: "
