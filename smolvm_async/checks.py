@@ -219,12 +219,20 @@ def check_env(env: object, argument: str = "env") -> dict[str, str]:
                 f"{argument}= has a variable {shown(name)}: a name consists of letters, digits and "
                 "underscores, and does not begin with a digit."
             )
-        if not isinstance(value, str) or "\0" in value:
+        if not isinstance(value, str) or "\0" in value or encoded(value) is None:
             raise ConfigError(
-                f"{argument}= gives {name} a value that is no str, or has a NUL character: pass "
-                "text, such as str(value)."
+                f"{argument}= gives {name} a value that is no str, or has a NUL character or a "
+                "lone surrogate: pass text, such as str(value)."
             )
     return dict(env)
+
+
+def encoded(text: str) -> bytes | None:
+    """Text as bytes, those of file names (`os.fsdecode()`) as they were; `None` if it cannot be."""
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return None
 
 
 def check_port(argument: str, port: object) -> int:

@@ -6,11 +6,11 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Literal
 
-from smolvm_async.checks import check_env, check_timeout, shown
+from smolvm_async.checks import check_env, check_timeout, encoded, shown
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
 from smolvm_async.shielding import in_background
 from smolvm_async.ssh.execution import Stream, executing
@@ -96,9 +96,16 @@ class Commands:
         mark = secrets.token_hex(8)
         line, first = script(command, shell, variables, mark)
         link = await self._reach()
-        lines = LineStream(command, timeout, link.lost)
-        async with executing(link, line, mark, lines.receive) as execution:
-            lines.follow(execution)
+        lines = LineStream(command, link.lost)
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(None) as bound:
+                    start = partial(_bound, bound, timeout)
+                    session = executing(link, line, mark, lines.receive, start)
+                    execution = await stack.enter_async_context(session)
+            except TimeoutError:
+                raise lines.timed_out(timeout) from None
+            lines.follow(execution, timeout, bound.when())
             writing = asyncio.ensure_future(execution.write(first + content))
             try:
                 yield lines
@@ -138,11 +145,13 @@ class Output:
 def _input(content: object) -> bytes:
     if content is None:
         return b""
-    if isinstance(content, str):
-        return content.encode(errors="surrogateescape")
     if isinstance(content, bytes):
         return content
-    raise ConfigError(f"input={shown(content)} is wrong: pass str or bytes.")
+    if isinstance(content, str) and (content_encoded := encoded(content)) is not None:
+        return content_encoded
+    raise ConfigError(
+        f"input={shown(content)} is wrong: pass bytes, or str without lone surrogates."
+    )
 
 
 def _quoted(stderr: str | bytes) -> str:

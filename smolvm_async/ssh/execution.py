@@ -8,15 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from smolvm_async.errors import SmolVMError
-from smolvm_async.shielding import settle
+from smolvm_async.errors import ConnectionLostError
 from smolvm_async.ssh.link import Link
 from smolvm_async.ssh.script import killer
 
 if TYPE_CHECKING:
     from asyncssh import SSHClientChannel, SSHClientConnection
 
-KILLED = 2.0  # seconds to kill a command, and for the server to say that it has ended
+AGAIN = 1.0  # seconds until a guest that could not be reached is tried again
 
 Stream = Literal["stdout", "stderr"]
 
@@ -58,28 +57,17 @@ class Execution:
             finally:
                 room.cancel()
 
-    async def end(self, link: Link, mark: str) -> None:
-        """Kill it, if it still runs, and close the session; cancellation is held back."""
-        if not self.ended.done():
-            await settle(self._kill(link, mark))
-
-    async def _kill(self, link: Link, mark: str) -> None:
-        with suppress(TimeoutError, SmolVMError):  # a guest that hangs, or has gone
-            async with asyncio.timeout(KILLED):
-                killing = await link.open(_opener(killer(mark), lambda _, __: None))
-                try:
-                    await asyncio.wait([killing.ended])
-                    await asyncio.wait([self.ended])
-                finally:
-                    killing.channel.abort()
-                    link.release()
+    async def kill(self, link: Link, mark: str) -> None:
+        """Kill it, once the guest can be reached, and wait for its end."""
+        killed = False
+        while not killed and not self.ended.done():
+            with suppress(ConnectionLostError):
+                killed = await _kill(link, mark)
+            if not killed:
+                await asyncio.sleep(AGAIN)
         if not self.ended.done():
             self.channel.abort()
-            await asyncio.wait([self.ended], timeout=KILLED)
-
-    def close(self) -> None:
-        """Close it, for want of anybody who would wait."""
-        self.channel.abort()
+        await asyncio.wait([self.ended])
 
     # asyncssh's callbacks
 
@@ -121,6 +109,13 @@ class Execution:
             self.ended.set_result(None)
 
 
+async def _kill(link: Link, mark: str) -> bool:
+    """Kill what has this mark; false if the guest did not do it."""
+    async with link.apart(_opener(killer(mark), lambda _, __: None)) as killing:
+        await asyncio.wait([killing.ended])
+        return killing.exit_code is not None
+
+
 def _opener(
     command: str, receive: Callable[[Stream, bytes], None]
 ) -> Callable[[SSHClientConnection], Awaitable[Execution]]:
@@ -150,11 +145,15 @@ async def executing(
     Raises:
         ConnectionLostError: If the guest cannot be reached.
     """
-    execution = await link.open(_opener(command, receive), on_turn)
+
+    async def kill(execution: Execution) -> None:
+        await execution.kill(link, mark)
+
+    execution = await link.open(_opener(command, receive), kill, on_turn)
     try:
         yield execution
     finally:
-        try:
-            await execution.end(link, mark)
-        finally:
+        if execution.ended.done():
             link.release()
+        else:
+            await link.end(kill(execution))

@@ -22,10 +22,10 @@ class LineStream:
         exit_code: As of `subprocess`; `None` until the lines have ended.
     """
 
-    def __init__(self, command: str, timeout: float | None, lost: Callable[[], Exception]) -> None:
+    def __init__(self, command: str, lost: Callable[[], Exception]) -> None:
         self._command = command
-        self._timeout = timeout
-        self._deadline = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        self._timeout: float | None = None
+        self._deadline: float | None = None
         self._lost = lost
         self._execution: Execution | None = None
         self._lines: deque[tuple[Line, int]] = deque()  # each with its bytes
@@ -39,9 +39,9 @@ class LineStream:
         """See the class."""
         return self._execution.exit_code if self._execution else None
 
-    def follow(self, execution: Execution) -> None:
-        """The command has been started."""
-        self._execution = execution
+    def follow(self, execution: Execution, timeout: float | None, deadline: float | None) -> None:
+        """The command has been started, and has `timeout` seconds until `deadline` (loop time)."""
+        self._execution, self._timeout, self._deadline = execution, timeout, deadline
         execution.ended.add_done_callback(lambda _: self._end())
         self._throttle()
 
@@ -63,6 +63,12 @@ class LineStream:
     def _add(self, stream: Stream, line: bytes | bytearray) -> None:
         self._lines.append((Line(line.decode(errors="replace"), stream), len(line) + 1))
         self._waiting += len(line) + 1
+
+    def timed_out(self, timeout: float | None) -> CommandTimeoutError:
+        """What to raise if it has not ended in time."""
+        return CommandTimeoutError(
+            f"{shown(self._command)} did not end within {timeout:g} s, and is killed."
+        )
 
     def _end(self) -> None:
         for stream, rest in self._partial.items():
@@ -96,9 +102,7 @@ class LineStream:
                 async with asyncio.timeout_at(self._deadline):
                     await self._news.wait()
             except TimeoutError:
-                raise CommandTimeoutError(
-                    f"{shown(self._command)} did not end within {self._timeout:g} s, and is killed."
-                ) from None
+                raise self.timed_out(self._timeout) from None
         line, size = self._lines.popleft()
         self._waiting -= size
         self._throttle()

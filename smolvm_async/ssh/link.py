@@ -9,12 +9,12 @@ import asyncio
 import importlib
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolvm_async.errors import ConnectionLostError
-from smolvm_async.shielding import in_background
+from smolvm_async.shielding import in_background, settle
 from smolvm_async.ssh.access import Access
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ LOGIN = 30.0  # seconds from the greeting to the end of the key exchange and the
 PATIENCE = 30.0  # seconds to connect again, to a guest that was ready before
 MOST = 256  # sessions at a time; more only wait for each other in the guest
 RETRY = 0.05  # seconds
+ENDING = 2.0  # seconds to wait for a session to end; after that it ends behind our back
 KEEPALIVE = 15  # seconds without a sign of the guest, thrice: the connection is dropped
 
 # Those of OpenSSH and of dropbear that cost an emulated processor least, first.
@@ -44,6 +45,7 @@ class Link:
         self._connection: SSHClientConnection | None = None
         self._connecting: asyncio.Task[SSHClientConnection | None] | None = None
         self._sessions = Sessions()
+        self._endings: set[asyncio.Task[None]] = set()
         self._closed = False
         self._greeting = GREETING
 
@@ -58,6 +60,8 @@ class Link:
         """Drop the connection for good: the VM has ended."""
         self._closed = True
         self.abort()
+        for ending in self._endings:
+            ending.cancel()
 
     def abort(self) -> None:
         """Drop the connection: whatever is going on over it fails."""
@@ -70,14 +74,14 @@ class Link:
     async def open(
         self,
         opener: Callable[[SSHClientConnection], Awaitable[T]],
+        end: Callable[[T], Coroutine[None, None, None]],
         on_turn: Callable[[], None] = lambda: None,
     ) -> T:
-        """Open a session, once the server has room for one; `release()` gives it back.
-
-        Cancelled, the opening goes on behind our back, and what it opened is closed.
+        """Open a session, once the server has room for one; `close()` gives it back.
 
         Args:
-            opener: Opens it on a connection; what it returns has `close()` or `exit()`.
+            opener: Opens it on a connection.
+            end: Ends what a cancelled opening has opened after all.
             on_turn: Called once there is room for it.
 
         Raises:
@@ -93,7 +97,7 @@ class Link:
             try:
                 return await asyncio.shield(opening)
             except asyncio.CancelledError:
-                opening.add_done_callback(self._close_late)
+                await self.end(_end_late(opening, end))
                 raise
             except ChannelOpenError as error:
                 self._sessions.leave()
@@ -109,11 +113,49 @@ class Link:
         """A session has ended."""
         self._sessions.leave()
 
-    def _close_late(self, opening: asyncio.Future[Any]) -> None:
-        self._sessions.leave()
-        if not opening.cancelled() and opening.exception() is None:
-            opened = opening.result()
-            opened.exit() if hasattr(opened, "exit") else opened.close()
+    async def end(self, ending: Coroutine[None, None, None]) -> None:
+        """End a session, which counts until then.
+
+        It is waited for, cancelled or not, unless the guest hangs: then it ends behind our back.
+        """
+        task = asyncio.ensure_future(self._end(ending))
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+        await settle(asyncio.wait([task], timeout=ENDING))
+
+    async def _end(self, ending: Coroutine[None, None, None]) -> None:
+        from asyncssh import Error
+
+        try:
+            with suppress(ConnectionLostError, Error, OSError):  # it has ended with the connection
+                await ending
+        finally:
+            self._sessions.leave()
+
+    @asynccontextmanager
+    async def apart(
+        self, opener: Callable[[SSHClientConnection], Awaitable[T]]
+    ) -> AsyncIterator[T]:
+        """A session that waits for no other: where ours are all taken, on a second connection.
+
+        Raises:
+            ConnectionLostError: If the guest does not answer.
+        """
+        from asyncssh import ChannelOpenError
+
+        connection, second = await self._patiently_connected(), None
+        try:
+            try:
+                opened = await opener(connection)
+            except ChannelOpenError:
+                second = await self._log_in()
+                if second is None:
+                    raise self.lost() from None
+                opened = await opener(second)
+            yield opened
+        finally:
+            if second is not None:
+                second.abort()
 
     @asynccontextmanager
     async def sftp(self) -> AsyncIterator[SFTPClient]:
@@ -122,12 +164,11 @@ class Link:
         Raises:
             ConnectionLostError: If the guest does not answer.
         """
-        client = await self.open(lambda connection: connection.start_sftp_client())
+        client = await self.open(lambda connection: connection.start_sftp_client(), _exit)
         try:
             yield client
         finally:
-            client.exit()
-            self.release()
+            await self.end(_exit(client))
 
     async def _patiently_connected(self) -> SSHClientConnection:
         deadline = asyncio.get_running_loop().time() + PATIENCE
@@ -156,6 +197,14 @@ class Link:
             attempt.exception()  # retrieved, or asyncio would log it
 
     async def _attempt(self) -> SSHClientConnection | None:
+        connection = await self._log_in()
+        if connection is not None:
+            self._connection = connection
+            self._sessions.forget_limit()
+        return connection
+
+    async def _log_in(self) -> SSHClientConnection | None:
+        """A new connection; `None` if no server answers by now."""
         access = await self._access()
         try:
             ours = await greeted(access.port, self._greeting)
@@ -166,15 +215,12 @@ class Link:
         if ours is None:
             return None
         try:
-            connection = await _log_in(ours, access)
+            return await _log_in(ours, access)
         except BaseException as error:
             ours.close()
             if isinstance(error, Exception):
                 raise self._lost(f"logging in failed: {error}") from error
             raise
-        self._connection = connection
-        self._sessions.forget_limit()
-        return connection
 
     def _lost(self, reason: str) -> ConnectionLostError:
         return ConnectionLostError(f"{self._vm_id} cannot be reached over SSH: {reason}.")
@@ -266,6 +312,15 @@ async def greeted(port: int, timeout: float) -> socket.socket | None:
         raise
     ours.close()
     return None
+
+
+async def _end_late(opening: Awaitable[T], end: Callable[[T], Coroutine[None, None, None]]) -> None:
+    await end(await opening)
+
+
+async def _exit(client: SFTPClient) -> None:
+    client.exit()
+    await client.wait_closed()
 
 
 async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:

@@ -27,6 +27,13 @@ def check_command(command: object, shell: object) -> None:
             f"command={shown(command)} is wrong: pass what a shell is to run, as str, without NUL "
             "characters; shlex.join() makes it of a list of words."
         )
+    try:
+        command.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"command={shown(command)} is wrong: it has a lone surrogate, which no UTF-8 has; pass "
+            "such bytes as input=."
+        ) from None
     if shell not in SHELLS:
         raise ConfigError(
             f"shell={shown(shell)} is wrong: pass 'raw' (the user's shell runs the command) or "

@@ -12,10 +12,10 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
@@ -25,11 +25,14 @@ from smolvm_async.shielding import in_background
 from smolvm_async.ssh.trees import Entry
 
 if TYPE_CHECKING:
-    from asyncssh import SFTPClient
+    from asyncssh import SFTPClient, SFTPClientFile
 
-AT_A_TIME = 16  # files
-PIECE = 2 << 20  # bytes that are read and written at a time; SFTP splits them, in parallel
+AT_A_TIME = 16  # files, and blocks of each
+LEAST_BLOCK, MOST_BLOCK = 16 << 10, 256 << 10  # bytes; a server tells what it takes
+ONE_BY_ONE = {"block_size": 0}  # asyncssh's own blocks go on behind the back of who is cancelled
 STEP = 0.1  # seconds between two reports
+
+T = TypeVar("T")
 
 
 class Meter:
@@ -58,28 +61,51 @@ def temporary_name(name: str) -> str:
     return f".{name[:200]}.smolvm-{secrets.token_hex(4)}"
 
 
-async def each(
-    entries: Sequence[Entry], work: Callable[[Entry], Coroutine[Any, Any, None]]
-) -> None:
-    """Do something with each file, several at a time."""
-    limiter = anyio.CapacityLimiter(AT_A_TIME)
+async def each(items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]]) -> None:
+    """Do something with each file, or block of one, several at a time."""
+    pending = iter(items)
     failures: list[Exception] = []
 
-    async def one(entry: Entry) -> None:
-        async with limiter:
-            if failures:
-                return
+    async def worker() -> None:
+        for item in pending:
             try:
-                await work(entry)
+                await work(item)
             except Exception as error:
                 failures.append(error)
                 group.cancel_scope.cancel()
+                return
 
     async with anyio.create_task_group() as group:
-        for entry in entries:
-            group.start_soon(one, entry)
+        for _ in range(AT_A_TIME):
+            group.start_soon(worker)
     if failures:
         raise failures[0]
+
+
+async def copy_blocks(
+    size: int, block: int, copy: Callable[[int, int], Coroutine[Any, Any, int]]
+) -> None:
+    """Copy a file of `size` bytes in blocks.
+
+    Args:
+        copy: Copies at an offset so many bytes or less; returns how many.
+    """
+
+    async def whole(offset: int) -> None:
+        end = min(offset + block, size)
+        while offset < end:
+            count = await copy(offset, end - offset)
+            if not count:
+                raise FileTransferError("it has become shorter while it was copied")
+            offset += count
+
+    if size > block:
+        await each(range(0, size, block), whole)
+    elif size:
+        await whole(0)
+    else:  # or one of /proc, which does not tell its size
+        while count := await copy(size, block):
+            size += count
 
 
 class ToGuest:
@@ -111,17 +137,21 @@ class ToGuest:
 
     async def _file(self, entry: Entry) -> None:
         source = self._source / entry.path if entry.path else self._source
-        file = await in_background(partial(source.open, "rb"))
+        fd = await in_background(os.open, source, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            async with self._sftp.open(self._at(entry), "xb") as target:
-                offset = 0
-                while content := await in_background(file.read, PIECE):
-                    await target.write(content, offset)  # in parallel blocks
-                    offset += len(content)
-                    self._meter.add(len(content))
+            async with self._sftp.open(self._at(entry), "xb", **ONE_BY_ONE) as target:
+                block = _block(self._sftp.limits.max_write_len)
+                await copy_blocks(entry.size, block, partial(self._block, fd, target))
                 await target.setstat(_attributes(entry))
         finally:
-            file.close()
+            os.close(fd)
+
+    async def _block(self, fd: int, target: SFTPClientFile, offset: int, size: int) -> int:
+        content = await in_background(os.pread, fd, size, offset)
+        if content:
+            await target.write(content, offset)
+            self._meter.add(len(content))
+        return len(content)
 
     async def publish(self, temporary: str | None = None, target: str | None = None) -> None:
         """Give what has arrived its name; a directory that is there already gets the contents."""
@@ -180,16 +210,20 @@ class FromGuest:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = await in_background(os.open, self._at(entry), flags, 0o600)
         try:
-            async with self._sftp.open(source, "rb") as file:
-                offset = 0
-                while content := await file.read(PIECE, offset):  # in parallel blocks
-                    assert isinstance(content, bytes)
-                    await in_background(_write_all, fd, content)
-                    offset += len(content)
-                    self._meter.add(len(content))
+            async with self._sftp.open(source, "rb", **ONE_BY_ONE) as file:
+                block = _block(self._sftp.limits.max_read_len)
+                await copy_blocks(entry.size, block, partial(self._block, file, fd))
             await in_background(_set_attributes, fd, entry)
         finally:
             os.close(fd)
+
+    async def _block(self, file: SFTPClientFile, fd: int, offset: int, size: int) -> int:
+        content = await file.read(size, offset)
+        assert isinstance(content, bytes)
+        if content:
+            await in_background(_write_all, fd, content, offset)
+            self._meter.add(len(content))
+        return len(content)
 
     async def publish(self) -> None:
         """Give what has arrived its name; a directory that is there already gets the contents."""
@@ -198,6 +232,10 @@ class FromGuest:
     async def discard(self) -> None:
         """Remove what has arrived."""
         await in_background(_remove, self.temporary)
+
+
+def _block(most: int) -> int:
+    return max(LEAST_BLOCK, min(most, MOST_BLOCK))
 
 
 def _attributes(entry: Entry) -> Any:
@@ -212,10 +250,11 @@ def _set_attributes(where: Path | int, entry: Entry) -> None:
     os.chmod(where, stat.S_IMODE(entry.mode) & 0o777)  # no set-user-id file comes out of a guest
 
 
-def _write_all(fd: int, content: bytes) -> None:
+def _write_all(fd: int, content: bytes, offset: int) -> None:
     view = memoryview(content)
     while view:
-        view = view[os.write(fd, view) :]
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _publish(temporary: Path, target: Path) -> None:
