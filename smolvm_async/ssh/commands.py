@@ -113,10 +113,10 @@ class Commands:
                 writing.cancel()
 
 
-def _bound(bound: asyncio.Timeout, timeout: float | None) -> None:
-    """The time of a command begins: it has not waited for others any more."""
+def _bound(bound: asyncio.Timeout, timeout: float | None, turn: bool) -> None:
+    """The time of a command begins when it need not wait for others any more."""
     if timeout is not None:
-        bound.reschedule(asyncio.get_running_loop().time() + timeout)
+        bound.reschedule(asyncio.get_running_loop().time() + timeout if turn else None)
 
 
 class Output:

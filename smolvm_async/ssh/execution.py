@@ -134,13 +134,13 @@ async def executing(
     command: str,
     mark: str,
     receive: Callable[[Stream, bytes], None],
-    on_turn: Callable[[], None] = lambda: None,
+    on_turn: Callable[[bool], None] = lambda _: None,
 ) -> AsyncIterator[Execution]:
     """Execute a command for the time of the block, at the end of which it is killed.
 
     Args:
         mark: By which its processes are found; see `script()`.
-        on_turn: Called once there is room for its session.
+        on_turn: See `Link.open()`.
 
     Raises:
         ConnectionLostError: If the guest cannot be reached.

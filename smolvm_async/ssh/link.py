@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from smolvm_async.errors import ConnectionLostError
 from smolvm_async.shielding import in_background, settle
 from smolvm_async.ssh.access import Access
+from smolvm_async.ssh.sessions import Sessions
 
 if TYPE_CHECKING:
     from asyncssh import SFTPClient, SSHClientConnection
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 GREETING, LONGEST_GREETING = 0.3, 10.0
 LOGIN = 30.0  # seconds from the greeting to the end of the key exchange and the login
 PATIENCE = 30.0  # seconds to connect again, to a guest that was ready before
-MOST = 256  # sessions at a time; more only wait for each other in the guest
 RETRY = 0.05  # seconds
+TRIES = 10  # to open the one session that there is
 ENDING = 2.0  # seconds to wait for a session to end; after that it ends behind our back
 KEEPALIVE = 15  # seconds without a sign of the guest, thrice: the connection is dropped
 
@@ -75,39 +76,49 @@ class Link:
         self,
         opener: Callable[[SSHClientConnection], Awaitable[T]],
         end: Callable[[T], Coroutine[None, None, None]],
-        on_turn: Callable[[], None] = lambda: None,
+        on_turn: Callable[[bool], None] = lambda _: None,
     ) -> T:
         """Open a session, once the server has room for one; `close()` gives it back.
 
         Args:
             opener: Opens it on a connection.
             end: Ends what a cancelled opening has opened after all.
-            on_turn: Called once there is room for it.
+            on_turn: Called with true once there is room for it, false if there is none after all.
 
         Raises:
             ConnectionLostError: If the guest does not answer.
         """
         from asyncssh import ChannelOpenError, Error
 
+        tries = 0
         while True:
             connection = await self._patiently_connected()
-            await self._sessions.enter()
-            on_turn()
+            learnt = await self._sessions.enter()
+            on_turn(True)
             opening = asyncio.ensure_future(opener(connection))
+            opening.add_done_callback(self._opened)
             try:
                 return await asyncio.shield(opening)
             except asyncio.CancelledError:
-                await self.end(_end_late(opening, end))
+                await self._wait_awhile(self._end_late(opening, end))
                 raise
             except ChannelOpenError as error:
-                self._sessions.leave()
+                others = self._sessions.refused(learnt)
+                on_turn(False)
                 if connection.is_closed():
                     raise self.lost() from error
-                if not self._sessions.refused():
-                    raise self._lost(f"its SSH server refuses sessions: {error}") from error
+                if not others:  # it may not know yet that the last one has ended
+                    tries += 1
+                    if tries == TRIES:
+                        raise self._lost(f"its SSH server refuses sessions: {error}") from error
+                    await asyncio.sleep(RETRY)
             except (Error, OSError) as error:
-                self._sessions.leave()
+                self._sessions.give_up()
                 raise self._lost(str(error)) from error
+
+    def _opened(self, opening: asyncio.Future[Any]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self._sessions.opened()
 
     def release(self) -> None:
         """A session has ended."""
@@ -118,7 +129,10 @@ class Link:
 
         It is waited for, cancelled or not, unless the guest hangs: then it ends behind our back.
         """
-        task = asyncio.ensure_future(self._end(ending))
+        await self._wait_awhile(self._end(ending))
+
+    async def _wait_awhile(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
         await settle(asyncio.wait([task], timeout=ENDING))
@@ -131,6 +145,18 @@ class Link:
                 await ending
         finally:
             self._sessions.leave()
+
+    async def _end_late(
+        self, opening: Awaitable[T], end: Callable[[T], Coroutine[None, None, None]]
+    ) -> None:
+        from asyncssh import Error
+
+        try:
+            opened = await opening
+        except (Error, OSError):
+            self._sessions.give_up()
+        else:
+            await self._end(end(opened))
 
     @asynccontextmanager
     async def apart(
@@ -232,58 +258,6 @@ class Link:
         )
 
 
-class Sessions:
-    """How many sessions there may be: the server's limit is known once it has refused one.
-
-    OpenSSH's is 10, unless `MaxSessions` says otherwise.
-    """
-
-    def __init__(self) -> None:
-        self._open = 0
-        self._limit = MOST
-        self._waiting: list[asyncio.Future[None]] = []
-
-    async def enter(self) -> None:
-        """Wait for room, first come, first served."""
-        if self._open >= self._limit or self._waiting:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
-                else:  # it was ours already
-                    self.leave()
-                raise
-        else:
-            self._open += 1
-
-    def leave(self) -> None:
-        """One is free again."""
-        self._open -= 1
-        self._admit()
-
-    def forget_limit(self) -> None:
-        """The server may be another one."""
-        self._limit = MOST
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting and self._open < self._limit:
-            turn = self._waiting.pop(0)
-            if not turn.done():
-                self._open += 1
-                turn.set_result(None)
-
-    def refused(self) -> bool:
-        """Learn the limit from a refusal; false if there is no session that could end."""
-        if self._open == 0:
-            return False
-        self._limit = min(self._limit, self._open)
-        return True
-
-
 async def greeted(port: int, timeout: float) -> socket.socket | None:
     """A connection to a server that has begun to speak, its words unread; `None` if none listens.
 
@@ -312,10 +286,6 @@ async def greeted(port: int, timeout: float) -> socket.socket | None:
         raise
     ours.close()
     return None
-
-
-async def _end_late(opening: Awaitable[T], end: Callable[[T], Coroutine[None, None, None]]) -> None:
-    await end(await opening)
 
 
 async def _exit(client: SFTPClient) -> None:

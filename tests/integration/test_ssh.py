@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from smolvm_async import ConnectionLostError
+from smolvm_async import CommandTimeoutError, ConfigError, ConnectionLostError
 from smolvm_async.ssh.access import Access
 from smolvm_async.ssh.commands import Commands
 from smolvm_async.ssh.keys import make_key_pair
@@ -87,14 +89,75 @@ async def test_a_server_that_allows_none_is_told(serve: Serve) -> None:
     link.close()
 
 
-async def test_a_cancelled_command_gives_its_session_back(serve: Serve) -> None:
-    link = serve(1)
+@pytest.mark.parametrize("sessions", [1, 10])
+async def test_a_cancelled_command_is_killed_and_gives_its_session_back(
+    serve: Serve, sessions: int
+) -> None:
+    link = serve(sessions)
     guest = commands(link)
-    for _ in range(20):
-        running = asyncio.ensure_future(guest.run("sleep 50"))
-        await asyncio.sleep(0)
+    await guest.run("true")
+    for steps in range(40):  # the session is being opened, or open
+        running = asyncio.ensure_future(guest.run(f"exec sleep 471{sessions}", timeout=None))
+        for _ in range(steps):
+            await asyncio.sleep(0)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-    assert (await guest.run("echo free")).stdout == "free\n"
+    assert (await guest.run(f"pgrep -fx 'sleep 47[1]{sessions}'")).stdout == ""
+    link.close()
+
+
+@pytest.mark.parametrize("sessions", [1, 3])
+async def test_a_command_is_killed_in_time_though_all_sessions_are_taken(
+    serve: Serve, sessions: int
+) -> None:
+    link = serve(sessions)
+    guest = commands(link)
+    running = [
+        asyncio.ensure_future(guest.run(f"echo begun; exec sleep 472{sessions}", timeout=1.5))
+        for _ in range(sessions + 2)
+    ]
+    for command in running:
+        with pytest.raises(CommandTimeoutError) as caught:
+            await command
+        assert caught.value.stdout == "begun\n"
+    assert (await guest.run(f"pgrep -fx 'sleep 47[2]{sessions}'")).stdout == ""
+    link.close()
+
+
+async def test_the_time_of_a_stream_begins_with_its_session(serve: Serve) -> None:
+    link = serve(1)
+    guest = commands(link)
+    first = asyncio.ensure_future(guest.run("sleep 1.5"))
+    while (await guest.run("true")).exit_code:
+        pass  # the first has its session
+    async with guest.stream("sleep 0.5; echo in time", timeout=1.2) as lines:
+        assert [line.text async for line in lines] == ["in time"]
+    await first
+    with pytest.raises(CommandTimeoutError):
+        async with guest.stream("echo x; sleep 4713", timeout=0.5) as lines:
+            assert [line.text async for line in lines] == ["x"]
+    link.close()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"command": "echo \udc80"},
+        {"command": "true", "env": {"A": "\ud800"}},
+        {"command": "true", "input": "\ud800"},
+    ],
+)
+async def test_what_cannot_be_sent_is_refused_at_once(serve: Serve, arguments: Any) -> None:
+    with pytest.raises(ConfigError, match="lone surrogate"):
+        await commands(serve(1)).run(**arguments)
+
+
+async def test_bytes_of_file_names_arrive_as_they_were(serve: Serve) -> None:
+    link = serve(1)
+    odd = os.fsdecode(b"\xff\xfe")
+    result = await commands(link).run(
+        "cat; printf %s $ODD", env={"ODD": odd}, input=odd, text=False
+    )
+    assert result.stdout == b"\xff\xfe\xff\xfe"
     link.close()
