@@ -27,6 +27,7 @@ from smolvm_async.images.debian import DebianImage, build_debian
 from smolvm_async.ssh.access import Access
 from smolvm_async.ssh.link import Link
 from tests.conftest import console_shows, fill_up
+from tests.integration.trees import digest_tree, make_tree
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100)]
 
@@ -190,31 +191,6 @@ async def test_a_killed_ssh_server_and_a_reboot_are_told_and_survived(linux: Any
         await vm.wait_stopped()
         with pytest.raises(VMNotRunningError):
             await vm.run("true")
-
-
-def make_tree(root: Path, files: int) -> None:
-    for number in range(files):
-        path = root / f"d{number % 7}" / f"file {number}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(os.urandom(number * 37 % 5000))
-        path.chmod(0o755 if number % 2 else 0o640)
-    (root / "link").symlink_to("/etc/passwd")
-    (root / "empty").mkdir()
-
-
-def digest_tree(root: Path) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if path.is_symlink():
-            found[name] = os.readlink(path)
-        elif path.is_file():
-            status = path.stat()
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            found[name] = (digest, status.st_mode, int(status.st_mtime))
-        else:
-            found[name] = "directory"
-    return found
 
 
 async def test_files_and_trees_go_in_and_come_out_the_same(linux: Any, tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import filecmp
 import getpass
+import itertools
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,11 @@ import pytest
 
 from smolvm_async import CommandTimeoutError, ConfigError, ConnectionLostError
 from smolvm_async.ssh.access import Access
-from smolvm_async.ssh.commands import Commands
+from smolvm_async.ssh.commands import Commands, Reach
+from smolvm_async.ssh.files import Files
 from smolvm_async.ssh.keys import make_key_pair
 from smolvm_async.ssh.link import Link
+from tests.integration.trees import digest_tree, make_tree
 
 pytestmark = pytest.mark.anyio
 
@@ -31,6 +37,7 @@ StrictModes no
 UsePAM no
 PermitRootLogin yes
 MaxSessions {sessions}
+Subsystem sftp internal-sftp
 """
 
 Serve = Callable[[int], Link]
@@ -66,11 +73,15 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         server.wait()
 
 
-def commands(link: Link) -> Commands:
+def reaching(link: Link) -> Reach:
     async def reach() -> Link:
         return link
 
-    return Commands(reach)
+    return reach
+
+
+def commands(link: Link) -> Commands:
+    return Commands(reaching(link))
 
 
 @pytest.mark.parametrize("sessions", [1, 10])
@@ -160,4 +171,59 @@ async def test_bytes_of_file_names_arrive_as_they_were(serve: Serve) -> None:
         "cat; printf %s $ODD", env={"ODD": odd}, input=odd, text=False
     )
     assert result.stdout == b"\xff\xfe\xff\xfe"
+    link.close()
+
+
+async def test_a_big_file_and_a_big_tree_go_and_come_the_same(serve: Serve, tmp_path: Path) -> None:
+    link = serve(10)
+    files = Files(reaching(link))
+    big = tmp_path / "big"
+    big.write_bytes(os.urandom(1 << 20) * 200 + b"end")
+    make_tree(tmp_path / "tree", 5000)
+    await files.upload(big, f"{tmp_path}/there/")
+    await files.download(f"{tmp_path}/there/big", tmp_path / "back")
+    assert filecmp.cmp(big, tmp_path / "there" / "big", shallow=False)
+    assert filecmp.cmp(big, tmp_path / "back", shallow=False)
+    await files.upload(tmp_path / "tree", f"{tmp_path}/there/tree")
+    await files.download(f"{tmp_path}/there/tree", tmp_path / "came")
+    wanted = digest_tree(tmp_path / "tree")
+    assert digest_tree(tmp_path / "there" / "tree") == wanted
+    assert digest_tree(tmp_path / "came") == wanted
+    link.close()
+
+
+async def test_a_file_that_does_not_tell_its_size_comes_whole(serve: Serve, tmp_path: Path) -> None:
+    link = serve(10)
+    await Files(reaching(link)).download("/proc/self/limits", tmp_path / "limits")
+    assert "Max open files" in (tmp_path / "limits").read_text()
+    link.close()
+
+
+@pytest.mark.parametrize("down", [False, True])
+async def test_a_transfer_cancelled_anywhere_leaves_nothing(
+    serve: Serve, tmp_path: Path, down: bool
+) -> None:
+    link = serve(10)
+    files = Files(reaching(link))
+    source, target = tmp_path / "source", tmp_path / "target"
+    make_tree(source / "tree", 40)
+    (source / "big").write_bytes(os.urandom(3 << 20))
+    target.mkdir()
+    await files.upload(source / "big", f"{tmp_path}/connected")
+    transfer = files.download if down else files.upload
+    for steps in itertools.count(0, 11):
+        copying = asyncio.ensure_future(transfer(str(source), f"{target}/copy"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        copying.cancel()
+        with suppress(asyncio.CancelledError):
+            await copying
+        left = [path.name for path in target.iterdir()]
+        assert left in ([], ["copy"]), left
+        if left:
+            assert digest_tree(target / "copy") == digest_tree(source)
+            shutil.rmtree(target / "copy")
+        if not copying.cancelled():
+            break  # it was faster
+    assert steps > 100
     link.close()
