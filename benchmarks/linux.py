@@ -49,7 +49,7 @@ def bare_arguments(image: DebianImage, directory: Path, port: int) -> list[str]:
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
         *("-machine", MACHINE, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"),
-        *("-smp", "2", "-m", "512"),
+        *("-smp", "1", "-m", "512"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", image.boot_args),
         *("-drive", drive, "-device", "virtio-blk-pci,drive=disk"),
         *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
