@@ -11,8 +11,12 @@ from smolvm_async.host import Accelerator, HostTools, choose_accelerator, find_t
 from smolvm_async.images.debian import build_debian, check_host, find_debian
 from smolvm_async.images.source import Source, own_source
 from smolvm_async.limits import scope_prefix
+from smolvm_async.log import get_logger
 from smolvm_async.progress import ProgressCallback
+from smolvm_async.shielding import in_thread
 from smolvm_async.state import check_data_dir
+
+logger = get_logger(__name__)
 
 
 class Plan(NamedTuple):
@@ -59,4 +63,9 @@ async def find_source(plan: Plan) -> Source:
     """
     if plan.source is not None:
         return plan.source
+    if plan.on_progress is None and await in_thread(find_debian) is None:
+        logger.warning(
+            "the built-in Linux is being built, once: that takes some minutes; on_progress= tells "
+            "how far it is"
+        )
     return Source(*await build_debian(on_progress=plan.on_progress))
