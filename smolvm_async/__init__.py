@@ -14,9 +14,12 @@ from smolvm_async.errors import (
     ConfigError,
     ConnectionLostError,
     FileTransferError,
+    FleetError,
     HostError,
     ImageError,
+    JobFailedError,
     LaunchError,
+    MemberFailedError,
     MonitorError,
     PictureError,
     SmolVMError,
@@ -37,6 +40,7 @@ from smolvm_async.events import (
     Reset,
     Shutdown,
 )
+from smolvm_async.fleet import Fleet, FleetStatus, MemberStatus
 from smolvm_async.progress import Progress
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo
@@ -61,13 +65,19 @@ __all__ = [
     "Event",
     "EventStream",
     "FileTransferError",
+    "Fleet",
+    "FleetError",
+    "FleetStatus",
     "GuestPanicked",
     "HostError",
     "ImageError",
+    "JobFailedError",
     "LaunchError",
     "Limits",
     "Line",
     "LineStream",
+    "MemberFailedError",
+    "MemberStatus",
     "MonitorError",
     "PictureError",
     "PortChanged",

@@ -19,6 +19,9 @@
     ├── CommandFailedError               a command in the guest ended with another status than 0
     ├── ConnectionLostError              the guest cannot be reached over SSH (any more)
     ├── FileTransferError                a file could not be transferred
+    ├── FleetError                       something of a fleet failed
+    │   ├── MemberFailedError            one of its VMs
+    │   └── JobFailedError               what map() was to do with one item
     └── MonitorError                     QEMU refused a QMP command
 
 and one warning, `AcceleratorWarning`.
@@ -34,9 +37,12 @@ __all__ = [
     "ConfigError",
     "ConnectionLostError",
     "FileTransferError",
+    "FleetError",
     "HostError",
     "ImageError",
+    "JobFailedError",
     "LaunchError",
+    "MemberFailedError",
     "MonitorError",
     "PictureError",
     "SmolVMError",
@@ -133,6 +139,47 @@ class ConnectionLostError(SmolVMError):
 
 class FileTransferError(SmolVMError):
     """A file could not be transferred; nothing is left under its name."""
+
+
+class FleetError(SmolVMError):
+    """Something of a fleet failed; fleets raise an `ExceptionGroup` of these."""
+
+
+class MemberFailedError(FleetError):
+    """A VM of a fleet did not start, or crashed; `__cause__` says why.
+
+    Attributes:
+        vm_id: Which one.
+    """
+
+    def __init__(self, message: str, vm_id: str = "") -> None:
+        super().__init__(message)
+        self.vm_id = vm_id
+
+
+class JobFailedError(FleetError):
+    """A job of `map()` failed as often as it was tried; `__cause__` says why, the last time.
+
+    Attributes:
+        item: What it was to be done with.
+        index: Which of the items that is, from 0.
+        vm_id: The VM of the last try; empty if it had none.
+        attempts: How often it was tried.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        item: object = None,
+        index: int = 0,
+        vm_id: str = "",
+        attempts: int = 1,
+    ) -> None:
+        super().__init__(message)
+        self.item = item
+        self.index = index
+        self.vm_id = vm_id
+        self.attempts = attempts
 
 
 class MonitorError(SmolVMError):

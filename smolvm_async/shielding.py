@@ -95,3 +95,12 @@ def _submit(
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()
     return loop.run_in_executor(executor, context.run, function, *arguments)
+
+
+def first_of(errors: BaseExceptionGroup[Exception]) -> Exception:
+    """The first error of a task group, however deep it is."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error

@@ -20,6 +20,7 @@ from smolvm_async.errors import (
 )
 from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Reset, Shutdown
 from smolvm_async.handle import console_tail, unprepared
+from smolvm_async.host.memory import resident
 from smolvm_async.images.local import BaseImage
 from smolvm_async.images.source import Source
 from smolvm_async.limits import oom_hint, oom_kills
@@ -37,7 +38,7 @@ from smolvm_async.qemu.ports import Ports
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.vnc import VNCServer
 from smolvm_async.record import Machine, Status
-from smolvm_async.shielding import in_thread
+from smolvm_async.shielding import first_of, in_thread
 from smolvm_async.shutdown import Rung, ShutdownReport, shut_down
 from smolvm_async.sidecars import SIDECARS, Attachment
 from smolvm_async.ssh.access import Access
@@ -120,7 +121,7 @@ class Supervisor:
                     await self._run(group)
                     group.cancel_scope.cancel()
         except* Exception as errors:
-            self.failure = _first(errors)
+            self.failure = first_of(errors)
         finally:
             self.boot.end()
             self.input.close()
@@ -130,6 +131,10 @@ class Supervisor:
             finally:
                 self.console.close()
                 self.screen.close()
+
+    def resident(self) -> int:
+        """MiB of its processes that are in memory."""
+        return sum(resident(child.identity.pid) for child in self._children)
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
@@ -387,11 +392,3 @@ class Supervisor:
     def _kill(self) -> None:
         for child in self._children:
             child.kill()
-
-
-def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)
-    return error

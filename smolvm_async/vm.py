@@ -22,13 +22,14 @@ from smolvm_async.handle import Handle, running
 from smolvm_async.images.reference import local_path
 from smolvm_async.lookup import find
 from smolvm_async.owned import Owned
-from smolvm_async.plan import make_plan
+from smolvm_async.plan import Plan, make_plan
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo, list_vms, prune_vms
 from smolvm_async.shutdown import ShutdownReport
 from smolvm_async.ssh.access import Access
 from smolvm_async.state import cannot_use, check_data_dir
+from smolvm_async.supervisor import Supervisor
 
 
 class AsyncSmolVM(Shell, Desktop, PortForwarding):
@@ -148,6 +149,23 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         self._make_controls(handle)
         self._make_shell()
         self._attach(handle)
+
+    @classmethod
+    def _of_plan(cls, plan: Plan) -> Self:
+        """One more VM of a kind that was looked up before, for fleets."""
+        vm = cls.__new__(cls)
+        vm._hold(Owned(plan.config, lambda: plan), plan.on_progress)
+        return vm
+
+    async def _planned(self) -> Plan:
+        """What the host has for it."""
+        assert isinstance(self._vm, Owned)
+        return self._vm.plan()
+
+    def _resident(self) -> int:
+        """MiB that its processes have in memory."""
+        run = self._vm.run
+        return run.resident() if isinstance(run, Supervisor) else 0
 
     def _attach(self, handle: Owned | Attached) -> None:
         self._vm: Handle = handle

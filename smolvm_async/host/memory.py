@@ -6,12 +6,14 @@ inactive ones count as free here, as in Kubernetes' "working set".
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 MIB = 1 << 20
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Memory(NamedTuple):
@@ -48,6 +50,15 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
         return host
     limits = _limits(parse_cgroups(memberships), cgroups)
     return min((host, *limits), key=lambda memory: memory.available)
+
+
+def resident(pid: int, proc: Path = Path("/proc")) -> int:
+    """MiB that a process has in memory; 0 if it has ended."""
+    try:
+        pages = int((proc / str(pid) / "statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0
+    return pages * PAGE // MIB
 
 
 def parse_meminfo(text: str) -> Memory:

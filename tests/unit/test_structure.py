@@ -80,11 +80,12 @@ ROWS = [
     "owned",
     "lookup",
     "vm",
+    "fleet",
     "__init__",
     "cli",
     "__main__",
 ]
-PACKAGES = {"ssh", "guests", "images", "host", "sidecars", "control", "doctor", "cli"}
+PACKAGES = {"ssh", "guests", "images", "host", "sidecars", "control", "doctor", "cli", "fleet"}
 EMPTY = {"controls.__init__", "qemu.__init__"}  # no rows: there is nothing in them
 
 MODULES = {

@@ -1,0 +1,185 @@
+"""`map()`: jobs, each with a VM, and their results."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from smolvm_async.checks import shown
+from smolvm_async.errors import JobFailedError, VMNotRunningError
+from smolvm_async.fleet.member import Member
+from smolvm_async.shielding import settle
+from smolvm_async.vm import AsyncSmolVM
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Job = Callable[[AsyncSmolVM, T], Awaitable[R]]
+OnError = Literal["raise", "collect"]
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[R]):
+    """What has become of one item."""
+
+    index: int
+    value: R | None
+    error: JobFailedError | None
+
+
+class Items(Generic[T]):
+    """The items, one at a time, to whoever asks next."""
+
+    def __init__(self, items: Iterable[T] | AsyncIterable[T]) -> None:
+        self._items = items if isinstance(items, AsyncIterable) else iter(items)
+        self._iterator = aiter(items) if isinstance(items, AsyncIterable) else None
+        self._turn = asyncio.Lock()
+        self._count = 0
+
+    async def next(self) -> tuple[int, T] | None:
+        """The next one and its number; `None` if there is no more."""
+        async with self._turn:
+            try:
+                if self._iterator is not None:
+                    item = await anext(self._iterator)
+                else:
+                    assert not isinstance(self._items, AsyncIterable)
+                    item = next(self._items)
+            except (StopIteration, StopAsyncIteration):
+                return None
+            self._count += 1
+            return self._count - 1, item
+
+
+class Jobs(Generic[T, R]):
+    """One call of `map()`.
+
+    Args:
+        take: Gives a VM, which may have to boot yet.
+        retries: How often a job that has failed is tried again, on another VM.
+        reuse: Whether a VM does one job after another.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[], Member],
+        job: Job[T, R],
+        items: Items[T],
+        retries: int,
+        reuse: bool,
+    ) -> None:
+        self._take = take
+        self._job = job
+        self._items = items
+        self._retries = retries
+        self._reuse = reuse
+        self._outcomes: asyncio.Queue[Outcome[R] | None] = asyncio.Queue()
+
+    async def results(self, workers: int, in_order: bool, on_error: OnError) -> AsyncIterator[R]:
+        """The results; then, or at once, an `ExceptionGroup` of what failed."""
+        tasks = [asyncio.ensure_future(self._work()) for _ in range(workers)]
+        for task in tasks:
+            task.add_done_callback(lambda _: self._outcomes.put_nowait(None))
+        failures: list[JobFailedError] = []
+        early: dict[int, Outcome[R]] = {}
+        following = 0
+        try:
+            async for outcome in self._until_done(tasks):
+                if outcome.error is not None:
+                    failures.append(outcome.error)
+                    if on_error == "raise":
+                        break
+                if not in_order:
+                    if outcome.error is None:
+                        yield outcome.value  # type: ignore[misc]
+                    continue
+                early[outcome.index] = outcome
+                while (due := early.pop(following, None)) is not None:
+                    following += 1
+                    if due.error is None:
+                        yield due.value  # type: ignore[misc]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await settle(asyncio.wait(tasks))
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} of the jobs failed", failures)
+
+    async def _until_done(self, tasks: list[asyncio.Task[None]]) -> AsyncIterator[Outcome[R]]:
+        working = len(tasks)
+        while working:
+            outcome = await self._outcomes.get()
+            if outcome is not None:
+                yield outcome
+                continue
+            working -= 1
+            for task in tasks:
+                if task.done():
+                    task.result()  # if the items have raised something
+
+    async def _work(self) -> None:
+        member: Member | None = None
+        try:
+            while (numbered := await self._items.next()) is not None:
+                member = await self._do(*numbered, member)
+        finally:
+            if member is not None:
+                await member.release()
+
+    async def _do(self, index: int, item: T, member: Member | None) -> Member | None:
+        """Do one item's job, as often as need be; returns the VM if it can be used again."""
+        for attempt in range(1, self._retries + 2):
+            member = member or self._take()
+            try:
+                value = await self._try(member, item)
+            except Exception as error:
+                await member.release()
+                if attempt > self._retries:
+                    failure = _failure(index, item, member, attempt, error)
+                    self._outcomes.put_nowait(Outcome(index, None, failure))
+                member = None
+            except BaseException:
+                await member.release()
+                raise
+            else:
+                self._outcomes.put_nowait(Outcome(index, value, None))
+                break
+        if member is not None and (not self._reuse or member.over.done()):
+            await member.release()
+            member = None
+        return member
+
+    async def _try(self, member: Member, item: T) -> R:
+        """Do the job; the VM's end cancels it."""
+        vm = await asyncio.shield(member.ready)
+        doing = asyncio.ensure_future(_awaited(self._job(vm, item)))
+        either: list[asyncio.Future[Any]] = [doing, member.over]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended = not doing.done()
+            doing.cancel()
+            await settle(asyncio.wait([doing]))
+        if ended and doing.cancelled():
+            if member.error is not None:
+                raise member.error
+            raise VMNotRunningError(f"{vm.vm_id} ended while the job was done.")
+        if doing.cancelled():
+            raise VMNotRunningError(f"the job on {vm.vm_id} has cancelled itself.")
+        return doing.result()
+
+
+async def _awaited(job: Awaitable[R]) -> R:
+    return await job
+
+
+def _failure(
+    index: int, item: object, member: Member, attempts: int, error: Exception
+) -> JobFailedError:
+    tries = f", after {attempts} tries" if attempts > 1 else ""
+    what = f"item {index} ({shown(item)}) on {member.vm.vm_id}{tries}"
+    failure = JobFailedError(f"{what}: {error}", item, index, member.vm.vm_id, attempts)
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,131 @@
+"""The memory of this process's fleets: promised to one VM at a time, in the order of asking.
+
+What a VM was promised and has not touched yet is reserved: the host shows it as available. What it
+has touched the host does not show any more. So a promise binds the difference, whoever made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+from smolvm_async.errors import HostError
+from smolvm_async.host.memory import Memory, available_memory
+from smolvm_async.shielding import in_thread
+
+# MiB that a VM takes besides its guest's memory: QEMU 25 to 100 and swtpm 1, measured as PSS; under
+# TCG the translated code comes on top, here some 150 after a boot.
+OVERHEAD = 128
+HEADROOM = 0.05  # of the host's memory, which is promised to nobody
+AGAIN = 0.5  # seconds until the host is asked again, which others may have freed memory of
+
+
+class Promise:
+    """What one VM may use.
+
+    Attributes:
+        size: MiB, with its overhead.
+        touched: Tells how many MiB of it are in use.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.touched: Callable[[], int] = lambda: 0
+
+    def rest(self) -> int:
+        """MiB that it may still come to use."""
+        return max(0, self.size - self.touched())
+
+
+class _Turn:
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.news = asyncio.Event()
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # its loop has been closed
+            self._loop.call_soon_threadsafe(self.news.set)
+
+
+class Ledger:
+    """Who has been promised what; for all event loops of the process."""
+
+    def __init__(self, look: Callable[[], Memory] = available_memory) -> None:
+        self._look = look
+        self._lock = threading.Lock()
+        self._promises: set[Promise] = set()
+        self._turns: deque[_Turn] = deque()
+
+    def room(self) -> int:
+        """MiB that can be promised now.
+
+        Raises:
+            OSError: If the kernel does not tell.
+        """
+        memory = self._look()
+        reserved = sum(promise.rest() for promise in list(self._promises))
+        return int(memory.available - memory.total * HEADROOM) - reserved
+
+    def capacity(self) -> int:
+        """MiB that could be promised if nobody had been promised any.
+
+        Raises:
+            OSError: If the kernel does not tell.
+        """
+        return self.room() + sum(promise.size for promise in list(self._promises))
+
+    @asynccontextmanager
+    async def promised(self, size: int) -> AsyncIterator[Promise]:
+        """Wait until there is room for `size` MiB, first come, first served, and have it.
+
+        Raises:
+            HostError: If there is none, and nobody of ours who could give any back.
+        """
+        promise = Promise(size)
+        try:
+            await self._wait_for_room(promise)
+            yield promise
+        finally:
+            with self._lock:
+                self._promises.discard(promise)
+            self._wake()
+
+    async def _wait_for_room(self, promise: Promise) -> None:
+        turn = _Turn()
+        with self._lock:
+            self._turns.append(turn)
+        try:
+            while not (self._turns[0] is turn and await in_thread(self._try, promise)):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(AGAIN):
+                        await turn.news.wait()
+                turn.news.clear()
+        finally:
+            with self._lock:
+                self._turns.remove(turn)
+            self._wake()
+
+    def _try(self, promise: Promise) -> bool:
+        room = self.room()
+        with self._lock:
+            if promise.size <= room:
+                self._promises.add(promise)
+                return True
+            if not self._promises:
+                raise HostError(
+                    f"a VM of {promise.size} MiB ({OVERHEAD} of them for QEMU) does not fit: "
+                    f"{room} MiB can be promised. Pass a smaller memory=, or free memory."
+                )
+        return False
+
+    def _wake(self) -> None:
+        with self._lock:
+            first = self._turns[0] if self._turns else None
+        if first is not None:
+            first.wake()
+
+
+LEDGER = Ledger()

@@ -1,0 +1,71 @@
+"""What all VMs of a fleet have in common: checked, and looked up on the host, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from smolvm_async.checks import shown
+from smolvm_async.config import new_vm_id
+from smolvm_async.errors import ConfigError
+from smolvm_async.plan import Plan, find_source
+from smolvm_async.vm import AsyncSmolVM
+
+OWN = {  # arguments that two VMs cannot have in common, and what to do instead
+    "vm_id": "each gets an id of its own, which fleet.status() tells",
+    "keep": "a fleet deletes its VMs; keep one with AsyncSmolVM(keep=True)",
+}
+
+
+class Template:
+    """The arguments of `AsyncSmolVM` for every VM of a fleet.
+
+    Raises:
+        ConfigError, HostError: See `AsyncSmolVM`.
+    """
+
+    def __init__(self, arguments: object) -> None:
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(
+                f"template={shown(arguments)} is wrong: pass a mapping of AsyncSmolVM's arguments, "
+                "such as {'memory': 512}."
+            )
+        unknown = sorted(str(name) for name in arguments if name not in _known())
+        if unknown:
+            raise ConfigError(
+                f"template= has {', '.join(unknown)}, which is no argument of AsyncSmolVM."
+            )
+        for name, instead in OWN.items():
+            if arguments.get(name):
+                raise ConfigError(f"template= cannot have {name}: {instead}.")
+        self._pattern = AsyncSmolVM(**arguments)
+        config = self._pattern._vm.config
+        for forward in config.port_forwards:
+            if forward.host_port is not None:
+                raise ConfigError(
+                    f"template= cannot have the host's port {forward.host_port} in port_forwards: "
+                    "two VMs cannot share it; give the guest's port alone, and the kernel chooses."
+                )
+        self._plan: Plan | None = None
+
+    async def look(self) -> Plan:
+        """What the host has for these VMs, and their image; looked up once, and built once.
+
+        Raises:
+            ConfigError, HostError, CommandError: See `AsyncSmolVM`.
+        """
+        if self._plan is None:
+            plan = await self._pattern._planned()
+            self._plan = plan._replace(source=await find_source(plan))
+        return self._plan
+
+    def make(self) -> AsyncSmolVM:
+        """One more VM, not started; after `look()`."""
+        assert self._plan is not None
+        config = self._plan.config.model_copy(update={"vm_id": new_vm_id()})
+        return AsyncSmolVM._of_plan(self._plan._replace(config=config))
+
+
+def _known() -> set[str]:
+    return {*(AsyncSmolVM.__init__.__kwdefaults__ or ())}
