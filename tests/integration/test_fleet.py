@@ -1,0 +1,325 @@
+"""Fleets of real VMs; most need no operating system, and so have none."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolvm_async import (
+    AsyncSmolVM,
+    CommandFailedError,
+    ConfigError,
+    Fleet,
+    HostError,
+    ImageError,
+    JobFailedError,
+    LaunchError,
+    MemberFailedError,
+    VMCrashedError,
+    VMNotRunningError,
+)
+from smolvm_async.fleet import memory
+from smolvm_async.host.memory import Memory
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100)]
+
+Template = Mapping[str, Any]
+
+
+@pytest.fixture
+def blank(blank_image: Path, data_dir: Path) -> Template:
+    """A VM that boots nothing: quick to have, and quick to lose."""
+    return {
+        "os": "linux",
+        "image": blank_image,
+        "memory": 128,
+        "accel": "tcg",
+        "data_dir": data_dir,
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_promised(data_dir: Path) -> Any:
+    """After each: no memory is promised, and no VM is left."""
+    yield
+    assert not memory.LEDGER._promises
+    assert not data_dir.exists() or not [*data_dir.iterdir()]
+
+
+def qemu_of(vm: AsyncSmolVM) -> int:
+    """Its QEMU's process id."""
+    run: Any = vm._vm.run
+    return int(run._children[-1].identity.pid)
+
+
+async def ident(vm: AsyncSmolVM, item: Any) -> tuple[Any, str]:
+    assert str(vm.status) == "running"
+    return item, vm.vm_id
+
+
+async def test_all_are_handed_over_as_they_become_ready(blank: Template, data_dir: Path) -> None:
+    async with Fleet(blank, size=5, until="firmware", max_booting=2) as fleet:
+        seen = [vm async for vm in fleet]
+        assert len({vm.vm_id for vm in seen}) == 5
+        assert {str(vm.status) for vm in seen} == {"running"}
+        assert [vm async for vm in fleet] == []
+        assert {vm.vm_id for vm in await fleet.all_ready()} == {vm.vm_id for vm in seen}
+        status = fleet.status()
+        assert (status.ready, status.waiting, status.failed) == (5, 0, 0)
+        assert {member.state for member in status.members} == {"firmware"}
+        assert len(await AsyncSmolVM.list(data_dir=data_dir)) == 5
+    assert fleet.status().deleted == 5
+    with pytest.raises(VMNotRunningError):
+        await seen[0].pause()
+
+
+async def test_a_place_is_free_again_when_its_vm_is_deleted(blank: Template) -> None:
+    async with Fleet(blank, size=5, max_live=2, until="firmware") as fleet:
+        with pytest.raises(ConfigError, match="max_live=2"):
+            await fleet.all_ready()
+        count = most = 0
+        async for vm in fleet:
+            count += 1
+            status = fleet.status()
+            most = max(most, status.ready + status.booting)
+            waiting = [member for member in status.members if member.state == "waiting"]
+            assert all(member.waits_for for member in waiting)
+            await vm.delete()
+        assert (count, most) == (5, 2)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+async def test_map_runs_each_job_on_a_vm(blank: Template, reuse: bool) -> None:
+    async with Fleet(blank, size=3, until="firmware") as fleet:
+        results = [result async for result in fleet.map(ident, range(8), reuse=reuse)]
+        assert sorted(item for item, _ in results) == list(range(8))
+        assert len({vm_id for _, vm_id in results}) == (3 if reuse else 8)
+        assert fleet.status().ready == 0
+
+
+async def test_map_without_a_size_starts_what_it_needs_and_keeps_the_order(blank: Template) -> None:
+    async def items() -> AsyncIterator[str]:
+        for letter in "abcdef":
+            yield letter
+
+    async with Fleet(blank, until="firmware", max_live=3) as fleet:
+        assert fleet.status().members == ()
+        results = [letter async for letter, _ in fleet.map(ident, items(), in_order=True)]
+        assert results == list("abcdef")
+        assert [value async for value in fleet.map(ident, [])] == []
+
+
+async def fails_at_two(vm: AsyncSmolVM, item: int) -> int:
+    if item == 2:
+        raise KeyError("two")
+    return item
+
+
+async def test_a_failed_job_cancels_the_rest(blank: Template) -> None:
+    cancelled: list[int] = []
+
+    async def job(vm: AsyncSmolVM, item: int) -> int:
+        if item != 2:
+            try:
+                await asyncio.sleep(1000)
+            except asyncio.CancelledError:
+                cancelled.append(item)
+                raise
+        return await fails_at_two(vm, item)
+
+    async with Fleet(blank, until="firmware", max_live=4) as fleet:
+        with pytest.raises(ExceptionGroup) as caught:
+            async for _ in fleet.map(job, range(9)):
+                raise AssertionError("there is no result")
+        (failure,) = caught.value.exceptions
+        assert isinstance(failure, JobFailedError)
+        assert (failure.item, failure.index, failure.attempts) == (2, 2, 1)
+        assert failure.vm_id in str(failure)
+        assert isinstance(failure.__cause__, KeyError)
+        assert set(cancelled) <= {0, 1, 3}
+        assert fleet.status().ready == 0
+
+
+async def test_failed_jobs_are_collected_and_the_others_go_on(blank: Template) -> None:
+    results: list[int] = []
+    async with Fleet(blank, until="firmware", max_live=3, on_error="collect") as fleet:
+        with pytest.raises(ExceptionGroup) as caught:
+            async for result in fleet.map(fails_at_two, [0, 1, 2, 3, 2, 4], in_order=True):
+                results.append(result)  # noqa: PERF401 (those before the failure count)
+    assert results == [0, 1, 3, 4]
+    indexes = {
+        error.index for error in caught.value.exceptions if isinstance(error, JobFailedError)
+    }
+    assert indexes == {2, 4}
+
+
+async def test_a_job_is_tried_again_on_another_vm(blank: Template) -> None:
+    tried: dict[int, list[str]] = {}
+
+    async def job(vm: AsyncSmolVM, item: int) -> int:
+        tried.setdefault(item, []).append(vm.vm_id)
+        if item == 0 and len(tried[item]) == 1:
+            os.kill(qemu_of(vm), signal.SIGKILL)
+            await asyncio.sleep(1000)
+        if item == 1 and len(tried[item]) < 3:
+            raise ValueError("not yet")
+        return item
+
+    async with Fleet(blank, size=2, until="firmware") as fleet:
+        results = [item async for item in fleet.map(job, range(3), retries=2, reuse=True)]
+    assert sorted(results) == [0, 1, 2]
+    assert [len(set(tried[item])) for item in range(3)] == [2, 3, 1]
+
+
+async def test_an_image_that_vanishes_fails_the_fleet_and_names_the_vms(
+    blank: Template, blank_image: Path, tmp_path: Path
+) -> None:
+    image = tmp_path / "short-lived.qcow2"
+    shutil.copy(blank_image, image)
+    fleet = Fleet({**blank, "image": image}, size=4, until="firmware", max_booting=1)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with fleet:
+            async for _ in fleet:
+                image.unlink(missing_ok=True)
+    failures = caught.value.exceptions
+    assert failures
+    for failure in failures:
+        assert isinstance(failure, MemberFailedError)
+        assert failure.vm_id in str(failure)
+        assert isinstance(failure.__cause__, ImageError)
+    with pytest.raises(ImageError):
+        Fleet({**blank, "image": image})
+
+
+async def test_a_vm_that_dies_cancels_the_block(blank: Template) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        async with Fleet(blank, size=6, until="firmware") as fleet:
+            async for vm in fleet:  # while the others boot
+                os.kill(qemu_of(vm), signal.SIGKILL)
+                await asyncio.sleep(1000)
+    assert vm.vm_id in {error.vm_id for error in caught.value.exceptions}  # type: ignore[union-attr]
+    assert isinstance(caught.value.exceptions[0].__cause__, VMCrashedError | LaunchError)
+
+
+async def test_a_vm_that_dies_is_collected(blank: Template) -> None:
+    async with Fleet(blank, size=3, until="firmware", on_error="collect") as fleet:
+        first, *others = await fleet.all_ready()
+        os.kill(qemu_of(first), signal.SIGKILL)
+        while not fleet.failures:
+            await asyncio.sleep(0.01)
+        assert [failure.vm_id for failure in fleet.failures] == [first.vm_id]
+        assert {str(vm.status) for vm in others} == {"running"}
+
+
+@pytest.mark.parametrize("mapping", [False, True])
+async def test_a_fleet_that_is_cancelled_anywhere_leaves_nothing(
+    blank: Template, data_dir: Path, mapping: bool
+) -> None:
+    async def use() -> None:
+        async with Fleet(blank, size=3, until="firmware") as fleet:
+            if mapping:
+                async for _ in fleet.map(ident, range(4)):
+                    pass
+            else:
+                await fleet.all_ready()
+
+    step = 0
+    while True:
+        using = asyncio.ensure_future(use())
+        for _ in range(step):
+            await asyncio.sleep(0)
+        if not using.cancel():
+            break
+        with pytest.raises(asyncio.CancelledError):
+            await using
+        assert not data_dir.exists() or not [*data_dir.iterdir()]
+        assert not memory.LEDGER._promises
+        step += 29 + step // 3
+    await using
+    assert step > 100
+
+
+async def test_memory_is_promised_once_between_two_fleets(
+    blank: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's memory is pretended: two VMs fit into it."""
+    room = 2 * (128 + memory.OVERHEAD)
+    monkeypatch.setattr(memory.LEDGER, "_look", lambda: Memory(0, room))
+    monkeypatch.setattr(AsyncSmolVM, "_resident", lambda _: 0)
+    with pytest.raises(HostError, match="enough for 2"):
+        await Fleet(blank, size=3, until="firmware").__aenter__()
+    peaks: list[int] = []
+
+    async def job(vm: AsyncSmolVM, item: int) -> None:
+        peaks.append(sum(fleet.status().ready for fleet in fleets))
+        assert sum(promise.size for promise in memory.LEDGER._promises) <= room
+
+    async def drain(fleet: Fleet) -> None:
+        async for _ in fleet.map(job, range(5)):
+            pass
+
+    fleets = [Fleet(blank, until="firmware", max_booting=8) for _ in range(2)]
+    async with fleets[0], fleets[1]:
+        await asyncio.gather(*map(drain, fleets))
+    assert len(peaks) == 10
+    assert max(peaks) <= 2
+
+
+async def test_the_rest_of_a_map_ends_with_the_block(blank: Template) -> None:
+    async with Fleet(blank, size=2, until="firmware") as fleet:
+        async for _ in fleet.map(ident, range(100)):
+            break
+    assert fleet.status().ready == 0
+    with pytest.raises(ConfigError, match="does not run"):
+        fleet.map(ident, range(3))
+    with pytest.raises(ConfigError, match="make a new one"):
+        await fleet.__aenter__()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"template": {"vm_id": "x"}}, "id of its own"),
+        ({"template": {"keep": True}}, "deletes its VMs"),
+        ({"template": {"memroy": 1}}, "memroy"),
+        ({"template": {"memory": 1}}, "memory=1"),
+        ({"template": 5}, "pass a mapping"),
+        ({"template": {"port_forwards": [(80, 8080)]}}, "8080"),
+        ({"size": 0}, "size=0"),
+        ({"size": True}, "size=True"),
+        ({"max_live": -1}, "max_live=-1"),
+        ({"max_booting": 1.5}, "max_booting=1.5"),
+        ({"until": "launching"}, "until='launching'"),
+        ({"on_error": "ignore"}, "on_error='ignore'"),
+    ],
+)
+def test_a_wrong_argument_is_refused_at_once(
+    blank: Template, arguments: dict[str, Any], words: str
+) -> None:
+    template = (
+        {**blank, **given} if isinstance(given := arguments.pop("template", {}), dict) else given
+    )
+    with pytest.raises(ConfigError, match=words):
+        Fleet(template, **arguments)
+
+
+async def test_linux_guests_do_jobs(data_dir: Path) -> None:
+    async def job(vm: AsyncSmolVM, word: str) -> str:
+        result = await vm.run(f"echo {word}; test {word} != bad", check=True)
+        return str(result.stdout)
+
+    template = {"accel": "tcg", "data_dir": data_dir, "memory": 256}
+    async with Fleet(template, size=2, on_error="collect") as fleet:
+        results = []
+        with pytest.raises(ExceptionGroup) as caught:
+            async for result in fleet.map(job, ["one", "bad", "two"], reuse=True):
+                results.append(result)  # noqa: PERF401 (those before the failure count)
+    assert sorted(results) == ["one\n", "two\n"]
+    assert isinstance(caught.value.exceptions[0].__cause__, CommandFailedError)

@@ -1,0 +1,113 @@
+"""The ledger of promised memory: nothing is promised twice, and everybody has their turn."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from smolvm_async import HostError
+from smolvm_async.fleet.memory import HEADROOM, Ledger
+from smolvm_async.host.memory import Memory
+
+pytestmark = pytest.mark.anyio
+
+TOTAL = 10_000
+KEPT = int(TOTAL * HEADROOM)
+
+
+class Host:
+    """A host whose memory the test uses up."""
+
+    def __init__(self, available: int) -> None:
+        self.available = available + KEPT
+
+    def look(self) -> Memory:
+        return Memory(TOTAL, self.available)
+
+
+async def test_what_is_promised_and_not_touched_is_reserved() -> None:
+    host = Host(1000)
+    ledger = Ledger(host.look)
+    async with ledger.promised(600) as promise:
+        assert ledger.room() == 400
+        host.available -= 500
+        promise.touched = lambda: 500
+        assert ledger.room() == 400
+        promise.touched = lambda: 700  # more than it was promised: the host shows it already
+        assert ledger.room() == 500
+        assert ledger.capacity() == 1100
+    assert ledger.room() == 500
+
+
+async def test_nobody_overtakes_whoever_asked_before() -> None:
+    ledger = Ledger(Host(1000).look)
+    order: list[int] = []
+    over = asyncio.Event()
+
+    async def claim(size: int) -> None:
+        async with ledger.promised(size):
+            order.append(size)
+            await over.wait()
+
+    first = asyncio.ensure_future(claim(700))
+    while not order:
+        await asyncio.sleep(0)
+    claims = [asyncio.ensure_future(claim(size)) for size in (500, 100, 200)]
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert order == [700]  # 100 and 200 would fit
+    over.set()
+    await asyncio.gather(first, *claims)
+    assert order == [700, 500, 100, 200]
+    assert ledger.room() == 1000
+
+
+async def test_whoever_is_cancelled_makes_way() -> None:
+    ledger = Ledger(Host(1000).look)
+    async with ledger.promised(700):
+        waiting = asyncio.ensure_future(ledger.promised(400).__aenter__())
+        after = asyncio.ensure_future(ledger.promised(300).__aenter__())
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not after.done()
+        waiting.cancel()
+        await after
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert ledger.room() == 0
+
+
+async def test_what_never_fits_is_refused_and_what_will_fit_waits() -> None:
+    host = Host(1000)
+    ledger = Ledger(host.look)
+    with pytest.raises(HostError, match=r"1001 MiB .* 1000 MiB can be promised"):
+        await ledger.promised(1001).__aenter__()
+    async with ledger.promised(500):
+        waiting = asyncio.ensure_future(ledger.promised(900).__aenter__())
+        for _ in range(50):
+            await asyncio.sleep(0)
+        host.available += 400  # which somebody else has freed
+    await waiting
+
+
+async def test_event_loops_of_several_threads_share_it() -> None:
+    ledger = Ledger(Host(1000).look)
+    peaks: list[int] = []
+    inside = 0
+
+    async def claim() -> None:
+        nonlocal inside
+        async with ledger.promised(400):
+            inside += 1
+            peaks.append(inside)
+            await asyncio.sleep(0)
+            inside -= 1
+
+    async def many() -> None:
+        await asyncio.gather(*(claim() for _ in range(20)))
+
+    await asyncio.gather(*(asyncio.to_thread(asyncio.run, many()) for _ in range(3)))
+    assert max(peaks) <= 2
+    assert len(peaks) == 60
+    assert ledger.room() == 1000
