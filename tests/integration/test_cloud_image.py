@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, process
+from smolvm_async import AsyncSmolVM, CommandTimeoutError, process
 from tests.cloud_image import CloudImage, build_cloud_image
 from tests.conftest import console_shows
 
@@ -58,6 +58,9 @@ async def test_a_bios_boots_it_for_a_user_of_ones_own_and_once_more(
         assert await said(vm, "echo $GREETING $SHELL") == "hello /bin/bash"
         assert {"adm", "sudo"} <= set((await said(vm, "id -nG")).split())
         assert "started by pc" in vm.console_log()
+        with pytest.raises(CommandTimeoutError):
+            await vm.run("sudo sleep 987 & exec sudo sleep 987", timeout=3)
+        await said(vm, "while pgrep -f 'sleep [9]87'; do sleep 0.1; done")
         await cloud_init_is_content(vm)
         assert (await said(vm, "getent hosts cloud")).split() == ["127.0.1.1", "cloud", "cloud"]
         keys = await said(vm, "sudo sh -c 'ls -l --full-time /etc/ssh/ssh_host_*'")
