@@ -31,7 +31,8 @@ def cloud_config(hostname: str, user: str, key: KeyPair, host_key: KeyPair) -> d
         return {**config, "disable_root": False, "ssh_authorized_keys": [key.public]}
     sudo = "ALL=(ALL) NOPASSWD:ALL"
     account = {"name": user, "sudo": sudo, "ssh_authorized_keys": [key.public]}
-    return {**config, "users": [account]}
+    # The image's own default user under this name, with the shell and the groups that it has.
+    return {**config, "user": account, "users": ["default"]}
 
 
 def make_seed(hostname: str, user: str, key: KeyPair, host_key: KeyPair) -> bytes:

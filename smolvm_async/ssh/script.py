@@ -80,7 +80,25 @@ def killer(mark: str) -> str:
     pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # which does not match itself
     places = "/proc/[0-9]*/environ /proc/[0-9]*/cmdline"
     find = f"grep -ls '{pattern}' {places} | cut -d/ -f3"
-    return f"for again in 1 2; do kill -KILL $({find}) 2>/dev/null; done"
+    own = f"for again in 1 2; do kill -KILL $({find}) 2>/dev/null; done"
+    return f"{own}\n{_AS_ROOT} sudo -n sh -c {shlex.quote(_tree_killer(find))}"
+
+
+# Only root may kill what a user has started with sudo, and see by the mark that it is sudo's.
+_AS_ROOT = '[ "$(id -u)" = 0 ] || ! grep -qsx sudo /proc/[0-9]*/comm ||'
+
+
+def _tree_killer(find: str) -> str:
+    """A script that also kills all descendants, whose environment sudo has cleared."""
+    parents = "^PPid:.($(echo $next | tr ' ' '|'))\\$"
+    return (
+        f"all=; next=$({find})\n"
+        'while [ -n "$next" ]; do\n'
+        'all="$all $next"\n'
+        f'next=$(grep -lsE "{parents}" /proc/[0-9]*/status | cut -d/ -f3)\n'
+        "done\n"
+        "kill -KILL $all 2>/dev/null"
+    )
 
 
 def parse_exports(text: str) -> dict[str, str]:

@@ -139,8 +139,9 @@ def test_the_seed_holds_what_cloud_init_reads(user: str) -> None:
         assert config["disable_root"] is False
         assert config["ssh_authorized_keys"] == [key.public]
     else:
-        assert config["users"][0]["name"] == user
-        assert config["users"][0]["ssh_authorized_keys"] == [key.public]
+        assert config["user"]["name"] == user
+        assert config["user"]["ssh_authorized_keys"] == [key.public]
+        assert config["users"] == ["default"]
 
 
 @pytest.mark.parametrize(
