@@ -21,7 +21,7 @@ from smolvm_async.errors import ConfigError, HostError, MemberFailedError
 from smolvm_async.events import BootState
 from smolvm_async.fleet.jobs import Items, Job, Jobs, OnError, R, T
 from smolvm_async.fleet.member import WAITING, FleetStatus, Gate, Member
-from smolvm_async.fleet.memory import LEDGER, OVERHEAD
+from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
 from smolvm_async.shielding import in_thread, settle
 from smolvm_async.vm import AsyncSmolVM
@@ -116,8 +116,8 @@ class Fleet:
     async def __aenter__(self) -> Self:
         if self._body is not None or self._over:
             raise ConfigError("this Fleet was entered before: make a new one.")
-        plan = await self._template.look()
-        await in_thread(self._check_room, plan.config.memory + OVERHEAD)
+        await self._template.look()
+        await in_thread(self._check_room, self._template.memory)
         self._gate = Gate(self._max_live, self._max_booting)
         self._body = asyncio.current_task()
         assert self._body is not None
@@ -257,8 +257,8 @@ class Fleet:
         capacity = LEDGER.capacity()
         if together * size > capacity:
             raise HostError(
-                f"{together} VMs of {size} MiB ({OVERHEAD} of them for QEMU) do not fit: this host "
-                f"can promise {capacity} MiB, enough for {capacity // size}. Pass a smaller size= "
+                f"{together} VMs of {size} MiB, with QEMU's own, do not fit: this host can promise "
+                f"{capacity} MiB, enough for {capacity // size}. Pass a smaller size= "
                 "or memory=, or use map(), which takes what there is."
             )
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from smolvm_async.errors import MemberFailedError, VMNotRunningError
 from smolvm_async.events import BootState
-from smolvm_async.fleet.memory import LEDGER, OVERHEAD
+from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
 from smolvm_async.shielding import settle
 from smolvm_async.vm import AsyncSmolVM
@@ -79,6 +79,7 @@ class Member:
 
     def __init__(self, template: Template, gate: Gate, until: BootState) -> None:
         self.vm = template.make()
+        self._memory = template.memory
         self.phase: Phase = "a place"
         self.handed_over = self.hired = False
         self.error: MemberFailedError | None = None
@@ -114,7 +115,7 @@ class Member:
         try:
             async with self._gate.live:
                 self._enter("memory")
-                async with LEDGER.promised(self.vm._vm.config.memory + OVERHEAD) as promise:
+                async with LEDGER.promised(self._memory) as promise:
                     promise.touched = self.vm._resident
                     await self._use()
         except Exception as error:

@@ -16,9 +16,6 @@ from smolvm_async.errors import HostError
 from smolvm_async.host.memory import Memory, available_memory
 from smolvm_async.shielding import in_thread
 
-# MiB that a VM takes besides its guest's memory: QEMU 25 to 100 and swtpm 1, measured as PSS; under
-# TCG the translated code comes on top, here some 150 after a boot.
-OVERHEAD = 128
 HEADROOM = 0.05  # of the host's memory, which is promised to nobody
 AGAIN = 0.5  # seconds until the host is asked again, which others may have freed memory of
 
@@ -116,8 +113,8 @@ class Ledger:
                 return True
             if not self._promises:
                 raise HostError(
-                    f"a VM of {promise.size} MiB ({OVERHEAD} of them for QEMU) does not fit: "
-                    f"{room} MiB can be promised. Pass a smaller memory=, or free memory."
+                    f"a VM of {promise.size} MiB, with QEMU's own, does not fit: {room} MiB can be "
+                    "promised. Pass a smaller memory=, or free memory of the host."
                 )
         return False
 

@@ -60,6 +60,13 @@ class Template:
             self._plan = plan._replace(source=await find_source(plan))
         return self._plan
 
+    @property
+    def memory(self) -> int:
+        """MiB that one VM may come to use, QEMU's own with it; after `look()`."""
+        assert self._plan is not None
+        memory = self._plan.config.memory
+        return memory + self._plan.accelerator.overhead(memory)
+
     def make(self) -> AsyncSmolVM:
         """One more VM, not started; after `look()`."""
         assert self._plan is not None

@@ -86,7 +86,7 @@ def qemu_arguments(
         "-no-user-config",
         "-S",  # `cont` follows when everything is attached
         *("-machine", machine),
-        *("-accel", accelerator.option),
+        *("-accel", accelerator.option_for(config.memory)),
         *("-cpu", profile.cpu[accelerator.name]),
         *("-smp", f"sockets=1,cores={config.cpus},threads=1"),
         *("-m", f"size={config.memory}M"),

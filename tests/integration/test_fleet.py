@@ -26,6 +26,7 @@ from smolvm_async import (
     VMNotRunningError,
 )
 from smolvm_async.fleet import memory
+from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import Memory
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100)]
@@ -250,7 +251,7 @@ async def test_memory_is_promised_once_between_two_fleets(
     blank: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host's memory is pretended: two VMs fit into it."""
-    room = 2 * (128 + memory.OVERHEAD)
+    room = 2 * (128 + OVERHEAD)
     monkeypatch.setattr(memory.LEDGER, "_look", lambda: Memory(0, room))
     monkeypatch.setattr(AsyncSmolVM, "_resident", lambda _: 0)
     with pytest.raises(HostError, match="enough for 2"):

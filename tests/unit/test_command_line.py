@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from smolvm_async.config import VMConfig, make_config
@@ -38,7 +38,7 @@ GOLDEN_TCG = [
     "-no-user-config",
     "-S",
     "-machine q35,smm=on,vmport=off,hpet=off,pflash0=code,pflash1=vars",
-    "-accel tcg,thread=multi",
+    "-accel tcg,thread=multi,tb-size=1024",
     "-cpu max",
     "-smp sockets=1,cores=3,threads=1",
     "-m size=5000M",
@@ -87,7 +87,7 @@ ONLY_KVM = [
     "hv_stimer,hv_stimer_direct,hv_frequencies,hv_tlbflush,hv_ipi,hv_crash",
     "-global kvm-pit.lost_tick_policy=discard",
 ]
-ONLY_TCG = ["-accel tcg,thread=multi", "-cpu max"]
+ONLY_TCG = ["-accel tcg,thread=multi,tb-size=1024", "-cpu max"]
 
 
 def config(**arguments: Any) -> VMConfig:
@@ -138,6 +138,7 @@ ANY_PATH = st.text(st.characters(exclude_characters="\0", exclude_categories=["C
 def test_no_path_of_the_users_is_on_the_command_line(prefix: str, text: str) -> None:
     """The image is an inherited descriptor, and the data directory is where QEMU runs."""
     marked = f"{prefix}uSeRtExT{text}"
+    assume(not marked.lower().startswith("s3://"))  # with which os= cannot be given
     argv = arguments(config(image=marked, data_dir=f"/{marked}"))
     assert argv == arguments(config())
 
@@ -162,7 +163,7 @@ def test_what_is_on_it_changes_one_value_each(vm_id: str, memory: int, cpus: int
         if pair[0] != pair[1]
     )
     flags = {entry.split()[0] for entry in changed}
-    assert flags <= {"-name", "-uuid", "-m", "-smp", "-device"}
+    assert flags <= {"-name", "-uuid", "-m", "-accel", "-smp", "-device"}
     assert [entry for entry in changed if vm_id in entry] == [
         f"-name guest={vm_id},debug-threads=on"
     ]

@@ -81,7 +81,7 @@ async def test_whoever_is_cancelled_makes_way() -> None:
 async def test_what_never_fits_is_refused_and_what_will_fit_waits() -> None:
     host = Host(1000)
     ledger = Ledger(host.look)
-    with pytest.raises(HostError, match=r"1001 MiB .* 1000 MiB can be promised"):
+    with pytest.raises(HostError, match=r"1001 MiB.* 1000 MiB can be promised"):
         await ledger.promised(1001).__aenter__()
     async with ledger.promised(500):
         waiting = asyncio.ensure_future(ledger.promised(900).__aenter__())
