@@ -29,12 +29,14 @@ class Source(NamedTuple):
         kernel: What QEMU loads; `None` if the image has a boot loader.
         initrd: Its initramfs, or `None`.
         boot_args: The kernel's command line.
+        format: The disk's: `qcow2`, or `raw` if whoever published it says so.
     """
 
     image: Path
     kernel: Path | None = None
     initrd: Path | None = None
     boot_args: str = ""
+    format: str = "qcow2"
 
 
 def own_source(config: VMConfig) -> Source:

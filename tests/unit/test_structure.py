@@ -48,6 +48,7 @@ ROWS = [
     "state",
     "login",
     "registry",
+    "store",
     "logs",
     "limits",
     "sidecars",
@@ -84,7 +85,7 @@ ROWS = [
     "cli",
     "__main__",
 ]
-PACKAGES = {"ssh", "guests", "images", "host", "sidecars", "control", "doctor", "cli"}
+PACKAGES = {"ssh", "guests", "images", "host", "sidecars", "control", "doctor", "store", "cli"}
 EMPTY = {"controls.__init__", "qemu.__init__"}  # no rows: there is nothing in them
 
 MODULES = {
