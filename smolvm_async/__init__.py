@@ -44,6 +44,7 @@ from smolvm_async.shutdown import Rung, ShutdownReport, Step
 from smolvm_async.ssh.access import Access
 from smolvm_async.ssh.lines import LineStream
 from smolvm_async.ssh.result import CommandResult, Line
+from smolvm_async.store import CachedImage, Damage, ImageStore
 from smolvm_async.vm import AsyncSmolVM
 
 __all__ = [
@@ -52,18 +53,21 @@ __all__ = [
     "AsyncSmolVM",
     "BootState",
     "BootStateChanged",
+    "CachedImage",
     "CommandError",
     "CommandFailedError",
     "CommandResult",
     "CommandTimeoutError",
     "ConfigError",
     "ConnectionLostError",
+    "Damage",
     "Event",
     "EventStream",
     "FileTransferError",
     "GuestPanicked",
     "HostError",
     "ImageError",
+    "ImageStore",
     "LaunchError",
     "Limits",
     "Line",

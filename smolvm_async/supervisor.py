@@ -186,6 +186,7 @@ class Supervisor:
                 attach,
                 machine_type,
                 prepared.direct_boot,
+                prepared.source.format,
             )
             fds = [
                 *descriptors,

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import anyio
 
+from smolvm_async.config import S3
 from smolvm_async.errors import HostError, ImageError
 from smolvm_async.images import qcow2
 from smolvm_async.images.manifest import LARGEST, ImageFile
 from smolvm_async.images.s3.arrival import Arrival
 from smolvm_async.images.s3.download import Wanted, begin, first_of, transfer
-from smolvm_async.images.s3.uri import SCHEME, parse_uri
+from smolvm_async.images.s3.uri import parse_uri
 from smolvm_async.log import get_logger
 from smolvm_async.progress import Progress, ProgressCallback, report
 from smolvm_async.shielding import in_background
@@ -49,7 +50,7 @@ def fetches(published: Published, layout: Layout) -> list[Fetch]:
     for part, file in published.manifest.files.items():
         if not layout.holds(file):
             key = location.beside(file.name)
-            uri = f"{SCHEME}{location.bucket}/{key}"
+            uri = f"{S3}{location.bucket}/{key}"
             wanted = Wanted(location.bucket, key, uri, file.size, LARGEST[part])
             missing.append(Fetch(part, file, wanted))
     return missing

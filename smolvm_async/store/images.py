@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from smolvm_async.checks import shown
+from smolvm_async.config import is_published
 from smolvm_async.errors import ConfigError, ImageError
 from smolvm_async.images import qcow2
 from smolvm_async.images.manifest import MAX_MANIFEST, ImageFile, parse_manifest
 from smolvm_async.images.s3.client import endpoint, open_client
 from smolvm_async.images.s3.sentences import explained, is_offline
-from smolvm_async.images.s3.uri import Location, is_s3, parse_uri
+from smolvm_async.images.s3.uri import Location, parse_uri
 from smolvm_async.images.source import ROOT_DISK, Source
 from smolvm_async.locking import try_share
 from smolvm_async.log import get_logger
@@ -126,7 +127,7 @@ class ImageStore:
         """
         if not isinstance(name_or_uri, str):
             raise ConfigError(f"name_or_uri={shown(name_or_uri)} is wrong: pass a str.")
-        meant = parse_uri(name_or_uri).uri if is_s3(name_or_uri) else name_or_uri
+        meant = parse_uri(name_or_uri).uri if is_published(name_or_uri) else name_or_uri
 
         def remove() -> list[CachedImage]:
             images = found(self._layout, meant)
@@ -181,7 +182,7 @@ class ImageStore:
         """
         images = list(self._layout.records())
         if name_or_uri is not None:
-            meant = parse_uri(name_or_uri).uri if is_s3(name_or_uri) else name_or_uri
+            meant = parse_uri(name_or_uri).uri if is_published(name_or_uri) else name_or_uri
             images = found(self._layout, meant)
         return await self._alone(lambda: find_damage(self._layout, images))
 
@@ -197,10 +198,7 @@ class ImageStore:
         return await _lookups.join(key, lambda _: self._look(location), None)
 
     async def _look(self, location: Location) -> Published:
-        path = self._layout.record_path(location.uri, endpoint())
-        cached = await in_background(self._layout.read_record, path)
-        if cached is not None and not is_whole(self._layout, cached):
-            cached = None
+        cached = await in_background(_cached, self._layout, location.uri)
         try:
             async with open_client(hurried=cached is not None) as client:
                 content = await _read_manifest(client, location)
@@ -224,8 +222,6 @@ class ImageStore:
             ImageError, HostError: See `pull()`.
         """
         self._layout.make()
-        if published.endpoint != endpoint():
-            raise ConfigError("SMOLVM_S3_ENDPOINT_URL was changed meanwhile: make a new VM.")
         key = (self.root, published.endpoint, published.uri, published.manifest.rootfs.digest)
         await _fetches.join(key, lambda tell: self._fetch(published, tell), on_progress)
         return await in_background(_source, self._layout, published)
@@ -235,6 +231,8 @@ class ImageStore:
         missing = await in_background(fetches, published, layout)
         pulling = layout.record_path(published.uri, published.endpoint).with_suffix(PULLING)
         if missing:
+            if published.endpoint != endpoint():
+                raise ConfigError("SMOLVM_S3_ENDPOINT_URL was changed meanwhile: make a new VM.")
             sizes = [fetch.file.size for fetch in missing]
             total = None if None in sizes else sum(size or 0 for size in sizes)
             meter = Meter(published.manifest.name, total, on_progress)
@@ -285,6 +283,13 @@ async def _read_manifest(client: Any, location: Location) -> bytes:
         return content
     except Exception as error:
         raise explained(error, location.uri) from error
+
+
+def _cached(layout: Layout, uri: str) -> Pulled | None:
+    """The image that a URI was when it was pulled, from this endpoint or else from another."""
+    known = [image for image in layout.records() if image.published.uri == uri]
+    known.sort(key=lambda image: image.published.endpoint != endpoint())
+    return next((image for image in known if is_whole(layout, image)), None)
 
 
 def _source(layout: Layout, published: Published) -> Source:

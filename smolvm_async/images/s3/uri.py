@@ -6,10 +6,10 @@ import re
 from typing import NamedTuple
 
 from smolvm_async.checks import shown
+from smolvm_async.config import S3, is_published
 from smolvm_async.errors import ImageError
 from smolvm_async.images.manifest import MANIFEST
 
-SCHEME = "s3://"
 MAX_KEY = 1024  # bytes of UTF-8, as S3 has it
 
 
@@ -27,16 +27,11 @@ class Location(NamedTuple):
     @property
     def uri(self) -> str:
         """The manifest's URI: one image has one, however it was written."""
-        return f"{SCHEME}{self.bucket}/{self.key}"
+        return f"{S3}{self.bucket}/{self.key}"
 
     def beside(self, name: str) -> str:
         """The key of a file of the image."""
         return f"{self.key.rpartition('/')[0]}/{name}".lstrip("/")
-
-
-def is_s3(image: str) -> bool:
-    """Whether `image=` is the URI of a published image."""
-    return image[: len(SCHEME)].lower() == SCHEME
 
 
 def parse_uri(uri: object, argument: str = "image") -> Location:
@@ -48,9 +43,9 @@ def parse_uri(uri: object, argument: str = "image") -> Location:
     wanted = (
         f"pass s3://BUCKET/PREFIX/, under which there is a {MANIFEST}, or s3://BUCKET/NAME.json"
     )
-    if not isinstance(uri, str) or not is_s3(uri):
+    if not isinstance(uri, str) or not is_published(uri):
         raise ImageError(f"{argument}={shown(uri)} is no s3:// URI: {wanted}.")
-    bucket, _, key = uri[len(SCHEME) :].partition("/")
+    bucket, _, key = uri[len(S3) :].partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,253}[a-z0-9]", bucket):
         raise ImageError(
             f"{argument}={shown(uri)} names no bucket: they have 3 to 255 lower-case letters, "
