@@ -38,6 +38,7 @@ from smolvm_async.events import (
     Shutdown,
 )
 from smolvm_async.progress import Progress
+from smolvm_async.publishing import push_image
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo
 from smolvm_async.shutdown import Rung, ShutdownReport, Step
@@ -94,4 +95,5 @@ __all__ = [
     "VMNotFoundError",
     "VMNotRunningError",
     "VMTimeoutError",
+    "push_image",
 ]

@@ -49,6 +49,7 @@ ROWS = [
     "login",
     "registry",
     "store",
+    "publishing",
     "logs",
     "limits",
     "sidecars",
