@@ -123,17 +123,17 @@ async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: Meter) -> Non
                 raise
             # What an earlier process left may be to blame: once more, from the beginning.
             logger.warning("%s Once more, from the beginning.", error)
-            discard(part)
+            await in_background(discard, part)
             await _arrive(layout, fetch, client, Arrival(part, meter.on_bytes))
     except WrongContentError as error:
-        discard(part)
+        await in_background(discard, part)
         raise ImageError(str(error)) from None
     except HostError:
         if not arrival.resumed:
-            discard(part)
+            await in_background(discard, part)
         raise
     except OSError as error:
-        discard(part)
+        await in_background(discard, part)
         raise HostError(
             f"{fetch.wanted.uri} cannot be written below {str(layout.root)!r}: {error.strerror}. "
             "Nothing of it is kept. Free some space (smolvm-async image prune), or set "
@@ -156,8 +156,8 @@ async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -
         raise first_of(errors) from None
     finally:
         reading.close()
-        content.unlink(missing_ok=True)
-    discard(arrival.path)
+        await in_background(content.unlink, True)
+    await in_background(discard, arrival.path)
 
 
 async def _read(reading: Reading, arrival: Arrival) -> None:

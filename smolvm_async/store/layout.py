@@ -28,6 +28,7 @@ from smolvm_async.images.manifest import ImageFile, Manifest
 from smolvm_async.locking import try_lock_file, unlock_file
 from smolvm_async.log import get_logger
 from smolvm_async.paths import xdg_home
+from smolvm_async.shielding import in_thread
 
 logger = get_logger(__name__)
 
@@ -181,12 +182,16 @@ class Layout:
 @asynccontextmanager
 async def hold_lock(path: Path) -> AsyncIterator[None]:
     """Hold a lock that processes and tasks share; whoever is killed gives it back."""
-    while (fd := try_lock_file(path)) < 0:  # noqa: ASYNC110 (no event comes from a process)
-        await asyncio.sleep(POLL)
+    tries: list[int] = []  # where a cancellation does not lose it
     try:
+        while not tries or tries[-1] < 0:
+            if tries:
+                await asyncio.sleep(POLL)
+            await in_thread(lambda: tries.append(try_lock_file(path)))
         yield
     finally:
-        unlock_file(fd, path)
+        if tries and tries[-1] >= 0:
+            await in_thread(unlock_file, tries[-1], path)
 
 
 def key_of(*parts: str) -> str:

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import ssl
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -70,6 +69,7 @@ def _own_credentials() -> dict[str, str]:
 def _make(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     """Make a client in this thread; nothing of it belongs to a loop before its first request."""
     import aioboto3
+    import aiofiles  # noqa: F401 (the download wants it, and an import stalls the loop)
     from aiobotocore.config import AioConfig
 
     session = aioboto3.Session()
@@ -105,8 +105,10 @@ def _loader() -> Loader:
     """Botocore's loader of its models; one for the process, since they take 10 MB."""
     from botocore.loaders import JSONFileLoader, Loader
 
-    def in_order(pairs: list[tuple[str, Any]]) -> OrderedDict[str, Any]:
-        return OrderedDict(pairs)  # being Python, it lets other threads have their turn
+    def in_order(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Being Python, it lets other threads have their turn; and of these dicts the garbage
+        # collector, which stops the world, looks at fewer than of botocore's OrderedDicts.
+        return dict(pairs)
 
     class Patient(JSONFileLoader):  # type: ignore[misc]
         def _load_file(self, full_path: str, open_method: Any) -> Any:
