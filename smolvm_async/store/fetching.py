@@ -191,5 +191,5 @@ def _check_disk(path: Path, fetch: Fetch) -> None:
 
 def discard(part: Path) -> None:
     """Remove what has arrived of a file, and its journal."""
-    for path in (part, part.with_suffix(".json"), part.with_suffix(".content")):
-        path.unlink(missing_ok=True)
+    for suffix in (".part", ".json", ".new", ".content"):
+        part.with_suffix(suffix).unlink(missing_ok=True)

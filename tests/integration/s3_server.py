@@ -111,9 +111,15 @@ class Proxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one connection's only request."""
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            await self._answer(reader, writer)
-        writer.transport.abort() if writer.transport.is_closing() else writer.close()
+        try:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                await self._answer(reader, writer)
+                writer.write_eof()
+                await reader.read()  # until the other side has closed it
+        except asyncio.CancelledError:
+            pass
+        finally:
+            writer.transport.abort()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin1")
@@ -127,7 +133,8 @@ class Proxy:
             await asyncio.sleep(0.01)
         if fault.status:
             writer.write(
-                b"HTTP/1.1 %d Fault\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+                b"HTTP/1.1 %d Fault\r\nContent-Length: %d\r\nConnection: close\r\n"
+                b"x-amz-bucket-region: eu-west-1\r\n\r\n"
                 % (fault.status, len(fault.body))
                 + (b"" if method == "HEAD" else fault.body)
             )
@@ -135,7 +142,10 @@ class Proxy:
             return
         if fault.without_range:
             lines = [line for line in lines if not line.lower().startswith("range:")]
-        lines = [line for line in lines if not line.lower().startswith("connection:")]
+        if "expect" in request.headers:
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        ours = ("connection:", "expect:")
+        lines = [line for line in lines if not line.lower().startswith(ours)]
         host, port = self.upstream.removeprefix("http://").split(":")
         up_reader, up_writer = await asyncio.open_connection(host, int(port))
         try:
@@ -146,7 +156,7 @@ class Proxy:
                 up_writer.write(await reader.readexactly(length))
             await self._relay(up_reader, writer, fault, method)
         finally:
-            up_writer.close()
+            up_writer.transport.abort()
 
     async def _relay(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault, method: str
@@ -195,6 +205,7 @@ def proxy_before(upstream: str) -> Iterator[Proxy]:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # the aborted transports close their sockets
 
     task = loop.create_task(run())
     thread = threading.Thread(target=loop.run_until_complete, args=(task,))

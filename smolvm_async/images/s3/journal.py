@@ -66,8 +66,12 @@ def write_journal(path: Path, etag: str, size: int, ranges: Ranges) -> None:
         OSError: If the disk is full.
     """
     new = path.with_suffix(".new")
-    new.write_text(json.dumps({"etag": etag, "size": size, "ranges": ranges.to_list()}))
-    os.replace(new, path)
+    try:
+        new.write_text(json.dumps({"etag": etag, "size": size, "ranges": ranges.to_list()}))
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def read_journal(path: Path, size: int) -> tuple[str, Ranges]:

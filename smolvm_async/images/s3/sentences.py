@@ -102,6 +102,8 @@ def _sentence(error: Exception) -> str | None:
             f"the endpoint cannot be reached ({error}); check the network, AWS_REGION and "
             "SMOLVM_S3_ENDPOINT_URL"
         )
+    if isinstance(error, RecursionError):  # botocore follows each redirection
+        return "the server sends from region to region without end; set AWS_REGION"
     if "BotoCoreError" in kinds or (kinds & {"ValueError"} and "ndpoint" in str(error)):
         return f"S3 cannot be used like this ({error}); check SMOLVM_S3_ENDPOINT_URL and AWS_*"
     return None
