@@ -38,8 +38,8 @@ def make_disk(directory: Path, mib: int) -> None:
         for _ in range(mib):
             file.write(os.urandom(MIB))
     directory.mkdir()
-    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, directory / "disk.qcow2"]
-    subprocess.run(command, check=True)
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw)]
+    subprocess.run([*command, str(directory / "disk.qcow2")], check=True)
     raw.unlink()
 
 

@@ -105,7 +105,5 @@ async def find_source(plan: Plan, stack: ExitStack) -> Source:
     if plan.config.image:
         store = ImageStore()
         published = plan.published or await store.look(plan.config.image)
-        source, held = await store.hold(published, plan.config.data_dir, plan.on_progress)
-        stack.enter_context(held)
-        return source
+        return await store.hold(published, plan.config.data_dir, plan.on_progress, stack)
     return Source(*await build_debian(on_progress=plan.on_progress))

@@ -23,7 +23,7 @@ from smolvm_async.locking import try_share
 from smolvm_async.log import get_logger
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.shielding import in_background
-from smolvm_async.store.fetching import Meter, fetch_file, fetches
+from smolvm_async.store.fetching import Fetch, Meter, fetch_file, fetches
 from smolvm_async.store.layout import Layout, Published, Pulled, cache_root
 from smolvm_async.store.sharing import Shared
 from smolvm_async.store.tidying import (
@@ -236,23 +236,24 @@ class ImageStore:
             sizes = [fetch.file.size for fetch in missing]
             total = None if None in sizes else sum(size or 0 for size in sizes)
             meter = Meter(published.manifest.name, total, on_progress)
+            # Until all is there, nobody but this file knows that what is there already is needed.
             await in_background(layout.write_record, published, pulling)
-            async with AsyncExitStack() as stack:
-                clients: list[Any] = []
-
-                async def connect() -> Any:
-                    if not clients:
-                        clients.append(await stack.enter_async_context(open_client()))
-                    return clients[0]
-
-                for fetch in missing:
-                    await fetch_file(layout, fetch, connect, meter)
-        await in_background(_note, layout, published, pulling)
+            try:
+                await _fetch_files(layout, missing, meter)
+                await in_background(_note, layout, published)
+            finally:
+                await in_background(pulling.unlink, True)
+        else:
+            await in_background(_note, layout, published)
 
     async def hold(
-        self, published: Published, data_dir: Path, on_progress: ProgressCallback | None
-    ) -> tuple[Source, ExitStack]:
-        """Have an image for a VM in `data_dir`: until the stack is closed, nobody removes it.
+        self,
+        published: Published,
+        data_dir: Path,
+        on_progress: ProgressCallback | None,
+        stack: ExitStack,
+    ) -> Source:
+        """Have an image for a VM in `data_dir`: until `stack` is closed, nobody removes it.
 
         Raises:
             ImageError, HostError: See `pull()`.
@@ -260,15 +261,27 @@ class ImageStore:
         while True:
             source = await self.fetch(published, on_progress)
             async with self._layout.locked():
-                stack = _share(source)
-                if stack is not None:
-                    self._layout.note_data_dir(data_dir)
-                    return source, stack
+                if _share(source, stack):
+                    await in_background(self._layout.note_data_dir, data_dir)
+                    return source
 
     async def _alone(self, work: Callable[[], T]) -> T:
         self._layout.make()
         async with self._layout.locked():
             return await in_background(work)
+
+
+async def _fetch_files(layout: Layout, missing: Sequence[Fetch], meter: Meter) -> None:
+    async with AsyncExitStack() as stack:
+        clients: list[Any] = []
+
+        async def connect() -> Any:
+            if not clients:
+                clients.append(await stack.enter_async_context(open_client()))
+            return clients[0]
+
+        for fetch in missing:
+            await fetch_file(layout, fetch, connect, meter)
 
 
 async def _read_manifest(client: Any, location: Location) -> bytes:
@@ -309,7 +322,7 @@ def _sniffed(path: Path) -> str:
         return "qcow2" if file.read(len(qcow2.MAGIC)) == qcow2.MAGIC else "raw"
 
 
-def _note(layout: Layout, published: Published, pulling: Path) -> None:
+def _note(layout: Layout, published: Published) -> None:
     """The image is here: its record says so, or that it was used again."""
     path = layout.record_path(published.uri, published.endpoint)
     known = layout.read_record(path)
@@ -317,21 +330,19 @@ def _note(layout: Layout, published: Published, pulling: Path) -> None:
         os.utime(path)
     else:
         layout.write_record(published, path)
-    pulling.unlink(missing_ok=True)
 
 
-def _share(source: Source) -> ExitStack | None:
-    """Open and lock what a guest starts from; `None` if some of it was just removed."""
-    with ExitStack() as stack:
-        for path in (source.image, source.kernel, source.initrd):
-            if path is not None:
-                try:
-                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    return None
-                stack.callback(os.close, fd)
-                try_share(fd)
-        return stack.pop_all()
+def _share(source: Source, stack: ExitStack) -> bool:
+    """Open and lock what a guest starts from; false if some of it was just removed."""
+    for path in (source.image, source.kernel, source.initrd):
+        if path is not None:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+            stack.callback(os.close, fd)
+            try_share(fd)
+    return True
 
 
 def _shown(layout: Layout, image: Pulled) -> CachedImage:

@@ -303,7 +303,7 @@ async def test_a_wrong_byte_names_both_digests_and_leaves_nothing(
     told = set(re.findall("[0-9a-f]{64}", str(caught.value)))
     assert published.digest in told
     assert len(told) == 2
-    assert [name for name in files(ImageStore().root) if "pulling" not in name] == []
+    assert files(ImageStore().root) == []
     proxy.fault = lambda request: None
     assert digest((await ImageStore().pull(published.uri)).disk) == published.digest
 
@@ -467,7 +467,7 @@ async def test_a_full_disk_is_told_and_nothing_is_left(
     store = ImageStore(small_disk / "cache")
     with pytest.raises(HostError, match="does not fit"):
         await store.pull(published.uri)
-    assert [name for name in files(store.root) if "pulling" not in name] == []
+    assert files(store.root) == []
 
 
 async def test_a_disk_that_fills_up_meanwhile_is_told_and_nothing_is_left(
@@ -487,7 +487,7 @@ async def test_a_disk_that_fills_up_meanwhile_is_told_and_nothing_is_left(
     with pytest.raises(HostError, match="No space left"):
         await task
     filler.unlink()
-    assert [name for name in files(store.root) if "pulling" not in name] == []
+    assert files(store.root) == []
     assert digest((await store.pull(uri)).disk) == digest(disk)
 
 
@@ -508,6 +508,24 @@ async def test_a_cancelled_pull_leaves_no_task_and_can_be_gone_on_with(
     assert asyncio.all_tasks() == before
     proxy.fault = lambda request: None
     assert digest((await ImageStore().pull(published.uri)).disk) == published.digest
+
+
+async def test_a_pull_can_be_cancelled_at_any_moment(published: Published) -> None:
+    before = asyncio.all_tasks()
+    moments = 0
+    while True:
+        task = asyncio.ensure_future(ImageStore().pull(published.uri))
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert asyncio.all_tasks() == before
+        assert not list(ImageStore().root.glob("*/*.lock"))
+        if not task.cancelled():
+            break
+        moments = max(moments + 1, moments * 3 // 2)
+    assert moments > 10
+    assert digest(task.result().disk) == published.digest
 
 
 async def test_memory_is_bounded_and_the_loop_goes_on(
@@ -618,7 +636,7 @@ async def test_a_disk_that_is_no_good_qcow2_never_gets_its_name(
     uri = await put(server, f"{tmp_path.name}/bad.json", json.dumps(manifest).encode())
     with pytest.raises(ImageError, match="backing file"):
         await ImageStore().pull(uri)
-    assert [name for name in files(ImageStore().root) if "pulling" not in name] == []
+    assert files(ImageStore().root) == []
 
 
 # VMs

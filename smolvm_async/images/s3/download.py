@@ -27,7 +27,7 @@ from smolvm_async.shielding import settle
 
 logger = get_logger(__name__)
 
-SMALLEST_PART, LARGEST_PART = 8 << 20, 64 << 20  # bytes
+SMALLEST_PART, LARGEST_PART = 8 << 20, 256 << 20  # bytes
 PIECE = 512 << 10  # bytes that a worker holds before they are written
 PATIENCE = 5  # failures in a row, without a byte between them, that a part survives
 BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds after the first of them, doubled each time
@@ -109,6 +109,7 @@ async def transfer(client: Any, wanted: Wanted, arrival: Arrival) -> None:
             async with anyio.create_task_group() as workers:
                 for _ in range(min(CONNECTIONS, len(parts))):
                     workers.start_soon(_work, client, wanted, arrival, parts)
+                    await asyncio.sleep(0)  # to sign all requests in one go would be too long
             group.cancel_scope.cancel()
     except* Exception as errors:
         raise first_of(errors) from None
