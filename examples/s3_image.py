@@ -1,7 +1,6 @@
-"""An image from S3: published, or pulled with a bar, and booted.
+"""An image from S3, pulled with a bar and booted; with a DIRECTORY, published before.
 
-    python examples/s3_image.py s3://BUCKET/PREFIX/            boots it
-    python examples/s3_image.py s3://BUCKET/PREFIX/ DIRECTORY  publishes it before
+Usage: python examples/s3_image.py s3://BUCKET/PREFIX/ [DIRECTORY]
 """
 
 from __future__ import annotations
