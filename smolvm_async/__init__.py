@@ -42,12 +42,14 @@ from smolvm_async.events import (
 )
 from smolvm_async.fleet import Fleet, FleetStatus, MemberStatus
 from smolvm_async.progress import Progress
+from smolvm_async.publishing import push_image
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo
 from smolvm_async.shutdown import Rung, ShutdownReport, Step
 from smolvm_async.ssh.access import Access
 from smolvm_async.ssh.lines import LineStream
 from smolvm_async.ssh.result import CommandResult, Line
+from smolvm_async.store import CachedImage, Damage, ImageStore
 from smolvm_async.vm import AsyncSmolVM
 
 __all__ = [
@@ -56,12 +58,14 @@ __all__ = [
     "AsyncSmolVM",
     "BootState",
     "BootStateChanged",
+    "CachedImage",
     "CommandError",
     "CommandFailedError",
     "CommandResult",
     "CommandTimeoutError",
     "ConfigError",
     "ConnectionLostError",
+    "Damage",
     "Event",
     "EventStream",
     "FileTransferError",
@@ -71,6 +75,7 @@ __all__ = [
     "GuestPanicked",
     "HostError",
     "ImageError",
+    "ImageStore",
     "JobFailedError",
     "LaunchError",
     "Limits",
@@ -100,4 +105,5 @@ __all__ = [
     "VMNotFoundError",
     "VMNotRunningError",
     "VMTimeoutError",
+    "push_image",
 ]

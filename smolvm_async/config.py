@@ -26,10 +26,11 @@ from smolvm_async.checks import (
     shown,
 )
 from smolvm_async.errors import ConfigError
-from smolvm_async.guests import BUILT_IN, GUESTS, GuestProfile
+from smolvm_async.guests import BUILT_IN, GUESTS, PUBLISHED, GuestProfile
 from smolvm_async.paths import xdg_home
 
 DAY = 86_400  # seconds
+S3 = "s3://"  # what the URI of a published image begins with
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 
 Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
@@ -100,7 +101,11 @@ class Limits(_Model):
 
 
 class VMConfig(_Model):
-    """What was asked for, validated. Memory is in MiB; no image means the built-in one."""
+    """What was asked for, validated. Memory is in MiB; no image means the built-in one.
+
+    Of a published image, `os` is empty, and `memory` and `cpus` may be 0, until its manifest has
+    told them: see `complete()`.
+    """
 
     os: str
     image: str
@@ -139,7 +144,14 @@ def default_data_dir() -> Path:
 
 def profile_of(os: str, image: str) -> GuestProfile:
     """What the library knows of a guest OS, or of the image that it builds of one itself."""
+    if not os:
+        return PUBLISHED
     return GUESTS[os] if image else BUILT_IN.get(os, GUESTS[os])
+
+
+def is_published(image: str) -> bool:
+    """Whether `image=` is the URI of a published image."""
+    return image[: len(S3)].lower() == S3
 
 
 def make_config(
@@ -201,7 +213,40 @@ def make_config(
         "timeouts": _nested(Timeouts, "timeouts", timeouts),
         "data_dir": make_data_dir(data_dir),
     }
-    config = VMConfig(**arguments)
+    return _within_bound(VMConfig(**arguments))
+
+
+def complete(
+    config: VMConfig,
+    os: str,
+    memory: int | None,
+    cpus: int | None,
+    features: Mapping[str, object],
+) -> VMConfig:
+    """The config of a published image's VM, now that its manifest has told the guest OS.
+
+    Args:
+        memory: MiB that the manifest advises, for a user who has not said.
+        cpus: Likewise.
+        features: See `make_config()`.
+
+    Raises:
+        ConfigError: If an argument does not go with this guest OS.
+    """
+    profile = profile_of(os, config.image)
+    for feature, value in features.items():
+        if value:
+            profile.require(feature)
+    advised = max(memory, profile.minimum_memory) if memory is not None else None
+    update = {
+        "os": os,
+        "memory": _memory(config.memory or advised, profile),
+        "cpus": config.cpus or cpus or profile.default_cpus,
+    }
+    return _within_bound(config.model_copy(update=update))
+
+
+def _within_bound(config: VMConfig) -> VMConfig:
     bound = config.limits.vm_memory
     if bound is not None and bound <= config.memory:
         raise ConfigError(
@@ -225,17 +270,13 @@ def _image(image: object) -> str:
 
 def _profile(os: object, image: str) -> GuestProfile:
     names = " or ".join(f"os={name!r}" for name in GUESTS)
-    if image.lower().startswith("s3://"):
+    if is_published(image):
         if os is not None:
             raise ConfigError(
-                f"os={os!r} cannot be given with image={image!r}: the manifest of an s3:// image "
-                "records the guest OS, so leave os= out. s3:// images are not in this version "
-                "yet: for now, download the qcow2 and pass its path with os=."
+                f"os={shown(os)} cannot be given with image={shown(image)}: the manifest of an "
+                "s3:// image records the guest OS, so leave os= out."
             )
-        raise ConfigError(
-            f"image={image!r}: s3:// images are not in this version yet; "
-            f"download the qcow2 and pass its path with {names}."
-        )
+        return PUBLISHED
     if os is None and image:
         raise ConfigError(
             f"os= is missing: a file does not tell which operating system is inside {image!r}; "
@@ -253,11 +294,21 @@ def _direct_boot(image: str, kernel: object, initrd: object, boot_args: object) 
     if kernel is None:
         for name, value in (("initrd", initrd), ("boot_args", boot_args)):
             if value is not None:
+                if is_published(image):
+                    raise ConfigError(
+                        f"{name}= cannot be given with image={shown(image)}: the manifest of an "
+                        "s3:// image says how it boots, so leave it out."
+                    )
                 raise ConfigError(
                     f"{name}= goes with kernel=, which is missing: without a kernel of its own the "
                     "guest starts by the image's boot loader, which decides that itself."
                 )
         return {}
+    if is_published(image):
+        raise ConfigError(
+            f"kernel= cannot be given with image={shown(image)}: the manifest of an s3:// image "
+            "says how it boots, so leave kernel=, initrd= and boot_args= out."
+        )
     if not image:
         raise ConfigError("kernel= goes with image=, which is missing: pass the root disk's qcow2.")
     if boot_args is not None and (

@@ -47,3 +47,8 @@ def _try(fd: int, operation: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def try_share(fd: int) -> bool:
+    """Lock the open file `fd` along with others who share it, if nobody has it alone."""
+    return _try(fd, fcntl.LOCK_SH)

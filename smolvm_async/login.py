@@ -30,11 +30,14 @@ class Login(NamedTuple):
 
     def files(self, config: VMConfig) -> dict[str, bytes]:
         """The VM's directory gets these, by name."""
-        files = {SSH_KEY: self.key.private, HOST_KEY: self.host_key.private}
+        files = {
+            SSH_KEY: self.key.private,
+            HOST_KEY: self.host_key.private,
+            AUTHORIZED_KEYS: f"{self.key.public}\n".encode(),
+        }
         if config.profile.login == "nocloud":
-            seed = make_seed(config.vm_id, self.user, self.key, self.host_key)
-            return {**files, SEED: seed}
-        return {**files, AUTHORIZED_KEYS: f"{self.key.public}\n".encode()}
+            files[SEED] = make_seed(config.vm_id, self.user, self.key, self.host_key)
+        return files
 
 
 def new_login(config: VMConfig) -> Login:

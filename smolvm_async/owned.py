@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from typing import Any
 
 from smolvm_async.config import VMConfig
 from smolvm_async.control import ControlServer
@@ -40,7 +41,11 @@ class Owned:
     """
 
     def __init__(
-        self, config: VMConfig, make_plan: Callable[[], Plan], record: Record | None = None
+        self,
+        config: VMConfig,
+        make_plan: Callable[[], Plan],
+        record: Record | None = None,
+        find_plan: Callable[[], Coroutine[Any, Any, Plan]] | None = None,
     ) -> None:
         self.config = config
         self.hub = EventHub()
@@ -48,6 +53,8 @@ class Owned:
         self.run: Supervisor | None = None
         self.over: asyncio.Task[None] | None = None
         self._make_plan = make_plan
+        self._find_plan = find_plan  # of a published image: its manifest has to be read first
+        self._finding: asyncio.Task[Plan] | None = None
         self._plan: Plan | None = None
         self._created = record.created if record else None
         self._found = record.status if record else Status.CREATED  # before any run of ours
@@ -63,6 +70,8 @@ class Owned:
         """What the VM is doing."""
         if self._deleted:
             return Status.DELETED
+        if self._finding is not None:
+            return Status.STARTING
         if self.run is None or self.over is None:
             return self._found
         if not self.over.done():
@@ -88,10 +97,22 @@ class Owned:
             self._plan = self._make_plan()
         return self._plan
 
+    async def planned(self) -> Plan:
+        """The same of any image: the manifest of a published one is read first.
+
+        Raises:
+            ImageError, HostError: See `plan()`.
+        """
+        if self._find_plan is not None and self._plan is None:
+            await self._read_manifest(self._find_plan)
+        return self.plan()
+
     async def start(self) -> None:
         """See `AsyncSmolVM.start()`."""
         if self._stopping and self.over is not None:
             await asyncio.wait([self.over])
+        if self._find_plan is not None and self._plan is None and not self._deleted:
+            await self._read_manifest(self._find_plan)
         if self._deleted:
             raise VMNotRunningError(f"{self.config.vm_id} was deleted: make a new AsyncSmolVM.")
         if self.run is None or self.over is None or self.over.done():
@@ -119,8 +140,32 @@ class Owned:
             await self._discard()
             raise run.failure or VMNotRunningError(f"{self.config.vm_id} was stopped meanwhile.")
 
+    async def _read_manifest(self, find_plan: Callable[[], Coroutine[Any, Any, Plan]]) -> None:
+        """Have the plan; nothing is there yet, so whoever stops the VM just ends this."""
+        if self._finding is None:
+            self._finding = asyncio.ensure_future(find_plan())
+        finding = self._finding
+        self._starters += 1
+        try:
+            await asyncio.wait([finding])
+        finally:
+            self._starters -= 1
+            if not self._starters:
+                await self._stop_finding()
+        if finding.cancelled():
+            raise VMNotRunningError(f"{self.config.vm_id} was stopped while it started.")
+        self._plan = finding.result()
+        self.config = self._plan.config
+
+    async def _stop_finding(self) -> None:
+        finding, self._finding = self._finding, None
+        if finding is not None and not finding.done():
+            finding.cancel()
+            await settle(asyncio.wait([finding]))
+
     async def stop(self, timeout: float | None) -> ShutdownReport:
         """See `AsyncSmolVM.stop()`."""
+        await self._stop_finding()
         if self.run is None or self.over is None:
             return ShutdownReport(Rung.NONE)
         if not self.over.done():
@@ -258,6 +303,7 @@ class Owned:
 
     async def _kill(self) -> None:
         """End a run at once; its processes are reaped afterwards, whatever cancels us."""
+        await self._stop_finding()
         if self.run is not None and self.over is not None:
             if not self.over.done():
                 self.run.abort()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -12,6 +13,7 @@ from smolvm_async.errors import ImageError
 from smolvm_async.host import HostTools, find_plain_uefi
 from smolvm_async.images.local import BaseImage, open_image
 from smolvm_async.images.source import Source, open_initrd, open_kernel, starts_by_bios
+from smolvm_async.locking import try_share
 from smolvm_async.login import Login, kept_login, new_login
 from smolvm_async.plan import Plan, find_source
 from smolvm_async.qemu.arguments import DirectBoot
@@ -58,12 +60,13 @@ async def prepare(
         OSError: If the directory cannot be filled.
     """
     source = machine.source if machine is not None else None
-    source = source or await find_source(plan)
-    image = await _open(stack, open_image, source.image)
+    source = source or await find_source(plan, stack)
+    image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
+    try_share(image.fd)  # QEMU inherits it: while that lives, the cache keeps the file
     direct_boot = await _open_kernel(stack, source)
     tools = plan.tools
     by_itself = plan.config.profile.firmware == "image" and direct_boot is None
-    if by_itself and not await starts_by_bios(tools.qemu_img, image.fd):
+    if by_itself and not await starts_by_bios(tools.qemu_img, image.fd, source.format):
         tools = tools._replace(firmware=find_plain_uefi())
     login = await _fill(plan.config, state, machine, image, tools)
     return Prepared(source, image, tools, direct_boot, login)

@@ -20,6 +20,7 @@ class Progress:
         elapsed: Seconds since the work began.
         done: How much is done, where that can be said.
         total: Out of how much.
+        rate: Bytes for each second, of a download.
     """
 
     stage: str
@@ -27,6 +28,7 @@ class Progress:
     elapsed: float
     done: int | None = None
     total: int | None = None
+    rate: float | None = None
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -191,6 +191,7 @@ class Supervisor:
                 attach,
                 machine_type,
                 prepared.direct_boot,
+                prepared.source.format,
             )
             fds = [
                 *descriptors,

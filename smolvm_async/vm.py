@@ -11,7 +11,14 @@ from typing import Literal, NoReturn, Self
 
 from smolvm_async.block import Block
 from smolvm_async.checks import check_timeout, check_vm_id
-from smolvm_async.config import Limits, Timeouts, make_config, make_data_dir
+from smolvm_async.config import (
+    Limits,
+    Timeouts,
+    VMConfig,
+    is_published,
+    make_config,
+    make_data_dir,
+)
 from smolvm_async.control import Attached
 from smolvm_async.controls.desktop import Desktop
 from smolvm_async.controls.ports import PortForwarding
@@ -20,9 +27,10 @@ from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.guests import GUESTS
 from smolvm_async.handle import Handle, running
 from smolvm_async.images.reference import local_path
+from smolvm_async.images.s3.uri import parse_uri
 from smolvm_async.lookup import find
 from smolvm_async.owned import Owned
-from smolvm_async.plan import Plan, make_plan
+from smolvm_async.plan import Plan, check_early, find_plan, make_plan
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo, list_vms, prune_vms
@@ -49,10 +57,13 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     `delete()`.
 
     Args:
-        os: The guest OS: `"linux"` (the default, without an image) or `"windows"`.
-        image: The qcow2 to start from: a path or a `file://` URI. It is never written to, and
-            any number of VMs can share it. A Linux one has cloud-init, or a server of its own for
-            what one wants of it. Without one, the built-in Debian, which is built at its first use.
+        os: The guest OS: `"linux"` (the default, without an image) or `"windows"`; not for an
+            `s3://` image, whose manifest records it.
+        image: The qcow2 to start from: a path or a `file://` URI; or `s3://BUCKET/PREFIX/`, a
+            published image, which is downloaded at the first start (see `ImageStore`). It is never
+            written to, and any number of VMs can share it. A Linux one has cloud-init, or a server
+            of its own for what one wants of it. Without one, the built-in Debian, which is built
+            at its first use.
         kernel: A Linux kernel for QEMU to load, instead of the image's boot loader.
         initrd: Its initramfs.
         boot_args: Its command line; by default `console=ttyS0 root=/dev/vda rw`.
@@ -111,6 +122,10 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         data_dir: str | os_module.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> None:
+        features: dict[str, object] = {
+            "mounts": mounts or writable_mounts,
+            "internet_settings": internet_settings is not None,
+        }
         config = make_config(
             os=os,
             image=image,
@@ -130,17 +145,19 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             limits=limits,
             timeouts=timeouts,
             data_dir=data_dir,
-            features={
-                "mounts": mounts or writable_mounts,
-                "internet_settings": internet_settings is not None,
-            },
+            features=features,
         )
         _check_progress(on_progress)
-        if config.image:
-            config = config.model_copy(update={"image": str(local_path(config.image))})
-        plan = make_plan(config, on_progress)
-        handle = Owned(config, lambda: plan)
-        handle.plan()
+        if is_published(config.image):
+            config = config.model_copy(update={"image": parse_uri(config.image).uri})
+            features |= {"user": user, "env": env}
+            handle = _published(config, features, on_progress)
+        else:
+            if config.image:
+                config = config.model_copy(update={"image": str(local_path(config.image))})
+            plan = make_plan(config, on_progress)
+            handle = Owned(config, lambda: plan)
+            handle.plan()
         self._hold(handle, on_progress)
 
     def _hold(self, handle: Owned | Attached, on_progress: ProgressCallback | None) -> None:
@@ -160,7 +177,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     async def _planned(self) -> Plan:
         """What the host has for it."""
         assert isinstance(self._vm, Owned)
-        return self._vm.plan()
+        return await self._vm.planned()
 
     def _resident(self) -> int:
         """MiB that its processes have in memory."""
@@ -264,7 +281,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             LaunchError: QEMU or swtpm did not start.
             VMAlreadyExistsError: Another VM has this id.
             HostError: The VM does not fit into the host's memory; with the figures.
-            ImageError: The image has changed since, and cannot be used.
+            ImageError: The image has changed since, or cannot be had or used.
             VMNotRunningError: The VM was deleted, or stopped while it started.
         """
         await self._look_again()
@@ -351,6 +368,18 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         """Not in this version: raises `UnsupportedError`."""
         GUESTS["windows" if options.get("os") == "windows" else "linux"].require("from_snapshot")
         raise AssertionError
+
+
+def _published(
+    config: VMConfig, features: Mapping[str, object], on_progress: ProgressCallback | None
+) -> Owned:
+    """A VM of a published image: the network is not asked before it starts."""
+    check_early(config)
+
+    def make_plan_now() -> NoReturn:
+        raise AssertionError("start() reads the manifest first")
+
+    return Owned(config, make_plan_now, find_plan=lambda: find_plan(config, features, on_progress))
 
 
 def _known_data_dir(data_dir: object) -> Path:

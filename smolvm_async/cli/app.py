@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from smolvm_async.cli.desktop import screenshot, vnc
 from smolvm_async.cli.doctor import doctor
 from smolvm_async.cli.execution import FAILED
+from smolvm_async.cli.image import image
 from smolvm_async.cli.logs import logs
 from smolvm_async.cli.output import complain, err, say, write_nowhere
 from smolvm_async.cli.run import run
@@ -42,6 +43,7 @@ app.command()(run)
 app.command("list")(list_vms)
 for command in (stop, delete, prune, logs, screenshot, vnc, doctor):
     app.command()(command)
+app.add_typer(image, name="image")
 
 
 def _show_version(wanted: bool) -> None:

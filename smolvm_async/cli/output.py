@@ -10,10 +10,20 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from smolvm_async import progress
 from smolvm_async.tail import printable
 
 UNBOUNDED = 1 << 16  # columns of what is no terminal: nothing is cut off or wrapped
@@ -100,3 +110,26 @@ def busy(text: str, *, json: bool) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task(text, total=None)
         yield lambda text: bar.update(task, description=printable(text))
+
+
+@contextmanager
+def transfer(text: str, *, json: bool) -> Iterator[progress.ProgressCallback]:
+    """Show a transfer on a terminal: a bar, bytes, rate; yields what takes its progress."""
+    if json or not out.is_interactive:
+        yield lambda step: None
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task(printable(text), total=None)
+
+        def show(step: progress.Progress) -> None:
+            done = step.done if step.done is not None else 0
+            bar.update(task, description=printable(step.message), completed=done, total=step.total)
+
+        yield show

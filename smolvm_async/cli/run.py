@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
@@ -28,13 +28,13 @@ def run(
         str | None,
         typer.Argument(
             metavar="[IMAGE]",
-            help="A qcow2 to start from. Left out, the built-in Debian; or, with --id alone, the "
-            "kept VM of that id, to boot it again.",
+            help="A qcow2 to start from, or s3://BUCKET/PREFIX/. Left out, the built-in Debian; "
+            "or, with --id alone, the kept VM of that id, to boot it again.",
         ),
     ] = None,
     os: Annotated[
         Literal["linux", "windows"] | None,
-        typer.Option(help="The guest OS; an image needs it."),
+        typer.Option(help="The guest OS; a qcow2 needs it."),
     ] = None,
     memory: Annotated[
         int | None,
@@ -88,6 +88,8 @@ def run(
       smolvm-async run ~/win11.qcow2 --os windows --id office --keep
 
       smolvm-async run --id office
+
+      smolvm-async run s3://bucket/images/debian-12/
     """
     machine = {
         "os": os,
@@ -103,7 +105,7 @@ def run(
     if at_rest and given:
         names = ", ".join(f"--{name}" for name in given)
         raise typer.BadParameter(f"a kept VM has its own {names}: leave out", param_hint="--id")
-    feed = Feed(json, Interrupts(spare_first=True))
+    feed = Feed(json, Interrupts(spare_first=True), {})
 
     async def boot() -> None:
         if not at_rest:
@@ -124,6 +126,7 @@ class Feed(NamedTuple):
 
     json: bool
     interrupts: Interrupts
+    tenths: dict[str, int]
 
     def tell(self, event: str, text: str, **fields: object) -> None:
         """Tell one thing: the text to people, its name and the fields to programs."""
@@ -137,7 +140,17 @@ class Feed(NamedTuple):
             self.interrupts.first.set()
 
     def on_progress(self, progress: Progress) -> None:
-        """Tell a step; a boot state comes as an event too, which tells more."""
+        """Tell a step; a boot state comes as an event too, which tells more.
+
+        Of a download, people are told each tenth.
+        """
+        if not self.json and progress.done and progress.total and progress.rate:
+            tenth = 10 * progress.done // progress.total
+            if tenth == self.tenths.get(progress.message):
+                return
+            self.tenths[progress.message] = tenth
+            rate = f"{10 * tenth} %, {progress.rate / (1 << 20):.0f} MiB/s"
+            progress = replace(progress, message=f"{progress.message}: {rate}")
         if progress.stage != "boot":
             text = _line(progress.elapsed, progress.stage, progress.message)
             self.tell("progress", text, **asdict(progress))

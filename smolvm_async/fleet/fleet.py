@@ -116,8 +116,12 @@ class Fleet:
     async def __aenter__(self) -> Self:
         if self._body is not None or self._over:
             raise ConfigError("this Fleet was entered before: make a new one.")
-        await self._template.look()
-        await in_thread(self._check_room, self._template.memory)
+        try:
+            await self._template.look()
+            await in_thread(self._check_room, self._template.memory)
+        except BaseException:
+            self._template.close()
+            raise
         self._gate = Gate(self._max_live, self._max_booting)
         self._body = asyncio.current_task()
         assert self._body is not None
@@ -136,6 +140,7 @@ class Fleet:
         members = [*self._members, *self._hired]
         if members:
             await settle(asyncio.gather(*(member.release() for member in members)))
+        self._template.close()
         ours = self._cancelled
         if ours and body is not None:
             ours = body.uncancel() <= self._cancelling

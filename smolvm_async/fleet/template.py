@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from smolvm_async.checks import shown
 from smolvm_async.config import new_vm_id
@@ -48,17 +49,22 @@ class Template:
                     "two VMs cannot share it; give the guest's port alone, and the kernel chooses."
                 )
         self._plan: Plan | None = None
+        self._held = ExitStack()
 
     async def look(self) -> Plan:
-        """What the host has for these VMs, and their image; looked up once, and built once.
+        """What the host has for these VMs, and their image; built or downloaded once.
 
         Raises:
             ConfigError, HostError, CommandError: See `AsyncSmolVM`.
         """
         if self._plan is None:
             plan = await self._pattern._planned()
-            self._plan = plan._replace(source=await find_source(plan))
+            self._plan = plan._replace(source=await find_source(plan, self._held))
         return self._plan
+
+    def close(self) -> None:
+        """The image is needed no more."""
+        self._held.close()
 
     @property
     def memory(self) -> int:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from smolvm_async.errors import ImageError
 from smolvm_async.images import qcow2
 
+SECTOR = 512  # bytes
+
 
 class BaseImage(NamedTuple):
     """An open, checked base image.
@@ -32,22 +34,27 @@ class BaseImage(NamedTuple):
 
 
 @contextmanager
-def open_image(path: Path) -> Iterator[BaseImage]:
+def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
     """Open and check a base image.
+
+    Args:
+        disk_format: `raw` if its manifest says so: then there is no header to be checked.
 
     Raises:
         ImageError: If it is missing, not a plain file, unreadable, or a qcow2 that QEMU must
             not see (see `smolvm_async.images.qcow2`).
     """
     with open_plain(path, "image", "a qcow2 file") as fd:
+        status = os.fstat(fd)
+        size = -(-status.st_size // SECTOR) * SECTOR
         try:
-            header = qcow2.check(fd)
+            if disk_format != "raw":
+                size = qcow2.check(fd).virtual_size
         except qcow2.Qcow2Error as error:
             raise ImageError(f"image {str(path)!r} {error}.") from None
         except OSError as error:
             raise ImageError(f"image {str(path)!r} cannot be read: {error.strerror}.") from None
-        status = os.fstat(fd)
-        yield BaseImage(path, fd, header.virtual_size, status.st_size, status.st_mtime_ns)
+        yield BaseImage(path, fd, size, status.st_size, status.st_mtime_ns)
 
 
 @contextmanager

@@ -29,12 +29,14 @@ class Source(NamedTuple):
         kernel: What QEMU loads; `None` if the image has a boot loader.
         initrd: Its initramfs, or `None`.
         boot_args: The kernel's command line.
+        format: The disk's: `qcow2`, or `raw` if whoever published it says so.
     """
 
     image: Path
     kernel: Path | None = None
     initrd: Path | None = None
     boot_args: str = ""
+    format: str = "qcow2"
 
 
 def own_source(config: VMConfig) -> Source:
@@ -84,12 +86,12 @@ def open_initrd(path: Path) -> AbstractContextManager[int]:
     return open_plain(path, "initrd", "an initramfs")
 
 
-async def starts_by_bios(qemu_img: Path, fd: int) -> bool:
-    """Whether the first sector of an open qcow2 holds code for a BIOS; if not, UEFI starts it."""
+async def starts_by_bios(qemu_img: Path, fd: int, disk_format: str) -> bool:
+    """Whether the first sector of an open disk holds code for a BIOS; if not, UEFI starts it."""
     sector = os.memfd_create("sector", os.MFD_CLOEXEC)
     try:
         ends = (f"if=/proc/{os.getpid()}/fd/{fd}", f"of=/proc/{os.getpid()}/fd/{sector}")
-        await run([qemu_img, "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", *ends])
+        await run([qemu_img, "dd", "-f", disk_format, "-O", "raw", "bs=512", "count=1", *ends])
         return any(os.pread(sector, BOOT_CODE, 0))
     finally:
         os.close(sector)

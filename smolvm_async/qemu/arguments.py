@@ -65,6 +65,7 @@ def qemu_arguments(
     attach: Sequence[str],
     machine_type: str | None = None,
     direct_boot: DirectBoot | None = None,
+    disk_format: str = "qcow2",
 ) -> list[str]:
     """The whole command line of one VM.
 
@@ -72,6 +73,7 @@ def qemu_arguments(
         attach: The options for its sidecars.
         machine_type: The one that a kept VM was made with; by default the newest.
         direct_boot: Its kernel, if it has no boot loader of its own.
+        disk_format: Of the base image: `qcow2` or `raw`.
     """
     profile = config.profile
     machine = f"{machine_type or profile.machine_type},{profile.machine_options}"
@@ -97,9 +99,9 @@ def qemu_arguments(
         *_console(descriptors.console),
         *_firmware(tools),
         *(_direct_boot(direct_boot) if direct_boot is not None else ()),
-        *_disk(descriptors.base_image, profile.disk_bus, keep=config.keep),
+        *_disk(descriptors.base_image, disk_format, profile.disk_bus, keep=config.keep),
         *_network(config.vm_id, ssh=profile.login != "none"),
-        *_login(profile, config.vm_id),
+        *_login(profile, config.vm_id, direct_boot),
         *_agent(),
         *_display(config.resolution, descriptors.screen, usb=profile.usb),
         *("-device", "pvpanic"),  # a guest's panic becomes GUEST_PANICKED
@@ -144,7 +146,7 @@ def _direct_boot(boot: DirectBoot) -> list[str]:
     ]
 
 
-def _disk(base_image: int, bus: str, *, keep: bool) -> list[str]:
+def _disk(base_image: int, disk_format: str, bus: str, *, keep: bool) -> list[str]:
     # An overlay that is thrown away with the VM need not be flushed to the host's disk.
     cache = {"direct": False, "no-flush": not keep}
     overlay = {
@@ -163,7 +165,7 @@ def _disk(base_image: int, bus: str, *, keep: bool) -> list[str]:
     virtio = ["-device", "virtio-blk-pci,drive=disk,iothread=disk-thread,bootindex=1"]
     return [
         *("-add-fd", f"fd={base_image},set=1"),
-        *("-blockdev", _node("base", "qcow2", "/dev/fdset/1", read_only=True)),
+        *("-blockdev", _node("base", disk_format, "/dev/fdset/1", read_only=True)),
         *("-blockdev", json.dumps(overlay)),
         *("-object", "iothread,id=disk-thread"),
         *(scsi if bus == "scsi" else virtio),
@@ -180,20 +182,20 @@ def _network(vm_id: str, *, ssh: bool) -> list[str]:
     ]
 
 
-def _login(profile: GuestProfile, vm_id: str) -> list[str]:
+def _login(profile: GuestProfile, vm_id: str, direct_boot: DirectBoot | None) -> list[str]:
     # What a guest without a past has of entropy; its first keys would wait for more.
     entropy = ["-device", "virtio-rng-pci"]
+    own = [
+        *("-fw_cfg", f"name=opt/smolvm/authorized_keys,file={AUTHORIZED_KEYS}"),
+        *("-fw_cfg", f"name=opt/smolvm/ssh_host_ed25519_key,file={HOST_KEY}"),
+        *("-fw_cfg", f"name=opt/smolvm/hostname,string={vm_id}"),
+    ]
     if profile.login == "nocloud":
         seed = _node("seed", "raw", SEED, read_only=True)
-        return [*entropy, "-blockdev", seed, "-device", "virtio-blk-pci,drive=seed"]
-    if profile.login == "fw_cfg":
-        return [
-            *entropy,
-            *("-fw_cfg", f"name=opt/smolvm/authorized_keys,file={AUTHORIZED_KEYS}"),
-            *("-fw_cfg", f"name=opt/smolvm/ssh_host_ed25519_key,file={HOST_KEY}"),
-            *("-fw_cfg", f"name=opt/smolvm/hostname,string={vm_id}"),
-        ]
-    return []
+        # A disk that is started by a kernel of ours may be one that this library has built.
+        both = own if direct_boot is not None else []
+        return [*entropy, "-blockdev", seed, "-device", "virtio-blk-pci,drive=seed", *both]
+    return [*entropy, *own] if profile.login == "fw_cfg" else []
 
 
 def _agent() -> list[str]:

@@ -134,7 +134,6 @@ def config(**arguments: Any) -> VMConfig:
         ({"os": None, "image": "disk.qcow2"}, ["os= is missing", "'disk.qcow2'"]),
         ({"os": None, "image": "file:///disk.qcow2"}, ["os= is missing", "'file:///disk.qcow2'"]),
         ({"image": "s3://bucket/disk"}, ["os='windows'", "s3://bucket/disk", "manifest", "leave"]),
-        ({"os": None, "image": "s3://bucket/disk"}, ["s3://bucket/disk", "download", "os="]),
         ({"os": "Windows"}, ["os='Windows'", "pass os='windows'"]),
         ({"os": b"windows"}, ["os=b'windows'", "pass os='windows'"]),
         ({"os": ["windows"]}, ["os=['windows']", "pass os='windows'"]),

@@ -48,6 +48,8 @@ ROWS = [
     "state",
     "login",
     "registry",
+    "store",
+    "publishing",
     "logs",
     "limits",
     "sidecars",
@@ -85,7 +87,18 @@ ROWS = [
     "cli",
     "__main__",
 ]
-PACKAGES = {"ssh", "guests", "images", "host", "sidecars", "control", "doctor", "cli", "fleet"}
+PACKAGES = {
+    "ssh",
+    "guests",
+    "images",
+    "host",
+    "sidecars",
+    "control",
+    "doctor",
+    "store",
+    "cli",
+    "fleet",
+}
 EMPTY = {"controls.__init__", "qemu.__init__"}  # no rows: there is nothing in them
 
 MODULES = {

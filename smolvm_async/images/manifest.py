@@ -1,0 +1,254 @@
+"""What a published image says of itself: `smolvm-image.json`, read as the hostile text it may be.
+
+Two schemas become one `Manifest`: this library's own, which has a `schema_version`, and that of
+the synchronous `smolvm` package, which has none, and whose images are Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from smolvm_async.checks import MAX_CPUS, shown
+from smolvm_async.config import MAX_MEMORY
+from smolvm_async.errors import ImageError
+from smolvm_async.guests import GUESTS
+
+MANIFEST = "smolvm-image.json"
+SCHEMA_VERSION = 1
+MAX_MANIFEST = 1 << 20  # bytes
+MAX_NAME, MAX_UNKNOWN = 200, 20  # characters of a name, and names that a message lists
+LARGEST = {"rootfs": 1 << 40, "kernel": 256 << 20, "initrd": 1 << 30}  # bytes
+DISK_FORMATS = ("qcow2", "raw")
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1, le=LARGEST["rootfs"])]
+
+
+class _Part(BaseModel):
+    """Frozen and strict; unknown fields are kept aside, to be reported."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+
+class ImageFile(_Part):
+    """One file of an image.
+
+    Attributes:
+        name: Relative to the manifest, with `/` between its parts.
+        sha256: Of the file as it is published, in lower-case hexadecimal.
+        size: Its bytes; `None` in manifests of the synchronous package, which do not say.
+        format: Of a disk: `qcow2` or `raw`; `None` if the file has to tell by its first bytes.
+        compression: `zstd` if it is decompressed on its way.
+        content_sha256: Of what comes out of it then ...
+        content_size: ... and its bytes.
+    """
+
+    name: str
+    sha256: Digest
+    size: Size | None = None
+    format: Literal["qcow2", "raw"] | None = None
+    compression: Literal["zstd"] | None = None
+    content_sha256: Digest | None = None
+    content_size: Size | None = None
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of what is kept here."""
+        return self.content_sha256 or self.sha256
+
+    @property
+    def kept_size(self) -> int | None:
+        """The bytes of what is kept here; `None` if the manifest does not say."""
+        return self.content_size or self.size
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_name(self.name)
+        given = (self.content_sha256 is not None, self.content_size is not None)
+        if self.compression is None and any(given):
+            raise ValueError("content_sha256 and content_size go with compression")
+        if self.compression is not None and not all(given):
+            raise ValueError("compression goes with content_sha256 and content_size")
+        return self
+
+
+class Manifest(_Part):
+    """A published image.
+
+    Attributes:
+        name: What people call it.
+        os: The guest OS: a name in `GUESTS`.
+        rootfs: Its disk.
+        kernel: What QEMU loads, where the guest has no boot loader.
+        initrd: Its initramfs.
+        boot_args: The kernel's command line; `None` leaves it to this library.
+        memory: MiB that it is best run with; `None` leaves that to the guest OS.
+        cpus: Likewise, cores.
+    """
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    os: str
+    rootfs: ImageFile
+    kernel: ImageFile | None = None
+    initrd: ImageFile | None = None
+    boot_args: Annotated[str, Field(max_length=2047)] | None = None
+    memory: Annotated[int, Field(ge=1, le=MAX_MEMORY)] | None = None
+    cpus: Annotated[int, Field(ge=1, le=MAX_CPUS)] | None = None
+
+    @property
+    def files(self) -> dict[str, ImageFile]:
+        """Its files by what they are, the smallest kinds first."""
+        parts = {"kernel": self.kernel, "initrd": self.initrd, "rootfs": self.rootfs}
+        return {part: file for part, file in parts.items() if file is not None}
+
+    @property
+    def unknown(self) -> list[str]:
+        """The fields that this version of the library does not know."""
+        return list(_unknown(self))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.name.isprintable():
+            raise ValueError("name has characters that cannot be shown")
+        if self.os not in GUESTS:
+            raise ValueError(f"os is none of {', '.join(GUESTS)}")
+        if self.kernel is None and (self.initrd is not None or self.boot_args is not None):
+            raise ValueError("initrd and boot_args go with a kernel")
+        if self.kernel is not None and "kernel" in GUESTS[self.os].unsupported:
+            raise ValueError(f"an image of {self.os} has no kernel: its own boot loader starts it")
+        if self.boot_args is not None and not self.boot_args.isprintable():
+            raise ValueError("boot_args has characters that cannot be printed")
+        _check_files(self.files)
+        return self
+
+
+def _check_name(name: str) -> None:
+    parts = name.split("/")
+    if (
+        len(name) > MAX_NAME
+        or not name.isprintable()
+        or "\\" in name
+        or re.match("[A-Za-z]:", name)
+        or any(part in ("", ".", "..") for part in parts)
+    ):
+        raise ValueError(
+            f"the file name {shown(name)} is not relative to the manifest: it may have no '..', no "
+            f"'\\', no '/' at either end, and at most {MAX_NAME} printable characters"
+        )
+    if parts[-1] == MANIFEST:
+        raise ValueError(f"a file is called {MANIFEST}, as the manifest is")
+
+
+def _check_files(files: Mapping[str, ImageFile]) -> None:
+    names = [file.name for file in files.values()]
+    if len(set(names)) < len(names):
+        raise ValueError("two files have the same name")
+    for part, file in files.items():
+        if max(file.size or 0, file.content_size or 0) > LARGEST[part]:
+            raise ValueError(f"{part} is larger than {LARGEST[part]} bytes")
+        if part != "rootfs" and file.format is not None:
+            raise ValueError(f"{part} has a format, which only a disk has")
+        if file.size is None and file.compression is not None:
+            raise ValueError(f"{part} has no size")
+
+
+def _unknown(part: _Part, prefix: str = "") -> Iterator[str]:
+    yield from (f"{prefix}{name}" for name in part.model_extra or ())
+    for name in type(part).model_fields:
+        inner = getattr(part, name)
+        if isinstance(inner, _Part):
+            yield from _unknown(inner, f"{prefix}{name}.")
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        where: Its URI or path, for messages.
+
+    Raises:
+        ImageError: If it is none that can be used: what is wrong with it.
+    """
+    try:
+        if len(content) > MAX_MANIFEST:
+            raise ValueError(f"it has over {MAX_MANIFEST} bytes")
+        values = json.loads(content.decode(), object_pairs_hook=_unique)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        version = values.get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise ValueError(
+                f"its schema_version {shown(version)} is of a newer version of smolvm_async: "
+                "update this one"
+            )
+        own = "schema_version" in values
+        manifest = Manifest.model_validate(values if own else _of_the_synchronous_package(values))
+        if own:
+            _check_own(manifest)
+        return manifest
+    except ValidationError as error:
+        reason = "; ".join(_complaints(error))
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except UnicodeDecodeError:
+        reason = "it is no UTF-8"
+    except ValueError as error:
+        reason = str(error)[: MAX_NAME * 3]
+    raise ImageError(f"{where} is no manifest that can be used: {reason}.")
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"it has {shown(name)} twice")
+        values[name] = value
+    return values
+
+
+def _of_the_synchronous_package(values: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(values.get("rootfs"), str):
+        raise ValueError(
+            "it has no schema_version, and no rootfs as the synchronous smolvm package writes it"
+        )
+    values = dict(values)
+    converted: dict[str, Any] = {"os": "linux"}
+    for part in LARGEST:
+        name, digest = values.pop(part, None), values.pop(f"{part}_sha256", None)
+        if name is None:
+            continue
+        if digest is None:
+            raise ValueError(
+                f"it has no {part}_sha256, and what cannot be verified is not used: publish the "
+                "image again, with smolvm-async image push"
+            )
+        if isinstance(name, str):
+            _check_name(name)
+            name = PurePosixPath(name).name  # as that package does
+        converted[part] = {"name": name, "sha256": digest}
+    if "kernel" not in converted:
+        raise ValueError("it has no kernel, which the synchronous smolvm package always writes")
+    return {**values, **converted}
+
+
+def _check_own(manifest: Manifest) -> None:
+    """Our own schema says how large each file is, and of which format the disk."""
+    for part, file in manifest.files.items():
+        if file.size is None:
+            raise ValueError(f"{part} has no size")
+    if manifest.rootfs.format is None:
+        raise ValueError(f"rootfs has no format: {' or '.join(DISK_FORMATS)}")
+
+
+def _complaints(error: ValidationError) -> Iterator[str]:
+    for complaint in error.errors()[:3]:
+        where = ".".join(str(part) for part in complaint["loc"])[:MAX_NAME]
+        message = complaint["msg"].removeprefix("Value error, ")
+        yield f"{where}: {message}" if where else message

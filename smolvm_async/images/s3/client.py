@@ -1,0 +1,147 @@
+"""The S3 client: aioboto3's, with boto3's own settings, made without stalling the event loop.
+
+What it takes half a second for, imports and megabytes of JSON, happens in a thread; the rest of
+its work is the event loop's, as usual.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from smolvm_async.errors import ConfigError
+from smolvm_async.images.s3.sentences import explained
+from smolvm_async.shielding import in_background, settle
+
+if TYPE_CHECKING:
+    from aiobotocore.httpsession import AIOHTTPSession
+    from botocore.loaders import Loader
+
+ENDPOINT = "SMOLVM_S3_ENDPOINT_URL"
+KEY_ID, SECRET = "SMOLVM_S3_ACCESS_KEY_ID", "SMOLVM_S3_SECRET_ACCESS_KEY"
+CONNECTIONS = 8  # that one client has at a time
+ATTEMPTS = 5  # that the client library makes of each request
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; the second between two pieces of an answer
+
+
+def endpoint() -> str:
+    """The endpoint of an S3-compatible store, if `SMOLVM_S3_ENDPOINT_URL` names one."""
+    return os.environ.get(ENDPOINT, "")
+
+
+@asynccontextmanager
+async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
+    """A client of S3, whose settings are boto3's: environment, configuration files, profile, role.
+
+    Args:
+        hurried: Give up soon if the endpoint does not answer: there is something else to take.
+
+    Raises:
+        ImageError: If the settings cannot be used.
+        ConfigError: If only one of this library's own two variables for credentials is set.
+    """
+    options = {**_own_credentials(), "endpoint_url": endpoint() or None}
+    try:
+        context, client = await in_background(_make, options, hurried)
+    except Exception as error:
+        raise explained(error, "the settings of S3") from error
+    try:
+        yield client
+    finally:
+        await settle(context.__aexit__(None, None, None))
+
+
+def _own_credentials() -> dict[str, str]:
+    """The variables of the synchronous `smolvm` package; boto3's own count if there are none."""
+    key, secret = os.environ.get(KEY_ID, ""), os.environ.get(SECRET, "")
+    if bool(key) != bool(secret):
+        missing = SECRET if key else KEY_ID
+        raise ConfigError(f"{missing} is not set: set {KEY_ID} and {SECRET}, or neither.")
+    return {"aws_access_key_id": key, "aws_secret_access_key": secret} if key else {}
+
+
+def _make(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
+    """Make a client in this thread; nothing of it belongs to a loop before its first request."""
+    import aioboto3
+    import aiofiles  # noqa: F401 (the download wants it, and an import stalls the loop)
+    from aiobotocore.config import AioConfig
+
+    session = aioboto3.Session()
+    session._session.register_component("data_loader", _loader())
+    region = session.region_name or ("us-east-1" if options["endpoint_url"] else None)
+    config = AioConfig(
+        connect_timeout=3 if hurried else CONNECT_TIMEOUT,
+        read_timeout=10 if hurried else READ_TIMEOUT,
+        retries={"mode": "standard", "total_max_attempts": 2 if hurried else ATTEMPTS},
+        max_pool_connections=CONNECTIONS + 2,
+        http_session_cls=_session_class(),
+        # What the digests of the manifest do, and for any server.
+        response_checksum_validation="when_required",
+        request_checksum_calculation="when_required",
+    )
+
+    async def enter() -> tuple[Any, Any]:
+        context = session.client("s3", region_name=region, config=config, **options)
+        client = await context.__aenter__()
+        try:
+            # What the first request would load: endpoint rules, the serializer, the signer.
+            await client.generate_presigned_url("get_object", {"Bucket": "none", "Key": "none"})
+        except BaseException:
+            await context.__aexit__(None, None, None)
+            raise
+        return context, client
+
+    return asyncio.run(enter())
+
+
+@functools.cache
+def _loader() -> Loader:
+    """Botocore's loader of its models; one for the process, since they take 10 MB."""
+    from botocore.loaders import JSONFileLoader, Loader
+
+    def in_order(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Being Python, it lets other threads have their turn; and of these dicts the garbage
+        # collector, which stops the world, looks at fewer than of botocore's OrderedDicts.
+        return dict(pairs)
+
+    class Patient(JSONFileLoader):  # type: ignore[misc]
+        def _load_file(self, full_path: str, open_method: Any) -> Any:
+            if not os.path.isfile(full_path):
+                return None
+            with open_method(full_path, "rb") as file:
+                return json.loads(file.read().decode(), object_pairs_hook=in_order)
+
+    loader = Loader()
+    loader.file_loader = Patient()
+    return loader
+
+
+@functools.cache
+def _session_class() -> type[AIOHTTPSession]:
+    """Aiobotocore's HTTP session, with certificates that are loaded where it is made: a thread."""
+    import aiohttp
+    from aiobotocore.httpsession import AIOHTTPSession
+    from botocore.httpsession import create_urllib3_context, get_cert_path
+
+    class Session(AIOHTTPSession):  # type: ignore[misc]
+        def __init__(self, verify: Any = True, *args: Any, **options: Any) -> None:
+            super().__init__(verify, *args, **options)
+            self._prepared: ssl.SSLContext | None = None
+            if verify:
+                self._prepared = create_urllib3_context()
+                self._prepared.load_verify_locations(get_cert_path(verify))
+
+        def _create_connector(self, proxy_url: str | None) -> aiohttp.TCPConnector:
+            if proxy_url or self._cert_file:
+                connector: aiohttp.TCPConnector = super()._create_connector(proxy_url)
+                return connector
+            connections, options = self._max_pool_connections, self._connector_args
+            return aiohttp.TCPConnector(limit=connections, ssl=self._prepared or False, **options)
+
+    return Session

@@ -1,0 +1,284 @@
+"""One object → one file: parts in parallel, each from where it broke off.
+
+A worker streams one part at a time through a buffer of bounded size. The client library retries
+what has not begun; what breaks off in the middle is asked for again here, from there on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+
+from smolvm_async.errors import HostError, ImageError
+from smolvm_async.images.s3.arrival import Arrival
+from smolvm_async.images.s3.client import CONNECTIONS
+from smolvm_async.images.s3.sentences import explained, is_passing
+from smolvm_async.log import get_logger
+from smolvm_async.shielding import settle
+
+logger = get_logger(__name__)
+
+SMALLEST_PART, LARGEST_PART = 8 << 20, 256 << 20  # bytes
+PIECE = 512 << 10  # bytes that a worker holds before they are written
+PATIENCE = 5  # failures in a row, without a byte between them, that a part survives
+BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds after the first of them, doubled each time
+
+
+class BrokenAnswerError(Exception):
+    """An answer that cannot be used, or breaks off: the object is asked for again."""
+
+
+class Wanted(NamedTuple):
+    """An object.
+
+    Attributes:
+        bucket: Its bucket.
+        key: Its key.
+        uri: Both, for messages.
+        size: Bytes that it has to have; `None` if only the server knows.
+        largest: Bytes that it may have.
+    """
+
+    bucket: str
+    key: str
+    uri: str
+    size: int | None
+    largest: int
+
+
+class Part:
+    """A range of bytes of the object; `at` moves on as they arrive."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.at = start
+        self.end = end
+
+
+_slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _slot() -> asyncio.Semaphore:
+    """All downloads of a loop share so many connections: each has a buffer, and one disk writes."""
+    return _slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(CONNECTIONS))
+
+
+async def begin(client: Any, wanted: Wanted, arrival: Arrival, *, besides: int = 0) -> None:
+    """Look at the object, and make the file.
+
+    Args:
+        besides: Bytes that the disk has to have room for, besides the object's.
+
+    Raises:
+        ImageError: If there is no such object, or it is not what the manifest says.
+        HostError: If it does not fit on the disk.
+        OSError: If the file cannot be made.
+    """
+    size, etag = await _look(client, wanted)
+    await arrival.begin(size, etag)
+    needed = sum(end - start for start, end in arrival.missing) + besides
+    _check_space(arrival.path, wanted.uri, needed)
+
+
+async def transfer(client: Any, wanted: Wanted, arrival: Arrival) -> None:
+    """Download what is missing of an object, after `begin()`.
+
+    Raises:
+        ImageError: If it cannot be had; what has arrived stays, for another try.
+        OSError: If it cannot be written.
+    """
+    step = max(SMALLEST_PART, min(LARGEST_PART, arrival.size // (2 * CONNECTIONS)))
+    parts = deque(
+        Part(at, min(at + step, end))
+        for start, end in arrival.missing
+        for at in range(start, end, step)
+    )
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(arrival.keep_saving)
+            async with anyio.create_task_group() as workers:
+                for _ in range(min(CONNECTIONS, len(parts))):
+                    workers.start_soon(_work, client, wanted, arrival, parts)
+                    await asyncio.sleep(0)  # to sign all requests in one go would be too long
+            group.cancel_scope.cancel()
+    except* Exception as errors:
+        raise first_of(errors) from None
+    finally:
+        await settle(_save(arrival))
+
+
+async def _save(arrival: Arrival) -> None:
+    try:
+        await arrival.save()
+    except OSError as error:  # a full disk: the next try asks for more than it would have to
+        logger.warning("what has arrived of %s could not be noted: %s", arrival.path, error)
+
+
+async def _look(client: Any, wanted: Wanted) -> tuple[int, str]:
+    """The object's size and ETag.
+
+    Raises:
+        ImageError: If there is none, or it is not what the manifest says.
+    """
+    where = {"Bucket": wanted.bucket, "Key": wanted.key}
+    try:
+        try:
+            head = await client.head_object(**where)
+        except client.exceptions.ClientError:
+            # Such an answer has no body that says why. One that has:
+            answer = await client.get_object(**where, Range="bytes=0-0")
+            answer["Body"].close()
+            raise
+    except Exception as error:
+        raise explained(error, wanted.uri) from error
+    size, etag = int(head["ContentLength"]), str(head.get("ETag", ""))
+    if wanted.size is not None and size != wanted.size:
+        raise ImageError(
+            f"{wanted.uri} has {size} bytes, and its manifest says {wanted.size}: it was changed "
+            "or cut off since; publish it again."
+        )
+    if not 0 < size <= wanted.largest:
+        raise ImageError(f"{wanted.uri} has {size} bytes: from 1 to {wanted.largest} can be used.")
+    return size, etag
+
+
+def _check_space(path: Path, uri: str, needed: int) -> None:
+    status = os.statvfs(path.parent)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise HostError(
+            f"{uri} does not fit into {str(path.parent)!r}: {needed} bytes are needed, and {free} "
+            "are free. Free some (smolvm-async image prune), or set SMOLVM_IMAGE_DIR to another "
+            "disk."
+        )
+
+
+async def _work(client: Any, wanted: Wanted, arrival: Arrival, parts: deque[Part]) -> None:
+    import aiofiles
+
+    async with aiofiles.open(arrival.path, "r+b", buffering=0) as file:
+        while parts:
+            part = parts.popleft()
+            await file.seek(part.at)
+            failures = 0
+            while part.at < part.end:
+                before = part.at
+                try:
+                    async with _slot():
+                        await _stream(client, wanted, arrival, part, file)
+                except BrokenAnswerError as error:
+                    failures = 1 if part.at > before else failures + 1
+                    if failures > PATIENCE:
+                        raise ImageError(
+                            f"{wanted.uri}: its download broke off {failures} times in a row "
+                            f"({error}). What has arrived is kept, and the next try goes on there."
+                        ) from error
+                    logger.info("%s, again from byte %d on: %s", wanted.uri, part.at, error)
+                    await asyncio.sleep(_backoff(failures))
+
+
+def _backoff(failures: int) -> float:
+    longest: float = min(MAX_BACKOFF, BACKOFF * 2 ** (failures - 1))
+    return longest * random.uniform(0.5, 1.0)
+
+
+async def _stream(client: Any, wanted: Wanted, arrival: Arrival, part: Part, file: Any) -> None:
+    """Write what comes of a part, in pieces; what had come before a failure counts."""
+    async with aclosing(_pieces(client, wanted, arrival, part)) as pieces:
+        async for piece in pieces:
+            view = memoryview(piece)
+            while view:  # the system may take less than all
+                view = view[await settle(file.write(view)) :]
+            arrival.add(part.at, part.at + len(piece))
+            part.at += len(piece)
+
+
+async def _pieces(
+    client: Any, wanted: Wanted, arrival: Arrival, part: Part
+) -> AsyncGenerator[bytes]:
+    """The bytes of a part as they come, some at a time.
+
+    Raises:
+        BrokenAnswerError: If they break off; whatever has come before was yielded.
+        ImageError: If they cannot be had.
+    """
+    left = part.end - part.at
+    held: list[bytes] = []
+    failure: Exception | None = None
+    amount = 0
+    body = await _ask(client, wanted, arrival, part)
+    try:
+        while left > 0 and (data := await body.read(PIECE)):
+            data = data[:left]
+            held.append(data)
+            left, amount = left - len(data), amount + len(data)
+            if amount >= PIECE or not left:
+                yield b"".join(held)
+                held, amount = [], 0
+    except (BrokenAnswerError, ImageError, GeneratorExit):
+        raise
+    except Exception as error:
+        failure = error
+    finally:
+        body.close()  # the connection goes with it, unless all has come
+    if held:
+        yield b"".join(held)
+    if failure is not None:
+        raise BrokenAnswerError(f"{type(failure).__name__}: {failure}") from failure
+    if left:
+        raise BrokenAnswerError(f"it ended {left} bytes before it had promised to")
+
+
+async def _ask(client: Any, wanted: Wanted, arrival: Arrival, part: Part) -> Any:
+    """Ask for a part; its body."""
+    options = {"IfMatch": arrival.etag} if arrival.etag else {}
+    span = f"bytes={part.at}-{part.end - 1}"
+    try:
+        answer = await client.get_object(
+            Bucket=wanted.bucket, Key=wanted.key, Range=span, **options
+        )
+    except Exception as error:
+        meant = explained(error, wanted.uri)
+        if is_passing(error):
+            raise BrokenAnswerError(str(meant)) from error
+        raise meant from error
+    try:
+        _check_answer(answer, wanted, arrival, part)
+    except BaseException:
+        answer["Body"].close()
+        raise
+    return answer["Body"]
+
+
+def _check_answer(answer: Any, wanted: Wanted, arrival: Arrival, part: Part) -> None:
+    whole = (part.at, part.end) == (0, arrival.size)
+    if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 and not whole:
+        raise ImageError(
+            f"{wanted.uri}: the server sends all of it where a range was asked for (status "
+            f"{answer['ResponseMetadata']['HTTPStatusCode']}, not 206): use one that knows Range."
+        )
+    if answer.get("ETag", arrival.etag) != arrival.etag:
+        raise ImageError(f"{wanted.uri} was changed while it was downloaded: try again.")
+    span = f"bytes {part.at}-{part.end - 1}/{arrival.size}"
+    got, length = answer.get("ContentRange", span), answer.get("ContentLength")
+    if got != span or length not in (None, part.end - part.at):
+        raise BrokenAnswerError(f"it announces {got} in {length} bytes, where {span} was asked for")
+
+
+def first_of(errors: BaseExceptionGroup[Exception]) -> Exception:
+    """The first error of a task group that failed."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error

@@ -1,0 +1,96 @@
+"""One file → one object: in parts if it is large, all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+
+from smolvm_async.images.s3.download import first_of
+from smolvm_async.images.s3.sentences import explained
+from smolvm_async.shielding import in_background, settle
+
+PART = 5 << 20  # bytes; S3's least, and signing more would keep the event loop for long
+MAX_PARTS = 9_000  # S3 takes 10,000
+WORKERS = 4
+DIGEST = "sha256"  # in the object's metadata: what is there already is not sent again
+
+
+async def upload(
+    client: Any, bucket: str, key: str, fd: int, digest: str, on_bytes: Callable[[int], None]
+) -> None:
+    """Upload the open file `fd`, unless the object is there already.
+
+    Args:
+        digest: The file's SHA-256.
+        on_bytes: Told how many bytes of it are there.
+
+    Raises:
+        ImageError: If it cannot be done; no part of it is left there.
+    """
+    size = os.fstat(fd).st_size
+    try:
+        if not await _is_there(client, bucket, key, size, digest):
+            where = {"Bucket": bucket, "Key": key}
+            metadata = {DIGEST: digest}
+            if size <= PART:
+                body = await in_background(os.pread, fd, size, 0)
+                await client.put_object(**where, Body=body, Metadata=metadata)
+            else:
+                await _upload_parts(client, where, metadata, fd, size, on_bytes)
+    except Exception as error:
+        raise explained(error, f"s3://{bucket}/{key}") from error
+    on_bytes(size)
+
+
+async def _is_there(client: Any, bucket: str, key: str, size: int, digest: str) -> bool:
+    try:
+        head = await client.head_object(Bucket=bucket, Key=key)
+    except client.exceptions.ClientError:
+        return False  # or it may not be read; writing it will show
+    return bool(head["ContentLength"] == size and head.get("Metadata", {}).get(DIGEST) == digest)
+
+
+async def _upload_parts(
+    client: Any,
+    where: dict[str, str],
+    metadata: dict[str, str],
+    fd: int,
+    size: int,
+    on_bytes: Callable[[int], None],
+) -> None:
+    begun = await client.create_multipart_upload(**where, Metadata=metadata)
+    upload_id = {"UploadId": begun["UploadId"]}
+    step = max(PART, -(-size // MAX_PARTS))
+    starts = deque(enumerate(range(0, size, step), 1))
+    tags: dict[int, str] = {}
+    sent = 0
+
+    async def work() -> None:
+        nonlocal sent
+        while starts:
+            number, start = starts.popleft()
+            body = await in_background(os.pread, fd, min(step, size - start), start)
+            part = await client.upload_part(**where, **upload_id, PartNumber=number, Body=body)
+            tags[number] = part["ETag"]
+            sent += len(body)
+            on_bytes(sent)
+
+    try:
+        try:
+            async with anyio.create_task_group() as workers:
+                for _ in range(WORKERS):
+                    workers.start_soon(work)
+        except* Exception as errors:
+            raise first_of(errors) from None
+        parts = [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]
+        await client.complete_multipart_upload(
+            **where, **upload_id, MultipartUpload={"Parts": parts}
+        )
+    except BaseException:
+        # What was sent would be kept, and charged for, without ever being seen.
+        await settle(client.abort_multipart_upload(**where, **upload_id))
+        raise

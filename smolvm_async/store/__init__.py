@@ -1,0 +1,9 @@
+"""The cache of published images: by content, downloaded once, never removed from under a VM."""
+
+from __future__ import annotations
+
+from smolvm_async.store.images import CachedImage, ImageStore
+from smolvm_async.store.layout import Published
+from smolvm_async.store.tidying import Damage
+
+__all__ = ["CachedImage", "Damage", "ImageStore", "Published"]
