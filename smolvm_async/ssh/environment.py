@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 from smolvm_async.checks import check_env, shown
 from smolvm_async.errors import ConfigError, FileTransferError
 from smolvm_async.ssh.commands import Reach
+from smolvm_async.ssh.files import explained
 from smolvm_async.ssh.script import ENV_FILE, exports, parse_exports
 
 if TYPE_CHECKING:
     from asyncssh import SFTPClient
+
+FILE = f"the variables in ~/{ENV_FILE}"  # for messages
 
 
 class Environment:
@@ -27,7 +30,7 @@ class Environment:
         """See `AsyncSmolVM.set_env_vars()`."""
         wanted = check_env(env, "env_vars")
         link = await self._reach()
-        async with self._turn, link.sftp() as sftp:
+        async with self._turn, explained(link, FILE), link.sftp() as sftp:
             known = await _read(sftp) if merge else {}
             await _write(sftp, {**known, **wanted})
         return sorted({**known, **wanted})
@@ -38,7 +41,7 @@ class Environment:
             raise ConfigError(f"names={shown(names)} is wrong: pass a list of names.")
         wanted = list(check_env(dict.fromkeys(names, ""), "names"))
         link = await self._reach()
-        async with self._turn, link.sftp() as sftp:
+        async with self._turn, explained(link, FILE), link.sftp() as sftp:
             known = await _read(sftp)
             removed = {name: known.pop(name) for name in wanted if name in known}
             if removed:
@@ -48,12 +51,12 @@ class Environment:
     async def list(self) -> dict[str, str]:
         """See `AsyncSmolVM.list_env_vars()`."""
         link = await self._reach()
-        async with link.sftp() as sftp:
+        async with explained(link, FILE), link.sftp() as sftp:
             return await _read(sftp)
 
 
 async def _read(sftp: SFTPClient) -> dict[str, str]:
-    from asyncssh import SFTPError, SFTPNoSuchFile
+    from asyncssh import SFTPNoSuchFile
 
     try:
         async with sftp.open(ENV_FILE, "rb") as file:
@@ -62,17 +65,16 @@ async def _read(sftp: SFTPClient) -> dict[str, str]:
         return parse_exports(content.decode(errors="surrogateescape"))
     except SFTPNoSuchFile:
         return {}
-    except (SFTPError, ValueError) as error:
-        raise FileTransferError(f"~/{ENV_FILE} cannot be read in the guest: {error}") from error
+    except ValueError as error:
+        raise FileTransferError(
+            f"it is no longer what this library has written: {error}"
+        ) from error
 
 
 async def _write(sftp: SFTPClient, env: Mapping[str, str]) -> None:
-    from asyncssh import SFTPAttrs, SFTPError
+    from asyncssh import SFTPAttrs
 
     new = f"{ENV_FILE}.{secrets.token_hex(4)}"
-    try:
-        async with sftp.open(new, "xb", attrs=SFTPAttrs(permissions=0o600)) as file:
-            await file.write(exports(env).encode(errors="surrogateescape"))
-        await sftp.posix_rename(new, ENV_FILE)
-    except SFTPError as error:
-        raise FileTransferError(f"~/{ENV_FILE} cannot be written in the guest: {error}") from error
+    async with sftp.open(new, "xb", attrs=SFTPAttrs(permissions=0o600)) as file:
+        await file.write(exports(env).encode(errors="surrogateescape"))
+    await sftp.posix_rename(new, ENV_FILE)

@@ -45,7 +45,7 @@ class Files:
         target = _guest_path(guest_path)
         tree = await in_background(_local_source, source)
         link = await self._reach()
-        async with _explained(link, f"{str(source)!r} to {target!r}"), link.sftp() as sftp:
+        async with explained(link, f"{str(source)!r} to {target!r}"), link.sftp() as sftp:
             if target.endswith("/") or await sftp.isdir(target):
                 target = f"{target.rstrip('/')}/{source.name}"
             parent = str(PurePosixPath(target).parent)
@@ -78,7 +78,7 @@ class Files:
                 raise ConfigError("guest_path='/' has no name of its own: name local_path's end.")
             target /= name
         link = await self._reach()
-        async with _explained(link, f"{source!r} to {str(target)!r}"), link.sftp() as sftp:
+        async with explained(link, f"{source!r} to {str(target)!r}"), link.sftp() as sftp:
             tree = await guest_tree(sftp, source)
             size = _size(tree)
             if max_bytes is not None and size > max_bytes:
@@ -122,13 +122,13 @@ async def _clean(transfer: ToGuest | FromGuest) -> None:
 
 
 @asynccontextmanager
-async def _explained(link: Link, what: str) -> AsyncIterator[None]:
+async def explained(link: Link, what: str) -> AsyncIterator[None]:
     """What fails is told in the same words, whichever side it was."""
     import asyncssh
 
     try:
         yield
-    except (asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost) as error:
+    except (asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost, ConnectionError) as error:
         raise link.lost() from error
     except asyncssh.Error as error:
         if isinstance(error, asyncssh.DisconnectError | asyncssh.ChannelOpenError):

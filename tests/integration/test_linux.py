@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from smolvm_async import (
     FileTransferError,
     Status,
     UnsupportedError,
+    VMCrashedError,
     VMNotRunningError,
 )
 from smolvm_async.images.debian import DebianImage, build_debian
@@ -381,3 +383,42 @@ async def test_a_port_that_never_speaks_costs_a_moment(tmp_path: Path) -> None:
         began = time.monotonic()
         assert await Link("silent", access).connect() is False
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("stage", ["firmware", "operating_system", "ready", "a command runs"])
+async def test_what_is_cancelled_at_any_stage_leaves_nothing(
+    linux: Any, data_dir: Path, stage: str
+) -> None:
+    begun = asyncio.Event()
+
+    async def use() -> None:
+        async with linux(env={"A": "1"}) as vm:
+            if stage != "a command runs":
+                await vm.wait_for(stage)
+                begun.set()
+            async with vm.run_stream("echo begun; sleep 1000") as lines:
+                async for _ in lines:
+                    begun.set()
+
+    using = asyncio.ensure_future(use())
+    await begun.wait()
+    using.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await using
+    assert not [*data_dir.iterdir()]
+
+
+async def test_a_qemu_that_dies_ends_what_goes_on_in_its_guest(linux: Any, tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(os.urandom(30 << 20))
+    with pytest.raises(VMCrashedError):
+        async with linux() as vm:
+            work = [
+                asyncio.ensure_future(vm.run("sleep 1000", timeout=None)),
+                asyncio.ensure_future(vm.upload_file(tmp_path / "big", "/root/big")),
+            ]
+            await vm.run("true")
+            os.kill(vm._vm.run._children[-1].identity.pid, signal.SIGKILL)
+            await asyncio.wait(work)
+    outcomes = await asyncio.gather(*work, return_exceptions=True)
+    wanted = (ConnectionLostError, VMCrashedError)
+    assert [outcome for outcome in outcomes if not isinstance(outcome, wanted)] == []
