@@ -124,22 +124,29 @@ async def _clean(transfer: ToGuest | FromGuest) -> None:
 @asynccontextmanager
 async def explained(link: Link, what: str) -> AsyncIterator[None]:
     """What fails is told in the same words, whichever side it was."""
-    import asyncssh
-
     try:
         yield
-    except (asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost, ConnectionError) as error:
-        raise link.lost() from error
-    except asyncssh.Error as error:
-        if isinstance(error, asyncssh.DisconnectError | asyncssh.ChannelOpenError):
-            raise link.lost() from error
-        raise FileTransferError(f"{what}: the guest says: {error}") from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise _full("this host's", what) from error
-        raise FileTransferError(f"{what}: {error}") from error
-    except FileTransferError as error:
-        raise FileTransferError(f"{what}: {error}") from error
+    except Exception as error:
+        told = _told(error, link, what)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _told(error: Exception, link: Link, what: str) -> Exception | None:
+    """What to raise instead, if anything."""
+    import asyncssh  # not before there is a connection: that imports it in a thread
+
+    lost = (asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost, asyncssh.DisconnectError)
+    if isinstance(error, (*lost, asyncssh.ChannelOpenError, ConnectionError)):
+        return link.lost()
+    if isinstance(error, asyncssh.Error):
+        return FileTransferError(f"{what}: the guest says: {error}")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _full("this host's", what)
+    if isinstance(error, OSError | FileTransferError):
+        return FileTransferError(f"{what}: {error}")
+    return None
 
 
 async def _is_full(sftp: SFTPClient, directory: str, error: BaseException) -> bool:

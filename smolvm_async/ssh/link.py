@@ -88,11 +88,11 @@ class Link:
         Raises:
             ConnectionLostError: If the guest does not answer.
         """
-        from asyncssh import ChannelOpenError, Error
-
         tries = 0
         while True:
             connection = await self._patiently_connected()
+            from asyncssh import ChannelOpenError, Error  # imported in a thread by now
+
             learnt = await self._sessions.enter()
             on_turn(True)
             opening = asyncio.ensure_future(opener(connection))
@@ -167,9 +167,9 @@ class Link:
         Raises:
             ConnectionLostError: If the guest does not answer.
         """
+        connection, second = await self._patiently_connected(), None
         from asyncssh import ChannelOpenError
 
-        connection, second = await self._patiently_connected(), None
         try:
             try:
                 opened = await opener(connection)
