@@ -21,8 +21,8 @@ from typing import NamedTuple
 import pytest
 
 from smolvm_async import process
+from smolvm_async.images.builders import search_path
 from smolvm_async.images.packages import exclusive
-from smolvm_async.images.stand_in.disk import search_path
 from smolvm_async.images.workshop import key_of, workshop
 from smolvm_async.paths import xdg_home
 from smolvm_async.shielding import in_background

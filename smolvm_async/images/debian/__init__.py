@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 from smolvm_async.errors import HostError
+from smolvm_async.images.builders import distribution, search_path
 from smolvm_async.images.debian.builder import Builder, DebianImage
-from smolvm_async.images.stand_in import disk, system
 from smolvm_async.paths import xdg_home
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.shielding import in_background
@@ -70,8 +70,8 @@ def check_host() -> None:
     Raises:
         HostError: It says what is missing.
     """
-    system.distribution("The built-in Linux")
-    missing = [name for name in PROGRAMS if shutil.which(name, path=disk.search_path()) is None]
+    distribution("The built-in Linux")
+    missing = [name for name in PROGRAMS if shutil.which(name, path=search_path()) is None]
     if missing:
         wanted = " ".join(sorted({PROGRAMS[name] for name in missing}))
         raise HostError(

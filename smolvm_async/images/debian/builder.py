@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import HostError
-from smolvm_async.images import boot_files, packages
+from smolvm_async.images import boot_files, builders, packages
 from smolvm_async.images.debian import disk, root
-from smolvm_async.images.stand_in import system
 from smolvm_async.images.workshop import Steps, key_of, workshop
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.shielding import in_background
@@ -134,6 +133,6 @@ class Builder:
 def _recipe() -> str:
     """A digest of all that decides, besides the packages, what comes out."""
     here = Path(__file__).parent
-    shared = [Path(str(module.__file__)) for module in (packages, boot_files)]
+    shared = [Path(str(module.__file__)) for module in (packages, boot_files, builders)]
     sources = [*shared, *here.glob("*.py"), *here.glob("guest/*")]
-    return key_of(system.release(), BOOT_ARGS, *(path.read_text() for path in sorted(sources)))
+    return key_of(builders.release(), BOOT_ARGS, *(path.read_text() for path in sorted(sources)))

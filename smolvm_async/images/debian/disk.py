@@ -11,7 +11,7 @@ from smolvm_async import process
 from smolvm_async.errors import CommandError
 from smolvm_async.guests.linux import DEBIAN
 from smolvm_async.host import choose_accelerator
-from smolvm_async.images.stand_in.disk import MKE2FS_CONF, search_path
+from smolvm_async.images.builders import MKE2FS_CONF, search_path
 from smolvm_async.progress import Progress
 
 SIZE = "10G"  # sparse: what is not used takes no room

@@ -19,8 +19,8 @@ from smolvm_async.images.boot_files import (
     modules,
     newc,
 )
+from smolvm_async.images.builders import CLOUD_KERNELS, distribution
 from smolvm_async.images.debian.kernel import uncompressed
-from smolvm_async.images.stand_in import system
 from smolvm_async.shielding import in_background
 
 GUEST = Path(__file__).parent / "guest"
@@ -58,7 +58,7 @@ dpkg-deb --fsys-tarfile "$1" | tar --extract --directory=tree --preserve-permiss
 
 async def package_names(cache: Path) -> list[str]:
     """The packages to fetch, once the lists in `cache` are there."""
-    kernel = system.PLAIN.kernels[system.distribution("The built-in Linux")]
+    kernel = CLOUD_KERNELS[distribution("The built-in Linux")]
     needed = await packages.dependencies([kernel], cache)
     images = [name for name in needed if re.match(r"linux-(image|modules)-\d", name)]
     return [*await packages.installation(WANTED, cache), *images, "busybox-static"]

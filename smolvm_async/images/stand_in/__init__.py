@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smolvm_async.errors import ConfigError, HostError
-from smolvm_async.images.stand_in import disk, system
+from smolvm_async.images.builders import distribution, search_path
+from smolvm_async.images.stand_in import system
 from smolvm_async.images.stand_in.builder import Builder
 from smolvm_async.paths import xdg_home
 from smolvm_async.progress import ProgressCallback
@@ -104,8 +105,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 def _check_host() -> None:
     """Ask for what the build needs before anything is made."""
-    system.distribution()
-    path = disk.search_path()
+    distribution("The stand-in")
+    path = search_path()
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     for name in ("apt-get", "dpkg-deb"):
         if name in missing:

@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from smolvm_async.images import boot_files, packages
+from smolvm_async.images import boot_files, builders, packages
 from smolvm_async.images.stand_in import disk, system
 from smolvm_async.images.workshop import Steps, key_of, workshop
 from smolvm_async.progress import ProgressCallback
@@ -130,10 +130,11 @@ def _recipe(flavour: system.Flavour) -> str:
     sources = [
         Path(packages.__file__),
         Path(boot_files.__file__),
+        Path(builders.__file__),
         *here.glob("*.py"),
         *here.glob("guest/*.sh"),
     ]
-    return key_of(system.release(), flavour.name, *(path.read_text() for path in sorted(sources)))
+    return key_of(builders.release(), flavour.name, *(path.read_text() for path in sorted(sources)))
 
 
 def _keep(made: Path, name: Path) -> None:

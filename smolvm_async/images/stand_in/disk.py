@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smolvm_async import process
+from smolvm_async.images.builders import MKE2FS_CONF, search_path
 from smolvm_async.shielding import in_background
 
 EPOCH = 1_704_067_200  # 2024-01-01, the date of every file
@@ -31,18 +32,6 @@ label-id: {DISK_ID}
 unit: sectors
 start={ESP_START // SECTOR}, size={ESP_SIZE // SECTOR}, type=U, uuid={ESP_ID}, name=esp
 start={ROOT_START // SECTOR}, size={ROOT_SIZE // SECTOR}, type=L, uuid={ROOT_ID}, name=root
-"""
-
-# In place of the host's /etc/mke2fs.conf, which differs from release to release.
-MKE2FS_CONF = """\
-[defaults]
-blocksize = 4096
-inode_size = 256
-base_features = sparse_super,large_file,filetype,dir_index
-[fs_types]
-ext4 = {
-    features = has_journal,extent,extra_isize,metadata_csum
-}
 """
 
 # The signed GRUB looks for its configuration in its distribution's own directory.
@@ -133,8 +122,3 @@ def grub_configuration(kernel_arguments: Sequence[str]) -> str:
 
 async def _run(work: Path, *argv: str | Path) -> None:
     await process.run(argv, cwd=work, env={**_ENVIRONMENT, "PATH": search_path()})
-
-
-def search_path() -> str:
-    """PATH with the directories of sfdisk and mke2fs, which an ordinary user's may lack."""
-    return os.pathsep.join(filter(None, [os.environ.get("PATH"), "/usr/sbin", "/sbin"]))

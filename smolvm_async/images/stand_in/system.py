@@ -7,7 +7,6 @@ Two directories are made from the unpacked packages: `esp`, what the EFI system 
 from __future__ import annotations
 
 import asyncio
-import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from smolvm_async.images.boot_files import (
     modules,
     newc,
 )
+from smolvm_async.images.builders import CLOUD_KERNELS, distribution
 from smolvm_async.shielding import in_background
 
 GUEST_SCRIPTS = Path(__file__).parent / "guest"
@@ -58,7 +58,7 @@ class Flavour(NamedTuple):
     scripts: tuple[str, ...] = ()
 
 
-PLAIN = Flavour("plain", {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"})
+PLAIN = Flavour("plain", CLOUD_KERNELS)
 DESKTOP = Flavour(  # kernels for clouds have no USB
     "desktop",
     {"debian": "linux-image-amd64", "ubuntu": "linux-image-generic"},
@@ -67,33 +67,10 @@ DESKTOP = Flavour(  # kernels for clouds have no USB
 )
 
 
-def release() -> list[str]:
-    """This host's distribution, those it descends from, and its version."""
-    try:
-        fields = platform.freedesktop_os_release()
-    except OSError:
-        return []
-    return [fields["ID"], *fields.get("ID_LIKE", "").split(), fields.get("VERSION_ID", "")]
-
-
-def distribution(image: str = "The stand-in") -> str:
-    """`debian` or `ubuntu`, whichever this host is or descends from.
-
-    Raises:
-        HostError: If it is neither.
-    """
-    for name in release():
-        if name in PLAIN.kernels and platform.machine() == "x86_64":
-            return name
-    raise HostError(
-        f"{image} is built from Debian's or Ubuntu's x86-64 packages and needs such a host."
-    )
-
-
 async def package_names(cache: Path, flavour: Flavour) -> list[str]:
     """The packages to fetch, once the lists in `cache` are there."""
     agent = await packages.dependencies(["qemu-guest-agent"], cache)
-    kernel = await packages.dependencies([flavour.kernels[distribution()]], cache)
+    kernel = await packages.dependencies([flavour.kernels[distribution("The stand-in")]], cache)
     return [
         *SIGNED,
         "busybox-static",
