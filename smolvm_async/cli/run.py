@@ -28,8 +28,8 @@ def run(
         str | None,
         typer.Argument(
             metavar="[IMAGE]",
-            help="A qcow2 to start from, or s3://BUCKET/PREFIX/. Left out, the built-in Debian; or, "
-            "with --id alone, the kept VM of that id, to boot it again.",
+            help="A qcow2 to start from, or s3://BUCKET/PREFIX/. Left out, the built-in Debian; "
+            "or, with --id alone, the kept VM of that id, to boot it again.",
         ),
     ] = None,
     os: Annotated[
