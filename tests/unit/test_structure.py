@@ -241,7 +241,7 @@ def documented(value: object) -> bool:
     """Whether it has a docstring of its own (a dataclass without one is given its signature)."""
     assert inspect.isclass(value) or inspect.isfunction(value)
     (node,) = ast.parse(inspect.getsource(value)).body
-    assert isinstance(node, ast.ClassDef | ast.FunctionDef)
+    assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     return bool(ast.get_docstring(node))
 
 
