@@ -33,8 +33,8 @@ async def main(uri: str, directory: str | None) -> None:
     async with AsyncSmolVM(image=uri, on_progress=show) as vm:
         for image in await ImageStore().list():
             print(f"here: {image.name} ({image.os}, {image.size >> 20} MiB) {image.uri}")
-        state = await vm.wait_for("ready")
-        print(f"{vm.vm_id} is {state}.")
+        reached = await vm.wait_for("ready")
+        print(f"{vm.vm_id} is {reached.state}: {reached.evidence}.")
 
 
 if __name__ == "__main__":

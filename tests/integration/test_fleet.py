@@ -29,7 +29,7 @@ from smolvm_async.fleet import memory
 from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import Memory
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100, func_only=True)]
 
 Template = Mapping[str, Any]
 

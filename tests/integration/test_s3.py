@@ -30,6 +30,7 @@ from smolvm_async import (
     VMNotRunningError,
     push_image,
 )
+from smolvm_async.images import qcow2
 from smolvm_async.images.debian import build_debian
 from smolvm_async.record import Status
 from tests.conftest import fill_up
@@ -678,6 +679,24 @@ async def test_a_linux_guest_boots_from_s3_and_again_offline(
         assert (await again.run("cat /root/kept", timeout=240)).stdout == "here\n"
     await again.delete()
     assert await ImageStore().remove(debian)
+
+
+async def test_a_raw_disk_of_the_synchronous_package_is_given_to_qemu_as_such(
+    server: str, proxy: Proxy, data_dir: Path, tmp_path: Path
+) -> None:
+    built = await build_debian()
+    content = {"kernel": built.kernel.read_bytes(), "rootfs": b"first".ljust(MIB, b"x")}
+    manifest = {"name": "raw"}
+    for part, data in content.items():
+        await put(server, f"{tmp_path.name}/{part}", data)
+        manifest |= {part: part, f"{part}_sha256": hashlib.sha256(data).hexdigest()}
+    uri = await put(server, f"{tmp_path.name}/raw.json", json.dumps(manifest).encode())
+    # With another driver QEMU would not start on these bytes; with the right one it does.
+    async with AsyncSmolVM(image=uri, accel="tcg", data_dir=data_dir) as vm:
+        head = (data_dir / vm.vm_id / "overlay.qcow2").read_bytes()
+        assert qcow2.parse(head[:512], len(head)).virtual_size == MIB
+        assert vm.status is Status.RUNNING
+        await vm.stop(0)
 
 
 async def test_a_vm_that_is_not_kept_holds_its_image_while_it_runs(

@@ -147,9 +147,9 @@ def test_what_is_wrong_is_told(values: object, words: str) -> None:
     "content",
     [
         *(b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": 1, "a": 2}', b"NaN", b"9" * 5000),
-        b" " * (MAX_MANIFEST + 1),
+        *(b" " * (MAX_MANIFEST + 1), b'{"a": 1e999}'),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_what_is_no_json_is_told(content: bytes) -> None:
     with pytest.raises(ImageError, match="no manifest that can be used"):
