@@ -22,6 +22,7 @@ from smolvm_async.errors import (
     MemberFailedError,
     MonitorError,
     PictureError,
+    RemoteError,
     SmolVMError,
     UnsupportedError,
     VMAlreadyExistsError,
@@ -29,6 +30,7 @@ from smolvm_async.errors import (
     VMNotFoundError,
     VMNotRunningError,
     VMTimeoutError,
+    WorkerLostError,
 )
 from smolvm_async.events import (
     BootState,
@@ -40,7 +42,7 @@ from smolvm_async.events import (
     Reset,
     Shutdown,
 )
-from smolvm_async.fleet import Fleet, FleetStatus, MemberStatus
+from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
 from smolvm_async.progress import Progress
 from smolvm_async.record import Status
 from smolvm_async.registry import VMInfo
@@ -62,6 +64,7 @@ __all__ = [
     "CommandTimeoutError",
     "ConfigError",
     "ConnectionLostError",
+    "DaskFleet",
     "Event",
     "EventStream",
     "FileTransferError",
@@ -84,6 +87,7 @@ __all__ = [
     "PortForward",
     "Progress",
     "Region",
+    "RemoteError",
     "Reset",
     "Rung",
     "Screenshot",
@@ -100,4 +104,5 @@ __all__ = [
     "VMNotFoundError",
     "VMNotRunningError",
     "VMTimeoutError",
+    "WorkerLostError",
 ]
