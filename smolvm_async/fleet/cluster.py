@@ -98,12 +98,12 @@ class DaskFleet:
             raise ConfigError("this DaskFleet was entered before: make a new one.")
         self._pickled = dumps(self._template)
         client = await self._connect()
+        crew = Crew(client, self._need, self._most)
         try:
-            crew = Crew(client, self._need, self._most)
             await crew.begin()
             self._check_room(crew)
         except BaseException:
-            await settle(client.close())
+            await settle(self._leave(crew))
             raise
         self._crew = crew
         return self
@@ -166,7 +166,7 @@ class DaskFleet:
         how = self._on_error if on_error is None else check_on_error(on_error)
         order = (self._id, self._pickled, self._need, self._until, pickled)
         call: RemoteJobs[T, R] = RemoteJobs(self._crew, *order, Items(items), tries, rerun)
-        self._calls.append(call)
+        self._calls = [*(other for other in self._calls if not other.over), call]
         return call.results(1, in_order, how)
 
     async def _connect(self) -> Any:
@@ -186,9 +186,12 @@ class DaskFleet:
         try:
             await client
             await client.register_plugin(Caretaker())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             await settle(client.close())
-            raise HostError(f"no Dask scheduler can be used at {address}: {error}") from error
+            raise HostError(
+                f"no Dask scheduler with workers can be used at {address}: {error}. All of them "
+                "need smolvm-async[dask]."
+            ) from error
         except BaseException:
             await settle(client.close())
             raise
@@ -205,7 +208,9 @@ class DaskFleet:
             )
 
     async def _leave(self, crew: Crew) -> None:
-        for call in self._calls:
-            await call.end()
-        await crew.end(self._pickled)
-        await crew.client.close()
+        try:
+            for call in self._calls:
+                await call.end()
+            await crew.end(self._pickled)
+        finally:
+            await crew.client.close()

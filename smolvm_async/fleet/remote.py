@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 from distributed import KilledWorker
 from distributed.client import FutureCancelledError
@@ -23,6 +23,8 @@ from smolvm_async.shielding import settle
 logger = get_logger(__name__)
 
 ENDING = 30.0  # seconds for the workers to end the VMs of what was cancelled
+V = TypeVar("V")
+
 LOOKING = 1.0  # between two looks at what workers there are
 
 
@@ -70,21 +72,23 @@ class Crew:
         self._lost = False
         self._claimed: dict[str, asyncio.Future[str]] = {}
         self._news = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def begin(self) -> None:
         """Look at the workers, and again whenever some come or go."""
         self.client.subscribe_topic("all", self._on_event)
         await self._look()
-        self._start(self._watch())
+        self.start(self._watch())
 
     async def end(self, template: bytes) -> None:
         """Stop looking; what lost workers have left on disk is removed, if they are back."""
         if self._lost:
             await self.everywhere(prune, template)
-        for task in self._tasks:
+        self.client.unsubscribe_topic("all")
+        tasks = [*self._tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def everywhere(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Have all workers run a function, for as long as they may take."""
@@ -104,10 +108,17 @@ class Crew:
         lost.add_done_callback(lambda _: self._claimed.pop(key, None))
         return lost
 
-    def _start(self, coroutine: Any) -> None:
+    def start(self, coroutine: Coroutine[Any, Any, V]) -> asyncio.Task[V]:
+        """Run something beside, at most until the fleet ends."""
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved, or asyncio would log it
 
     async def _watch(self) -> None:
         while True:
@@ -137,7 +148,7 @@ class Crew:
             self._lost = True
             for name in ("processing-tasks", "lost-computed-tasks"):
                 for key in self._claimed.keys() & set(message.get(name, ())):
-                    self._start(self._give_up(key, message["worker"]))
+                    self.start(self._give_up(key, message["worker"]))
 
     async def _give_up(self, key: str, worker: str) -> None:
         """If a worker that is lost had begun a task, nobody else may: do not wait for it."""
@@ -179,18 +190,23 @@ class RemoteJobs(Stream[R], Generic[T, R]):
         self._need = need
         self._items = items
         self._retries = retries
-        self._over: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
         self._loose = False  # whether a task was left to the workers
+
+    @property
+    def over(self) -> bool:
+        """Whether it was begun, and has ended."""
+        return self._task is not None and self._task.done()
 
     async def end(self) -> None:
         """Cancel what is left of it."""
-        if self._over is not None:
-            self._over.cancel()
-            await settle(asyncio.wait([self._over]))
+        if self._task is not None:
+            self._task.cancel()
+            await settle(asyncio.wait([self._task]))
 
     async def _work(self) -> None:
         """Hand out the items, as there are places."""
-        self._over = asyncio.current_task()
+        self._task = asyncio.current_task()
         doing: set[asyncio.Task[None]] = set()
         try:
             while True:
@@ -246,7 +262,7 @@ class RemoteJobs(Stream[R], Generic[T, R]):
         future = self._crew.client.submit(
             perform, order, key=key, resources={RESOURCE: self._need}, pure=False
         )
-        getting = asyncio.ensure_future(_result(future))
+        getting = self._crew.start(_result(future))
         either: list[asyncio.Future[Any]] = [getting, lost]
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -254,11 +270,14 @@ class RemoteJobs(Stream[R], Generic[T, R]):
                 raise _lost(lost.result())
             return getting.result()
         finally:
-            self._loose |= not getting.done()
-            future.release()  # which has Dask cancel it, if it is not done
             lost.cancel()
-            getting.cancel()
-            await settle(asyncio.wait([getting]))
+            if future.status == "finished" and not getting.done():
+                # Its result is being fetched, together with those of others, whom a cancellation
+                # would hit, too.
+                getting.add_done_callback(lambda _: future.release())
+            else:
+                self._loose |= not getting.done()
+                future.release()  # which has Dask cancel it, if it is not done; `getting` ends
 
 
 async def _result(future: Any) -> Report:

@@ -7,11 +7,11 @@ long as the worker: the parent-death signal of QEMU follows it.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import os
 import threading
 from collections import deque
 from collections.abc import Awaitable, Iterable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -64,7 +64,7 @@ class Site:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._futures: dict[str, concurrent.futures.Future[Report | None]] = {}
+        self._futures: dict[str, Future[Report | None]] = {}
         self._calls: dict[str, str] = {}
         self._over: deque[str] = deque(maxlen=REMEMBERED)
         self._pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()
@@ -81,7 +81,7 @@ class Site:
         """
         if order.call in self._over:
             return Report(errors=[f"the call {order.call} is over."])
-        done: concurrent.futures.Future[Report | None] = concurrent.futures.Future()
+        done: Future[Report | None] = Future()
         self._futures[order.key], self._calls[order.key] = done, order.call
         self._loop.call_soon_threadsafe(self._begin, order, done)
         try:
@@ -109,9 +109,7 @@ class Site:
             self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join)
 
-    async def _ended(
-        self, key: str, done: concurrent.futures.Future[Report | None]
-    ) -> Report | None:
+    async def _ended(self, key: str, done: Future[Report | None]) -> Report | None:
         waiting = asyncio.wrap_future(done)
         try:
             return await asyncio.shield(waiting)
@@ -139,7 +137,7 @@ class Site:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
-    def _begin(self, order: Order, done: concurrent.futures.Future[Report | None]) -> None:
+    def _begin(self, order: Order, done: Future[Report | None]) -> None:
         task = self._loop.create_task(self._do(order), name=order.key)
         self._tasks[order.key] = task
 

@@ -55,7 +55,8 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self.scheduler = self._start("dask_scheduler", "--port", "0", "--no-dashboard")
+        ports = ("--port", "0", "--dashboard-address", "127.0.0.1:0")
+        self.scheduler = self._start("dask_scheduler", *ports, "--no-dashboard")
         self.address = self._find("scheduler-0.log", "Scheduler at:")
         self.workers: list[subprocess.Popen[bytes]] = []
 
@@ -357,9 +358,17 @@ async def test_a_failure_cancels_the_rest(
         assert not [*data_dir.iterdir()]
 
 
-@pytest.mark.parametrize("rerun", [True, False])
+@pytest.mark.parametrize(
+    ("number", "rerun"),
+    [(signal.SIGKILL, True), (signal.SIGKILL, False), (signal.SIGTERM, True)],
+)
 async def test_a_worker_is_killed(
-    mortal: Cluster, blank: Template, data_dir: Path, tmp_path: Path, rerun: bool
+    mortal: Cluster,
+    blank: Template,
+    data_dir: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    rerun: bool,
 ) -> None:
     async def job(vm: AsyncSmolVM, item: int) -> tuple[int, int]:
         """The first four stay, on the worker that is to be killed for ever."""
@@ -386,7 +395,7 @@ async def test_a_worker_is_killed(
         victim, other = (worker.pid for worker in mortal.workers)
         theirs = [vm_id for vm_id, pid in begun(tmp_path).items() if pid == victim]
         assert len(theirs) == 2
-        os.kill(victim, signal.SIGKILL)
+        os.kill(victim, number)
         await until(lambda: not any(processes(data_dir / vm_id) for vm_id in theirs))
         (tmp_path / "go").touch()
         async with asyncio.timeout(WITHIN):
@@ -399,6 +408,77 @@ async def test_a_worker_is_killed(
         assert isinstance(failure.__cause__, WorkerLostError)
         assert "rerun=False" in str(failure)
     assert not [*data_dir.iterdir()]  # pruned
+
+
+async def test_a_worker_is_killed_while_vms_boot(
+    mortal: Cluster, blank: Template, data_dir: Path
+) -> None:
+    """They boot for ever: there is no operating system."""
+    async with DaskFleet(mortal.address, blank, until="operating_system") as fleet:
+        await joined(fleet, 2)
+        draining = asyncio.ensure_future(drain(fleet.map(ident, range(8))))
+        await until(lambda: len(processes(data_dir)) == 4)
+        mortal.workers[0].kill()
+        await until(lambda: len(processes(data_dir)) == 2)
+        draining.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await draining
+        assert not processes(data_dir)
+    assert not [*data_dir.iterdir()]
+
+
+async def test_a_job_that_kills_its_workers_fails(
+    tmp_path: Path, blank: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def job(vm: AsyncSmolVM, item: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "1")
+    with running_cluster(tmp_path / "dask", workers=3) as cluster:
+        async with fleet_on(cluster, blank) as fleet:
+            await joined(fleet, 3)
+            with pytest.raises(ExceptionGroup) as caught:
+                await drain(fleet.map(job, [1], retries=3))
+            assert await drain(fleet.map(ident, [2]))
+    (failure,) = caught.value.exceptions
+    assert isinstance(failure, JobFailedError)
+    assert failure.attempts == 1
+    assert isinstance(failure.__cause__, WorkerLostError)
+    assert "one after another" in str(failure)
+
+
+async def test_a_job_whose_vm_dies_is_tried_again(
+    shared: Cluster, blank: Template, tmp_path: Path
+) -> None:
+    async def job(vm: AsyncSmolVM, item: int) -> int:
+        tries = tmp_path / "tried"
+        if not tries.exists():
+            tries.touch()
+            run: Any = vm._vm.run
+            os.kill(run._children[-1].identity.pid, signal.SIGKILL)
+            await asyncio.sleep(1000)
+        return item
+
+    async with fleet_on(shared, blank) as fleet:
+        assert await drain(fleet.map(job, [5], retries=1)) == [5]
+
+
+async def test_a_map_that_is_cancelled_at_any_moment_leaves_nothing(
+    shared: Cluster, blank: Template, data_dir: Path
+) -> None:
+    async with fleet_on(shared, blank) as fleet:
+        await joined(fleet, 2)
+        for moment in range(24):
+            draining = asyncio.ensure_future(drain(fleet.map(ident, range(6))))
+            await asyncio.wait([draining], timeout=moment * 0.03)
+            draining.cancel()
+            await asyncio.wait([draining])
+            assert not processes(data_dir)
+            assert not data_dir.exists() or not [*data_dir.iterdir()]
+        assert len(await drain(fleet.map(ident, range(6)))) == 6
+        crew = fleet._crew
+        assert crew is not None
+        assert (crew.window._busy, len(crew._claimed)) == (0, 0)
 
 
 async def test_a_last_worker_is_killed_and_nobody_waits_for_another(
