@@ -22,6 +22,7 @@ from smolvm_async.errors import (
     MemberFailedError,
     MonitorError,
     PictureError,
+    RemoteError,
     SmolVMError,
     UnsupportedError,
     VMAlreadyExistsError,
@@ -29,6 +30,7 @@ from smolvm_async.errors import (
     VMNotFoundError,
     VMNotRunningError,
     VMTimeoutError,
+    WorkerLostError,
 )
 from smolvm_async.events import (
     BootState,
@@ -40,7 +42,7 @@ from smolvm_async.events import (
     Reset,
     Shutdown,
 )
-from smolvm_async.fleet import Fleet, FleetStatus, MemberStatus
+from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
 from smolvm_async.progress import Progress
 from smolvm_async.publishing import push_image
 from smolvm_async.record import Status
@@ -66,6 +68,7 @@ __all__ = [
     "ConfigError",
     "ConnectionLostError",
     "Damage",
+    "DaskFleet",
     "Event",
     "EventStream",
     "FileTransferError",
@@ -89,6 +92,7 @@ __all__ = [
     "PortForward",
     "Progress",
     "Region",
+    "RemoteError",
     "Reset",
     "Rung",
     "Screenshot",
@@ -105,5 +109,6 @@ __all__ = [
     "VMNotFoundError",
     "VMNotRunningError",
     "VMTimeoutError",
+    "WorkerLostError",
     "push_image",
 ]

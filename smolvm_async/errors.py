@@ -21,7 +21,9 @@
     ├── FileTransferError                a file could not be transferred
     ├── FleetError                       something of a fleet failed
     │   ├── MemberFailedError            one of its VMs
-    │   └── JobFailedError               what map() was to do with one item
+    │   ├── JobFailedError               what map() was to do with one item
+    │   ├── RemoteError                  what another machine raised and cannot be had here
+    │   └── WorkerLostError              a Dask worker was lost while it did a job
     └── MonitorError                     QEMU refused a QMP command
 
 and one warning, `AcceleratorWarning`.
@@ -45,6 +47,7 @@ __all__ = [
     "MemberFailedError",
     "MonitorError",
     "PictureError",
+    "RemoteError",
     "SmolVMError",
     "UnsupportedError",
     "VMAlreadyExistsError",
@@ -52,6 +55,7 @@ __all__ = [
     "VMNotFoundError",
     "VMNotRunningError",
     "VMTimeoutError",
+    "WorkerLostError",
 ]
 
 
@@ -180,6 +184,14 @@ class JobFailedError(FleetError):
         self.index = index
         self.vm_id = vm_id
         self.attempts = attempts
+
+
+class RemoteError(FleetError):
+    """Stands for an exception of another machine that cannot be made here; says which it was."""
+
+
+class WorkerLostError(FleetError):
+    """A Dask worker, or the scheduler, was lost while a job was done, which may have half been."""
 
 
 class MonitorError(SmolVMError):

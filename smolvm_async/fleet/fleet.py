@@ -16,9 +16,9 @@ from collections.abc import (
 from types import TracebackType
 from typing import Any, Self
 
-from smolvm_async.checks import shown
 from smolvm_async.errors import ConfigError, HostError, MemberFailedError
 from smolvm_async.events import BootState
+from smolvm_async.fleet.choices import check_count, check_on_error, check_until, check_work
 from smolvm_async.fleet.jobs import Items, Job, Jobs, OnError, R, T
 from smolvm_async.fleet.member import WAITING, FleetStatus, Gate, Member
 from smolvm_async.fleet.memory import LEDGER
@@ -74,14 +74,16 @@ class Fleet:
         on_error: OnError = "raise",
     ) -> None:
         self._template = Template(template)
-        self._size = 0 if size is None else _count("size", size)
-        self._until = _until(until)
+        self._size = 0 if size is None else check_count("size", size)
+        self._until = check_until(until)
         processors = len(os.sched_getaffinity(0))
         most = max(self._size, LIVE_PER_PROCESSOR * processors)
-        self._max_live = most if max_live is None else _count("max_live", max_live)
+        self._max_live = most if max_live is None else check_count("max_live", max_live)
         booting = BOOTING_PER_PROCESSOR * processors
-        self._max_booting = booting if max_booting is None else _count("max_booting", max_booting)
-        self._on_error = _on_error(on_error)
+        self._max_booting = (
+            booting if max_booting is None else check_count("max_booting", max_booting)
+        )
+        self._on_error = check_on_error(on_error)
         self._gate: Gate
         self._members: list[Member] = []  # those that it began with
         self._hired: set[Member] = set()  # those of map() that are not over
@@ -210,19 +212,13 @@ class Fleet:
             ConfigError: An argument is wrong, or the fleet was not entered.
         """
         self._entered()
-        if not callable(job):
-            raise ConfigError(f"job={shown(job)} is wrong: pass an async function of (vm, item).")
-        if not isinstance(items, Iterable | AsyncIterable):
-            raise ConfigError(f"items={shown(items)} is wrong: pass what can be iterated over.")
-        for name, value in (("reuse", reuse), ("in_order", in_order)):
-            if not isinstance(value, bool):
-                raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
-        tries = _count("retries", retries, least=0)
+        check_work(job, items, reuse=reuse, in_order=in_order)
+        tries = check_count("retries", retries, least=0)
         workers = min(self._size or self._max_live, self._max_live)
         if isinstance(items, Sized):
             workers = min(workers, len(items))
         jobs = Jobs(self._take, job, Items(items), tries, reuse)
-        how = self._on_error if on_error is None else _on_error(on_error)
+        how = self._on_error if on_error is None else check_on_error(on_error)
         return jobs.results(max(1, workers), in_order, how)
 
     def _entered(self) -> list[Member]:
@@ -266,26 +262,3 @@ class Fleet:
                 f"{capacity} MiB, enough for {capacity // size}. Pass a smaller size= "
                 "or memory=, or use map(), which takes what there is."
             )
-
-
-def _count(argument: str, value: object, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 100_000:
-        raise ConfigError(
-            f"{argument}={shown(value)} is wrong: pass a whole number from {least} to 100000."
-        )
-    return value
-
-
-def _until(state: object) -> BootState:
-    known = [str(name) for name in BootState if name is not BootState.LAUNCHING]
-    if state not in known:
-        raise ConfigError(f"until={shown(state)} is wrong: pass one of {', '.join(known)}.")
-    return BootState(str(state))
-
-
-def _on_error(how: object) -> OnError:
-    if how == "raise":
-        return "raise"
-    if how == "collect":
-        return "collect"
-    raise ConfigError(f"on_error={shown(how)} is wrong: pass 'raise' or 'collect'.")

@@ -53,28 +53,10 @@ class Items(Generic[T]):
             return self._count - 1, item
 
 
-class Jobs(Generic[T, R]):
-    """One call of `map()`.
+class Stream(Generic[R]):
+    """The results of one call of `map()`, as its tasks find them."""
 
-    Args:
-        take: Gives a VM, which may have to boot yet.
-        retries: How often a job that has failed is tried again, on another VM.
-        reuse: Whether a VM does one job after another.
-    """
-
-    def __init__(
-        self,
-        take: Callable[[], Member],
-        job: Job[T, R],
-        items: Items[T],
-        retries: int,
-        reuse: bool,
-    ) -> None:
-        self._take = take
-        self._job = job
-        self._items = items
-        self._retries = retries
-        self._reuse = reuse
+    def __init__(self) -> None:
         self._outcomes: asyncio.Queue[Outcome[R] | None] = asyncio.Queue()
 
     async def results(self, workers: int, in_order: bool, on_error: OnError) -> AsyncIterator[R]:
@@ -120,6 +102,35 @@ class Jobs(Generic[T, R]):
                     task.result()  # if the items have raised something
 
     async def _work(self) -> None:
+        """Do items' jobs, one after another, until there are no more."""
+        raise NotImplementedError
+
+
+class Jobs(Stream[R], Generic[T, R]):
+    """One call of `map()`.
+
+    Args:
+        take: Gives a VM, which may have to boot yet.
+        retries: How often a job that has failed is tried again, on another VM.
+        reuse: Whether a VM does one job after another.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[], Member],
+        job: Job[T, R],
+        items: Items[T],
+        retries: int,
+        reuse: bool,
+    ) -> None:
+        super().__init__()
+        self._take = take
+        self._job = job
+        self._items = items
+        self._retries = retries
+        self._reuse = reuse
+
+    async def _work(self) -> None:
         member: Member | None = None
         try:
             while (numbered := await self._items.next()) is not None:
@@ -133,11 +144,11 @@ class Jobs(Generic[T, R]):
         for attempt in range(1, self._retries + 2):
             member = member or self._take()
             try:
-                value = await self._try(member, item)
+                value = await attempt_job(member, self._job, item)
             except Exception as error:
                 await member.release()
                 if attempt > self._retries:
-                    failure = _failure(index, item, member, attempt, error)
+                    failure = job_failure(index, item, member.vm.vm_id, attempt, error)
                     self._outcomes.put_nowait(Outcome(index, None, failure))
                 member = None
             except BaseException:
@@ -151,35 +162,38 @@ class Jobs(Generic[T, R]):
             member = None
         return member
 
-    async def _try(self, member: Member, item: T) -> R:
-        """Do the job; the VM's end cancels it."""
-        vm = await asyncio.shield(member.ready)
-        doing = asyncio.ensure_future(_awaited(self._job(vm, item)))
-        either: list[asyncio.Future[Any]] = [doing, member.over]
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ended = not doing.done()
-            doing.cancel()
-            await settle(asyncio.wait([doing]))
-        if ended and doing.cancelled():
-            if member.error is not None:
-                raise member.error
-            raise VMNotRunningError(f"{vm.vm_id} ended while the job was done.")
-        if doing.cancelled():
-            raise VMNotRunningError(f"the job on {vm.vm_id} has cancelled itself.")
-        return doing.result()
+
+async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
+    """Do the job; the VM's end cancels it."""
+    vm = await asyncio.shield(member.ready)
+    doing = asyncio.ensure_future(_awaited(job(vm, item)))
+    either: list[asyncio.Future[Any]] = [doing, member.over]
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ended = not doing.done()
+        doing.cancel()
+        await settle(asyncio.wait([doing]))
+    if ended and doing.cancelled():
+        if member.error is not None:
+            raise member.error
+        raise VMNotRunningError(f"{vm.vm_id} ended while the job was done.")
+    if doing.cancelled():
+        raise VMNotRunningError(f"the job on {vm.vm_id} has cancelled itself.")
+    return doing.result()
 
 
 async def _awaited(job: Awaitable[R]) -> R:
     return await job
 
 
-def _failure(
-    index: int, item: object, member: Member, attempts: int, error: Exception
+def job_failure(
+    index: int, item: object, vm_id: str, attempts: int, error: BaseException
 ) -> JobFailedError:
+    """What is raised for an item whose job has failed, because of `error`."""
+    where = f" on {vm_id}" if vm_id else ""
     tries = f", after {attempts} tries" if attempts > 1 else ""
-    what = f"item {index} ({shown(item)}) on {member.vm.vm_id}{tries}"
-    failure = JobFailedError(f"{what}: {error}", item, index, member.vm.vm_id, attempts)
+    what = f"item {index} ({shown(item)}){where}{tries}"
+    failure = JobFailedError(f"{what}: {error}", item, index, vm_id, attempts)
     failure.__cause__ = error
     return failure

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from smolvm_async.checks import shown
-from smolvm_async.config import new_vm_id
+from smolvm_async.config import VMConfig, make_config, new_vm_id
 from smolvm_async.errors import ConfigError
 from smolvm_async.plan import Plan, find_source
 from smolvm_async.vm import AsyncSmolVM
@@ -25,31 +27,11 @@ class Template:
     """
 
     def __init__(self, arguments: object) -> None:
-        if arguments is None:
-            arguments = {}
-        if not isinstance(arguments, Mapping):
-            raise ConfigError(
-                f"template={shown(arguments)} is wrong: pass a mapping of AsyncSmolVM's arguments, "
-                "such as {'memory': 512}."
-            )
-        unknown = sorted(str(name) for name in arguments if name not in _known())
-        if unknown:
-            raise ConfigError(
-                f"template= has {', '.join(unknown)}, which is no argument of AsyncSmolVM."
-            )
-        for name, instead in OWN.items():
-            if arguments.get(name):
-                raise ConfigError(f"template= cannot have {name}: {instead}.")
-        self._pattern = AsyncSmolVM(**arguments)
-        config = self._pattern._vm.config
-        for forward in config.port_forwards:
-            if forward.host_port is not None:
-                raise ConfigError(
-                    f"template= cannot have the host's port {forward.host_port} in port_forwards: "
-                    "two VMs cannot share it; give the guest's port alone, and the kernel chooses."
-                )
+        self._pattern = AsyncSmolVM(**_checked(arguments))
+        _check_ports(self._pattern._vm.config)
         self._plan: Plan | None = None
         self._held = ExitStack()
+        weakref.finalize(self, self._held.close)  # Dask workers just drop it
 
     async def look(self) -> Plan:
         """What the host has for these VMs, and their image; built or downloaded once.
@@ -78,6 +60,56 @@ class Template:
         assert self._plan is not None
         config = self._plan.config.model_copy(update={"vm_id": new_vm_id()})
         return AsyncSmolVM._of_plan(self._plan._replace(config=config))
+
+
+def configure(arguments: object) -> VMConfig:
+    """What the arguments say, without a look at this host: for VMs that another one starts.
+
+    Raises:
+        ConfigError: See `AsyncSmolVM`.
+    """
+    options = {**(AsyncSmolVM.__init__.__kwdefaults__ or {}), **_checked(arguments)}
+    if options.pop("on_progress") is not None:
+        raise ConfigError(
+            "template= cannot have on_progress: the VMs start in other processes, which cannot "
+            "call it; their logs tell."
+        )
+    features = {
+        "mounts": options.pop("mounts") or options.pop("writable_mounts"),
+        "internet_settings": options.pop("internet_settings") is not None,
+    }
+    options.pop("writable_mounts", None)
+    config = make_config(**options, features=features)
+    _check_ports(config)
+    return config
+
+
+def _checked(arguments: object) -> Mapping[str, Any]:
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(
+            f"template={shown(arguments)} is wrong: pass a mapping of AsyncSmolVM's arguments, "
+            "such as {'memory': 512}."
+        )
+    unknown = sorted(str(name) for name in arguments if name not in _known())
+    if unknown:
+        raise ConfigError(
+            f"template= has {', '.join(unknown)}, which is no argument of AsyncSmolVM."
+        )
+    for name, instead in OWN.items():
+        if arguments.get(name):
+            raise ConfigError(f"template= cannot have {name}: {instead}.")
+    return arguments
+
+
+def _check_ports(config: VMConfig) -> None:
+    for forward in config.port_forwards:
+        if forward.host_port is not None:
+            raise ConfigError(
+                f"template= cannot have the host's port {forward.host_port} in port_forwards: "
+                "two VMs cannot share it; give the guest's port alone, and the kernel chooses."
+            )
 
 
 def _known() -> set[str]:
