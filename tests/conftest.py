@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from smolvm_async import AsyncSmolVM
+from smolvm_async.images.debian import DebianImage, build_debian
 from smolvm_async.images.stand_in import build_stand_in
 
 FakeProgram = Callable[[str, str], None]
@@ -41,6 +42,12 @@ def blank_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def stand_in() -> Path:
     """The signed Linux disk that stands in for Windows; built once, then cached."""
     return await build_stand_in()
+
+
+@pytest.fixture
+async def debian() -> DebianImage:
+    """The built-in image; built once, which takes minutes, then cached."""
+    return await build_debian()
 
 
 @pytest.fixture

@@ -40,8 +40,8 @@ class DaskFleet:
     on the scheduler, on the workers and here.
 
     A worker does as many jobs at once as it has threads (`--nthreads`), and memory for: the
-    resource `smolvm_memory`, MiB, of which a VM takes its `memory` and 128 or more. Workers that are
-    started without `--resources smolvm_memory=` get what their host has available, or their
+    resource `smolvm_memory`, MiB, of which a VM takes its `memory` and 128 or more. Workers started
+    without `--resources smolvm_memory=` get what their host has available, or their
     `--memory-limit` if that is less; several on one host have to share it so.
 
     Args:

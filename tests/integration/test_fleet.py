@@ -311,6 +311,7 @@ def test_a_wrong_argument_is_refused_at_once(
         Fleet(template, **arguments)
 
 
+@pytest.mark.usefixtures("debian")
 async def test_linux_guests_do_jobs(data_dir: Path) -> None:
     async def job(vm: AsyncSmolVM, word: str) -> str:
         result = await vm.run(f"echo {word}; test {word} != bad", check=True)

@@ -25,19 +25,13 @@ from smolvm_async import (
     VMCrashedError,
     VMNotRunningError,
 )
-from smolvm_async.images.debian import DebianImage, build_debian
+from smolvm_async.images.debian import DebianImage
 from smolvm_async.ssh.access import Access
 from smolvm_async.ssh.link import Link
 from tests.conftest import fill_up
 from tests.integration.trees import digest_tree, make_tree
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100, func_only=True)]
-
-
-@pytest.fixture
-async def debian() -> DebianImage:
-    """The built-in image; built once, then cached."""
-    return await build_debian()
 
 
 @pytest.fixture
