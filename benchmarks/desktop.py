@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from benchmarks.figures import Figure, Results, show
 from smolvm_async import AcceleratorWarning, AsyncSmolVM, VMTimeoutError
 
 DRAWN = 3.0  # seconds without a change: the firmware has found nothing to boot
@@ -53,10 +53,10 @@ async def timed(work: Any) -> float:
     return time.perf_counter() - began
 
 
-async def measure(image: Path, rounds: int, resolution: str) -> dict[str, float]:
-    """All figures, in milliseconds."""
-    figures: dict[str, float] = {}
-    async with AsyncSmolVM(os="windows", image=image, resolution=resolution) as vm:
+async def measure(image: Path, rounds: int, resolution: str) -> Results:
+    """All figures."""
+    results = Results(f"Screenshots of the firmware's screen, {resolution}, and waiting")
+    async with AsyncSmolVM(os="windows", image=image, resolution=resolution, accel="tcg") as vm:
         await vm.wait_for_screen(changed=True, stable=DRAWN)
         run: Any = vm._vm.run
 
@@ -64,23 +64,23 @@ async def measure(image: Path, rounds: int, resolution: str) -> dict[str, float]
             arguments = {"filename": "bare", "format": image_format}
             return run._monitor.execute("screendump", arguments)
 
-        pairs = [
+        triples = [
             (await timed(bare("png")), await timed(vm.screenshot()), await timed(bare("ppm")))
             for _ in range(rounds)
         ]
-        names = ("bare png", "screenshot", "bare ppm")
-        for name, values in zip(names, zip(*pairs, strict=True), strict=True):
-            figures[name] = 1000 * statistics.median(values)
-        figures["ratio"] = figures["screenshot"] / figures["bare png"]
+        png, ours, ppm = zip(*triples, strict=True)
+        results.compare(
+            "screenshot", Figure("QMP screendump, PNG", png), Figure("screenshot()", ours)
+        )
+        results.add("QMP screendump, PPM", ppm)
         for name, wait in (("idle", asyncio.sleep(WATCHED)), ("waiting", watch(vm))):
             async with stalls() as late:
                 await wait
-            figures[f"worst stall, {name}"] = 1000 * max(late)
-            figures[f"99th percentile of the stalls, {name}"] = (
-                1000 * sorted(late)[int(len(late) * 0.99)]
-            )
+            results.add(f"the loop's worst stall, {name}", [max(late)])
+            percentile = sorted(late)[int(len(late) * 0.99)]
+            results.add(f"99th percentile of the loop's stalls, {name}", [percentile])
         await vm.stop(timeout=0)
-    return figures
+    return results
 
 
 async def watch(vm: AsyncSmolVM) -> None:
@@ -101,12 +101,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         image = Path(directory) / "empty.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1G"], check=True)
-        figures = asyncio.run(measure(image, options.rounds, options.resolution))
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:42} {value:8.2f}{'' if name == 'ratio' else ' ms'}")
+        results = asyncio.run(measure(image, options.rounds, options.resolution))
+    found = results.to_json()
+    print(json.dumps(found, indent=1)) if options.json else show(found)
 
 
 if __name__ == "__main__":

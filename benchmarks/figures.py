@@ -1,0 +1,180 @@
+"""Figures: what was measured in each round, its median and its spread, against what."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from smolvm_async.host import choose_accelerator
+
+UNITS: Mapping[str, float] = {"ms": 1e3, "s": 1, "MiB": 1, "KiB": 1, "": 1}  # of what is kept
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One thing that was measured.
+
+    Attributes:
+        values: One of each round; times are in seconds.
+        unit: What it is shown in.
+        headline: Whether the README shows it.
+    """
+
+    name: str
+    values: Sequence[float]
+    unit: str = "ms"
+    headline: bool = False
+
+    @property
+    def median(self) -> float:
+        """In its unit."""
+        return statistics.median(self.values) * UNITS[self.unit]
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The quartiles, in its unit."""
+        low, high = quartiles(self.values)
+        return low * UNITS[self.unit], high * UNITS[self.unit]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything of it, in its unit."""
+        values = [value * UNITS[self.unit] for value in self.values]
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "headline": self.headline,
+            "median": self.median,
+            "quartiles": self.spread,
+            "rounds": len(values),
+            "values": values,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The library against what the same costs without it, measured in turns."""
+
+    name: str
+    floor: Figure
+    library: Figure
+    headline: bool = True
+
+    @property
+    def ratio(self) -> Figure:
+        """Round by round, so that what else the machine does weighs on both."""
+        pairs = zip(self.library.values, self.floor.values, strict=True)
+        return Figure(f"{self.name}: library / floor", [ours / bare for ours, bare in pairs], "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The three figures."""
+        figures = {"floor": self.floor, "library": self.library, "ratio": self.ratio}
+        shown = {name: figure.to_json() for name, figure in figures.items()}
+        return {"name": self.name, "headline": self.headline, **shown}
+
+
+@dataclass
+class Results:
+    """What one benchmark found."""
+
+    title: str
+    comparisons: list[Comparison] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def compare(self, name: str, floor: Figure, library: Figure, *, headline: bool = True) -> None:
+        """Add a comparison."""
+        self.comparisons.append(Comparison(name, floor, library, headline))
+
+    def add(
+        self, name: str, values: Sequence[float], unit: str = "ms", *, headline: bool = False
+    ) -> None:
+        """Add a figure."""
+        self.figures.append(Figure(name, values, unit, headline))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything."""
+        return {
+            "title": self.title,
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            "figures": [figure.to_json() for figure in self.figures],
+            "notes": self.notes,
+        }
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Between which the middle half lies; of one value, itself."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    version = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True)
+    accelerator, _ = choose_accelerator("auto")
+    with open("/proc/meminfo") as file:
+        memory = int(file.readline().split()[1]) // 1024
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processors": len(os.sched_getaffinity(0)),
+        "memory_mib": memory,
+        "load_before": os.getloadavg(),
+        "accelerator": accelerator.name,
+        "qemu": version.stdout.partition("\n")[0],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def shown(number: float) -> str:
+    """Three digits that count."""
+    if abs(number) >= 100:
+        return f"{number:.0f}"
+    return f"{number:.1f}" if abs(number) >= 10 else f"{number:.2f}"
+
+
+def show(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the JSON of one benchmark as a table."""
+    table = Table(title=results["title"], title_justify="left")
+    table.add_column("")
+    for name in ("median", "quartiles", "unit", "rounds"):
+        table.add_column(name, justify="right")
+    for comparison in results["comparisons"]:
+        for part in ("floor", "library", "ratio"):
+            figure = comparison[part]
+            name = "ratio, round by round" if part == "ratio" else figure["name"]
+            _add_row(table, f"{comparison['name']} | {name}", figure)
+        table.add_section()
+    for figure in results["figures"]:
+        _add_row(table, figure["name"], figure)
+    console = console or Console(width=140)
+    console.print(table)
+    for note in results["notes"]:
+        console.print(note, markup=False, highlight=False)
+
+
+def _add_row(table: Table, name: str, figure: Mapping[str, Any]) -> None:
+    low, high = figure["quartiles"]
+    spread = f"{shown(low)} to {shown(high)}"
+    table.add_row(name, shown(figure["median"]), spread, figure["unit"], str(figure["rounds"]))
+
+
+def in_turn(rounds: int, *takes: Callable[[], float]) -> list[list[float]]:
+    """Each in each round, and one round before that does not count: it fills the caches."""
+    values: list[list[float]] = [[] for _ in takes]
+    for round_ in range(rounds + 1):
+        for take, kept in zip(takes, values, strict=True):
+            value = take()
+            if round_:
+                kept.append(value)
+    return values

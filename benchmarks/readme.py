@@ -1,0 +1,74 @@
+"""The README's table, from the JSON: between two marks, and nothing else is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks.figures import shown
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def rewritten(readme: str, found: Mapping[str, Any]) -> str:
+    """The README with a new table.
+
+    Raises:
+        ValueError: It does not have each mark once, in their order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise ValueError(f"the README must have {BEGIN} and then {END}, each once")
+    return f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The headlines, as Markdown; then the machine."""
+    lines = ["| | floor | library | library / floor |", "|---|---|---|---|"]
+    for results in found["benchmarks"].values():
+        lines += _rows(results)
+    machine = found["machine"]
+    where = (
+        f"{machine['qemu'].removeprefix('QEMU emulator ')}, {machine['accelerator'].upper()}, "
+        f"{machine['processors']} processors, {machine['date'][:10]}. Medians; of the ratios, "
+        "taken round by round, also the quartiles."
+    )
+    lines += ["", f"QEMU {where}"]
+    if peers := found["benchmarks"].get("peers"):
+        lines += ["", *_peers(peers)]
+    return "\n".join(lines)
+
+
+def _rows(results: Mapping[str, Any]) -> Iterator[str]:
+    for comparison in results["comparisons"]:
+        if comparison["headline"]:
+            ratio = comparison["ratio"]
+            low, high = ratio["quartiles"]
+            spread = f" ({low:.2f} to {high:.2f})" if ratio["rounds"] > 1 else ""
+            cells = [_cell(comparison[part]) for part in ("floor", "library")]
+            yield f"| {comparison['name']} | {' | '.join(cells)} | {ratio['median']:.2f}{spread} |"
+    for figure in results["figures"]:
+        if figure["headline"]:
+            yield f"| {figure['name']} | | {_cell(figure)} | |"
+
+
+def _cell(figure: Mapping[str, Any]) -> str:
+    return f"{shown(figure['median'])} {figure['unit']}".strip()
+
+
+def _peers(results: Mapping[str, Any]) -> Iterator[str]:
+    """A column for each thing that is measured, a row for each peer."""
+    cells: dict[str, dict[str, str]] = {}
+    for figure in results["figures"]:
+        peer, _, what = figure["name"].partition(": ")
+        cells.setdefault(peer, {})[what] = _cell(figure)
+    columns = list(next(iter(cells.values()), {}))
+    yield f"| {results['title']} | {' | '.join(columns)} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for peer, values in cells.items():
+        yield f"| {peer} | {' | '.join(values.get(column, '') for column in columns)} |"
+    if results["notes"]:
+        yield ""
+        for note in results["notes"]:
+            yield f"- {note}"
