@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from smolvm_async.config import VMConfig
 from smolvm_async.errors import ImageError
+from smolvm_async.images import qcow2
 from smolvm_async.images.local import open_image, open_plain
 from smolvm_async.images.reference import local_path
 from smolvm_async.process import run
+from smolvm_async.shielding import in_thread
 
 ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # a kernel's arguments, if none were given
 
@@ -88,10 +90,20 @@ def open_initrd(path: Path) -> AbstractContextManager[int]:
 
 async def starts_by_bios(qemu_img: Path, fd: int, disk_format: str) -> bool:
     """Whether the first sector of an open disk holds code for a BIOS; if not, UEFI starts it."""
+    if disk_format == "qcow2":
+        sector = await in_thread(qcow2.first_sector, fd)
+    else:
+        sector = await in_thread(os.pread, fd, BOOT_CODE, 0)
+    if sector is None:
+        sector = await _read_by_qemu(qemu_img, fd)
+    return any(sector[:BOOT_CODE])
+
+
+async def _read_by_qemu(qemu_img: Path, fd: int) -> bytes:
     sector = os.memfd_create("sector", os.MFD_CLOEXEC)
     try:
         ends = (f"if=/proc/{os.getpid()}/fd/{fd}", f"of=/proc/{os.getpid()}/fd/{sector}")
-        await run([qemu_img, "dd", "-f", disk_format, "-O", "raw", "bs=512", "count=1", *ends])
-        return any(os.pread(sector, BOOT_CODE, 0))
+        await run([qemu_img, "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", *ends])
+        return os.pread(sector, BOOT_CODE, 0)
     finally:
         os.close(sector)

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from smolvm_async.errors import ImageError
 from smolvm_async.images.local import open_image
-from smolvm_async.images.qcow2 import Header, Qcow2Error, check, empty
+from smolvm_async.images.qcow2 import Header, Qcow2Error, check, empty, first_sector
+from smolvm_async.images.source import starts_by_bios
 
 KIB, MIB, GIB, TIB, PIB = (1 << shift for shift in (10, 20, 30, 40, 50))
 
@@ -625,3 +626,23 @@ def test_a_disk_that_no_overlay_can_hold_is_refused(tmp_path: Path) -> None:
         return
     overlay.write_bytes(empty(size))
     run("qemu-img", "info", overlay)
+
+
+PLAIN = ["", "-o compat=0.10", "-o cluster_size=512"]  # what is read without qemu-img
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("options", [*PLAIN, "-c", "-o extended_l2=on"])
+@pytest.mark.parametrize("content", [b"", b"\xfa boots \x55\xaa"])
+async def test_the_first_sector_is_what_qemu_reads(
+    tmp_path: Path, options: str, content: bytes
+) -> None:
+    raw, image = tmp_path / "raw", tmp_path / "qcow2"
+    raw.write_bytes(content.ljust(1 << 20, b"\0"))
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options.split(), raw, image)
+    with open_file(image) as fd:
+        check(fd)
+        sector = first_sector(fd)
+        assert sector in (None, content.ljust(512, b"\0"))
+        assert sector is not None or options not in PLAIN
+        assert await starts_by_bios(Path("qemu-img"), fd, "qcow2") is bool(content)
