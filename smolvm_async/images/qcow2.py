@@ -20,6 +20,7 @@ HEADER_V3 = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 DIRTY, CORRUPT, EXTERNAL_DATA_FILE, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
 KNOWN_FEATURES = DIRTY | CORRUPT | EXTERNAL_DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00  # bits 9-55 of an L1, L2 or refcount table entry
+ALL_ZEROS, COMPRESSED = 1, 1 << 62  # bits of an L2 table entry
 MAX_L1, MAX_REFCOUNT_TABLE = 32 << 20, 8 << 20  # bytes; QEMU's own limits (block/qcow2.h)
 MAX_SNAPSHOTS, SNAPSHOT_SIZE = 65536, 40  # of the table, and bytes of an entry at least
 MAX_READ = 16 << 20  # bytes of reference counts that are looked at
@@ -78,6 +79,25 @@ def check(fd: int) -> Header:
     _check_tables(header, size)
     _check_length(fd, header, size)
     return header
+
+
+def first_sector(fd: int) -> bytes | None:
+    """The disk's first 512 bytes, of a file that has passed `check()`; `None` if compressed.
+
+    Asking qemu-img takes as long as QEMU itself takes to start.
+    """
+    head = os.pread(fd, HEADER_V3.size, 0)
+    l1_offset, features = HEADER_V2.unpack_from(head)[8], 0
+    if head[7] == 3:
+        features = HEADER_V3.unpack(head)[13]
+    if features & EXTENDED_L2:
+        return None
+    l2_offset = int.from_bytes(os.pread(fd, 8, l1_offset), "big") & OFFSET_MASK
+    entry = int.from_bytes(os.pread(fd, 8, l2_offset), "big") if l2_offset else 0
+    if entry & COMPRESSED:
+        return None
+    offset = 0 if entry & ALL_ZEROS else entry & OFFSET_MASK
+    return (os.pread(fd, 512, offset) if offset else b"").ljust(512, b"\0")
 
 
 def parse(head: bytes, file_size: int) -> Header:

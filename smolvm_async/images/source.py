@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from smolvm_async.config import VMConfig
 from smolvm_async.errors import ImageError
+from smolvm_async.images import qcow2
 from smolvm_async.images.local import open_image, open_plain
 from smolvm_async.images.reference import local_path
 from smolvm_async.process import run
+from smolvm_async.shielding import in_thread
 
 ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # a kernel's arguments, if none were given
 
@@ -86,10 +88,17 @@ def open_initrd(path: Path) -> AbstractContextManager[int]:
 
 async def starts_by_bios(qemu_img: Path, fd: int) -> bool:
     """Whether the first sector of an open qcow2 holds code for a BIOS; if not, UEFI starts it."""
+    sector = await in_thread(qcow2.first_sector, fd)
+    if sector is None:
+        sector = await _read_by_qemu(qemu_img, fd)
+    return any(sector[:BOOT_CODE])
+
+
+async def _read_by_qemu(qemu_img: Path, fd: int) -> bytes:
     sector = os.memfd_create("sector", os.MFD_CLOEXEC)
     try:
         ends = (f"if=/proc/{os.getpid()}/fd/{fd}", f"of=/proc/{os.getpid()}/fd/{sector}")
         await run([qemu_img, "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", *ends])
-        return any(os.pread(sector, BOOT_CODE, 0))
+        return os.pread(sector, 512, 0)
     finally:
         os.close(sector)

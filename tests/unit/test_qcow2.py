@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from smolvm_async.errors import ImageError
 from smolvm_async.images.local import open_image
-from smolvm_async.images.qcow2 import Header, Qcow2Error, check, empty
+from smolvm_async.images.qcow2 import Header, Qcow2Error, check, empty, first_sector
 
 KIB, MIB, GIB, TIB, PIB = (1 << shift for shift in (10, 20, 30, 40, 50))
 
@@ -224,6 +224,26 @@ IMAGES = [
     with_snapshots,
     with_bitmap,
 ]
+
+
+@pytest.mark.parametrize("make", [*IMAGES, crashed])
+def test_the_first_sector_is_the_one_that_qemu_reads(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    make(path)
+    for how in ("", "write -q -P 0xa5 0 512", "write -q -z 0 64k", "discard -q 0 64k"):
+        if how:
+            run("qemu-io", "-f", "qcow2", "-c", how, path)
+        raw = path.with_suffix(".sector")
+        dd = ["qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1"]
+        run(*dd, f"if={path}", f"of={raw}")
+        with open_file(path) as fd:
+            found = first_sector(fd)
+        if make is extended_l2 or (make in (compressed, compressed_zstd) and not how):
+            assert found is None
+        else:
+            assert found == raw.read_bytes()
 
 
 @pytest.mark.parametrize("build", IMAGES)
