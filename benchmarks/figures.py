@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,13 @@ class Comparison:
         """The three figures."""
         figures = {"floor": self.floor, "library": self.library, "ratio": self.ratio}
         shown = {name: figure.to_json() for name, figure in figures.items()}
-        return {"name": self.name, "headline": self.headline, **shown}
+        medians = self.library.median / self.floor.median
+        return {
+            "name": self.name,
+            "headline": self.headline,
+            "ratio_of_medians": medians,
+            **shown,
+        }
 
 
 @dataclass
@@ -154,6 +160,8 @@ def show(results: Mapping[str, Any], console: Console | None = None) -> None:
             figure = comparison[part]
             name = "ratio, round by round" if part == "ratio" else figure["name"]
             _add_row(table, f"{comparison['name']} | {name}", figure)
+        ratio = shown(comparison["ratio_of_medians"])
+        table.add_row(f"{comparison['name']} | ratio of the medians", ratio, "", "", "")
         table.add_section()
     for figure in results["figures"]:
         _add_row(table, figure["name"], figure)
@@ -167,14 +175,3 @@ def _add_row(table: Table, name: str, figure: Mapping[str, Any]) -> None:
     low, high = figure["quartiles"]
     spread = f"{shown(low)} to {shown(high)}"
     table.add_row(name, shown(figure["median"]), spread, figure["unit"], str(figure["rounds"]))
-
-
-def in_turn(rounds: int, *takes: Callable[[], float]) -> list[list[float]]:
-    """Each in each round, and one round before that does not count: it fills the caches."""
-    values: list[list[float]] = [[] for _ in takes]
-    for round_ in range(rounds + 1):
-        for take, kept in zip(takes, values, strict=True):
-            value = take()
-            if round_:
-                kept.append(value)
-    return values

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.figures import Figure, Results, show
@@ -144,17 +145,18 @@ def measure(image: Path, count: int) -> Results:
         data_dir = Path(name)
         for round_ in range(count + 1):
             gc.collect()
-            with_overlay = floor(image, overlay=True)
-            launched = runner.run(library(image, data_dir))
-            bare = floor(image, overlay=False)
-            spent = runner.run(own_time(image, data_dir))
-            stalled = runner.run(stall(image, data_dir))
-            if round_:  # the first one warms the page cache
-                floors.append(with_overlay)
-                bares.append(bare)
-                launches.append(launched)
-                own.append(spent)
-                stalls.append(stalled)
+            takes: list[Callable[[], None]] = [
+                lambda: floors.append(floor(image, overlay=True)),
+                lambda: launches.append(runner.run(library(image, data_dir))),
+                lambda: bares.append(floor(image, overlay=False)),
+                lambda: own.append(runner.run(own_time(image, data_dir))),
+                lambda: stalls.append(runner.run(stall(image, data_dir))),
+            ]
+            turn = round_ % len(takes)  # none comes always after the same other one
+            for take in [*takes[turn:], *takes[:turn]]:
+                take()
+        for values in (floors, bares, launches, own, stalls):
+            del values[0]  # the first round warms the page cache
         profiled = profile(image, data_dir)
     results = Results("Launch of one VM (Windows class: OVMF with Secure Boot, TPM)")
     ours = Figure("entering async with, until its processors run", launches)

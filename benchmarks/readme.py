@@ -25,14 +25,15 @@ def rewritten(readme: str, found: Mapping[str, Any]) -> str:
 
 def table(found: Mapping[str, Any]) -> str:
     """The headlines, as Markdown; then the machine."""
-    lines = ["| | floor | library | library / floor |", "|---|---|---|---|"]
+    head = "| | floor | library | of the medians | round by round (quartiles) |"
+    lines = [head, "|---|---|---|---|---|"]
     for results in found["benchmarks"].values():
         lines += _rows(results)
     machine = found["machine"]
     where = (
         f"{machine['qemu'].removeprefix('QEMU emulator ')}, {machine['accelerator'].upper()}, "
-        f"{machine['processors']} processors, {machine['date'][:10]}. Medians; of the ratios, "
-        "taken round by round, also the quartiles."
+        f"{machine['processors']} processors, {machine['date'][:10]}. Floor and "
+        "library are medians; the last two columns are library / floor."
     )
     lines += ["", f"QEMU {where}"]
     if peers := found["benchmarks"].get("peers"):
@@ -47,10 +48,11 @@ def _rows(results: Mapping[str, Any]) -> Iterator[str]:
             low, high = ratio["quartiles"]
             spread = f" ({low:.2f} to {high:.2f})" if ratio["rounds"] > 1 else ""
             cells = [_cell(comparison[part]) for part in ("floor", "library")]
-            yield f"| {comparison['name']} | {' | '.join(cells)} | {ratio['median']:.2f}{spread} |"
+            cells += [f"{comparison['ratio_of_medians']:.2f}", f"{ratio['median']:.2f}{spread}"]
+            yield f"| {comparison['name']} | {' | '.join(cells)} |"
     for figure in results["figures"]:
         if figure["headline"]:
-            yield f"| {figure['name']} | | {_cell(figure)} | |"
+            yield f"| {figure['name']} | | {_cell(figure)} | | |"
 
 
 def _cell(figure: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ from smolvm_async.qemu.vnc import VNCServer
 from smolvm_async.record import Machine, Status
 from smolvm_async.shielding import first_of, in_thread
 from smolvm_async.shutdown import Rung, ShutdownReport, shut_down
-from smolvm_async.sidecars import SIDECARS, Attachment
+from smolvm_async.sidecars import SIDECARS
 from smolvm_async.ssh.access import Access
 from smolvm_async.ssh.environment import Environment
 from smolvm_async.ssh.link import Link
@@ -165,20 +165,19 @@ class Supervisor:
         self._kill()
 
     async def _launch(self, group: TaskGroup) -> Child:
-        """Start swtpm and QEMU together, attach the monitor, let the processors run."""
+        """Start QEMU and swtpm together, attach the monitor, let the processors run."""
         plan = self._plan
         with ExitStack() as stack:
             prepared = await prepare(plan, self._state, self._machine, stack)
             self._source, self._login = prepared.source, prepared.login
-            attachments: list[Attachment] = [
-                await group.start(self._hold_sidecar, name) for name in plan.config.profile.sidecars
+            attachments = [
+                stack.enter_context(SIDECARS[name](prepared.tools).open())
+                for name in plan.config.profile.sidecars
             ]
             monitor = stack.enter_context(self._monitor.open())
             console = stack.enter_context(self.console.open())
             attach = [word for attachment in attachments for word in attachment.argv]
             sockets = [sock for attachment in attachments for sock in attachment.sockets]
-            for sock in sockets:
-                stack.enter_context(sock)
             descriptors = Descriptors(
                 monitor.fileno(), console.fileno(), prepared.image.fd, self.screen.open()
             )
@@ -193,13 +192,13 @@ class Supervisor:
                 prepared.direct_boot,
                 prepared.source.format,
             )
-            fds = [
-                *descriptors,
-                *prepared.descriptors,
-                *(sock.fileno() for sock in sockets),
-            ]
-            qemu: Child = await group.start(self._hold_qemu, argv, fds)
-        # Only QEMU has its ends now: its death shows as the end of file.
+            fds = [*descriptors, *prepared.descriptors, *(sock.fileno() for sock in sockets)]
+            command = [*plan.prefix, *argv]
+            qemu: Child = await group.start(self._hold, "QEMU", command, QEMU_LOG, fds)
+            for attached in attachments:  # QEMU takes longest, and is on its way
+                ends = [sock.fileno() for sock in attached.own_sockets]
+                await group.start(self._hold, attached.name, attached.command, attached.log, ends)
+        # Only the processes have their ends now: a death shows as the end of file.
         await self._monitor.connect(
             [child.exited for child in self._children], plan.config.timeouts.launch
         )
@@ -248,9 +247,8 @@ class Supervisor:
 
     async def _see_machine(self, image: BaseImage) -> Machine:
         where = {"path": "/machine", "property": "type"}
-        type_name = str(await self._monitor.execute("qom-get", where))
-        machine_type = type_name.removesuffix("-machine")
-        return Machine(machine_type, image.size, image.mtime_ns, self._source)
+        name = str(await self._monitor.execute("qom-get", where)).removesuffix("-machine")
+        return Machine(name, image.size, image.mtime_ns, self._source)
 
     async def _record_running(self, machine: Machine | None) -> None:
         processes = {child.name: child.identity for child in self._children}
@@ -267,18 +265,18 @@ class Supervisor:
                 raise
             logger.warning("the record could not be written: %s", error)
 
-    async def _hold_sidecar(self, name: str, *, task_status: TaskStatus[Attachment]) -> None:
-        async with SIDECARS[name](self._plan.tools, self._state) as attachment:
-            self._children.append(attachment.child)
-            task_status.started(attachment)
-            await self._watch(attachment.child)
-
-    async def _hold_qemu(
-        self, argv: Sequence[str], fds: Sequence[int], *, task_status: TaskStatus[Child]
+    async def _hold(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: str,
+        fds: Sequence[int],
+        *,
+        task_status: TaskStatus[Child],
     ) -> None:
-        log = self._state.path / QEMU_LOG
-        command = [*self._plan.prefix, *argv]
-        child = await spawn("QEMU", command, cwd=self._state.path, log=log, fds=fds)
+        """Run a process until its end; it is killed and reaped if that is not its own doing."""
+        directory = self._state.path
+        child = await spawn(name, command, cwd=directory, log=directory / log, fds=fds)
         try:
             self._children.append(child)
             task_status.started(child)
@@ -369,6 +367,9 @@ class Supervisor:
 
     async def _launch_error(self, error: Exception) -> Exception:
         """What to raise for a launch that failed: it tells which process ended, and how."""
+        if isinstance(error, LaunchError) and isinstance(error.__cause__, OSError):
+            self._kill()  # one could not be spawned: what runs already has nothing to tell
+            return LaunchError(f"{self._plan.config.vm_id} did not start: {error}")
         if self._children:
             # When one ends the other follows, swtpm with status 0: the reason may come second.
             await asyncio.wait([child.exited for child in self._children], timeout=SAME_END)

@@ -156,13 +156,11 @@ async def _launch(
         assert tools.firmware is not None
         await state.prepare(image.virtual_size, Parts(tools.firmware.vars_template, tpm=True))
         attachments = [
-            await stack.enter_async_context(SIDECARS[name](tools, state))
+            ends.enter_context(SIDECARS[name](tools).open())
             for name in profile.sidecars
             if name in machine.parts
         ]
-        sockets = [
-            ends.enter_context(sock) for attached in attachments for sock in attached.sockets
-        ]
+        sockets = [sock for attached in attachments for sock in attached.sockets]
         screen = Screen(monitor, config.resolution)
         ends.callback(screen.close)
         descriptors = Descriptors(
@@ -181,6 +179,11 @@ async def _launch(
         log = state.path / QEMU_LOG
         qemu = await spawn("QEMU", argv, cwd=state.path, log=log, fds=fds)
         stack.push_async_callback(qemu.reap)
+        for attached in attachments:
+            log = state.path / attached.log
+            fds = [sock.fileno() for sock in attached.own_sockets]
+            child = await spawn(attached.name, attached.command, cwd=state.path, log=log, fds=fds)
+            stack.push_async_callback(child.reap)
         return qemu
 
 

@@ -92,8 +92,8 @@ def first_sector(fd: int) -> bytes | None:
         features = HEADER_V3.unpack(head)[13]
     if features & EXTENDED_L2:
         return None
-    l1_entry = int.from_bytes(os.pread(fd, 8, l1_offset), "big") & OFFSET_MASK
-    entry = int.from_bytes(os.pread(fd, 8, l1_entry), "big") if l1_entry else 0
+    l2_offset = int.from_bytes(os.pread(fd, 8, l1_offset), "big") & OFFSET_MASK
+    entry = int.from_bytes(os.pread(fd, 8, l2_offset), "big") if l2_offset else 0
     if entry & COMPRESSED:
         return None
     offset = 0 if entry & ALL_ZEROS else entry & OFFSET_MASK

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from socket import socketpair
 
 from smolvm_async.host import HostTools
-from smolvm_async.process import spawn
 from smolvm_async.sidecars.attachment import Attachment
-from smolvm_async.state import SWTPM_LOG, TPM, StateDirectory
+from smolvm_async.state import SWTPM_LOG, TPM
 
 
 def swtpm_arguments(tools: HostTools, fd: int) -> list[str]:
@@ -33,20 +30,14 @@ def attach_arguments(fd: int) -> list[str]:
     ]
 
 
-@asynccontextmanager
-async def swtpm(tools: HostTools, state: StateDirectory) -> AsyncIterator[Attachment]:
-    """Run swtpm on the VM's TPM directory; it is killed and reaped at the end.
-
-    Raises:
-        LaunchError: If it cannot be spawned.
-    """
+def swtpm(tools: HostTools) -> Attachment:
+    """A TPM whose state is in the VM's directory."""
     ours, qemus = socketpair()
-    with ours, qemus:
-        argv = swtpm_arguments(tools, ours.fileno())
-        log = state.path / SWTPM_LOG
-        child = await spawn("swtpm", argv, cwd=state.path, log=log, fds=(ours.fileno(),))
-        ours.close()  # or a dead swtpm would never show as the end of QEMU's connection
-        try:
-            yield Attachment(tuple(attach_arguments(qemus.fileno())), (qemus,), child)
-        finally:
-            await child.reap()
+    return Attachment(
+        "swtpm",
+        tuple(swtpm_arguments(tools, ours.fileno())),
+        SWTPM_LOG,
+        (ours,),
+        tuple(attach_arguments(qemus.fileno())),
+        (qemus,),
+    )

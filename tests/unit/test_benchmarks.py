@@ -1,48 +1,109 @@
-"""The benchmarks' figures, and the README's table that is made of them."""
+"""The pure parts of the benchmarks: statistics and the README's table. No time is measured."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from benchmarks.figures import Comparison, Figure, Results
-from benchmarks.readme import BEGIN, END, rewritten
+from benchmarks.figures import Comparison, Figure, Results, quartiles, shown
+from benchmarks.fleet import numbers
+from benchmarks.readme import BEGIN, END, rewritten, table
 
 MACHINE = {
-    "qemu": "QEMU emulator version 7.2.22",
+    "qemu": "QEMU emulator version 7.2.22 (Debian)",
     "accelerator": "tcg",
     "processors": 2,
-    "date": "2026-11-26T18:00:00",
+    "date": "2026-11-26T18:00:00+00:00",
 }
 
 
-def found() -> dict[str, object]:
-    results = Results("Launch")
-    floor, library = Figure("bare", [0.030, 0.040, 0.050]), Figure("ours", [0.033, 0.048, 0.060])
-    results.comparisons.append(Comparison("until the processors run", floor, library))
-    results.figures.append(Figure("import", [0.1], headline=True))
-    results.figures.append(Figure("not shown", [0.2]))
-    return {"machine": MACHINE, "benchmarks": {"launch": results.to_json()}}
+def found() -> dict[str, Any]:
+    """What one benchmark and the peers have found."""
+    launch = Results("Launch")
+    floor, ours = Figure("bare", [0.040, 0.050, 0.060]), Figure("ours", [0.044, 0.045, 0.072])
+    launch.compare("one VM", floor, ours)
+    launch.compare("one VM, to the greeting", floor, ours, headline=False)
+    launch.add("memory", [12.5], "MiB", headline=True)
+    launch.add("unimportant", [1.0], "")
+    peers = Results("Peers")
+    peers.add("smolvm_async: to the first answer", [3.0, 5.0], "s")
+    peers.add("smolvm_async: a command", [0.020, 0.020])
+    peers.add("other: to the first answer", [7.0], "s")
+    peers.notes.append("third cannot run here: no image")
+    results = {"launch": launch.to_json(), "peers": peers.to_json()}
+    return {"machine": MACHINE, "benchmarks": results}
 
 
-def test_the_ratio_is_taken_round_by_round() -> None:
-    comparison = Comparison("x", Figure("a", [1.0, 2.0, 4.0]), Figure("b", [2.0, 2.0, 12.0]))
-    assert list(comparison.ratio.values) == [2.0, 1.0, 3.0]
-    assert comparison.ratio.median == 2.0
+def test_quartiles() -> None:
+    assert quartiles([3.0]) == (3.0, 3.0)
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
+    assert quartiles([5.0, 1.0]) == (2.0, 4.0)
 
 
-def test_the_table_is_put_between_the_marks_and_nothing_else_is_touched() -> None:
-    readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+def test_a_figure_is_told_in_its_unit() -> None:
+    figure = Figure("launch", [0.010, 0.030, 0.020])
+    assert figure.median == pytest.approx(20)
+    assert figure.spread == pytest.approx((15, 25))
+    assert figure.to_json()["values"] == pytest.approx([10, 30, 20])
+    assert Figure("memory", [3.0], "MiB").median == 3
+
+
+def test_a_ratio_is_that_of_the_rounds_and_not_of_the_medians() -> None:
+    noisy = Comparison("x", Figure("bare", [1.0, 10.0, 2.0]), Figure("ours", [1.1, 11.0, 2.4]))
+    assert noisy.ratio.values == pytest.approx([1.1, 1.1, 1.2])
+    assert noisy.ratio.median == pytest.approx(1.1)
+    assert noisy.to_json()["ratio_of_medians"] == pytest.approx(1.2)
+    with pytest.raises(ValueError, match="longer"):
+        Comparison("x", Figure("bare", [1.0, 1.0]), Figure("ours", [1.0])).ratio  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(1234.5, "1234"), (45.67, "45.7"), (1.234, "1.23"), (0.0, "0.00")]
+)
+def test_three_digits_count(number: float, text: str) -> None:
+    assert shown(number) == text
+
+
+def test_the_table_has_the_headlines_and_the_peers() -> None:
+    assert table(found()).splitlines() == [
+        "| | floor | library | of the medians | round by round (quartiles) |",
+        "|---|---|---|---|---|",
+        "| one VM | 50.0 ms | 45.0 ms | 0.90 | 1.10 (1.00 to 1.15) |",
+        "| memory | | 12.5 MiB | | |",
+        "",
+        "QEMU version 7.2.22 (Debian), TCG, 2 processors, 2026-11-26. Floor and library are "
+        "medians; the last two columns are library / floor.",
+        "",
+        "| Peers | to the first answer | a command |",
+        "|---|---|---|",
+        "| smolvm_async | 4.00 s | 20.0 ms |",
+        "| other | 7.00 s |  |",
+        "",
+        "- third cannot run here: no image",
+    ]
+
+
+def test_only_what_is_between_the_marks_is_rewritten() -> None:
+    readme = f"before\n\n{BEGIN}\nold\n{END}\nafter\n"
     once = rewritten(readme, found())
-    assert once.startswith(f"before\n{BEGIN}\n| | floor | library |")
-    assert once.endswith(f"{END}\nafter\n")
-    assert "| until the processors run | 40.0 ms | 48.0 ms | 1.20 (1.15 to 1.20) |" in once
-    assert "| import | | 100 ms | |" in once
-    assert "not shown" not in once
-    assert "old" not in once
+    assert once == f"before\n\n{BEGIN}\n{table(found())}\n{END}\nafter\n"
     assert rewritten(once, found()) == once
 
 
-@pytest.mark.parametrize("readme", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
-def test_a_readme_without_its_marks_is_refused(readme: str) -> None:
+@pytest.mark.parametrize(
+    "readme", ["", BEGIN, END, f"{END} {BEGIN}", f"{BEGIN}{BEGIN}{END}", f"{BEGIN}{END}{END}"]
+)
+def test_a_readme_without_both_marks_is_refused(readme: str) -> None:
     with pytest.raises(ValueError, match="each once"):
         rewritten(readme, found())
+
+
+def test_our_readme_has_both_marks() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert BEGIN in rewritten(readme, found())
+
+
+def test_numbers() -> None:
+    assert numbers("1,4,8") == (1, 4, 8)

@@ -227,6 +227,26 @@ IMAGES = [
 ]
 
 
+@pytest.mark.parametrize("make", [*IMAGES, crashed])
+def test_the_first_sector_is_the_one_that_qemu_reads(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    make(path)
+    for how in ("", "write -q -P 0xa5 0 512", "write -q -z 0 64k", "discard -q 0 64k"):
+        if how:
+            run("qemu-io", "-f", "qcow2", "-c", how, path)
+        raw = path.with_suffix(".sector")
+        dd = ["qemu-img", "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1"]
+        run(*dd, f"if={path}", f"of={raw}")
+        with open_file(path) as fd:
+            found = first_sector(fd)
+        if make is extended_l2 or (make in (compressed, compressed_zstd) and not how):
+            assert found is None
+        else:
+            assert found == raw.read_bytes()
+
+
 @pytest.mark.parametrize("build", IMAGES)
 def test_a_disk_in_use_is_accepted_whole_and_refused_cut_off(
     tmp_path: Path, build: Callable[[Path], None]
