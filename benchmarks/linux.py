@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
 import subprocess
@@ -28,6 +29,7 @@ import asyncssh
 from benchmarks.figures import Figure, Results, show
 from smolvm_async import AcceleratorWarning, AsyncSmolVM
 from smolvm_async.images.debian import DebianImage, build_debian
+from smolvm_async.images.debian.builder import BOOT_ARGS
 from smolvm_async.ssh.keys import make_key_pair
 
 MACHINE = "q35,i8042=off,smbus=off,sata=off,hpet=off,vmport=off"
@@ -40,6 +42,9 @@ VARIANTS: Mapping[str, tuple[str, str]] = {
     "-cpu max": ("qemu64,+rdrand", "max"),
     "machine pc": (MACHINE, "pc,hpet=off,vmport=off"),
     "all of the machine's own devices": (MACHINE, "q35"),
+    "two processors": ("cpus=1", "cpus=2"),
+    "the kernel's own defaults": (f" {BOOT_ARGS.partition('rw ')[2]}", ""),
+    "a compressed initramfs": ("initramfs", "initramfs.gz"),
 }
 
 
@@ -49,8 +54,15 @@ def bare_arguments(image: DebianImage, directory: Path, port: int) -> list[str]:
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
         *("-machine", MACHINE, "-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"),
-        *("-smp", "1", "-m", "512"),
-        *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", image.boot_args),
+        *("-smp", "cpus=1", "-m", "512"),
+        *(
+            "-kernel",
+            str(image.kernel),
+            "-initrd",
+            str(directory / "initramfs"),
+            "-append",
+            image.boot_args,
+        ),
         *("-drive", drive, "-device", "virtio-blk-pci,drive=disk"),
         *("-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),
@@ -71,12 +83,14 @@ async def bare(image: DebianImage, change: Callable[[str], str] = str) -> float:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
+        (directory / "initramfs").symlink_to(image.initrd)
+        (directory / "initramfs.gz").write_bytes(gzip.compress(image.initrd.read_bytes(), 6))
+        argv = [change(word) for word in bare_arguments(image, directory, port)]
         began = time.perf_counter()
         overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2"]
         subprocess.run(  # noqa: ASYNC221 (nothing else runs)
             [*overlay, "-b", image.disk, directory / "overlay.qcow2"], check=True
         )
-        argv = [change(word) for word in bare_arguments(image, directory, port)]
         with subprocess.Popen(argv, start_new_session=True) as qemu:  # noqa: ASYNC220
             try:
                 async with asyncio.timeout(BOOT):
