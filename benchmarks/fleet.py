@@ -37,7 +37,7 @@ from smolvm_async.host.accelerator import TCG
 
 SIZES = (1, 4, 8, 16, 32)
 MEMORY = {"windows": 2048, "linux": 128}  # MiB
-GUESTS = 6  # of the built-in Linux, for max_booting=
+GUESTS = 4  # of the built-in Linux, for max_booting=
 
 
 @dataclass(frozen=True)

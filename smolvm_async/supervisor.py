@@ -12,12 +12,7 @@ from functools import partial
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from smolvm_async.errors import (
-    LaunchError,
-    SmolVMError,
-    VMCrashedError,
-    VMNotRunningError,
-)
+from smolvm_async.errors import LaunchError, SmolVMError, VMCrashedError, VMNotRunningError
 from smolvm_async.events import BootState, Event, EventHub, GuestPanicked, Reset, Shutdown
 from smolvm_async.handle import console_tail, unprepared
 from smolvm_async.host.memory import resident
@@ -275,8 +270,8 @@ class Supervisor:
         task_status: TaskStatus[Child],
     ) -> None:
         """Run a process until its end; it is killed and reaped if that is not its own doing."""
-        directory = self._state.path
-        child = await spawn(name, command, cwd=directory, log=directory / log, fds=fds)
+        path = self._state.path
+        child = await spawn(name, command, cwd=path, log=path / log, fds=fds)
         try:
             self._children.append(child)
             task_status.started(child)
@@ -367,9 +362,10 @@ class Supervisor:
 
     async def _launch_error(self, error: Exception) -> Exception:
         """What to raise for a launch that failed: it tells which process ended, and how."""
+        vm_id = self._plan.config.vm_id
         if isinstance(error, LaunchError) and isinstance(error.__cause__, OSError):
             self._kill()  # one could not be spawned: what runs already has nothing to tell
-            return LaunchError(f"{self._plan.config.vm_id} did not start: {error}")
+            return LaunchError(f"{vm_id} did not start: {error}")
         if self._children:
             # When one ends the other follows, swtpm with status 0: the reason may come second.
             await asyncio.wait([child.exited for child in self._children], timeout=SAME_END)
@@ -377,7 +373,6 @@ class Supervisor:
         failed = [child for child in ended if child.returncode != 0] or ended
         reports = [child.report() for child in failed]
         self._kill()
-        vm_id = self._plan.config.vm_id
         if isinstance(error, OSError):
             return unprepared(self._plan.config, error)
         if isinstance(error, LaunchError | VMNotRunningError) and reports:

@@ -53,7 +53,8 @@ class Fleet:
             it, only `map()` starts any.
         until: The boot state that a VM is handed over at: `"ready"`, `"operating_system"` or
             `"firmware"`.
-        max_booting: How many may boot at once; by default as many as there are processors.
+        max_booting: How many may boot at once; by default as many as there are processors, or all
+            if `until="firmware"`.
         max_live: How many may live at once; by default 16 for each processor, or `size`.
         on_error: `"raise"`: a VM that fails cancels the block, which raises an `ExceptionGroup` of
             `MemberFailedError`s. `"collect"`: the others go on, and `failures` tells.
@@ -80,6 +81,10 @@ class Fleet:
         most = max(self._size, LIVE_PER_PROCESSOR * processors)
         self._max_live = most if max_live is None else check_count("max_live", max_live)
         booting = BOOTING_PER_PROCESSOR * processors
+        if self._until is BootState.FIRMWARE:
+            # What has been handed over boots on: a turn would end when the work only begins, and
+            # the next VM be spawned beside it. 16 at once are there in a third of the time.
+            booting = self._max_live
         self._max_booting = (
             booting if max_booting is None else check_count("max_booting", max_booting)
         )

@@ -62,7 +62,12 @@ def find_plain_uefi() -> Firmware:
     Raises:
         HostError: If there is none; it says how to install it, and where it looked.
     """
-    directories = list(_descriptor_directories())
+    return _find_plain_uefi(_descriptor_directories())
+
+
+@functools.lru_cache(maxsize=8)  # a fleet's VMs would each read the descriptors, on the loop
+def _find_plain_uefi(found_in: tuple[Path, ...]) -> Firmware:
+    directories = list(found_in)
     smm = frozenset({"requires-smm"})
     found = firmware.find_firmware(frozenset(), directories, firmware.PLAIN_PAIRS, without=smm)
     if found is None:

@@ -78,7 +78,11 @@ class Cluster:
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
-                process.kill()
+                process.send_signal(signal.SIGABRT)
+                process.wait()
+                import shutil
+
+                shutil.copytree(self.directory, f"/tmp/dk/logs-{process.pid}")
                 process.wait()
 
     def _start(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -93,7 +97,11 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+                env={
+                    **os.environ,
+                    "PYTHONFAULTHANDLER": "1",
+                    "PYTHONPATH": str(Path(__file__).parents[2]),
+                },
             )
 
     def _find(self, log: str, words: str) -> str:

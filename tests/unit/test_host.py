@@ -36,7 +36,11 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a
 @pytest.fixture(autouse=True)
 def nothing_is_remembered() -> Iterator[None]:
     """The process's memory of its host, empty before and after."""
-    caches = (host_package._find_tools, host_package._kvm_problem)
+    caches = (
+        host_package._find_tools,
+        host_package._find_plain_uefi,
+        host_package._kvm_problem,
+    )
     for cache in caches:
         cache.cache_clear()
     yield
