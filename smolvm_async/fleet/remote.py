@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
@@ -70,6 +70,7 @@ class Crew:
         self.largest = self.count = 0  # MiB of the largest worker; workers
         self._need = need
         self._lost = False
+        self._gone: dict[str, asyncio.Event] = {}  # set once the worker of this address is lost
         self._claimed: dict[str, asyncio.Future[str]] = {}
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -91,16 +92,30 @@ class Crew:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def everywhere(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Have all workers run a function, for as long as they may take."""
+        """Have each worker run a function, for as long as it may take, or until it is lost."""
         try:
             async with asyncio.timeout(ENDING):
-                await self.client.run(function, *arguments, on_error="ignore")
+                asking = [self._ask(worker, function, arguments) for worker in await self._look()]
+                await asyncio.gather(*asking)
         except TimeoutError:
             logger.warning(
                 "some Dask workers did not answer within %g s: their VMs may still run", ENDING
             )
         except Exception as error:  # the scheduler is gone, and its workers end themselves
             logger.warning("the Dask workers cannot be asked: %s", error)
+
+    async def _ask(self, worker: str, function: Callable[..., Any], arguments: Any) -> None:
+        """Dask itself would try for 30 s to connect to one that has just died."""
+        run = self.client.run(function, *arguments, workers=[worker], on_error="ignore")
+        asking = self.start(_awaited(run))
+        gone = self.start(self._gone.setdefault(worker, asyncio.Event()).wait())
+        try:
+            await asyncio.wait([asking, gone], return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                asking.result()
+        finally:
+            asking.cancel()
+            gone.cancel()
 
     def claim(self, key: str) -> asyncio.Future[str]:
         """Done with the address of the worker that had begun this task, once it is lost."""
@@ -129,8 +144,10 @@ class Crew:
             with suppress(Exception):  # a scheduler that is gone fails the tasks themselves
                 await self._look()
 
-    async def _look(self) -> None:
-        workers = (await self.client.scheduler.identity(n_workers=-1))["workers"].values()
+    async def _look(self) -> Sequence[str]:
+        """See which workers there are: their addresses."""
+        found = (await self.client.scheduler.identity(n_workers=-1))["workers"]
+        workers = found.values()
         offers = [int(worker["resources"].get(RESOURCE, 0)) for worker in workers]
         self.count, self.largest = len(offers), max(offers, default=0)
         places = (
@@ -138,14 +155,18 @@ class Crew:
             for worker, offer in zip(workers, offers, strict=True)
         )
         self.window.resize(sum(places))
+        return [*found]
 
     def _on_event(self, event: Any) -> None:
         _, message = event
         action = message.get("action") if isinstance(message, dict) else None
         if action in ("add-worker", "remove-worker"):
             self._news.set()
+        if action == "add-worker":
+            self._gone.pop(message["worker"], None)
         if action == "remove-worker":
             self._lost = True
+            self._gone.setdefault(message["worker"], asyncio.Event()).set()
             for name in ("processing-tasks", "lost-computed-tasks"):
                 for key in self._claimed.keys() & set(message.get(name, ())):
                     self.start(self._give_up(key, message["worker"]))
@@ -278,6 +299,10 @@ class RemoteJobs(Stream[R], Generic[T, R]):
             else:
                 self._loose |= not getting.done()
                 future.release()  # which has Dask cancel it, if it is not done; `getting` ends
+
+
+async def _awaited(work: Awaitable[V]) -> V:
+    return await work
 
 
 async def _result(future: Any) -> Report:
