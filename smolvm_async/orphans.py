@@ -42,7 +42,7 @@ def killed_orphan(identity: Identity, dir_fd: int) -> Iterator[int | None]:
         yield None
         return
     try:
-        found = identity.alive and _works_in(identity.pid, dir_fd)
+        found = identity.remains and _works_in(identity.pid, dir_fd)
         if found:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -54,6 +54,8 @@ def killed_orphan(identity: Identity, dir_fd: int) -> Iterator[int | None]:
 def _works_in(pid: int, dir_fd: int) -> bool:
     try:
         return os.path.samestat(os.stat(f"/proc/{pid}/cwd"), os.fstat(dir_fd))
+    except FileNotFoundError:
+        return True  # it is dying and has no directory any more; its last thread may have locks yet
     except OSError:
         return False
 

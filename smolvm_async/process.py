@@ -70,15 +70,24 @@ class Identity(NamedTuple):
         """Whether this very process still runs."""
         return identify(self.pid) == self
 
+    @property
+    def remains(self) -> bool:
+        """Whether there is anything of it: a zombie's other threads may have its files yet."""
+        return _identify(self.pid, but="X") == self
+
 
 def identify(pid: int) -> Identity | None:
     """The identity of a process that runs now; `None` if there is none, or only a zombie."""
+    return _identify(pid, but="ZX")
+
+
+def _identify(pid: int, but: str) -> Identity | None:
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
     except OSError:
         return None
-    return Identity(pid, int(fields[19])) if fields[0] not in "ZX" else None
+    return Identity(pid, int(fields[19])) if fields[0] not in but else None
 
 
 def describe_exit(returncode: int) -> str:

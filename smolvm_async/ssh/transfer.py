@@ -6,13 +6,14 @@ a time, links are made last, so that nothing is ever written through one.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,7 @@ import anyio
 
 from smolvm_async.errors import FileTransferError
 from smolvm_async.progress import Progress, ProgressCallback, report
-from smolvm_async.shielding import in_background
+from smolvm_async.shielding import in_background, settle
 from smolvm_async.ssh.trees import Entry
 
 if TYPE_CHECKING:
@@ -59,6 +60,17 @@ class Meter:
 def temporary_name(name: str) -> str:
     """A hidden name that nobody else has."""
     return f".{name[:200]}.smolvm-{secrets.token_hex(4)}"
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path, flags: int) -> AsyncIterator[int]:
+    """A file of this host: closed also if whoever opens it is cancelled meanwhile."""
+    opening = asyncio.ensure_future(in_background(os.open, path, flags | os.O_CLOEXEC, 0o600))
+    try:
+        yield await settle(opening)
+    finally:
+        if opening.done() and not opening.cancelled() and opening.exception() is None:
+            os.close(opening.result())
 
 
 async def each(items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]]) -> None:
@@ -137,14 +149,13 @@ class ToGuest:
 
     async def _file(self, entry: Entry) -> None:
         source = self._source / entry.path if entry.path else self._source
-        fd = await in_background(os.open, source, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            async with self._sftp.open(self._at(entry), "xb", **ONE_BY_ONE) as target:
-                block = _block(self._sftp.limits.max_write_len)
-                await copy_blocks(entry.size, block, partial(self._block, fd, target))
-                await target.setstat(_attributes(entry))
-        finally:
-            os.close(fd)
+        async with (
+            opened(source, os.O_RDONLY) as fd,
+            self._sftp.open(self._at(entry), "xb", **ONE_BY_ONE) as target,
+        ):
+            block = _block(self._sftp.limits.max_write_len)
+            await copy_blocks(entry.size, block, partial(self._block, fd, target))
+            await target.setstat(_attributes(entry))
 
     async def _block(self, fd: int, target: SFTPClientFile, offset: int, size: int) -> int:
         content = await in_background(os.pread, fd, size, offset)
@@ -207,15 +218,12 @@ class FromGuest:
 
     async def _file(self, entry: Entry) -> None:
         source = f"{self._source}/{entry.path}" if entry.path else self._source
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = await in_background(os.open, self._at(entry), flags, 0o600)
-        try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        async with opened(self._at(entry), flags) as fd:
             async with self._sftp.open(source, "rb", **ONE_BY_ONE) as file:
                 block = _block(self._sftp.limits.max_read_len)
                 await copy_blocks(entry.size, block, partial(self._block, file, fd))
             await in_background(_set_attributes, fd, entry)
-        finally:
-            os.close(fd)
 
     async def _block(self, file: SFTPClientFile, fd: int, offset: int, size: int) -> int:
         content = await file.read(size, offset)

@@ -11,8 +11,8 @@ import os
 import random
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,9 +164,7 @@ def _check_space(path: Path, uri: str, needed: int) -> None:
 
 
 async def _work(client: Any, wanted: Wanted, arrival: Arrival, parts: deque[Part]) -> None:
-    import aiofiles
-
-    async with aiofiles.open(arrival.path, "r+b", buffering=0) as file:
+    async with _opened(arrival.path) as file:
         while parts:
             part = parts.popleft()
             await file.seek(part.at)
@@ -185,6 +183,19 @@ async def _work(client: Any, wanted: Wanted, arrival: Arrival, parts: deque[Part
                         ) from error
                     logger.info("%s, again from byte %d on: %s", wanted.uri, part.at, error)
                     await asyncio.sleep(_backoff(failures))
+
+
+@asynccontextmanager
+async def _opened(path: Path) -> AsyncIterator[Any]:
+    """A file to write to: closed also if whoever opens it is cancelled meanwhile."""
+    import aiofiles
+
+    opening = asyncio.ensure_future(aiofiles.open(path, "r+b", buffering=0))
+    try:
+        yield await settle(opening)
+    finally:
+        if opening.done() and not opening.cancelled() and opening.exception() is None:
+            await settle(opening.result().close())
 
 
 def _backoff(failures: int) -> float:
