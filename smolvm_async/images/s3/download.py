@@ -23,7 +23,7 @@ from smolvm_async.images.s3.arrival import Arrival
 from smolvm_async.images.s3.client import CONNECTIONS
 from smolvm_async.images.s3.sentences import explained, is_passing
 from smolvm_async.log import get_logger
-from smolvm_async.shielding import settle
+from smolvm_async.shielding import first_of, settle
 
 logger = get_logger(__name__)
 
@@ -284,12 +284,3 @@ def _check_answer(answer: Any, wanted: Wanted, arrival: Arrival, part: Part) -> 
     got, length = answer.get("ContentRange", span), answer.get("ContentLength")
     if got != span or length not in (None, part.end - part.at):
         raise BrokenAnswerError(f"it announces {got} in {length} bytes, where {span} was asked for")
-
-
-def first_of(errors: BaseExceptionGroup[Exception]) -> Exception:
-    """The first error of a task group that failed."""
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, Exception)
-    return error

@@ -9,9 +9,8 @@ from typing import Any
 
 import anyio
 
-from smolvm_async.images.s3.download import first_of
 from smolvm_async.images.s3.sentences import explained
-from smolvm_async.shielding import in_background, settle
+from smolvm_async.shielding import first_of, in_background, settle
 
 PART = 5 << 20  # bytes; S3's least, and signing more would keep the event loop for long
 MAX_PARTS = 9_000  # S3 takes 10,000
