@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 
@@ -95,6 +96,24 @@ def _submit(
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()
     return loop.run_in_executor(executor, context.run, function, *arguments)
+
+
+@contextlib.asynccontextmanager
+async def acquired(getting: Awaitable[T], give_up: Callable[[T], Any]) -> AsyncIterator[T]:
+    """Have what `getting` brings for the time of the block.
+
+    Args:
+        give_up: Called with it at the end, also if the wait for it was cancelled; what it returns
+            is awaited if that can be.
+    """
+    future = asyncio.ensure_future(getting)
+    try:
+        yield await settle(future)
+    finally:
+        if future.done() and not future.cancelled() and future.exception() is None:
+            ending = give_up(future.result())
+            if inspect.isawaitable(ending):
+                await settle(ending)
 
 
 def first_of(errors: BaseExceptionGroup[Exception]) -> Exception:

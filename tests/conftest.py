@@ -57,6 +57,18 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def blank(blank_image: Path, data_dir: Path) -> dict[str, Any]:
+    """The arguments of a VM that boots nothing: quick to have, and quick to lose."""
+    return {
+        "os": "linux",
+        "image": blank_image,
+        "memory": 128,
+        "accel": "tcg",
+        "data_dir": data_dir,
+    }
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 4 MiB: what it takes to be really full."""
     path = tmp_path / "small"

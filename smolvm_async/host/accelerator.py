@@ -39,12 +39,15 @@ class Accelerator(NamedTuple):
         """
         if self.name != "tcg":
             return self.option
-        return f"{self.option},tb-size={min(max(memory // 4, LEAST_CODE), MOST_CODE)}"
+        return f"{self.option},tb-size={_translated_code(memory)}"
 
     def overhead(self, memory: int) -> int:
         """MiB that the processes of such a VM may take besides the guest's memory."""
-        code = min(max(memory // 4, LEAST_CODE), MOST_CODE) - LEAST_CODE
-        return OVERHEAD + (code if self.name == "tcg" else 0)
+        return OVERHEAD + (_translated_code(memory) - LEAST_CODE if self.name == "tcg" else 0)
+
+
+def _translated_code(memory: int) -> int:
+    return min(max(memory // 4, LEAST_CODE), MOST_CODE)
 
 
 KVM = Accelerator("kvm", "kvm")

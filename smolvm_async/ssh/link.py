@@ -78,7 +78,7 @@ class Link:
         end: Callable[[T], Coroutine[None, None, None]],
         on_turn: Callable[[bool], None] = lambda _: None,
     ) -> T:
-        """Open a session, once the server has room for one; `close()` gives it back.
+        """Open a session, once the server has room for one; `release()` or `end()` gives it back.
 
         Args:
             opener: Opens it on a connection.

@@ -6,14 +6,14 @@ a time, links are made last, so that nothing is ever written through one.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
 import shutil
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +22,7 @@ import anyio
 
 from smolvm_async.errors import FileTransferError
 from smolvm_async.progress import Progress, ProgressCallback, report
-from smolvm_async.shielding import in_background, settle
+from smolvm_async.shielding import acquired, in_background
 from smolvm_async.ssh.trees import Entry
 
 if TYPE_CHECKING:
@@ -62,15 +62,9 @@ def temporary_name(name: str) -> str:
     return f".{name[:200]}.smolvm-{secrets.token_hex(4)}"
 
 
-@contextlib.asynccontextmanager
-async def opened(path: Path, flags: int) -> AsyncIterator[int]:
-    """A file of this host: closed also if whoever opens it is cancelled meanwhile."""
-    opening = asyncio.ensure_future(in_background(os.open, path, flags | os.O_CLOEXEC, 0o600))
-    try:
-        yield await settle(opening)
-    finally:
-        if opening.done() and not opening.cancelled() and opening.exception() is None:
-            os.close(opening.result())
+def opened(path: Path, flags: int) -> AbstractAsyncContextManager[int]:
+    """A file of this host, as a descriptor."""
+    return acquired(in_background(os.open, path, flags | os.O_CLOEXEC, 0o600), os.close)
 
 
 async def each(items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]]) -> None:

@@ -138,18 +138,6 @@ def mortal(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture
-def blank(blank_image: Path, data_dir: Path) -> Template:
-    """A VM that boots nothing."""
-    return {
-        "os": "linux",
-        "image": blank_image,
-        "memory": 128,
-        "accel": "tcg",
-        "data_dir": data_dir,
-    }
-
-
 async def joined(fleet: DaskFleet, count: int) -> None:
     """Wait for the workers."""
     crew = fleet._crew

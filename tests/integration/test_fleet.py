@@ -34,18 +34,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100, func_only=True)]
 Template = Mapping[str, Any]
 
 
-@pytest.fixture
-def blank(blank_image: Path, data_dir: Path) -> Template:
-    """A VM that boots nothing: quick to have, and quick to lose."""
-    return {
-        "os": "linux",
-        "image": blank_image,
-        "memory": 128,
-        "accel": "tcg",
-        "data_dir": data_dir,
-    }
-
-
 @pytest.fixture(autouse=True)
 def nothing_promised(data_dir: Path) -> Any:
     """After each: no memory is promised, and no VM is left."""

@@ -11,8 +11,9 @@ import os
 import random
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from smolvm_async.images.s3.arrival import Arrival
 from smolvm_async.images.s3.client import CONNECTIONS
 from smolvm_async.images.s3.sentences import explained, is_passing
 from smolvm_async.log import get_logger
-from smolvm_async.shielding import first_of, settle
+from smolvm_async.shielding import acquired, first_of, settle
 
 logger = get_logger(__name__)
 
@@ -164,7 +165,10 @@ def _check_space(path: Path, uri: str, needed: int) -> None:
 
 
 async def _work(client: Any, wanted: Wanted, arrival: Arrival, parts: deque[Part]) -> None:
-    async with _opened(arrival.path) as file:
+    import aiofiles
+
+    opening = aiofiles.open(arrival.path, "r+b", buffering=0)
+    async with acquired(opening, methodcaller("close")) as file:
         while parts:
             part = parts.popleft()
             await file.seek(part.at)
@@ -183,19 +187,6 @@ async def _work(client: Any, wanted: Wanted, arrival: Arrival, parts: deque[Part
                         ) from error
                     logger.info("%s, again from byte %d on: %s", wanted.uri, part.at, error)
                     await asyncio.sleep(_backoff(failures))
-
-
-@asynccontextmanager
-async def _opened(path: Path) -> AsyncIterator[Any]:
-    """A file to write to: closed also if whoever opens it is cancelled meanwhile."""
-    import aiofiles
-
-    opening = asyncio.ensure_future(aiofiles.open(path, "r+b", buffering=0))
-    try:
-        yield await settle(opening)
-    finally:
-        if opening.done() and not opening.cancelled() and opening.exception() is None:
-            await settle(opening.result().close())
 
 
 def _backoff(failures: int) -> float:
