@@ -28,7 +28,7 @@ async def end_orphans(identities: Iterable[Identity], dir_fd: int) -> None:
     for identity in identities:
         with killed_orphan(identity, dir_fd) as pidfd:
             if pidfd is not None:
-                logger.warning("ending process %d, which its dead owner left", identity.pid)
+                logger.info("ending process %d, which its dead owner left", identity.pid)
                 async with asyncio.timeout(ENDED):
                     await _readable(pidfd)
 
