@@ -97,7 +97,7 @@ def qemu_arguments(
         *_sandbox(),
         *_monitor(descriptors.monitor),
         *_console(descriptors.console),
-        *_firmware(tools),
+        *_firmware(tools, keep=config.keep),
         *(_direct_boot(direct_boot) if direct_boot is not None else ()),
         *_disk(descriptors.base_image, disk_format, profile.disk_bus, keep=config.keep),
         *_network(config.vm_id, ssh=profile.login != "none"),
@@ -128,13 +128,13 @@ def _console(fd: int) -> list[str]:
     ]
 
 
-def _firmware(tools: HostTools) -> list[str]:
+def _firmware(tools: HostTools, *, keep: bool) -> list[str]:
     firmware = tools.firmware
     if firmware is None:
         return []
     return [
         *("-blockdev", _node("code", firmware.code_format, str(firmware.code), read_only=True)),
-        *("-blockdev", _node("vars", firmware.vars_format, VARS)),
+        *("-blockdev", _node("vars", firmware.vars_format, VARS, cache=_cache(keep=keep))),
     ]
 
 
@@ -147,8 +147,7 @@ def _direct_boot(boot: DirectBoot) -> list[str]:
 
 
 def _disk(base_image: int, disk_format: str, bus: str, *, keep: bool) -> list[str]:
-    # An overlay that is thrown away with the VM need not be flushed to the host's disk.
-    cache = {"direct": False, "no-flush": not keep}
+    cache = _cache(keep=keep)
     overlay = {
         "driver": "qcow2",
         "node-name": "disk",
@@ -225,12 +224,26 @@ def _display(resolution: tuple[int, int], screen: int, *, usb: bool) -> list[str
     ]
 
 
-def _node(name: str, image_format: str, path: str, *, read_only: bool = False) -> str:
+def _cache(*, keep: bool) -> dict[str, bool]:
+    # What is thrown away with the VM need not be flushed to the host's disk.
+    return {"direct": False, "no-flush": not keep}
+
+
+def _node(
+    name: str,
+    image_format: str,
+    path: str,
+    *,
+    read_only: bool = False,
+    cache: dict[str, bool] | None = None,
+) -> str:
+    caching = {} if cache is None else {"cache": cache}
     return json.dumps(
         {
             "driver": image_format,
             "node-name": name,
             "read-only": read_only,
-            "file": {"driver": "file", "filename": path, "read-only": read_only},
+            "file": {"driver": "file", "filename": path, "read-only": read_only, **caching},
+            **caching,
         }
     )

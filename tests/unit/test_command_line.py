@@ -53,7 +53,9 @@ GOLDEN_TCG = [
     '-blockdev {"driver": "raw", "node-name": "code", "read-only": true, '
     '"file": {"driver": "file", "filename": "/fw/CODE.fd", "read-only": true}}',
     '-blockdev {"driver": "raw", "node-name": "vars", "read-only": false, '
-    '"file": {"driver": "file", "filename": "vars.fd", "read-only": false}}',
+    '"file": {"driver": "file", "filename": "vars.fd", "read-only": false, '
+    '"cache": {"direct": false, "no-flush": true}}, '
+    '"cache": {"direct": false, "no-flush": true}}',
     "-add-fd fd=12,set=1",
     '-blockdev {"driver": "qcow2", "node-name": "base", "read-only": true, '
     '"file": {"driver": "file", "filename": "/dev/fdset/1", "read-only": true}}',
