@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolvm_async.errors import ConnectionLostError
-from smolvm_async.shielding import in_background, settle
+from smolvm_async.shielding import in_background, no_collection, settle
 from smolvm_async.ssh.access import Access
 from smolvm_async.ssh.sessions import Sessions
 
@@ -295,7 +295,7 @@ async def _exit(client: SFTPClient) -> None:
 
 async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:
     if "asyncssh" not in sys.modules:
-        await in_background(importlib.import_module, "asyncssh")
+        await in_background(no_collection()(importlib.import_module), "asyncssh")
     import asyncssh
 
     known: Any = ([asyncssh.import_public_key(access.host_key)], [], [])

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 
-from smolvm_async.shielding import in_background, in_thread, settle, submit
+from smolvm_async.shielding import in_background, in_thread, no_collection, settle, submit
 
 pytestmark = pytest.mark.anyio
 
@@ -306,3 +306,38 @@ def test_a_cancelled_wait_does_not_spin(
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
         runner.run(main())
     assert selector.rounds < 50
+
+
+def test_what_imports_very_much_is_not_interrupted_by_the_garbage_collector() -> None:
+    generations: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        generations.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        with no_collection():
+            many: list[list[object]] = [[] for _ in range(200_000)]
+    finally:
+        gc.callbacks.remove(note)
+    assert not generations
+    assert gc.isenabled()
+    assert gc.is_tracked(many)
+    assert any(many is thing for thing in gc.get_objects(generation=2))
+
+
+def test_whoever_collects_or_freezes_by_himself_is_left_alone() -> None:
+    gc.disable()
+    try:
+        with no_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    gc.freeze()
+    try:
+        with no_collection():
+            assert gc.isenabled()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

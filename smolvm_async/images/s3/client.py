@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvm_async.errors import ConfigError
 from smolvm_async.images.s3.sentences import explained
-from smolvm_async.shielding import in_background, settle
+from smolvm_async.shielding import in_background, no_collection, settle
 
 if TYPE_CHECKING:
     from aiobotocore.httpsession import AIOHTTPSession
@@ -66,6 +66,7 @@ def _own_credentials() -> dict[str, str]:
     return {"aws_access_key_id": key, "aws_secret_access_key": secret} if key else {}
 
 
+@no_collection()
 def _make(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     """Make a client in this thread; nothing of it belongs to a loop before its first request."""
     import aioboto3
