@@ -237,6 +237,7 @@ class Owned:
             await self._discard()
             raise
         finally:
+            run.launch.end()
             self._server = None
             self.hub.close()
             if isinstance(run.failure, VMCrashedError):

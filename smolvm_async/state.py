@@ -170,12 +170,7 @@ class StateDirectory:
             OSError: If the disk is full or a template cannot be read.
         """
         files = {OVERLAY: qcow2.empty(virtual_size), **parts.files}
-        writes = [in_thread(self._write, name, content) for name, content in files.items()]
-        if parts.vars_template is not None:
-            writes.append(in_thread(self._copy, VARS, parts.vars_template))
-        if parts.tpm:
-            writes.append(in_thread((self.path / TPM).mkdir, 0o700))
-        await asyncio.gather(*writes)
+        await in_thread(self._fill, files, parts)
 
     def check_kept(self, names: Iterable[str]) -> None:
         """Whether these parts of a kept VM, and its disk, are all there.
@@ -252,8 +247,13 @@ class StateDirectory:
         with open(os.open(self.path / name, flags, 0o600), "wb") as file:
             file.write(content)
 
-    def _copy(self, name: str, template: Path) -> None:
-        self._write(name, template.read_bytes())
+    def _fill(self, files: Mapping[str, bytes], parts: Parts) -> None:
+        for name, content in files.items():
+            self._write(name, content)
+        if parts.vars_template is not None:
+            self._write(VARS, parts.vars_template.read_bytes())
+        if parts.tpm:
+            (self.path / TPM).mkdir(0o700)
 
     def _check_ours(self, fd: int) -> None:
         names = os.listdir(fd)  # not by its path: whoever has the lock may be removing it

@@ -18,11 +18,12 @@ from smolvm_async.handle import console_tail, unprepared
 from smolvm_async.host.memory import resident
 from smolvm_async.images.local import BaseImage
 from smolvm_async.images.source import Source
+from smolvm_async.launches import Launch
 from smolvm_async.limits import oom_hint, oom_kills
 from smolvm_async.log import get_logger
 from smolvm_async.login import Login
 from smolvm_async.plan import Plan
-from smolvm_async.prepared import prepare
+from smolvm_async.prepared import Prepared, prepare
 from smolvm_async.process import Child, spawn
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.boot import BootTracker
@@ -67,6 +68,7 @@ class Supervisor:
         self.console = Console()
         self.failure: Exception | None = None
         self.report = ShutdownReport(Rung.NONE)
+        self.launch = Launch(under_way=plan.source is not None)  # or it may have to be built first
         self._plan = plan
         self._state: StateDirectory
         self._machine: Machine | None = None  # of a kept VM that has run before
@@ -165,45 +167,50 @@ class Supervisor:
         with ExitStack() as stack:
             prepared = await prepare(plan, self._state, self._machine, stack)
             self._source, self._login = prepared.source, prepared.login
-            attachments = [
-                stack.enter_context(SIDECARS[name](prepared.tools).open())
-                for name in plan.config.profile.sidecars
-            ]
-            monitor = stack.enter_context(self._monitor.open())
-            console = stack.enter_context(self.console.open())
-            attach = [word for attachment in attachments for word in attachment.argv]
-            sockets = [sock for attachment in attachments for sock in attachment.sockets]
-            descriptors = Descriptors(
-                monitor.fileno(), console.fileno(), prepared.image.fd, self.screen.open()
-            )
-            machine_type = self._machine.type if self._machine else None
-            argv = qemu_arguments(
-                plan.config,
-                prepared.tools,
-                plan.accelerator,
-                descriptors,
-                attach,
-                machine_type,
-                prepared.direct_boot,
-                prepared.source.format,
-            )
-            fds = [*descriptors, *prepared.descriptors, *(sock.fileno() for sock in sockets)]
-            command = [*plan.prefix, *argv]
-            qemu: Child = await group.start(self._hold, "QEMU", command, QEMU_LOG, fds)
-            for attached in attachments:  # QEMU takes longest, and is on its way
-                ends = [sock.fileno() for sock in attached.own_sockets]
-                await group.start(self._hold, attached.name, attached.command, attached.log, ends)
+            self.launch.begin()
+            qemu = await self._spawn(group, prepared, stack)
         # Only the processes have their ends now: a death shows as the end of file.
-        await self._monitor.connect(
-            [child.exited for child in self._children], plan.config.timeouts.launch
-        )
+        ends = [child.exited for child in self._children]
+        await self._monitor.connect(ends, plan.config.timeouts.launch)
         await self._open_ways()
+        await self.launch.end_with_others()
         await self._monitor.execute("cont")
         self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
         if plan.config.keep:  # what is not recorded cannot be started again
             await self._record_running(await self._see_machine(prepared.image))
         else:
             group.start_soon(self._record_running, None)
+        return qemu
+
+    async def _spawn(self, group: TaskGroup, prepared: Prepared, stack: ExitStack) -> Child:
+        """Start QEMU and its sidecars with what they inherit, which `stack` closes here."""
+        plan = self._plan
+        attachments = [
+            stack.enter_context(SIDECARS[name](prepared.tools).open())
+            for name in plan.config.profile.sidecars
+        ]
+        monitor = stack.enter_context(self._monitor.open())
+        console = stack.enter_context(self.console.open())
+        attach = [word for attachment in attachments for word in attachment.argv]
+        sockets = [sock for attachment in attachments for sock in attachment.sockets]
+        descriptors = Descriptors(
+            monitor.fileno(), console.fileno(), prepared.image.fd, self.screen.open()
+        )
+        argv = qemu_arguments(
+            plan.config,
+            prepared.tools,
+            plan.accelerator,
+            descriptors,
+            attach,
+            self._machine.type if self._machine else None,
+            prepared.direct_boot,
+            prepared.source.format,
+        )
+        fds = [*descriptors, *prepared.descriptors, *(sock.fileno() for sock in sockets)]
+        qemu: Child = await group.start(self._hold, "QEMU", [*plan.prefix, *argv], QEMU_LOG, fds)
+        for attached in attachments:  # QEMU takes longest, and is on its way
+            ends = [sock.fileno() for sock in attached.own_sockets]
+            await group.start(self._hold, attached.name, attached.command, attached.log, ends)
         return qemu
 
     async def _open_ways(self) -> None:

@@ -38,7 +38,9 @@ class Promise:
 
 
 class _Turn:
-    def __init__(self) -> None:
+    def __init__(self, promise: Promise) -> None:
+        self.promise = promise
+        self.granted = False
         self._loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
 
@@ -55,6 +57,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._promises: set[Promise] = set()
         self._turns: deque[_Turn] = deque()
+        self._granting = threading.Lock()  # held while the host is looked at
 
     def room(self) -> int:
         """MiB that can be promised now.
@@ -91,32 +94,47 @@ class Ledger:
             self._wake()
 
     async def _wait_for_room(self, promise: Promise) -> None:
-        turn = _Turn()
+        turn = _Turn(promise)
         with self._lock:
             self._turns.append(turn)
         try:
-            while not (self._turns[0] is turn and await in_thread(self._try, promise)):
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(AGAIN):
-                        await turn.news.wait()
-                turn.news.clear()
-        finally:
-            with self._lock:
-                self._turns.remove(turn)
-            self._wake()
+            while not turn.granted:
+                if self._is_first(turn):
+                    await in_thread(self._grant, turn)
+                if not turn.granted:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(AGAIN):
+                            await turn.news.wait()
+                    turn.news.clear()
+        except BaseException:
+            self._forget(turn)
+            raise
 
-    def _try(self, promise: Promise) -> bool:
-        room = self.room()
+    def _forget(self, turn: _Turn) -> None:
+        with self._lock, suppress(ValueError):
+            self._turns.remove(turn)
+        self._wake()
+
+    def _is_first(self, turn: _Turn) -> bool:
         with self._lock:
-            if promise.size <= room:
-                self._promises.add(promise)
-                return True
-            if not self._promises:
-                raise HostError(
-                    f"a VM of {promise.size} MiB, with QEMU's own, does not fit: {room} MiB can be "
-                    "promised. Pass a smaller memory=, or free memory of the host."
-                )
-        return False
+            return bool(self._turns) and self._turns[0] is turn
+
+    def _grant(self, turn: _Turn) -> None:
+        """Promise to those that come first, as long as there is room: to 32 as fast as to one."""
+        with self._granting:
+            room = self.room()
+            with self._lock:
+                while self._turns and self._turns[0].promise.size <= room:
+                    first = self._turns.popleft()
+                    self._promises.add(first.promise)
+                    room -= first.promise.size
+                    first.granted = True
+                    first.wake()
+                if not self._promises and not turn.granted:
+                    raise HostError(
+                        f"a VM of {turn.promise.size} MiB, with QEMU's own, does not fit: {room} "
+                        "MiB can be promised. Pass a smaller memory=, or free memory of the host."
+                    )
 
     def _wake(self) -> None:
         with self._lock:

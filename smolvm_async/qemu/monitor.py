@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
 from smolvm_async.events import Event, parse_event
@@ -30,11 +30,21 @@ LAST_WORDS = 1.0  # seconds to read what a QEMU that has ended still had to say
 T = TypeVar("T")
 
 
+class _Client(QMPClient):
+    """The client renders each message for its log; here, only if somebody reads that."""
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return super()._cb_outbound(msg) if wire.isEnabledFor(logging.DEBUG) else msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return super()._cb_inbound(msg) if wire.isEnabledFor(logging.DEBUG) else msg
+
+
 class Monitor:
     """A QMP session over a socketpair whose other end QEMU has inherited."""
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self._client = QMPClient()  # a name would cost a logger that is never freed
+        self._client = _Client()  # a name would cost a logger that is never freed
         self._client.logger = wire
 
         def hand_on(message: Any) -> bool:

@@ -54,7 +54,7 @@ async def after(vm: AsyncSmolVM, keys: str) -> Screenshot:
     """What the screen shows once a key has had its effect."""
     before = await vm.screenshot()
     await vm.keyboard.press(keys)
-    return await vm.wait_for_screen(changed=before, stable=1.5, timeout=FIRMWARE)
+    return await vm.wait_for_screen(changed=before, stable=3, timeout=FIRMWARE)
 
 
 async def test_the_firmwares_set_up_is_navigated_by_keys_alone(

@@ -59,7 +59,35 @@ async def test_nobody_overtakes_whoever_asked_before() -> None:
     assert order == [700]  # 100 and 200 would fit
     over.set()
     await asyncio.gather(first, *claims)
-    assert order == [700, 500, 100, 200]
+    assert order[0] == 700
+    assert sorted(order[1:]) == [100, 200, 500]  # for whom there was room together
+    assert ledger.room() == 1000
+
+
+async def test_many_are_promised_memory_without_a_look_at_the_host_for_each() -> None:
+    looks = 0
+    host = Host(1000)
+
+    def look() -> Memory:
+        nonlocal looks
+        looks += 1
+        return host.look()
+
+    ledger = Ledger(look)
+    promised = asyncio.Semaphore(0)
+    over = asyncio.Event()
+
+    async def claim() -> None:
+        async with ledger.promised(100):
+            promised.release()
+            await over.wait()
+
+    claims = [asyncio.ensure_future(claim()) for _ in range(12)]
+    for _ in range(10):
+        await promised.acquire()
+    assert looks < 10
+    over.set()
+    await asyncio.gather(*claims)
     assert ledger.room() == 1000
 
 

@@ -76,6 +76,7 @@ ROWS = [
     "block",
     "plan",
     "prepared",
+    "launches",
     "supervisor",
     "doctor",
     "control",
