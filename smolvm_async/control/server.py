@@ -169,7 +169,7 @@ class ControlServer:
             else:
                 answer = {"result": result}
         except Exception as error:
-            logger.debug("a client's request failed: %r", error)
+            logger.debug("a client's request failed: %s", repr(error))
             answer = {"error": error_to_json(error)}
         if writer.is_closing():  # it has gone
             return

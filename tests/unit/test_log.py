@@ -61,3 +61,9 @@ async def test_each_record_of_a_vm_names_it_and_debug_shows_the_command_lines(
         assert any("--tpmstate" in line for line in words.values())
         assert "smolvm_async.shutdown" in {record.name for record in mine}
     assert {record.__dict__["vm_id"] for record in ours} == {"left", "right"}
+
+
+def test_a_record_that_is_kept_keeps_no_exception(caplog: pytest.LogCaptureFixture) -> None:
+    get_logger("smolvm_async.test").warning("%s: %s", 5, OSError("no space"))
+    (record,) = caplog.records
+    assert record.args == (5, "no space")
