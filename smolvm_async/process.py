@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -194,7 +195,8 @@ def _turn() -> anyio.Lock:
 
 
 def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[int]) -> Child:
-    logger.debug("%s: %s", name, shlex.join(argv))
+    if logger.isEnabledFor(logging.DEBUG):  # QEMU's command line takes most of a millisecond
+        logger.debug("%s: %s", name, shlex.join(argv))
     with contextlib.ExitStack() as undo:
         try:
             kept = LogFile(log, LOG_LIMIT)
