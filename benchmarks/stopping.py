@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -20,12 +21,12 @@ from smolvm_async import AcceleratorWarning, AsyncSmolVM
 
 
 def bare_quit(image: Path) -> float:
-    """Seconds from `quit` until a bare QEMU has closed its monitor."""
+    """Seconds from `quit` until a bare QEMU, and its swtpm, have ended."""
     with launched({"os": "windows", "image": image}) as (vm,):
         began = time.perf_counter()
         vm.monitor.send(json.dumps({"execute": "quit"}).encode())
-        while vm.monitor.recv(65536):
-            pass
+        for pid in vm.pids.values():
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         return time.perf_counter() - began
 
 
@@ -60,7 +61,7 @@ def measure(image: Path, count: int) -> Results:
             afters.append(after)
             deletes.append(runner.run(delete(image, Path(name))))
     results = Results("Stop and delete (Windows class)")
-    quitting = Figure("QMP quit, until the monitor is closed", bares)
+    quitting = Figure("QMP quit, until both processes have ended", bares)
     results.compare("stop, by quit", quitting, Figure("stop(timeout=0)", stops))
     results.add("delete() of a running VM (SIGKILL, directory removed)", deletes, headline=True)
     results.add("delete() after stop()", afters)
