@@ -13,7 +13,7 @@ from smolvm_async.images.manifest import ImageFile
 if TYPE_CHECKING:
     from backports.zstd import ZstdDecompressor
 
-PIECE = 1 << 20  # bytes
+PIECE = 256 << 10  # bytes
 WINDOW_LOG = 23  # 8 MiB: what zstd's levels up to 19 take, and what fits beside the rest
 HOLE = bytes(1 << 16)  # zeroes that are not written: a file system keeps them for nothing
 

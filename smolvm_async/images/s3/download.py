@@ -29,7 +29,7 @@ from smolvm_async.shielding import acquired, first_of, settle
 logger = get_logger(__name__)
 
 SMALLEST_PART, LARGEST_PART = 8 << 20, 64 << 20  # bytes
-PIECE = 512 << 10  # bytes that a worker holds before they are written
+PIECE = 384 << 10  # bytes that a worker holds before they are written
 PATIENCE = 5  # failures in a row, without a byte between them, that a part survives
 BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds after the first of them, doubled each time
 
