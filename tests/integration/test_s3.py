@@ -32,6 +32,7 @@ from smolvm_async import (
 )
 from smolvm_async.images import qcow2
 from smolvm_async.images.debian import build_debian
+from smolvm_async.images.s3 import client, download
 from smolvm_async.record import Status
 from tests.conftest import fill_up
 from tests.integration.s3_server import (
@@ -277,6 +278,19 @@ async def test_a_download_that_always_breaks_off_fails_and_can_be_gone_on_with(
     proxy.fault = lambda request: None
     image = await ImageStore().pull(published.uri)
     assert digest(image.disk) == published.digest
+
+
+async def test_a_server_that_falls_silent_is_not_waited_for_without_end(
+    published: Published, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(client, "ATTEMPTS", 1)
+    monkeypatch.setattr(download, "SILENCE", 0.9)
+    gate = threading.Event()
+    proxy.fault = refuse(Fault(hold=gate))
+    with pytest.raises(ImageError, match=r"broke off 2 times in a row, over . s"):
+        await ImageStore().pull(published.uri)
+    gate.set()
 
 
 @pytest.mark.parametrize("lie", [-5, 5, 1000])
@@ -539,6 +553,32 @@ async def test_memory_is_bounded_and_the_loop_goes_on(
     # What the loop's own thread works between two looks at its clock; waiting for a processor, or
     # for the interpreter's lock, is not counted, nor is one collection of garbage.
     assert min(one["longest_work"] for one in values) < 0.010
+
+
+async def test_clients_that_are_gone_leave_nothing_for_long(server: str) -> None:
+    # What a client is made of is cyclic: it goes only if the garbage collector comes round.
+    program = """
+import asyncio, gc
+from smolvm_async.images.s3.client import open_client
+
+async def clients(number):
+    for _ in range(number):
+        async with open_client():
+            pass
+    return len(gc.get_objects())
+
+async def main():
+    print(await clients(1), await clients(60))
+
+asyncio.run(main())
+"""
+    environment = os.environ | settings(server)
+    command = [sys.executable, "-c", program]
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=environment, stdout=subprocess.PIPE, check=True
+    )
+    one, many = map(int, done.stdout.split())
+    assert many - one < 60_000  # 2,500 of each of them, if none was collected
 
 
 # The cache

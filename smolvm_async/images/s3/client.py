@@ -12,7 +12,7 @@ import json
 import os
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from smolvm_async.errors import ConfigError
@@ -66,9 +66,15 @@ def _own_credentials() -> dict[str, str]:
     return {"aws_access_key_id": key, "aws_secret_access_key": secret} if key else {}
 
 
-@no_collection()
 def _make(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     """Make a client in this thread; nothing of it belongs to a loop before its first request."""
+    # Most of what the first one makes stays; of the next ones nothing does, and is to be collected.
+    first = _loader.cache_info().currsize == 0
+    with no_collection() if first else nullcontext():
+        return _make_now(options, hurried)
+
+
+def _make_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     import aioboto3
     import aiofiles  # noqa: F401 (the download wants it, and an import stalls the loop)
     from aiobotocore.config import AioConfig

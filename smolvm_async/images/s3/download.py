@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -32,6 +33,7 @@ SMALLEST_PART, LARGEST_PART = 8 << 20, 64 << 20  # bytes
 PIECE = 384 << 10  # bytes that a worker holds before they are written
 PATIENCE = 5  # failures in a row, without a byte between them, that a part survives
 BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds after the first of them, doubled each time
+SILENCE = 120.0  # seconds without a byte of a part, however many failures they had
 
 
 class BrokenAnswerError(Exception):
@@ -172,21 +174,29 @@ async def _work(client: Any, wanted: Wanted, arrival: Arrival, parts: deque[Part
         while parts:
             part = parts.popleft()
             await file.seek(part.at)
-            failures = 0
-            while part.at < part.end:
-                before = part.at
-                try:
-                    async with _slot():
-                        await _stream(client, wanted, arrival, part, file)
-                except BrokenAnswerError as error:
-                    failures = 1 if part.at > before else failures + 1
-                    if failures > PATIENCE:
-                        raise ImageError(
-                            f"{wanted.uri}: its download broke off {failures} times in a row "
-                            f"({error}). What has arrived is kept, and the next try goes on there."
-                        ) from error
-                    logger.info("%s, again from byte %d on: %s", wanted.uri, part.at, error)
-                    await asyncio.sleep(_backoff(failures))
+            await _insist(client, wanted, arrival, part, file)
+
+
+async def _insist(client: Any, wanted: Wanted, arrival: Arrival, part: Part, file: Any) -> None:
+    """Stream a part, and again from where it broke off."""
+    failures, since = 0, time.monotonic()
+    while part.at < part.end:
+        before = part.at
+        try:
+            async with _slot():
+                await _stream(client, wanted, arrival, part, file)
+        except BrokenAnswerError as error:
+            if part.at > before:
+                failures, since = 0, time.monotonic()
+            failures += 1
+            if failures > PATIENCE or time.monotonic() - since > SILENCE:
+                raise ImageError(
+                    f"{wanted.uri}: its download broke off {failures} times in a row, over "
+                    f"{time.monotonic() - since:.0f} s ({error}). What has arrived is kept, and "
+                    "the next try goes on there."
+                ) from error
+            logger.info("%s, again from byte %d on: %s", wanted.uri, part.at, error)
+            await asyncio.sleep(_backoff(failures))
 
 
 def _backoff(failures: int) -> float:
