@@ -173,13 +173,13 @@ class Supervisor:
         ends = [child.exited for child in self._children]
         await self._monitor.connect(ends, plan.config.timeouts.launch)
         await self._open_ways()
+        if not plan.config.keep:  # before guests run, which leave little of the processors
+            group.start_soon(self._record_running, None)
         await self.launch.end_with_others()
         await self._monitor.execute("cont")
         self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
         if plan.config.keep:  # what is not recorded cannot be started again
             await self._record_running(await self._see_machine(prepared.image))
-        else:
-            group.start_soon(self._record_running, None)
         return qemu
 
     async def _spawn(self, group: TaskGroup, prepared: Prepared, stack: ExitStack) -> Child:

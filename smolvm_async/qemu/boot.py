@@ -111,6 +111,7 @@ class BootTracker(BootStates):
             group.cancel_scope.cancel()
 
     async def _look(self, monitor: Monitor) -> None:
+        await asyncio.sleep(POLL)  # it has only just begun
         while True:
             try:
                 if self.last.state is BootState.FIRMWARE and await os_in_control(monitor):
