@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,7 @@ async def push_image(
 
     Raises:
         ConfigError: An argument is wrong, or the directory holds no image that can be used.
+        HostError: There is no space for what is compressed.
         ImageError: It cannot be uploaded.
     """
     location = parse_uri(uri, "uri")
@@ -106,10 +107,11 @@ async def push_image(
     with ExitStack() as stack:
         tell(f"reading {source}")
         values, paths = await in_background(_survey, source, location, given)
-        pieces = {
-            part: await in_background(_prepare, stack, part, path, values, compress)
-            for part, path in paths.items()
-        }
+        with Layout(cache_root()).usable() if compress else nullcontext():
+            pieces = {
+                part: await in_background(_prepare, stack, part, path, values, compress)
+                for part, path in paths.items()
+            }
         for part, piece in pieces.items():
             values[part] = piece.described
         manifest = await in_background(_manifest, values, location)
@@ -148,7 +150,8 @@ def _survey(
     else:
         values, paths = {}, _recognized(directory, names)
     if BOOT_ARGS in names and "kernel" in paths:
-        values.setdefault("boot_args", (directory / BOOT_ARGS).read_text()[:4096].strip())
+        text = (directory / BOOT_ARGS).read_bytes()[:4096].decode(errors="replace")
+        values.setdefault("boot_args", text.strip())
     if "kernel" in paths:
         values.setdefault("os", "linux")
     values.setdefault("name", _default_name(location))

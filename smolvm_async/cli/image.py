@@ -135,7 +135,8 @@ def prune(
         ),
     ] = None,
     unused_days: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Remove those unused for so long.")
+        float | None,
+        typer.Option(metavar="DAYS", min=0, max=36_500, help="Remove those unused for so long."),
     ] = None,
     image_dir: ImageDir = None,
     json: Json = False,
@@ -165,7 +166,7 @@ def verify(
         write_json([damage._asdict() for damage in damages])
     for damage in () if json else damages:
         end = "it is removed: pull it again" if damage.removed else "a VM needs it: it stays"
-        say(f"{damage.path} is damaged; {end}.")
+        say(f"{damage.path} is {'damaged' if damage.actual else 'gone'}; {end}.")
     if damages:
         raise typer.Exit(FAILED)
     if not json:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +20,9 @@ from smolvm_async.checks import MAX_CPUS, shown
 from smolvm_async.config import MAX_MEMORY
 from smolvm_async.errors import ImageError
 from smolvm_async.guests import GUESTS
+from smolvm_async.log import get_logger
+
+logger = get_logger(__name__)
 
 MANIFEST = "smolvm-image.json"
 SCHEMA_VERSION = 1
@@ -32,9 +36,9 @@ Size = Annotated[int, Field(ge=1, le=LARGEST["rootfs"])]
 
 
 class _Part(BaseModel):
-    """Frozen and strict; unknown fields are kept aside, to be reported."""
+    """Frozen and strict."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
 class ImageFile(_Part):
@@ -109,11 +113,6 @@ class Manifest(_Part):
         parts = {"kernel": self.kernel, "initrd": self.initrd, "rootfs": self.rootfs}
         return {part: file for part, file in parts.items() if file is not None}
 
-    @property
-    def unknown(self) -> list[str]:
-        """The fields that this version of the library does not know."""
-        return list(_unknown(self))
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.name.isprintable():
@@ -160,16 +159,16 @@ def _check_files(files: Mapping[str, ImageFile]) -> None:
             raise ValueError(f"{part} has no size")
 
 
-def _unknown(part: _Part, prefix: str = "") -> Iterator[str]:
-    yield from (f"{prefix}{name}" for name in part.model_extra or ())
-    for name in type(part).model_fields:
-        inner = getattr(part, name)
-        if isinstance(inner, _Part):
-            yield from _unknown(inner, f"{prefix}{name}.")
+def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
+    """The fields that this version of the library does not know."""
+    yield from (name for name in values if name not in Manifest.model_fields)
+    for part in LARGEST:
+        if isinstance(inner := values.get(part), dict):
+            yield from (f"{part}.{name}" for name in inner if name not in ImageFile.model_fields)
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Read a manifest.
+    """Read a manifest; fields that are not known are reported in the log.
 
     Args:
         where: Its URI or path, for messages.
@@ -188,17 +187,19 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         )
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
-        version = values.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        version = values.get("schema_version", SCHEMA_VERSION)
+        if type(version) is not int:
+            raise ValueError(f"its schema_version {shown(version)} is no integer")
+        if version > SCHEMA_VERSION:
             raise ValueError(
                 f"its schema_version {shown(version)} is of a newer version of smolvm_async: "
                 "update this one"
             )
         own = "schema_version" in values
-        manifest = Manifest.model_validate(values if own else _of_the_synchronous_package(values))
+        values = values if own else _of_the_synchronous_package(values)
+        manifest = Manifest.model_validate(values)
         if own:
             _check_own(manifest)
-        return manifest
     except ValidationError as error:
         reason = "; ".join(_complaints(error))
     except RecursionError:
@@ -207,6 +208,10 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         reason = "it is no UTF-8"
     except ValueError as error:
         reason = str(error)[: MAX_NAME * 3]
+    else:
+        if unknown := [shown(name) for name in islice(_unknown(values), MAX_UNKNOWN)]:
+            logger.warning("%s has fields that are not known: %s", where, ", ".join(unknown))
+        return manifest
     raise ImageError(f"{where} is no manifest that can be used: {reason}.")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from smolvm_async.store.images import CachedImage, ImageStore
+from smolvm_async.store.cached import CachedImage
+from smolvm_async.store.images import ImageStore
 from smolvm_async.store.layout import Published
 from smolvm_async.store.tidying import Damage
 

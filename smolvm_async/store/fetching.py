@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +28,18 @@ from smolvm_async.store.reading import Reading, WrongContentError
 logger = get_logger(__name__)
 
 STRIDE = 32 << 20  # bytes that the digest's thread reads at a time
+AT_ONCE = 2  # files
 NEWS = 0.1  # seconds between two reports
+
+
+_places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _place() -> asyncio.Semaphore:
+    """So many files arrive at a time in a loop: each has buffers, and zstd's window."""
+    return _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
 
 
 class Fetch(NamedTuple):
@@ -108,7 +121,8 @@ async def fetch_file(
         meter.tell(f"waiting for {fetch.file.name}, which is being downloaded already")
     async with hold_lock(lock):
         if not layout.holds(fetch.file):
-            await _fetch(layout, fetch, await connect(), meter)
+            async with _place():
+                await _fetch(layout, fetch, await connect(), meter)
     meter.finish_file(fetch.file.size or 0)
 
 
@@ -146,10 +160,17 @@ async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -
     content = arrival.path.with_suffix(".content")
     await begin(client, fetch.wanted, arrival, besides=fetch.file.content_size or 0)
     reading = Reading(arrival.path, fetch.file, content, fetch.wanted.uri)
+
+    async def both() -> None:
+        async with anyio.create_task_group() as inner:
+            inner.start_soon(transfer, client, fetch.wanted, arrival)
+            await _read(reading, arrival)
+        group.cancel_scope.cancel()
+
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(transfer, client, fetch.wanted, arrival)
-            await _read(reading, arrival)
+            group.start_soon(_abandon_at_end, reading)
+            group.start_soon(both)
         whole = arrival.path if fetch.file.compression is None else content
         await in_background(_finish, layout, fetch, reading, whole)
     except* Exception as errors:
@@ -158,6 +179,14 @@ async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -
         reading.close()
         await in_background(content.unlink, True)
     await in_background(discard, arrival.path)
+
+
+async def _abandon_at_end(reading: Reading) -> None:
+    """A cancelled download does not wait until what has arrived is decompressed."""
+    try:
+        await anyio.sleep_forever()
+    finally:
+        reading.abandoned = True
 
 
 async def _read(reading: Reading, arrival: Arrival) -> None:
@@ -169,8 +198,7 @@ async def _read(reading: Reading, arrival: Arrival) -> None:
 def _finish(layout: Layout, fetch: Fetch, reading: Reading, path: Path) -> None:
     """Check it, and give it its name: from here on it counts as there."""
     reading.check()
-    if fetch.part == "rootfs":
-        _check_disk(path, fetch)
+    check_disk(path, fetch.part, fetch.file, fetch.wanted.uri)
     with path.open("r+b") as file:
         os.utime(file.fileno(), (MTIME, MTIME))
         os.fchmod(file.fileno(), 0o400)
@@ -178,15 +206,21 @@ def _finish(layout: Layout, fetch: Fetch, reading: Reading, path: Path) -> None:
     os.replace(path, layout.path_of(fetch.file))
 
 
-def _check_disk(path: Path, fetch: Fetch) -> None:
-    with path.open("rb") as file:
-        if fetch.file.format is None and not file.read(4).startswith(qcow2.MAGIC):
+def check_disk(path: Path, part: str, file: ImageFile, uri: str) -> None:
+    """Refuse a disk that QEMU shall not see.
+
+    Raises:
+        WrongContentError: If it is one.
+    """
+    if part != "rootfs" or file.format == "raw":
+        return
+    with path.open("rb") as disk:
+        if file.format is None and not disk.read(4).startswith(qcow2.MAGIC):
             return  # a raw disk of the synchronous package
-        if fetch.file.format != "raw":
-            try:
-                qcow2.check(file.fileno())
-            except qcow2.Qcow2Error as error:
-                raise WrongContentError(f"{fetch.wanted.uri} {error}.") from None
+        try:
+            qcow2.check(disk.fileno())
+        except qcow2.Qcow2Error as error:
+            raise WrongContentError(f"{uri} {error}.") from None
 
 
 def discard(part: Path) -> None:

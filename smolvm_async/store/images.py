@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, ExitStack, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +16,8 @@ from smolvm_async.checks import shown
 from smolvm_async.config import is_published
 from smolvm_async.errors import ConfigError, ImageError
 from smolvm_async.images import qcow2
-from smolvm_async.images.manifest import MAX_MANIFEST, ImageFile, parse_manifest
-from smolvm_async.images.s3.client import endpoint, open_client
+from smolvm_async.images.manifest import MAX_MANIFEST, parse_manifest
+from smolvm_async.images.s3.client import endpoint, open_client, read_at_most
 from smolvm_async.images.s3.sentences import explained, is_offline
 from smolvm_async.images.s3.uri import Location, parse_uri
 from smolvm_async.images.source import ROOT_DISK, Source
@@ -23,15 +25,19 @@ from smolvm_async.locking import try_share
 from smolvm_async.log import get_logger
 from smolvm_async.progress import ProgressCallback
 from smolvm_async.shielding import in_background
-from smolvm_async.store.fetching import Fetch, Meter, fetch_file, fetches
+from smolvm_async.store.cached import CachedImage, as_cached
+from smolvm_async.store.fetching import Fetch, Meter, check_disk, fetch_file, fetches
 from smolvm_async.store.layout import Layout, Published, Pulled, cache_root
+from smolvm_async.store.reading import WrongContentError
 from smolvm_async.store.sharing import Shared
 from smolvm_async.store.tidying import (
     PULLING,
     Damage,
-    find_damage,
+    actual_digest,
+    files_of,
     found,
     is_whole,
+    remove_damaged,
     remove_images,
     remove_old,
 )
@@ -41,31 +47,7 @@ logger = get_logger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class CachedImage:
-    """A published image on this machine.
-
-    Attributes:
-        uri: Of its manifest.
-        name: What it is called.
-        os: The guest OS.
-        size: Bytes of its files, of which other images may have some too.
-        pulled: When it was downloaded, in seconds since the epoch.
-        used: When it was last pulled or booted.
-        disk: The disk's file; `kernel` and `initrd` likewise, where it has them.
-    """
-
-    uri: str
-    name: str
-    os: str
-    size: int
-    pulled: float
-    used: float
-    disk: Path
-    kernel: Path | None = None
-    initrd: Path | None = None
-
-
+_numbers = itertools.count()  # of the pulls of this process
 _lookups: Shared[Published] = Shared()
 _fetches: Shared[None] = Shared()
 
@@ -101,19 +83,16 @@ class ImageStore:
             ImageError: It cannot be had, or is not what its manifest says.
             HostError: It does not fit on the disk, or the cache cannot be written.
         """
+        layout = self._layout
         published = await self.look(uri)
         await self.fetch(published, on_progress)
-        record = self._layout.read_record(
-            self._layout.record_path(published.uri, published.endpoint)
-        )
-        assert record is not None, "it was just written"
-        return _shown(self._layout, record)
+        return await in_background(lambda: as_cached(layout, _recorded(layout, published)))
 
     async def list(self) -> Sequence[CachedImage]:
         """The images that are here, whole; the most recently used first."""
         layout = self._layout
         return await in_background(
-            lambda: [_shown(layout, one) for one in layout.records() if is_whole(layout, one)]
+            lambda: [as_cached(layout, one) for one in layout.records() if is_whole(layout, one)]
         )
 
     async def remove(self, name_or_uri: str) -> Sequence[CachedImage]:
@@ -125,13 +104,11 @@ class ImageStore:
         Raises:
             ImageError: There is none, or a VM needs it: one that runs, or a kept one at rest.
         """
-        if not isinstance(name_or_uri, str):
-            raise ConfigError(f"name_or_uri={shown(name_or_uri)} is wrong: pass a str.")
-        meant = parse_uri(name_or_uri).uri if is_published(name_or_uri) else name_or_uri
+        meant = _meant(name_or_uri)
 
         def remove() -> list[CachedImage]:
             images = found(self._layout, meant)
-            gone = [_shown(self._layout, image) for image in images]
+            gone = [as_cached(self._layout, image) for image in images]
             remove_images(self._layout, images)
             return gone
 
@@ -163,11 +140,14 @@ class ImageStore:
                 f"unused_since={shown(unused_since)} is wrong: pass a datetime, such as "
                 "datetime.now() - timedelta(days=30)."
             )
-        since = unused_since.timestamp() if unused_since is not None else None
+        try:
+            since = unused_since.timestamp() if unused_since is not None else None
+        except (ValueError, OverflowError):  # before the years that a clock has
+            since = 0.0
 
         def prune() -> list[CachedImage]:
             gone = remove_old(self._layout, max_bytes, since)
-            return [_shown(self._layout, image) for image in gone]
+            return [as_cached(self._layout, image) for image in gone]
 
         return await self._alone(prune)
 
@@ -175,16 +155,21 @@ class ImageStore:
         """Read every file of an image, or of all, and compare its digest.
 
         Returns:
-            Those that are damaged; removed, unless a VM needs them.
+            Those that are damaged, and removed, unless a VM needs them; and those that are gone.
 
         Raises:
             ImageError: There is no such image.
         """
-        images = list(self._layout.records())
+        layout = self._layout
         if name_or_uri is not None:
-            meant = parse_uri(name_or_uri).uri if is_published(name_or_uri) else name_or_uri
-            images = found(self._layout, meant)
-        return await self._alone(lambda: find_damage(self._layout, images))
+            name_or_uri = _meant(name_or_uri)
+        layout.make()
+        with layout.usable():
+            return [
+                await self._alone(partial(remove_damaged, layout, path, actual))
+                for path in await in_background(files_of, layout, name_or_uri)
+                if (actual := await in_background(actual_digest, path)) != path.name
+            ]
 
     async def look(self, uri: str) -> Published:
         """Read an image's manifest; if S3 cannot be reached, what it was when it was pulled.
@@ -208,11 +193,6 @@ class ImageStore:
             logger.warning("%s The image is taken from the cache as it was pulled.", error)
             return cached.published
         manifest = await in_background(parse_manifest, content, location.uri)
-        if manifest.unknown:
-            logger.warning(
-                "%s has fields that this version does not know: %s",
-                *(location.uri, ", ".join(map(repr, manifest.unknown[:20]))),
-            )
         return Published(location.uri, endpoint(), manifest)
 
     async def fetch(self, published: Published, on_progress: ProgressCallback | None) -> Source:
@@ -223,23 +203,25 @@ class ImageStore:
         """
         self._layout.make()
         key = (self.root, published.endpoint, published.uri, published.manifest.rootfs.digest)
-        await _fetches.join(key, lambda tell: self._fetch(published, tell), on_progress)
-        return await in_background(_source, self._layout, published)
+        with self._layout.usable():
+            await _fetches.join(key, lambda tell: self._fetch(published, tell), on_progress)
+            return await in_background(_source, self._layout, published)
 
     async def _fetch(self, published: Published, on_progress: ProgressCallback) -> None:
         layout = self._layout
-        missing = await in_background(fetches, published, layout)
-        pulling = layout.record_path(published.uri, published.endpoint).with_suffix(PULLING)
-        if missing:
+        if missing := await in_background(fetches, published, layout):
             if published.endpoint != endpoint():
                 raise ConfigError("SMOLVM_S3_ENDPOINT_URL was changed meanwhile: make a new VM.")
+            record = layout.record_path(published.uri, published.endpoint)
+            pulling = record.with_suffix(f".{os.getpid()}-{next(_numbers)}{PULLING}")
             sizes = [fetch.file.size for fetch in missing]
             total = None if None in sizes else sum(size or 0 for size in sizes)
             meter = Meter(published.manifest.name, total, on_progress)
             # Until all is there, nobody but this file knows that what is there already is needed.
             await in_background(layout.write_record, published, pulling)
             try:
-                await _fetch_files(layout, missing, meter)
+                while missing := await in_background(fetches, published, layout):
+                    await _fetch_files(layout, missing, meter)
                 await in_background(_note, layout, published)
             finally:
                 await in_background(pulling.unlink, True)
@@ -267,8 +249,9 @@ class ImageStore:
 
     async def _alone(self, work: Callable[[], T]) -> T:
         self._layout.make()
-        async with self._layout.locked():
-            return await in_background(work)
+        with self._layout.usable():
+            async with self._layout.locked():
+                return await in_background(work)
 
 
 async def _fetch_files(layout: Layout, missing: Sequence[Fetch], meter: Meter) -> None:
@@ -287,13 +270,10 @@ async def _fetch_files(layout: Layout, missing: Sequence[Fetch], meter: Meter) -
 async def _read_manifest(client: Any, location: Location) -> bytes:
     try:
         answer = await client.get_object(Bucket=location.bucket, Key=location.key)
-        content: bytes = b""
         try:
-            while len(content) <= MAX_MANIFEST and (more := await answer["Body"].read(1 << 16)):
-                content += more
+            return await read_at_most(answer["Body"], MAX_MANIFEST + 1)
         finally:
             answer["Body"].close()
-        return content
     except Exception as error:
         raise explained(error, location.uri) from error
 
@@ -305,10 +285,27 @@ def _cached(layout: Layout, uri: str) -> Pulled | None:
     return next((image for image in known if is_whole(layout, image)), None)
 
 
+def _meant(name_or_uri: object) -> str:
+    if not isinstance(name_or_uri, str):
+        raise ConfigError(f"name_or_uri={shown(name_or_uri)} is wrong: pass a str.")
+    return parse_uri(name_or_uri).uri if is_published(name_or_uri) else name_or_uri
+
+
+def _recorded(layout: Layout, published: Published) -> Pulled:
+    """The record of an image that was just fetched, or one like it if it was removed since."""
+    path = layout.record_path(published.uri, published.endpoint)
+    now = time.time()
+    return layout.read_record(path) or Pulled(path, published, now, now)
+
+
 def _source(layout: Layout, published: Published) -> Source:
     """What a guest starts from."""
     manifest = published.manifest
     rootfs = layout.path_of(manifest.rootfs)
+    try:
+        check_disk(rootfs, "rootfs", manifest.rootfs, published.uri)  # or it came as another's
+    except WrongContentError as error:
+        raise ImageError(str(error)) from None
     disk_format = manifest.rootfs.format or _sniffed(rootfs)
     if manifest.kernel is None:
         return Source(rootfs, format=disk_format)
@@ -327,7 +324,8 @@ def _note(layout: Layout, published: Published) -> None:
     path = layout.record_path(published.uri, published.endpoint)
     known = layout.read_record(path)
     if known is not None and known.published == published:
-        os.utime(path)
+        with suppress(OSError):  # a cache that others fill may be read-only
+            os.utime(path)
     else:
         layout.write_record(published, path)
 
@@ -343,29 +341,3 @@ def _share(source: Source, stack: ExitStack) -> bool:
             stack.callback(os.close, fd)
             try_share(fd)
     return True
-
-
-def _shown(layout: Layout, image: Pulled) -> CachedImage:
-    manifest = image.published.manifest
-
-    def path(file: ImageFile | None) -> Path | None:
-        return None if file is None else layout.path_of(file)
-
-    return CachedImage(
-        uri=image.published.uri,
-        name=manifest.name,
-        os=manifest.os,
-        size=sum(_size(layout.path_of(file)) for file in manifest.files.values()),
-        pulled=image.pulled,
-        used=image.used,
-        disk=layout.path_of(manifest.rootfs),
-        kernel=path(manifest.kernel),
-        initrd=path(manifest.initrd),
-    )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

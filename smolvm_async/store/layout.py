@@ -112,6 +112,22 @@ class Layout:
                 f"{str(self.root)!r}"
             )
 
+    @contextlib.contextmanager
+    def usable(self) -> Iterator[None]:
+        """Explain what the disk refuses in the block.
+
+        Raises:
+            HostError: If it refuses something.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise HostError(
+                f"The image cache {str(self.root)!r} cannot be used: {error.strerror or error}. "
+                f"Free some space (smolvm-async image prune), or set {VARIABLE} to a directory "
+                "that this user can write to."
+            ) from error
+
     def path_of(self, file: ImageFile) -> Path:
         """Where a file is, once it is there."""
         return self.files / file.digest

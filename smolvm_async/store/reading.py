@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PIECE = 256 << 10  # bytes
 WINDOW_LOG = 23  # 8 MiB: what zstd's levels up to 19 take, and what fits beside the rest
+SLICE = 16 << 10  # bytes that are decompressed at a time: what follows a frame's end is copied
 HOLE = bytes(1 << 16)  # zeroes that are not written: a file system keeps them for nothing
 
 
@@ -33,6 +34,7 @@ class Reading:
 
     def __init__(self, path: Path, expected: ImageFile, content: Path, uri: str) -> None:
         self.at = 0
+        self.abandoned = False  # nobody waits for it any more
         self._expected = expected
         self._uri = uri
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -52,14 +54,19 @@ class Reading:
             WrongContentError: If it cannot be decompressed.
             OSError: If the disk is full.
         """
-        while self.at < end:
+        while self.at < end and not self.abandoned:
             piece = os.pread(self._fd, min(PIECE, end - self.at), self.at)
             if not piece:
                 raise WrongContentError(f"{self._uri} became shorter while it was read: try again.")
             self._digest.update(piece)
             self.at += len(piece)
             if self._content is not None:
-                self._content.add(piece)
+                self._decompress(self._content, piece)
+
+    def _decompress(self, content: _Content, piece: bytes) -> None:
+        for start in range(0, len(piece), SLICE):
+            if not self.abandoned:
+                content.add(piece[start : start + SLICE])
 
     def check(self) -> None:
         """Compare the digests, at the end.
@@ -133,6 +140,11 @@ class _Content:
                 f"{self._uri} ends within what is compressed: publish it again."
             )
         _compare(f"What {self._uri} holds", self._sha256, self._digest.hexdigest())
+        if self._written != self._size:
+            raise WrongContentError(
+                f"{self._uri} holds {self._written} bytes, and its manifest says {self._size}: "
+                "publish it again."
+            )
         os.ftruncate(self._fd, self._size)  # a hole at the end
 
     def close(self) -> None:

@@ -5,14 +5,16 @@ All of it is for a thread, and for whoever holds the cache's lock.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import ImageError
 from smolvm_async.locking import try_lock_file, unlock_file
-from smolvm_async.store.layout import Layout, Pulled
+from smolvm_async.store.layout import MTIME, Layout, Pulled
 from smolvm_async.store.reading import digest_of
 from smolvm_async.store.usage import Use, is_held, users_of, uses
 
@@ -26,7 +28,7 @@ class Damage(NamedTuple):
     Attributes:
         path: The file.
         expected: The SHA-256 that it had.
-        actual: The one that it has.
+        actual: The one that it has; "" if the file is gone.
         removed: Whether it was removed, to be downloaded again; not if a VM needs it.
     """
 
@@ -135,6 +137,7 @@ def remove_old(layout: Layout, max_bytes: int | None, unused_since: float | None
         The images that are gone.
     """
     using = uses(layout)
+    _remove_rests(layout, using)
     gone = []
     for image in reversed(list(layout.records())):  # the longest unused first
         old = unused_since is not None and image.used < unused_since
@@ -142,7 +145,6 @@ def remove_old(layout: Layout, max_bytes: int | None, unused_since: float | None
         if (old or large) and not _users(layout, image, [image], using):
             _remove(layout, image)
             gone.append(image)
-    _remove_rests(layout, using)
     return gone
 
 
@@ -164,17 +166,34 @@ def _remove_rests(layout: Layout, using: list[Use]) -> None:
             unlock_file(fd, lock)
 
 
-def find_damage(layout: Layout, images: Collection[Pulled]) -> list[Damage]:
-    """Read every file of some images, and compare its digest."""
-    using = uses(layout)
-    damages = []
-    for path in sorted({path for image in images for path in paths_of(layout, image)}):
-        if not path.exists():
-            continue
+def files_of(layout: Layout, name_or_uri: str | None) -> list[Path]:
+    """The files of an image, or of all.
+
+    Raises:
+        ImageError: If there is no such image.
+    """
+    images = list(layout.records()) if name_or_uri is None else found(layout, name_or_uri)
+    return sorted({path for image in images for path in paths_of(layout, image)})
+
+
+def actual_digest(path: Path) -> str:
+    """The SHA-256 of a file, or "" if it is gone.
+
+    One that was only touched counts as there again.
+    """
+    try:
         actual = digest_of(path)
-        if actual != path.name:
-            in_use = bool(users_of({path}, "", using)) or is_held(path)
-            if not in_use:
-                path.unlink(missing_ok=True)
-            damages.append(Damage(path, path.name, actual, removed=not in_use))
-    return damages
+    except FileNotFoundError:
+        return ""
+    if actual == path.name:
+        with suppress(OSError):  # the cache may be read-only
+            os.utime(path, (MTIME, MTIME))
+    return actual
+
+
+def remove_damaged(layout: Layout, path: Path, actual: str) -> Damage:
+    """Remove a file whose digest is wrong, unless a VM needs it."""
+    in_use = bool(users_of({path}, "", uses(layout))) or is_held(path)
+    if not in_use:
+        path.unlink(missing_ok=True)
+    return Damage(path, path.name, actual, removed=not in_use)

@@ -293,6 +293,51 @@ async def test_a_server_that_falls_silent_is_not_waited_for_without_end(
     gate.set()
 
 
+async def test_a_server_that_never_answers_is_unreachable_and_costs_nothing(
+    published: Published, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy.fault = refuse(Fault(cut_after=MIB))
+    with pytest.raises(ImageError, match="broke off"):
+        await ImageStore().pull(published.uri)
+    before = files(ImageStore().root)
+    assert any(name.endswith(".part") for name in before)
+    monkeypatch.setattr(client, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(client, "ATTEMPTS", 1)
+    gate = threading.Event()
+    proxy.fault = refuse(Fault(hold=gate), only="HEAD")
+    with pytest.raises(ImageError, match="cannot be reached"):
+        await ImageStore().pull(published.uri)
+    assert files(ImageStore().root) == before
+    proxy.fault = lambda request: None
+    image = await ImageStore().pull(published.uri)
+    assert digest(image.disk) == published.digest
+    monkeypatch.setattr(client, "READ_TIMEOUT_HURRIED", 0.5)
+    proxy.fault = lambda request: Fault(hold=gate)
+    assert (await ImageStore().pull(published.uri)).disk == image.disk  # as it was pulled
+    gate.set()
+
+
+async def test_a_manifest_that_breaks_off_is_told_or_taken_from_the_cache(
+    published: Published, proxy: Proxy
+) -> None:
+    proxy.fault = lambda request: Fault(cut_after=10)
+    with pytest.raises(ImageError, match="broke off"):
+        await ImageStore().pull(published.uri)
+    proxy.fault = lambda request: None
+    image = await ImageStore().pull(published.uri)
+    proxy.fault = lambda request: Fault(cut_after=10)
+    assert (await ImageStore().pull(published.uri)).disk == image.disk
+
+
+async def test_what_a_refusal_says_is_not_read_without_end(
+    published: Published, proxy: Proxy
+) -> None:
+    proxy.fault = lambda request: Fault(status=403, body=b" " * 256 * MIB)
+    value = await asyncio.to_thread(lambda: result(pulling(published.uri, ImageStore().root)))
+    assert "denied" in value["error"]
+    assert value["peak_kib"] < 150 * 1024
+
+
 @pytest.mark.parametrize("lie", [-5, 5, 1000])
 async def test_a_wrong_length_is_noticed(published: Published, proxy: Proxy, lie: int) -> None:
     proxy.fault = refuse(Fault(lie=lie))
@@ -617,6 +662,85 @@ async def test_damage_that_shows_nowhere_is_found_on_demand(published: Published
     assert digest((await ImageStore().pull(published.uri)).disk) == published.digest
 
 
+async def test_a_file_that_was_touched_is_there_again_and_one_that_is_gone_is_told(
+    published: Published,
+) -> None:
+    image = await ImageStore().pull(published.uri)
+    os.utime(image.disk)
+    assert await ImageStore().list() == []
+    assert await ImageStore().verify() == []
+    assert len(await ImageStore().list()) == 1
+    image.disk.unlink()
+    (damage,) = await ImageStore().verify()
+    assert (damage.path, damage.actual) == (image.disk, "")
+
+
+async def test_what_is_there_already_survives_a_prune_while_two_pull_and_one_is_cancelled(
+    server: str, proxy: Proxy, source: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "image"
+    directory.mkdir()
+    os.link(source, directory / "disk.qcow2")
+    (directory / "vmlinuz").write_bytes(b"\x7fELF" + os.urandom(MIB))
+    uri = await publish(server, directory / "disk.qcow2", tmp_path.name)
+    root = ImageStore().root
+    proxy.fault = lambda request: Fault(rate=8 * MIB) if "disk" in request.path else None
+    first = pulling(uri, root)
+    while not list(root.glob("arriving/*.part")) or not list(root.glob("sha256/*")):
+        await asyncio.sleep(0.01)
+    second = asyncio.ensure_future(ImageStore().pull(uri))
+    while len(list(root.glob("images/*.pulling"))) < 2:
+        await asyncio.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    first.communicate()
+    await ImageStore().prune()
+    image = await second
+    assert [one.uri for one in await ImageStore().list()] == [image.uri]
+    assert image.kernel is not None
+    assert image.kernel.exists()
+
+
+async def test_a_disk_that_came_as_something_else_is_checked_all_the_same(
+    server: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    content = bytearray(qcow2.empty(MIB))
+    content[8:20] = (512).to_bytes(8, "big") + (4).to_bytes(4, "big")  # a backing file
+    described = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    manifest = {
+        "schema_version": 1,
+        "name": "evil",
+        "os": "linux",
+        "kernel": {"name": "vmlinuz", **described},
+        "rootfs": {"name": "disk", "format": "qcow2", **described},
+    }
+    prefix = f"{tmp_path.name}-{os.getpid()}"
+    await put(server, f"{prefix}/vmlinuz", bytes(content))
+    await put(server, f"{prefix}/disk", bytes(content))
+    await put(server, f"{prefix}/smolvm-image.json", json.dumps(manifest).encode())
+    with pytest.raises(ImageError, match="backing file"):
+        await ImageStore().pull(f"s3://bucket/{prefix}")
+
+
+async def test_a_push_that_is_cancelled_at_any_moment_leaves_no_upload(
+    server: str, proxy: Proxy, source: Path, tmp_path: Path
+) -> None:
+    await make_bucket(server)
+    uri = f"s3://bucket/{tmp_path.name}-{os.getpid()}/"
+    proxy.fault = lambda request: Fault(rate=8 * MIB)
+    for moment in range(1, 12):
+        proxy.requests.clear()
+        task = asyncio.ensure_future(push_image(source.parent, uri, os="linux"))
+        while len(proxy.requests) < moment and not task.done():
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        async with plain_client(server) as s3:
+            uploads = await s3.list_multipart_uploads(Bucket="bucket")
+        assert not uploads.get("Uploads")
+        if not task.cancelled():
+            break
+
+
 async def test_images_are_removed_by_name_and_what_others_have_stays(
     published: Published, server: str, tmp_path: Path
 ) -> None:
@@ -639,6 +763,8 @@ async def test_pruning_removes_what_is_unused_for_longest(
     for record in (ImageStore().root / "images").iterdir():
         if small.uri in record.read_text():
             os.utime(record, (1, 1))
+    orphan = ImageStore().root / "sha256" / ("0" * 64)
+    orphan.write_bytes(bytes(MIB))  # what nobody needs goes first
     month = datetime.now() - timedelta(days=30)
     assert [gone.uri for gone in await ImageStore().prune(unused_since=month)] == [small.uri]
     assert await ImageStore().prune(max_bytes=large.size) == []

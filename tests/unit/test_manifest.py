@@ -55,17 +55,18 @@ def test_our_own_schema_is_read() -> None:
     )
     assert list(manifest.files) == ["kernel", "rootfs"]
     assert manifest.rootfs.digest == DIGEST
-    assert manifest.unknown == []
 
 
-def test_the_synchronous_packages_schema_is_read_as_linux() -> None:
+def test_the_synchronous_packages_schema_is_read_as_linux(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     manifest = parsed({**SYNCHRONOUS, "sbx": {"agent": "pi"}})
     assert manifest.os == "linux"
     names = {part: file.name for part, file in manifest.files.items()}
     assert names == {"kernel": "vmlinux.bin", "initrd": "initrd.img", "rootfs": "rootfs.ext4"}
     assert manifest.files["rootfs"].sha256 == OTHER
     assert manifest.boot_args == "console=ttyS0 root=/dev/vda"
-    assert manifest.unknown == ["sbx"]
+    assert caplog.messages == ["s3://bucket/x has fields that are not known: 'sbx'"]
 
 
 def test_a_windows_image_has_a_disk_alone() -> None:
@@ -74,8 +75,21 @@ def test_a_windows_image_has_a_disk_alone() -> None:
     assert parsed(windows).os == "windows"
 
 
-def test_unknown_fields_are_reported_by_where_they_are() -> None:
-    assert parsed({**with_disk(owner="me"), "future": []}).unknown == ["future", "rootfs.owner"]
+def test_unknown_fields_are_reported_by_where_they_are_and_not_kept(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    deep: Any = "\ud800"
+    for _ in range(400):
+        deep = {"\ud800": [deep]}
+    manifest = parsed({**with_disk(owner="me"), "future": deep})
+    assert caplog.messages == [
+        "s3://bucket/x has fields that are not known: 'future', 'rootfs.owner'"
+    ]
+    assert manifest == parsed(with_disk())
+    layout = Layout(tmp_path)
+    layout.make()
+    layout.write_record(Published("s3://bucket/x", "", manifest), tmp_path / "record")
+    assert b"future" not in (tmp_path / "record").read_bytes()
 
 
 def test_what_is_compressed_is_kept_by_its_content() -> None:

@@ -15,11 +15,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from smolvm_async.errors import ConfigError
+from smolvm_async.errors import ConfigError, ImageError
 from smolvm_async.images.s3.sentences import explained
 from smolvm_async.shielding import in_background, no_collection, settle
 
 if TYPE_CHECKING:
+    from aiobotocore.awsrequest import AioAWSResponse
     from aiobotocore.httpsession import AIOHTTPSession
     from botocore.loaders import Loader
 
@@ -28,6 +29,8 @@ KEY_ID, SECRET = "SMOLVM_S3_ACCESS_KEY_ID", "SMOLVM_S3_SECRET_ACCESS_KEY"
 CONNECTIONS = 8  # that one client has at a time
 ATTEMPTS = 5  # that the client library makes of each request
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; the second between two pieces of an answer
+CONNECT_TIMEOUT_HURRIED, READ_TIMEOUT_HURRIED = 3, 10  # if there is something else to take
+MAX_REFUSAL = 1 << 20  # bytes that are read of an answer which is an error
 
 
 def endpoint() -> str:
@@ -49,12 +52,30 @@ async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
     options = {**_own_credentials(), "endpoint_url": endpoint() or None}
     try:
         context, client = await in_background(_make, options, hurried)
+    except (OSError, ValueError) as error:
+        raise ImageError(
+            f"the settings of S3 cannot be used ({type(error).__name__}: {error}); check "
+            f"{ENDPOINT}, AWS_CA_BUNDLE and ~/.aws/config."
+        ) from error
     except Exception as error:
         raise explained(error, "the settings of S3") from error
     try:
         yield client
     finally:
         await settle(context.__aexit__(None, None, None))
+
+
+async def read_at_most(body: Any, size: int) -> bytes:
+    """What there is of a body, up to a size; it may also come too slowly.
+
+    Raises:
+        TimeoutError: It takes longer than anything that small would.
+    """
+    content: bytes = b""
+    async with asyncio.timeout(2 * READ_TIMEOUT):  # a dead connection has no time-out of its own
+        while len(content) < size and (more := await body.read(1 << 16)):
+            content += more
+    return content
 
 
 def _own_credentials() -> dict[str, str]:
@@ -83,8 +104,8 @@ def _make_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     session._session.register_component("data_loader", _loader())
     region = session.region_name or ("us-east-1" if options["endpoint_url"] else None)
     config = AioConfig(
-        connect_timeout=3 if hurried else CONNECT_TIMEOUT,
-        read_timeout=10 if hurried else READ_TIMEOUT,
+        connect_timeout=CONNECT_TIMEOUT_HURRIED if hurried else CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT_HURRIED if hurried else READ_TIMEOUT,
         retries={"mode": "standard", "total_max_attempts": 2 if hurried else ATTEMPTS},
         max_pool_connections=CONNECTIONS + 2,
         http_session_cls=_session_class(),
@@ -131,7 +152,10 @@ def _loader() -> Loader:
 
 @functools.cache
 def _session_class() -> type[AIOHTTPSession]:
-    """Aiobotocore's HTTP session, with certificates that are loaded where it is made: a thread."""
+    """Aiobotocore's HTTP session, which loads certificates where it is made: in a thread.
+
+    Nor does it read an error without end.
+    """
     import aiohttp
     from aiobotocore.httpsession import AIOHTTPSession
     from botocore.httpsession import create_urllib3_context, get_cert_path
@@ -143,6 +167,13 @@ def _session_class() -> type[AIOHTTPSession]:
             if verify:
                 self._prepared = create_urllib3_context()
                 self._prepared.load_verify_locations(get_cert_path(verify))
+
+        async def send(self, request: Any) -> AioAWSResponse:
+            response: AioAWSResponse = await super().send(request)
+            if response.status_code >= 300 and response._content is None:
+                response._content = await read_at_most(response.raw.content, MAX_REFUSAL)
+                response.raw.release()
+            return response
 
         def _create_connector(self, proxy_url: str | None) -> aiohttp.TCPConnector:
             if proxy_url or self._cert_file:

@@ -22,7 +22,7 @@ import anyio
 
 from smolvm_async.errors import HostError, ImageError
 from smolvm_async.images.s3.arrival import Arrival
-from smolvm_async.images.s3.client import CONNECTIONS
+from smolvm_async.images.s3.client import CONNECTIONS, READ_TIMEOUT
 from smolvm_async.images.s3.sentences import explained, is_passing
 from smolvm_async.log import get_logger
 from smolvm_async.shielding import acquired, first_of, settle
@@ -142,9 +142,9 @@ async def _look(client: Any, wanted: Wanted) -> tuple[int, str]:
             answer = await client.get_object(**where, Range="bytes=0-0")
             answer["Body"].close()
             raise
+        size, etag = int(head["ContentLength"]), str(head.get("ETag", ""))
     except Exception as error:
         raise explained(error, wanted.uri) from error
-    size, etag = int(head["ContentLength"]), str(head.get("ETag", ""))
     if wanted.size is not None and size != wanted.size:
         raise ImageError(
             f"{wanted.uri} has {size} bytes, and its manifest says {wanted.size}: it was changed "
@@ -230,7 +230,7 @@ async def _pieces(
     amount = 0
     body = await _ask(client, wanted, arrival, part)
     try:
-        while left > 0 and (data := await body.read(PIECE)):
+        while left > 0 and (data := await _next(body)):
             data = data[:left]
             held.append(data)
             left, amount = left - len(data), amount + len(data)
@@ -249,6 +249,12 @@ async def _pieces(
         raise BrokenAnswerError(f"{type(failure).__name__}: {failure}") from failure
     if left:
         raise BrokenAnswerError(f"it ended {left} bytes before it had promised to")
+
+
+async def _next(body: Any) -> bytes:
+    async with asyncio.timeout(READ_TIMEOUT + 5):  # after a malformed chunk nothing else ends it
+        data: bytes = await body.read(PIECE)
+    return data
 
 
 async def _ask(client: Any, wanted: Wanted, arrival: Arrival, part: Part) -> Any:

@@ -82,6 +82,6 @@ def read_journal(path: Path, size: int) -> tuple[str, Ranges]:
         fits = all(0 <= start < end <= size for start, end in ranges)
         if values["size"] == size and isinstance(values["etag"], str) and fits:
             return values["etag"], Ranges(ranges)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         pass
     return "", Ranges()

@@ -51,7 +51,9 @@ UNREACHABLE = (
     "ConnectionClosedError",
     "ReadTimeoutError",
     "HTTPClientError",
+    "aiohttp.ClientError",
 )
+BROKEN = ("aiohttp.ClientPayloadError", "ResponseStreamingError", "IncompleteReadError")
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 
 
@@ -61,9 +63,9 @@ def explained(error: Exception, what: str) -> Exception:
     Args:
         what: What was asked for: a URI.
     """
-    if isinstance(error, SmolVMError | OSError):
+    if isinstance(error, SmolVMError):
         return error
-    sentence = _sentence(error)
+    sentence = _sentence(error)  # first: timeouts of botocore's are OSErrors too
     return error if sentence is None else ImageError(f"{what}: {sentence}.")
 
 
@@ -84,7 +86,11 @@ def is_passing(error: Exception) -> bool:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    return {kind.__name__ for kind in type(error).__mro__}
+    """The names of an error's classes; aiohttp has some of the same names as botocore."""
+    return {
+        f"aiohttp.{kind.__name__}" if kind.__module__.startswith("aiohttp") else kind.__name__
+        for kind in type(error).__mro__
+    }
 
 
 def _sentence(error: Exception) -> str | None:
@@ -97,6 +103,8 @@ def _sentence(error: Exception) -> str | None:
         return f"{error}; check AWS_PROFILE and ~/.aws/config"
     if "SSLError" in kinds:
         return f"the endpoint's certificate is not trusted ({error}); see AWS_CA_BUNDLE"
+    if kinds & set(BROKEN):
+        return f"the answer broke off ({error}); try again"
     if kinds & set(UNREACHABLE):
         return (
             f"the endpoint cannot be reached ({error}); check the network, AWS_REGION and "
@@ -106,6 +114,8 @@ def _sentence(error: Exception) -> str | None:
         return "the server sends from region to region without end; set AWS_REGION"
     if "BotoCoreError" in kinds or (kinds & {"ValueError"} and "ndpoint" in str(error)):
         return f"S3 cannot be used like this ({error}); check SMOLVM_S3_ENDPOINT_URL and AWS_*"
+    if isinstance(error, ValueError | LookupError | TypeError):  # of the client, or of ours
+        return f"the server's answer cannot be used ({type(error).__name__}: {error})"
     return None
 
 

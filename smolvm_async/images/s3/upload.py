@@ -10,7 +10,10 @@ from typing import Any
 import anyio
 
 from smolvm_async.images.s3.sentences import explained
-from smolvm_async.shielding import first_of, in_background, settle
+from smolvm_async.log import get_logger
+from smolvm_async.shielding import acquired, first_of, in_background
+
+logger = get_logger(__name__)
 
 PART = 5 << 20  # bytes; S3's least, and signing more would keep the event loop for long
 MAX_PARTS = 9_000  # S3 takes 10,000
@@ -48,7 +51,9 @@ async def upload(
 async def _is_there(client: Any, bucket: str, key: str, size: int, digest: str) -> bool:
     try:
         head = await client.head_object(Bucket=bucket, Key=key)
-    except client.exceptions.ClientError:
+    except client.exceptions.ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
+            raise
         return False  # or it may not be read; writing it will show
     return bool(head["ContentLength"] == size and head.get("Metadata", {}).get(DIGEST) == digest)
 
@@ -61,14 +66,13 @@ async def _upload_parts(
     size: int,
     on_bytes: Callable[[int], None],
 ) -> None:
-    begun = await client.create_multipart_upload(**where, Metadata=metadata)
-    upload_id = {"UploadId": begun["UploadId"]}
     step = max(PART, -(-size // MAX_PARTS))
     starts = deque(enumerate(range(0, size, step), 1))
     tags: dict[int, str] = {}
     sent = 0
+    complete = False
 
-    async def work() -> None:
+    async def work(upload_id: dict[str, str]) -> None:
         nonlocal sent
         while starts:
             number, start = starts.popleft()
@@ -78,18 +82,25 @@ async def _upload_parts(
             sent += len(body)
             on_bytes(sent)
 
-    try:
+    async def give_up(begun: dict[str, str]) -> None:
+        # What was sent would be kept, and charged for, without ever being seen.
+        if not complete:
+            try:
+                await client.abort_multipart_upload(**where, UploadId=begun["UploadId"])
+            except Exception as error:
+                logger.warning("an upload to %s could not be ended: %s", where, error)
+
+    creating = client.create_multipart_upload(**where, Metadata=metadata)
+    async with acquired(creating, give_up) as begun:
+        upload_id = {"UploadId": begun["UploadId"]}
         try:
             async with anyio.create_task_group() as workers:
                 for _ in range(WORKERS):
-                    workers.start_soon(work)
+                    workers.start_soon(work, upload_id)
         except* Exception as errors:
             raise first_of(errors) from None
         parts = [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]
         await client.complete_multipart_upload(
             **where, **upload_id, MultipartUpload={"Parts": parts}
         )
-    except BaseException:
-        # What was sent would be kept, and charged for, without ever being seen.
-        await settle(client.abort_multipart_upload(**where, **upload_id))
-        raise
+        complete = True
