@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from smolvm_async.config import S3
 from smolvm_async.errors import HostError, ImageError
@@ -193,6 +194,7 @@ async def _read(reading: Reading, arrival: Arrival) -> None:
     while reading.at < arrival.size:
         end = await arrival.beyond(reading.at)
         await in_background(reading.go_on, min(end, reading.at + STRIDE))
+        await checkpoint()  # the work in a thread is shielded
 
 
 def _finish(layout: Layout, fetch: Fetch, reading: Reading, path: Path) -> None:

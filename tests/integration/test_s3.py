@@ -34,6 +34,7 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.debian import build_debian
 from smolvm_async.images.s3 import client, download
 from smolvm_async.record import Status
+from smolvm_async.store.reading import Reading
 from tests.conftest import fill_up
 from tests.integration.s3_server import (
     Fault,
@@ -296,7 +297,7 @@ async def test_a_server_that_falls_silent_is_not_waited_for_without_end(
 async def test_a_server_that_never_answers_is_unreachable_and_costs_nothing(
     published: Published, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy.fault = refuse(Fault(cut_after=MIB))
+    proxy.fault = refuse(Fault(cut_after=0))
     with pytest.raises(ImageError, match="broke off"):
         await ImageStore().pull(published.uri)
     before = files(ImageStore().root)
@@ -446,7 +447,7 @@ async def test_each_refusal_has_a_sentence_of_its_own(
     wanted = [
         *("no such bucket", "no such object", "access is denied", "access key is not known"),
         *("does not fit", "expired", "AWS_REGION", "too busy", "cannot be reached"),
-        *("cannot be used like this", "no credentials"),
+        *("settings of S3 cannot be used", "no credentials"),
     ]
     for sentence, words in zip(sentences, wanted, strict=True):
         assert words in sentence
@@ -586,6 +587,24 @@ async def test_a_pull_can_be_cancelled_at_any_moment(published: Published) -> No
         moments = max(moments + 1, moments * 3 // 2)
     assert moments > 10
     assert digest(task.result().disk) == published.digest
+
+
+async def test_a_cancelled_pull_does_not_wait_for_what_is_being_decompressed(
+    published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = threading.Event()
+
+    def go_on(self: Reading, end: int) -> None:
+        reading.set()
+        while not self.abandoned:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(Reading, "go_on", go_on)
+    task = asyncio.ensure_future(ImageStore().pull(published.uri))
+    await asyncio.to_thread(reading.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def test_memory_is_bounded_and_the_loop_goes_on(

@@ -312,7 +312,7 @@ def zstd(content: bytes, level: int = 3, window: int = 0) -> bytes:
     return compress(content, options=options)
 
 
-def read(tmp_path: Path, packed: bytes, content: bytes) -> bytes:
+def read(tmp_path: Path, packed: bytes, content: bytes, *, more: int = 0) -> bytes:
     """What comes out of a compressed file, read in uneven strides."""
     path, out = tmp_path / "part", tmp_path / "out"
     path.write_bytes(packed)
@@ -322,7 +322,7 @@ def read(tmp_path: Path, packed: bytes, content: bytes) -> bytes:
             size=len(packed),
             compression="zstd",
             content_sha256=hashlib.sha256(content).hexdigest(),
-            content_size=len(content),
+            content_size=len(content) + more,
         )
     ).rootfs
     reading = Reading(path, file, out, "s3://bucket/disk")
@@ -349,6 +349,11 @@ def test_frames_one_after_another_are_one_file(tmp_path: Path) -> None:
 def test_more_than_was_promised_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(WrongContentError, match="more than"):
         read(tmp_path, zstd(bytes(64 << 20)), bytes(1 << 20))
+
+
+def test_less_than_was_promised_is_not_filled_up(tmp_path: Path) -> None:
+    with pytest.raises(WrongContentError, match="holds 1000 bytes, and its manifest says 1001"):
+        read(tmp_path, zstd(bytes(1000)), bytes(1000), more=1)
 
 
 def test_damaged_and_truncated_and_greedy_zstd_is_refused(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ class Arrival:
 
 def _make(path: Path, size: int) -> bool:
     """Make the file, whole and empty of blocks, unless there is one; whether there was."""
+    if path.is_symlink():
+        path.unlink()
     there = path.exists() and path.stat().st_size == size
     with path.open("r+b" if there else "wb") as file:
         file.truncate(size)
