@@ -6,7 +6,8 @@ even that many of the first fit, they are started by `asyncio.gather()` of `star
 only for the memory of one.
 
 `booting`: the clock stops when all processors run. `paused`: the library has no start without
-`cont`, so each VM is paused as soon as it is handed over; the floor's VMs never run at all.
+`cont`, so each VM is paused as soon as it is handed over; the floor's VMs never run at all. The
+floor has a `qemu-img create` for each, as what starts one VM would; for 16 also without.
 
     python benchmarks/fleet.py [-n 3] [--sizes 1,4,8,16,32] [--json]
     python benchmarks/fleet.py --max-booting 1,2,4,8,16   # which default is best
@@ -54,9 +55,9 @@ def template(kind: str, image: Path) -> dict[str, Any]:
     return {"os": kind, "image": image, "memory": MEMORY[kind], "accel": "tcg"}
 
 
-def bare(kind: str, image: Path, size: int, *, run: bool) -> Taken:
-    """As many QEMUs, spawned at once."""
-    with launched(template(kind, image), size, run=run) as vms:
+def bare(kind: str, image: Path, size: int, *, run: bool, overlay: bool = True) -> Taken:
+    """As many QEMUs, spawned at once, each with the `qemu-img create` of its overlay."""
+    with launched(template(kind, image), size, run=run, overlay=overlay) as vms:
         last = [vm.points.running if run else vm.points.first_answer for vm in vms]
         return Taken(max(last), statistics.median(last), _memory([vm.pids for vm in vms]))
 
@@ -130,19 +131,31 @@ def measure(image: Path, count: int, sizes: Sequence[int]) -> Results:
                         "this host: they are started by gather()."
                     )
                 for run in (False, True):
-                    pairs = []
+                    pairs, less = [], []
                     for round_ in range(count):
                         first = bare(kind, image, size, run=run) if round_ % 2 == 0 else None
                         taken = runner.run(ours(kind, image, size, Path(name), run=run))
                         pairs.append((first or bare(kind, image, size, run=run), taken))
+                        if size == 16:
+                            less.append(bare(kind, image, size, run=run, overlay=False))
                     _add(results, kind, size, run, pairs)
+                    if less:
+                        results.compare(
+                            f"{_name(kind, size, run)}, without qemu-img beside the floor",
+                            Figure("all of them, bare", [taken.wall for taken in less]),
+                            Figure("all of them, library", [taken.wall for _, taken in pairs]),
+                        )
     return results
+
+
+def _name(kind: str, size: int, run: bool) -> str:
+    return f"{size} {kind} VMs, {'booting' if run else 'paused'}"
 
 
 def _add(
     results: Results, kind: str, size: int, run: bool, pairs: Sequence[tuple[Taken, Taken]]
 ) -> None:
-    what = f"{size} {kind} VMs, {'booting' if run else 'paused'}"
+    what = _name(kind, size, run)
     floors, library = zip(*pairs, strict=True)
     results.compare(
         what,
