@@ -330,6 +330,16 @@ async def test_a_manifest_that_breaks_off_is_told_or_taken_from_the_cache(
     assert (await ImageStore().pull(published.uri)).disk == image.disk
 
 
+async def test_a_manifest_that_stops_coming_is_given_up(
+    published: Published, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "READ_TIMEOUT", 0.5)
+    # What has been promised does not come.
+    proxy.fault = lambda request: Fault(lie=1000, rate=100)
+    with pytest.raises(ImageError, match="broke off|cannot be reached"):
+        await ImageStore().pull(published.uri)
+
+
 async def test_what_a_refusal_says_is_not_read_without_end(
     published: Published, proxy: Proxy
 ) -> None:

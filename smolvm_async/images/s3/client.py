@@ -72,9 +72,12 @@ async def read_at_most(body: Any, size: int) -> bytes:
         TimeoutError: It takes longer than anything that small would.
     """
     content: bytes = b""
-    async with asyncio.timeout(2 * READ_TIMEOUT):  # a dead connection has no time-out of its own
-        while len(content) < size and (more := await body.read(1 << 16)):
-            content += more
+    try:
+        async with asyncio.timeout(2 * READ_TIMEOUT):  # a malformed chunk ends aiohttp's own
+            while len(content) < size and (more := await body.read(1 << 16)):
+                content += more
+    except TimeoutError:
+        raise TimeoutError(f"{len(content)} bytes in {2 * READ_TIMEOUT} s, and no end") from None
     return content
 
 

@@ -52,6 +52,7 @@ UNREACHABLE = (
     "ReadTimeoutError",
     "HTTPClientError",
     "aiohttp.ClientError",
+    "TimeoutError",
 )
 BROKEN = ("aiohttp.ClientPayloadError", "ResponseStreamingError", "IncompleteReadError")
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
@@ -103,7 +104,7 @@ def _sentence(error: Exception) -> str | None:
         return f"{error}; check AWS_PROFILE and ~/.aws/config"
     if "SSLError" in kinds:
         return f"the endpoint's certificate is not trusted ({error}); see AWS_CA_BUNDLE"
-    if kinds & set(BROKEN):
+    if kinds & set(BROKEN) or type(error) is TimeoutError:
         return f"the answer broke off ({error}); try again"
     if kinds & set(UNREACHABLE):
         return (
