@@ -336,7 +336,7 @@ async def test_a_manifest_that_stops_coming_is_given_up(
     monkeypatch.setattr(client, "READ_TIMEOUT", 0.5)
     # What has been promised does not come.
     proxy.fault = lambda request: Fault(lie=1000, rate=100)
-    with pytest.raises(ImageError, match="broke off|cannot be reached"):
+    with pytest.raises(ImageError, match=r"broke off|cannot be reached"):
         await ImageStore().pull(published.uri)
 
 
