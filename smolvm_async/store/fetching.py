@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-import weakref
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from smolvm_async.config import S3
 from smolvm_async.errors import HostError, ImageError
@@ -19,28 +17,21 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.manifest import LARGEST, ImageFile
 from smolvm_async.images.s3.arrival import Arrival
 from smolvm_async.images.s3.download import Wanted, begin, transfer
+from smolvm_async.images.s3.slots import Slots
 from smolvm_async.images.s3.uri import parse_uri
 from smolvm_async.log import get_logger
 from smolvm_async.progress import Progress, ProgressCallback, report
-from smolvm_async.shielding import first_of, in_background
+from smolvm_async.shielding import first_of, in_background, settle
 from smolvm_async.store.layout import MTIME, Layout, Published, hold_lock
 from smolvm_async.store.reading import Reading, WrongContentError
 
 logger = get_logger(__name__)
 
 STRIDE = 32 << 20  # bytes that the digest's thread reads at a time
-AT_ONCE = 2  # files
+AT_ONCE = 2  # files that arrive: each has buffers, and zstd's window
 NEWS = 0.1  # seconds between two reports
 
-
-_places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _place() -> asyncio.Semaphore:
-    """So many files arrive at a time in a loop: each has buffers, and zstd's window."""
-    return _places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE))
+_places = Slots(AT_ONCE)
 
 
 class Fetch(NamedTuple):
@@ -122,7 +113,7 @@ async def fetch_file(
         meter.tell(f"waiting for {fetch.file.name}, which is being downloaded already")
     async with hold_lock(lock):
         if not layout.holds(fetch.file):
-            async with _place():
+            async with _places.of_this_loop():
                 await _fetch(layout, fetch, await connect(), meter)
     meter.finish_file(fetch.file.size or 0)
 
@@ -161,17 +152,10 @@ async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -
     content = arrival.path.with_suffix(".content")
     await begin(client, fetch.wanted, arrival, besides=fetch.file.content_size or 0)
     reading = Reading(arrival.path, fetch.file, content, fetch.wanted.uri)
-
-    async def both() -> None:
-        async with anyio.create_task_group() as inner:
-            inner.start_soon(transfer, client, fetch.wanted, arrival)
-            await _read(reading, arrival)
-        group.cancel_scope.cancel()
-
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(_abandon_at_end, reading)
-            group.start_soon(both)
+            group.start_soon(transfer, client, fetch.wanted, arrival)
+            await _read(reading, arrival)
         whole = arrival.path if fetch.file.compression is None else content
         await in_background(_finish, layout, fetch, reading, whole)
     except* Exception as errors:
@@ -182,19 +166,19 @@ async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -
     await in_background(discard, arrival.path)
 
 
-async def _abandon_at_end(reading: Reading) -> None:
-    """A cancelled download does not wait until what has arrived is decompressed."""
-    try:
-        await anyio.sleep_forever()
-    finally:
-        reading.abandoned = True
-
-
 async def _read(reading: Reading, arrival: Arrival) -> None:
     while reading.at < arrival.size:
         end = await arrival.beyond(reading.at)
-        await in_background(reading.go_on, min(end, reading.at + STRIDE))
-        await checkpoint()  # the work in a thread is shielded
+        work = in_background(reading.go_on, min(end, reading.at + STRIDE))
+        going_on = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait([going_on])
+        except asyncio.CancelledError:  # does not wait until all that is decompressed
+            reading.abandoned = True
+            await settle(asyncio.wait([going_on]))
+            going_on.exception()  # retrieved, or asyncio would log it
+            raise
+        going_on.result()
 
 
 def _finish(layout: Layout, fetch: Fetch, reading: Reading, path: Path) -> None:

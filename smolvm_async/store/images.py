@@ -302,10 +302,6 @@ def _source(layout: Layout, published: Published) -> Source:
     """What a guest starts from."""
     manifest = published.manifest
     rootfs = layout.path_of(manifest.rootfs)
-    try:
-        check_disk(rootfs, "rootfs", manifest.rootfs, published.uri)  # or it came as another's
-    except WrongContentError as error:
-        raise ImageError(str(error)) from None
     disk_format = manifest.rootfs.format or _sniffed(rootfs)
     if manifest.kernel is None:
         return Source(rootfs, format=disk_format)
@@ -327,6 +323,11 @@ def _note(layout: Layout, published: Published) -> None:
         with suppress(OSError):  # a cache that others fill may be read-only
             os.utime(path)
     else:
+        disk = published.manifest.rootfs
+        try:
+            check_disk(layout.path_of(disk), "rootfs", disk, published.uri)  # it may have come
+        except WrongContentError as error:  # as something else
+            raise ImageError(str(error)) from None
         layout.write_record(published, path)
 
 

@@ -1,6 +1,7 @@
 """What goes from the cache: images by name, by age, by size; what is damaged; what nobody needs.
 
-All of it is for a thread, and for whoever holds the cache's lock.
+All of it is for a thread, and for whoever holds the cache's lock; only to read and compare digests,
+which takes long, nobody has to.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import asyncio
 import os
 import random
 import time
-import weakref
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -24,6 +23,7 @@ from smolvm_async.errors import HostError, ImageError
 from smolvm_async.images.s3.arrival import Arrival
 from smolvm_async.images.s3.client import CONNECTIONS, READ_TIMEOUT
 from smolvm_async.images.s3.sentences import explained, is_passing
+from smolvm_async.images.s3.slots import Slots
 from smolvm_async.log import get_logger
 from smolvm_async.shielding import acquired, first_of, settle
 
@@ -66,14 +66,8 @@ class Part:
         self.end = end
 
 
-_slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _slot() -> asyncio.Semaphore:
-    """All downloads of a loop share so many connections: each has a buffer, and one disk writes."""
-    return _slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(CONNECTIONS))
+# All downloads of a loop share so many connections: each has a buffer, and one disk writes.
+_slots = Slots(CONNECTIONS)
 
 
 async def begin(client: Any, wanted: Wanted, arrival: Arrival, *, besides: int = 0) -> None:
@@ -183,7 +177,7 @@ async def _insist(client: Any, wanted: Wanted, arrival: Arrival, part: Part, fil
     while part.at < part.end:
         before = part.at
         try:
-            async with _slot():
+            async with _slots.of_this_loop():
                 await _stream(client, wanted, arrival, part, file)
         except BrokenAnswerError as error:
             if part.at > before:

@@ -113,7 +113,7 @@ def _sentence(error: Exception) -> str | None:
         )
     if isinstance(error, RecursionError):  # botocore follows each redirection
         return "the server sends from region to region without end; set AWS_REGION"
-    if "BotoCoreError" in kinds or (kinds & {"ValueError"} and "ndpoint" in str(error)):
+    if "BotoCoreError" in kinds:
         return f"S3 cannot be used like this ({error}); check SMOLVM_S3_ENDPOINT_URL and AWS_*"
     if isinstance(error, ValueError | LookupError | TypeError):  # of the client, or of ours
         return f"the server's answer cannot be used ({type(error).__name__}: {error})"
