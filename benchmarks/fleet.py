@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.figures import Figure, Results, show
 from benchmarks.floor import launched
 from benchmarks.launch import blank
-from benchmarks.pss import own_pss, pss
+from benchmarks.memory import pss, python_growth
 from smolvm_async import AcceleratorWarning, AsyncSmolVM, Fleet
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.host.accelerator import TCG
@@ -66,17 +66,16 @@ async def ours(kind: str, image: Path, size: int, data_dir: Path, *, run: bool) 
     """A fleet of them, or a gather."""
     arguments = {**template(kind, image), "data_dir": data_dir}
     gc.collect()
-    before = own_pss()
     if fits(kind, size):
         began = time.perf_counter()
         async with Fleet(arguments, size=size, until="firmware") as fleet:
             vms = await _handed_over(fleet, run)
-            return _taken(vms, time.perf_counter() - began, before)
+            return _taken(vms, time.perf_counter() - began)
     vms = [AsyncSmolVM(**arguments) for _ in range(size)]
     try:
         began = time.perf_counter()
         await asyncio.gather(*(_start(vm, run) for vm in vms))
-        return _taken(vms, time.perf_counter() - began, before)
+        return _taken(vms, time.perf_counter() - began)
     finally:
         await asyncio.gather(*(vm.delete() for vm in vms))
 
@@ -102,14 +101,13 @@ async def _start(vm: AsyncSmolVM, run: bool) -> None:
         await vm.pause()
 
 
-def _taken(vms: Sequence[AsyncSmolVM], wall: float, before: float) -> Taken:
-    python = (own_pss() - before) / len(vms)
+def _taken(vms: Sequence[AsyncSmolVM], wall: float) -> Taken:
     pids, each = [], []
     for vm in vms:
         supervisor: Any = vm._vm.run
         pids.append({child.name: child.identity.pid for child in supervisor._children})
         each.append(supervisor.boot.last.elapsed)
-    return Taken(wall, statistics.median(each), {**_memory(pids), "Python": python})
+    return Taken(wall, statistics.median(each), _memory(pids))
 
 
 def _memory(pids: Sequence[Mapping[str, int]]) -> dict[str, float]:
@@ -145,6 +143,13 @@ def measure(image: Path, count: int, sizes: Sequence[int]) -> Results:
                             Figure("all of them, bare", [taken.wall for taken in less]),
                             Figure("all of them, library", [taken.wall for _, taken in pairs]),
                         )
+                if size > 1:
+                    results.add(
+                        f"{size} {kind} VMs: PSS that Python grows by, each VM",
+                        [python_growth(kind, MEMORY[kind], image, size)],
+                        "MiB",
+                        headline=size == 16,
+                    )
     return results
 
 
@@ -166,11 +171,10 @@ def _add(
     results.add(f"{what}: the median VM, bare", [taken.each for taken in floors])
     results.add(f"{what}: the median VM, from its own start", [taken.each for taken in library])
     for process in library[0].memory:
-        unit = "MiB"
         results.add(
             f"{what}: PSS of {process}, each VM",
             [taken.memory[process] for taken in library],
-            unit,
+            "MiB",
             headline=size == 16 and not run and kind == "windows",
         )
 

@@ -1,0 +1,65 @@
+"""Memory as the kernel shares it out: PSS, from `/proc/PID/smaps_rollup`.
+
+Python's own, for each VM, is how much a new interpreter grows from one VM to many: in one that had
+as many before, they would find their memory there already.
+
+    python -m benchmarks.memory windows 2048 IMAGE 16    # prints MiB for each of 15 more VMs
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from smolvm_async import AsyncSmolVM
+
+
+def pss(pid: int, kind: str = "Pss") -> float:
+    """MiB of a process: what is its own, and its share of what it shares.
+
+    Args:
+        kind: `Pss_Anon` leaves files out, such as libraries: of these a process's share gets
+            smaller when others map them too, as QEMU does.
+    """
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.search(rf"(?m)^{kind}: +(\d+) kB$", text)
+    assert found is not None, text
+    return int(found[1]) / 1024
+
+
+def python_growth(kind: str, memory: int, image: Path, size: int) -> float:
+    """MiB that a new interpreter grows by for each VM of this OS and memory, up to `size`."""
+    argv = [sys.executable, "-m", "benchmarks.memory", kind, str(memory), str(image), str(size)]
+    root = Path(__file__).parents[1]
+    return float(subprocess.run(argv, cwd=root, capture_output=True, check=True).stdout)
+
+
+async def _with(size: int, kind: str, memory: int, image: Path, data_dir: Path) -> float:
+    """MiB of this process while so many run."""
+    vms = [
+        AsyncSmolVM(os=kind, memory=memory, image=image, accel="tcg", data_dir=data_dir)
+        for _ in range(size)
+    ]
+    try:
+        await asyncio.gather(*(vm.start() for vm in vms))
+        gc.collect()
+        return pss(os.getpid(), "Pss_Anon")
+    finally:
+        await asyncio.gather(*(vm.delete() for vm in vms))
+
+
+async def _growth(kind: str, memory: int, image: Path, size: int) -> float:
+    with tempfile.TemporaryDirectory() as name:
+        one = await _with(1, kind, memory, image, Path(name))
+        return (await _with(size, kind, memory, image, Path(name)) - one) / (size - 1)
+
+
+if __name__ == "__main__":
+    kind, memory, image, size = sys.argv[1:]
+    print(asyncio.run(_growth(kind, int(memory), Path(image), int(size))))
