@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from smolvm_async import AsyncSmolVM
 
@@ -42,10 +43,8 @@ def python_growth(kind: str, memory: int, image: Path, size: int) -> float:
 
 async def _with(size: int, kind: str, memory: int, image: Path, data_dir: Path) -> float:
     """MiB of this process while so many run."""
-    vms = [
-        AsyncSmolVM(os=kind, memory=memory, image=image, accel="tcg", data_dir=data_dir)
-        for _ in range(size)
-    ]
+    arguments: dict[str, Any] = {"os": kind, "memory": memory, "image": image, "accel": "tcg"}
+    vms = [AsyncSmolVM(**arguments, data_dir=data_dir) for _ in range(size)]
     try:
         await asyncio.gather(*(vm.start() for vm in vms))
         gc.collect()
