@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
 from smolvm_async.checks import shown
 from smolvm_async.errors import ConfigError, HostError
@@ -91,7 +92,7 @@ class DaskFleet:
         self._most = MOST if max_live is None else check_count("max_live", max_live)
         self._on_error = check_on_error(on_error)
         self._id = uuid.uuid4().hex
-        self._calls: list[RemoteJobs[Any, Any]] = []
+        self._calls: WeakSet[RemoteJobs[Any, Any]] = WeakSet()
         self._crew: Crew | None = None
         self._pickled = b""
         self._over = False
@@ -142,7 +143,8 @@ class DaskFleet:
 
         Args:
             job: What to do with a VM and an item.
-            items: Taken one by one, as the workers have places for them.
+            items: Taken one by one, as the workers have places for them and results are read; they
+                may be endless.
             retries: How often a job that has failed is tried again.
             rerun: Whether a job is done again by another worker when its own is lost, as often as
                 Dask's `allowed-failures` says. Otherwise it has failed.
@@ -172,7 +174,7 @@ class DaskFleet:
         how = self._on_error if on_error is None else check_on_error(on_error)
         order = (self._id, self._pickled, self._need, self._until, pickled)
         call: RemoteJobs[T, R] = RemoteJobs(self._crew, *order, Items(items), tries, rerun)
-        self._calls = [*(other for other in self._calls if not other.over), call]
+        self._calls.add(call)
         return call.results(1, in_order, how)
 
     async def _connect(self) -> Any:
@@ -215,7 +217,7 @@ class DaskFleet:
 
     async def _leave(self, crew: Crew) -> None:
         try:
-            for call in self._calls:
+            for call in list(self._calls):
                 await call.end()
             await crew.end(self._pickled)
         finally:

@@ -15,6 +15,7 @@ from collections.abc import (
 )
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 from smolvm_async.errors import ConfigError, HostError, MemberFailedError
 from smolvm_async.events import BootState
@@ -93,6 +94,7 @@ class Fleet:
         self._members: list[Member] = []  # those that it began with
         self._hired: set[Member] = set()  # those of map() that are not over
         self._gone = self._lost = 0  # of map()'s
+        self._calls: WeakSet[Jobs[Any, Any]] = WeakSet()
         self._news = asyncio.Event()
         self._body: asyncio.Task[Any] | None = None
         self._cancelling = 0
@@ -144,10 +146,10 @@ class Fleet:
     ) -> None:
         body, self._body, self._over = self._body, None, True
         failures = self.failures if self._on_error == "raise" else []
-        members = [*self._members, *self._hired]
-        if members:
-            await settle(asyncio.gather(*(member.release() for member in members)))
-        self._template.close()
+        try:
+            await settle(self._leave())
+        finally:
+            self._template.close()
         ours = self._cancelled
         if ours and body is not None:
             ours = body.uncancel() <= self._cancelling
@@ -204,7 +206,8 @@ class Fleet:
 
         Args:
             job: What to do with a VM and an item.
-            items: Taken one by one, as there are VMs for them.
+            items: Taken one by one, as there are VMs for them and results are read; they may be
+                endless.
             retries: How often a job that has failed is tried again, each time on a fresh VM.
             reuse: Whether a VM does one job after another, instead of a fresh one for each.
             in_order: Whether the results come in the order of the items, instead of as they are
@@ -223,8 +226,16 @@ class Fleet:
         if isinstance(items, Sized):
             workers = min(workers, len(items))
         jobs = Jobs(self._take, job, Items(items), tries, reuse)
+        self._calls.add(jobs)
         how = self._on_error if on_error is None else check_on_error(on_error)
         return jobs.results(max(1, workers), in_order, how)
+
+    async def _leave(self) -> None:
+        """End what is left of `map()`, and every VM."""
+        members = [*self._members, *self._hired]
+        await asyncio.gather(
+            *(call.end() for call in list(self._calls)), *(member.release() for member in members)
+        )
 
     def _entered(self) -> list[Member]:
         if self._body is None:

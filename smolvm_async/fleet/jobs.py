@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from smolvm_async.checks import shown
-from smolvm_async.errors import JobFailedError, VMNotRunningError
+from smolvm_async.errors import ConfigError, JobFailedError, VMNotRunningError
 from smolvm_async.fleet.member import Member
 from smolvm_async.shielding import settle
 from smolvm_async.vm import AsyncSmolVM
@@ -18,6 +18,9 @@ R = TypeVar("R")
 
 Job = Callable[[AsyncSmolVM, T], Awaitable[R]]
 OnError = Literal["raise", "collect"]
+
+READ_AHEAD = 4  # results for each job that can be done at once: a slow reader must not fill memory
+FLEET_OVER = "the fleet's block has ended before all results were read: iterate within it."
 
 
 @dataclass(frozen=True)
@@ -58,48 +61,73 @@ class Stream(Generic[R]):
 
     def __init__(self) -> None:
         self._outcomes: asyncio.Queue[Outcome[R] | None] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._unread = 0  # outcomes that the user has not come to yet
+        self._was_read = asyncio.Event()
+        self._over = False
 
     async def results(self, workers: int, in_order: bool, on_error: OnError) -> AsyncIterator[R]:
         """The results; then, or at once, an `ExceptionGroup` of what failed."""
-        tasks = [asyncio.ensure_future(self._work()) for _ in range(workers)]
-        for task in tasks:
+        if self._over:
+            raise ConfigError(FLEET_OVER)
+        self._tasks = [asyncio.ensure_future(self._work()) for _ in range(workers)]
+        for task in self._tasks:
             task.add_done_callback(lambda _: self._outcomes.put_nowait(None))
         failures: list[JobFailedError] = []
         early: dict[int, Outcome[R]] = {}
         following = 0
         try:
-            async for outcome in self._until_done(tasks):
+            async for outcome in self._until_done():
                 if outcome.error is not None:
                     failures.append(outcome.error)
                     if on_error == "raise":
                         break
-                if not in_order:
-                    if outcome.error is None:
-                        yield outcome.value  # type: ignore[misc]
-                    continue
                 early[outcome.index] = outcome
-                while (due := early.pop(following, None)) is not None:
+                while due := early.pop(following if in_order else outcome.index, None):
                     following += 1
                     if due.error is None:
                         yield due.value  # type: ignore[misc]
+                    self._unread -= 1
+                    self._was_read.set()
         finally:
-            for task in tasks:
-                task.cancel()
-            await settle(asyncio.wait(tasks))
+            await self.end()
         if failures:
             raise ExceptionGroup(f"{len(failures)} of the jobs failed", failures)
 
-    async def _until_done(self, tasks: list[asyncio.Task[None]]) -> AsyncIterator[Outcome[R]]:
-        working = len(tasks)
+    async def end(self) -> None:
+        """Cancel what is left of it; when this returns, that has ended."""
+        self._over = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await settle(asyncio.wait(self._tasks))
+        for task in self._tasks:
+            if not task.cancelled():
+                task.exception()  # retrieved, or asyncio would log it
+
+    async def _until_done(self) -> AsyncIterator[Outcome[R]]:
+        working = len(self._tasks)
         while working:
             outcome = await self._outcomes.get()
             if outcome is not None:
                 yield outcome
                 continue
             working -= 1
-            for task in tasks:
+            for task in self._tasks:
+                if task.cancelled():
+                    raise ConfigError(FLEET_OVER)
                 if task.done():
                     task.result()  # if the items have raised something
+
+    def _report(self, outcome: Outcome[R]) -> None:
+        self._unread += 1
+        self._outcomes.put_nowait(outcome)
+
+    async def _until_read(self, places: int) -> None:
+        """Wait while there are many more unread results than jobs that can be done at once."""
+        while self._unread >= READ_AHEAD * places:
+            self._was_read.clear()
+            await self._was_read.wait()
 
     async def _work(self) -> None:
         """Do items' jobs, one after another, until there are no more."""
@@ -133,7 +161,10 @@ class Jobs(Stream[R], Generic[T, R]):
     async def _work(self) -> None:
         member: Member | None = None
         try:
-            while (numbered := await self._items.next()) is not None:
+            while True:
+                await self._until_read(len(self._tasks))
+                if (numbered := await self._items.next()) is None:
+                    break
                 member = await self._do(*numbered, member)
         finally:
             if member is not None:
@@ -149,13 +180,13 @@ class Jobs(Stream[R], Generic[T, R]):
                 await member.release()
                 if attempt > self._retries:
                     failure = job_failure(index, item, member.vm.vm_id, attempt, error)
-                    self._outcomes.put_nowait(Outcome(index, None, failure))
+                    self._report(Outcome(index, None, failure))
                 member = None
             except BaseException:
                 await member.release()
                 raise
             else:
-                self._outcomes.put_nowait(Outcome(index, value, None))
+                self._report(Outcome(index, value, None))
                 break
         if member is not None and (not self._reuse or member.over.done()):
             await member.release()

@@ -37,9 +37,14 @@ class Window:
         self._busy = 0
         self._news = asyncio.Event()
 
+    @property
+    def size(self) -> int:
+        """How many places there are."""
+        return max(1, min(self._capacity, self._most))
+
     async def enter(self) -> None:
         """Wait for a place."""
-        while self._busy >= max(1, min(self._capacity, self._most)):
+        while self._busy >= self.size:
             self._news.clear()
             await self._news.wait()
         self._busy += 1
@@ -211,26 +216,14 @@ class RemoteJobs(Stream[R], Generic[T, R]):
         self._need = need
         self._items = items
         self._retries = retries
-        self._task: asyncio.Task[None] | None = None
         self._loose = False  # whether a task was left to the workers
-
-    @property
-    def over(self) -> bool:
-        """Whether it was begun, and has ended."""
-        return self._task is not None and self._task.done()
-
-    async def end(self) -> None:
-        """Cancel what is left of it."""
-        if self._task is not None:
-            self._task.cancel()
-            await settle(asyncio.wait([self._task]))
 
     async def _work(self) -> None:
         """Hand out the items, as there are places."""
-        self._task = asyncio.current_task()
         doing: set[asyncio.Task[None]] = set()
         try:
             while True:
+                await self._until_read(self._crew.window.size)
                 await self._crew.window.enter()
                 try:
                     numbered = await self._items.next()
@@ -273,7 +266,7 @@ class RemoteJobs(Stream[R], Generic[T, R]):
                     continue
                 failure = job_failure(index, item, vm_id, attempt, error)
                 outcome = Outcome(index, None, failure)
-            self._outcomes.put_nowait(outcome)
+            self._report(outcome)
             return
 
     async def _try(self, key: str, item: bytes) -> Report:

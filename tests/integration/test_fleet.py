@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from smolvm_async import (
     VMNotRunningError,
 )
 from smolvm_async.fleet import memory
+from smolvm_async.fleet.jobs import READ_AHEAD
 from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import Memory
 
@@ -270,6 +272,48 @@ async def test_the_rest_of_a_map_ends_with_the_block(blank: Template) -> None:
         fleet.map(ident, range(3))
     with pytest.raises(ConfigError, match="make a new one"):
         await fleet.__aenter__()
+
+
+async def test_results_that_the_block_has_left_behind_are_gone(blank: Template) -> None:
+    stopped = asyncio.Event()
+
+    async def job(vm: AsyncSmolVM, item: int) -> int:
+        try:
+            await asyncio.sleep(1000 if item else 0)
+        finally:
+            stopped.set()
+        return item
+
+    async with Fleet(blank, size=2, until="firmware") as fleet:
+        begun, never_begun = fleet.map(job, range(9)), fleet.map(job, range(9))
+        assert await anext(begun) == 0
+        stopped.clear()
+    assert stopped.is_set()
+    for results in (begun, never_begun):
+        with pytest.raises(ConfigError, match="iterate within it"):
+            await anext(results)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+async def test_a_slow_reader_holds_the_jobs_back(blank: Template, in_order: bool) -> None:
+    async def job(vm: AsyncSmolVM, item: int) -> int:
+        return item
+
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in itertools.count():
+            taken.append(item)
+            yield item
+
+    async with Fleet(blank, size=2, until="firmware") as fleet:
+        results = fleet.map(job, items(), reuse=True, in_order=in_order)
+        assert await anext(results) in taken
+        while fleet.status().booting or len(taken) < READ_AHEAD * 2 + 1:
+            await asyncio.sleep(0.01)
+        for read in range(2, 20):
+            assert await anext(results) in taken
+            assert len(taken) <= read + READ_AHEAD * 2 + 2
 
 
 @pytest.mark.parametrize(
