@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +16,7 @@ from smolvm_async.errors import ImageError
 from smolvm_async.images import qcow2
 
 SECTOR = 512  # bytes
+SETTLED = 1_000_000_000  # nanoseconds after a change
 
 
 class BaseImage(NamedTuple):
@@ -33,6 +37,37 @@ class BaseImage(NamedTuple):
     mtime_ns: int
 
 
+@dataclass(frozen=True)
+class _File:
+    """An open file, as it was when it was last changed."""
+
+    fd: int = field(compare=False)
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+def _virtual_size(fd: int, status: os.stat_result) -> int:
+    file = _File(
+        fd,
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+    if time.time_ns() - status.st_ctime_ns < SETTLED:  # the next change may show the same time
+        return _check.__wrapped__(file)
+    return _check(file)
+
+
+@functools.lru_cache(maxsize=64)  # the VMs of a fleet share it; errors are not kept
+def _check(file: _File) -> int:
+    return qcow2.check(file.fd).virtual_size
+
+
 @contextmanager
 def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
     """Open and check a base image.
@@ -49,7 +84,7 @@ def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
         size = -(-status.st_size // SECTOR) * SECTOR
         try:
             if disk_format != "raw":
-                size = qcow2.check(fd).virtual_size
+                size = _virtual_size(fd, status)
         except qcow2.Qcow2Error as error:
             raise ImageError(f"image {str(path)!r} {error}.") from None
         except OSError as error:
