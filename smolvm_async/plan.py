@@ -30,6 +30,7 @@ class Plan(NamedTuple):
             published one, which may have to be downloaded.
         prefix: What runs QEMU within its bounds.
         published: What the manifest of a published image says.
+        by_bios: Whether the disk has a boot loader for a BIOS, if that was looked at for many VMs.
     """
 
     config: VMConfig
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     prefix: tuple[str, ...]
     on_progress: ProgressCallback | None
     published: Published | None = None
+    by_bios: bool | None = None
 
 
 def make_plan(

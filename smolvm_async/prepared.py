@@ -66,10 +66,29 @@ async def prepare(
     direct_boot = await _open_kernel(stack, source)
     tools = plan.tools
     by_itself = plan.config.profile.firmware == "image" and direct_boot is None
-    if by_itself and not await starts_by_bios(tools.qemu_img, image.fd, source.format):
+    if by_itself and not await _by_bios(plan, source, image):
         tools = tools._replace(firmware=find_plain_uefi())
     login = await _fill(plan.config, state, machine, image, tools)
     return Prepared(source, image, tools, direct_boot, login)
+
+
+async def look_at_disk(plan: Plan, source: Source) -> bool | None:
+    """Whether a boot loader for a BIOS is on the disk; `None` if it does not matter.
+
+    Raises:
+        ImageError, CommandError: If the disk cannot be read.
+    """
+    if plan.config.profile.firmware != "image" or source.kernel is not None:
+        return None
+    with ExitStack() as stack:
+        opener = partial(open_image, disk_format=source.format)
+        return await _by_bios(plan, source, await _open(stack, opener, source.image))
+
+
+async def _by_bios(plan: Plan, source: Source, image: BaseImage) -> bool:
+    if plan.by_bios is not None:
+        return plan.by_bios
+    return await starts_by_bios(plan.tools.qemu_img, image.fd, source.format)
 
 
 async def _fill(

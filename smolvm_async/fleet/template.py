@@ -11,6 +11,7 @@ from smolvm_async.checks import shown
 from smolvm_async.config import VMConfig, make_config, new_vm_id
 from smolvm_async.errors import ConfigError
 from smolvm_async.plan import Plan, find_source
+from smolvm_async.prepared import look_at_disk
 from smolvm_async.vm import AsyncSmolVM
 
 OWN = {  # arguments that two VMs cannot have in common, and what to do instead
@@ -41,7 +42,8 @@ class Template:
         """
         if self._plan is None:
             plan = await self._pattern._planned()
-            self._plan = plan._replace(source=await find_source(plan, self._held))
+            source = await find_source(plan, self._held)
+            self._plan = plan._replace(source=source, by_bios=await look_at_disk(plan, source))
         return self._plan
 
     def close(self) -> None:

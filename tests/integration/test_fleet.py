@@ -7,7 +7,8 @@ import itertools
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator, Mapping
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from smolvm_async import (
     MemberFailedError,
     VMCrashedError,
     VMNotRunningError,
+    process,
 )
 from smolvm_async.fleet import memory
 from smolvm_async.fleet.jobs import READ_AHEAD
 from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import Memory
+from smolvm_async.images import qcow2
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100, func_only=True)]
 
@@ -272,6 +275,41 @@ async def test_the_rest_of_a_map_ends_with_the_block(blank: Template) -> None:
         fleet.map(ident, range(3))
     with pytest.raises(ConfigError, match="make a new one"):
         await fleet.__aenter__()
+
+
+async def test_what_all_have_in_common_is_looked_at_once(
+    blank: Template, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first sector of a compressed disk is for qemu-img to read."""
+    image = tmp_path / "compressed.qcow2"
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"\xf4" * 512 + bytes(1 << 20))
+    convert = ["qemu-img", "convert", "-q", "-c", "-f", "raw", "-O", "qcow2", str(disk), str(image)]
+    subprocess.run(convert, check=True)
+    asked: list[Path] = []
+    looked: list[int] = []
+
+    async def run(command: Sequence[str | Path]) -> str:
+        asked.append(Path(command[0]))
+        return await process.run(command)
+
+    def check(fd: int) -> qcow2.Header:
+        looked.append(fd)
+        return checked(fd)
+
+    checked = qcow2.check
+    monkeypatch.setattr("smolvm_async.images.source.run", run)
+    monkeypatch.setattr("smolvm_async.images.qcow2.check", check)
+    monkeypatch.setattr("smolvm_async.images.local.SETTLED", 0)
+    async with Fleet({**blank, "image": image}, size=3, until="firmware") as fleet:
+        for vm in await fleet.all_ready():
+            run_of: Any = vm._vm.run
+            (qemu,) = [child for child in run_of._children if child.name == "QEMU"]
+            assert not any("pflash" in word for word in qemu.argv)
+        results = [item async for item, _ in fleet.map(ident, range(4))]
+    assert sorted(results) == [0, 1, 2, 3]
+    assert [path.name for path in asked] == ["qemu-img"]
+    assert len(looked) == 1
 
 
 async def test_results_that_the_block_has_left_behind_are_gone(blank: Template) -> None:
