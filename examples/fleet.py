@@ -65,5 +65,12 @@ if __name__ == "__main__":
     options = parser.parse_args()
     try:
         asyncio.run(main(options.size, options.memory))
-    except* SmolVMError as errors:
-        sys.exit("\n".join(f"{type(error).__name__}: {error}" for error in errors.exceptions))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; all VMs are gone.")
+    except BaseExceptionGroup as errors:
+        known, unknown = errors.split(SmolVMError)
+        if unknown is not None or known is None:
+            raise
+        sys.exit("\n".join(f"{type(error).__name__}: {error}" for error in known.exceptions))
+    except SmolVMError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

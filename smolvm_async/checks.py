@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from smolvm_async.errors import ConfigError
+from smolvm_async.errors import ConfigError, SmolVMError
 from smolvm_async.paths import PathError, absolute, expand
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -43,9 +43,20 @@ def shown(value: object) -> str:
     """How a message shows a value, which may be as long as its maker pleased."""
     try:
         text = repr(value)
-    except ValueError:  # an int of over 4300 digits
-        return "..."
+    except Exception:  # an int of over 4300 digits, or a class of the user's
+        return f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def told(error: BaseException) -> str:
+    """How another error's message tells of one: the first line of it."""
+    try:
+        line = str(error).strip().partition("\n")[0]
+    except Exception:  # a class of the user's
+        line = ""
+    if isinstance(error, SmolVMError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def check_timeout(timeout: object) -> None:

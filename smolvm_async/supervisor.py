@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -132,6 +132,12 @@ class Supervisor:
     def resident(self) -> int:
         """MiB of its processes that are in memory."""
         return sum(resident(child.identity.pid) for child in self._children)
+
+    async def guest_status(self) -> str:
+        """QEMU's run state of the guest; empty if QEMU has ended."""
+        with suppress(SmolVMError):
+            return str((await self._monitor.execute("query-status"))["status"])
+        return ""
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
@@ -330,11 +336,7 @@ class Supervisor:
             self.paused = False
 
     async def _look_why_paused(self) -> None:
-        try:
-            status = (await self._monitor.execute("query-status"))["status"]
-        except SmolVMError:
-            return  # it has ended, which others see
-        if status == "internal-error":
+        if (status := await self.guest_status()) == "internal-error":
             self._give_up("the accelerator gave up on the guest (status internal-error)")
         elif status == "io-error":
             logger.error("the guest is paused: QEMU could not write its disk (is the host's full?)")
@@ -376,14 +378,13 @@ class Supervisor:
         if self._children:
             # When one ends the other follows, swtpm with status 0: the reason may come second.
             await asyncio.wait([child.exited for child in self._children], timeout=SAME_END)
-        ended = [child for child in self._children if child.returncode is not None]
-        failed = [child for child in ended if child.returncode != 0] or ended
-        reports = [child.report() for child in failed]
+        ended = [child for child in reversed(self._children) if child.returncode is not None]
+        failed = [child for child in ended if child.returncode != 0] or ended  # QEMU comes last
+        told = "\n".join(child.report() for child in failed)
         self._kill()
         if isinstance(error, OSError):
             return unprepared(self._plan.config, error)
-        if isinstance(error, LaunchError | VMNotRunningError) and reports:
-            told = "\n".join(reports)
+        if isinstance(error, LaunchError | VMNotRunningError) and told:
             if IMAGE_IN_USE in told:
                 path = self._source.image if self._source else "the image"
                 told = f"Another program has {path} open for writing.\n{told}"

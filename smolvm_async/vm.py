@@ -179,10 +179,11 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         assert isinstance(self._vm, Owned)
         return await self._vm.planned()
 
-    def _resident(self) -> int:
-        """MiB that its processes have in memory."""
+    @property
+    def _run(self) -> Supervisor | None:
+        """Its processes, if they are this one's."""
         run = self._vm.run
-        return run.resident() if isinstance(run, Supervisor) else 0
+        return run if isinstance(run, Supervisor) else None
 
     def _attach(self, handle: Owned | Attached) -> None:
         self._vm: Handle = handle

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterable, Iterable
+from contextlib import suppress
 
 from smolvm_async.checks import shown
 from smolvm_async.errors import ConfigError
@@ -38,8 +40,16 @@ def check_on_error(how: object) -> OnError:
 
 def check_work(job: object, items: object, **switches: object) -> None:
     """What `map()` is given to do."""
-    if not callable(job):
+    if not callable(job) or inspect.isgeneratorfunction(job) or inspect.isasyncgenfunction(job):
         raise ConfigError(f"job={shown(job)} is wrong: pass an async function of (vm, item).")
+    with suppress(ValueError):  # some callables cannot tell
+        try:
+            inspect.signature(job).bind(None, None)
+        except TypeError as error:
+            raise ConfigError(
+                f"job={shown(job)} is wrong: it is called with a VM and an item, and cannot be "
+                f"({error}). Pass an async function of (vm, item)."
+            ) from None
     if not isinstance(items, Iterable | AsyncIterable):
         raise ConfigError(f"items={shown(items)} is wrong: pass what can be iterated over.")
     for name, value in switches.items():

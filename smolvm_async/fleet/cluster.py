@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from types import TracebackType
@@ -56,7 +57,9 @@ class DaskFleet:
 
     Raises:
         ConfigError: An argument is wrong.
-        HostError: `distributed` is not installed.
+        HostError: `distributed` is not installed. Entering it: no scheduler is at this address
+            (Dask tries for 30 s, unless its `comm.timeouts.connect` says otherwise), or no worker
+            is large enough for such a VM.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class DaskFleet:
         in_order: bool = False,
         on_error: OnError | None = None,
     ) -> AsyncIterator[R]:
-        """Run `await job(vm, item)` for each item on a worker, and yield the results.
+        """Run `await job(vm, item)` for each item on a worker and a fresh VM; yield the results.
 
         The job, the items and the results travel pickled. Jobs wait for workers, if there are none.
         Whoever does not iterate to the end leaves the rest to the end of the fleet's block, or
@@ -191,15 +194,14 @@ class DaskFleet:
             address, more = given.scheduler.address, {"security": given.security}
         connecting: Any = Client  # its constructor is not typed
         client = connecting(address, asynchronous=True, set_as_default=False, **more)
+        problem = f"no Dask scheduler can be reached at {address!r}"
         try:
             await client
+            problem = "a Dask scheduler or worker lacks smolvm-async[dask]"
             await client.register_plugin(Caretaker())
         except (OSError, ValueError, ImportError) as error:
             await settle(client.close())
-            raise HostError(
-                f"no Dask scheduler with workers can be used at {address}: {error}. All of them "
-                "need smolvm-async[dask]."
-            ) from error
+            raise HostError(f"{problem}: {error}.") from error
         except BaseException:
             await settle(client.close())
             raise
@@ -217,8 +219,7 @@ class DaskFleet:
 
     async def _leave(self, crew: Crew) -> None:
         try:
-            for call in list(self._calls):
-                await call.end()
+            await asyncio.gather(*(call.end() for call in list(self._calls)))
             await crew.end(self._pickled)
         finally:
             await crew.client.close()

@@ -13,6 +13,7 @@ from collections.abc import (
     Sequence,
     Sized,
 )
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
@@ -20,7 +21,7 @@ from weakref import WeakSet
 from smolvm_async.errors import ConfigError, HostError, MemberFailedError
 from smolvm_async.events import BootState
 from smolvm_async.fleet.choices import check_count, check_on_error, check_until, check_work
-from smolvm_async.fleet.jobs import Items, Job, Jobs, OnError, R, T
+from smolvm_async.fleet.jobs import Items, Job, Jobs, OnError, R, T, awaited
 from smolvm_async.fleet.member import WAITING, FleetStatus, Gate, Member
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
@@ -29,6 +30,9 @@ from smolvm_async.vm import AsyncSmolVM
 
 LIVE_PER_PROCESSOR = 16  # guests that mostly wait; 32 on two cores were measured
 BOOTING_PER_PROCESSOR = 1  # more take longer each, and no less together (under TCG)
+
+
+_working_for: ContextVar[tuple[Fleet, ...]] = ContextVar("_working_for", default=())
 
 
 class Fleet:
@@ -127,6 +131,7 @@ class Fleet:
             raise ConfigError("this Fleet was entered before: make a new one.")
         try:
             await self._template.look()
+            self._check_limit(self._template.most)
             await in_thread(self._check_room, self._template.memory)
         except BaseException:
             self._template.close()
@@ -154,6 +159,8 @@ class Fleet:
         if ours and body is not None:
             ours = body.uncancel() <= self._cancelling
         if isinstance(error, asyncio.CancelledError) and not ours:
+            for failure in failures:
+                error.add_note(str(failure))
             return
         if failures and (error is None or ours):
             raise ExceptionGroup(f"{len(failures)} of {self._size} VMs failed", failures) from error
@@ -162,20 +169,23 @@ class Fleet:
         """The VMs, as they become ready, each once."""
         while waiting := [member for member in self._entered() if not member.handed_over]:
             self._news.clear()
-            ready = [member for member in waiting if member.phase == "ready"]
-            for member in ready:
+            member = next((member for member in waiting if member.phase == "ready"), None)
+            if member is not None:
                 member.handed_over = True
                 yield member.vm
-            if not ready:
-                if all(member.over.done() for member in waiting):
-                    return
+            elif all(member.over.done() for member in waiting):
+                return
+            else:
                 await self._news.wait()
 
     async def all_ready(self) -> Sequence[AsyncSmolVM]:
-        """Wait until all of them are ready, or have failed if `on_error="collect"`.
+        """Wait until all of them are ready.
+
+        One that fails ends the wait as it ends the block: by a cancellation, after which the block
+        raises the `ExceptionGroup`. If `on_error="collect"`, it is left out.
 
         Raises:
-            ConfigError: There are more than may live at once.
+            ConfigError: There are more than may live at once, or the block has ended meanwhile.
         """
         members = self._entered()
         if len(members) > self._max_live:
@@ -185,6 +195,7 @@ class Fleet:
             )
         if members:
             await asyncio.wait([member.ready for member in members])
+        self._entered()
         for member in members:
             member.handed_over = True
         return [member.vm for member in members if member.phase == "ready"]
@@ -201,31 +212,36 @@ class Fleet:
     ) -> AsyncIterator[R]:
         """Run `await job(vm, item)` for each item, and yield the results.
 
-        A job whose VM crashes is cancelled, and has failed. Whoever does not iterate to the end
-        leaves the rest to the end of the fleet's block, or calls `aclose()`.
+        A job whose VM crashes is cancelled, and has failed. A job that is cancelled may use its VM
+        for 2 s more. Whoever does not iterate to the end leaves the rest to the end of the fleet's
+        block, or calls `aclose()`.
 
         Args:
             job: What to do with a VM and an item.
             items: Taken one by one, as there are VMs for them and results are read; they may be
                 endless.
             retries: How often a job that has failed is tried again, each time on a fresh VM.
-            reuse: Whether a VM does one job after another, instead of a fresh one for each.
+            reuse: Whether a VM does one job after another, as long as it runs, instead of a fresh
+                one for each.
             in_order: Whether the results come in the order of the items, instead of as they are
                 done.
             on_error: By default that of the fleet. `"raise"`: the first failure cancels the rest.
                 `"collect"`: it is raised after all the others' results.
 
         Raises:
-            ExceptionGroup: Of the `JobFailedError`s, from the iteration.
-            ConfigError: An argument is wrong, or the fleet was not entered.
+            ExceptionGroup: Of the `JobFailedError`s, from the iteration; with what the items have
+                raised, if they have.
+            ConfigError: An argument is wrong; the fleet was not entered; or there could be no VM
+                for a job: all that may live are with the caller already, or the caller is itself
+                a job of this fleet, which the others might wait for.
         """
-        self._entered()
+        self._check_places()
         check_work(job, items, reuse=reuse, in_order=in_order)
         tries = check_count("retries", retries, least=0)
         workers = min(self._size or self._max_live, self._max_live)
         if isinstance(items, Sized):
             workers = min(workers, len(items))
-        jobs = Jobs(self._take, job, Items(items), tries, reuse)
+        jobs = Jobs(self._take, self._marked(job), Items(items), tries, reuse)
         self._calls.add(jobs)
         how = self._on_error if on_error is None else check_on_error(on_error)
         return jobs.results(max(1, workers), in_order, how)
@@ -269,12 +285,58 @@ class Fleet:
         self._gone += member.error is None
         self._lost += member.error is not None
 
-    def _check_room(self, size: int) -> None:
-        together = min(self._size, self._max_live)
-        capacity = LEDGER.capacity()
-        if together * size > capacity:
-            raise HostError(
-                f"{together} VMs of {size} MiB, with QEMU's own, do not fit: this host can promise "
-                f"{capacity} MiB, enough for {capacity // size}. Pass a smaller size= "
-                "or memory=, or use map(), which takes what there is."
+    def _marked(self, job: Job[T, R]) -> Job[T, R]:
+        async def marked(vm: AsyncSmolVM, item: T) -> R:
+            _working_for.set((*_working_for.get(), self))
+            return await awaited(job, vm, item)
+
+        return marked
+
+    def _check_places(self) -> None:
+        members = self._entered()
+        if self in _working_for.get():
+            raise ConfigError(
+                "map() was called by a job of the same fleet, which holds a VM: they might wait "
+                "for each other for ever. Use another Fleet, or call map() outside."
             )
+        taken = sum(
+            member.handed_over and not member.hired and not member.over.done() for member in members
+        )
+        if taken >= self._max_live:
+            raise ConfigError(
+                f"map() has no place for a VM: all that may live were handed over. delete() some "
+                f"of these {taken}, or pass a larger max_live=."
+            )
+
+    @property
+    def _together(self) -> int:
+        """How many VMs it has at once, for all that is known."""
+        return max(1, min(self._size, self._max_live))
+
+    def _check_limit(self, most: int | None) -> None:
+        if most is None:
+            return
+        if self._together > most:
+            raise HostError(
+                f"{_vms(self._together)} of this memory= cannot live at once: max_memory= of the "
+                f"limits is enough for {most}. {_instead(most)}, or raise max_memory."
+            )
+        self._max_live = min(self._max_live, most)
+
+    def _check_room(self, size: int) -> None:
+        capacity = LEDGER.capacity()
+        if self._together * size > capacity:
+            raise HostError(
+                f"{_vms(self._together)} of {size} MiB, with QEMU's own, cannot live at once: this "
+                f"host can promise {capacity} MiB, enough for {capacity // size}. "
+                f"{_instead(capacity // size)}, or free memory of the host."
+            )
+
+
+def _vms(count: int) -> str:
+    return "1 VM" if count == 1 else f"{count} VMs"
+
+
+def _instead(most: int) -> str:
+    fewer = f", a smaller size=, or max_live={most}" if most else ""
+    return f"Pass a smaller memory={fewer}"

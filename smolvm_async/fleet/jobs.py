@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from smolvm_async.checks import shown
-from smolvm_async.errors import ConfigError, JobFailedError, VMNotRunningError
+from smolvm_async.checks import shown, told
+from smolvm_async.errors import (
+    ConfigError,
+    JobFailedError,
+    MemberFailedError,
+    VMNotRunningError,
+)
 from smolvm_async.fleet.member import Member
 from smolvm_async.shielding import settle
 from smolvm_async.vm import AsyncSmolVM
@@ -20,6 +26,7 @@ Job = Callable[[AsyncSmolVM, T], Awaitable[R]]
 OnError = Literal["raise", "collect"]
 
 READ_AHEAD = 4  # results for each job that can be done at once: a slow reader must not fill memory
+GRACE = 2.0  # seconds that a cancelled job may go on using its VM, to clean up
 FLEET_OVER = "the fleet's block has ended before all results were read: iterate within it."
 
 
@@ -65,11 +72,13 @@ class Stream(Generic[R]):
         self._unread = 0  # outcomes that the user has not come to yet
         self._was_read = asyncio.Event()
         self._over = False
+        self._on_error: OnError = "raise"
 
     async def results(self, workers: int, in_order: bool, on_error: OnError) -> AsyncIterator[R]:
         """The results; then, or at once, an `ExceptionGroup` of what failed."""
         if self._over:
             raise ConfigError(FLEET_OVER)
+        self._on_error = on_error
         self._tasks = [asyncio.ensure_future(self._work()) for _ in range(workers)]
         for task in self._tasks:
             task.add_done_callback(lambda _: self._outcomes.put_nowait(None))
@@ -91,6 +100,13 @@ class Stream(Generic[R]):
                     self._was_read.set()
         finally:
             await self.end()
+        if broken := [error for task in self._tasks if (error := _error_of(task)) is not None][:1]:
+            if not failures:
+                raise broken[0]
+            raise ExceptionGroup(
+                f"the items have raised, and {len(failures)} of the jobs failed",
+                [*broken, *failures],
+            )
         if failures:
             raise ExceptionGroup(f"{len(failures)} of the jobs failed", failures)
 
@@ -102,8 +118,7 @@ class Stream(Generic[R]):
         if self._tasks:
             await settle(asyncio.wait(self._tasks))
         for task in self._tasks:
-            if not task.cancelled():
-                task.exception()  # retrieved, or asyncio would log it
+            _error_of(task)  # retrieved, or asyncio would log it
 
     async def _until_done(self) -> AsyncIterator[Outcome[R]]:
         working = len(self._tasks)
@@ -113,11 +128,11 @@ class Stream(Generic[R]):
                 yield outcome
                 continue
             working -= 1
-            for task in self._tasks:
-                if task.cancelled():
-                    raise ConfigError(FLEET_OVER)
-                if task.done():
-                    task.result()  # if the items have raised something
+            ended = [task for task in self._tasks if task.done()]
+            if any(task.cancelled() for task in ended):
+                raise ConfigError(FLEET_OVER)
+            if self._on_error == "raise" and any(_error_of(task) for task in ended):
+                return  # the items have raised something
 
     def _report(self, outcome: Outcome[R]) -> None:
         self._unread += 1
@@ -132,6 +147,13 @@ class Stream(Generic[R]):
     async def _work(self) -> None:
         """Do items' jobs, one after another, until there are no more."""
         raise NotImplementedError
+
+
+def _error_of(task: asyncio.Task[None]) -> Exception | None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    return error
 
 
 class Jobs(Stream[R], Generic[T, R]):
@@ -172,6 +194,9 @@ class Jobs(Stream[R], Generic[T, R]):
 
     async def _do(self, index: int, item: T, member: Member | None) -> Member | None:
         """Do one item's job, as often as need be; returns the VM if it can be used again."""
+        if member is not None and not await member.usable():
+            await member.release()
+            member = None
         for attempt in range(1, self._retries + 2):
             member = member or self._take()
             try:
@@ -197,14 +222,14 @@ class Jobs(Stream[R], Generic[T, R]):
 async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
     """Do the job; the VM's end cancels it."""
     vm = await asyncio.shield(member.ready)
-    doing = asyncio.ensure_future(_awaited(job(vm, item)))
+    doing = asyncio.ensure_future(_do(job, vm, item))
     either: list[asyncio.Future[Any]] = [doing, member.over]
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     finally:
         ended = not doing.done()
         doing.cancel()
-        await settle(asyncio.wait([doing]))
+        await settle(_end(doing, member))
     if ended and doing.cancelled():
         if member.error is not None:
             raise member.error
@@ -214,17 +239,49 @@ async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
     return doing.result()
 
 
-async def _awaited(job: Awaitable[R]) -> R:
-    return await job
+async def awaited(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
+    """What the job returns.
+
+    Raises:
+        ConfigError: It is no async function.
+    """
+    work = job(vm, item)
+    if not inspect.isawaitable(work):
+        raise ConfigError(
+            f"job={shown(job)} is wrong: it returns {shown(work)}, which cannot be awaited; make "
+            "it an async function."
+        )
+    return await work
+
+
+async def _do(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
+    try:
+        return await job(vm, item)
+    except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # such as those of test frameworks
+        raise RuntimeError(f"the job has raised {shown(error)}") from error
+
+
+async def _end(doing: asyncio.Task[Any], member: Member) -> None:
+    """Wait for a job that was cancelled; one that does not heed that loses its VM."""
+    _, heedless = await asyncio.wait([doing], timeout=GRACE)
+    if heedless:
+        member.let_go()
+        await asyncio.wait(heedless)
+    if not doing.cancelled():
+        doing.exception()  # retrieved, or asyncio would log it
 
 
 def job_failure(
     index: int, item: object, vm_id: str, attempts: int, error: BaseException
 ) -> JobFailedError:
     """What is raised for an item whose job has failed, because of `error`."""
+    if isinstance(error, MemberFailedError) and error.__cause__ is not None:
+        error = error.__cause__
     where = f" on {vm_id}" if vm_id else ""
     tries = f", after {attempts} tries" if attempts > 1 else ""
     what = f"item {index} ({shown(item)}){where}{tries}"
-    failure = JobFailedError(f"{what}: {error}", item, index, vm_id, attempts)
+    failure = JobFailedError(f"{what}: {told(error)}", item, index, vm_id, attempts)
     failure.__cause__ = error
     return failure

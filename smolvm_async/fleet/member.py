@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from smolvm_async.checks import told
 from smolvm_async.errors import MemberFailedError, VMNotRunningError
 from smolvm_async.events import BootState
 from smolvm_async.fleet.memory import LEDGER
@@ -103,10 +104,23 @@ class Member:
 
     async def release(self) -> None:
         """Delete it; when this returns, it is gone, however often the caller is cancelled."""
+        self.let_go()
+        await settle(asyncio.wait([self.over]))
+
+    def let_go(self) -> None:
+        """Have it deleted, without waiting for that."""
         self._released.set()
         if not self.ready.done():
             self.over.cancel()
-        await settle(asyncio.wait([self.over]))
+
+    async def usable(self) -> bool:
+        """Whether another job can be done: what has just been killed is not known to be dead."""
+        run = self.vm._run
+        return run is not None and await run.guest_status() == "running" and not self.over.done()
+
+    def _resident(self) -> int:
+        run = self.vm._run
+        return run.resident() if run is not None else 0
 
     def _enter(self, phase: Phase) -> None:
         self.phase, self._since = phase, time.monotonic()
@@ -116,11 +130,13 @@ class Member:
             async with self._gate.live:
                 self._enter("memory")
                 async with LEDGER.promised(self._memory) as promise:
-                    promise.touched = self.vm._resident
+                    promise.touched = self._resident
                     await self._use()
         except Exception as error:
             self._enter("failed")
-            self.error = MemberFailedError(f"{self.vm.vm_id}: {error}", self.vm.vm_id)
+            vm_id, what = self.vm.vm_id, told(error)
+            what = what if what.startswith(vm_id) else f"{vm_id}: {what}"
+            self.error = MemberFailedError(what, vm_id)
             raise self.error from error
         self._enter("deleted")
 
@@ -150,6 +166,8 @@ class Member:
             for waiting in (stopped, released):
                 waiting.cancel()
             await settle(asyncio.wait([stopped, released]))
+            if not stopped.cancelled():
+                stopped.exception()  # retrieved, or asyncio would log it
 
     def _ended(self, over: asyncio.Task[None]) -> None:
         if self.ready.done():

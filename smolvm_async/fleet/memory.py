@@ -82,7 +82,7 @@ class Ledger:
         """Wait until there is room for `size` MiB, first come, first served, and have it.
 
         Raises:
-            HostError: If there is none, and nobody of ours who could give any back.
+            HostError: If there would be none even if all of ours gave theirs back.
         """
         promise = Promise(size)
         try:
@@ -130,10 +130,12 @@ class Ledger:
                     room -= first.promise.size
                     first.granted = True
                     first.wake()
-                if not self._promises and not turn.granted:
+                capacity = room + sum(promise.size for promise in self._promises)
+                if not turn.granted and turn.promise.size > capacity:
                     raise HostError(
-                        f"a VM of {turn.promise.size} MiB, with QEMU's own, does not fit: {room} "
-                        "MiB can be promised. Pass a smaller memory=, or free memory of the host."
+                        f"a VM of {turn.promise.size} MiB, with QEMU's own, does not fit: "
+                        f"{capacity} MiB can be promised, if all that others have is given back. "
+                        "Pass a smaller memory=, or free memory of the host."
                     )
 
     def _wake(self) -> None:

@@ -12,7 +12,8 @@ from typing import Any, Generic, TypeVar
 from distributed import KilledWorker
 from distributed.client import FutureCancelledError
 
-from smolvm_async.errors import WorkerLostError
+from smolvm_async.checks import told
+from smolvm_async.errors import RemoteError, WorkerLostError
 from smolvm_async.events import BootState
 from smolvm_async.fleet.jobs import Items, Outcome, R, Stream, T, job_failure
 from smolvm_async.fleet.site import end_call, perform, prune
@@ -104,7 +105,9 @@ class Crew:
                 await asyncio.gather(*asking)
         except TimeoutError:
             logger.warning(
-                "some Dask workers did not answer within %g s: their VMs may still run", ENDING
+                "some Dask workers had not ended what was cancelled after %g s: they go on with "
+                "that, and their VMs may still run",
+                ENDING,
             )
         except Exception as error:  # the scheduler is gone, and its workers end themselves
             logger.warning("the Dask workers cannot be asked: %s", error)
@@ -221,26 +224,37 @@ class RemoteJobs(Stream[R], Generic[T, R]):
     async def _work(self) -> None:
         """Hand out the items, as there are places."""
         doing: set[asyncio.Task[None]] = set()
+        broken: Exception | None = None
+
+        def finish(task: asyncio.Task[None]) -> None:
+            self._crew.window.leave()
+            if task.cancelled() or task.exception() is None:
+                doing.discard(task)
+
         try:
             while True:
                 await self._until_read(self._crew.window.size)
                 await self._crew.window.enter()
                 try:
                     numbered = await self._items.next()
-                except BaseException:
+                except BaseException as error:
                     self._crew.window.leave()
-                    raise
+                    if self._on_error == "raise" or not isinstance(error, Exception):
+                        raise
+                    broken = error  # what has begun goes on
+                    break
                 if numbered is None:
                     self._crew.window.leave()
                     break
                 task = asyncio.ensure_future(self._do(*numbered))
                 doing.add(task)
-                task.add_done_callback(doing.discard)
-                task.add_done_callback(lambda _: self._crew.window.leave())
-            while doing:
-                done, _ = await asyncio.wait(doing, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                task.add_done_callback(finish)
+            if doing:
+                await asyncio.wait(doing)
+            for task in doing:  # that has found no outcome
+                task.result()
+            if broken is not None:
+                raise broken
         finally:
             await settle(self._abandon(doing))
 
@@ -257,12 +271,14 @@ class RemoteJobs(Stream[R], Generic[T, R]):
         """Have one item's job done, as often as need be."""
         for attempt in range(1, self._retries + 2):
             vm_id = ""
+            again = attempt <= self._retries
             try:
                 report = await self._try(f"{self._order.call}-{index}-{attempt}", dumps(item))
                 vm_id = report.vm_id
+                again = again and report.value is None  # what cannot be loaded never can
                 outcome: Outcome[R] = Outcome(index, _value(report), None)
             except Exception as error:
-                if attempt <= self._retries and not isinstance(error, WorkerLostError):
+                if again and not isinstance(error, WorkerLostError):
                     continue
                 failure = job_failure(index, item, vm_id, attempt, error)
                 outcome = Outcome(index, None, failure)
@@ -320,5 +336,8 @@ def _lost(worker: str) -> WorkerLostError:
 
 def _value(report: Report) -> Any:
     if report.value is None:
-        raise unpack(report.errors)
+        error = unpack(report.errors)
+        if not isinstance(error, Exception):
+            raise RemoteError(told(error)) from error
+        raise error
     return loads(report.value)

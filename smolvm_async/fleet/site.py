@@ -20,7 +20,7 @@ from distributed import Reschedule, Worker, WorkerPlugin, get_worker
 from distributed.core import Status
 
 from smolvm_async.errors import RemoteError
-from smolvm_async.fleet.jobs import attempt_job
+from smolvm_async.fleet.jobs import attempt_job, awaited
 from smolvm_async.fleet.member import Gate, Member
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
@@ -42,7 +42,7 @@ class Pool:
 
     def __init__(self, arguments: Any) -> None:
         self.template = Template(arguments)
-        self.gate = Gate(UNBOUND, len(os.sched_getaffinity(0)))
+        self.gate: Gate
         self._arguments = arguments
         self._looked = asyncio.Lock()
         self._open = False
@@ -52,6 +52,9 @@ class Pool:
         async with self._looked:
             if not self._open:
                 await self.template.look()
+                most = self.template.most
+                live = UNBOUND if most is None else max(1, most)
+                self.gate = Gate(live, len(os.sched_getaffinity(0)))
                 await AsyncSmolVM.prune(data_dir=self._arguments.get("data_dir"))
                 self._open = True
 
@@ -183,7 +186,7 @@ class _Guarded:
 
     async def __call__(self, vm: AsyncSmolVM, item: Any) -> Any:
         try:
-            return await self._job(vm, item)
+            return await awaited(self._job, vm, item)
         except (SystemExit, KeyboardInterrupt) as error:
             raise RemoteError(f"the job has raised {error!r}.") from None
 

@@ -57,6 +57,13 @@ class Template:
         memory = self._plan.config.memory
         return memory + self._plan.accelerator.overhead(memory)
 
+    @property
+    def most(self) -> int | None:
+        """How many may live at once by `Limits.max_memory`, if it is set; after `look()`."""
+        assert self._plan is not None
+        limit = self._plan.config.limits.max_memory
+        return None if limit is None else limit // self._plan.config.memory
+
     def make(self) -> AsyncSmolVM:
         """One more VM, not started; after `look()`."""
         assert self._plan is not None

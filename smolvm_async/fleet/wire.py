@@ -10,6 +10,7 @@ from typing import Any
 
 from distributed.protocol import pickle
 
+from smolvm_async.checks import told
 from smolvm_async.errors import RemoteError
 from smolvm_async.events import BootState
 
@@ -78,11 +79,11 @@ def _pickled(error: BaseException) -> bytes | str:
     error.__cause__ = error.__context__ = error.__traceback__ = None
     try:
         data = dumps(error)
-        loads(data)
+        if isinstance(loads(data), BaseException):
+            return data
     except Exception:  # whatever a class of the job's own may raise
-        notes = "\n".join(getattr(error, "__notes__", ()))
-        return f"{type(error).__name__}: {error}\n{notes}".rstrip()
-    return data
+        pass
+    return "\n".join([told(error), *getattr(error, "__notes__", ())])
 
 
 def unpack(packed: Sequence[bytes | str]) -> BaseException:
@@ -100,5 +101,4 @@ def _unpickled(link: bytes | str) -> BaseException:
         error = loads(link)
     except Exception as missing:
         return RemoteError(f"an exception that this process cannot load: {missing}")
-    assert isinstance(error, BaseException)
-    return error
+    return error if isinstance(error, BaseException) else RemoteError("an exception, once pickled")

@@ -30,6 +30,7 @@ from smolvm_async import (
 )
 from smolvm_async.fleet import memory
 from smolvm_async.fleet.jobs import READ_AHEAD
+from smolvm_async.fleet.member import Member
 from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import Memory
 from smolvm_async.images import qcow2
@@ -246,7 +247,7 @@ async def test_memory_is_promised_once_between_two_fleets(
     """The host's memory is pretended: two VMs fit into it."""
     room = 2 * (128 + OVERHEAD)
     monkeypatch.setattr(memory.LEDGER, "_look", lambda: Memory(0, room))
-    monkeypatch.setattr(AsyncSmolVM, "_resident", lambda _: 0)
+    monkeypatch.setattr(Member, "_resident", lambda _: 0)
     with pytest.raises(HostError, match="enough for 2"):
         await Fleet(blank, size=3, until="firmware").__aenter__()
     peaks: list[int] = []
