@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterable, Callable, Iterable
 
 from smolvm_async.checks import shown
 from smolvm_async.errors import ConfigError
@@ -42,16 +41,26 @@ def check_work(job: object, items: object, **switches: object) -> None:
     """What `map()` is given to do."""
     if not callable(job) or inspect.isgeneratorfunction(job) or inspect.isasyncgenfunction(job):
         raise ConfigError(f"job={shown(job)} is wrong: pass an async function of (vm, item).")
-    with suppress(ValueError):  # some callables cannot tell
-        try:
-            inspect.signature(job).bind(None, None)
-        except TypeError as error:
-            raise ConfigError(
-                f"job={shown(job)} is wrong: it is called with a VM and an item, and cannot be "
-                f"({error}). Pass an async function of (vm, item)."
-            ) from None
+    if reason := _why_not_callable(job):
+        raise ConfigError(
+            f"job={shown(job)} is wrong: it is called with a VM and an item, and cannot be "
+            f"({reason}). Pass an async function of (vm, item)."
+        )
     if not isinstance(items, Iterable | AsyncIterable):
         raise ConfigError(f"items={shown(items)} is wrong: pass what can be iterated over.")
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
+
+
+def _why_not_callable(job: Callable[..., object]) -> str:
+    """Why it cannot be called with a VM and an item; empty if it can, or does not tell."""
+    try:
+        signature = inspect.signature(job)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        return str(error)
+    return ""

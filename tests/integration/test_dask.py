@@ -286,6 +286,52 @@ async def test_what_cannot_travel_or_ends_the_process_is_a_failure(
     assert "SystemExit(3)" in str(causes[1])
 
 
+@pytest.mark.parametrize("on_error", ["raise", "collect"])
+async def test_whatever_a_job_raises_is_its_items_failure(
+    shared: Cluster, blank: Template, on_error: Any
+) -> None:
+    class UnspeakableError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    class Outcome(BaseException):
+        """As those of test frameworks."""
+
+    kinds = [UnspeakableError, Outcome, GeneratorExit, KeyboardInterrupt]
+
+    async def job(vm: AsyncSmolVM, item: int) -> int:
+        if 2 <= item < 6:
+            raise kinds[item - 2]
+        return item
+
+    results: list[int] = []
+    async with fleet_on(shared, blank, on_error=on_error) as fleet:
+        with pytest.raises(ExceptionGroup) as caught:
+            async for result in fleet.map(job, range(9)):
+                results.append(result)  # noqa: PERF401 (those before the failure count)
+    failed = {error.index for error in caught.value.exceptions if isinstance(error, JobFailedError)}
+    assert failed <= {2, 3, 4, 5}
+    if on_error == "collect":
+        assert sorted(results) == [0, 1, 6, 7, 8]
+        assert failed == {2, 3, 4, 5}
+
+
+async def test_items_that_raise_are_told_of_after_the_results(
+    shared: Cluster, blank: Template
+) -> None:
+    def items() -> Iterator[int]:
+        yield from range(4)
+        raise OSError("no more")
+
+    results: list[int] = []
+    async with fleet_on(shared, blank, on_error="collect") as fleet:
+        with pytest.raises(ExceptionGroup) as caught:
+            async for result in fleet.map(fails_at_two, items()):
+                results.append(result)  # noqa: PERF401 (those before the failure count)
+    assert sorted(results) == [0, 1, 3]
+    assert {type(error) for error in caught.value.exceptions} == {OSError, JobFailedError}
+
+
 async def test_an_image_is_looked_for_on_the_worker(
     shared: Cluster, blank: Template, tmp_path: Path
 ) -> None:

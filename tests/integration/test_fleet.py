@@ -23,6 +23,7 @@ from smolvm_async import (
     ImageError,
     JobFailedError,
     LaunchError,
+    Limits,
     MemberFailedError,
     VMCrashedError,
     VMNotRunningError,
@@ -311,6 +312,189 @@ async def test_what_all_have_in_common_is_looked_at_once(
     assert sorted(results) == [0, 1, 2, 3]
     assert [path.name for path in asked] == ["qemu-img"]
     assert len(looked) == 1
+
+
+async def test_each_vm_is_handed_over_once(blank: Template) -> None:
+    async with Fleet(blank, size=6, until="firmware") as fleet:
+        seen: list[AsyncSmolVM] = []
+
+        async def take() -> None:
+            async for vm in fleet:
+                assert str(vm.status) == "running"
+                seen.append(vm)
+                await asyncio.sleep(0)
+                if len(seen) == 2:  # those that map() takes are nobody else's
+                    assert [item async for item, _ in fleet.map(ident, range(2))] == [0, 1]
+
+        await asyncio.gather(take(), take())
+        assert len({vm.vm_id for vm in seen}) == len(seen) <= 6
+
+
+async def test_a_vm_that_has_died_is_not_handed_over(blank: Template) -> None:
+    async with Fleet(blank, size=3, until="firmware", on_error="collect") as fleet:
+        seen: list[AsyncSmolVM] = []
+        async for vm in fleet:
+            seen.append(vm)
+            if len(seen) == 1:
+                while fleet.status().ready < 3:
+                    await asyncio.sleep(0.01)
+                for member in fleet._members:
+                    if member.vm is not vm:
+                        os.kill(qemu_of(member.vm), signal.SIGKILL)
+                while fleet.status().failed < 2:
+                    await asyncio.sleep(0.01)
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("end", ["stop", "kill", "pause"])
+async def test_a_vm_that_no_longer_runs_is_not_used_again(blank: Template, end: str) -> None:
+    async def job(vm: AsyncSmolVM, item: int) -> str:
+        assert str(vm.status) == "running"
+        if end == "stop":
+            await vm.stop()
+        elif end == "kill":
+            os.kill(qemu_of(vm), signal.SIGKILL)
+        else:
+            await vm.pause()
+        return vm.vm_id
+
+    async with Fleet(blank, size=2, until="firmware") as fleet:
+        vm_ids = [vm_id async for vm_id in fleet.map(job, range(6), reuse=True)]
+    assert len(set(vm_ids)) == 6
+
+
+async def test_max_memory_of_the_limits_bounds_a_fleet(blank: Template) -> None:
+    limited = {**blank, "limits": Limits(max_memory=300)}
+    with pytest.raises(HostError, match=r"enough for 2.*max_live=2"):
+        await Fleet(limited, size=3, until="firmware").__aenter__()
+    async with Fleet(limited, until="firmware") as fleet:
+        results = [item async for item, _ in fleet.map(ident, range(6))]
+    assert sorted(results) == [*range(6)]
+
+
+async def test_map_is_refused_where_it_would_wait_for_ever(blank: Template) -> None:
+    async def job(vm: AsyncSmolVM, item: int) -> Any:
+        return [result async for result in fleet.map(ident, [item])]
+
+    async with Fleet(blank, size=2, max_live=2, until="firmware") as fleet:
+        with pytest.raises(ExceptionGroup) as caught:
+            await anext(fleet.map(job, [1]))
+        assert "called by a job" in str(caught.value.exceptions[0])
+    async with Fleet(blank, size=2, max_live=2, until="firmware") as fleet:
+        vm, _ = await fleet.all_ready()
+        with pytest.raises(ConfigError, match="no place for a VM"):
+            fleet.map(ident, [1])
+        await vm.delete()
+        while fleet.status().deleted < 1:
+            await asyncio.sleep(0.01)
+        assert [item async for item, _ in fleet.map(ident, [1])] == [1]
+
+
+async def test_a_job_that_does_not_heed_its_cancellation_loses_its_vm(
+    blank: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolvm_async.fleet.jobs.GRACE", 0.1)
+    stubborn: list[AsyncSmolVM] = []
+
+    async def job(vm: AsyncSmolVM, item: int) -> None:
+        stubborn.append(vm)
+        while True:
+            try:
+                await vm.wait_stopped()
+            except asyncio.CancelledError:
+                continue
+            return
+
+    async with Fleet(blank, until="firmware") as fleet:
+        results = fleet.map(job, [1])
+        waiting = asyncio.ensure_future(anext(results))
+        while not stubborn:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert str(stubborn[0].status) == "deleted"
+
+
+class UnspeakableError(Exception):
+    """Can neither be shown nor told."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+    __str__ = __repr__
+
+
+class Outcome(BaseException):
+    """As those of test frameworks."""
+
+
+async def test_whatever_a_job_raises_is_its_items_failure(blank: Template) -> None:
+    async def job(vm: AsyncSmolVM, item: Any) -> Any:
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    items = [0, UnspeakableError(), Outcome("failed"), GeneratorExit(), 4]
+    async with Fleet(blank, size=2, until="firmware", on_error="collect") as fleet:
+        results: list[Any] = []
+        with pytest.raises(ExceptionGroup) as caught:
+            async for result in fleet.map(job, items):
+                results.append(result)  # noqa: PERF401 (those before the failure count)
+    assert sorted(results) == [0, 4]
+    failures = [error for error in caught.value.exceptions if isinstance(error, JobFailedError)]
+    assert sorted(error.index for error in failures) == [1, 2, 3]
+    assert "a UnspeakableError" in str(min(failures, key=lambda error: error.index))
+
+
+@pytest.mark.parametrize("on_error", ["raise", "collect"])
+async def test_items_that_raise_are_told_of(blank: Template, on_error: Any) -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise OSError("no more")
+
+    async with Fleet(blank, size=2, until="firmware", on_error=on_error) as fleet:
+        results: list[int] = []
+        with pytest.raises((OSError, ExceptionGroup)) as caught:
+            async for result in fleet.map(fails_at_two, items(), reuse=True):
+                results.append(result)  # noqa: PERF401 (those before the failure count)
+    if on_error == "collect":
+        assert isinstance(caught.value, ExceptionGroup)
+        assert {type(error) for error in caught.value.exceptions} == {OSError, JobFailedError}
+        assert sorted(results) == [0, 1]
+
+
+async def yields(vm: AsyncSmolVM, item: int) -> AsyncIterator[int]:
+    yield item
+
+
+async def alone(vm: AsyncSmolVM) -> None:
+    pass
+
+
+def awaits_nothing(vm: AsyncSmolVM, item: int) -> int:
+    return item
+
+
+async def test_a_job_that_is_none_is_refused(blank: Template) -> None:
+    jobs: Any = (yields, alone, 5)
+    async with Fleet(blank, until="firmware") as fleet:
+        for job in jobs:
+            with pytest.raises(ConfigError, match="job="):
+                fleet.map(job, [1])
+        with pytest.raises(ExceptionGroup) as caught:
+            await anext(fleet.map(awaits_nothing, [1]))  # type: ignore[arg-type]
+    assert "make it an async function" in str(caught.value.exceptions[0])
+
+
+async def test_a_vm_that_can_never_fit_holds_up_nobody(blank: Template) -> None:
+    huge = {**blank, "memory": memory.LEDGER.capacity() + 1024}
+    async with Fleet(blank, size=1, until="firmware") as fleet:
+        await fleet.all_ready()
+        with pytest.raises(HostError, match=r"1 VM of .* cannot live at once: .* smaller memory="):
+            await Fleet(huge, until="firmware").__aenter__()
+        results = [item async for item, _ in fleet.map(ident, range(2))]
+        assert sorted(results) == [0, 1]
 
 
 async def test_results_that_the_block_has_left_behind_are_gone(blank: Template) -> None:

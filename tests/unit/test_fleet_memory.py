@@ -139,3 +139,13 @@ async def test_event_loops_of_several_threads_share_it() -> None:
     assert max(peaks) <= 2
     assert len(peaks) == 60
     assert ledger.room() == 1000
+
+
+async def test_what_can_never_fit_is_refused_and_holds_up_nobody() -> None:
+    ledger = Ledger(Host(1000).look)
+    async with ledger.promised(600):
+        with pytest.raises(HostError, match="1000 MiB can be promised"):
+            async with ledger.promised(1001):
+                raise AssertionError("it was promised")
+        async with ledger.promised(400):
+            assert ledger.room() == 0
