@@ -151,17 +151,20 @@ class Fleet:
     ) -> None:
         body, self._body, self._over = self._body, None, True
         failures = self.failures if self._on_error == "raise" else []
+        cancellation = error if isinstance(error, asyncio.CancelledError) else None
         try:
             await settle(self._leave())
+        except asyncio.CancelledError as late:
+            cancellation = late
         finally:
             self._template.close()
         ours = self._cancelled
         if ours and body is not None:
             ours = body.uncancel() <= self._cancelling
-        if isinstance(error, asyncio.CancelledError) and not ours:
-            for failure in failures:
-                error.add_note(str(failure))
-            return
+        if cancellation is not None and not ours:
+            for failure in self.failures:
+                cancellation.add_note(str(failure))
+            raise cancellation
         if failures and (error is None or ours):
             raise ExceptionGroup(f"{len(failures)} of {self._size} VMs failed", failures) from error
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,27 @@ async def test_what_all_have_in_common_is_looked_at_once(
     assert sorted(results) == [0, 1, 2, 3]
     assert [path.name for path in asked] == ["qemu-img"]
     assert len(looked) == 1
+
+
+async def test_two_fleets_that_fail_at_once_are_both_told_of(blank: Template) -> None:
+    for _ in range(5):
+        with pytest.raises(ExceptionGroup) as caught:
+            async with (
+                Fleet(blank, size=2, until="firmware") as outer,
+                Fleet(blank, size=2, until="firmware") as inner,
+            ):
+                vms = [vm for fleet in (outer, inner) for vm in await fleet.all_ready()]
+                for vm in (vms[0], vms[2]):
+                    os.kill(qemu_of(vm), signal.SIGKILL)
+                await asyncio.sleep(1000)
+        current = asyncio.current_task()
+        assert current is not None
+        assert not current.cancelling()
+        told = "".join(traceback.format_exception(caught.value))
+        assert vms[0].vm_id in told or vms[2].vm_id in told
+        if outer._cancelled and inner._cancelled:
+            assert vms[0].vm_id in told
+            assert vms[2].vm_id in told
 
 
 async def test_each_vm_is_handed_over_once(blank: Template) -> None:
