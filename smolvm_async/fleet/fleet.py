@@ -25,6 +25,7 @@ from smolvm_async.fleet.jobs import Items, Job, Jobs, OnError, R, T, awaited
 from smolvm_async.fleet.member import WAITING, FleetStatus, Gate, Member
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
+from smolvm_async.record import ACTIVE
 from smolvm_async.shielding import in_thread, settle
 from smolvm_async.vm import AsyncSmolVM
 
@@ -302,13 +303,15 @@ class Fleet:
                 "map() was called by a job of the same fleet, which holds a VM: they might wait "
                 "for each other for ever. Use another Fleet, or call map() outside."
             )
-        taken = sum(
-            member.handed_over and not member.hired and not member.over.done() for member in members
-        )
-        if taken >= self._max_live:
+        taken = [
+            member
+            for member in members
+            if member.handed_over and not member.hired and member.vm.status in ACTIVE
+        ]
+        if len(taken) >= self._max_live:
             raise ConfigError(
-                f"map() has no place for a VM: all that may live were handed over. delete() some "
-                f"of these {taken}, or pass a larger max_live=."
+                f"map() has no place for a VM: all {len(taken)} that may live were handed over. "
+                "delete() some of them, or pass a larger max_live=."
             )
 
     @property

@@ -118,7 +118,8 @@ class Stream(Generic[R]):
         if self._tasks:
             await settle(asyncio.wait(self._tasks))
         for task in self._tasks:
-            _error_of(task)  # retrieved, or asyncio would log it
+            if not task.cancelled():
+                task.exception()  # retrieved, or asyncio would log it
 
     async def _until_done(self) -> AsyncIterator[Outcome[R]]:
         working = len(self._tasks)
