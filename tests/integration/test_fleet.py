@@ -346,7 +346,8 @@ async def test_each_vm_is_handed_over_once(blank: Template) -> None:
                 seen.append(vm)
                 await asyncio.sleep(0)
                 if len(seen) == 2:  # those that map() takes are nobody else's
-                    assert [item async for item, _ in fleet.map(ident, range(2))] == [0, 1]
+                    results = fleet.map(ident, range(2), in_order=True)
+                    assert [item async for item, _ in results] == [0, 1]
 
         await asyncio.gather(take(), take())
         assert len({vm.vm_id for vm in seen}) == len(seen) <= 6
