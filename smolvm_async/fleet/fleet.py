@@ -202,7 +202,7 @@ class Fleet:
         self._entered()
         for member in members:
             member.handed_over = True
-        return [member.vm for member in members if member.phase == "ready"]
+        return [member.vm for member in members if member.phase == "ready" and not member.hired]
 
     def map(
         self,
@@ -245,7 +245,7 @@ class Fleet:
         workers = min(self._size or self._max_live, self._max_live)
         if isinstance(items, Sized):
             workers = min(workers, len(items))
-        jobs = Jobs(self._take, self._marked(job), Items(items), tries, reuse)
+        jobs = Jobs(self._check_places, self._take, self._marked(job), Items(items), tries, reuse)
         self._calls.add(jobs)
         how = self._on_error if on_error is None else check_on_error(on_error)
         return jobs.results(max(1, workers), in_order, how)

@@ -26,6 +26,7 @@ Job = Callable[[AsyncSmolVM, T], Awaitable[R]]
 OnError = Literal["raise", "collect"]
 
 READ_AHEAD = 4  # results for each job that can be done at once: a slow reader must not fill memory
+IDLE = 5.0  # seconds that a VM is kept for the next job, while there is none
 GRACE = 2.0  # seconds that a cancelled job may go on using its VM, to clean up
 FLEET_OVER = "the fleet's block has ended before all results were read: iterate within it."
 
@@ -51,33 +52,41 @@ class Items(Generic[T]):
     async def next(self) -> tuple[int, T] | None:
         """The next one and its number; `None` if there is no more."""
         async with self._turn:
-            try:
-                if self._iterator is not None:
+            if self._iterator is not None:
+                try:
                     item = await anext(self._iterator)
-                else:
-                    assert not isinstance(self._items, AsyncIterable)
+                except StopAsyncIteration:
+                    return None
+            else:
+                assert not isinstance(self._items, AsyncIterable)
+                try:
                     item = next(self._items)
-            except (StopIteration, StopAsyncIteration):
-                return None
+                except StopIteration:
+                    return None
+                except (asyncio.CancelledError, StopAsyncIteration) as error:  # nobody's business
+                    raise RuntimeError(f"the items have raised {error!r}") from error
             self._count += 1
             return self._count - 1, item
 
 
-class Stream(Generic[R]):
+class Stream(Generic[T, R]):
     """The results of one call of `map()`, as its tasks find them."""
 
-    def __init__(self) -> None:
+    def __init__(self, items: Items[T]) -> None:
+        self._items = items
         self._outcomes: asyncio.Queue[Outcome[R] | None] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._unread = 0  # outcomes that the user has not come to yet
         self._was_read = asyncio.Event()
         self._over = False
+        self._check: Callable[[], object] = lambda: None
         self._on_error: OnError = "raise"
 
     async def results(self, workers: int, in_order: bool, on_error: OnError) -> AsyncIterator[R]:
         """The results; then, or at once, an `ExceptionGroup` of what failed."""
         if self._over:
             raise ConfigError(FLEET_OVER)
+        self._check()
         self._on_error = on_error
         self._tasks = [asyncio.ensure_future(self._work()) for _ in range(workers)]
         for task in self._tasks:
@@ -113,6 +122,7 @@ class Stream(Generic[R]):
     async def end(self) -> None:
         """Cancel what is left of it; when this returns, that has ended."""
         self._over = True
+        self._was_read.set()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -139,11 +149,13 @@ class Stream(Generic[R]):
         self._unread += 1
         self._outcomes.put_nowait(outcome)
 
-    async def _until_read(self, places: int) -> None:
-        """Wait while there are many more unread results than jobs that can be done at once."""
-        while self._unread >= READ_AHEAD * places:
+    async def _next(self, places: int) -> tuple[int, T] | None:
+        """The next item, if any, once not many more results than `places` are unread."""
+        while self._unread >= READ_AHEAD * places and not self._over:
             self._was_read.clear()
             await self._was_read.wait()
+        numbered = None if self._over else await self._items.next()
+        return None if self._over else numbered  # the items may have swallowed our cancellation
 
     async def _work(self) -> None:
         """Do items' jobs, one after another, until there are no more."""
@@ -157,10 +169,11 @@ def _error_of(task: asyncio.Task[None]) -> Exception | None:
     return error
 
 
-class Jobs(Stream[R], Generic[T, R]):
+class Jobs(Stream[T, R]):
     """One call of `map()`.
 
     Args:
+        check: Raises a `ConfigError` if there can be no VM for a job.
         take: Gives a VM, which may have to boot yet.
         retries: How often a job that has failed is tried again, on another VM.
         reuse: Whether a VM does one job after another.
@@ -168,16 +181,17 @@ class Jobs(Stream[R], Generic[T, R]):
 
     def __init__(
         self,
+        check: Callable[[], object],
         take: Callable[[], Member],
         job: Job[T, R],
         items: Items[T],
         retries: int,
         reuse: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(items)
+        self._check = check
         self._take = take
         self._job = job
-        self._items = items
         self._retries = retries
         self._reuse = reuse
 
@@ -185,8 +199,17 @@ class Jobs(Stream[R], Generic[T, R]):
         member: Member | None = None
         try:
             while True:
-                await self._until_read(len(self._tasks))
-                if (numbered := await self._items.next()) is None:
+                getting = asyncio.ensure_future(self._next(len(self._tasks)))
+                try:
+                    _, late = await asyncio.wait([getting], timeout=IDLE)
+                    if late and member is not None:  # its place may be what the reader waits for
+                        await member.release()
+                        member = None
+                    numbered = await getting
+                finally:
+                    getting.cancel()
+                    await settle(asyncio.wait([getting]))
+                if numbered is None:
                     break
                 member = await self._do(*numbered, member)
         finally:
@@ -199,6 +222,8 @@ class Jobs(Stream[R], Generic[T, R]):
             await member.release()
             member = None
         for attempt in range(1, self._retries + 2):
+            if self._over:
+                break
             member = member or self._take()
             try:
                 value = await attempt_job(member, self._job, item)
@@ -221,20 +246,21 @@ class Jobs(Stream[R], Generic[T, R]):
 
 
 async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
-    """Do the job; the VM's end cancels it."""
+    """Do the job; a crash of the VM cancels it."""
     vm = await asyncio.shield(member.ready)
     doing = asyncio.ensure_future(_do(job, vm, item))
     either: list[asyncio.Future[Any]] = [doing, member.over]
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        crashed = not doing.done() and member.error is not None
+        if not crashed:  # the job may have ended the VM itself
+            await asyncio.wait([doing])
     finally:
-        ended = not doing.done()
         doing.cancel()
         await settle(_end(doing, member))
-    if ended and doing.cancelled():
-        if member.error is not None:
-            raise member.error
-        raise VMNotRunningError(f"{vm.vm_id} ended while the job was done.")
+    if crashed:
+        assert member.error is not None
+        raise member.error
     if doing.cancelled():
         raise VMNotRunningError(f"the job on {vm.vm_id} has cancelled itself.")
     return doing.result()

@@ -40,7 +40,7 @@ class Promise:
 class _Turn:
     def __init__(self, promise: Promise) -> None:
         self.promise = promise
-        self.granted = False
+        self.granted = self.looked = False
         self._loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
 
@@ -131,7 +131,9 @@ class Ledger:
                     first.granted = True
                     first.wake()
                 capacity = room + sum(promise.size for promise in self._promises)
-                if not turn.granted and turn.promise.size > capacity:
+                hopeless = turn.promise.size > capacity and not (turn.looked and self._promises)
+                turn.looked = True  # what is short from now on is so for a while
+                if not turn.granted and hopeless:
                     raise HostError(
                         f"a VM of {turn.promise.size} MiB, with QEMU's own, does not fit: "
                         f"{capacity} MiB can be promised, if all that others have is given back. "

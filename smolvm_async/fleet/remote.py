@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from distributed import KilledWorker
 from distributed.client import FutureCancelledError
@@ -188,7 +188,7 @@ class Crew:
                 lost.set_result(worker)
 
 
-class RemoteJobs(Stream[R], Generic[T, R]):
+class RemoteJobs(Stream[T, R]):
     """One call of `map()`.
 
     Args:
@@ -211,13 +211,12 @@ class RemoteJobs(Stream[R], Generic[T, R]):
         retries: int,
         rerun: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(items)
         self._crew = crew
         self._order = Order(
             fleet, f"smolvm-{uuid.uuid4().hex}", "", template, job, b"", until, rerun
         )
         self._need = need
-        self._items = items
         self._retries = retries
         self._loose = False  # whether a task was left to the workers
 
@@ -233,19 +232,16 @@ class RemoteJobs(Stream[R], Generic[T, R]):
 
         try:
             while True:
-                await self._until_read(self._crew.window.size)
-                await self._crew.window.enter()
                 try:
-                    numbered = await self._items.next()
-                except BaseException as error:
-                    self._crew.window.leave()
-                    if self._on_error == "raise" or not isinstance(error, Exception):
+                    numbered = await self._next(self._crew.window.size)
+                except Exception as error:
+                    if self._on_error == "raise":
                         raise
                     broken = error  # what has begun goes on
                     break
                 if numbered is None:
-                    self._crew.window.leave()
                     break
+                await self._crew.window.enter()
                 task = asyncio.ensure_future(self._do(*numbered))
                 doing.add(task)
                 task.add_done_callback(finish)

@@ -72,6 +72,7 @@ class Site:
         self._over: deque[str] = deque(maxlen=REMEMBERED)
         self._pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()
         self._tasks: dict[str, asyncio.Task[Report]] = {}
+        self._closing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._live, name="smolvm-async jobs", daemon=True)
         self._thread.start()
@@ -108,6 +109,7 @@ class Site:
     async def close(self) -> None:
         """Cancel everything, wait until it is gone, and end the thread."""
         await self._end(self._futures)
+        self._closing = True
         with suppress(RuntimeError):  # it is closed already
             self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join)
@@ -134,7 +136,11 @@ class Site:
     def _live(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_forever()
+            while not self._closing:
+                try:
+                    self._loop.run_forever()
+                except (SystemExit, KeyboardInterrupt) as error:  # of a task that a job has made
+                    logger.error("a task of a job on %s has raised %r", self._address, error)
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())

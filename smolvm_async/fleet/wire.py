@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -53,13 +54,24 @@ class Report:
 def dumps(value: object) -> bytes:
     """Pickle, by value what cannot be imported elsewhere."""
     dump: Any = pickle.dumps  # not typed
-    return bytes(dump(value))
+    with _no_exit("pickling"):
+        return bytes(dump(value))
 
 
 def loads(data: bytes) -> Any:
     """The reverse."""
     load: Any = pickle.loads
-    return load(data)
+    with _no_exit("unpickling"):
+        return load(data)
+
+
+@contextmanager
+def _no_exit(what: str) -> Iterator[None]:
+    """What an object does when it is pickled cannot end the process."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RemoteError(f"{what} has raised {error!r}.") from None
 
 
 def pack(error: BaseException, where: str) -> Sequence[bytes | str]:

@@ -273,13 +273,18 @@ async def test_what_cannot_travel_or_ends_the_process_is_a_failure(
     def generator() -> Iterator[int]:
         yield 1
 
+    kept = generator()
+
+    async def keeps(vm: AsyncSmolVM, item: Any) -> Any:
+        return next(kept)
+
     items = [0, 1, 2, generator()]
     async with fleet_on(shared, blank, on_error="collect") as fleet:
         with pytest.raises(ExceptionGroup) as caught:
             async for result in fleet.map(job, items):
                 assert result == "fine"
         with pytest.raises(ConfigError, match="cannot be sent"):
-            fleet.map(generator().__next__, [1])  # type: ignore[arg-type]
+            fleet.map(keeps, [1])
     failures = [error for error in caught.value.exceptions if isinstance(error, JobFailedError)]
     causes = {error.index: error.__cause__ for error in failures}
     assert set(causes) == {0, 1, 3}
@@ -314,6 +319,43 @@ async def test_whatever_a_job_raises_is_its_items_failure(
     if on_error == "collect":
         assert sorted(results) == [0, 1, 6, 7, 8]
         assert failed == {2, 3, 4, 5}
+
+
+class Exits:
+    """Ends the process that pickles it."""
+
+    def __reduce__(self) -> Any:
+        raise SystemExit(4)
+
+
+async def test_nothing_of_a_job_ends_its_worker(shared: Cluster, blank: Template) -> None:
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    async def job(vm: AsyncSmolVM, item: int) -> Any:
+        if item == 0:
+            task = asyncio.ensure_future(leave())
+            await asyncio.wait([task])
+            task.exception()
+        return Exits() if item == 1 else item
+
+    results: list[int] = []
+    for _ in range(2):
+        async with fleet_on(shared, blank, on_error="collect") as fleet:
+            with pytest.raises(ExceptionGroup) as caught:
+                async for result in fleet.map(job, range(5)):
+                    results.append(result)  # noqa: PERF401 (those before the failure count)
+        (failure,) = caught.value.exceptions
+        assert "SystemExit(4)" in str(failure)
+    assert sorted(results) == sorted([0, 2, 3, 4] * 2)
+
+
+async def test_the_items_may_be_the_results_of_another_map(
+    shared: Cluster, blank: Template
+) -> None:
+    async with fleet_on(shared, blank, max_live=1) as fleet:
+        results = await drain(fleet.map(ident, fleet.map(ident, range(4))))
+    assert len(results) == 4
 
 
 async def test_items_that_raise_are_told_of_after_the_results(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -518,6 +519,84 @@ async def test_a_vm_that_can_never_fit_holds_up_nobody(blank: Template) -> None:
         assert sorted(results) == [0, 1]
 
 
+async def test_items_that_swallow_a_cancellation_end_with_the_map(blank: Template) -> None:
+    async def items() -> AsyncIterator[int]:
+        for item in range(100):
+            with suppress(asyncio.CancelledError):  # as asyncio.wait_for() may
+                await asyncio.sleep(0 if item < 2 else 0.2)
+            yield item
+
+    async with Fleet(blank, size=2, until="firmware") as fleet:
+        results: Any = fleet.map(ident, items(), reuse=True)
+        await anext(results)
+        await results.aclose()
+        assert not fleet.status().ready
+
+
+async def test_who_waits_for_a_reader_gives_its_vm_back(
+    blank: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smolvm_async.fleet.jobs.IDLE", 0.1)
+    async with Fleet(blank, size=2, max_live=2, until="firmware") as fleet:
+        unread = fleet.map(ident, itertools.count(), reuse=True)
+        await anext(unread)
+        results = [item async for item, _ in fleet.map(ident, range(3))]
+        assert sorted(results) == [0, 1, 2]
+        chained = fleet.map(ident, fleet.map(ident, range(5), reuse=True), reuse=True)
+        assert len([item async for item in chained]) == 5
+
+
+async def test_a_map_that_can_have_no_vm_any_more_is_refused_when_it_begins(
+    blank: Template,
+) -> None:
+    async with Fleet(blank, size=2, max_live=2, until="firmware") as fleet:
+        results = fleet.map(ident, range(2))
+        await fleet.all_ready()
+        with pytest.raises(ConfigError, match="no place for a VM"):
+            await anext(results)
+
+
+async def test_what_map_has_hired_is_not_handed_over(blank: Template) -> None:
+    async def job(vm: AsyncSmolVM, item: int) -> str:
+        hired.append(vm)
+        await go_on.wait()
+        return vm.vm_id
+
+    hired: list[AsyncSmolVM] = []
+    go_on = asyncio.Event()
+    async with Fleet(blank, size=3, until="firmware") as fleet:
+        doing = asyncio.ensure_future(anext(fleet.map(job, [1])))
+        while not hired:
+            await asyncio.sleep(0.01)
+        others = await fleet.all_ready()
+        assert len(others) == 2
+        assert hired[0] not in others
+        go_on.set()
+        assert await doing == hired[0].vm_id
+
+
+@pytest.mark.parametrize("end", ["crash", "delete"])
+async def test_only_a_crash_is_a_jobs_failure(blank: Template, end: str) -> None:
+    async def job(vm: AsyncSmolVM, item: int) -> str:
+        if end == "crash":
+            os.kill(qemu_of(vm), signal.SIGKILL)
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(1000)
+        else:
+            await vm.delete()
+            await asyncio.sleep(0.05)
+        return "done"
+
+    async with Fleet(blank, until="firmware") as fleet:
+        results = fleet.map(job, [1])
+        if end == "crash":
+            with pytest.raises(ExceptionGroup) as caught:
+                await anext(results)
+            assert isinstance(caught.value.exceptions[0].__cause__, VMCrashedError)
+        else:
+            assert await anext(results) == "done"
+
+
 async def test_results_that_the_block_has_left_behind_are_gone(blank: Template) -> None:
     stopped = asyncio.Event()
 
@@ -553,7 +632,7 @@ async def test_a_slow_reader_holds_the_jobs_back(blank: Template, in_order: bool
     async with Fleet(blank, size=2, until="firmware") as fleet:
         results = fleet.map(job, items(), reuse=True, in_order=in_order)
         assert await anext(results) in taken
-        while fleet.status().booting or len(taken) < READ_AHEAD * 2 + 1:
+        while len(taken) < READ_AHEAD * 2:
             await asyncio.sleep(0.01)
         for read in range(2, 20):
             assert await anext(results) in taken
