@@ -57,7 +57,7 @@ async def measure(image: Path, rounds: int, resolution: str) -> Results:
     """All figures."""
     results = Results(f"Screenshots of the firmware's screen, {resolution}, and waiting")
     async with AsyncSmolVM(os="windows", image=image, resolution=resolution, accel="tcg") as vm:
-        await vm.wait_for_screen(changed=True, stable=DRAWN)
+        picture = await vm.wait_for_screen(changed=True, stable=DRAWN)
         run: Any = vm._vm.run
 
         def bare(image_format: str) -> Any:
@@ -70,7 +70,9 @@ async def measure(image: Path, rounds: int, resolution: str) -> Results:
         ]
         png, ours, ppm = zip(*triples, strict=True)
         results.compare(
-            "screenshot", Figure("QMP screendump, PNG", png), Figure("screenshot()", ours)
+            f"screenshot of the firmware, {picture.width}x{picture.height}, while it runs",
+            Figure("QMP screendump, PNG", png),
+            Figure("screenshot()", ours),
         )
         results.add("QMP screendump, PPM", ppm)
         for name, wait in (("idle", asyncio.sleep(WATCHED)), ("waiting", watch(vm))):

@@ -5,9 +5,11 @@ OVMF with Secure Boot, TPM) and `linux` (128 MiB, OVMF, no TPM), both with an em
 even that many of the first fit, they are started by `asyncio.gather()` of `start()`, which asks
 only for the memory of one.
 
-`booting`: the clock stops when all processors run. `paused`: the library has no start without
-`cont`, so each VM is paused as soon as it is handed over; the floor's VMs never run at all. The
-floor has a `qemu-img create` for each, as what starts one VM would; for 16 also without.
+`booting`: the clock stops when all processors run. The floor lets each run as soon as it can, the
+library all of them once the last is launched; for 16, there is a floor that does so, too.
+`paused`: the library has no start without `cont`, so each VM is paused as soon as it is handed
+over; the floor's VMs never run at all. The floor has a `qemu-img create` for each, as what starts
+one VM would; for 16 also without.
 
     python benchmarks/fleet.py [-n 3] [--sizes 1,4,8,16,32] [--json]
     python benchmarks/fleet.py --max-booting 1,2,4,8,16   # which default is best
@@ -25,6 +27,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,10 @@ from smolvm_async.host.accelerator import TCG
 
 SIZES = (1, 4, 8, 16, 32)
 MEMORY = {"windows": 2048, "linux": 128}  # MiB
+OTHERS: Mapping[str, Mapping[str, bool]] = {
+    "without qemu-img beside the floor": {"overlay": False},
+    "`cont` held back in the floor, too": {"together": True},
+}
 GUESTS = 4  # of the built-in Linux, for max_booting=
 
 
@@ -55,9 +62,12 @@ def template(kind: str, image: Path) -> dict[str, Any]:
     return {"os": kind, "image": image, "memory": MEMORY[kind], "accel": "tcg"}
 
 
-def bare(kind: str, image: Path, size: int, *, run: bool, overlay: bool = True) -> Taken:
+def bare(
+    kind: str, image: Path, size: int, *, run: bool, overlay: bool = True, together: bool = False
+) -> Taken:
     """As many QEMUs, spawned at once, each with the `qemu-img create` of its overlay."""
-    with launched(template(kind, image), size, run=run, overlay=overlay) as vms:
+    how = {"run": run, "overlay": overlay, "together": together}
+    with launched(template(kind, image), size, **how) as vms:
         last = [vm.points.running if run else vm.points.first_answer for vm in vms]
         return Taken(max(last), statistics.median(last), _memory([vm.pids for vm in vms]))
 
@@ -129,20 +139,17 @@ def measure(image: Path, count: int, sizes: Sequence[int]) -> Results:
                         "this host: they are started by gather()."
                     )
                 for run in (False, True):
-                    pairs, less = [], []
+                    fleets = partial(ours, kind, image, size, Path(name), run=run)
+                    bares = partial(bare, kind, image, size, run=run)
+                    pairs = []
+                    others: dict[str, list[Taken]] = {other: [] for other in _others(size, run)}
                     for round_ in range(count):
-                        first = bare(kind, image, size, run=run) if round_ % 2 == 0 else None
-                        taken = runner.run(ours(kind, image, size, Path(name), run=run))
-                        pairs.append((first or bare(kind, image, size, run=run), taken))
-                        if size == 16:
-                            less.append(bare(kind, image, size, run=run, overlay=False))
-                    _add(results, kind, size, run, pairs)
-                    if less:
-                        results.compare(
-                            f"{_name(kind, size, run)}, without qemu-img beside the floor",
-                            Figure("all of them, bare", [taken.wall for taken in less]),
-                            Figure("all of them, library", [taken.wall for _, taken in pairs]),
-                        )
+                        first = bares() if round_ % 2 == 0 else None
+                        taken = runner.run(fleets())
+                        pairs.append((first or bares(), taken))
+                        for other, floors in others.items():
+                            floors.append(bares(**OTHERS[other]))
+                    _add(results, kind, size, run, pairs, others)
                 if size > 1:
                     results.add(
                         f"{size} {kind} VMs: PSS that Python grows by, each VM",
@@ -157,17 +164,34 @@ def _name(kind: str, size: int, run: bool) -> str:
     return f"{size} {kind} VMs, {'booting' if run else 'paused'}"
 
 
+def _others(size: int, run: bool) -> Sequence[str]:
+    """Which other floors there are; those that cost a round each time are for one size only."""
+    if size != 16:
+        return ()
+    return [name for name, how in OTHERS.items() if run or "together" not in how]
+
+
 def _add(
-    results: Results, kind: str, size: int, run: bool, pairs: Sequence[tuple[Taken, Taken]]
+    results: Results,
+    kind: str,
+    size: int,
+    run: bool,
+    pairs: Sequence[tuple[Taken, Taken]],
+    others: Mapping[str, Sequence[Taken]],
 ) -> None:
     what = _name(kind, size, run)
     floors, library = zip(*pairs, strict=True)
-    results.compare(
-        what,
-        Figure("all of them, bare", [taken.wall for taken in floors]),
-        Figure("all of them, library", [taken.wall for taken in library]),
-        headline=size in (1, 16, 32),
-    )
+    walls = Figure("all of them, library", [taken.wall for taken in library])
+    for name, bares in {
+        what: floors,
+        **{f"{what}, {name}": others[name] for name in others},
+    }.items():
+        results.compare(
+            name,
+            Figure("all of them, bare", [taken.wall for taken in bares]),
+            walls,
+            headline=size in (1, 16, 32),
+        )
     results.add(f"{what}: the median VM, bare", [taken.each for taken in floors])
     results.add(f"{what}: the median VM, from its own start", [taken.each for taken in library])
     for process in library[0].memory:

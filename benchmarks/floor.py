@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,13 +106,19 @@ def _screen(stack: ExitStack) -> int:
 
 @contextmanager
 def launched(
-    template: Mapping[str, Any], count: int = 1, *, run: bool = True, overlay: bool = False
+    template: Mapping[str, Any],
+    count: int = 1,
+    *,
+    run: bool = True,
+    overlay: bool = False,
+    together: bool = False,
 ) -> Iterator[list[Bare]]:
     """Spawn `count` VMs at once, until all have answered, or run; killed at the end.
 
     Args:
         template: Arguments of `AsyncSmolVM`.
         run: Whether their processors are to run (`cont`).
+        together: Whether no processor runs before all have answered, as in the library.
         overlay: Whether `qemu-img create` makes an overlay beside each, as a launcher would that
             does not know the format.
     """
@@ -129,7 +135,13 @@ def launched(
         for vm in vms:
             for end in vm.childs_ends:
                 end.close()
-        _converse(vms, began, run)
+        if together:
+            _converse(vms, ["qmp_capabilities"], began)
+            for vm in vms:
+                vm.monitor.send(_line("cont"))
+            _converse(vms, [], began)
+        else:
+            _converse(vms, ["qmp_capabilities", *(["cont"] if run else [])], began)
         for making in made:
             making.wait()
         yield vms
@@ -147,9 +159,12 @@ def _spawn(vm: Bare, argv: list[str], fds: list[int], stack: ExitStack) -> subpr
     return process
 
 
-def _converse(vms: list[Bare], began: float, run: bool) -> None:
-    """Greeting, `qmp_capabilities`, and perhaps `cont`, with all at once."""
-    commands = ["qmp_capabilities", *(["cont"] if run else [])]
+def _line(command: str) -> bytes:
+    return json.dumps({"execute": command}).encode()
+
+
+def _converse(vms: list[Bare], commands: Sequence[str], began: float) -> None:
+    """Have all of them answer, and each do the commands as soon as it can."""
     with selectors.DefaultSelector() as selector:
         for vm in vms:
             selector.register(vm.monitor, selectors.EVENT_READ, (vm, iter(commands)))
@@ -167,7 +182,7 @@ def _converse(vms: list[Bare], began: float, run: bool) -> None:
                     if command is None:
                         selector.unregister(vm.monitor)
                         break
-                    vm.monitor.send(json.dumps({"execute": command}).encode())
+                    vm.monitor.send(_line(command))
 
 
 def _note(points: Points, message: dict[str, Any], seconds: float) -> bool:

@@ -26,7 +26,7 @@ Job = Callable[[AsyncSmolVM, T], Awaitable[R]]
 OnError = Literal["raise", "collect"]
 
 READ_AHEAD = 4  # results for each job that can be done at once: a slow reader must not fill memory
-IDLE = 5.0  # seconds that a VM is kept for the next job, while there is none
+IDLE = 0.2  # seconds that a VM without a job is kept, while others wait for a place
 GRACE = 2.0  # seconds that a cancelled job may go on using its VM, to clean up
 FLEET_OVER = "the fleet's block has ended before all results were read: iterate within it."
 
@@ -201,10 +201,11 @@ class Jobs(Stream[T, R]):
             while True:
                 getting = asyncio.ensure_future(self._next(len(self._tasks)))
                 try:
-                    _, late = await asyncio.wait([getting], timeout=IDLE)
-                    if late and member is not None:  # its place may be what the reader waits for
-                        await member.release()
-                        member = None
+                    while member is not None and not getting.done():
+                        _, late = await asyncio.wait([getting], timeout=IDLE)
+                        if late and member.wanted:  # perhaps by whom our reader waits for
+                            await member.release()
+                            member = None
                     numbered = await getting
                 finally:
                     getting.cancel()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,8 +65,22 @@ class Gate:
     """How many VMs of one fleet may live, and boot, at once."""
 
     def __init__(self, max_live: int, max_booting: int) -> None:
-        self.live = asyncio.Semaphore(max_live)
+        self._live = asyncio.Semaphore(max_live)
         self.booting = asyncio.Semaphore(max_booting)
+        self.waiting = 0  # for a place to live
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Wait for a place to live, and have it."""
+        self.waiting += 1
+        try:
+            await self._live.acquire()
+        finally:
+            self.waiting -= 1
+        try:
+            yield
+        finally:
+            self._live.release()
 
 
 class Member:
@@ -118,6 +133,11 @@ class Member:
         run = self.vm._run
         return run is not None and await run.guest_status() == "running" and not self.over.done()
 
+    @property
+    def wanted(self) -> bool:
+        """Whether another VM waits for its place, or for its memory."""
+        return self._gate.waiting > 0 or LEDGER.wanted
+
     def _resident(self) -> int:
         run = self.vm._run
         return run.resident() if run is not None else 0
@@ -127,7 +147,7 @@ class Member:
 
     async def _live(self) -> None:
         try:
-            async with self._gate.live:
+            async with self._gate.place():
                 self._enter("memory")
                 async with LEDGER.promised(self._memory) as promise:
                     promise.touched = self._resident

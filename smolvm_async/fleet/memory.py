@@ -59,6 +59,11 @@ class Ledger:
         self._turns: deque[_Turn] = deque()
         self._granting = threading.Lock()  # held while the host is looked at
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for memory."""
+        return bool(self._turns)
+
     def room(self) -> int:
         """MiB that can be promised now.
 
