@@ -57,6 +57,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._promises: set[Promise] = set()
         self._turns: deque[_Turn] = deque()
+        self._granted: list[_Turn] = []  # who does not know yet
         self._granting = threading.Lock()  # held while the host is looked at
 
     @property
@@ -105,7 +106,10 @@ class Ledger:
         try:
             while not turn.granted:
                 if self._is_first(turn):
-                    await in_thread(self._grant, turn)
+                    try:
+                        await in_thread(self._grant, turn)
+                    finally:  # it goes on at once, and so before those that came later
+                        self._wake_granted()
                 if not turn.granted:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(AGAIN):
@@ -134,7 +138,7 @@ class Ledger:
                     self._promises.add(first.promise)
                     room -= first.promise.size
                     first.granted = True
-                    first.wake()
+                    self._granted.append(first)
                 capacity = room + sum(promise.size for promise in self._promises)
                 hopeless = turn.promise.size > capacity and not (turn.looked and self._promises)
                 turn.looked = True  # what is short from now on is so for a while
@@ -144,6 +148,12 @@ class Ledger:
                         f"{capacity} MiB can be promised, if all that others have is given back. "
                         "Pass a smaller memory=, or free memory of the host."
                     )
+
+    def _wake_granted(self) -> None:
+        with self._lock:
+            granted, self._granted = self._granted, []
+        for turn in granted:
+            turn.wake()
 
     def _wake(self) -> None:
         with self._lock:

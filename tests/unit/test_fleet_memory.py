@@ -149,3 +149,16 @@ async def test_what_can_never_fit_is_refused_and_holds_up_nobody() -> None:
                 raise AssertionError("it was promised")
         async with ledger.promised(400):
             assert ledger.room() == 0
+
+
+async def test_whoever_asked_first_goes_on_first() -> None:
+    ledger = Ledger(Host(1000).look)
+    order: list[int] = []
+
+    async def claim(number: int) -> None:
+        async with ledger.promised(100):
+            order.append(number)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(claim(number) for number in range(8)))
+    assert order == [*range(8)]
