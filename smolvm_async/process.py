@@ -19,17 +19,16 @@ import os
 import shlex
 import signal
 import subprocess
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import anyio
 from pydantic import Field
 
 from smolvm_async.errors import CommandError, LaunchError
 from smolvm_async.log import get_logger
 from smolvm_async.shielding import settle
+from smolvm_async.slots import Slots
 from smolvm_async.tail import QUOTED, LogFile, Reader
 
 logger = get_logger(__name__)
@@ -178,20 +177,13 @@ async def spawn(
     Raises:
         LaunchError: If the operating system refuses (no memory, no descriptors, no program).
     """
-    async with _turn():
+    async with _turns.of_this_loop():
         await asyncio.sleep(0)
         return _spawn(name, argv, cwd, log, fds)
 
 
-# anyio's locks, since one of asyncio's that was waited for holds its loop, which would never go.
-_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, anyio.Lock] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _turn() -> anyio.Lock:
-    """One spawn for each turn of the loop: it blocks for 1 to 3 ms, and many VMs may start."""
-    return _turns.setdefault(asyncio.get_running_loop(), anyio.Lock())
+# One spawn for each turn of the loop: it blocks for 1 to 3 ms, and many VMs may start.
+_turns = Slots(1)
 
 
 def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[int]) -> Child:

@@ -17,11 +17,11 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.manifest import LARGEST, ImageFile
 from smolvm_async.images.s3.arrival import Arrival
 from smolvm_async.images.s3.download import Wanted, begin, transfer
-from smolvm_async.images.s3.slots import Slots
 from smolvm_async.images.s3.uri import parse_uri
 from smolvm_async.log import get_logger
 from smolvm_async.progress import Progress, ProgressCallback, report
 from smolvm_async.shielding import first_of, in_background, settle
+from smolvm_async.slots import Slots
 from smolvm_async.store.layout import MTIME, Layout, Published, hold_lock
 from smolvm_async.store.reading import Reading, WrongContentError
 

@@ -24,6 +24,7 @@ ROWS = [
     "errors",
     "log",
     "shielding",
+    "slots",
     "locking",
     "lease",
     "paths",
