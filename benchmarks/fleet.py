@@ -182,10 +182,8 @@ def _add(
     what = _name(kind, size, run)
     floors, library = zip(*pairs, strict=True)
     walls = Figure("all of them, library", [taken.wall for taken in library])
-    for name, bares in {
-        what: floors,
-        **{f"{what}, {name}": others[name] for name in others},
-    }.items():
+    named = {what: floors, **{f"{what}, {other}": bares for other, bares in others.items()}}
+    for name, bares in named.items():
         results.compare(
             name,
             Figure("all of them, bare", [taken.wall for taken in bares]),

@@ -135,13 +135,12 @@ def launched(
         for vm in vms:
             for end in vm.childs_ends:
                 end.close()
+        at_once = ["cont"] if run and not together else []
+        _converse(vms, ["qmp_capabilities", *at_once], began)
         if together:
-            _converse(vms, ["qmp_capabilities"], began)
             for vm in vms:
                 vm.monitor.send(_line("cont"))
             _converse(vms, [], began)
-        else:
-            _converse(vms, ["qmp_capabilities", *(["cont"] if run else [])], began)
         for making in made:
             making.wait()
         yield vms

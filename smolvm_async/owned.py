@@ -26,7 +26,7 @@ from smolvm_async.plan import Plan
 from smolvm_async.process import identify
 from smolvm_async.record import Record, Status
 from smolvm_async.registry import at_rest
-from smolvm_async.shielding import in_thread, settle
+from smolvm_async.shielding import end_tasks, in_thread, settle
 from smolvm_async.shutdown import Rung, ShutdownReport
 from smolvm_async.state import StateDirectory
 from smolvm_async.supervisor import Supervisor
@@ -160,8 +160,7 @@ class Owned:
     async def _stop_finding(self) -> None:
         finding, self._finding = self._finding, None
         if finding is not None and not finding.done():
-            finding.cancel()
-            await settle(asyncio.wait([finding]))
+            await end_tasks(finding)
 
     async def stop(self, timeout: float | None) -> ShutdownReport:
         """See `AsyncSmolVM.stop()`."""

@@ -65,8 +65,7 @@ async def prepare(
     try_share(image.fd)  # QEMU inherits it: while that lives, the cache keeps the file
     direct_boot = await _open_kernel(stack, source)
     tools = plan.tools
-    by_itself = plan.config.profile.firmware == "image" and direct_boot is None
-    if by_itself and not await _by_bios(plan, source, image):
+    if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):
         tools = tools._replace(firmware=find_plain_uefi())
     login = await _fill(plan.config, state, machine, image, tools)
     return Prepared(source, image, tools, direct_boot, login)
@@ -78,11 +77,16 @@ async def look_at_disk(plan: Plan, source: Source) -> bool | None:
     Raises:
         ImageError, CommandError: If the disk cannot be read.
     """
-    if plan.config.profile.firmware != "image" or source.kernel is not None:
+    if not _starts_by_itself(plan, source):
         return None
     with ExitStack() as stack:
         opener = partial(open_image, disk_format=source.format)
         return await _by_bios(plan, source, await _open(stack, opener, source.image))
+
+
+def _starts_by_itself(plan: Plan, source: Source) -> bool:
+    """Whether it is the disk that decides for a BIOS or for UEFI."""
+    return plan.config.profile.firmware == "image" and source.kernel is None
 
 
 async def _by_bios(plan: Plan, source: Source, image: BaseImage) -> bool:

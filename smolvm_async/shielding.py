@@ -47,6 +47,17 @@ async def settle(work: Awaitable[T]) -> T:
     return future.result()
 
 
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have ended, whatever becomes of them. See `settle`."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await settle(asyncio.wait(tasks))
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # retrieved, or asyncio would log it
+
+
 # One for each loop and not for each process: after a fork() the child's loops get workers of their
 # own, where a shared one would be a thread that the child does not have. A worker's thread ends
 # once its loop is collected.

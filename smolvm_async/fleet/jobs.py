@@ -16,7 +16,7 @@ from smolvm_async.errors import (
     VMNotRunningError,
 )
 from smolvm_async.fleet.member import Member
-from smolvm_async.shielding import settle
+from smolvm_async.shielding import end_tasks, settle
 from smolvm_async.vm import AsyncSmolVM
 
 T = TypeVar("T")
@@ -109,13 +109,15 @@ class Stream(Generic[T, R]):
                     self._was_read.set()
         finally:
             await self.end()
-        if broken := [error for task in self._tasks if (error := _error_of(task)) is not None][:1]:
-            if not failures:
-                raise broken[0]
+        errors = map(_error_of, self._tasks)
+        broken = next((error for error in errors if error is not None), None)
+        if broken is not None and failures:
             raise ExceptionGroup(
                 f"the items have raised, and {len(failures)} of the jobs failed",
-                [*broken, *failures],
+                [broken, *failures],
             )
+        if broken is not None:
+            raise broken
         if failures:
             raise ExceptionGroup(f"{len(failures)} of the jobs failed", failures)
 
@@ -123,13 +125,7 @@ class Stream(Generic[T, R]):
         """Cancel what is left of it; when this returns, that has ended."""
         self._over = True
         self._was_read.set()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await settle(asyncio.wait(self._tasks))
-        for task in self._tasks:
-            if not task.cancelled():
-                task.exception()  # retrieved, or asyncio would log it
+        await end_tasks(*self._tasks)
 
     async def _until_done(self) -> AsyncIterator[Outcome[R]]:
         working = len(self._tasks)
@@ -142,7 +138,7 @@ class Stream(Generic[T, R]):
             ended = [task for task in self._tasks if task.done()]
             if any(task.cancelled() for task in ended):
                 raise ConfigError(FLEET_OVER)
-            if self._on_error == "raise" and any(_error_of(task) for task in ended):
+            if self._on_error == "raise" and any(_error_of(task) is not None for task in ended):
                 return  # the items have raised something
 
     def _report(self, outcome: Outcome[R]) -> None:
@@ -208,8 +204,7 @@ class Jobs(Stream[T, R]):
                             member = None
                     numbered = await getting
                 finally:
-                    getting.cancel()
-                    await settle(asyncio.wait([getting]))
+                    await end_tasks(getting)
                 if numbered is None:
                     break
                 member = await self._do(*numbered, member)
@@ -253,15 +248,14 @@ async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
     either: list[asyncio.Future[Any]] = [doing, member.over]
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        crashed = not doing.done() and member.error is not None
-        if not crashed:  # the job may have ended the VM itself
+        crash = None if doing.done() else member.error
+        if crash is None:  # the job may have ended the VM itself
             await asyncio.wait([doing])
     finally:
         doing.cancel()
         await settle(_end(doing, member))
-    if crashed:
-        assert member.error is not None
-        raise member.error
+    if crash is not None:
+        raise crash
     if doing.cancelled():
         raise VMNotRunningError(f"the job on {vm.vm_id} has cancelled itself.")
     return doing.result()

@@ -14,7 +14,7 @@ from smolvm_async.errors import MemberFailedError, VMNotRunningError
 from smolvm_async.events import BootState
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
-from smolvm_async.shielding import settle
+from smolvm_async.shielding import end_tasks, settle
 from smolvm_async.vm import AsyncSmolVM
 
 Phase = Literal["a place", "memory", "a turn to boot", "booting", "ready", "deleted", "failed"]
@@ -114,7 +114,7 @@ class Member:
         if self.phase in ("booting", "ready"):
             state = str(self.vm.boot_state or BootState.LAUNCHING)
         seconds = time.monotonic() - self._since
-        error = str(self.error).partition("\n")[0] if self.error else ""
+        error = str(self.error) if self.error else ""
         return MemberStatus(self.vm.vm_id, state, waits_for, seconds, error)
 
     async def release(self) -> None:
@@ -183,11 +183,7 @@ class Member:
                 with suppress(VMNotRunningError):
                     stopped.result()
         finally:
-            for waiting in (stopped, released):
-                waiting.cancel()
-            await settle(asyncio.wait([stopped, released]))
-            if not stopped.cancelled():
-                stopped.exception()  # retrieved, or asyncio would log it
+            await end_tasks(stopped, released)
 
     def _ended(self, over: asyncio.Task[None]) -> None:
         if self.ready.done():

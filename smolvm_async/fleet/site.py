@@ -19,12 +19,11 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from distributed import Reschedule, Worker, WorkerPlugin, get_worker
 from distributed.core import Status
 
-from smolvm_async.errors import RemoteError
 from smolvm_async.fleet.jobs import attempt_job, awaited
 from smolvm_async.fleet.member import Gate, Member
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
-from smolvm_async.fleet.wire import CLAIM, RESOURCE, Order, Report, dumps, loads, pack
+from smolvm_async.fleet.wire import CLAIM, RESOURCE, Order, Report, dumps, loads, no_exit, pack
 from smolvm_async.log import get_logger
 from smolvm_async.shielding import settle
 from smolvm_async.vm import AsyncSmolVM
@@ -191,10 +190,8 @@ class _Guarded:
         self._job = job
 
     async def __call__(self, vm: AsyncSmolVM, item: Any) -> Any:
-        try:
+        with no_exit("the job"):
             return await awaited(self._job, vm, item)
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise RemoteError(f"the job has raised {error!r}.") from None
 
 
 _sites: WeakKeyDictionary[Worker, Site] = WeakKeyDictionary()

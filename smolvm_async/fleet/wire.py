@@ -54,20 +54,24 @@ class Report:
 def dumps(value: object) -> bytes:
     """Pickle, by value what cannot be imported elsewhere."""
     dump: Any = pickle.dumps  # not typed
-    with _no_exit("pickling"):
+    with no_exit("pickling"):
         return bytes(dump(value))
 
 
 def loads(data: bytes) -> Any:
     """The reverse."""
     load: Any = pickle.loads
-    with _no_exit("unpickling"):
+    with no_exit("unpickling"):
         return load(data)
 
 
 @contextmanager
-def _no_exit(what: str) -> Iterator[None]:
-    """What an object does when it is pickled cannot end the process."""
+def no_exit(what: str) -> Iterator[None]:
+    """What a job or an object of the user's does cannot end the process.
+
+    Raises:
+        RemoteError: It has tried to.
+    """
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
 from smolvm_async.progress import Progress, ProgressCallback, report
-from smolvm_async.shielding import settle
+from smolvm_async.shielding import end_tasks
 
 T = TypeVar("T")
 
@@ -50,8 +50,7 @@ class Shared(Generic[T]):
             if len(flight.listeners) == 1 and not flight.task.done():
                 if flights.get(key) is flight:
                     del flights[key]  # who comes now begins anew
-                flight.task.cancel()
-                await settle(asyncio.wait([flight.task]))
+                await end_tasks(flight.task)
             raise
         finally:
             flight.listeners.remove(on_progress)
