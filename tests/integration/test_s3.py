@@ -52,7 +52,7 @@ MIB = 1 << 20
 SIZE = 24 * MIB  # of the disk that most tests pull: three parts
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # those of other modules count this process's children
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with s3_server(tmp_path_factory.mktemp("moto")) as url:
         yield url
