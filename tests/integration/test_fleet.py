@@ -598,19 +598,22 @@ async def test_only_a_crash_is_a_jobs_failure(blank: Template, end: str) -> None
 
 
 async def test_results_that_the_block_has_left_behind_are_gone(blank: Template) -> None:
+    endless = asyncio.Event()
     stopped = asyncio.Event()
 
     async def job(vm: AsyncSmolVM, item: int) -> int:
-        try:
-            await asyncio.sleep(1000 if item else 0)
-        finally:
-            stopped.set()
+        if item:
+            endless.set()
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                stopped.set()
         return item
 
     async with Fleet(blank, size=2, until="firmware") as fleet:
         begun, never_begun = fleet.map(job, range(9)), fleet.map(job, range(9))
         assert await anext(begun) == 0
-        stopped.clear()
+        await endless.wait()
     assert stopped.is_set()
     for results in (begun, never_begun):
         with pytest.raises(ConfigError, match="iterate within it"):
