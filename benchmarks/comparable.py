@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Results, show
-from smolvm_async.images.debian import build_debian
-from smolvm_async.paths import xdg_home
+from smolvm_async.foundation.paths import xdg_home
+from smolvm_async.images.build.debian import build_debian
 
 DRIVERS = Path(__file__).parent / "peers"
 LIMIT = 240  # seconds for one round of one of them

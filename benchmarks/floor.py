@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolvm_async.config import make_config
+from smolvm_async.config.vm_config import make_config
+from smolvm_async.controls.ssh.login import new_login
 from smolvm_async.host import choose_accelerator, find_plain_uefi, find_tools
 from smolvm_async.images import qcow2
-from smolvm_async.login import new_login
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
-from smolvm_async.sidecars.swtpm import attach_arguments, swtpm_arguments
-from smolvm_async.state import OVERLAY, SEED, TPM, VARS
+from smolvm_async.qemu.sidecars.swtpm import attach_arguments, swtpm_arguments
+from smolvm_async.state.directory import OVERLAY, SEED, TPM, VARS
 
 
 @dataclass

@@ -28,9 +28,9 @@ import asyncssh
 
 from benchmarks.figures import Figure, Results, show
 from smolvm_async import AcceleratorWarning, AsyncSmolVM
-from smolvm_async.images.debian import DebianImage, build_debian
-from smolvm_async.images.debian.builder import BOOT_ARGS
-from smolvm_async.ssh.keys import make_key_pair
+from smolvm_async.controls.ssh.keys import make_key_pair
+from smolvm_async.images.build.debian import DebianImage, build_debian
+from smolvm_async.images.build.debian.builder import BOOT_ARGS
 
 MACHINE = "q35,i8042=off,smbus=off,sata=off,hpet=off,vmport=off"
 ATTEMPT = 0.3  # seconds for a server's greeting

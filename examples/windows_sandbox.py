@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from smolvm_async import AsyncSmolVM, Progress, SmolVMError
-from smolvm_async.images.stand_in import build_stand_in
+from stand_in import build_stand_in
 
 
 def show(progress: Progress) -> None:

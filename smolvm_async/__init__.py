@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from smolvm_async.checks import PortForward
-from smolvm_async.config import Limits, Timeouts
-from smolvm_async.controls.comparison import Region
-from smolvm_async.controls.picture import Screenshot
+from smolvm_async.config.checks import PortForward
+from smolvm_async.config.vm_config import Limits, Timeouts
+from smolvm_async.controls.desktop.comparison import Region
+from smolvm_async.controls.desktop.picture import Screenshot
+from smolvm_async.controls.ssh.access import Access
+from smolvm_async.controls.ssh.lines import LineStream
+from smolvm_async.controls.ssh.result import CommandResult, Line
 from smolvm_async.errors import (
     AcceleratorWarning,
     CommandError,
@@ -32,7 +35,11 @@ from smolvm_async.errors import (
     VMTimeoutError,
     WorkerLostError,
 )
-from smolvm_async.events import (
+from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
+from smolvm_async.foundation.progress import Progress
+from smolvm_async.images.cache import CachedImage, Damage, ImageStore
+from smolvm_async.images.publish import push_image
+from smolvm_async.qemu.events import (
     BootState,
     BootStateChanged,
     Event,
@@ -42,17 +49,10 @@ from smolvm_async.events import (
     Reset,
     Shutdown,
 )
-from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
-from smolvm_async.progress import Progress
-from smolvm_async.publishing import push_image
-from smolvm_async.record import Status
-from smolvm_async.registry import VMInfo
-from smolvm_async.shutdown import Rung, ShutdownReport, Step
-from smolvm_async.ssh.access import Access
-from smolvm_async.ssh.lines import LineStream
-from smolvm_async.ssh.result import CommandResult, Line
-from smolvm_async.store import CachedImage, Damage, ImageStore
-from smolvm_async.vm import AsyncSmolVM
+from smolvm_async.qemu.shutdown import Rung, ShutdownReport, Step
+from smolvm_async.state.record import Status
+from smolvm_async.state.registry import VMInfo
+from smolvm_async.vm.vm import AsyncSmolVM
 
 __all__ = [
     "AcceleratorWarning",

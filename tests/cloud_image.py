@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import pytest
 
-from smolvm_async import process
-from smolvm_async.images.builders import search_path
-from smolvm_async.images.packages import exclusive
-from smolvm_async.images.workshop import key_of, workshop
-from smolvm_async.paths import xdg_home
-from smolvm_async.shielding import in_background
+from smolvm_async.foundation import process
+from smolvm_async.foundation.paths import xdg_home
+from smolvm_async.foundation.tasks import in_background
+from smolvm_async.images.build.builders import search_path
+from smolvm_async.images.build.packages import exclusive
+from smolvm_async.images.build.workshop import key_of, workshop
 
 PACKAGES = (
     *("systemd-sysv", "systemd-resolved", "libnss-resolve", "libpam-systemd", "dbus"),

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from smolvm_async import AsyncSmolVM
-from smolvm_async.images.debian import DebianImage, build_debian
-from smolvm_async.images.stand_in import build_stand_in
+from smolvm_async.images.build.debian import DebianImage, build_debian
+from stand_in import build_stand_in
 
 FakeProgram = Callable[[str, str], None]
 

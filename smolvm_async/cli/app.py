@@ -20,7 +20,7 @@ from smolvm_async.cli.logs import logs
 from smolvm_async.cli.output import complain, err, say, write_nowhere
 from smolvm_async.cli.run import run
 from smolvm_async.cli.vms import delete, list_vms, prune, stop
-from smolvm_async.log import get_logger
+from smolvm_async.foundation.log import get_logger
 
 NAME = "smolvm-async"
 EPILOG = """

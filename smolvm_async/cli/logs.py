@@ -10,8 +10,8 @@ from smolvm_async import VMNotFoundError, VMNotRunningError
 from smolvm_async.cli.execution import execute
 from smolvm_async.cli.options import DataDir, Json, VMId, find_vm, no_such_vm
 from smolvm_async.cli.output import write_json, write_text
-from smolvm_async.logs import read_log
-from smolvm_async.record import ACTIVE
+from smolvm_async.state.logs import read_log
+from smolvm_async.state.record import ACTIVE
 
 
 def logs(

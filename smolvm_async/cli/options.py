@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from smolvm_async import AsyncSmolVM, SmolVMError, VMNotFoundError, VMNotRunningError
-from smolvm_async.progress import ProgressCallback
-from smolvm_async.record import ACTIVE
+from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.state.record import ACTIVE
 
 
 def complete_vm_id(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:

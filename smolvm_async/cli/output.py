@@ -23,8 +23,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from smolvm_async import progress
-from smolvm_async.tail import printable
+from smolvm_async.foundation import progress
+from smolvm_async.foundation.tail import printable
 
 UNBOUNDED = 1 << 16  # columns of what is no terminal: nothing is cut off or wrapped
 

@@ -20,7 +20,7 @@ from smolvm_async.cli.ending import describe_ending, ending_fields
 from smolvm_async.cli.execution import Interrupts, execute
 from smolvm_async.cli.options import DataDir, Json, Timeout, complete_vm_id, find_vm
 from smolvm_async.cli.output import busy, say, write_json, write_nowhere
-from smolvm_async.record import ACTIVE
+from smolvm_async.state.record import ACTIVE
 
 
 def run(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from smolvm_async.checks import check_timeout
+from smolvm_async.config.checks import check_timeout
+from smolvm_async.controls.interface import Handle, begun, console_tail, ended
 from smolvm_async.errors import ConfigError, VMTimeoutError
-from smolvm_async.events import BootState, BootStateChanged, EventStream
-from smolvm_async.handle import Handle, begun, console_tail, ended
-from smolvm_async.record import Status
+from smolvm_async.qemu.events import BootState, BootStateChanged, EventStream
+from smolvm_async.state.record import Status
 
 
 class Observation:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from smolvm_async.checks import PortForward, check_port
-from smolvm_async.handle import Handle, running
+from smolvm_async.config.checks import PortForward, check_port
+from smolvm_async.controls.interface import Handle, running
 
 
 class PortForwarding:

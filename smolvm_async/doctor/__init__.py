@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from smolvm_async.config import make_config
+from smolvm_async.config.vm_config import make_config
 from smolvm_async.doctor import programs, space
 from smolvm_async.doctor.findings import Finding, Notebook, Outcome, Report, needs
 from smolvm_async.doctor.guest import examine_guest
+from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests.windows import WINDOWS
-from smolvm_async.progress import ProgressCallback
 
 __all__ = ["Finding", "Outcome", "Report", "examine"]
 

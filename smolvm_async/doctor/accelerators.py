@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from smolvm_async.doctor.findings import Verdict, failed, ok, skipped, warning
-from smolvm_async.doctor.sighting import Sighting
+from smolvm_async.doctor.verdicts import Sighting
 from smolvm_async.errors import HostError
 from smolvm_async.host import choose_accelerator
 from smolvm_async.host.accelerator import Problem

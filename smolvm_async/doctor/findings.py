@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from smolvm_async.errors import SmolVMError
-from smolvm_async.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 
 DEADLINE = 20.0  # seconds for a check that says nothing else
 

@@ -13,7 +13,7 @@ from smolvm_async.doctor import programs, space
 from smolvm_async.doctor.accelerators import accelerator_verdict, kvm_verdict
 from smolvm_async.doctor.findings import Check, Notebook, Verdict, failed, needs, ok, skipped
 from smolvm_async.doctor.probe import DEADLINE, Machine, probe
-from smolvm_async.doctor.sighting import (
+from smolvm_async.doctor.verdicts import (
     NETWORK,
     Sighting,
     boot_verdict,

@@ -16,21 +16,22 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from smolvm_async.config import make_config
-from smolvm_async.doctor.sighting import NETWORK, Sighting, offered_address
+from smolvm_async.config.vm_config import make_config
 from smolvm_async.doctor.unsigned import unsigned_disk
+from smolvm_async.doctor.verdicts import NETWORK, Sighting, offered_address
 from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
+from smolvm_async.foundation.process import Child, describe_exit, run, spawn
+from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host import Accelerator, HostTools
+from smolvm_async.images import qcow2
 from smolvm_async.images.local import open_image
-from smolvm_async.process import Child, describe_exit, run, spawn
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.screen import Screen
-from smolvm_async.shielding import in_thread
-from smolvm_async.sidecars import SIDECARS
-from smolvm_async.state import QEMU_LOG, Parts, StateDirectory
+from smolvm_async.qemu.sidecars import SIDECARS
+from smolvm_async.state.directory import QEMU_LOG, Parts, StateDirectory
 
 RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
 
@@ -154,7 +155,8 @@ async def _launch(
     with ExitStack() as ends:
         image = ends.enter_context(open_image(state.path / DISK))
         assert tools.firmware is not None
-        await state.prepare(image.virtual_size, Parts(tools.firmware.vars_template, tpm=True))
+        overlay = qcow2.empty(image.virtual_size)
+        await state.prepare(overlay, Parts(tools.firmware.vars_template, tpm=True))
         attachments = [
             ends.enter_context(SIDECARS[name](tools).open())
             for name in profile.sidecars

@@ -16,10 +16,10 @@ from socket import socket, socketpair
 from smolvm_async.doctor.findings import Verdict, failed, ok, warning
 from smolvm_async.doctor.probe import DISK, make_disk, scratch
 from smolvm_async.errors import CommandError, ImageError
+from smolvm_async.foundation.process import run, spawn
 from smolvm_async.host.distribution import how_to_install
 from smolvm_async.images.local import open_image
-from smolvm_async.process import run, spawn
-from smolvm_async.state import SWTPM_LOG, TPM
+from smolvm_async.state.directory import SWTPM_LOG, TPM
 
 QEMU, QEMU_IMG, SWTPM, SETPRIV = "qemu-system-x86_64", "qemu-img", "swtpm", "setpriv"
 OLDEST_QEMU = (7, 1)

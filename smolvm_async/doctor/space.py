@@ -12,10 +12,10 @@ from pathlib import Path
 from smolvm_async.doctor.findings import Verdict, failed, ok, warning
 from smolvm_async.doctor.probe import scratch
 from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host.memory import available_memory
-from smolvm_async.shielding import in_thread
-from smolvm_async.state import StateDirectory, open_directory
+from smolvm_async.state.directory import StateDirectory, open_directory
 
 GIB = 1 << 30
 LITTLE, TOO_LITTLE = 10 * GIB, 1 * GIB  # of disk

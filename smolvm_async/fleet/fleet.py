@@ -19,15 +19,15 @@ from typing import Any, Self
 from weakref import WeakSet
 
 from smolvm_async.errors import ConfigError, HostError, MemberFailedError
-from smolvm_async.events import BootState
-from smolvm_async.fleet.choices import check_count, check_on_error, check_until, check_work
+from smolvm_async.fleet.checks import check_count, check_on_error, check_until, check_work
 from smolvm_async.fleet.jobs import Items, Job, Jobs, OnError, R, T, awaited
 from smolvm_async.fleet.member import WAITING, FleetStatus, Gate, Member
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
-from smolvm_async.record import ACTIVE
-from smolvm_async.shielding import in_thread, settle
-from smolvm_async.vm import AsyncSmolVM
+from smolvm_async.foundation.tasks import in_thread, settle
+from smolvm_async.qemu.events import BootState
+from smolvm_async.state.record import ACTIVE
+from smolvm_async.vm.vm import AsyncSmolVM
 
 LIVE_PER_PROCESSOR = 16  # guests that mostly wait; 32 on two cores were measured
 BOOTING_PER_PROCESSOR = 1  # more take longer each, and no less together (under TCG)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from smolvm_async.checks import shown, told
+from smolvm_async.config.checks import shown, told
 from smolvm_async.errors import (
     ConfigError,
     JobFailedError,
@@ -16,8 +16,8 @@ from smolvm_async.errors import (
     VMNotRunningError,
 )
 from smolvm_async.fleet.member import Member
-from smolvm_async.shielding import end_tasks, settle
-from smolvm_async.vm import AsyncSmolVM
+from smolvm_async.foundation.tasks import end_tasks, settle
+from smolvm_async.vm.vm import AsyncSmolVM
 
 T = TypeVar("T")
 R = TypeVar("R")

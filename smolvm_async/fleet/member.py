@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from smolvm_async.checks import told
+from smolvm_async.config.checks import told
 from smolvm_async.errors import MemberFailedError, VMNotRunningError
-from smolvm_async.events import BootState
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
-from smolvm_async.shielding import end_tasks, settle
-from smolvm_async.vm import AsyncSmolVM
+from smolvm_async.foundation.tasks import end_tasks, settle
+from smolvm_async.qemu.events import BootState
+from smolvm_async.vm.vm import AsyncSmolVM
 
 Phase = Literal["a place", "memory", "a turn to boot", "booting", "ready", "deleted", "failed"]
 WAITING = ("a place", "memory", "a turn to boot")

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from smolvm_async.errors import HostError
+from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.memory import Memory, available_memory
-from smolvm_async.shielding import in_thread
 
 HEADROOM = 0.05  # of the host's memory, which is promised to nobody
 AGAIN = 0.5  # seconds until the host is asked again, which others may have freed memory of

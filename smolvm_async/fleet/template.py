@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from smolvm_async.checks import shown
-from smolvm_async.config import VMConfig, make_config, new_vm_id
+from smolvm_async.config.checks import shown
+from smolvm_async.config.vm_config import VMConfig, make_config, new_vm_id
 from smolvm_async.errors import ConfigError
-from smolvm_async.plan import Plan, find_source
-from smolvm_async.prepared import look_at_disk
-from smolvm_async.vm import AsyncSmolVM
+from smolvm_async.vm.plan import Plan, find_source
+from smolvm_async.vm.prepare import look_at_disk
+from smolvm_async.vm.vm import AsyncSmolVM
 
 OWN = {  # arguments that two VMs cannot have in common, and what to do instead
     "vm_id": "each gets an id of its own, which fleet.status() tells",

@@ -28,7 +28,7 @@ class GuestProfile(NamedTuple):
         globals: Values of `-global`, for every accelerator.
         accelerator_globals: Further ones, by accelerator.
         rtc: Value of `-rtc`.
-        sidecars: Names in `smolvm_async.sidecars.SIDECARS`.
+        sidecars: Names in `smolvm_async.qemu.sidecars.SIDECARS`.
         disk_bus: How it sees its disk: `scsi` (virtio-scsi) or `virtio` (virtio-blk, `/dev/vda`).
         login: How it is told who may log in over SSH: a `nocloud` seed for cloud-init, `fw_cfg`
             for the image that this library builds, or `none`: then nobody does.

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from smolvm_async.checks import MAX_CPUS, shown
-from smolvm_async.config import MAX_MEMORY
+from smolvm_async.config.checks import MAX_CPUS, shown
+from smolvm_async.config.vm_config import MAX_MEMORY
 from smolvm_async.errors import ImageError
+from smolvm_async.foundation.log import get_logger
 from smolvm_async.guests import GUESTS
-from smolvm_async.log import get_logger
 
 logger = get_logger(__name__)
 

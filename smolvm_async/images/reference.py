@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 from smolvm_async.errors import ImageError
-from smolvm_async.paths import PathError, absolute, expand
+from smolvm_async.foundation.paths import PathError, absolute, expand
 
 SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://|(file):"
 FILE_URI = r"file:(?://(?P<host>[^/]*))?(?P<path>.*)"

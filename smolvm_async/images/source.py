@@ -6,39 +6,21 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-from smolvm_async.config import VMConfig
+from smolvm_async.config.source import Source
+from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ImageError
+from smolvm_async.foundation.process import run
+from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.images import qcow2
 from smolvm_async.images.local import open_image, open_plain
 from smolvm_async.images.reference import local_path
-from smolvm_async.process import run
-from smolvm_async.shielding import in_thread
 
 ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # a kernel's arguments, if none were given
 
 ELF = b"\x7fELF"  # an uncompressed kernel, which QEMU enters by its PVH note
 BZIMAGE, BZIMAGE_AT = b"HdrS", 0x202  # Documentation/arch/x86/boot.rst
 BOOT_CODE = 440  # bytes of the first sector; UEFI leaves them at 0
-
-
-class Source(NamedTuple):
-    """Where a guest starts from, as absolute paths.
-
-    Attributes:
-        image: The qcow2.
-        kernel: What QEMU loads; `None` if the image has a boot loader.
-        initrd: Its initramfs, or `None`.
-        boot_args: The kernel's command line.
-        format: The disk's: `qcow2`, or `raw` if whoever published it says so.
-    """
-
-    image: Path
-    kernel: Path | None = None
-    initrd: Path | None = None
-    boot_args: str = ""
-    format: str = "qcow2"
 
 
 def own_source(config: VMConfig) -> Source:

@@ -11,10 +11,17 @@ from typing import Any
 import anyio
 
 from smolvm_async.errors import MonitorError, VMNotRunningError
-from smolvm_async.events import BootState, BootStateChanged, Event, EventHub, PortChanged, Reset
-from smolvm_async.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.qemu.acpi import os_in_control
 from smolvm_async.qemu.arguments import AGENT_PORT
+from smolvm_async.qemu.events import (
+    BootState,
+    BootStateChanged,
+    Event,
+    EventHub,
+    PortChanged,
+    Reset,
+)
 from smolvm_async.qemu.monitor import Monitor
 
 POLL = 0.25  # seconds between two looks at a guest that boots

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from smolvm_async.tail import Reader, Tail
+from smolvm_async.foundation.tail import Reader, Tail
 
 LIMIT = 256 * 1024  # bytes that are kept
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from smolvm_async.errors import MonitorError, VMNotRunningError, VMTimeoutError
-from smolvm_async.events import Event
+from smolvm_async.qemu.events import Event
 from smolvm_async.qemu.monitor import Monitor
 
 InputEvent = dict[str, Any]  # QMP's InputEvent

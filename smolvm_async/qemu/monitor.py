@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
-from smolvm_async.events import Event, parse_event
-from smolvm_async.log import get_logger
-from smolvm_async.shielding import settle
+from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.tasks import settle
+from smolvm_async.qemu.events import Event, parse_event
 
 # What the client logs as errors is raised here, or expected. DEBUG shows every message.
 wire = get_logger(f"{__name__}.wire")

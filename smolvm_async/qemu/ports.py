@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from smolvm_async.checks import PortForward
+from smolvm_async.config.checks import PortForward
 from smolvm_async.errors import ConfigError, MonitorError
 from smolvm_async.qemu.arguments import NETWORK
 from smolvm_async.qemu.monitor import Monitor, Turns

@@ -7,11 +7,11 @@ import os
 from contextlib import ExitStack
 from functools import partial
 
-from smolvm_async.checks import check_display
+from smolvm_async.config.checks import check_display
 from smolvm_async.errors import HostError, VMNotRunningError
+from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.qemu.arguments import DISPLAY, SCREEN
 from smolvm_async.qemu.monitor import Monitor, Turns
-from smolvm_async.shielding import in_thread
 
 PIXEL = 4  # bytes, at most, in a picture
 

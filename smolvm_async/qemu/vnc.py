@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-from smolvm_async.checks import VNCKind
+from smolvm_async.config.checks import VNCKind
 from smolvm_async.errors import ConfigError
 from smolvm_async.qemu.monitor import Monitor, Turns
-from smolvm_async.state import VNC
+from smolvm_async.state.directory import VNC
 
 MAX_PATH = 107  # bytes; unix(7)
 PASSWORD = 8  # characters; VNC's authentication (RFC 6143) ignores what comes after

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
-from smolvm_async import AsyncSmolVM, SmolVMError, process
+from smolvm_async import AsyncSmolVM, SmolVMError
+from smolvm_async.foundation import process
 from tests.faults.injection import Run, run_once
 
 

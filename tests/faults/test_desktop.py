@@ -31,7 +31,7 @@ from smolvm_async import (
     VMNotRunningError,
     VMTimeoutError,
 )
-from smolvm_async.controls.mouse import Mouse
+from smolvm_async.controls.desktop.mouse import Mouse
 from smolvm_async.qemu.input import Input
 from tests.conftest import child_named, descriptors, fill_up, vm_in
 from tests.faults.actors import make
@@ -109,8 +109,8 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     pretend(Input, "_keyboard_idle")
     pretend(Input, "tablet_taken")
     pretend(Mouse, "_is_taken")
-    monkeypatch.setattr("smolvm_async.controls.mouse.PACE", 0.001)
-    monkeypatch.setattr("smolvm_async.controls.mouse.STEPS", 3)
+    monkeypatch.setattr("smolvm_async.controls.desktop.mouse.PACE", 0.001)
+    monkeypatch.setattr("smolvm_async.controls.desktop.mouse.STEPS", 3)
     return wire
 
 

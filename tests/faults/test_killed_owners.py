@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from smolvm_async import AsyncSmolVM, Status, VMInfo
-from smolvm_async.process import identify
+from smolvm_async.foundation.process import identify
 from tests.faults.actors import make
 from tests.faults.injection import PROGRAMS
 from tests.faults.stage import LONG, Stage, inhabitants, kill

@@ -22,9 +22,9 @@ from smolvm_async import (
     Status,
     VMNotFoundError,
 )
-from smolvm_async.images.stand_in import build_stand_in
-from smolvm_async.owned import Owned
-from smolvm_async.supervisor import Supervisor
+from smolvm_async.vm.owner import Owned
+from smolvm_async.vm.run import Supervisor
+from stand_in import build_stand_in
 from tests.conftest import BOOT, FakeProgram, children, console_shows, vm_in
 
 pytestmark = pytest.mark.anyio

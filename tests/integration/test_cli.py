@@ -741,5 +741,5 @@ def test_the_library_does_not_import_the_command_line() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert "smolvm_async.vm" in done
+    assert "smolvm_async.vm.vm" in done
     assert not {"typer", "rich", "click", "smolvm_async.cli"} & set(done)

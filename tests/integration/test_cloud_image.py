@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, CommandTimeoutError, process
+from smolvm_async import AsyncSmolVM, CommandTimeoutError
+from smolvm_async.foundation import process
 from tests.cloud_image import CloudImage, build_cloud_image
 from tests.conftest import console_shows
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from smolvm_async.images.debian import build_debian, find_debian
-from smolvm_async.progress import Progress
+from smolvm_async.foundation.progress import Progress
+from smolvm_async.images.build.debian import build_debian, find_debian
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(200, func_only=True)]
 

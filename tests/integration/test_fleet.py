@@ -29,11 +29,11 @@ from smolvm_async import (
     MemberFailedError,
     VMCrashedError,
     VMNotRunningError,
-    process,
 )
 from smolvm_async.fleet import memory
 from smolvm_async.fleet.jobs import READ_AHEAD
 from smolvm_async.fleet.member import Member
+from smolvm_async.foundation import process
 from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import Memory
 from smolvm_async.images import qcow2

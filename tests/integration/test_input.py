@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, VMTimeoutError
-from smolvm_async.controls.keys import KEYS
-from smolvm_async.controls.layouts import LAYOUTS, strokes
-from smolvm_async.images.stand_in import build_stand_in
+from smolvm_async.controls.desktop.keys import KEYS
+from smolvm_async.controls.desktop.layouts import LAYOUTS, strokes
+from stand_in import build_stand_in
 from tests.conftest import BOOT, console_shows, vm_in
 from tests.layouts import generate, xkb
 from tests.unit.test_layouts import characters

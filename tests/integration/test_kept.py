@@ -213,11 +213,12 @@ async def test_a_deletion_that_dies_halfway_is_finished_by_prune(
         pass
     script = (
         "import asyncio, os, shutil, sys\n"
-        "from smolvm_async import AsyncSmolVM, state\n"
+        "from smolvm_async import AsyncSmolVM\n"
+        "from smolvm_async.state import directory\n"
         "def die(path, lease):\n"
         "    shutil.rmtree(path / 'tpm')\n"
         "    os.kill(os.getpid(), 9)\n"
-        "state._remove = die\n"
+        "directory._remove = die\n"
         "async def main():\n"
         "    await (await AsyncSmolVM.from_id('kept', data_dir=sys.argv[1])).delete()\n"
         "asyncio.run(main())\n"

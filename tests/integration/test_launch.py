@@ -175,11 +175,12 @@ def test_the_wheel_works_with_its_declared_dependencies_alone(
     script = tmp_path / "launch.py"
     script.write_text(
         "import asyncio, sys\n"
+        "sys.path.append(sys.argv[3])\n"
         "from smolvm_async import AsyncSmolVM\n"
-        "from smolvm_async.images.stand_in import build_stand_in\n"
+        "from stand_in import build_stand_in\n"
         "async def main():\n"
         "    await build_stand_in()\n"
-        "    image, data_dir = sys.argv[1:]\n"
+        "    image, data_dir = sys.argv[1:3]\n"
         "    vm = AsyncSmolVM(os='windows', image=image, data_dir=data_dir, accel='tcg')\n"
         "    async with vm:\n"
         "        print(vm.status)\n"
@@ -192,5 +193,6 @@ def test_the_wheel_works_with_its_declared_dependencies_alone(
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True)
     launch: list[str | Path] = [python, "-I", "-W", "error", script, blank_image, data_dir]
+    launch.append(ROOT / "examples")
     output = subprocess.run(launch, check=True, capture_output=True, cwd=tmp_path)
     assert output.stdout == b"running\n"

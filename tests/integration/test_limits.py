@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, ConfigError, HostError, Limits, VMCrashedError, limits
-from smolvm_async.config import make_config
+from smolvm_async import AsyncSmolVM, ConfigError, HostError, Limits, VMCrashedError
+from smolvm_async.config.vm_config import make_config
+from smolvm_async.foundation.locking import try_lock, try_lock_file
 from smolvm_async.host.memory import available_memory
-from smolvm_async.locking import try_lock, try_lock_file
+from smolvm_async.vm import limits
 from tests.conftest import child_named, children, vm_in
 
 pytestmark = pytest.mark.anyio

@@ -25,9 +25,9 @@ from smolvm_async import (
     VMCrashedError,
     VMNotRunningError,
 )
-from smolvm_async.images.debian import DebianImage
-from smolvm_async.ssh.access import Access
-from smolvm_async.ssh.link import Link
+from smolvm_async.controls.ssh.access import Access
+from smolvm_async.controls.ssh.link import Link
+from smolvm_async.images.build.debian import DebianImage
 from tests.conftest import fill_up
 from tests.integration.trees import digest_tree, make_tree
 

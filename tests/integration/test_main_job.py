@@ -24,7 +24,7 @@ from smolvm_async import (
     VMNotRunningError,
     VMTimeoutError,
 )
-from smolvm_async.images.stand_in import build_stand_in
+from stand_in import build_stand_in
 from tests.conftest import BOOT, children, console_shows, descriptors
 
 pytestmark = pytest.mark.anyio

@@ -27,8 +27,8 @@ from smolvm_async import (
     VMNotRunningError,
     VMTimeoutError,
 )
-from smolvm_async.images.stand_in import build_stand_in
-from smolvm_async.process import identify
+from smolvm_async.foundation.process import identify
+from stand_in import build_stand_in
 from tests.conftest import BOOT, children, vm_in
 
 pytestmark = pytest.mark.anyio

@@ -31,10 +31,10 @@ from smolvm_async import (
     push_image,
 )
 from smolvm_async.images import qcow2
-from smolvm_async.images.debian import build_debian
+from smolvm_async.images.build.debian import build_debian
+from smolvm_async.images.cache.reading import Reading
 from smolvm_async.images.s3 import client, download
-from smolvm_async.record import Status
-from smolvm_async.store.reading import Reading
+from smolvm_async.state.record import Status
 from tests.conftest import fill_up
 from tests.integration.s3_server import (
     Fault,

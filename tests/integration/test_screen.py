@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from examples.computer_use import enter_setup
+from computer_use import enter_setup
 from smolvm_async import (
     AsyncSmolVM,
     ConfigError,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from smolvm_async import process
 from smolvm_async.errors import CommandError, ConfigError, HostError
-from smolvm_async.images import packages
-from smolvm_async.images.stand_in import PROGRAMS, build_stand_in
-from smolvm_async.progress import Progress
+from smolvm_async.foundation import process
+from smolvm_async.foundation.progress import Progress
+from smolvm_async.images.build import packages
+from stand_in import PROGRAMS, build_stand_in
 
 pytestmark = [
     pytest.mark.anyio,
@@ -29,7 +29,8 @@ pytestmark = [
 BUILD_IN_ANOTHER_PROCESS = """
 import asyncio, sys
 from pathlib import Path
-from smolvm_async.images.stand_in import build_stand_in
+sys.path.append("examples")
+from stand_in import build_stand_in
 print(asyncio.run(build_stand_in(cache_dir=Path(sys.argv[1]))))
 """
 

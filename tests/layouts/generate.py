@@ -1,4 +1,4 @@
-"""Writes smolvm_async/controls/layouts.json: `python -m tests.layouts.generate`.
+"""Writes smolvm_async/controls/desktop/layouts.json: `python -m tests.layouts.generate`.
 
 Every key is pressed with every set of modifiers, and after every dead key, on the keyboards that
 libxkbcommon makes of xkeyboard-config. Of several ways to a character, this one is kept:
@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import smolvm_async
-from smolvm_async.controls.keys import KEYS
-from smolvm_async.controls.layouts import NONE
+from smolvm_async.controls.desktop.keys import KEYS
+from smolvm_async.controls.desktop.layouts import NONE
 from tests.layouts.xkb import Keyboard, sources
 
-TARGET = Path(smolvm_async.__file__).parent / "controls" / "layouts.json"
+TARGET = Path(smolvm_async.__file__).parent / "controls" / "desktop" / "layouts.json"
 
 # Name → layout and variant of xkeyboard-config.
 LAYOUTS = {

@@ -33,7 +33,7 @@ from smolvm_async import (
     Timeouts,
     UnsupportedError,
 )
-from smolvm_async.config import VMConfig, default_data_dir, make_config
+from smolvm_async.config.vm_config import VMConfig, default_data_dir, make_config
 
 NOBODY = 65534
 

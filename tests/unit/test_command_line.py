@@ -13,13 +13,13 @@ from typing import Any
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from smolvm_async.config import VMConfig, make_config
+from smolvm_async.config.vm_config import VMConfig, make_config
 from smolvm_async.guests import GUESTS
 from smolvm_async.host import Firmware, HostTools, find_tools
 from smolvm_async.host.accelerator import KVM, TCG, Accelerator
 from smolvm_async.images.qcow2 import empty
 from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
-from smolvm_async.state import OVERLAY, VARS
+from smolvm_async.state.directory import OVERLAY, VARS
 
 TOOLS = HostTools(
     qemu=Path("/usr/bin/qemu-system-x86_64"),

@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolvm_async import ConfigError
-from smolvm_async.controls.comparison import (
-    BAND,
-    Box,
-    Comparison,
-    Region,
-    check_region,
-)
-from smolvm_async.controls.picture import Screenshot
+from smolvm_async.controls.desktop.comparison import BAND, Box, Comparison, Region, check_region
+from smolvm_async.controls.desktop.picture import Screenshot
 
 
 def picture(width: int, height: int, pixels: bytes | None = None) -> Screenshot:

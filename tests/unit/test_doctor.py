@@ -20,7 +20,8 @@ from smolvm_async.doctor.accelerators import accelerator_verdict, kvm_verdict
 from smolvm_async.doctor.findings import Notebook, Verdict, ok, warning
 from smolvm_async.doctor.probe import _failure, _subsets
 from smolvm_async.doctor.programs import random_bytes
-from smolvm_async.doctor.sighting import (
+from smolvm_async.doctor.unsigned import MARKER, unsigned_application, unsigned_disk
+from smolvm_async.doctor.verdicts import (
     NETWORK,
     Sighting,
     boot_verdict,
@@ -31,7 +32,6 @@ from smolvm_async.doctor.sighting import (
     smm_verdict,
     tpm_verdict,
 )
-from smolvm_async.doctor.unsigned import MARKER, unsigned_application, unsigned_disk
 from smolvm_async.guests import GUESTS
 from smolvm_async.host import Accelerator, Firmware
 from smolvm_async.host.accelerator import KVM, TCG, Problem

@@ -22,9 +22,9 @@ from smolvm_async import (
     Reset,
     Shutdown,
 )
-from smolvm_async.events import BACKLOG, EventHub, parse_event
 from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.boot import BootTracker
+from smolvm_async.qemu.events import BACKLOG, EventHub, parse_event
 
 pytestmark = pytest.mark.anyio
 

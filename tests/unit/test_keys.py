@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolvm_async.controls.keys import KEYS, Key, find_key, simplified
+from smolvm_async.controls.desktop.keys import KEYS, Key, find_key, simplified
 from smolvm_async.errors import ConfigError
 from tests.layouts.xkb import Keyboard, missing
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from smolvm_async.launches import Launch
+from smolvm_async.vm.launch_together import Launch
 
 pytestmark = pytest.mark.anyio
 

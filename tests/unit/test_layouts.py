@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolvm_async.controls import layouts
-from smolvm_async.controls.keys import KEYS
-from smolvm_async.controls.layouts import LAYOUTS, Stroke, chord, strokes
+from smolvm_async.controls.desktop import layouts
+from smolvm_async.controls.desktop.keys import KEYS
+from smolvm_async.controls.desktop.layouts import LAYOUTS, Stroke, chord, strokes
 from smolvm_async.errors import ConfigError
 from tests.layouts import generate, xkb
 
@@ -238,7 +238,7 @@ def test_what_can_be_typed_arrives(data: st.DataObject) -> None:
 
 def test_layouts_are_read_on_first_use() -> None:
     script = (
-        "from smolvm_async.controls import layouts as l; "
+        "from smolvm_async.controls.desktop import layouts as l; "
         "assert not l._data.cache_info().currsize and l.LAYOUTS; "
         "l.strokes('a', 'us'); assert l._data.cache_info().currsize"
     )

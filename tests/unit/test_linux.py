@@ -12,13 +12,13 @@ import pycdlib
 import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, ImageError, PortForward, UnsupportedError
-from smolvm_async.config import make_config
+from smolvm_async.config.vm_config import make_config
+from smolvm_async.controls.ssh.keys import make_key_pair
+from smolvm_async.controls.ssh.seed import make_seed
 from smolvm_async.guests import BUILT_IN, GUESTS
 from smolvm_async.host import find_tools
 from smolvm_async.host.accelerator import TCG
 from smolvm_async.qemu.arguments import Descriptors, DirectBoot, qemu_arguments
-from smolvm_async.seed import make_seed
-from smolvm_async.ssh.keys import make_key_pair
 
 LINUX, DEBIAN = GUESTS["linux"], BUILT_IN["linux"]
 

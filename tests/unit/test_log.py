@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from smolvm_async import AsyncSmolVM
-from smolvm_async.log import current_vm, get_logger
+from smolvm_async.foundation.log import current_vm, get_logger
 from tests.unit.test_structure import MODULES
 
 pytestmark = pytest.mark.anyio
 
 
 def test_every_logger_has_its_modules_name_and_adds_the_vms_id() -> None:
-    text = "".join(path.read_text() for name, path in MODULES.items() if name != "log")
+    text = "".join(path.read_text() for name, path in MODULES.items() if name != "foundation.log")
     assert "logging.getLogger" not in text
     loggers = [
         logger
@@ -54,12 +54,16 @@ async def test_each_record_of_a_vm_names_it_and_debug_shows_the_command_lines(
     ours = [record for record in caplog.records if record.name.startswith("smolvm_async")]
     for vm_id in ("left", "right"):
         mine = [record for record in ours if record.__dict__["vm_id"] == vm_id]
-        lines = [record.getMessage() for record in mine if record.name == "smolvm_async.process"]
+        lines = [
+            record.getMessage()
+            for record in mine
+            if record.name == "smolvm_async.foundation.process"
+        ]
         words = {line.split()[1]: shlex.split(line) for line in lines}
         assert all(line.startswith(f"{vm_id}: ") for line in lines)
         assert any(f"guest={vm_id},debug-threads=on" in line for line in words.values())
         assert any("--tpmstate" in line for line in words.values())
-        assert "smolvm_async.shutdown" in {record.name for record in mine}
+        assert "smolvm_async.qemu.shutdown" in {record.name for record in mine}
     assert {record.__dict__["vm_id"] for record in ours} == {"left", "right"}
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smolvm_async import ConfigError, PictureError
-from smolvm_async.controls.picture import Reference, Screenshot, load_picture
+from smolvm_async.controls.desktop.picture import Reference, Screenshot, load_picture
 from tests.conftest import fill_up
 
 WIDTH, HEIGHT = 4, 3
@@ -143,14 +143,14 @@ def test_it_is_pickled_and_copied(source: Screenshot) -> None:
 
 def test_pillow_is_imported_by_those_who_use_it() -> None:
     code = (
-        "import sys, smolvm_async, smolvm_async.controls.comparison as c\n"
-        "from smolvm_async.controls.picture import Screenshot\n"
+        "import sys, smolvm_async, smolvm_async.controls.desktop.comparison as c\n"
+        "from smolvm_async.controls.desktop.picture import Screenshot\n"
         f"picture = Screenshot.from_ppm({PPM!r})\n"
         f"c.Comparison().differs(picture, Screenshot.from_ppm({PPM!r}))\n"
         "print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "smolvm_async.controls.picture" in done.stdout.split()
+    assert "smolvm_async.controls.desktop.picture" in done.stdout.split()
     assert "PIL" not in done.stdout.split()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 
-from smolvm_async.shielding import in_background, in_thread, no_collection, settle, submit
+from smolvm_async.foundation.tasks import in_background, in_thread, no_collection, settle, submit
 
 pytestmark = pytest.mark.anyio
 

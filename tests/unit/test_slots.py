@@ -6,7 +6,7 @@ import asyncio
 import gc
 import weakref
 
-from smolvm_async.slots import Slots
+from smolvm_async.foundation.slots import Slots
 
 
 async def use(slots: Slots) -> int:

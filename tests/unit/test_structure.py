@@ -1,4 +1,4 @@
-"""The shape of the code: who imports whom, sizes and names, the public names, the error tree."""
+"""The shape of the code: who imports whom, names, the public names, the error tree."""
 
 from __future__ import annotations
 
@@ -19,89 +19,27 @@ from smolvm_async import errors
 PACKAGE = Path(smolvm_async.__file__).parent
 REPOSITORY = PACKAGE.parent
 
-# A module imports only from rows above its own, or from its own row if that is a package.
-ROWS = [
-    "errors",
-    "log",
-    "shielding",
-    "slots",
-    "locking",
-    "lease",
-    "paths",
-    "progress",
-    "tail",
-    "process",
-    "checks",
-    "ssh",
-    "seed",
-    "guests",
-    "config",
-    "controls.keys",
-    "controls.layouts",
-    "controls.picture",
-    "controls.comparison",
-    "controls.wanted",
-    "events",
-    "host",
-    "images",
-    "record",
-    "orphans",
-    "state",
-    "login",
-    "registry",
-    "store",
-    "publishing",
-    "logs",
-    "limits",
-    "sidecars",
-    "qemu.arguments",
-    "qemu.monitor",
-    "qemu.console",
-    "qemu.screen",
-    "qemu.input",
-    "qemu.vnc",
-    "qemu.ports",
-    "qemu.acpi",
-    "qemu.boot",
-    "shutdown",
-    "handle",
-    "controls.observation",
-    "controls.control",
-    "controls.screen",
-    "controls.keyboard",
-    "controls.mouse",
-    "controls.vnc",
-    "controls.desktop",
-    "controls.shell",
-    "controls.ports",
-    "block",
-    "plan",
-    "prepared",
-    "launches",
-    "supervisor",
-    "doctor",
-    "control",
-    "owned",
-    "lookup",
-    "vm",
-    "fleet",
-    "__init__",
-    "cli",
-    "__main__",
-]
-PACKAGES = {
-    "ssh",
-    "guests",
-    "images",
-    "host",
-    "sidecars",
-    "control",
-    "doctor",
-    "store",
-    "cli",
-    "fleet",
+# Each room and those whose modules it may import, besides its own: data flows one way. Rows come in
+# the order of the data, and a room knows only rooms of rows above its own.
+ROOMS = {
+    "errors": "",
+    "foundation": "errors",
+    "guests": "foundation",
+    "config": "guests",
+    "host": "config",
+    "state": "host",
+    "images": "state",
+    "qemu": "images",
+    "controls": "qemu",
+    "doctor": "controls",
+    "vm": "doctor",
+    "fleet": "vm",
+    "__init__": "fleet",
+    "cli": "__init__",
+    "__main__": "cli",
 }
-EMPTY = {"controls.__init__", "qemu.__init__"}  # no rows: there is nothing in them
+ORDER = list(ROOMS)
+ROOT = {"__init__", "__main__", "errors"}  # the modules that are not in a folder
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
@@ -113,15 +51,13 @@ def tree(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text())
 
 
-def row(module: str) -> str:
-    """The row that a module belongs to; empty if to none."""
-    first = module.split(".")[0]
-    name = first if first in PACKAGES else module
-    return name if name in ROWS else ""
+def room(module: str) -> str:
+    """Return the room that a module is in."""
+    return module.split(".")[0]
 
 
 def imports(module: str) -> Iterator[str]:
-    """What a module imports, anywhere in it, by its full name."""
+    """Yield the full name of all that a module imports, anywhere in it."""
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -143,23 +79,19 @@ def own(name: str) -> str:
     return module if module in MODULES else f"{module}.__init__"
 
 
-def test_every_module_has_a_row_and_every_row_a_module() -> None:
-    rows = {row(module) for module in MODULES if module not in EMPTY}
-    assert "" not in rows, [module for module in MODULES if not row(module)]
-    assert rows == set(ROWS)
-    for module in EMPTY:
-        assert [type(node) for node in tree(module).body] == [ast.Expr], "a docstring at most"
+def test_every_module_is_in_a_room_and_every_room_has_modules() -> None:
+    assert {room(module) for module in MODULES} == set(ROOMS)
+    assert {module for module in MODULES if "." not in module} == ROOT
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module not in EMPTY])
-def test_a_module_imports_only_from_above(module: str) -> None:
-    mine = row(module)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_its_own_room_and_those_above(module: str) -> None:
+    known = ROOMS[room(module)]
+    may_know = {room(module), *(ORDER[: ORDER.index(known) + 1] if known else ())}
     for name in imports(module):
         if other := own(name):
             assert other in MODULES, name
-            theirs = row(other)
-            in_package = theirs == mine and mine in PACKAGES
-            assert in_package or ROWS.index(theirs) < ROWS.index(mine), f"{module} imports {name}"
+            assert room(other) in may_know, f"{module} imports {name}"
 
 
 def test_only_the_monitor_imports_the_qmp_client() -> None:
@@ -194,7 +126,7 @@ def spawns(module: str) -> Iterator[str]:
 
 def test_only_one_module_starts_processes() -> None:
     found = {module: list(spawns(module)) for module in MODULES}
-    assert found.pop("process"), "the search itself finds nothing"
+    assert found.pop("foundation.process"), "the search itself finds nothing"
     assert {module: calls for module, calls in found.items() if calls} == {}
 
 
@@ -204,11 +136,16 @@ def test_a_library_does_not_print(module: str) -> None:
     assert "print" not in names
 
 
+# Modules of more than 600 lines, and why each is one thing.
+LONG: dict[str, str] = {}
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_is_small_and_has_a_name_of_its_own(module: str) -> None:
-    assert len(MODULES[module].read_text().splitlines()) < 400
+def test_a_module_is_one_thing_with_a_name_of_its_own(module: str) -> None:
+    lines = len(MODULES[module].read_text().splitlines())
+    assert lines <= 600 or LONG.get(module), f"{lines} lines: say in LONG why it is one thing"
     for part in module.split("."):
-        assert not re.search("util|helper|common|manager|misc|base$", part)
+        assert not re.search("util|helper|common|misc", part)
     assert ast.get_docstring(tree(module)), "its one responsibility"
 
 

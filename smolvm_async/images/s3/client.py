@@ -16,8 +16,8 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from smolvm_async.errors import ConfigError, ImageError
-from smolvm_async.images.s3.sentences import explained
-from smolvm_async.shielding import in_background, no_collection, settle
+from smolvm_async.foundation.tasks import in_background, no_collection, settle
+from smolvm_async.images.s3.errors import explained
 
 if TYPE_CHECKING:
     from aiobotocore.awsrequest import AioAWSResponse

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import anyio
 
 from smolvm_async.errors import HostError, ImageError
-from smolvm_async.images.s3.arrival import Arrival
+from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.slots import Slots
+from smolvm_async.foundation.tasks import acquired, first_of, settle
 from smolvm_async.images.s3.client import CONNECTIONS, READ_TIMEOUT
-from smolvm_async.images.s3.sentences import explained, is_passing
-from smolvm_async.log import get_logger
-from smolvm_async.shielding import acquired, first_of, settle
-from smolvm_async.slots import Slots
+from smolvm_async.images.s3.errors import explained, is_passing
+from smolvm_async.images.s3.partial_file import Arrival
 
 logger = get_logger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import anyio
 
-from smolvm_async.images.s3.sentences import explained
-from smolvm_async.log import get_logger
-from smolvm_async.shielding import acquired, first_of, in_background
+from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.tasks import acquired, first_of, in_background
+from smolvm_async.images.s3.errors import explained
 
 logger = get_logger(__name__)
 

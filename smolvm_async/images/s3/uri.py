@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from smolvm_async.checks import shown
-from smolvm_async.config import S3, is_published
+from smolvm_async.config.checks import shown
+from smolvm_async.config.vm_config import S3, is_published
 from smolvm_async.errors import ImageError
 from smolvm_async.images.manifest import MANIFEST
 

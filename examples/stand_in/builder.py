@@ -1,0 +1,140 @@
+"""The stand-in's cache: what is built when, and under which name it is kept.
+
+In the cache directory:
+
+    packages/              apt's lists and archives
+    stand-in/
+        packages-RECIPE.json   the packages that this recipe was built with, and their digests
+        base-KEY.raw           the disk without grub.cfg: all that variants of a flavour share
+        stand-in-KEY.qcow2     the results
+        building/              the one build that is going on
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.foundation.tasks import in_background
+from smolvm_async.images.build import builders, packages
+from smolvm_async.images.build.workshop import Steps, key_of, workshop
+from stand_in import disk, system
+
+STEPS = 6
+
+# Count this up when the builder or the guest's scripts change what the disk holds.
+RECIPE = 1
+
+Digests = dict[str, str]  # file name of a package → SHA-256
+
+
+class Builder:
+    """Builds one variant of the stand-in in one cache directory."""
+
+    def __init__(
+        self,
+        cache: Path,
+        flavour: system.Flavour,
+        kernel_arguments: Sequence[str],
+        on_progress: ProgressCallback | None,
+    ) -> None:
+        self._store = cache.absolute() / "stand-in"
+        self._packages = cache.absolute() / "packages"
+        self._flavour = flavour
+        self._kernel_arguments = tuple(kernel_arguments)
+        self._steps = Steps(on_progress, STEPS)
+        self._recipe = _recipe(flavour)
+
+    def find(self) -> Path | None:
+        """The result, if it was built before; a matter of milliseconds."""
+        remembered = self._remembered()
+        result = self._result(remembered) if remembered else None
+        return result if result and result.exists() else None
+
+    async def build(self) -> Path:
+        """Build what is missing; other builders in this cache wait meanwhile."""
+        self._steps.report(0, "taking the cache")
+        async with packages.exclusive(self._store):
+            digests = await self._known_packages() or await self._fetch_packages()
+            base, result = self._base(digests), self._result(digests)
+            if not result.exists():
+                async with workshop(self._store) as work:
+                    if not base.exists():
+                        await self._build_base(digests, work, base)
+                    self._steps.report(5, "making the disk")
+                    made = await disk.make_variant(base, work, self._kernel_arguments)
+                    await in_background(_keep, made, result)
+        self._steps.report(STEPS, "the stand-in is ready")
+        return result
+
+    async def _build_base(self, digests: Digests, work: Path, base: Path) -> None:
+        self._steps.report(2, "unpacking packages")
+        (work / "unpacked").mkdir()
+        await packages.unpack([self._archives / name for name in digests], work / "unpacked")
+        self._steps.report(3, "arranging the guest's files")
+        await system.arrange(work / "unpacked", work, self._flavour)
+        self._steps.report(4, "making the file systems")
+        made = await disk.make_base(work)
+        await in_background(_keep, made, base)
+
+    # Packages
+
+    async def _known_packages(self) -> Digests | None:
+        """The remembered packages, if all that has to be made can be made of them."""
+        digests = self._remembered()
+        if digests is None or self._base(digests).exists():
+            return digests
+        present = await in_background(packages.digests, self._archives, digests)
+        return digests if present == digests else None
+
+    async def _fetch_packages(self) -> Digests:
+        self._steps.report(1, "looking up packages")
+        await packages.update(self._packages)
+        names = await system.package_names(self._packages, self._flavour)
+        debs = await packages.fetch(names, self._packages, self._steps.relay)
+        files = [deb.name for deb in debs]
+        digests = await in_background(packages.digests, self._archives, files)
+        new = self._store / "packages.new"
+        new.write_text(json.dumps(digests, indent=1))
+        os.replace(new, self._memory)
+        return digests
+
+    @property
+    def _archives(self) -> Path:
+        return self._packages / "archives"
+
+    # Names in the cache
+
+    @property
+    def _memory(self) -> Path:
+        return self._store / f"packages-{self._recipe}.json"
+
+    def _remembered(self) -> Digests | None:
+        try:
+            digests: Digests = json.loads(self._memory.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return digests
+
+    def _base(self, digests: Digests) -> Path:
+        return self._store / f"base-{key_of(self._recipe, digests)}.raw"
+
+    def _result(self, digests: Digests) -> Path:
+        key = key_of(self._recipe, digests, self._kernel_arguments)
+        return self._store / f"stand-in-{key}.qcow2"
+
+
+def _recipe(flavour: system.Flavour) -> str:
+    """Return the name of all that decides, besides the packages, what the disk holds."""
+    return key_of(builders.release(), flavour.name, RECIPE)
+
+
+def _keep(made: Path, name: Path) -> None:
+    """Give a finished file its name in the cache: whole, and read-only."""
+    made.chmod(0o444)
+    with made.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(made, name)

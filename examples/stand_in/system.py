@@ -1,0 +1,156 @@
+"""The stand-in's files: which packages they come from, and where they go.
+
+Two directories are made from the unpacked packages: `esp`, what the EFI system partition holds
+(but for grub.cfg, which is a variant's own), and `root`, the guest's root.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from smolvm_async.errors import HostError
+from smolvm_async.foundation import process
+from smolvm_async.foundation.tasks import in_background
+from smolvm_async.images.build import packages
+from smolvm_async.images.build.boot_files import (
+    find_file,
+    forget_umask,
+    install,
+    install_drivers,
+    modules,
+    newc,
+)
+from smolvm_async.images.build.builders import CLOUD_KERNELS, distribution
+
+GUEST_SCRIPTS = Path(__file__).parent / "guest"
+
+SIGNED = ("shim-signed", "grub-efi-amd64-signed")
+SHIMS = ("shimx64.efi.signed", "shimx64.efi.signed.latest", "shimx64.efi.dualsigned")
+LOADER = "ld-linux-x86-64.so.2"
+GRUBS = ("grubx64.efi.signed", "grubx64.efi.signed.latest")
+
+DISK_DRIVERS = ("virtio_pci", "virtio_scsi", "sd_mod", "crc32c_generic", "ext4")
+OTHER_DRIVERS = (
+    "virtio_console",
+    "virtio_net",
+    "af_packet",
+    "button",
+    "evdev",
+    "efivarfs",
+    "tpm_crb",
+    "tpm_tis",
+    "pvpanic",
+    "pvpanic_mmio",
+    "pvpanic_pci",
+)
+
+
+class Flavour(NamedTuple):
+    """What a guest has: its kernel by distribution, and the drivers and scripts of its own."""
+
+    name: str
+    kernels: Mapping[str, str]
+    drivers: tuple[str, ...] = ()
+    scripts: tuple[str, ...] = ()
+
+
+PLAIN = Flavour("plain", CLOUD_KERNELS)
+DESKTOP = Flavour(  # kernels for clouds have no USB
+    "desktop",
+    {"debian": "linux-image-amd64", "ubuntu": "linux-image-generic"},
+    drivers=("xhci_pci", "usbhid", "hid_generic", "psmouse"),
+    scripts=("desktop",),
+)
+
+
+async def package_names(cache: Path, flavour: Flavour) -> list[str]:
+    """The packages to fetch, once the lists in `cache` are there."""
+    agent = await packages.dependencies(["qemu-guest-agent"], cache)
+    kernel = await packages.dependencies([flavour.kernels[distribution("The stand-in")]], cache)
+    return [
+        *SIGNED,
+        "busybox-static",
+        "qemu-guest-agent",
+        *(name for name in agent if name.startswith(("lib", "zlib"))),
+        *(name for name in kernel if re.match(r"linux-(image|modules)-\d", name)),
+    ]
+
+
+async def arrange(unpacked: Path, work: Path, flavour: Flavour) -> None:
+    """Make `esp` and `root` in `work` from the unpacked packages.
+
+    Raises:
+        HostError: If the packages do not hold what is expected of them.
+    """
+    esp, root = work / "esp", work / "root"
+    libraries = await _libraries(unpacked)
+    busybox = await asyncio.to_thread(find_file, unpacked, ["busybox"])
+    applets = await process.run([busybox, "--list"])
+    disk_drivers = await modules(unpacked, DISK_DRIVERS)
+    all_drivers = await modules(unpacked, [*DISK_DRIVERS, *OTHER_DRIVERS, *flavour.drivers])
+    other_drivers = [driver for driver in all_drivers if driver not in disk_drivers]
+    programs = (libraries, applets.split(), other_drivers, flavour.scripts)
+    await in_background(_arrange_root, unpacked, root, *programs)
+    await in_background(_arrange_esp, unpacked, esp, disk_drivers)
+
+
+def _arrange_root(
+    unpacked: Path,
+    root: Path,
+    libraries: Iterable[Path],
+    applets: Iterable[str],
+    drivers: Sequence[Path],
+    scripts: Iterable[str],
+) -> None:
+    for name in ("bin", "dev", "etc", "lib/modules", "lib64", "proc", "run", "sys", "tmp"):
+        (root / name).mkdir(parents=True)
+    (root / "sbin").symlink_to("bin")
+    (root / "etc/resolv.conf").touch()
+    install(find_file(unpacked, ["busybox"]), root / "bin/busybox", 0o755)
+    for applet in applets:
+        if applet != "busybox":
+            (root / "bin" / applet).symlink_to("busybox")
+    (root / "bin/init").unlink(missing_ok=True)  # busybox has one too
+    for script in ("init", "shutdown", *scripts):
+        install(GUEST_SCRIPTS / f"{script}.sh", root / "bin" / script, 0o755)
+    install(GUEST_SCRIPTS / "network.sh", root / "etc/network.sh", 0o755)
+    install(find_file(unpacked, ["qemu-ga"]), root / "bin/qemu-ga", 0o755)
+    for library in libraries:
+        install(library, root / "lib" / library.name, 0o755)
+    install(find_file(unpacked, [LOADER]), root / "lib64" / LOADER, 0o755)
+    install_drivers(drivers, root / "lib/modules")
+    forget_umask(root)
+
+
+def _arrange_esp(unpacked: Path, esp: Path, drivers: Sequence[Path]) -> None:
+    install(find_file(unpacked, SHIMS), esp / "EFI/BOOT/BOOTX64.EFI")
+    install(find_file(unpacked, GRUBS), esp / "EFI/BOOT/grubx64.efi")
+    install(find_file(unpacked, ["vmlinuz-*"]), esp / "vmlinuz")
+    tree = esp.with_name("initramfs")
+    for name in ("bin", "dev", "modules", "proc", "root", "sys"):
+        (tree / name).mkdir(parents=True)
+    install(find_file(unpacked, ["busybox"]), tree / "bin/busybox", 0o755)
+    install(GUEST_SCRIPTS / "initramfs.sh", tree / "init", 0o755)
+    install_drivers(drivers, tree / "modules")
+    forget_umask(tree)
+    (esp / "initrd.img").write_bytes(newc(tree))
+
+
+async def _libraries(unpacked: Path) -> list[Path]:
+    """What qemu-ga links with, by the packages' own loader; never a file of the host."""
+    path = f"{unpacked}/lib/x86_64-linux-gnu:{unpacked}/usr/lib/x86_64-linux-gnu"
+    loader = await asyncio.to_thread(find_file, unpacked, [LOADER])
+    agent = await asyncio.to_thread(find_file, unpacked, ["qemu-ga"])
+    listing = await process.run(
+        [loader, "--inhibit-cache", "--library-path", path, "--list", agent]
+    )
+    found = [Path(word) for word in re.findall(r"=> (/.*) \(0x", listing)]
+    libraries = [library for library in found if library.name != LOADER]
+    strangers = [library for library in libraries if unpacked not in library.parents]
+    if strangers or "not found" in listing:
+        raise HostError(f"qemu-ga needs libraries that its packages do not hold:\n{listing}")
+    return libraries

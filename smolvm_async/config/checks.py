@@ -1,0 +1,290 @@
+"""Checks of single arguments: each names the argument, what is wrong and what to do instead."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from smolvm_async.errors import ConfigError, SmolVMError
+from smolvm_async.foundation.paths import PathError, absolute, expand
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class PortForward(NamedTuple):
+    """A TCP port of the guest that can be reached on 127.0.0.1.
+
+    Attributes:
+        guest_port: The guest's.
+        host_port: The host's; `None` lets the kernel choose one.
+    """
+
+    guest_port: Port
+    host_port: Port | None = None
+
+
+VNCKind = Literal["unix", "loopback"]
+
+ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"  # what a POSIX shell can export
+VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+MAX_CPUS = 255  # what QEMU's q35 takes without an interrupt remapper
+MAX_HEAD = 15  # QEMU's adapters have at most 16
+MAX_SECONDS = 1e9
+MAX_SHOWN = 200  # characters
+MIN_RESOLUTION, MAX_RESOLUTION = (640, 480), (3840, 2160)  # VGA's own mode, and 4K
+
+
+def shown(value: object) -> str:
+    """How a message shows a value, which may be as long as its maker pleased."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of over 4300 digits, or a class of the user's
+        return f"a {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def told(error: BaseException) -> str:
+    """How another error's message tells of one: the first line of it."""
+    try:
+        line = str(error).strip().partition("\n")[0]
+    except Exception:  # a class of the user's
+        line = ""
+    if isinstance(error, SmolVMError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def check_timeout(timeout: object) -> None:
+    """Check the `timeout=` of a method; `None` stands for its default.
+
+    Raises:
+        ConfigError: If it is not a number of seconds, 0 or more.
+    """
+    if timeout is not None:
+        check_seconds("timeout", timeout)
+
+
+def check_seconds(argument: str, seconds: object) -> None:
+    """Check an argument that is a time.
+
+    Raises:
+        ConfigError: If it is not a number of seconds, 0 or more.
+    """
+    if (
+        not isinstance(seconds, int | float)
+        or isinstance(seconds, bool)
+        or not 0 <= seconds <= MAX_SECONDS
+    ):
+        raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass seconds, 0 or more.")
+
+
+def check_vm_id(vm_id: object) -> str:
+    """Check the id of a VM.
+
+    Raises:
+        ConfigError: If no VM can have it.
+    """
+    if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
+        raise ConfigError(
+            f"vm_id={vm_id!r} is wrong: pass 1 to 63 lower-case letters, digits and hyphens, "
+            "with no hyphen at either end, such as vm_id='build-42'."
+        )
+    return vm_id
+
+
+def check_path(path: object, argument: str, kind: str) -> Path:
+    """The absolute path that an argument means, `~` expanded.
+
+    Args:
+        kind: What the path should be of: "a directory".
+
+    Raises:
+        ConfigError: If no path can be that.
+    """
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    reason = "is wrong"
+    if isinstance(path, str) and path:
+        try:
+            return absolute(expand(path))
+        except PathError as error:
+            reason = str(error)
+    raise ConfigError(f"{argument}={shown(path)} {reason}: pass the path of {kind} as str or Path.")
+
+
+def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
+    """Check how VNC is to be reached: a unix socket, a port of the loopback, or not at all.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    if kind is None or kind is False:
+        return None
+    if kind is True or kind == "loopback":
+        return "loopback"
+    if kind == "unix":
+        return "unix"
+    raise ConfigError(
+        f"{argument}={shown(kind)} is wrong: pass 'loopback' (a port of 127.0.0.1; True is the "
+        "same), 'unix' (a socket in the VM's directory), or None."
+    )
+
+
+def check_display(display: object, head: object) -> None:
+    """Check the name of a display adapter, and which of its outputs is meant.
+
+    Raises:
+        ConfigError: If no adapter can have it.
+    """
+    if display is not None and not (
+        isinstance(display, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,127}", display)
+    ):
+        raise ConfigError(
+            f"display={shown(display)} is wrong: pass the id that a display adapter has for QEMU, "
+            "letters and digits."
+        )
+    if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head <= MAX_HEAD:
+        raise ConfigError(f"head={shown(head)} is wrong: pass a number from 0 to {MAX_HEAD}.")
+
+
+def check_cpus(cpus: object) -> object:
+    """The number of cores.
+
+    Raises:
+        ConfigError: If it is wrong.
+    """
+    if isinstance(cpus, bool) or not isinstance(cpus, int) or not 1 <= cpus <= MAX_CPUS:
+        raise ConfigError(
+            f"cpus={shown(cpus)} is wrong: pass a whole number of cores from 1 to {MAX_CPUS}."
+        )
+    return cpus
+
+
+def check_accel(accel: object) -> object:
+    """The name of an accelerator, or `auto`.
+
+    Raises:
+        ConfigError: If it is wrong.
+    """
+    if accel not in ("auto", "kvm", "tcg"):
+        raise ConfigError(f"accel={shown(accel)} is wrong: pass 'auto', 'kvm' or 'tcg'.")
+    return accel
+
+
+def check_keep(keep: object) -> object:
+    """Whether the VM is kept.
+
+    Raises:
+        ConfigError: If it is wrong.
+    """
+    if not isinstance(keep, bool):
+        raise ConfigError(f"keep={shown(keep)} is wrong: pass True or False.")
+    return keep
+
+
+def check_resolution(resolution: object) -> tuple[int, int]:
+    """The screen's width and height in pixels; 1280x800, which suits agents, if `None`.
+
+    Raises:
+        ConfigError: If it is wrong.
+    """
+    if resolution is None:
+        return (1280, 800)
+    parts = resolution
+    if isinstance(resolution, str):
+        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", resolution)
+        parts = tuple(int(part) for part in match.groups()) if match else ()
+    if (
+        isinstance(parts, tuple | list)
+        and len(parts) == 2
+        and all(isinstance(part, int) and not isinstance(part, bool) for part in parts)
+    ):
+        (least_x, least_y), (most_x, most_y) = MIN_RESOLUTION, MAX_RESOLUTION
+        # The adapter's registers take the width in steps of 8 pixels.
+        if least_x <= parts[0] <= most_x and least_y <= parts[1] <= most_y and not parts[0] % 8:
+            return (parts[0], parts[1])
+    raise ConfigError(
+        f"resolution={shown(resolution)} is wrong: pass (width, height) or 'WIDTHxHEIGHT' in "
+        "pixels, from 640x480 to 3840x2160, the width a multiple of 8."
+    )
+
+
+def check_env(env: object, argument: str = "env") -> dict[str, str]:
+    """Environment variables by name.
+
+    Raises:
+        ConfigError: If they are no mapping, or one has a name or a value that none can have.
+    """
+    if env is None:
+        return {}
+    if not isinstance(env, Mapping):
+        raise ConfigError(f"{argument}={shown(env)} is wrong: pass a mapping of names to values.")
+    for name, value in env.items():
+        if not isinstance(name, str) or not re.fullmatch(ENV_NAME, name):
+            raise ConfigError(
+                f"{argument}= has a variable {shown(name)}: a name consists of letters, digits and "
+                "underscores, and does not begin with a digit."
+            )
+        if not isinstance(value, str) or "\0" in value or encoded(value) is None:
+            raise ConfigError(
+                f"{argument}= gives {name} a value that is no str, or has a NUL character or a "
+                "lone surrogate: pass text, such as str(value)."
+            )
+    return dict(env)
+
+
+def encoded(text: str) -> bytes | None:
+    """Text as bytes, those of file names (`os.fsdecode()`) as they were; `None` if it cannot be."""
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return None
+
+
+def check_port(argument: str, port: object) -> int:
+    """A TCP port.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
+        raise ConfigError(f"{argument}={shown(port)} is wrong: pass a TCP port from 1 to 65535.")
+    return port
+
+
+def check_port_forwards(forwards: object) -> tuple[PortForward, ...]:
+    """Which ports are forwarded from the start.
+
+    Raises:
+        ConfigError: If one is wrong, or a port of the host is given twice.
+    """
+    if isinstance(forwards, Mapping):
+        forwards = list(forwards.items())
+    if isinstance(forwards, str | bytes) or not isinstance(forwards, Iterable):
+        raise ConfigError(
+            f"port_forwards={shown(forwards)} is wrong: pass a list of guest ports, or of "
+            "(guest_port, host_port), such as port_forwards=[8000, (80, 8080)]."
+        )
+    checked = []
+    for forward in forwards:
+        pair = forward if isinstance(forward, tuple | list) else (forward, None)
+        if len(pair) != 2:
+            raise ConfigError(
+                f"port_forwards= has {shown(forward)}: pass a guest port, or "
+                "(guest_port, host_port)."
+            )
+        guest_port = check_port("port_forwards: guest_port", pair[0])
+        host_port = None if pair[1] is None else check_port("port_forwards: host_port", pair[1])
+        checked.append(PortForward(guest_port, host_port))
+    taken = [forward.host_port for forward in checked if forward.host_port is not None]
+    for host_port in taken:
+        if taken.count(host_port) > 1:
+            raise ConfigError(
+                f"port_forwards= gives the host's port {host_port} to two forwards: choose another."
+            )
+    return tuple(checked)

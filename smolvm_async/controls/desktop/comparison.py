@@ -1,0 +1,254 @@
+"""Whether two pictures differ: where, what is left out, and how much of a difference counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeGuard
+
+from smolvm_async.config.checks import shown
+from smolvm_async.controls.desktop.picture import CHANNELS, Screenshot
+from smolvm_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BAND = 64  # rows
+
+
+class Region(NamedTuple):
+    """A part of a picture, in pixels; (left, top, width, height) says the same."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+Box: TypeAlias = Region | tuple[int, int, int, int]
+Boxes: TypeAlias = Sequence[Box] | Mapping[str, Box]
+
+
+class Comparison:
+    """What counts as a difference; checked once, then used for each picture.
+
+    Args:
+        region: Where to look; everywhere if `None`.
+        ignore: Regions to leave out (a clock, a cursor), with names or without.
+        tolerance: By how much each channel of a pixel may differ, 0 to 255.
+        max_different: Which share of the pixels looked at may differ by more, 0 to 1.
+
+    Raises:
+        ConfigError: If an argument is wrong, whatever size the pictures will have.
+    """
+
+    def __init__(
+        self,
+        *,
+        region: Box | None = None,
+        ignore: Boxes = (),
+        tolerance: int = 0,
+        max_different: float = 0.0,
+    ) -> None:
+        self._region = None if region is None else _check_box(region, "region")
+        self._ignored = check_ignore(ignore)
+        self._tolerance = check_tolerance(tolerance)
+        self._max_different = check_max_different(max_different)
+
+    def parts(self, width: int, height: int) -> list[Region]:
+        """What is looked at in pictures of this size: parts that do not overlap.
+
+        Raises:
+            ConfigError: If a region goes outside of them, or nothing is left to look at.
+        """
+        parts = [self._looked_at(width, height)]
+        for argument, box in self._ignored.items():
+            hole = check_region(box, width, height, argument)
+            parts = [part for whole in parts for part in _without(whole, hole)]
+        if not parts:
+            raise ConfigError("ignore= covers all there is to compare: leave a part of it out.")
+        return parts
+
+    def differs(self, one: Screenshot, other: Screenshot) -> bool:
+        """Whether two pictures differ; those of different sizes do.
+
+        Raises:
+            ConfigError: As by `parts()`.
+        """
+        parts = self.parts(*one.size)
+        return one.size != other.size or self._differ(parts, one, other)
+
+    def matches(self, screen: Screenshot, reference: Screenshot) -> bool:
+        """Whether the screen shows the reference, which is a picture of all of it or of `region`.
+
+        Raises:
+            ConfigError: As by `parts()`, or if the reference has neither size.
+        """
+        self.check(screen.size, reference)
+        parts, region = self.parts(*screen.size), self._looked_at(*screen.size)
+        if reference.size == screen.size:
+            return not self._differ(parts, screen, reference)
+        return not self._differ(parts, screen, reference, region.left, region.top)
+
+    def check(self, size: tuple[int, int], reference: Screenshot | None = None) -> None:
+        """Check that a screen of this size has what is looked at, and that a reference fits.
+
+        Raises:
+            ConfigError: As by `matches()`.
+        """
+        self.parts(*size)
+        region = self._looked_at(*size)
+        if reference is not None and reference.size not in (size, region[2:]):
+            raise ConfigError(
+                f"like= is a picture of {reference.width}x{reference.height} pixels, but the "
+                f"region has {region.width}x{region.height} and the screen {size[0]}x{size[1]}: "
+                "pass a picture of one of these two sizes."
+            )
+
+    def _looked_at(self, width: int, height: int) -> Region:
+        if self._region is None:
+            return Region(0, 0, width, height)
+        return check_region(self._region, width, height)
+
+    def _differ(
+        self, parts: list[Region], one: Screenshot, other: Screenshot, left: int = 0, top: int = 0
+    ) -> bool:
+        """Whether these parts differ; `other` begins at `left` and `top` of `one`."""
+        if one.pixels == other.pixels:
+            return False
+        looked_at = sum(part.width * part.height for part in parts)
+        different = 0
+        for band in _bands(parts):
+            there = band._replace(left=band.left - left, top=band.top - top)
+            different += self._count(_channels(one, band), _channels(other, there))
+            if different / looked_at > self._max_different:
+                return True
+        return False
+
+    def _count(self, one: Image.Image, other: Image.Image) -> int:
+        """How many pixels differ too much."""
+        from PIL import Image, ImageChops
+
+        difference = ImageChops.difference(one, other)
+        if not difference.getbbox():  # nothing differs: to count takes several times as long
+            return 0
+        size = (difference.width // CHANNELS, difference.height)
+        red, green, blue = Image.frombytes("RGB", size, difference.tobytes()).split()
+        largest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+        return sum(largest.histogram()[self._tolerance + 1 :])
+
+
+def _bands(parts: list[Region]) -> Iterator[Region]:
+    """The same in pieces: little memory at a time, and a difference at the top is soon found."""
+    for part in parts:
+        for done in range(0, part.height, BAND):
+            height = min(BAND, part.height - done)
+            yield part._replace(top=part.top + done, height=height)
+
+
+def _channels(picture: Screenshot, part: Region) -> Image.Image:
+    """A part of a picture as an image of one byte a pixel: to turn it into RGB takes longer."""
+    from PIL import Image
+
+    size = (picture.width * CHANNELS, picture.height)
+    left, right = part.left * CHANNELS, (part.left + part.width) * CHANNELS
+    image = Image.frombuffer("L", size, picture.pixels, "raw", "L", 0, 1)
+    return image.crop((left, part.top, right, part.top + part.height))
+
+
+def _without(whole: Region, hole: Region) -> list[Region]:
+    """What is left of a region: above, below, on the left and on the right of the hole."""
+    right, bottom = whole.left + whole.width, whole.top + whole.height
+    hole_left, hole_right = max(whole.left, hole.left), min(right, hole.left + hole.width)
+    hole_top, hole_bottom = max(whole.top, hole.top), min(bottom, hole.top + hole.height)
+    height = hole_bottom - hole_top
+    if hole_left >= hole_right or height <= 0:
+        return [whole]
+    around = [
+        Region(whole.left, whole.top, whole.width, hole_top - whole.top),
+        Region(whole.left, hole_bottom, whole.width, bottom - hole_bottom),
+        Region(whole.left, hole_top, hole_left - whole.left, height),
+        Region(hole_right, hole_top, right - hole_right, height),
+    ]
+    return [part for part in around if part.width and part.height]
+
+
+def check_region(region: object, width: int, height: int, argument: str = "region") -> Region:
+    """Check that a region lies within a picture of this size.
+
+    Raises:
+        ConfigError: If it does not, or is none; `argument` is named.
+    """
+    box = _check_box(region, argument)
+    right, bottom = box.left + box.width, box.top + box.height
+    if right > width or bottom > height:
+        raise ConfigError(
+            f"{argument}={shown(tuple(box))} ends at ({shown(right)}, {shown(bottom)}), outside of "
+            f"the picture of {width}x{height} pixels: pass (left, top, width, height) of a part "
+            "of it."
+        )
+    return box
+
+
+def _check_box(box: object, argument: str) -> Region:
+    numbers = list(box) if isinstance(box, tuple | list) else []
+    if (
+        len(numbers) != 4
+        or not all(_whole(number) for number in numbers)
+        or min(numbers[:2]) < 0
+        or min(numbers[2:]) < 1
+    ):
+        raise ConfigError(
+            f"{argument}={shown(box)} is wrong: pass (left, top, width, height) in whole pixels, "
+            "the first two 0 or more, the others 1 or more."
+        )
+    return Region(*numbers)
+
+
+def check_ignore(ignore: object) -> dict[str, Region]:
+    """Check regions to leave out; each gets the name that messages give it.
+
+    Raises:
+        ConfigError: If they are no regions; whether they are within the picture is not checked.
+    """
+    if not isinstance(ignore, Mapping | tuple | list):
+        raise ConfigError(
+            f"ignore={shown(ignore)} is wrong: pass a list of regions (left, top, width, height), "
+            "or a mapping of names to them."
+        )
+    named = ignore.items() if isinstance(ignore, Mapping) else enumerate(ignore)
+    arguments = {f"ignore[{name!r}]": box for name, box in named}
+    return {argument: _check_box(box, argument) for argument, box in arguments.items()}
+
+
+def check_tolerance(tolerance: object) -> int:
+    """Check by how much a channel may differ.
+
+    Raises:
+        ConfigError: If it is no whole number from 0 to 255.
+    """
+    if not _whole(tolerance) or not 0 <= tolerance <= 255:
+        raise ConfigError(
+            f"tolerance={shown(tolerance)} is wrong: pass a whole number from 0 to 255."
+        )
+    return tolerance
+
+
+def check_max_different(max_different: object) -> float:
+    """Check which share of the pixels may differ.
+
+    Raises:
+        ConfigError: If it is no number from 0 to 1.
+    """
+    if (
+        not (_whole(max_different) or isinstance(max_different, float))
+        or not 0 <= max_different <= 1
+    ):
+        raise ConfigError(
+            f"max_different={shown(max_different)} is wrong: pass a share of the pixels, 0 to 1, "
+            "such as 0.01."
+        )
+    return max_different
+
+
+def _whole(number: object) -> TypeGuard[int]:
+    return isinstance(number, int) and not isinstance(number, bool)

@@ -1,0 +1,112 @@
+"""The keyboard: a PS/2 one, which every firmware and operating system has a driver for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from smolvm_async.config.checks import check_seconds
+from smolvm_async.controls.desktop.control import Control
+from smolvm_async.controls.desktop.layouts import check_layout, chord, strokes
+from smolvm_async.controls.interface import Handle
+from smolvm_async.foundation.tasks import in_thread
+from smolvm_async.qemu.input import InputEvent, key, released
+
+
+class Keyboard(Control):
+    """Types into the guest, which has to have the same keyboard layout, and Caps Lock off.
+
+    A call returns once the guest has read what it sent. Calls are served in turn; the strokes of
+    several processes may mix. A call that fails or is cancelled leaves no key held down; `down()`
+    alone does, until `up()`.
+    """
+
+    def __init__(self, vm: Handle) -> None:
+        super().__init__(vm)
+        self._layout = "us"
+        self._turn = asyncio.Lock()
+
+    @property
+    def layout(self) -> str:
+        """The guest's keyboard layout, by default `"us"`; a name in `LAYOUTS`."""
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: str) -> None:
+        self._layout = check_layout(layout)
+
+    async def type(self, text: str, *, layout: str | None = None) -> None:
+        r"""Type a text; `\n` is the Enter key, `\t` the Tab key.
+
+        Args:
+            text: Any length.
+            layout: The guest's keyboard layout; by default `self.layout`.
+
+        Raises:
+            ConfigError: The layout cannot type a character (a `ValueError`, before any key).
+            VMTimeoutError: The guest does not read its keyboard (`Timeouts.input`).
+            VMNotRunningError: The VM does not run, or is paused.
+        """
+        typed = await in_thread(strokes, text, self._layout if layout is None else layout)
+        async with self._turn:
+            for codes in typed:
+                # A key goes down and up in one message, so that nothing can come between.
+                await self._send([*_down(codes), *released(_down(codes))])
+
+    async def press(self, keys: str, *, hold: float = 0.0, layout: str | None = None) -> None:
+        """Press a key, or several together, and release them in the reverse order.
+
+        Args:
+            keys: Names joined by `+`, such as `"Enter"`, `"ctrl+alt+delete"` or `"Meta+r"`; see
+                `smolvm_async.controls.desktop.keys`. A single character is the key that types it.
+            hold: Seconds that they stay down.
+            layout: The guest's keyboard layout; by default `self.layout`.
+
+        Raises:
+            ConfigError: There is no such key (a `ValueError`).
+            VMTimeoutError, VMNotRunningError: See `type()`.
+        """
+        check_seconds("hold", hold)
+        downs = _down(chord(keys, self._layout if layout is None else layout))
+        async with self._turn:
+            try:
+                for down in downs:
+                    await self._send([down])
+                await asyncio.sleep(hold)
+                for up in released(downs):
+                    await self._send([up])
+            except BaseException:
+                self._release(downs)
+                raise
+
+    async def down(self, keys: str, *, layout: str | None = None) -> None:
+        """Press keys, and leave them down; QEMU's keyboard does not repeat. See `press()`."""
+        downs = _down(chord(keys, self._layout if layout is None else layout))
+        async with self._turn:
+            try:
+                await self._send(downs)
+            except BaseException:
+                self._release(downs)
+                raise
+
+    async def up(self, keys: str, *, layout: str | None = None) -> None:
+        """Release keys, the last one first. See `press()`."""
+        downs = _down(chord(keys, self._layout if layout is None else layout))
+        try:
+            async with self._turn:
+                await self._send(released(downs))
+        except BaseException:
+            self._release(downs)
+            raise
+
+    def _release(self, downs: Sequence[InputEvent]) -> None:
+        if self.vm.run is not None:
+            self.vm.run.input.post(released(downs))
+
+    async def _send(self, events: Sequence[InputEvent]) -> None:
+        patience = self.vm.config.timeouts.input
+        await self.taking_input().input.strike(events, patience)
+
+
+def _down(codes: Sequence[str]) -> list[InputEvent]:
+    return [key(code, down=True) for code in codes]

@@ -1,0 +1,257 @@
+"""The mouse: a USB tablet, which is told places and not distances."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import operator
+from collections.abc import AsyncIterator
+from typing import Literal, SupportsIndex, get_args
+
+from smolvm_async.config.checks import check_seconds, shown
+from smolvm_async.controls.desktop.control import Control
+from smolvm_async.controls.desktop.screen import Screen
+from smolvm_async.controls.interface import Handle
+from smolvm_async.errors import ConfigError, VMTimeoutError
+from smolvm_async.foundation.log import get_logger
+from smolvm_async.qemu.events import BootState
+from smolvm_async.qemu.input import AXIS, InputEvent, position, released
+from smolvm_async.qemu.input import button as button_event
+
+logger = get_logger(__name__)
+
+Button = Literal["left", "middle", "right"]
+Point = tuple[int, ...]  # x and y in pixels; empty where the mouse is
+
+PACE = 0.02  # seconds between two changes: the tablet holds 16, and the guest asks every 8 ms
+POLL = 0.05  # seconds between two looks whether the guest has taken the tablet
+STEPS = 20  # of a drag: programs want to see the mouse on its way
+
+
+class Mouse(Control):
+    """Moves and clicks, in pixels of the last screenshot (of the screen, if there was none).
+
+    Calls are served in turn. One that fails or is cancelled leaves no button held down; `down()`
+    alone does, until `up()`. Until the guest has a driver for the tablet, which is while its
+    operating system starts, each call waits for that (`Timeouts.input`).
+
+    Every method raises:
+        ConfigError: A place is outside the screen, or an argument is wrong (a `ValueError`).
+        VMTimeoutError: The guest has not taken the tablet in time: the click would be lost.
+        VMNotRunningError: The VM does not run, or is paused.
+    """
+
+    def __init__(self, vm: Handle, screen: Screen) -> None:
+        super().__init__(vm)
+        self._screen = screen
+        self._turn = asyncio.Lock()
+
+    async def move(self, x: int, y: int) -> None:
+        """Move to a place."""
+        point = self._point(x, y)
+        async with self._taken():
+            await self._move(point)
+
+    async def click(
+        self, x: int | None = None, y: int | None = None, *, button: Button = "left", count: int = 1
+    ) -> None:
+        """Click at a place, or where the mouse is.
+
+        Args:
+            x: Pixels from the left edge; with `y`, or neither.
+            y: Pixels from the upper edge.
+            button: `"left"`, `"middle"` or `"right"`.
+            count: How many times: 2 is a double click.
+        """
+        press, point = _press(button), self._point(x, y, optional=True)
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10:
+            raise ConfigError(
+                f"count={shown(count)} is wrong: pass 1 for a click, 2 for a double one, up to 10."
+            )
+        async with self._taken():
+            await self._move(point)
+            for _ in range(count):
+                async with self._held(press):
+                    pass
+
+    async def double_click(
+        self, x: int | None = None, y: int | None = None, *, button: Button = "left"
+    ) -> None:
+        """Click twice. See `click()`."""
+        await self.click(x, y, button=button, count=2)
+
+    async def down(self, *, button: Button = "left") -> None:
+        """Press a button, and leave it down."""
+        press = _press(button)
+        async with self._taken():
+            try:
+                await self._send(press)
+            except BaseException:
+                self._release(press)
+                raise
+
+    async def up(self, *, button: Button = "left") -> None:
+        """Release a button."""
+        press = _press(button)
+        try:
+            async with self._taken():
+                await self._send(*released([press]))
+        except BaseException:
+            self._release(press)
+            raise
+
+    async def drag(
+        self,
+        start_x: int,
+        start_y: int,
+        end_x: int,
+        end_y: int,
+        *,
+        button: Button = "left",
+        duration: float = 0.5,
+    ) -> None:
+        """Press a button at one place, move to another, release it there.
+
+        Args:
+            start_x: Pixels from the left edge, ...
+            start_y: ... and from the upper one, where it begins.
+            end_x: Likewise where ...
+            end_y: ... it ends.
+            button: See `click()`.
+            duration: Seconds that the way takes.
+        """
+        press = _press(button)
+        check_seconds("duration", duration)
+        start, end = self._point(start_x, start_y), self._point(end_x, end_y)
+        async with self._taken():
+            await self._place(end)  # a wrong end is said before anything moves
+            await self._move(start)
+            async with self._held(press):
+                for step in range(1, STEPS + 1):
+                    x, y = (
+                        a + round((b - a) * step / STEPS) for a, b in zip(start, end, strict=True)
+                    )
+                    await self._move((x, y))
+                    await asyncio.sleep(duration / STEPS)
+
+    async def scroll(self, clicks: int, *, x: int | None = None, y: int | None = None) -> None:
+        """Turn the wheel. QEMU's tablet has no horizontal one: hold Shift down instead.
+
+        Args:
+            clicks: Of the wheel: positive scrolls down, negative up.
+            x: Move to this place first, with `y`; or stay, with neither.
+            y: See `x`.
+        """
+        if isinstance(clicks, bool) or not isinstance(clicks, int) or abs(clicks) > 1000:
+            raise ConfigError(
+                f"clicks={shown(clicks)} is wrong: pass clicks of the wheel, positive to scroll "
+                "down, negative to scroll up, such as 3."
+            )
+        point = self._point(x, y, optional=True)
+        turn = button_event("wheel-down" if clicks > 0 else "wheel-up", down=True)
+        async with self._taken():
+            await self._move(point)
+            for _ in range(abs(clicks)):
+                await self._send(turn, *released([turn]))
+                await asyncio.sleep(PACE)
+
+    @contextlib.asynccontextmanager
+    async def _taken(self) -> AsyncIterator[None]:
+        """Our turn, with a guest that has taken the tablet."""
+        async with self._turn:
+            await self._wait_taken()
+            yield
+
+    async def _wait_taken(self) -> None:
+        patience = self.vm.config.timeouts.input
+        waiting = False
+        try:
+            async with asyncio.timeout(patience):
+                while not await self._is_taken():
+                    if not waiting:
+                        logger.info("waiting until the guest has taken the tablet")
+                        waiting = True
+                    await asyncio.sleep(POLL)
+        except TimeoutError:
+            raise VMTimeoutError(
+                f"{self.vm.config.vm_id} has not taken the tablet within {patience:g} s, and what "
+                "the mouse does would be lost: firmware, boot loaders and guests without a driver "
+                "for USB tablets have no use for it. Wait until its operating system runs, or use "
+                "the keyboard."
+            ) from None
+
+    async def _is_taken(self) -> bool:
+        run = self.taking_input()
+        # QEMU believes what it has seen before a reset.
+        in_control = run.boot.last.state.reaches(BootState.OPERATING_SYSTEM)
+        return in_control and await run.input.tablet_taken()
+
+    def _point(self, x: object, y: object, *, optional: bool = False) -> Point:
+        """A place, as far as it can be checked before the guest has taken the tablet."""
+        if optional and x is None and y is None:
+            return ()
+        point = tuple(_whole(name, value) for name, value in (("x", x), ("y", y)))
+        if self._screen.last_size is not None:
+            _check_within(point, self._screen.last_size)
+        return point
+
+    async def _place(self, point: Point) -> list[InputEvent]:
+        size = await self._screen.size()
+        _check_within(point, size)
+        # The last pixel is the end of the axis, which a guest maps to its last pixel.
+        x, y = (round(pixel * AXIS / (end - 1)) for pixel, end in zip(point, size, strict=True))
+        return [position("x", x), position("y", y)]
+
+    async def _move(self, point: Point) -> None:
+        if point:
+            await self._send(*await self._place(point))
+
+    @contextlib.asynccontextmanager
+    async def _held(self, press: InputEvent) -> AsyncIterator[None]:
+        """A button is down for the time of the block, and up afterwards, however it ends."""
+        try:
+            await self._send(press)
+            await asyncio.sleep(PACE)
+            yield
+            await self._send(*released([press]))
+            await asyncio.sleep(PACE)
+        except BaseException:
+            self._release(press)
+            raise
+
+    async def _send(self, *events: InputEvent) -> None:
+        await self.taking_input().input.send(events)
+
+    def _release(self, press: InputEvent) -> None:
+        if self.vm.run is not None:
+            self.vm.run.input.post(released([press]))
+
+
+def _press(button: str) -> InputEvent:
+    names = get_args(Button)
+    if button not in names:
+        raise ConfigError(f"button={shown(button)} is wrong: there are {', '.join(names)}.")
+    return button_event(button, down=True)
+
+
+def _whole(name: str, value: object) -> int:
+    """A number of pixels; what compares pictures has NumPy's, and models write 100.0."""
+    pixels = -1
+    if isinstance(value, float) and value.is_integer():
+        pixels = int(value)
+    elif isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        pixels = operator.index(value)
+    if pixels < 0:
+        raise ConfigError(
+            f"{name}={shown(value)} is not on the screen: pass pixels from 0 to the screen's end."
+        )
+    return pixels
+
+
+def _check_within(point: Point, size: tuple[int, int]) -> None:
+    for name, pixel, end in zip("xy", point, size, strict=True):
+        if not 0 <= pixel < end:
+            raise ConfigError(
+                f"{name}={shown(pixel)} is not on the screen: pass pixels from 0 to {end - 1}; "
+                f"the last screenshot is {size[0]}x{size[1]}."
+            )

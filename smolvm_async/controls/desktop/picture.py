@@ -1,0 +1,218 @@
+"""Pictures of a screen: what QEMU or a file says → pixels, PNG, files; nothing here knows a VM.
+
+Pillow is imported where it is used: whoever takes no picture does not wait for it. No call here
+holds Python's lock for long, so a thread can do all this beside an event loop.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from smolvm_async.config.checks import check_path, shown
+from smolvm_async.errors import ConfigError, PictureError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PNG_START = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR(.{4})(.{4})", re.DOTALL)
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+PPM_HEADER = re.compile(rb"P6\s+(\d{1,6})\s+(\d{1,6})\s+255\s")
+PNG_LEVEL = 1  # zlib's; 6 takes two to four times as long, for files smaller by a fifth
+CHANNELS = 3  # bytes of a pixel
+
+Reference: TypeAlias = "Screenshot | Image.Image | bytes | str | os.PathLike[str]"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Screenshot:
+    """A picture of a screen. Two are equal if they show the same, whenever they were taken.
+
+    `png` and `pixels` are computed when first asked for, if they are not what it was made from.
+    A PNG takes some 100 ms: `await asyncio.to_thread(picture.save, path)` spares the event loop.
+
+    Attributes:
+        width: In pixels.
+        height: In pixels.
+        timestamp: When it was taken, in seconds since the epoch; 0 if nobody knows.
+        elapsed: How many seconds that took.
+    """
+
+    width: int
+    height: int
+    timestamp: float
+    elapsed: float
+    _forms: dict[str, bytes]
+
+    @classmethod
+    def from_png(cls, data: bytes, *, timestamp: float = 0.0, elapsed: float = 0.0) -> Screenshot:
+        """Make it from a PNG, which is not decoded yet.
+
+        Raises:
+            PictureError: If it is none, or cut off.
+        """
+        header = PNG_START.match(data)
+        width, height = (int.from_bytes(size) for size in header.groups()) if header else (0, 0)
+        if not width or not height:
+            raise PictureError(f"This is no PNG; it begins with {data[:8]!r}: pass a whole PNG.")
+        if not data.endswith(PNG_END):
+            raise PictureError(
+                f"This PNG of {width}x{height} pixels is cut off after {len(data)} bytes: "
+                "pass the whole of it."
+            )
+        return cls(width, height, timestamp, elapsed, {"png": data})
+
+    @classmethod
+    def from_ppm(cls, data: bytes, *, timestamp: float = 0.0, elapsed: float = 0.0) -> Screenshot:
+        """Make it from what QEMU's `screendump` writes: a PPM (P6, up to 255, no comments).
+
+        Raises:
+            PictureError: If it is none, or cut off.
+        """
+        header = PPM_HEADER.match(data)
+        width, height = map(int, header.groups()) if header else (0, 0)
+        if header is None or not width or not height:
+            raise PictureError(
+                f"This is no PPM of the kind P6 with values up to 255; it begins with "
+                f"{data[:16]!r}: pass what QEMU's screendump has written."
+            )
+        pixels = data[header.end() :]
+        if len(pixels) != width * height * CHANNELS:
+            raise PictureError(
+                f"This PPM has {len(pixels)} bytes of pixels, and {width}x{height} pixels take "
+                f"{width * height * CHANNELS}: pass the whole of it, and nothing else."
+            )
+        return cls(width, height, timestamp, elapsed, {"pixels": pixels})
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
+
+    @property
+    def png(self) -> bytes:
+        """The picture as a PNG."""
+        if "png" not in self._forms:
+            self._forms["png"] = _encode(self.image(), "PNG", compress_level=PNG_LEVEL)
+        return self._forms["png"]
+
+    @property
+    def pixels(self) -> bytes:
+        """Red, green and blue of each pixel, rows from top to bottom, nothing between them.
+
+        Raises:
+            PictureError: If the PNG that it was made from is damaged.
+        """
+        if "pixels" not in self._forms:
+            self._forms["pixels"] = _decode(self._forms["png"]).tobytes()
+        return self._forms["pixels"]
+
+    def image(self) -> Image.Image:
+        """A Pillow image of it, which is the caller's to change."""
+        from PIL import Image
+
+        return Image.frombytes("RGB", (self.width, self.height), self.pixels)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file: .png, .ppm, or another suffix of which Pillow knows the format.
+
+        The file is replaced as a whole: nobody ever sees half a picture.
+
+        Raises:
+            ConfigError: If there is no such format, or the file cannot be written.
+        """
+        file = check_path(path, "path", "a picture")
+        content = self.png if file.suffix.lower() == ".png" else self._written(file)
+        new = file.with_name(f".{os.urandom(8).hex()}.new")
+        try:
+            try:
+                new.write_bytes(content)
+                os.replace(new, file)
+            finally:
+                new.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"path={str(file)!r} cannot be written: {error.strerror}; pass the path of a file "
+                "in a directory that is there, has space, and that this user can write to."
+            ) from error
+
+    def _written(self, file: Path) -> bytes:
+        """What belongs into a file with this suffix."""
+        from PIL import Image
+
+        try:
+            return _encode(self.image(), Image.registered_extensions()[file.suffix.lower()])
+        except (KeyError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"path={str(file)!r} ends in {file.suffix!r}, and Pillow cannot write this picture "
+                "in such a format: pass a path that ends in .png or .ppm."
+            ) from error
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.png
+
+    def __repr__(self) -> str:
+        size = f"{self.width}x{self.height}"
+        return f"Screenshot({size}, timestamp={self.timestamp:.3f}, elapsed={self.elapsed:.3f})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Screenshot):
+            return NotImplemented
+        return self.size == other.size and self.pixels == other.pixels
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.pixels))
+
+
+def load_picture(reference: Reference, argument: str = "like") -> Screenshot:
+    """A picture to compare with; what is transparent in it has the colour that is stored there.
+
+    Raises:
+        ConfigError: If it is no picture, or its file cannot be read; `argument` is named.
+    """
+    if isinstance(reference, Screenshot):
+        return reference
+    from PIL import Image
+
+    try:
+        if isinstance(reference, bytes | Image.Image):
+            image = _decode(reference)
+        else:
+            image = _decode(_read(reference, argument))
+    except PictureError as error:
+        raise PictureError(f"{argument}={shown(reference)} is wrong: {error}") from error
+    return Screenshot(*image.size, 0.0, 0.0, {"pixels": image.tobytes()})
+
+
+def _read(path: object, argument: str) -> bytes:
+    file = check_path(path, argument, "a picture, or the picture itself")
+    try:
+        reason = "is no file" if not file.is_file() else ""  # to read a FIFO could take for ever
+        if not reason:
+            return file.read_bytes()
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    raise ConfigError(f"{argument}={str(file)!r} {reason}: check the path.")
+
+
+def _decode(source: bytes | Image.Image) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
+        return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise PictureError("This is no picture that Pillow knows: pass a PNG.") from None
+    except Exception as error:  # each of Pillow's decoders has errors of its own
+        raise PictureError(f"This picture cannot be read ({error}): make it again.") from error
+
+
+def _encode(image: Image.Image, format_name: str, **options: int) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format_name, **options)
+    return buffer.getvalue()

@@ -1,0 +1,80 @@
+"""The screen: pictures of it, and waiting until it shows something."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+
+from smolvm_async.config.checks import check_display, check_seconds
+from smolvm_async.controls.desktop.condition import Wanted
+from smolvm_async.controls.desktop.control import Control
+from smolvm_async.controls.desktop.picture import Screenshot
+from smolvm_async.controls.interface import Handle
+from smolvm_async.errors import ConfigError, MonitorError, VMTimeoutError
+from smolvm_async.foundation.tasks import in_background, in_thread
+
+LOOK = 1.0  # seconds for a picture, however little is left of the timeout
+
+
+class Screen(Control):
+    """Takes pictures of the guest's screen, one after another."""
+
+    def __init__(self, vm: Handle) -> None:
+        super().__init__(vm)
+        self.last_size: tuple[int, int] | None = None  # of what the user has seen
+
+    async def size(self) -> tuple[int, int]:
+        """Width and height of the last screenshot; one is taken if there was none."""
+        if self.last_size is not None:
+            return self.last_size
+        return (await self._shoot("ppm", None, 0)).size
+
+    async def shoot(self, *, display: str | None, head: int) -> Screenshot:
+        """See `AsyncSmolVM.screenshot()`."""
+        check_display(display, head)
+        try:
+            picture = await self._shoot("png", display, head)
+        except MonitorError as error:
+            if display is None and head == 0:
+                raise
+            raise ConfigError(
+                f"display={display!r}, head={head} cannot be seen: {error}"
+            ) from error
+        if display is None and head == 0:
+            self.last_size = picture.size
+        return picture
+
+    async def _shoot(self, image_format: str, display: str | None, head: int) -> Screenshot:
+        run, taken, began = self.running(), time.time(), time.monotonic()
+        data = await run.screen.dump(image_format, display, head)
+        make = Screenshot.from_png if image_format == "png" else Screenshot.from_ppm
+        elapsed = time.monotonic() - began
+        return await in_thread(partial(make, data, timestamp=taken, elapsed=elapsed))
+
+    async def wait(self, wanted: Wanted, *, timeout: float, interval: float) -> Screenshot:
+        """See `AsyncSmolVM.wait_for_screen()`."""
+        check_seconds("timeout", timeout)
+        check_seconds("interval", interval)
+        deadline = time.monotonic() + timeout
+        while True:
+            picture = await self._look(deadline)
+            if await in_thread(wanted.seen, picture, time.monotonic()):
+                await in_background(getattr, picture, "png")  # it takes up to 100 ms
+                self.last_size = picture.size
+                return picture
+            if time.monotonic() >= deadline:
+                raise VMTimeoutError(
+                    f"The screen of {self.vm.config.vm_id} did not come to what was waited for "
+                    f"within {timeout:g} s: {wanted.explain()}"
+                )
+            await asyncio.sleep(interval)
+
+    async def _look(self, deadline: float) -> Screenshot:
+        try:
+            async with asyncio.timeout(max(deadline - time.monotonic(), LOOK)):
+                return await self._shoot("ppm", None, 0)
+        except TimeoutError:
+            raise VMTimeoutError(
+                f"QEMU, or the owner of {self.vm.config.vm_id}, gave no picture in time: it hangs."
+            ) from None

@@ -1,0 +1,159 @@
+"""Commands in a guest: run to their end, or read line by line."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Any, Literal
+
+from smolvm_async.config.checks import check_env, check_timeout, encoded, shown
+from smolvm_async.controls.ssh.execution import Stream, executing
+from smolvm_async.controls.ssh.lines import LineStream
+from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.result import CommandResult
+from smolvm_async.controls.ssh.script import check_command, script
+from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
+from smolvm_async.foundation.tasks import in_background
+
+BIG = 1 << 20  # bytes; to join and decode more takes long enough to be done in a thread
+QUOTED = 2000  # characters of stderr that an error message has
+
+Reach = Callable[[], Awaitable[Link]]  # the way to a guest, once that is ready
+ShellKind = Literal["raw", "login"]
+
+
+class Commands:
+    """What one runs in a guest."""
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+
+    async def run(
+        self,
+        command: str,
+        timeout: float | None = 30,
+        env: Mapping[str, str] | None = None,
+        shell: ShellKind = "raw",
+        input: str | bytes | None = None,
+        check: bool = False,
+        text: bool = True,
+    ) -> CommandResult[Any]:
+        """See `AsyncSmolVM.run()`."""
+        check_command(command, shell)
+        check_timeout(timeout)
+        content, variables = _input(input), check_env(env)
+        for name, value in (("check", check), ("text", text)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
+        mark = secrets.token_hex(8)
+        line, first = script(command, shell, variables, mark)
+        link = await self._reach()
+        output = Output(text)
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(None) as bound:
+                start = partial(_bound, bound, timeout)
+                async with executing(link, line, mark, output.receive, start) as execution:
+                    await execution.write(first + content)
+                    await asyncio.wait([execution.ended])
+        except TimeoutError:
+            stdout, stderr = await output.collected()
+            raise CommandTimeoutError(
+                f"{shown(command)} did not end within {timeout:g} s, and was killed.\n"
+                f"{_quoted(stderr)}",
+                stdout,
+                stderr,
+            ) from None
+        if execution.exit_code is None:
+            raise link.lost()
+        duration = time.monotonic() - began
+        result = CommandResult(command, execution.exit_code, *await output.collected(), duration)
+        if check and not result.ok:
+            raise CommandFailedError(
+                f"{shown(command)} ended with exit code {result.exit_code}.\n"
+                f"{_quoted(result.stderr)}",
+                result,
+            )
+        return result
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        command: str,
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        shell: ShellKind = "raw",
+        input: str | bytes | None = None,
+    ) -> AsyncIterator[LineStream]:
+        """See `AsyncSmolVM.run_stream()`."""
+        check_command(command, shell)
+        check_timeout(timeout)
+        content, variables = _input(input), check_env(env)
+        mark = secrets.token_hex(8)
+        line, first = script(command, shell, variables, mark)
+        link = await self._reach()
+        lines = LineStream(command, link.lost)
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(None) as bound:
+                    start = partial(_bound, bound, timeout)
+                    session = executing(link, line, mark, lines.receive, start)
+                    execution = await stack.enter_async_context(session)
+            except TimeoutError:
+                raise lines.timed_out(timeout) from None
+            lines.follow(execution, timeout, bound.when())
+            writing = asyncio.ensure_future(execution.write(first + content))
+            try:
+                yield lines
+            finally:
+                writing.cancel()
+
+
+def _bound(bound: asyncio.Timeout, timeout: float | None, turn: bool) -> None:
+    """The time of a command begins when it need not wait for others any more."""
+    if timeout is not None:
+        bound.reschedule(asyncio.get_running_loop().time() + timeout if turn else None)
+
+
+class Output:
+    """What a command prints, until it is asked for."""
+
+    def __init__(self, text: bool) -> None:
+        self._text = text
+        self._chunks: dict[Stream, list[bytes]] = {"stdout": [], "stderr": []}
+
+    def receive(self, stream: Stream, data: bytes) -> None:
+        """Something has come."""
+        self._chunks[stream].append(data)
+
+    async def collected(self) -> tuple[Any, Any]:
+        """All of stdout, all of stderr."""
+        size = sum(len(chunk) for chunks in self._chunks.values() for chunk in chunks)
+        return await in_background(self._join) if size > BIG else self._join()
+
+    def _join(self) -> tuple[Any, Any]:
+        stdout, stderr = (b"".join(self._chunks[name]) for name in ("stdout", "stderr"))
+        if not self._text:
+            return stdout, stderr
+        return stdout.decode(errors="replace"), stderr.decode(errors="replace")
+
+
+def _input(content: object) -> bytes:
+    if content is None:
+        return b""
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str) and (content_encoded := encoded(content)) is not None:
+        return content_encoded
+    raise ConfigError(
+        f"input={shown(content)} is wrong: pass bytes, or str without lone surrogates."
+    )
+
+
+def _quoted(stderr: str | bytes) -> str:
+    text = stderr if isinstance(stderr, str) else stderr.decode(errors="replace")
+    return f"stderr: {text[-QUOTED:].strip() or '(empty)'}"

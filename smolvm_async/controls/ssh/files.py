@@ -1,0 +1,195 @@
+"""Files and directories, into a guest and out of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from smolvm_async.config.checks import check_path, shown
+from smolvm_async.controls.ssh.commands import Reach
+from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.transfer import FromGuest, Meter, ToGuest
+from smolvm_async.controls.ssh.trees import Entry, guest_tree, local_tree
+from smolvm_async.errors import ConfigError, FileTransferError
+from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.foundation.tasks import in_background, settle
+
+if TYPE_CHECKING:
+    from asyncssh import SFTPClient
+
+CLEANING = 10.0  # seconds to remove what a failed transfer has left
+
+
+class Files:
+    """Transfers to and from one guest."""
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+
+    async def upload(
+        self,
+        local_path: object,
+        guest_path: object,
+        *,
+        make_dirs: bool = True,
+        on_progress: ProgressCallback | None = None,
+    ) -> str:
+        """See `AsyncSmolVM.upload_file()`."""
+        source = check_path(local_path, "local_path", "a file or directory")
+        target = _guest_path(guest_path)
+        tree = await in_background(_local_source, source)
+        link = await self._reach()
+        async with explained(link, f"{str(source)!r} to {target!r}"), link.sftp() as sftp:
+            if target.endswith("/") or await sftp.isdir(target):
+                target = f"{target.rstrip('/')}/{source.name}"
+            parent = str(PurePosixPath(target).parent)
+            if make_dirs:
+                await sftp.makedirs(parent, exist_ok=True)
+            meter = Meter(on_progress, f"uploading {source.name}", _size(tree))
+            await _carry_out(ToGuest(sftp, source, target, meter), tree, sftp, parent)
+            meter.tell()
+        return target
+
+    async def download(
+        self,
+        guest_path: object,
+        local_path: object,
+        *,
+        make_dirs: bool = True,
+        max_bytes: int | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> Path:
+        """See `AsyncSmolVM.download_file()`."""
+        source = _guest_path(guest_path).rstrip("/") or "/"
+        target = check_path(local_path, "local_path", "a file or directory")
+        if max_bytes is not None and (
+            isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0
+        ):
+            raise ConfigError(f"max_bytes={shown(max_bytes)} is wrong: pass bytes, 0 or more.")
+        name = PurePosixPath(source).name
+        if await in_background(target.is_dir) or str(local_path).endswith("/"):
+            if not name:
+                raise ConfigError("guest_path='/' has no name of its own: name local_path's end.")
+            target /= name
+        link = await self._reach()
+        async with explained(link, f"{source!r} to {str(target)!r}"), link.sftp() as sftp:
+            tree = await guest_tree(sftp, source)
+            size = _size(tree)
+            if max_bytes is not None and size > max_bytes:
+                raise FileTransferError(f"it has {size} bytes, over max_bytes={max_bytes}")
+            if make_dirs:
+                await in_background(_make_directory, target.parent)
+            meter = Meter(on_progress, f"downloading {name}", size)
+            await _carry_out(FromGuest(sftp, source, target, meter), tree)
+            meter.tell()
+        return target
+
+
+async def _carry_out(
+    transfer: ToGuest | FromGuest,
+    tree: list[Entry],
+    sftp: SFTPClient | None = None,
+    directory: str = "",
+) -> None:
+    """Do it, or remove what there is of it; `sftp` tells whether the guest's disk was full."""
+    full = False
+    try:
+        await transfer.copy(tree)
+        await transfer.publish()
+    except BaseException as error:
+        try:
+            full = sftp is not None and await _is_full(sftp, directory, error)
+        finally:
+            await settle(_clean(transfer))
+        if full:
+            raise _full("the guest's", directory) from error
+        raise
+
+
+async def _clean(transfer: ToGuest | FromGuest) -> None:
+    """Remove what a failed transfer has left, unless the guest is gone with it."""
+    import asyncssh
+
+    with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
+        async with asyncio.timeout(CLEANING):
+            await transfer.discard()
+
+
+@asynccontextmanager
+async def explained(link: Link, what: str) -> AsyncIterator[None]:
+    """What fails is told in the same words, whichever side it was."""
+    try:
+        yield
+    except Exception as error:
+        told = _told(error, link, what)
+        if told is None:
+            raise
+        raise told from error
+
+
+def _told(error: Exception, link: Link, what: str) -> Exception | None:
+    """What to raise instead, if anything."""
+    import asyncssh  # not before there is a connection: that imports it in a thread
+
+    lost = (asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost, asyncssh.DisconnectError)
+    if isinstance(error, (*lost, asyncssh.ChannelOpenError, ConnectionError)):
+        return link.lost()
+    if isinstance(error, asyncssh.Error):
+        return FileTransferError(f"{what}: the guest says: {error}")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return _full("this host's", what)
+    if isinstance(error, OSError | FileTransferError):
+        return FileTransferError(f"{what}: {error}")
+    return None
+
+
+async def _is_full(sftp: SFTPClient, directory: str, error: BaseException) -> bool:
+    """Whether that is why the guest failed: SFTP itself says no more than "Failure"."""
+    import asyncssh
+
+    if not isinstance(error, asyncssh.SFTPError):
+        return False
+    with contextlib.suppress(asyncssh.Error, OSError):
+        status = await sftp.statvfs(directory)
+        return status.bavail == 0 or status.favail == 0 < status.files
+    return False
+
+
+def _full(whose: str, where: str) -> FileTransferError:
+    return FileTransferError(f"no space left on {whose} disk ({where}); free some, and try again")
+
+
+def _guest_path(path: object) -> str:
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+        raise ConfigError(
+            f"guest_path={shown(path)} is wrong: pass an absolute path in the guest, such as "
+            "'/root/data.csv'."
+        )
+    return path
+
+
+def _local_source(source: Path) -> list[Entry]:
+    try:
+        return local_tree(source)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"local_path={str(source)!r}: {error.filename!r} does not exist."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"local_path={str(source)!r} cannot be read: {error}.") from error
+
+
+def _make_directory(path: Path) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _size(tree: list[Entry]) -> int:
+    return sum(entry.size for entry in tree if entry.is_file)

@@ -1,0 +1,290 @@
+"""One transfer over SFTP: everything arrives beside its final name first, and is then published.
+
+Writers differ by side and share the rest: directories are made first, files are copied several at
+a time, links are made last, so that nothing is ever written through one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+from smolvm_async.controls.ssh.trees import Entry
+from smolvm_async.errors import FileTransferError
+from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.tasks import acquired, in_background
+
+if TYPE_CHECKING:
+    from asyncssh import SFTPClient, SFTPClientFile
+
+AT_A_TIME = 16  # files, and blocks of each
+LEAST_BLOCK, MOST_BLOCK = 16 << 10, 256 << 10  # bytes; a server tells what it takes
+ONE_BY_ONE = {"block_size": 0}  # asyncssh's own blocks go on behind the back of who is cancelled
+STEP = 0.1  # seconds between two reports
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Tells how far a transfer is."""
+
+    def __init__(self, callback: ProgressCallback | None, message: str, total: int) -> None:
+        self._callback, self._message, self._total = callback, message, total
+        self._started = self._told = time.monotonic()
+        self._done = 0
+
+    def add(self, count: int) -> None:
+        """Some bytes more."""
+        self._done += count
+        if time.monotonic() - self._told > STEP:
+            self.tell()
+
+    def tell(self) -> None:
+        """Report."""
+        self._told = time.monotonic()
+        elapsed = self._told - self._started
+        report(self._callback, Progress("files", self._message, elapsed, self._done, self._total))
+
+
+def temporary_name(name: str) -> str:
+    """A hidden name that nobody else has."""
+    return f".{name[:200]}.smolvm-{secrets.token_hex(4)}"
+
+
+def opened(path: Path, flags: int) -> AbstractAsyncContextManager[int]:
+    """A file of this host, as a descriptor."""
+    return acquired(in_background(os.open, path, flags | os.O_CLOEXEC, 0o600), os.close)
+
+
+async def each(items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]]) -> None:
+    """Do something with each file, or block of one, several at a time."""
+    pending = iter(items)
+    failures: list[Exception] = []
+
+    async def worker() -> None:
+        for item in pending:
+            try:
+                await work(item)
+            except Exception as error:
+                failures.append(error)
+                group.cancel_scope.cancel()
+                return
+
+    async with anyio.create_task_group() as group:
+        for _ in range(AT_A_TIME):
+            group.start_soon(worker)
+    if failures:
+        raise failures[0]
+
+
+async def copy_blocks(
+    size: int, block: int, copy: Callable[[int, int], Coroutine[Any, Any, int]]
+) -> None:
+    """Copy a file of `size` bytes in blocks.
+
+    Args:
+        copy: Copies at an offset so many bytes or less; returns how many.
+    """
+
+    async def whole(offset: int) -> None:
+        end = min(offset + block, size)
+        while offset < end:
+            count = await copy(offset, end - offset)
+            if not count:
+                raise FileTransferError("it has become shorter while it was copied")
+            offset += count
+
+    if size > block:
+        await each(range(0, size, block), whole)
+    elif size:
+        await whole(0)
+    else:  # or one of /proc, which does not tell its size
+        while count := await copy(size, block):
+            size += count
+
+
+class ToGuest:
+    """Writes into the guest."""
+
+    def __init__(self, sftp: SFTPClient, source: Path, target: str, meter: Meter) -> None:
+        self._sftp, self._source, self._meter = sftp, source, meter
+        self._target = target
+        path = PurePosixPath(target)
+        self.temporary = str(path.with_name(temporary_name(path.name)))
+
+    async def copy(self, tree: Sequence[Entry]) -> None:
+        """Copy everything under the temporary name."""
+        from asyncssh import SFTPAttrs
+
+        directories = [entry for entry in tree if entry.is_directory]
+        for entry in directories:
+            await self._sftp.mkdir(self._at(entry), SFTPAttrs(permissions=0o700))
+        await each([entry for entry in tree if entry.is_file], self._file)
+        for entry in tree:
+            if entry.is_link:
+                link = await in_background(os.readlink, self._source / entry.path)
+                await self._sftp.symlink(link, self._at(entry))
+        for entry in reversed(directories):
+            await self._sftp.setstat(self._at(entry), _attributes(entry))
+
+    def _at(self, entry: Entry) -> str:
+        return f"{self.temporary}/{entry.path}" if entry.path else self.temporary
+
+    async def _file(self, entry: Entry) -> None:
+        source = self._source / entry.path if entry.path else self._source
+        async with (
+            opened(source, os.O_RDONLY) as fd,
+            self._sftp.open(self._at(entry), "xb", **ONE_BY_ONE) as target,
+        ):
+            block = _block(self._sftp.limits.max_write_len)
+            await copy_blocks(entry.size, block, partial(self._block, fd, target))
+            await target.setstat(_attributes(entry))
+
+    async def _block(self, fd: int, target: SFTPClientFile, offset: int, size: int) -> int:
+        content = await in_background(os.pread, fd, size, offset)
+        if content:
+            await target.write(content, offset)
+            self._meter.add(len(content))
+        return len(content)
+
+    async def publish(self, temporary: str | None = None, target: str | None = None) -> None:
+        """Give what has arrived its name; a directory that is there already gets the contents."""
+        temporary, target = temporary or self.temporary, target or self._target
+        arrived = await self._sftp.lstat(temporary)
+        there = None
+        if await self._sftp.lexists(target):
+            there = await self._sftp.lstat(target)
+        both = [stat.S_ISDIR(attrs.permissions or 0) for attrs in (arrived, there) if attrs]
+        if len(both) == 2 and both[0] != both[1]:
+            raise _unlike(target)
+        if both != [True, True]:
+            await self._sftp.posix_rename(temporary, target)
+            return
+        for name in await self._sftp.listdir(temporary):
+            if name not in (".", ".."):
+                await self.publish(f"{temporary}/{name}", f"{target}/{name}")
+        await self._sftp.rmdir(temporary)
+
+    async def discard(self) -> None:
+        """Remove what has arrived."""
+        if not await self._sftp.lexists(self.temporary):
+            return
+        if await self._sftp.isdir(self.temporary):
+            await self._sftp.rmtree(self.temporary)
+        else:
+            await self._sftp.remove(self.temporary)
+
+
+class FromGuest:
+    """Writes here."""
+
+    def __init__(self, sftp: SFTPClient, source: str, target: Path, meter: Meter) -> None:
+        self._sftp, self._source, self._meter = sftp, source, meter
+        self._target = target
+        self.temporary = target.with_name(temporary_name(target.name))
+
+    async def copy(self, tree: Sequence[Entry]) -> None:
+        """Copy everything under the temporary name."""
+        directories = [entry for entry in tree if entry.is_directory]
+        for entry in directories:
+            await in_background(self._at(entry).mkdir, 0o700)
+        await each([entry for entry in tree if entry.is_file], self._file)
+        for entry in tree:
+            if entry.is_link:
+                link = await self._sftp.readlink(f"{self._source}/{entry.path}")
+                await in_background(os.symlink, link, self._at(entry))
+        for entry in reversed(directories):
+            await in_background(_set_attributes, self._at(entry), entry)
+
+    def _at(self, entry: Entry) -> Path:
+        return self.temporary / entry.path if entry.path else self.temporary
+
+    async def _file(self, entry: Entry) -> None:
+        source = f"{self._source}/{entry.path}" if entry.path else self._source
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        async with opened(self._at(entry), flags) as fd:
+            async with self._sftp.open(source, "rb", **ONE_BY_ONE) as file:
+                block = _block(self._sftp.limits.max_read_len)
+                await copy_blocks(entry.size, block, partial(self._block, file, fd))
+            await in_background(_set_attributes, fd, entry)
+
+    async def _block(self, file: SFTPClientFile, fd: int, offset: int, size: int) -> int:
+        content = await file.read(size, offset)
+        assert isinstance(content, bytes)
+        if content:
+            await in_background(_write_all, fd, content, offset)
+            self._meter.add(len(content))
+        return len(content)
+
+    async def publish(self) -> None:
+        """Give what has arrived its name; a directory that is there already gets the contents."""
+        await in_background(_publish, self.temporary, self._target)
+
+    async def discard(self) -> None:
+        """Remove what has arrived."""
+        await in_background(_remove, self.temporary)
+
+
+def _block(most: int) -> int:
+    return max(LEAST_BLOCK, min(most, MOST_BLOCK))
+
+
+def _attributes(entry: Entry) -> Any:
+    from asyncssh import SFTPAttrs
+
+    mtime = int(entry.mtime)
+    return SFTPAttrs(permissions=stat.S_IMODE(entry.mode), atime=mtime, mtime=mtime)
+
+
+def _set_attributes(where: Path | int, entry: Entry) -> None:
+    os.utime(where, (entry.mtime, entry.mtime))
+    os.chmod(where, stat.S_IMODE(entry.mode) & 0o777)  # no set-user-id file comes out of a guest
+
+
+def _write_all(fd: int, content: bytes, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    try:
+        there: int | None = target.lstat().st_mode
+    except FileNotFoundError:
+        there = None
+    arrived = stat.S_ISDIR(temporary.lstat().st_mode)
+    if there is not None and arrived != stat.S_ISDIR(there):
+        raise _unlike(str(target))
+    if there is None or not arrived:
+        os.replace(temporary, target)
+        return
+    for path in list(temporary.iterdir()):
+        _publish(path, target / path.name)
+    temporary.rmdir()
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+
+
+def _unlike(target: str) -> FileTransferError:
+    return FileTransferError(
+        f"{target!r} is a directory on one side and none on the other: remove it, or choose "
+        "another name"
+    )

@@ -1,0 +1,190 @@
+"""What a boot of the firmware probe has shown, and the conclusions: pure functions.
+
+The firmware reports on the serial console which boot entries it tries, and how that ended.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from smolvm_async.doctor.findings import Verdict, failed, ok, skipped, warning
+from smolvm_async.doctor.unsigned import MARKER
+from smolvm_async.foundation.tail import printable
+from smolvm_async.guests import GuestProfile
+from smolvm_async.host.distribution import how_to_install
+from smolvm_async.host.firmware import Firmware
+
+NETWORK = "user-network"  # the part of the machine that QEMU may have been built without
+DISK_ENTRY = r"BdsDxe: loading Boot\d+ [^\n]*Scsi\("
+REFUSAL = r"BdsDxe: failed to (?:load|start) Boot\d+ [^\n]*Scsi\([^\n]*: ([A-Z][A-Za-z ]+)"
+FORBIDDEN = ("Access Denied", "Security Violation")
+PXE = "Start PXE over IPv4"
+TAIL = 500  # characters of the console that a finding quotes
+
+PCAP_HEADER, PCAP_RECORD = 24, struct.Struct("=4I")  # QEMU writes it in the host's byte order
+IPV4_UDP = re.compile(rb".{12}\x08\x00(.).{8}\x11", re.DOTALL)
+BOOTPS = 67
+
+
+class Sighting(NamedTuple):
+    """What one boot has shown.
+
+    Attributes:
+        accelerator: What QEMU ran it with.
+        console: What the firmware wrote to the serial console.
+        offered: The address that QEMU's DHCP server offered the guest; empty if none.
+        failure: Why the boot ended by itself, in QEMU's words; empty if it went on.
+        refused: Parts of the machine without which QEMU had to run, and its words about each.
+        seconds: How long the boot was watched.
+    """
+
+    accelerator: str
+    console: str = ""
+    offered: str = ""
+    failure: str = ""
+    refused: Mapping[str, str] = MappingProxyType({})
+    seconds: float = 0.0
+
+    @property
+    def booted(self) -> bool:
+        """Whether the firmware came as far as its boot entries."""
+        return "BdsDxe: " in self.console or bool(self.offered)
+
+    @property
+    def unsigned_ran(self) -> bool:
+        """Whether the unsigned program was executed."""
+        return MARKER in self.console
+
+    @property
+    def disk_error(self) -> str:
+        """With what error the disk's boot entry failed; empty if it did not, or not yet."""
+        match = re.search(REFUSAL, self.console)
+        return match[1].strip() if match else ""
+
+    @property
+    def disk_tried(self) -> bool:
+        """Whether the firmware is done with the disk."""
+        return self.unsigned_ran or bool(self.disk_error)
+
+    def why_not(self) -> str:
+        """Why it is not `booted`: a sentence without its end."""
+        if self.failure:
+            return self.failure
+        tail = printable(self.console)[-TAIL:].strip()
+        said = f"its console ends with {tail!r}" if tail else "its serial console stayed empty"
+        return f"the firmware did not reach its boot entries within {self.seconds:.0f} s; {said}"
+
+
+def offered_address(capture: bytes) -> str:
+    """The first address that a DHCP server offered, from a capture; empty if none did.
+
+    Args:
+        capture: A pcap file, which QEMU may still be writing.
+    """
+    position = PCAP_HEADER
+    while position + PCAP_RECORD.size <= len(capture):
+        *_, length, _ = PCAP_RECORD.unpack_from(capture, position)
+        position += PCAP_RECORD.size
+        frame = capture[position : position + length]
+        position += length
+        if match := IPV4_UDP.match(frame):
+            udp = frame[14 + (match[1][0] & 15) * 4 :]
+            reply, address = udp[8:9] == b"\2", udp[24:28]  # of BOOTP: op and yiaddr
+            from_server = udp[:2] == BOOTPS.to_bytes(2, "big")
+            if from_server and reply and len(address) == 4 and any(address):
+                return socket.inet_ntoa(address)
+    return ""
+
+
+def boot_verdict(sighting: Sighting) -> Verdict:
+    """Whether the machine runs its firmware at all."""
+    accelerator = sighting.accelerator.upper()
+    if sighting.booted:
+        return ok(f"the firmware booted under {accelerator} in {sighting.seconds:.1f} s")
+    return failed(
+        f"the firmware did not boot under {accelerator}: {sighting.why_not()}",
+        "Install QEMU and its firmware afresh, from one distribution. "
+        f"{how_to_install(['qemu-system-x86_64', 'ovmf'])}.",
+    )
+
+
+def smm_verdict(sighting: Sighting, profile: GuestProfile) -> Verdict:
+    """Whether System Management Mode works, on which Secure Boot rests."""
+    if "requires-smm" not in profile.firmware_features:
+        return skipped(f"{profile.title} guests do not need it")
+    if sighting.booted:
+        return ok("the firmware, which hangs without SMM, booted")
+    return skipped("the firmware did not boot")
+
+
+def disk_verdict(sighting: Sighting) -> Verdict:
+    """Whether the firmware read the disk on the virtio-scsi controller."""
+    if not sighting.booted:
+        return skipped("the firmware did not boot")
+    if sighting.unsigned_ran or sighting.disk_error in FORBIDDEN:
+        return ok("the firmware read a program from a qcow2 on virtio-scsi")
+    if sighting.disk_error:
+        found = f"the firmware could not read the virtio-scsi disk: {sighting.disk_error}"
+    elif re.search(DISK_ENTRY, sighting.console):
+        found = "the firmware began to read the virtio-scsi disk and did not end"
+    else:
+        found = "the firmware did not find the virtio-scsi disk"
+    cure = f"Use a firmware with virtio-scsi drivers. {how_to_install(['ovmf'])}."
+    return failed(found, cure)
+
+
+def secure_boot_verdict(sighting: Sighting, profile: GuestProfile, firmware: Firmware) -> Verdict:
+    """Whether an unsigned program is refused."""
+    if "secure-boot" not in profile.firmware_features:
+        return skipped(f"{profile.title} guests do not need it")
+    if sighting.unsigned_ran:
+        return failed(
+            f"Secure Boot is not enforced: with {firmware.vars_template}, "
+            "the firmware ran an unsigned program",
+            "Use UEFI variables with Microsoft's keys, and remove the firmware descriptor in "
+            "/etc/qemu/firmware or ~/.config/qemu/firmware that names others. "
+            f"{how_to_install(['ovmf'])}.",
+        )
+    if sighting.disk_error in FORBIDDEN:
+        return ok(f"the firmware refused an unsigned program: {sighting.disk_error}")
+    return skipped("the firmware did not come to judge the unsigned program")
+
+
+def network_verdict(sighting: Sighting) -> Verdict:
+    """Whether QEMU's user-mode network answers the guest."""
+    if words := sighting.refused.get(NETWORK):
+        return failed(
+            f"QEMU has no user-mode network: {words}",
+            f"Install a QEMU that was built with slirp. {how_to_install(['qemu-system-x86_64'])}.",
+        )
+    if sighting.offered:
+        return ok(f"QEMU's DHCP server offered {sighting.offered} to the firmware")
+    if not sighting.booted:
+        return skipped("the firmware did not boot")
+    if PXE in sighting.console:
+        return failed(
+            "the firmware asked for an address, and QEMU's DHCP server did not answer",
+            f"Install QEMU and libslirp afresh. {how_to_install(['qemu-system-x86_64'])}.",
+        )
+    return warning(
+        "QEMU provides the network, but the firmware did not try it, so no packet was seen",
+        "Nothing has to be done if guests have a network.",
+    )
+
+
+def tpm_verdict(sighting: Sighting, sidecar: str) -> Verdict:
+    """Whether QEMU took the TPM."""
+    if words := sighting.refused.get(sidecar):
+        return failed(
+            f"QEMU does not work with {sidecar}: {words}",
+            "Install a QEMU that was built with TPM support. "
+            f"{how_to_install(['qemu-system-x86_64', 'swtpm'])}.",
+        )
+    if sighting.booted:
+        return ok(f"the firmware booted with {sidecar} as its TPM")
+    return skipped("the firmware did not boot")

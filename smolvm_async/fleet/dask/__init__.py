@@ -1,0 +1,1 @@
+"""A fleet on the workers of a Dask cluster."""

@@ -1,0 +1,1 @@
+"""Images that the library builds from the host's package sources."""

@@ -1,0 +1,86 @@
+"""The file system, the guest in which its packages are configured, and the disk made of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from smolvm_async.errors import CommandError
+from smolvm_async.foundation import process
+from smolvm_async.foundation.progress import Progress
+from smolvm_async.guests.linux import DEBIAN
+from smolvm_async.host import choose_accelerator
+from smolvm_async.images.build.builders import MKE2FS_CONF, search_path
+
+SIZE = "10G"  # sparse: what is not used takes no room
+MEMORY = 1024  # MiB
+DONE = "SMOLVM: configured"
+TAIL = 3000  # characters of the console that an error quotes
+POLL = 0.5  # seconds between two looks at how far dpkg is
+
+
+async def make(work: Path) -> None:
+    """Make `root.raw` of `tree`."""
+    (work / "mke2fs.conf").write_text(MKE2FS_CONF)
+    flags = ["-q", "-t", "ext4", "-L", "smolvm", "-m", "0", "-d", "tree"]
+    extended = "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard"
+    environment = {"PATH": search_path(), "MKE2FS_CONFIG": "mke2fs.conf"}
+    command = ["mke2fs", *flags, "-E", extended, "root.raw", SIZE]
+    await process.run(command, cwd=work, env=environment)
+
+
+async def configure(
+    work: Path, boot_args: str, packages: int, relay: Callable[[Progress], None]
+) -> None:
+    """Boot the file system once, to have dpkg configure its packages.
+
+    Raises:
+        CommandError: If that fails, with the end of what the guest said.
+    """
+    accelerator, _ = choose_accelerator("auto", smm=False)
+    cpu = DEBIAN.cpu[accelerator.name]
+    watching = asyncio.create_task(_watch(work / "console", packages, relay))
+    try:
+        await process.run(_qemu(accelerator.option, cpu, boot_args), cwd=work)
+    finally:
+        watching.cancel()
+    console = _read(work / "console")
+    if DONE not in console:
+        raise CommandError(f"The packages could not be configured:\n{console[-TAIL:]}")
+
+
+def _qemu(accelerator: str, cpu: str, boot_args: str) -> list[str]:
+    return [
+        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none", "-machine", "q35", "-accel", accelerator, "-cpu", cpu),
+        *("-m", str(MEMORY)),
+        *("-kernel", "image/kernel", "-initrd", "image/initrd"),
+        *("-append", f"{boot_args} smolvm.init=/usr/lib/smolvm/configure"),
+        *("-drive", "file=root.raw,format=raw,if=none,id=root,cache=unsafe"),
+        *("-device", "virtio-blk-pci,drive=root"),
+        *("-device", "virtio-rng-pci"),
+        *("-serial", "file:console"),
+    ]
+
+
+async def _watch(console: Path, total: int, relay: Callable[[Progress], None]) -> None:
+    while True:
+        await asyncio.sleep(POLL)
+        done = min(total, _read(console).count("Setting up "))
+        relay(Progress("image", "configuring packages in the guest", 0.0, done, total))
+
+
+def _read(console: Path) -> str:
+    try:
+        return console.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+async def convert(work: Path) -> None:
+    """Make `image/disk.qcow2` of `root.raw`."""
+    formats = ["-f", "raw", "-O", "qcow2"]
+    await process.run(["qemu-img", "convert", *formats, "root.raw", "image/disk.qcow2"], cwd=work)
+    os.unlink(work / "root.raw")

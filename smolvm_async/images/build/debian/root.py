@@ -1,0 +1,228 @@
+"""The guest's files: its packages unpacked, dpkg's database of them, and what is our own."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from smolvm_async.errors import HostError
+from smolvm_async.foundation import process
+from smolvm_async.foundation.tasks import in_background
+from smolvm_async.images.build import packages
+from smolvm_async.images.build.boot_files import (
+    find_file,
+    forget_umask,
+    install,
+    install_drivers,
+    modules,
+    newc,
+)
+from smolvm_async.images.build.builders import CLOUD_KERNELS, distribution
+from smolvm_async.images.build.debian.kernel import uncompressed
+
+GUEST = Path(__file__).parent / "guest"
+OWN = "usr/lib/smolvm"  # what is ours in the guest
+
+# usr-is-merged: the directories are merged here, where the package usrmerge would bring Perl's
+# modules to do it.
+WANTED = (
+    *("?essential", "?priority(required)", "usr-is-merged", "apt", "ca-certificates", "curl"),
+    *("git", "iproute2", "iputils-ping", "kmod", "less", "netbase", "openssh-client"),
+    *("openssh-server", "procps", "python3", "sudo", "tzdata", "unzip", "xz-utils"),
+)
+# The kernel is not to be installed in the guest, whose boot loader is QEMU; and what usr-is-merged
+# checks has been done here.
+CONFIGURED = "linux-|usr-is-merged"
+MERGED = ("bin", "sbin", "lib", "lib64")
+NOT_UNPACKED = (
+    *("usr/share/man/*", "usr/share/info/*", "usr/share/locale/*", "usr/share/lintian/*"),
+    "usr/share/doc/*/[!c]*",  # but for the copyright
+)
+DRIVERS = (
+    *("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "virtio_net", "af_packet"),
+    *("virtio_rng", "qemu_fw_cfg", "button", "evdev", "pvpanic", "pvpanic_pci"),
+)
+
+# Unpacks $1 and its control files; prints what it holds, as `tar -tv` does.
+UNPACK = """
+set -eu
+name=$(dpkg-deb --field "$1" Package)
+dpkg-deb --control "$1" "control/$name"
+dpkg-deb --fsys-tarfile "$1" | tar --extract --directory=tree --preserve-permissions \
+    --no-same-owner --keep-directory-symlink --exclude-from=exclude -vv >"list/$name"
+"""
+
+
+async def package_names(cache: Path) -> list[str]:
+    """The packages to fetch, once the lists in `cache` are there."""
+    kernel = CLOUD_KERNELS[distribution("The built-in Linux")]
+    needed = await packages.dependencies([kernel], cache)
+    images = [name for name in needed if re.match(r"linux-(image|modules)-\d", name)]
+    return [*await packages.installation(WANTED, cache), *images, "busybox-static"]
+
+
+async def unpack(debs: Sequence[Path], work: Path) -> Path:
+    """Unpack everything into a tree with merged directories; returns it."""
+    tree = work / "tree"
+    for name in MERGED:
+        (tree / "usr" / name).mkdir(parents=True)
+        (tree / name).symlink_to(f"usr/{name}")
+    for name in ("control", "list"):
+        (work / name).mkdir()
+    (work / "exclude").write_text("".join(f"./{pattern}\n" for pattern in NOT_UNPACKED))
+    for deb in debs:
+        await process.run(["sh", "-c", UNPACK, "sh", deb], cwd=work, env={"LC_ALL": "C.UTF-8"})
+    return tree
+
+
+async def arrange(tree: Path, work: Path) -> None:
+    """Make of the tree what can be booted to configure it, and `image/kernel`, `image/initrd`.
+
+    Raises:
+        HostError: If the packages do not hold what is expected of them.
+    """
+    drivers = await modules(tree / "usr/lib/modules", DRIVERS)
+    await in_background(_make_initrd, tree, work, drivers)
+    await in_background(_make_kernel, tree, work)
+    await in_background(_make_database, tree, work)
+    await in_background(_add_ours, tree, work)
+
+
+def _make_initrd(tree: Path, work: Path, drivers: Sequence[Path]) -> None:
+    initramfs = work / "initramfs"
+    for name in ("bin", "dev", "modules", "proc", "root", "sys"):
+        (initramfs / name).mkdir(parents=True)
+    install(find_file(tree, ["busybox"]), initramfs / "bin/busybox", 0o755)
+    install(GUEST / "initramfs.sh", initramfs / "init", 0o755)
+    install_drivers(drivers, initramfs / "modules")
+    forget_umask(initramfs)
+    (work / "image" / "initrd").write_bytes(newc(initramfs))
+
+
+def _make_kernel(tree: Path, work: Path) -> None:
+    kernel = find_file(tree / "boot", ["vmlinuz-*"])
+    (work / "image" / "kernel").write_bytes(uncompressed(kernel.read_bytes()))
+    shutil.rmtree(tree / "boot")
+    (tree / "boot").mkdir()
+
+
+# dpkg's database
+
+
+def _make_database(tree: Path, work: Path) -> None:
+    """As if dpkg had unpacked the packages: it then configures them."""
+    database = tree / "var/lib/dpkg"
+    (database / "info").mkdir(parents=True, exist_ok=True)
+    for name in ("updates", "triggers", "parts", "alternatives"):
+        (database / name).mkdir(exist_ok=True)
+    (database / "info/format").write_text("1\n")
+    (database / "available").touch()
+    stanzas, modes = [], []
+    for control in sorted((work / "control").iterdir()):
+        text = (control / "control").read_text().strip()
+        name = control.name
+        if re.search(r"(?mi)^Multi-Arch: *same", text):
+            name += ":amd64"
+        entries = list(_entries((work / "list" / control.name).read_text()))
+        listing = "".join(f"{path}\n" for _, _, path in entries)
+        (database / "info" / f"{name}.list").write_text(listing)
+        modes += [f"{mode} {owner} {path}\n" for mode, owner, path in entries if owner or mode]
+        conffiles = ""
+        for path in control.iterdir():
+            if path.name == "conffiles":
+                conffiles = _conffiles(tree, path.read_text().split())
+            if path.name != "control":
+                install(path, database / "info" / f"{name}.{path.name}", path.stat().st_mode)
+        state = "installed" if re.match(CONFIGURED, control.name) else "unpacked"
+        status = text.replace("\n", f"\nStatus: install ok {state}\n", 1)
+        stanzas.append(f"{status}\n{conffiles}")
+    (database / "status").write_text("\n".join(f"{stanza}" for stanza in stanzas))
+    (tree / OWN).mkdir()
+    (tree / OWN / "modes").write_text("".join(modes))
+
+
+def _entries(listing: str) -> Iterator[tuple[str, str, str]]:
+    """Mode (if it is special), owner (if not root) and path of each line that tar has printed."""
+    for line in listing.splitlines():
+        match = re.fullmatch(r"(\S{10}) +(\S+) +\S+ \S+ \S+ \./(.*?)( -> .*| link to .*)?", line)
+        if match is None:
+            continue
+        permissions, owner, path = match[1], match[2], match[3].rstrip("/")
+        mode = _octal(permissions) if re.search("[sStT]", permissions) else ""
+        other = owner.replace("/", ":") if owner not in ("root/root", "0/0") else ""
+        yield (
+            (mode or (other and _octal(permissions))),
+            other or (mode and "root:root"),
+            f"/{path or '.'}",
+        )
+
+
+def _octal(permissions: str) -> str:
+    """`-rwxr-sr-x` → 2755."""
+    mode = 0
+    for index, letter in enumerate(permissions[1:]):
+        if letter not in "-ST":
+            mode |= 1 << (8 - index)
+        if letter in "sStT":
+            mode |= {2: 0o4000, 5: 0o2000, 8: 0o1000}[index]
+    return f"{mode:04o}"
+
+
+def _conffiles(tree: Path, paths: Sequence[str]) -> str:
+    lines = []
+    for path in paths:
+        file = tree / path.lstrip("/")
+        if file.is_file():
+            digest = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+            lines.append(f" {path} {digest}\n")
+    return "Conffiles:\n" + "".join(lines) if lines else ""
+
+
+# What is ours
+
+
+def _add_ours(tree: Path, work: Path) -> None:
+    install(find_file(tree, ["busybox"]), tree / OWN / "busybox", 0o755)
+    for name in ("init", "configure", "end"):
+        install(GUEST / f"{name}.sh", tree / OWN / name, 0o755)
+    for name in ("poweroff", "halt", "reboot", "shutdown"):
+        (tree / "usr/sbin" / name).symlink_to(f"/{OWN}/end")
+    install(GUEST / "sshd_config", tree / OWN / "sshd_config")
+    install(GUEST / "dpkg.cfg", tree / "etc/dpkg/dpkg.cfg.d/smolvm")
+    (tree / "etc/resolv.conf").write_text("nameserver 10.0.2.3\n")  # QEMU's own
+    (tree / "etc/fstab").touch()
+    (tree / "root").chmod(0o700)
+    _copy_sources(tree)
+
+
+def _copy_sources(tree: Path) -> None:
+    """The guest's apt has the distribution's own sources that the host has."""
+    apt = tree / "etc/apt"
+    (apt / "sources.list.d").mkdir(parents=True, exist_ok=True)
+    own = [path for path in _sources() if _is_own(path.read_text())]
+    if not own:
+        raise HostError("None of this host's package sources is its distribution's own.")
+    for path in own:
+        text = path.read_text()
+        for keyring in re.findall(r"(?i)signed-by[:=] *(/[^\s\]]+)", text):
+            if not (tree / keyring.lstrip("/")).exists():
+                install(Path(keyring), tree / keyring.lstrip("/"))
+        install(path, apt / path.relative_to("/etc/apt"))
+
+
+def _sources() -> Iterator[Path]:
+    apt = Path("/etc/apt")
+    if (apt / "sources.list").is_file():
+        yield apt / "sources.list"
+    for pattern in ("*.list", "*.sources"):
+        yield from sorted((apt / "sources.list.d").glob(pattern))
+
+
+def _is_own(text: str) -> bool:
+    return (
+        re.search(r"(?m)^[^#]*(debian|ubuntu)[^#]*\bmain\b|^URIs:.*(debian|ubuntu)", text)
+        is not None
+    )

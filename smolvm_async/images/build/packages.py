@@ -1,0 +1,198 @@
+"""Debian's or Ubuntu's packages, fetched by an ordinary user.
+
+`apt-get` does the work with the host's own sources, keys and proxies. Its lists and archives
+live in a directory of ours, and it is told that nothing is installed: neither root nor the
+host's package database is needed, and what is found does not depend on what the host has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+
+from smolvm_async.errors import CommandError
+from smolvm_async.foundation import process
+from smolvm_async.foundation.locking import try_lock
+from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.tasks import in_background
+
+POLL = 0.1  # seconds
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+_URI = re.compile(r"'[^']*' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<digest>\w+)")
+
+
+@contextlib.asynccontextmanager
+async def exclusive(directory: Path) -> AsyncIterator[None]:
+    """Hold `directory` (made if missing): one task of one process at a time, the rest wait.
+
+    The lock is the directory's own, so it needs no file and ends with the process.
+    """
+    descriptor = _open(directory)
+    try:
+        while not try_lock(descriptor):  # noqa: ASYNC110 (no event comes from another process)
+            await asyncio.sleep(POLL)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open(directory: Path) -> int:
+    directory.mkdir(parents=True, exist_ok=True)
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+async def update(cache: Path) -> None:
+    """Bring the package lists in `cache` up to date.
+
+    A source that does not answer is no error as long as another one does.
+
+    Raises:
+        CommandError: If there are no lists to be had, with what apt-get said.
+    """
+    async with exclusive(cache):
+        for name in ("lists/partial", "archives/partial"):
+            (cache / name).mkdir(parents=True, exist_ok=True)
+        (cache / "status").touch()
+        said = await _apt("apt-get", cache, "update")
+    if not any((cache / "lists").glob("*_Packages*")):
+        raise CommandError(f"apt-get update found no package lists:\n{said.strip()}")
+
+
+async def dependencies(names: Sequence[str], cache: Path) -> list[str]:
+    """`names` and all that they depend on, whichever alternative is taken; sorted.
+
+    Raises:
+        CommandError: If a name is unknown.
+    """
+    flags = ("--recurse", "--important", "--no-pre-depends")
+    said = await _apt("apt-cache", cache, "depends", *flags, *names)
+    return sorted(set(filter(_NAME.fullmatch, said.splitlines())))
+
+
+async def installation(names: Sequence[str], cache: Path) -> list[str]:
+    """What has to be installed, on a system that has nothing, to have `names`; sorted.
+
+    Args:
+        names: Of packages, or patterns (apt-patterns(7)) such as `?essential`.
+
+    Raises:
+        CommandError: If a name is unknown.
+    """
+    flags = ("--simulate", "--no-install-recommends", "--yes")
+    said = await _apt("apt-get", cache, "install", *flags, *names)
+    return sorted(re.findall(r"(?m)^Inst (\S+) ", said))
+
+
+async def fetch(
+    names: Sequence[str], cache: Path, on_progress: ProgressCallback | None = None
+) -> list[Path]:
+    """Download the newest `names` (dependencies are not added) into `cache`.
+
+    A file that is there already is not downloaded again, unless it is damaged; apt-get verifies
+    those it downloads.
+
+    Returns:
+        The `.deb` files, sorted.
+
+    Raises:
+        CommandError: If a name is unknown or a download fails.
+    """
+    archives = cache / "archives"
+    async with exclusive(cache):
+        said = await _apt("apt-get", cache, "download", "--print-uris", *names)
+        offers = {match["file"]: match for match in _URI.finditer(said)}
+        if len(offers) != len(set(names)):
+            raise CommandError(f"apt-get download does not tell all digests:\n{said.strip()}")
+        present = await in_background(digests, archives, list(offers))
+        missing = {
+            file: int(offer["size"])
+            for file, offer in offers.items()
+            if present[file] != offer["digest"]
+        }
+        if missing:
+            await _download(missing, cache, on_progress)
+    return sorted(archives / file for file in offers)
+
+
+def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of each of the files in `directory`, in hexadecimal; empty if there is none."""
+    return {name: _digest(directory / name) for name in names}
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+async def _download(
+    sizes: dict[str, int], cache: Path, on_progress: ProgressCallback | None
+) -> None:
+    """Into a directory beside the archives first: what is in `archives` is always whole."""
+    arriving = cache / "arriving"
+    shutil.rmtree(arriving, ignore_errors=True)
+    arriving.mkdir()
+    watching = asyncio.create_task(_watch(arriving, sum(sizes.values()), on_progress))
+    try:
+        names = [file.partition("_")[0] for file in sizes]
+        await _apt("apt-get", cache, "download", *names, cwd=arriving)
+        for file in sizes:
+            os.replace(arriving / file, cache / "archives" / file)
+    finally:
+        watching.cancel()
+        shutil.rmtree(arriving, ignore_errors=True)
+
+
+async def _watch(directory: Path, total: int, on_progress: ProgressCallback | None) -> None:
+    started = time.monotonic()
+    while True:
+        elapsed = time.monotonic() - started
+        done = _size(directory)
+        report(on_progress, Progress("image", "downloading packages", elapsed, done, total))
+        await asyncio.sleep(POLL)
+
+
+def _size(directory: Path) -> int:
+    size = 0
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # apt-get may just have renamed it
+            size += path.stat().st_size
+    return size
+
+
+async def unpack(debs: Sequence[Path], root: Path) -> None:
+    """Unpack the files of `debs` over each other into `root`; no script of theirs is run.
+
+    Raises:
+        CommandError: If one of them is damaged.
+    """
+    for deb in debs:
+        await process.run(["dpkg-deb", "--extract", deb, root])
+
+
+async def _apt(program: str, cache: Path, *words: str, cwd: Path | None = None) -> str:
+    options = {
+        "Dir::State": cache,
+        "Dir::State::lists": cache / "lists",
+        "Dir::State::status": cache / "status",
+        "Dir::Cache": cache,
+        "Dir::Cache::archives": cache / "archives",
+        "APT::Sandbox::User": "root",  # root's would become a user who may not enter `cache`
+        "Acquire::Languages": "none",
+        "Acquire::ForceHash": "SHA256",
+    }
+    settings = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temporary:
+        environment = {"LC_ALL": "C.UTF-8", "TMPDIR": temporary}  # killed, it clears nothing up
+        return await process.run([program, *settings, *words], cwd=cwd, env=environment)

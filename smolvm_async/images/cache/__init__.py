@@ -1,0 +1,10 @@
+"""The cache of published images: by content, downloaded once, never removed from under a VM."""
+
+from __future__ import annotations
+
+from smolvm_async.images.cache.cached import CachedImage
+from smolvm_async.images.cache.images import ImageStore
+from smolvm_async.images.cache.layout import Published
+from smolvm_async.images.cache.tidying import Damage
+
+__all__ = ["CachedImage", "Damage", "ImageStore", "Published"]

@@ -1,0 +1,215 @@
+"""One file of an image into the cache: once, whoever else wants it, and only if it is right."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+
+from smolvm_async.config.vm_config import S3
+from smolvm_async.errors import HostError, ImageError
+from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.slots import Slots
+from smolvm_async.foundation.tasks import first_of, in_background, settle
+from smolvm_async.images import qcow2
+from smolvm_async.images.cache.layout import MTIME, Layout, Published, hold_lock
+from smolvm_async.images.cache.reading import Reading, WrongContentError
+from smolvm_async.images.manifest import LARGEST, ImageFile
+from smolvm_async.images.s3.download import Wanted, begin, transfer
+from smolvm_async.images.s3.partial_file import Arrival
+from smolvm_async.images.s3.uri import parse_uri
+
+logger = get_logger(__name__)
+
+STRIDE = 32 << 20  # bytes that the digest's thread reads at a time
+AT_ONCE = 2  # files that arrive: each has buffers, and zstd's window
+NEWS = 0.1  # seconds between two reports
+
+_places = Slots(AT_ONCE)
+
+
+class Fetch(NamedTuple):
+    """What to fetch.
+
+    Attributes:
+        part: What it is of the image: `rootfs`, `kernel`, `initrd`.
+        file: What the manifest says of it.
+        wanted: Where it is.
+    """
+
+    part: str
+    file: ImageFile
+    wanted: Wanted
+
+
+def fetches(published: Published, layout: Layout) -> list[Fetch]:
+    """What of an image is not in the cache."""
+    location = parse_uri(published.uri)
+    missing = []
+    for part, file in published.manifest.files.items():
+        if not layout.holds(file):
+            key = location.beside(file.name)
+            uri = f"{S3}{location.bucket}/{key}"
+            wanted = Wanted(location.bucket, key, uri, file.size, LARGEST[part])
+            missing.append(Fetch(part, file, wanted))
+    return missing
+
+
+class Meter:
+    """Reports how much of all files has arrived, and how fast; not too often."""
+
+    def __init__(self, name: str, total: int | None, callback: ProgressCallback | None) -> None:
+        self._message = f"downloading {name}"
+        self._total = total
+        self._callback = callback
+        self._finished = 0  # bytes of the files before this one
+        self._done: int | None = None  # bytes of this one
+        self._old = 0  # bytes that earlier processes had left
+        self._began = self._told = time.monotonic()
+
+    def on_bytes(self, done: int, size: int) -> None:
+        """So many bytes of this file are there."""
+        if self._done is None:
+            self._old += done
+            self._told = 0.0
+        self._done = done
+        if time.monotonic() - self._told >= NEWS or done == size:
+            self.tell(self._message)
+
+    def finish_file(self, size: int) -> None:
+        """All of this file is there."""
+        self._finished += size
+        self._done = None
+
+    def tell(self, message: str) -> None:
+        """Report now."""
+        self._told = time.monotonic()
+        elapsed = self._told - self._began
+        done = self._finished + (self._done or 0)
+        rate = (done - self._old) / elapsed if elapsed > 0 and done > self._old else None
+        report(self._callback, Progress("image", message, elapsed, done, self._total, rate))
+
+
+async def fetch_file(
+    layout: Layout, fetch: Fetch, connect: Callable[[], Awaitable[Any]], meter: Meter
+) -> None:
+    """Have a file in the cache.
+
+    Args:
+        connect: Gives the client; only awaited if the file is not there.
+
+    Raises:
+        ImageError: If it cannot be had, or is wrong; then nothing of it is left.
+        HostError: If the disk is full; then nothing of it is left.
+    """
+    lock = layout.arriving / f"{fetch.file.digest}.lock"
+    if lock.exists():
+        meter.tell(f"waiting for {fetch.file.name}, which is being downloaded already")
+    async with hold_lock(lock):
+        if not layout.holds(fetch.file):
+            async with _places.of_this_loop():
+                await _fetch(layout, fetch, await connect(), meter)
+    meter.finish_file(fetch.file.size or 0)
+
+
+async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: Meter) -> None:
+    part = layout.arriving / f"{fetch.file.digest}.part"
+    arrival = Arrival(part, meter.on_bytes)
+    try:
+        try:
+            await _arrive(layout, fetch, client, arrival)
+        except WrongContentError as error:
+            if not arrival.resumed:
+                raise
+            # What an earlier process left may be to blame: once more, from the beginning.
+            logger.warning("%s Once more, from the beginning.", error)
+            await in_background(discard, part)
+            await _arrive(layout, fetch, client, Arrival(part, meter.on_bytes))
+    except WrongContentError as error:
+        await in_background(discard, part)
+        raise ImageError(str(error)) from None
+    except HostError:
+        if not arrival.resumed:
+            await in_background(discard, part)
+        raise
+    except OSError as error:
+        await in_background(discard, part)
+        raise HostError(
+            f"{fetch.wanted.uri} cannot be written below {str(layout.root)!r}: {error.strerror}. "
+            "Nothing of it is kept. Free some space (smolvm-async image prune), or set "
+            "SMOLVM_IMAGE_DIR to another disk."
+        ) from error
+
+
+async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -> None:
+    """Download and read it at the same time; then give it its name."""
+    content = arrival.path.with_suffix(".content")
+    await begin(client, fetch.wanted, arrival, besides=fetch.file.content_size or 0)
+    reading = Reading(arrival.path, fetch.file, content, fetch.wanted.uri)
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(transfer, client, fetch.wanted, arrival)
+            await _read(reading, arrival)
+        whole = arrival.path if fetch.file.compression is None else content
+        await in_background(_finish, layout, fetch, reading, whole)
+    except* Exception as errors:
+        raise first_of(errors) from None
+    finally:
+        reading.close()
+        await in_background(content.unlink, True)
+    await in_background(discard, arrival.path)
+
+
+async def _read(reading: Reading, arrival: Arrival) -> None:
+    while reading.at < arrival.size:
+        end = await arrival.beyond(reading.at)
+        work = in_background(reading.go_on, min(end, reading.at + STRIDE))
+        going_on = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait([going_on])
+        except asyncio.CancelledError:  # does not wait until all that is decompressed
+            reading.abandoned = True
+            await settle(asyncio.wait([going_on]))
+            going_on.exception()  # retrieved, or asyncio would log it
+            raise
+        going_on.result()
+
+
+def _finish(layout: Layout, fetch: Fetch, reading: Reading, path: Path) -> None:
+    """Check it, and give it its name: from here on it counts as there."""
+    reading.check()
+    check_disk(path, fetch.part, fetch.file, fetch.wanted.uri)
+    with path.open("r+b") as file:
+        os.utime(file.fileno(), (MTIME, MTIME))
+        os.fchmod(file.fileno(), 0o400)
+        os.fsync(file.fileno())  # or a crash of the host could leave the name without the content
+    os.replace(path, layout.path_of(fetch.file))
+
+
+def check_disk(path: Path, part: str, file: ImageFile, uri: str) -> None:
+    """Refuse a disk that QEMU shall not see.
+
+    Raises:
+        WrongContentError: If it is one.
+    """
+    if part != "rootfs" or file.format == "raw":
+        return
+    with path.open("rb") as disk:
+        if file.format is None and not disk.read(4).startswith(qcow2.MAGIC):
+            return  # a raw disk of the synchronous package
+        try:
+            qcow2.check(disk.fileno())
+        except qcow2.Qcow2Error as error:
+            raise WrongContentError(f"{uri} {error}.") from None
+
+
+def discard(part: Path) -> None:
+    """Remove what has arrived of a file, and its journal."""
+    for suffix in (".part", ".json", ".new", ".content"):
+        part.with_suffix(suffix).unlink(missing_ok=True)

@@ -1,0 +1,345 @@
+"""`ImageStore`: published images on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack, suppress
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from smolvm_async.config.checks import shown
+from smolvm_async.config.source import Source
+from smolvm_async.config.vm_config import is_published
+from smolvm_async.errors import ConfigError, ImageError
+from smolvm_async.foundation.locking import try_share
+from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.foundation.sharing import Shared
+from smolvm_async.foundation.tasks import in_background
+from smolvm_async.images import qcow2
+from smolvm_async.images.cache.cached import CachedImage, as_cached
+from smolvm_async.images.cache.fetching import Fetch, Meter, check_disk, fetch_file, fetches
+from smolvm_async.images.cache.layout import Layout, Published, Pulled, cache_root
+from smolvm_async.images.cache.reading import WrongContentError
+from smolvm_async.images.cache.tidying import (
+    PULLING,
+    Damage,
+    actual_digest,
+    files_of,
+    found,
+    is_whole,
+    remove_damaged,
+    remove_images,
+    remove_old,
+)
+from smolvm_async.images.manifest import MAX_MANIFEST, parse_manifest
+from smolvm_async.images.s3.client import endpoint, open_client, read_at_most
+from smolvm_async.images.s3.errors import explained, is_offline
+from smolvm_async.images.s3.uri import Location, parse_uri
+from smolvm_async.images.source import ROOT_DISK
+
+logger = get_logger(__name__)
+
+T = TypeVar("T")
+
+
+_numbers = itertools.count()  # of the pulls of this process
+_lookups: Shared[Published] = Shared()
+_fetches: Shared[None] = Shared()
+
+
+class ImageStore:
+    """Published images on this machine, by content: a disk that two URIs share is stored once.
+
+    Any number of tasks and processes may use one cache at the same time.
+
+    Args:
+        data_dir: Where; by default `$SMOLVM_IMAGE_DIR`, else `$XDG_CACHE_HOME/smolvm-async/images`.
+
+    Raises:
+        ConfigError: `data_dir` is no path.
+    """
+
+    def __init__(self, data_dir: str | os.PathLike[str] | None = None) -> None:
+        self._layout = Layout(cache_root(data_dir))
+
+    @property
+    def root(self) -> Path:
+        """The cache's directory."""
+        return self._layout.root
+
+    async def pull(self, uri: str, *, on_progress: ProgressCallback | None = None) -> CachedImage:
+        """Download an image, or what of it is not here yet.
+
+        Args:
+            uri: `s3://BUCKET/PREFIX/`, or that of the manifest itself.
+            on_progress: Called with bytes, total and rate.
+
+        Raises:
+            ImageError: It cannot be had, or is not what its manifest says.
+            HostError: It does not fit on the disk, or the cache cannot be written.
+        """
+        layout = self._layout
+        published = await self.look(uri)
+        await self.fetch(published, on_progress)
+        return await in_background(lambda: as_cached(layout, _recorded(layout, published)))
+
+    async def list(self) -> Sequence[CachedImage]:
+        """The images that are here, whole; the most recently used first."""
+        layout = self._layout
+        return await in_background(
+            lambda: [as_cached(layout, one) for one in layout.records() if is_whole(layout, one)]
+        )
+
+    async def remove(self, name_or_uri: str) -> Sequence[CachedImage]:
+        """Remove an image, and those of its files that no other image has.
+
+        Returns:
+            What is gone: all images of that name, or the one with that URI.
+
+        Raises:
+            ImageError: There is none, or a VM needs it: one that runs, or a kept one at rest.
+        """
+        meant = _meant(name_or_uri)
+
+        def remove() -> list[CachedImage]:
+            images = found(self._layout, meant)
+            gone = [as_cached(self._layout, image) for image in images]
+            remove_images(self._layout, images)
+            return gone
+
+        return await self._alone(remove)
+
+    async def prune(
+        self, *, max_bytes: int | None = None, unused_since: datetime | None = None
+    ) -> Sequence[CachedImage]:
+        """Remove images that nobody has used for long, or that are too much; never a VM's.
+
+        What no image refers to, such as the rest of a download that was broken off, goes too.
+
+        Args:
+            max_bytes: Of all files; the longest unused images go until that is kept.
+            unused_since: Images that were last pulled or booted before this go.
+
+        Returns:
+            The images that are gone.
+
+        Raises:
+            ConfigError: An argument is wrong.
+        """
+        if max_bytes is not None and (
+            isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0
+        ):
+            raise ConfigError(f"max_bytes={shown(max_bytes)} is wrong: pass bytes, 0 or more.")
+        if unused_since is not None and not isinstance(unused_since, datetime):
+            raise ConfigError(
+                f"unused_since={shown(unused_since)} is wrong: pass a datetime, such as "
+                "datetime.now() - timedelta(days=30)."
+            )
+        try:
+            since = unused_since.timestamp() if unused_since is not None else None
+        except (ValueError, OverflowError):  # before the years that a clock has
+            since = 0.0
+
+        def prune() -> list[CachedImage]:
+            gone = remove_old(self._layout, max_bytes, since)
+            return [as_cached(self._layout, image) for image in gone]
+
+        return await self._alone(prune)
+
+    async def verify(self, name_or_uri: str | None = None) -> Sequence[Damage]:
+        """Read every file of an image, or of all, and compare its digest.
+
+        Returns:
+            Those that are damaged, and removed, unless a VM needs them; and those that are gone.
+
+        Raises:
+            ImageError: There is no such image.
+        """
+        layout = self._layout
+        if name_or_uri is not None:
+            name_or_uri = _meant(name_or_uri)
+        layout.make()
+        with layout.usable():
+            return [
+                await self._alone(partial(remove_damaged, layout, path, actual))
+                for path in await in_background(files_of, layout, name_or_uri)
+                if (actual := await in_background(actual_digest, path)) != path.name
+            ]
+
+    async def look(self, uri: str) -> Published:
+        """Read an image's manifest; if S3 cannot be reached, what it was when it was pulled.
+
+        Raises:
+            ImageError: It cannot be had, or cannot be used.
+        """
+        location = parse_uri(uri, "uri")
+        self._layout.make()
+        key = (self.root, endpoint(), location.uri)
+        return await _lookups.join(key, lambda _: self._look(location), None)
+
+    async def _look(self, location: Location) -> Published:
+        cached = await in_background(_cached, self._layout, location.uri)
+        try:
+            async with open_client(hurried=cached is not None) as client:
+                content = await _read_manifest(client, location)
+        except ImageError as error:
+            if cached is None or not is_offline(error):
+                raise
+            logger.warning("%s The image is taken from the cache as it was pulled.", error)
+            return cached.published
+        manifest = await in_background(parse_manifest, content, location.uri)
+        return Published(location.uri, endpoint(), manifest)
+
+    async def fetch(self, published: Published, on_progress: ProgressCallback | None) -> Source:
+        """Download what of an image is not here.
+
+        Raises:
+            ImageError, HostError: See `pull()`.
+        """
+        self._layout.make()
+        key = (self.root, published.endpoint, published.uri, published.manifest.rootfs.digest)
+        with self._layout.usable():
+            await _fetches.join(key, lambda tell: self._fetch(published, tell), on_progress)
+            return await in_background(_source, self._layout, published)
+
+    async def _fetch(self, published: Published, on_progress: ProgressCallback) -> None:
+        layout = self._layout
+        if missing := await in_background(fetches, published, layout):
+            if published.endpoint != endpoint():
+                raise ConfigError("SMOLVM_S3_ENDPOINT_URL was changed meanwhile: make a new VM.")
+            record = layout.record_path(published.uri, published.endpoint)
+            pulling = record.with_suffix(f".{os.getpid()}-{next(_numbers)}{PULLING}")
+            sizes = [fetch.file.size for fetch in missing]
+            total = None if None in sizes else sum(size or 0 for size in sizes)
+            meter = Meter(published.manifest.name, total, on_progress)
+            # Until all is there, nobody but this file knows that what is there already is needed.
+            await in_background(layout.write_record, published, pulling)
+            try:
+                while missing := await in_background(fetches, published, layout):
+                    await _fetch_files(layout, missing, meter)
+                await in_background(_note, layout, published)
+            finally:
+                await in_background(pulling.unlink, True)
+        else:
+            await in_background(_note, layout, published)
+
+    async def hold(
+        self,
+        published: Published,
+        data_dir: Path,
+        on_progress: ProgressCallback | None,
+        stack: ExitStack,
+    ) -> Source:
+        """Have an image for a VM in `data_dir`: until `stack` is closed, nobody removes it.
+
+        Raises:
+            ImageError, HostError: See `pull()`.
+        """
+        while True:
+            source = await self.fetch(published, on_progress)
+            async with self._layout.locked():
+                if _share(source, stack):
+                    await in_background(self._layout.note_data_dir, data_dir)
+                    return source
+
+    async def _alone(self, work: Callable[[], T]) -> T:
+        self._layout.make()
+        with self._layout.usable():
+            async with self._layout.locked():
+                return await in_background(work)
+
+
+async def _fetch_files(layout: Layout, missing: Sequence[Fetch], meter: Meter) -> None:
+    async with AsyncExitStack() as stack:
+        clients: list[Any] = []
+
+        async def connect() -> Any:
+            if not clients:
+                clients.append(await stack.enter_async_context(open_client()))
+            return clients[0]
+
+        for fetch in missing:
+            await fetch_file(layout, fetch, connect, meter)
+
+
+async def _read_manifest(client: Any, location: Location) -> bytes:
+    try:
+        answer = await client.get_object(Bucket=location.bucket, Key=location.key)
+        try:
+            return await read_at_most(answer["Body"], MAX_MANIFEST + 1)
+        finally:
+            answer["Body"].close()
+    except Exception as error:
+        raise explained(error, location.uri) from error
+
+
+def _cached(layout: Layout, uri: str) -> Pulled | None:
+    """The image that a URI was when it was pulled, from this endpoint or else from another."""
+    known = [image for image in layout.records() if image.published.uri == uri]
+    known.sort(key=lambda image: image.published.endpoint != endpoint())
+    return next((image for image in known if is_whole(layout, image)), None)
+
+
+def _meant(name_or_uri: object) -> str:
+    if not isinstance(name_or_uri, str):
+        raise ConfigError(f"name_or_uri={shown(name_or_uri)} is wrong: pass a str.")
+    return parse_uri(name_or_uri).uri if is_published(name_or_uri) else name_or_uri
+
+
+def _recorded(layout: Layout, published: Published) -> Pulled:
+    """The record of an image that was just fetched, or one like it if it was removed since."""
+    path = layout.record_path(published.uri, published.endpoint)
+    now = time.time()
+    return layout.read_record(path) or Pulled(path, published, now, now)
+
+
+def _source(layout: Layout, published: Published) -> Source:
+    """What a guest starts from."""
+    manifest = published.manifest
+    rootfs = layout.path_of(manifest.rootfs)
+    disk_format = manifest.rootfs.format or _sniffed(rootfs)
+    if manifest.kernel is None:
+        return Source(rootfs, format=disk_format)
+    initrd = layout.path_of(manifest.initrd) if manifest.initrd is not None else None
+    boot_args = ROOT_DISK if manifest.boot_args is None else manifest.boot_args
+    return Source(rootfs, layout.path_of(manifest.kernel), initrd, boot_args, disk_format)
+
+
+def _sniffed(path: Path) -> str:
+    with path.open("rb") as file:
+        return "qcow2" if file.read(len(qcow2.MAGIC)) == qcow2.MAGIC else "raw"
+
+
+def _note(layout: Layout, published: Published) -> None:
+    """The image is here: its record says so, or that it was used again."""
+    path = layout.record_path(published.uri, published.endpoint)
+    known = layout.read_record(path)
+    if known is not None and known.published == published:
+        with suppress(OSError):  # a cache that others fill may be read-only
+            os.utime(path)
+    else:
+        disk = published.manifest.rootfs
+        try:
+            check_disk(layout.path_of(disk), "rootfs", disk, published.uri)  # it may have come
+        except WrongContentError as error:  # as something else
+            raise ImageError(str(error)) from None
+        layout.write_record(published, path)
+
+
+def _share(source: Source, stack: ExitStack) -> bool:
+    """Open and lock what a guest starts from; false if some of it was just removed."""
+    for path in (source.image, source.kernel, source.initrd):
+        if path is not None:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+            stack.callback(os.close, fd)
+            try_share(fd)
+    return True

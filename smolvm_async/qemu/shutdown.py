@@ -1,0 +1,161 @@
+"""The shutdown ladder: power button, `quit`, SIGTERM, SIGKILL, each with its own deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from smolvm_async.config.vm_config import Timeouts
+from smolvm_async.errors import MonitorError, VMNotRunningError
+from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.process import Child
+from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.qemu.acpi import os_in_control, power_button_enabled
+from smolvm_async.qemu.monitor import Monitor
+
+logger = get_logger(__name__)
+
+PRESS_AGAIN = 5.0  # seconds; a press is lost while nothing in the guest listens to it yet
+EXIT = 1.0  # seconds from the end of the monitor's connection to QEMU's exit
+POLL = 0.1  # seconds between two looks whether the guest listens
+
+
+class Rung(StrEnum):
+    """What ended a VM.
+
+    GUEST: the guest had powered itself down. NONE: it was not running. CRASH: it had crashed.
+    The others are the ladder's, in its order.
+    """
+
+    POWERDOWN = "powerdown"
+    QUIT = "quit"
+    SIGTERM = "sigterm"
+    SIGKILL = "sigkill"
+    GUEST = "guest"
+    CRASH = "crash"
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rung that was tried: how long it took in seconds, and what there is to say of it."""
+
+    rung: Rung
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ShutdownReport:
+    """How a VM ended.
+
+    Attributes:
+        rung: What ended it.
+        seconds: How long all rungs took together.
+        steps: Each rung that was tried, in order.
+        exit_status: QEMU's, negative for a signal; `None` if it was not running.
+    """
+
+    rung: Rung
+    seconds: float = 0.0
+    steps: tuple[Step, ...] = ()
+    exit_status: int | None = None
+
+    @property
+    def graceful(self) -> bool:
+        """Whether the guest itself shut down."""
+        return self.rung in (Rung.POWERDOWN, Rung.GUEST)
+
+
+async def shut_down(
+    qemu: Child, monitor: Monitor, timeouts: Timeouts, on_progress: ProgressCallback | None
+) -> ShutdownReport:
+    """Climb the ladder until QEMU has ended."""
+    began = time.monotonic()
+
+    def tell(message: str) -> None:
+        report(on_progress, Progress("stop", message, time.monotonic() - began))
+
+    async def power_down() -> str:
+        return await _power_down(qemu, monitor)
+
+    async def quit_qemu() -> str:
+        await monitor.execute("quit")
+        return await _ended(qemu)
+
+    async def terminate() -> str:
+        qemu.terminate()
+        return await _ended(qemu)
+
+    ladder: list[tuple[Rung, Callable[[], Awaitable[str]], float]] = [
+        (Rung.POWERDOWN, power_down, timeouts.powerdown),
+        (Rung.QUIT, quit_qemu, timeouts.quit),
+        (Rung.SIGTERM, terminate, timeouts.terminate),
+    ]
+    steps: list[Step] = []
+    for rung, act, deadline in ladder:
+        if qemu.returncode is None and deadline > 0:
+            tell(f"{rung}: up to {deadline:g} s")
+            step = await _climb(rung, act, deadline, qemu)
+            steps.append(step)
+            if step.note:
+                tell(f"{rung}: {step.note}")
+    if qemu.returncode is None:
+        killed = time.monotonic()
+        await qemu.reap()
+        steps.append(Step(Rung.SIGKILL, time.monotonic() - killed))
+    rung = steps[-1].rung if steps else Rung.GUEST
+    return ShutdownReport(rung, time.monotonic() - began, tuple(steps), qemu.returncode)
+
+
+async def _climb(
+    rung: Rung, act: Callable[[], Awaitable[str]], deadline: float, qemu: Child
+) -> Step:
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(deadline):
+            note = await act()
+    except TimeoutError:
+        note = f"nothing within {deadline:g} s"
+    except MonitorError as error:
+        note = str(error)
+    except VMNotRunningError:
+        # The monitor's end of file comes just before the exit.
+        note = "" if await _ended_within(qemu, EXIT) else "its monitor is closed"
+    step = Step(rung, time.monotonic() - began, note)
+    logger.debug("%s: %.3f s %s", rung, step.seconds, note)
+    return step
+
+
+async def _power_down(qemu: Child, monitor: Monitor) -> str:
+    """Press the power button until the guest has powered down."""
+    status = await monitor.execute("query-status")
+    if status["status"] == "paused":  # it would not notice the button
+        await monitor.execute("cont")
+        status = await monitor.execute("query-status")
+    if not status["running"]:
+        return f"the guest's processors do not run ({status['status']})"
+    if not await os_in_control(monitor):
+        return "no operating system runs that could power down"
+    while not await power_button_enabled(monitor):
+        if await _ended_within(qemu, POLL):
+            return ""
+    presses = 0
+    while qemu.returncode is None:
+        await monitor.execute("system_powerdown")
+        presses += 1
+        await _ended_within(qemu, PRESS_AGAIN)
+    return "" if presses == 1 else f"the power button was pressed {presses} times"
+
+
+async def _ended(qemu: Child) -> str:
+    await asyncio.wait([qemu.exited])
+    return ""
+
+
+async def _ended_within(qemu: Child, seconds: float) -> bool:
+    await asyncio.wait([qemu.exited], timeout=seconds)
+    return qemu.returncode is not None

@@ -1,0 +1,72 @@
+"""The logs of a VM's processes: files in its directory, to be read whatever state it is in."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import BinaryIO
+
+from smolvm_async.config.checks import check_vm_id
+from smolvm_async.config.vm_config import make_data_dir
+from smolvm_async.foundation.locking import is_locked
+from smolvm_async.state.directory import QEMU_LOG, SWTPM_LOG, find_directory, open_directory
+
+LOGS = {"qemu": QEMU_LOG, "swtpm": SWTPM_LOG}
+POLL = 0.2  # seconds between two looks for more
+
+
+async def read_log(
+    vm_id: str,
+    process: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    follow: bool = False,
+) -> AsyncIterator[str]:
+    """What a process of a VM has written to stdout and stderr, as text; at most 512 KiB of it.
+
+    Args:
+        vm_id: The VM's id.
+        process: `"qemu"` or `"swtpm"`.
+        data_dir: See `AsyncSmolVM`.
+        follow: Whether to go on with what comes, until nobody holds the VM any more.
+
+    Raises:
+        VMNotFoundError: No VM has this id (a `ValueError`).
+    """
+    path = make_data_dir(data_dir) / check_vm_id(vm_id)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    with _open(path, LOGS[process]) as file:
+        while True:
+            final = not (follow and _held(path))
+            if os.fstat(file.fileno()).st_size < file.tell():
+                file.seek(0)  # it had reached its limit, or the VM was started again
+            if text := decoder.decode(file.read(), final):
+                yield text
+            if final:
+                return
+            await asyncio.sleep(POLL)
+
+
+def _open(path: Path, name: str) -> BinaryIO:
+    directory = find_directory(path)
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        return open(os.open(name, flags, dir_fd=directory), "rb")
+    except FileNotFoundError:
+        return open(os.devnull, "rb")  # it was never started
+    finally:
+        os.close(directory)
+
+
+def _held(path: Path) -> bool:
+    try:
+        directory = open_directory(path)
+    except OSError:
+        return False
+    try:
+        return is_locked(directory)
+    finally:
+        os.close(directory)

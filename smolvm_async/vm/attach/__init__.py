@@ -1,0 +1,13 @@
+"""A VM's control socket: its owner serves it, other processes of the same user attach to it.
+
+Messages are JSON-RPC 2.0, one on each line. The client asks for `start`, `stop` and `delete`; the
+server sends notifications: `hello` first, then `event`, `status` and `console` as they come, and
+`ended`, with the failure and the shutdown report, before it closes.
+"""
+
+from __future__ import annotations
+
+from smolvm_async.vm.attach.client import Attached
+from smolvm_async.vm.attach.server import ControlServer
+
+__all__ = ["Attached", "ControlServer"]

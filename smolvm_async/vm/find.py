@@ -1,0 +1,73 @@
+"""Find a VM by its id: attached to its living owner, or at rest and ours to start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.errors import VMNotRunningError
+from smolvm_async.foundation.locking import is_locked
+from smolvm_async.foundation.tasks import in_thread
+from smolvm_async.state.directory import cannot_use, find_directory, not_found
+from smolvm_async.state.record import Record, Status, read_record
+from smolvm_async.vm.attach import Attached
+from smolvm_async.vm.owner import Owned
+from smolvm_async.vm.plan import Plan
+
+ANSWER = 5.0  # seconds for an owner that is just starting or stopping the VM
+POLL = 0.01  # seconds between two looks
+
+
+async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Attached:
+    """The VM whose directory is `path`.
+
+    Raises:
+        VMNotFoundError: If there is none.
+        VMNotRunningError: If its owner lives and does not answer.
+        ConfigError: If its record cannot be read.
+    """
+    deadline = time.monotonic() + ANSWER
+    while True:
+        fd = find_directory(path)
+        try:
+            held = is_locked(fd)
+            try:
+                record = await in_thread(read_record, path, fd)
+            except OSError as error:
+                raise cannot_use(path, error) from error
+            if record is None and not held:
+                raise not_found(path)
+            if record is not None and not held:
+                return _at_rest(record, make_plan)
+            if record is not None:
+                _refuse_if_over(record)
+                try:
+                    return await Attached.connect(path, fd, record)
+                except OSError:
+                    pass  # it listens soon, or does not any more
+        finally:
+            os.close(fd)
+        if time.monotonic() > deadline:
+            owner = record.owner.pid if record and record.owner else "?"
+            raise VMNotRunningError(
+                f"{path.name} is in use by process {owner}, whose event loop does not answer."
+            )
+        await asyncio.sleep(POLL)
+
+
+def _at_rest(record: Record, make_plan: Callable[[VMConfig], Plan]) -> Owned:
+    record = record.model_copy(update={"status": record.status_seen(held=False)})
+    return Owned(record.config, lambda: make_plan(record.config), record)
+
+
+def _refuse_if_over(record: Record) -> None:
+    owner, over = record.owner, record.status in (Status.STOPPED, Status.CRASHED)
+    if over and owner is not None and owner.alive:
+        raise VMNotRunningError(
+            f"{record.config.vm_id} is {record.status}, and its owner, process {owner.pid}, has "
+            "yet to delete() it."
+        )

@@ -1,0 +1,370 @@
+"""A VM of this process: its directory and its runs, from the first start to its removal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.controls.interface import unprepared
+from smolvm_async.errors import (
+    ConfigError,
+    VMAlreadyExistsError,
+    VMCrashedError,
+    VMNotFoundError,
+    VMNotRunningError,
+)
+from smolvm_async.foundation.log import current_vm, get_logger
+from smolvm_async.foundation.process import identify
+from smolvm_async.foundation.tasks import end_tasks, in_thread, settle
+from smolvm_async.qemu.events import EventHub
+from smolvm_async.qemu.shutdown import Rung, ShutdownReport
+from smolvm_async.state.directory import StateDirectory
+from smolvm_async.state.record import Record, Status
+from smolvm_async.state.registry import at_rest
+from smolvm_async.vm.attach import ControlServer
+from smolvm_async.vm.limits import admission
+from smolvm_async.vm.plan import Plan
+from smolvm_async.vm.run import Supervisor
+
+logger = get_logger(__name__)
+
+
+class Owned:
+    """A VM that this process owns, or will own once it is started.
+
+    Attributes: see `smolvm_async.controls.interface.Handle`.
+    """
+
+    def __init__(
+        self,
+        config: VMConfig,
+        make_plan: Callable[[], Plan],
+        record: Record | None = None,
+        find_plan: Callable[[], Coroutine[Any, Any, Plan]] | None = None,
+    ) -> None:
+        self.config = config
+        self.hub = EventHub()
+        self.on_crash: Callable[[], None] = lambda: None
+        self.run: Supervisor | None = None
+        self.over: asyncio.Task[None] | None = None
+        self._make_plan = make_plan
+        self._find_plan = find_plan  # of a published image: its manifest has to be read first
+        self._finding: asyncio.Task[Plan] | None = None
+        self._plan: Plan | None = None
+        self._created = record.created if record else None
+        self._found = record.status if record else Status.CREATED  # before any run of ours
+        self._state: StateDirectory | None = None
+        self._server: ControlServer | None = None
+        self._starters = 0
+        self._stopping = False
+        self._deleted = False
+        self._removal: asyncio.Task[None] | None = None
+
+    @property
+    def status(self) -> Status:
+        """What the VM is doing."""
+        if self._deleted:
+            return Status.DELETED
+        if self._finding is not None:
+            return Status.STARTING
+        if self.run is None or self.over is None:
+            return self._found
+        if not self.over.done():
+            if self._stopping:
+                return Status.STOPPING
+            if not self.run.started.done():
+                return Status.STARTING
+            return Status.PAUSED if self.run.paused else Status.RUNNING
+        return Status.CRASHED if self.run.failure else Status.STOPPED
+
+    @property
+    def accelerator(self) -> str:
+        """What QEMU runs it with; empty before that is known."""
+        return self._plan.accelerator.name if self._plan else ""
+
+    def plan(self) -> Plan:
+        """Look at the image and the host, once.
+
+        Raises:
+            ImageError, HostError: If they cannot be used.
+        """
+        if self._plan is None:
+            self._plan = self._make_plan()
+        return self._plan
+
+    async def planned(self) -> Plan:
+        """The same of any image: the manifest of a published one is read first.
+
+        Raises:
+            ImageError, HostError: See `plan()`.
+        """
+        if self._find_plan is not None and self._plan is None:
+            await self._read_manifest(self._find_plan)
+        return self.plan()
+
+    async def start(self) -> None:
+        """See `AsyncSmolVM.start()`."""
+        if self._stopping and self.over is not None:
+            await asyncio.wait([self.over])
+        if self._find_plan is not None and self._plan is None and not self._deleted:
+            await self._read_manifest(self._find_plan)
+        if self._deleted:
+            raise VMNotRunningError(f"{self.config.vm_id} was deleted: make a new AsyncSmolVM.")
+        if self.run is None or self.over is None or self.over.done():
+            plan = self.plan()
+            self._stopping = False
+            self.run = Supervisor(plan, self.hub)
+            self.over = asyncio.ensure_future(self._run(plan, self.run))
+        over, run = self.over, self.run
+        self._starters += 1
+        try:
+            await asyncio.wait({over, run.started}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if self._starters == 1:  # nobody else waits for this VM
+                try:
+                    await self._kill()
+                finally:
+                    await self._discard()
+            raise
+        finally:
+            self._starters -= 1
+        if self._stopping:
+            await asyncio.wait([over])
+            raise VMNotRunningError(f"{self.config.vm_id} was stopped while it started.")
+        if not run.started.done():
+            await self._discard()
+            raise run.failure or VMNotRunningError(f"{self.config.vm_id} was stopped meanwhile.")
+
+    async def _read_manifest(self, find_plan: Callable[[], Coroutine[Any, Any, Plan]]) -> None:
+        """Have the plan; nothing is there yet, so whoever stops the VM just ends this."""
+        if self._finding is None:
+            self._finding = asyncio.ensure_future(find_plan())
+        finding = self._finding
+        self._starters += 1
+        try:
+            await asyncio.wait([finding])
+        finally:
+            self._starters -= 1
+            if not self._starters:
+                await self._stop_finding()
+        if finding.cancelled():
+            raise VMNotRunningError(f"{self.config.vm_id} was stopped while it started.")
+        self._plan = finding.result()
+        self.config = self._plan.config
+
+    async def _stop_finding(self) -> None:
+        finding, self._finding = self._finding, None
+        if finding is not None and not finding.done():
+            await end_tasks(finding)
+
+    async def stop(self, timeout: float | None) -> ShutdownReport:
+        """See `AsyncSmolVM.stop()`."""
+        await self._stop_finding()
+        if self.run is None or self.over is None:
+            return ShutdownReport(Rung.NONE)
+        if not self.over.done():
+            self._stopping = True
+            self.run.stop(timeout)
+            if self._server is not None:
+                self._server.tell_status()
+            try:
+                await asyncio.wait([self.over])
+            except asyncio.CancelledError:
+                await self._kill()
+                raise
+        return self.run.report
+
+    async def pause(self) -> None:
+        """See `AsyncSmolVM.pause()`."""
+        assert self.run is not None
+        await self.run.pause()
+
+    async def resume(self) -> None:
+        """See `AsyncSmolVM.resume()`."""
+        assert self.run is not None
+        await self.run.resume()
+
+    async def delete(self) -> None:
+        """See `AsyncSmolVM.delete()`."""
+        self._deleted = True
+        self.hub.close()
+        try:
+            await self._kill()
+        finally:
+            try:
+                await self._remove()
+            except VMAlreadyExistsError:  # it was at rest, and another process has started it
+                self._deleted = False
+                raise
+
+    async def leave(self, *, graceful: bool) -> None:
+        """The end of an `async with` block: a kept VM stays, at rest."""
+        if graceful:
+            await self.stop(None)
+        if not self.config.keep:
+            await self.delete()
+        else:
+            await self._kill()
+
+    async def detach(self) -> None:
+        """Not for the owner."""
+        raise ConfigError(
+            f"{self.config.vm_id} is this process's own: only what from_id() attached to can be "
+            "detached from. To let a VM outlive its block, pass keep=True."
+        )
+
+    async def _run(self, plan: Plan, run: Supervisor) -> None:
+        """One run, from the directory to the last process reaped."""
+        current_vm.set(self.config.vm_id)
+        server = ControlServer(self, run)
+        try:
+            state = await self._take()
+            await server.start(state.fd)
+            self._server = server
+            await run.run(state)
+        except Exception as error:
+            if isinstance(error, OSError):
+                error = unprepared(self.config, error)
+            run.failure = run.failure or error  # start() raises it
+        except asyncio.CancelledError:  # the loop is closing, and nobody will call delete()
+            await self._rest(run)
+            await self._discard()
+            raise
+        finally:
+            run.launch.end()
+            self._server = None
+            self.hub.close()
+            if isinstance(run.failure, VMCrashedError):
+                self.on_crash()
+            try:
+                await self._rest(run)
+            finally:
+                await server.close()
+
+    async def _take(self) -> StateDirectory:
+        """Hold the directory, and make its record ours."""
+        state = self._state
+        if state is None:
+            state = StateDirectory(self.config.data_dir, self.config.vm_id)
+            await state.hold(create=self._created is None)
+        try:
+            self._check_ours(state.record)
+            async with admission(self.config):
+                await in_thread(self._begin, state)
+        except BaseException:
+            if self._state is None:
+                with suppress(OSError):
+                    state.abandon()
+            raise
+        return state
+
+    def _check_ours(self, found: Record | None) -> None:
+        """Whether what the directory holds may be started, or replaced, by this VM."""
+        vm_id = self.config.vm_id
+        same = found is not None and found.created == self._created
+        if self._created is not None and not same:
+            raise VMNotFoundError(f"{vm_id} was deleted meanwhile: make a new AsyncSmolVM.")
+        if found is not None and found.config.keep and not same:
+            raise VMAlreadyExistsError(
+                f"vm_id={vm_id!r} is a kept VM's: start that one with AsyncSmolVM.from_id(), "
+                "delete() it, or choose another id."
+            )
+
+    def _begin(self, state: StateDirectory) -> None:
+        machine = state.record.machine if state.record and self._created is not None else None
+        created = self._created or time.time_ns()
+        owner = identify(os.getpid())
+        record = Record(config=self.config, created=created, owner=owner, machine=machine)
+        state.write(record)
+        self._created, self._state = created, state
+        if machine is None:
+            state.clear()
+        else:
+            state.remove_sockets()
+
+    async def _rest(self, run: Supervisor) -> None:
+        """After a run: say so in the record; a kept VM is given back, unless it never ran."""
+        state = self._state
+        if state is None or state.record is None:
+            return
+        state.remove_sockets()
+        status = Status.CRASHED if isinstance(run.failure, VMCrashedError) else Status.STOPPED
+        if self.config.keep and state.record.machine is not None and not self._deleted:
+            self._state = None
+            await in_thread(_give_back, state, at_rest(state.record, status))
+        else:
+            update = {"status": status, "processes": {}}
+            await in_thread(_retire, state, state.record.model_copy(update=update))
+
+    async def _kill(self) -> None:
+        """End a run at once; its processes are reaped afterwards, whatever cancels us."""
+        await self._stop_finding()
+        if self.run is not None and self.over is not None:
+            if not self.over.done():
+                self.run.abort()
+            await settle(asyncio.wait([self.over]))
+
+    async def _discard(self) -> None:
+        """Remove the directory, if it is held: a kept VM is not, unless it never ran."""
+        if self._state is not None:
+            state, created = self._state, self._created
+            self._state = self._created = None
+            self._removal = asyncio.ensure_future(self._erase(state, created))
+        if self._removal is not None:
+            await settle(self._removal)
+
+    async def _erase(self, state: StateDirectory, created: int | None) -> None:
+        try:
+            await in_thread(_dispose, state)
+        except OSError as error:
+            self._created = created  # delete() can be tried again
+            raise ConfigError(
+                f"{str(state.path)!r} cannot be removed: {error.strerror}."
+            ) from error
+
+    async def _remove(self) -> None:
+        """Remove the directory, also that of a VM at rest."""
+        if self._state is None and self._created is not None:
+            state = StateDirectory(self.config.data_dir, self.config.vm_id)
+            with suppress(VMNotFoundError):
+                await state.hold(create=False)
+                if state.record is not None and state.record.created == self._created:
+                    self._state = state
+                else:
+                    state.release()  # another VM has this id now
+        await self._discard()
+
+
+def _dispose(state: StateDirectory) -> None:
+    """Remove a VM; if we die halfway, what is left is no kept VM but an orphan, for prune()."""
+    record = state.record
+    if record is not None and record.config.keep:
+        config = record.config.model_copy(update={"keep": False})
+        with suppress(OSError):  # a full disk
+            state.write(
+                record.model_copy(update={"config": config, "owner": identify(os.getpid())})
+            )
+    state.remove()
+
+
+def _give_back(state: StateDirectory, record: Record) -> None:
+    try:
+        state.write(record)
+    except OSError as error:
+        logger.warning("the record could not be written, prune() will put it right: %s", error)
+    finally:
+        state.release()
+
+
+def _retire(state: StateDirectory, record: Record) -> None:
+    try:
+        state.clear_secrets()
+    except OSError as error:
+        logger.warning("the TPM's state stays until the VM is deleted: %s", error)
+    with suppress(OSError):  # a full disk; the directory is about to go
+        state.write(record)

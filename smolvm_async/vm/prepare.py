@@ -1,0 +1,153 @@
+"""What a run starts from, once it is there: the opened files, the filled directory, the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from smolvm_async.config.source import Source
+from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.controls.ssh.login import Login, kept_login, new_login
+from smolvm_async.errors import ImageError
+from smolvm_async.foundation.locking import try_share
+from smolvm_async.foundation.tasks import in_background, in_thread
+from smolvm_async.host import HostTools, find_plain_uefi
+from smolvm_async.images import qcow2
+from smolvm_async.images.local import BaseImage, open_image
+from smolvm_async.images.source import open_initrd, open_kernel, starts_by_bios
+from smolvm_async.qemu.arguments import DirectBoot
+from smolvm_async.state.directory import Parts, StateDirectory
+from smolvm_async.state.record import Machine
+from smolvm_async.vm.plan import Plan, find_source
+
+T = TypeVar("T")
+
+
+class Prepared(NamedTuple):
+    """What QEMU is started with.
+
+    Attributes:
+        image: Open until QEMU has it, and so is `direct_boot`.
+        tools: The host's, with UEFI firmware if the image needs it.
+        login: `None` if nobody logs in to this guest.
+    """
+
+    source: Source
+    image: BaseImage
+    tools: HostTools
+    direct_boot: DirectBoot | None
+    login: Login | None
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What QEMU inherits for `direct_boot`."""
+        boot = self.direct_boot
+        return [] if boot is None else [fd for fd in (boot.kernel, boot.initrd) if fd is not None]
+
+
+async def prepare(
+    plan: Plan, state: StateDirectory, machine: Machine | None, stack: ExitStack
+) -> Prepared:
+    """Find and open what the VM starts from, and fill its directory.
+
+    Args:
+        machine: That of a kept VM which has run before.
+        stack: Closes what was opened.
+
+    Raises:
+        ConfigError, HostError, CommandError: If something cannot be used, or built.
+        OSError: If the directory cannot be filled.
+    """
+    source = machine.source if machine is not None else None
+    source = source or await find_source(plan, stack)
+    image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
+    try_share(image.fd)  # QEMU inherits it: while that lives, the cache keeps the file
+    direct_boot = await _open_kernel(stack, source)
+    tools = plan.tools
+    if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):
+        tools = tools._replace(firmware=find_plain_uefi())
+    login = await _fill(plan.config, state, machine, image, tools)
+    return Prepared(source, image, tools, direct_boot, login)
+
+
+async def look_at_disk(plan: Plan, source: Source) -> bool | None:
+    """Whether a boot loader for a BIOS is on the disk; `None` if it does not matter.
+
+    Raises:
+        ImageError, CommandError: If the disk cannot be read.
+    """
+    if not _starts_by_itself(plan, source):
+        return None
+    with ExitStack() as stack:
+        opener = partial(open_image, disk_format=source.format)
+        return await _by_bios(plan, source, await _open(stack, opener, source.image))
+
+
+def _starts_by_itself(plan: Plan, source: Source) -> bool:
+    """Whether it is the disk that decides for a BIOS or for UEFI."""
+    return plan.config.profile.firmware == "image" and source.kernel is None
+
+
+async def _by_bios(plan: Plan, source: Source, image: BaseImage) -> bool:
+    if plan.by_bios is not None:
+        return plan.by_bios
+    return await starts_by_bios(plan.tools.qemu_img, image.fd, source.format)
+
+
+async def _fill(
+    config: VMConfig,
+    state: StateDirectory,
+    machine: Machine | None,
+    image: BaseImage,
+    tools: HostTools,
+) -> Login | None:
+    """Fill the directory; that of a kept VM has everything since its first run."""
+    has_login = config.profile.login != "none"
+    template = tools.firmware.vars_template if tools.firmware is not None else None
+    parts = Parts(template, "swtpm" in config.profile.sidecars)
+    if machine is not None:
+        state.check_kept(parts.names)
+        _check_unchanged(image, machine)
+        return await in_thread(kept_login, config, state.path) if has_login else None
+    login = None
+    if has_login:
+        login, files = await in_background(_new_login, config)
+        parts = parts._replace(files=files)
+    await state.prepare(qcow2.empty(image.virtual_size), parts)
+    return login
+
+
+def _new_login(config: VMConfig) -> tuple[Login, dict[str, bytes]]:
+    login = new_login(config)
+    return login, login.files(config)
+
+
+async def _open_kernel(stack: ExitStack, source: Source) -> DirectBoot | None:
+    if source.kernel is None:
+        return None
+    kernel = await _open(stack, open_kernel, source.kernel)
+    initrd = None
+    if source.initrd is not None:
+        initrd = await _open(stack, open_initrd, source.initrd)
+    return DirectBoot(kernel, initrd, source.boot_args)
+
+
+async def _open(
+    stack: ExitStack, opener: Callable[[Path], AbstractContextManager[T]], path: Path
+) -> T:
+    opening = opener(path)
+    opened = await in_thread(opening.__enter__)
+    stack.push(opening.__exit__)
+    return opened
+
+
+def _check_unchanged(image: BaseImage, machine: Machine) -> None:
+    if (image.size, image.mtime_ns) != (machine.image_size, machine.image_mtime_ns):
+        raise ImageError(
+            f"image {str(image.path)!r} was changed after this VM was made from it, and the VM "
+            "keeps only what differs from it: its disk would be corrupt. Put the image back as "
+            "it was, or delete() the VM."
+        )
