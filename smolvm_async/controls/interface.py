@@ -114,7 +114,7 @@ class Run(Protocol):
         """How it ended."""
 
 
-class Handle(Protocol):
+class VM(Protocol):
     """A VM.
 
     Attributes:
@@ -170,7 +170,7 @@ def console_tail(console: Tail) -> str:
     return f"Serial console:\n{console.quote() or '(empty)'}"
 
 
-def begun(vm: Handle) -> tuple[Run, asyncio.Future[None]]:
+def begun(vm: VM) -> tuple[Run, asyncio.Future[None]]:
     """The VM's run, this one or the last, and the future that is done when it is over.
 
     Raises:
@@ -181,7 +181,7 @@ def begun(vm: Handle) -> tuple[Run, asyncio.Future[None]]:
     return vm.run, vm.over
 
 
-def running(vm: Handle) -> Run:
+def running(vm: VM) -> Run:
     """The run of a VM whose QEMU runs.
 
     Raises:

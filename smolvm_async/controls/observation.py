@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from smolvm_async.config.checks import check_timeout
-from smolvm_async.controls.interface import Handle, begun, console_tail, ended
+from smolvm_async.controls.interface import VM, begun, console_tail, ended
 from smolvm_async.errors import ConfigError, VMTimeoutError
 from smolvm_async.qemu.events import BootState, BootStateChanged, EventStream
 from smolvm_async.state.record import Status
@@ -15,7 +15,7 @@ from smolvm_async.state.record import Status
 class Observation:
     """`AsyncSmolVM`'s boot states, events and serial console."""
 
-    _vm: Handle
+    _vm: VM
 
     async def wait_stopped(self) -> None:
         """Wait until the VM has stopped, whoever stopped it.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from smolvm_async.config.checks import PortForward, check_port
-from smolvm_async.controls.interface import Handle, running
+from smolvm_async.controls.interface import VM, running
 
 
 class PortForwarding:
     """`AsyncSmolVM`'s port forwards: 127.0.0.1 only, by QEMU's user network, for any guest OS."""
 
-    _vm: Handle
+    _vm: VM
 
     async def expose_local(self, guest_port: int, host_port: int | None = None) -> int:
         """Forward a port of 127.0.0.1 to a TCP port of the guest, until the VM ends.

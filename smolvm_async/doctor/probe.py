@@ -31,7 +31,7 @@ from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.sidecars import SIDECARS
-from smolvm_async.state.directory import QEMU_LOG, Parts, StateDirectory
+from smolvm_async.state.directory import QEMU_LOG, Parts, VMDirectory
 
 RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
 
@@ -66,9 +66,9 @@ class _RefusedError(Exception):
 
 
 @asynccontextmanager
-async def scratch(data_dir: Path) -> AsyncIterator[StateDirectory]:
+async def scratch(data_dir: Path) -> AsyncIterator[VMDirectory]:
     """A directory `doctor-` and 8 hex digits, held by its lock, gone at the end."""
-    state = StateDirectory(data_dir, f"doctor-{os.urandom(4).hex()}")
+    state = VMDirectory(data_dir, f"doctor-{os.urandom(4).hex()}")
     try:
         await state.hold(create=True)
         await in_thread(state.mark_scratch)
@@ -114,7 +114,7 @@ def _subsets(parts: frozenset[str]) -> list[frozenset[str]]:
     return [frozenset(some) for size in sizes for some in combinations(sorted(parts), size)]
 
 
-async def _boot(machine: Machine, state: StateDirectory) -> Sighting:
+async def _boot(machine: Machine, state: VMDirectory) -> Sighting:
     await make_disk(machine.tools.qemu_img, state.path)
     monitor, console = Monitor(lambda event: None), Console()
     started = time.monotonic()
@@ -136,7 +136,7 @@ async def _boot(machine: Machine, state: StateDirectory) -> Sighting:
 
 async def _launch(
     machine: Machine,
-    state: StateDirectory,
+    state: VMDirectory,
     monitor: Monitor,
     console: Console,
     stack: AsyncExitStack,
@@ -191,7 +191,7 @@ async def _launch(
 
 async def _watch(
     machine: Machine,
-    state: StateDirectory,
+    state: VMDirectory,
     qemu: Child,
     monitor: Monitor,
     console: Console,

@@ -15,7 +15,7 @@ from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host.memory import available_memory
-from smolvm_async.state.directory import StateDirectory, open_directory
+from smolvm_async.state.directory import VMDirectory, open_directory
 
 GIB = 1 << 30
 LITTLE, TOO_LITTLE = 10 * GIB, 1 * GIB  # of disk
@@ -47,7 +47,7 @@ def _problem(path: Path) -> str:
         return f"a directory made in {path.parent} has mode {mode:04o} instead of 0700"
     if status.st_uid != os.geteuid():
         return f"a directory made in {path.parent} belongs to user {status.st_uid}, not to us"
-    again = StateDirectory(path.parent, path.name)
+    again = VMDirectory(path.parent, path.name)
     if again.try_hold(create=False):
         again.release()
         return f"locks do not work in {path.parent}: one directory was locked twice"

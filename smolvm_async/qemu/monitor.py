@@ -146,7 +146,7 @@ class Monitor:
             self._socket = None
 
 
-class Turns:
+class CommandQueue:
     """Pieces of work of several commands each: one after another, and each to its end.
 
     A caller that is cancelled, or has waited long enough, leaves at once. What it has begun goes on

@@ -12,7 +12,7 @@ from functools import partial
 from smolvm_async.config.checks import PortForward
 from smolvm_async.errors import ConfigError, MonitorError
 from smolvm_async.qemu.arguments import NETWORK
-from smolvm_async.qemu.monitor import Monitor, Turns
+from smolvm_async.qemu.monitor import CommandQueue, Monitor
 
 SSH = 22
 
@@ -25,7 +25,7 @@ class Ports:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._turns = Turns(monitor)
+        self._turns = CommandQueue(monitor)
         self._ssh: int | None = None
 
     async def ssh(self) -> int:

@@ -11,7 +11,7 @@ from smolvm_async.config.checks import check_display
 from smolvm_async.errors import HostError, VMNotRunningError
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.qemu.arguments import DISPLAY, SCREEN
-from smolvm_async.qemu.monitor import Monitor, Turns
+from smolvm_async.qemu.monitor import CommandQueue, Monitor
 
 PIXEL = 4  # bytes, at most, in a picture
 
@@ -27,7 +27,7 @@ class Screen:
     def __init__(self, monitor: Monitor, resolution: tuple[int, int]) -> None:
         self._monitor = monitor
         self._size = math.prod(resolution) * PIXEL
-        self._turns = Turns(monitor)
+        self._turns = CommandQueue(monitor)
         self._files = ExitStack()
         self._read = self._write = -1
 

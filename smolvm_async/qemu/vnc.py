@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from smolvm_async.config.checks import VNCKind
 from smolvm_async.errors import ConfigError
-from smolvm_async.qemu.monitor import Monitor, Turns
+from smolvm_async.qemu.monitor import CommandQueue, Monitor
 from smolvm_async.state.directory import VNC
 
 MAX_PATH = 107  # bytes; unix(7)
@@ -24,7 +24,7 @@ class VNCServer:
     def __init__(self, monitor: Monitor, directory: Path) -> None:
         self._monitor = monitor
         self._directory = directory
-        self._turns = Turns(monitor)
+        self._turns = CommandQueue(monitor)
         self._url: str | None = None
 
     async def start(self, kind: VNCKind) -> str:

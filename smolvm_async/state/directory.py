@@ -65,7 +65,7 @@ class Parts(NamedTuple):
         ]
 
 
-class StateDirectory:
+class VMDirectory:
     """The directory of one VM, 0700, its files 0600; it is ours from `hold()` to `release()`.
 
     Attributes:
@@ -78,7 +78,7 @@ class StateDirectory:
         self.path = data_dir / vm_id
         self.record: Record | None = None
         self._lease: Lease | None = None
-        self._unless_released: weakref.finalize[..., StateDirectory] | None = None
+        self._unless_released: weakref.finalize[..., VMDirectory] | None = None
 
     @property
     def fd(self) -> int:

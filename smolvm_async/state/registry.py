@@ -16,7 +16,7 @@ from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.foundation.locking import is_locked, try_lock_file, unlock_file
 from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.tasks import in_thread
-from smolvm_async.state.directory import NO_DIRECTORY, StateDirectory, cannot_use, open_directory
+from smolvm_async.state.directory import NO_DIRECTORY, VMDirectory, cannot_use, open_directory
 from smolvm_async.state.record import Record, Status, read_record
 
 logger = get_logger(__name__)
@@ -109,7 +109,7 @@ async def prune_vms(data_dir: Path) -> list[VMInfo]:
     for path in await in_thread(lambda: list(_directories(data_dir))):
         token = current_vm.set(path.name)
         try:
-            info = await _prune(StateDirectory(data_dir, path.name))
+            info = await _prune(VMDirectory(data_dir, path.name))
         except VMNotFoundError:
             pass  # its owner, or another prune(), was faster
         except (ConfigError, OSError) as error:
@@ -121,7 +121,7 @@ async def prune_vms(data_dir: Path) -> list[VMInfo]:
     return pruned
 
 
-async def _prune(state: StateDirectory) -> VMInfo | None:
+async def _prune(state: VMDirectory) -> VMInfo | None:
     try:
         deadline = time.monotonic() + DYING
         while not await in_thread(state.try_hold, False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from smolvm_async.controls.interface import Handle
+from smolvm_async.controls.interface import VM
 from smolvm_async.errors import VMNotRunningError
 
 
@@ -33,7 +33,7 @@ class Block:
         if self._task is not None:
             self._cancelled = self._task.cancel()
 
-    async def leave(self, vm: Handle, error: BaseException | None) -> None:
+    async def leave(self, vm: VM, error: BaseException | None) -> None:
         """The task leaves, by `error` or by the end of the block.
 
         Raises:

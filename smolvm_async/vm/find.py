@@ -14,15 +14,15 @@ from smolvm_async.foundation.locking import is_locked
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.directory import cannot_use, find_directory, not_found
 from smolvm_async.state.record import Record, Status, read_record
-from smolvm_async.vm.attach import Attached
-from smolvm_async.vm.owner import Owned
+from smolvm_async.vm.attach import AttachedVM
+from smolvm_async.vm.owner import OwnedVM
 from smolvm_async.vm.plan import Plan
 
 ANSWER = 5.0  # seconds for an owner that is just starting or stopping the VM
 POLL = 0.01  # seconds between two looks
 
 
-async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Attached:
+async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> OwnedVM | AttachedVM:
     """The VM whose directory is `path`.
 
     Raises:
@@ -46,7 +46,7 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Att
             if record is not None:
                 _refuse_if_over(record)
                 try:
-                    return await Attached.connect(path, fd, record)
+                    return await AttachedVM.connect(path, fd, record)
                 except OSError:
                     pass  # it listens soon, or does not any more
         finally:
@@ -59,9 +59,9 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> Owned | Att
         await asyncio.sleep(POLL)
 
 
-def _at_rest(record: Record, make_plan: Callable[[VMConfig], Plan]) -> Owned:
+def _at_rest(record: Record, make_plan: Callable[[VMConfig], Plan]) -> OwnedVM:
     record = record.model_copy(update={"status": record.status_seen(held=False)})
-    return Owned(record.config, lambda: make_plan(record.config), record)
+    return OwnedVM(record.config, lambda: make_plan(record.config), record)
 
 
 def _refuse_if_over(record: Record) -> None:

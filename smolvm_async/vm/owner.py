@@ -23,21 +23,21 @@ from smolvm_async.foundation.process import identify
 from smolvm_async.foundation.tasks import end_tasks, in_thread, settle
 from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
-from smolvm_async.state.directory import StateDirectory
+from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import Record, Status
 from smolvm_async.state.registry import at_rest
 from smolvm_async.vm.attach import ControlServer
 from smolvm_async.vm.limits import admission
 from smolvm_async.vm.plan import Plan
-from smolvm_async.vm.run import Supervisor
+from smolvm_async.vm.run import VMRun
 
 logger = get_logger(__name__)
 
 
-class Owned:
+class OwnedVM:
     """A VM that this process owns, or will own once it is started.
 
-    Attributes: see `smolvm_async.controls.interface.Handle`.
+    Attributes: see `smolvm_async.controls.interface.VM`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Owned:
         self.config = config
         self.hub = EventHub()
         self.on_crash: Callable[[], None] = lambda: None
-        self.run: Supervisor | None = None
+        self.run: VMRun | None = None
         self.over: asyncio.Task[None] | None = None
         self._make_plan = make_plan
         self._find_plan = find_plan  # of a published image: its manifest has to be read first
@@ -58,7 +58,7 @@ class Owned:
         self._plan: Plan | None = None
         self._created = record.created if record else None
         self._found = record.status if record else Status.CREATED  # before any run of ours
-        self._state: StateDirectory | None = None
+        self._state: VMDirectory | None = None
         self._server: ControlServer | None = None
         self._starters = 0
         self._stopping = False
@@ -118,7 +118,7 @@ class Owned:
         if self.run is None or self.over is None or self.over.done():
             plan = self.plan()
             self._stopping = False
-            self.run = Supervisor(plan, self.hub)
+            self.run = VMRun(plan, self.hub)
             self.over = asyncio.ensure_future(self._run(plan, self.run))
         over, run = self.over, self.run
         self._starters += 1
@@ -218,7 +218,7 @@ class Owned:
             "detached from. To let a VM outlive its block, pass keep=True."
         )
 
-    async def _run(self, plan: Plan, run: Supervisor) -> None:
+    async def _run(self, plan: Plan, run: VMRun) -> None:
         """One run, from the directory to the last process reaped."""
         current_vm.set(self.config.vm_id)
         server = ControlServer(self, run)
@@ -246,11 +246,11 @@ class Owned:
             finally:
                 await server.close()
 
-    async def _take(self) -> StateDirectory:
+    async def _take(self) -> VMDirectory:
         """Hold the directory, and make its record ours."""
         state = self._state
         if state is None:
-            state = StateDirectory(self.config.data_dir, self.config.vm_id)
+            state = VMDirectory(self.config.data_dir, self.config.vm_id)
             await state.hold(create=self._created is None)
         try:
             self._check_ours(state.record)
@@ -275,7 +275,7 @@ class Owned:
                 "delete() it, or choose another id."
             )
 
-    def _begin(self, state: StateDirectory) -> None:
+    def _begin(self, state: VMDirectory) -> None:
         machine = state.record.machine if state.record and self._created is not None else None
         created = self._created or time.time_ns()
         owner = identify(os.getpid())
@@ -287,7 +287,7 @@ class Owned:
         else:
             state.remove_sockets()
 
-    async def _rest(self, run: Supervisor) -> None:
+    async def _rest(self, run: VMRun) -> None:
         """After a run: say so in the record; a kept VM is given back, unless it never ran."""
         state = self._state
         if state is None or state.record is None:
@@ -318,7 +318,7 @@ class Owned:
         if self._removal is not None:
             await settle(self._removal)
 
-    async def _erase(self, state: StateDirectory, created: int | None) -> None:
+    async def _erase(self, state: VMDirectory, created: int | None) -> None:
         try:
             await in_thread(_dispose, state)
         except OSError as error:
@@ -330,7 +330,7 @@ class Owned:
     async def _remove(self) -> None:
         """Remove the directory, also that of a VM at rest."""
         if self._state is None and self._created is not None:
-            state = StateDirectory(self.config.data_dir, self.config.vm_id)
+            state = VMDirectory(self.config.data_dir, self.config.vm_id)
             with suppress(VMNotFoundError):
                 await state.hold(create=False)
                 if state.record is not None and state.record.created == self._created:
@@ -340,7 +340,7 @@ class Owned:
         await self._discard()
 
 
-def _dispose(state: StateDirectory) -> None:
+def _dispose(state: VMDirectory) -> None:
     """Remove a VM; if we die halfway, what is left is no kept VM but an orphan, for prune()."""
     record = state.record
     if record is not None and record.config.keep:
@@ -352,7 +352,7 @@ def _dispose(state: StateDirectory) -> None:
     state.remove()
 
 
-def _give_back(state: StateDirectory, record: Record) -> None:
+def _give_back(state: VMDirectory, record: Record) -> None:
     try:
         state.write(record)
     except OSError as error:
@@ -361,7 +361,7 @@ def _give_back(state: StateDirectory, record: Record) -> None:
         state.release()
 
 
-def _retire(state: StateDirectory, record: Record) -> None:
+def _retire(state: VMDirectory, record: Record) -> None:
     try:
         state.clear_secrets()
     except OSError as error:

@@ -19,14 +19,14 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.local import BaseImage, open_image
 from smolvm_async.images.source import open_initrd, open_kernel, starts_by_bios
 from smolvm_async.qemu.arguments import DirectBoot
-from smolvm_async.state.directory import Parts, StateDirectory
+from smolvm_async.state.directory import Parts, VMDirectory
 from smolvm_async.state.record import Machine
 from smolvm_async.vm.plan import Plan, find_source
 
 T = TypeVar("T")
 
 
-class Prepared(NamedTuple):
+class PreparedVM(NamedTuple):
     """What QEMU is started with.
 
     Attributes:
@@ -49,8 +49,8 @@ class Prepared(NamedTuple):
 
 
 async def prepare(
-    plan: Plan, state: StateDirectory, machine: Machine | None, stack: ExitStack
-) -> Prepared:
+    plan: Plan, state: VMDirectory, machine: Machine | None, stack: ExitStack
+) -> PreparedVM:
     """Find and open what the VM starts from, and fill its directory.
 
     Args:
@@ -70,7 +70,7 @@ async def prepare(
     if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):
         tools = tools._replace(firmware=find_plain_uefi())
     login = await _fill(plan.config, state, machine, image, tools)
-    return Prepared(source, image, tools, direct_boot, login)
+    return PreparedVM(source, image, tools, direct_boot, login)
 
 
 async def look_at_disk(plan: Plan, source: Source) -> bool | None:
@@ -99,7 +99,7 @@ async def _by_bios(plan: Plan, source: Source, image: BaseImage) -> bool:
 
 async def _fill(
     config: VMConfig,
-    state: StateDirectory,
+    state: VMDirectory,
     machine: Machine | None,
     image: BaseImage,
     tools: HostTools,

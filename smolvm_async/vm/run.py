@@ -29,18 +29,18 @@ from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.events import BootState, Event, EventHub, GuestPanicked, Reset, Shutdown
 from smolvm_async.qemu.input import Input
-from smolvm_async.qemu.monitor import Monitor, Turns
+from smolvm_async.qemu.monitor import CommandQueue, Monitor
 from smolvm_async.qemu.ports import Ports
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport, shut_down
 from smolvm_async.qemu.sidecars import SIDECARS
 from smolvm_async.qemu.vnc import VNCServer
-from smolvm_async.state.directory import QEMU_LOG, StateDirectory
+from smolvm_async.state.directory import QEMU_LOG, VMDirectory
 from smolvm_async.state.record import Machine, Status
 from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_hint, oom_kills
 from smolvm_async.vm.plan import Plan
-from smolvm_async.vm.prepare import Prepared, prepare
+from smolvm_async.vm.prepare import PreparedVM, prepare
 
 logger = get_logger(__name__)
 
@@ -48,7 +48,7 @@ SAME_END = 0.5  # seconds within which a sidecar that ended well and QEMU ended 
 IMAGE_IN_USE = 'Failed to get shared "write" lock'  # QEMU's words for it
 
 
-class Supervisor:
+class VMRun:
     """Owns the processes of one run. One task executes `run()`; others ask it to end.
 
     Attributes:
@@ -70,7 +70,7 @@ class Supervisor:
         self.report = ShutdownReport(Rung.NONE)
         self.launch = Launch(under_way=plan.source is not None)  # or it may have to be built first
         self._plan = plan
-        self._state: StateDirectory
+        self._state: VMDirectory
         self._machine: Machine | None = None  # of a kept VM that has run before
         self._hub = hub
         self._monitor = Monitor(self._on_event)
@@ -82,7 +82,7 @@ class Supervisor:
         self.paused = False
         self._source: Source | None = plan.source
         self._login: Login | None = None
-        self._turns = Turns(self._monitor)
+        self._turns = CommandQueue(self._monitor)
         self._scope = anyio.CancelScope()
         self._children: list[Child] = []
         self._ended: list[Child] = []  # in the order in which they ended
@@ -107,7 +107,7 @@ class Supervisor:
         self._kill()
         self._scope.cancel()
 
-    async def run(self, state: StateDirectory) -> None:
+    async def run(self, state: VMDirectory) -> None:
         """Launch, hold and end the VM in `state`. Failures are kept in `failure`, never raised."""
         self._state = state
         assert state.record is not None
@@ -188,7 +188,7 @@ class Supervisor:
             await self._record_running(await self._see_machine(prepared.image))
         return qemu
 
-    async def _spawn(self, group: TaskGroup, prepared: Prepared, stack: ExitStack) -> Child:
+    async def _spawn(self, group: TaskGroup, prepared: PreparedVM, stack: ExitStack) -> Child:
         """Start QEMU and its sidecars with what they inherit, which `stack` closes here."""
         plan = self._plan
         attachments = [

@@ -19,7 +19,7 @@ from smolvm_async.config.vm_config import (
     make_data_dir,
 )
 from smolvm_async.controls.desktop.desktop import Desktop
-from smolvm_async.controls.interface import Handle, running
+from smolvm_async.controls.interface import VM, running
 from smolvm_async.controls.ports import PortForwarding
 from smolvm_async.controls.shell import Shell
 from smolvm_async.controls.ssh.access import Access
@@ -32,12 +32,12 @@ from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.directory import cannot_use, check_data_dir
 from smolvm_async.state.record import Status
 from smolvm_async.state.registry import VMInfo, list_vms, prune_vms
-from smolvm_async.vm.attach import Attached
+from smolvm_async.vm.attach import AttachedVM
 from smolvm_async.vm.block import Block
 from smolvm_async.vm.find import find
-from smolvm_async.vm.owner import Owned
+from smolvm_async.vm.owner import OwnedVM
 from smolvm_async.vm.plan import Plan, check_early, find_plan, make_plan
-from smolvm_async.vm.run import Supervisor
+from smolvm_async.vm.run import VMRun
 
 
 class AsyncSmolVM(Shell, Desktop, PortForwarding):
@@ -156,11 +156,11 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             if config.image:
                 config = config.model_copy(update={"image": str(local_path(config.image))})
             plan = make_plan(config, on_progress)
-            handle = Owned(config, lambda: plan)
+            handle = OwnedVM(config, lambda: plan)
             handle.plan()
         self._hold(handle, on_progress)
 
-    def _hold(self, handle: Owned | Attached, on_progress: ProgressCallback | None) -> None:
+    def _hold(self, handle: OwnedVM | AttachedVM, on_progress: ProgressCallback | None) -> None:
         self._block = Block()
         self._on_progress = on_progress
         self._make_controls(handle)
@@ -171,22 +171,22 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     def _of_plan(cls, plan: Plan) -> Self:
         """One more VM of a kind that was looked up before, for fleets."""
         vm = cls.__new__(cls)
-        vm._hold(Owned(plan.config, lambda: plan), plan.on_progress)
+        vm._hold(OwnedVM(plan.config, lambda: plan), plan.on_progress)
         return vm
 
     async def _planned(self) -> Plan:
         """What the host has for it."""
-        assert isinstance(self._vm, Owned)
+        assert isinstance(self._vm, OwnedVM)
         return await self._vm.planned()
 
     @property
-    def _run(self) -> Supervisor | None:
+    def _run(self) -> VMRun | None:
         """Its processes, if they are this one's."""
         run = self._vm.run
-        return run if isinstance(run, Supervisor) else None
+        return run if isinstance(run, VMRun) else None
 
-    def _attach(self, handle: Owned | Attached) -> None:
-        self._vm: Handle = handle
+    def _attach(self, handle: OwnedVM | AttachedVM) -> None:
+        self._vm: VM = handle
         self._control(handle)
         handle.on_crash = self._block.cancel
 
@@ -290,7 +290,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     async def _look_again(self) -> None:
         """Once we are not attached any more: attach again, or take it over if it is at rest."""
-        if isinstance(self._vm, Attached) and self._vm.over.done():
+        if isinstance(self._vm, AttachedVM) and self._vm.over.done():
             config = self._vm.config
             handle = await find(
                 config.data_dir / config.vm_id, lambda found: make_plan(found, self._on_progress)
@@ -373,14 +373,16 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
 def _published(
     config: VMConfig, features: Mapping[str, object], on_progress: ProgressCallback | None
-) -> Owned:
+) -> OwnedVM:
     """A VM of a published image: the network is not asked before it starts."""
     check_early(config)
 
     def make_plan_now() -> NoReturn:
         raise AssertionError("start() reads the manifest first")
 
-    return Owned(config, make_plan_now, find_plan=lambda: find_plan(config, features, on_progress))
+    return OwnedVM(
+        config, make_plan_now, find_plan=lambda: find_plan(config, features, on_progress)
+    )
 
 
 def _known_data_dir(data_dir: object) -> Path:

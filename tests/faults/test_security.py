@@ -22,8 +22,8 @@ from smolvm_async import (
     Status,
     VMNotFoundError,
 )
-from smolvm_async.vm.owner import Owned
-from smolvm_async.vm.run import Supervisor
+from smolvm_async.vm.owner import OwnedVM
+from smolvm_async.vm.run import VMRun
 from stand_in import build_stand_in
 from tests.conftest import BOOT, FakeProgram, children, console_shows, vm_in
 
@@ -33,8 +33,8 @@ NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user as well")
 
 
-def supervisor_of(vm: AsyncSmolVM) -> Supervisor:
-    assert isinstance(vm._vm, Owned)
+def supervisor_of(vm: AsyncSmolVM) -> VMRun:
+    assert isinstance(vm._vm, OwnedVM)
     assert vm._vm.run is not None
     return vm._vm.run
 

@@ -140,7 +140,7 @@ def mortal(tmp_path: Path) -> Iterator[Cluster]:
 
 async def joined(fleet: DaskFleet, count: int) -> None:
     """Wait for the workers."""
-    crew = fleet._crew
+    crew = fleet._workers
     assert crew is not None
     async with asyncio.timeout(WITHIN):
         await crew.client.wait_for_workers(count)
@@ -561,7 +561,7 @@ async def test_a_map_that_is_cancelled_at_any_moment_leaves_nothing(
             assert not processes(data_dir)
             assert not data_dir.exists() or not [*data_dir.iterdir()]
         assert len(await drain(fleet.map(ident, range(6)))) == 6
-        crew = fleet._crew
+        crew = fleet._workers
         assert crew is not None
         assert (crew.window._busy, len(crew._claimed)) == (0, 0)
 
@@ -588,7 +588,7 @@ async def test_jobs_wait_for_workers_which_offer_their_memory(
     with running_cluster(tmp_path / "dask", workers=0) as cluster:
         async with fleet_on(cluster, blank) as fleet:
             draining = asyncio.ensure_future(drain(fleet.map(ident, range(3))))
-            client = fleet._crew.client  # type: ignore[union-attr]
+            client = fleet._workers.client  # type: ignore[union-attr]
             async with asyncio.timeout(WITHIN):
                 while not await client.scheduler.get_metadata(keys=["nothing"], default=True):
                     pass

@@ -10,7 +10,7 @@ from smolvm_async.controls.desktop.picture import Reference, Screenshot, load_pi
 from smolvm_async.errors import ConfigError
 
 
-class Wanted:
+class ScreenCondition:
     """Conditions that must all hold at once; see `AsyncSmolVM.wait_for_screen()`.
 
     Args:

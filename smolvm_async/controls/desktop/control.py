@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smolvm_async.controls.interface import Handle, Run, running
+from smolvm_async.controls.interface import VM, Run, running
 from smolvm_async.errors import VMNotRunningError
 from smolvm_async.state.record import Status
 
@@ -14,7 +14,7 @@ class Control:
         vm: That VM, as this process has it; attaching anew changes it.
     """
 
-    def __init__(self, vm: Handle) -> None:
+    def __init__(self, vm: VM) -> None:
         self.vm = vm
 
     def running(self) -> Run:

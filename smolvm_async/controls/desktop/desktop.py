@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from smolvm_async.controls.desktop.comparison import Box, Boxes, Comparison
-from smolvm_async.controls.desktop.condition import Wanted
+from smolvm_async.controls.desktop.condition import ScreenCondition
 from smolvm_async.controls.desktop.keyboard import Keyboard
 from smolvm_async.controls.desktop.mouse import Mouse
 from smolvm_async.controls.desktop.picture import Reference, Screenshot
 from smolvm_async.controls.desktop.screen import Screen
 from smolvm_async.controls.desktop.vnc import VNC
-from smolvm_async.controls.interface import Handle
+from smolvm_async.controls.interface import VM
 from smolvm_async.foundation.tasks import in_thread
 
 
@@ -27,16 +27,16 @@ class Desktop:
     keyboard: Keyboard
     mouse: Mouse
     vnc: VNC
-    _vm: Handle
+    _vm: VM
     _screen: Screen
 
-    def _make_controls(self, vm: Handle) -> None:
+    def _make_controls(self, vm: VM) -> None:
         self._screen = Screen(vm)
         self.keyboard = Keyboard(vm)
         self.mouse = Mouse(vm, self._screen)
         self.vnc = VNC(vm)
 
-    def _control(self, vm: Handle) -> None:
+    def _control(self, vm: VM) -> None:
         """Control this VM from now on: it may have been attached to anew."""
         for control in (self._screen, self.keyboard, self.mouse, self.vnc):
             control.vm = vm
@@ -98,7 +98,12 @@ class Desktop:
         # In a thread: a reference may have to be read and decoded.
         wanted = await in_thread(
             partial(
-                Wanted, comparison, changed=changed, stable=stable, like=like, resolution=resolution
+                ScreenCondition,
+                comparison,
+                changed=changed,
+                stable=stable,
+                like=like,
+                resolution=resolution,
             )
         )
         return await self._screen.wait(wanted, timeout=timeout, interval=interval)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from smolvm_async.config.checks import check_seconds
 from smolvm_async.controls.desktop.control import Control
 from smolvm_async.controls.desktop.layouts import check_layout, chord, strokes
-from smolvm_async.controls.interface import Handle
+from smolvm_async.controls.interface import VM
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.qemu.input import InputEvent, key, released
 
@@ -21,7 +21,7 @@ class Keyboard(Control):
     alone does, until `up()`.
     """
 
-    def __init__(self, vm: Handle) -> None:
+    def __init__(self, vm: VM) -> None:
         super().__init__(vm)
         self._layout = "us"
         self._turn = asyncio.Lock()

@@ -11,7 +11,7 @@ from typing import Literal, SupportsIndex, get_args
 from smolvm_async.config.checks import check_seconds, shown
 from smolvm_async.controls.desktop.control import Control
 from smolvm_async.controls.desktop.screen import Screen
-from smolvm_async.controls.interface import Handle
+from smolvm_async.controls.interface import VM
 from smolvm_async.errors import ConfigError, VMTimeoutError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.qemu.events import BootState
@@ -41,7 +41,7 @@ class Mouse(Control):
         VMNotRunningError: The VM does not run, or is paused.
     """
 
-    def __init__(self, vm: Handle, screen: Screen) -> None:
+    def __init__(self, vm: VM, screen: Screen) -> None:
         super().__init__(vm)
         self._screen = screen
         self._turn = asyncio.Lock()

@@ -7,10 +7,10 @@ import time
 from functools import partial
 
 from smolvm_async.config.checks import check_display, check_seconds
-from smolvm_async.controls.desktop.condition import Wanted
+from smolvm_async.controls.desktop.condition import ScreenCondition
 from smolvm_async.controls.desktop.control import Control
 from smolvm_async.controls.desktop.picture import Screenshot
-from smolvm_async.controls.interface import Handle
+from smolvm_async.controls.interface import VM
 from smolvm_async.errors import ConfigError, MonitorError, VMTimeoutError
 from smolvm_async.foundation.tasks import in_background, in_thread
 
@@ -20,7 +20,7 @@ LOOK = 1.0  # seconds for a picture, however little is left of the timeout
 class Screen(Control):
     """Takes pictures of the guest's screen, one after another."""
 
-    def __init__(self, vm: Handle) -> None:
+    def __init__(self, vm: VM) -> None:
         super().__init__(vm)
         self.last_size: tuple[int, int] | None = None  # of what the user has seen
 
@@ -52,7 +52,7 @@ class Screen(Control):
         elapsed = time.monotonic() - began
         return await in_thread(partial(make, data, timestamp=taken, elapsed=elapsed))
 
-    async def wait(self, wanted: Wanted, *, timeout: float, interval: float) -> Screenshot:
+    async def wait(self, wanted: ScreenCondition, *, timeout: float, interval: float) -> Screenshot:
         """See `AsyncSmolVM.wait_for_screen()`."""
         check_seconds("timeout", timeout)
         check_seconds("interval", interval)

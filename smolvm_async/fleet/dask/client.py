@@ -14,7 +14,15 @@ from distributed.client import FutureCancelledError
 
 from smolvm_async.config.checks import told
 from smolvm_async.errors import RemoteError, WorkerLostError
-from smolvm_async.fleet.dask.messages import CLAIM, RESOURCE, Order, Report, dumps, loads, unpack
+from smolvm_async.fleet.dask.messages import (
+    CLAIM,
+    RESOURCE,
+    JobReply,
+    JobRequest,
+    dumps,
+    loads,
+    unpack,
+)
 from smolvm_async.fleet.dask.worker import end_call, perform, prune
 from smolvm_async.fleet.jobs import Items, Outcome, R, Stream, T, job_failure
 from smolvm_async.foundation.log import get_logger
@@ -61,7 +69,7 @@ class Window:
         self._news.set()
 
 
-class Crew:
+class Workers:
     """The workers, as the client sees them: how much they can do, and which are lost.
 
     Args:
@@ -201,7 +209,7 @@ class RemoteJobs(Stream[T, R]):
 
     def __init__(
         self,
-        crew: Crew,
+        workers: Workers,
         fleet: str,
         template: bytes,
         need: int,
@@ -212,8 +220,8 @@ class RemoteJobs(Stream[T, R]):
         rerun: bool,
     ) -> None:
         super().__init__(items)
-        self._crew = crew
-        self._order = Order(
+        self._workers = workers
+        self._request = JobRequest(
             fleet, f"smolvm-{uuid.uuid4().hex}", "", template, job, b"", until, rerun
         )
         self._need = need
@@ -226,14 +234,14 @@ class RemoteJobs(Stream[T, R]):
         broken: Exception | None = None
 
         def finish(task: asyncio.Task[None]) -> None:
-            self._crew.window.leave()
+            self._workers.window.leave()
             if task.cancelled() or task.exception() is None:
                 doing.discard(task)
 
         try:
             while True:
                 try:
-                    numbered = await self._next(self._crew.window.size)
+                    numbered = await self._next(self._workers.window.size)
                 except Exception as error:
                     if self._on_error == "raise":
                         raise
@@ -241,7 +249,7 @@ class RemoteJobs(Stream[T, R]):
                     break
                 if numbered is None:
                     break
-                await self._crew.window.enter()
+                await self._workers.window.enter()
                 task = asyncio.ensure_future(self._do(*numbered))
                 doing.add(task)
                 task.add_done_callback(finish)
@@ -261,7 +269,7 @@ class RemoteJobs(Stream[T, R]):
         if doing:
             await asyncio.wait(doing)
         if self._loose:
-            await self._crew.everywhere(end_call, self._order.call)
+            await self._workers.everywhere(end_call, self._request.call)
 
     async def _do(self, index: int, item: T) -> None:
         """Have one item's job done, as often as need be."""
@@ -269,7 +277,7 @@ class RemoteJobs(Stream[T, R]):
             vm_id = ""
             again = attempt <= self._retries
             try:
-                report = await self._try(f"{self._order.call}-{index}-{attempt}", dumps(item))
+                report = await self._try(f"{self._request.call}-{index}-{attempt}", dumps(item))
                 vm_id = report.vm_id
                 again = again and report.value is None  # what cannot be loaded never can
                 outcome: Outcome[R] = Outcome(index, _value(report), None)
@@ -281,14 +289,14 @@ class RemoteJobs(Stream[T, R]):
             self._report(outcome)
             return
 
-    async def _try(self, key: str, item: bytes) -> Report:
+    async def _try(self, key: str, item: bytes) -> JobReply:
         """Have a worker try it once; Dask may have another one do so if that is lost."""
-        order = replace(self._order, key=key, item=item)
-        lost = self._crew.claim(key)
-        future = self._crew.client.submit(
-            perform, order, key=key, resources={RESOURCE: self._need}, pure=False
+        request = replace(self._request, key=key, item=item)
+        lost = self._workers.claim(key)
+        future = self._workers.client.submit(
+            perform, request, key=key, resources={RESOURCE: self._need}, pure=False
         )
-        getting = self._crew.start(_result(future))
+        getting = self._workers.start(_result(future))
         either: list[asyncio.Future[Any]] = [getting, lost]
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -310,14 +318,14 @@ async def _awaited(work: Awaitable[V]) -> V:
     return await work
 
 
-async def _result(future: Any) -> Report:
+async def _result(future: Any) -> JobReply:
     try:
         report = await future
     except KilledWorker as error:
         raise WorkerLostError(f"its workers died, one after another: {error}") from error
     except FutureCancelledError as error:
         raise WorkerLostError(f"the Dask scheduler has let go of it: {error.reason}.") from error
-    assert isinstance(report, Report)
+    assert isinstance(report, JobReply)
     if report.lost:
         raise _lost(report.lost)
     return report
@@ -330,7 +338,7 @@ def _lost(worker: str) -> WorkerLostError:
     )
 
 
-def _value(report: Report) -> Any:
+def _value(report: JobReply) -> Any:
     if report.value is None:
         error = unpack(report.errors)
         if not isinstance(error, Exception):

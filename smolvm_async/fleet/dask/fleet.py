@@ -22,7 +22,7 @@ from smolvm_async.qemu.events import BootState
 if TYPE_CHECKING:
     from distributed import Client
 
-    from smolvm_async.fleet.dask.client import Crew, RemoteJobs
+    from smolvm_async.fleet.dask.client import RemoteJobs, Workers
 
 logger = get_logger(__name__)
 
@@ -96,26 +96,26 @@ class DaskFleet:
         self._on_error = check_on_error(on_error)
         self._id = uuid.uuid4().hex
         self._calls: WeakSet[RemoteJobs[Any, Any]] = WeakSet()
-        self._crew: Crew | None = None
+        self._workers: Workers | None = None
         self._pickled = b""
         self._over = False
 
     async def __aenter__(self) -> Self:
-        from smolvm_async.fleet.dask.client import Crew
+        from smolvm_async.fleet.dask.client import Workers
         from smolvm_async.fleet.dask.messages import dumps
 
-        if self._crew is not None or self._over:
+        if self._workers is not None or self._over:
             raise ConfigError("this DaskFleet was entered before: make a new one.")
         self._pickled = dumps(self._template)
         client = await self._connect()
-        crew = Crew(client, self._need, self._most)
+        workers = Workers(client, self._need, self._most)
         try:
-            await crew.begin()
-            self._check_room(crew)
+            await workers.begin()
+            self._check_room(workers)
         except BaseException:
-            await settle(self._leave(crew))
+            await settle(self._leave(workers))
             raise
-        self._crew = crew
+        self._workers = workers
         return self
 
     async def __aexit__(
@@ -124,9 +124,9 @@ class DaskFleet:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        crew, self._crew, self._over = self._crew, None, True
-        assert crew is not None
-        await settle(self._leave(crew))
+        workers, self._workers, self._over = self._workers, None, True
+        assert workers is not None
+        await settle(self._leave(workers))
 
     def map(
         self,
@@ -160,7 +160,7 @@ class DaskFleet:
                 worker's traceback as a note; that of a lost worker is a `WorkerLostError`.
             ConfigError: An argument is wrong, or the fleet was not entered.
         """
-        if self._crew is None:
+        if self._workers is None:
             raise ConfigError("the fleet does not run: use async with DaskFleet(...) as fleet.")
         check_work(job, items, rerun=rerun, in_order=in_order)
         from smolvm_async.fleet.dask.client import RemoteJobs
@@ -176,7 +176,7 @@ class DaskFleet:
         tries = check_count("retries", retries, least=0)
         how = self._on_error if on_error is None else check_on_error(on_error)
         order = (self._id, self._pickled, self._need, self._until, pickled)
-        call: RemoteJobs[T, R] = RemoteJobs(self._crew, *order, Items(items), tries, rerun)
+        call: RemoteJobs[T, R] = RemoteJobs(self._workers, *order, Items(items), tries, rerun)
         self._calls.add(call)
         return call.results(1, in_order, how)
 
@@ -207,19 +207,19 @@ class DaskFleet:
             raise
         return client
 
-    def _check_room(self, crew: Crew) -> None:
-        if not crew.count:
+    def _check_room(self, workers: Workers) -> None:
+        if not workers.count:
             logger.warning("there are no Dask workers yet: jobs wait until there are")
-        elif crew.largest < self._need:
+        elif workers.largest < self._need:
             raise HostError(
-                f"a VM of {self._need} MiB, with QEMU's own, fits on none of the {crew.count} Dask "
-                f"workers: the largest has {crew.largest} MiB. Pass a smaller "
+                f"a VM of {self._need} MiB, with QEMU's own, fits on none of the {workers.count} Dask "
+                f"workers: the largest has {workers.largest} MiB. Pass a smaller "
                 "memory=, or start workers with a larger --resources smolvm_memory=."
             )
 
-    async def _leave(self, crew: Crew) -> None:
+    async def _leave(self, workers: Workers) -> None:
         try:
             await asyncio.gather(*(call.end() for call in list(self._calls)))
-            await crew.end(self._pickled)
+            await workers.end(self._pickled)
         finally:
-            await crew.client.close()
+            await workers.client.close()

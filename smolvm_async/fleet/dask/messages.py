@@ -20,7 +20,7 @@ CLAIM = "smolvm_worker"  # in a task's metadata at the scheduler: which worker h
 
 
 @dataclass(frozen=True)
-class Order:
+class JobRequest:
     """One try of one job.
 
     Attributes:
@@ -42,7 +42,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Report:
+class JobReply:
     """What has become of it: a pickled value, or an error and its causes, or the worker lost."""
 
     vm_id: str = ""

@@ -22,8 +22,8 @@ from distributed.core import Status
 from smolvm_async.fleet.dask.messages import (
     CLAIM,
     RESOURCE,
-    Order,
-    Report,
+    JobReply,
+    JobRequest,
     dumps,
     loads,
     no_exit,
@@ -67,7 +67,7 @@ class Pool:
                 self._open = True
 
 
-class Site:
+class WorkerJobs:
     """The jobs of one worker.
 
     Its methods are for the worker's event loop, but for those that say otherwise.
@@ -75,31 +75,31 @@ class Site:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._futures: dict[str, Future[Report | None]] = {}
+        self._futures: dict[str, Future[JobReply | None]] = {}
         self._calls: dict[str, str] = {}
         self._over: deque[str] = deque(maxlen=REMEMBERED)
         self._pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()
-        self._tasks: dict[str, asyncio.Task[Report]] = {}
+        self._tasks: dict[str, asyncio.Task[JobReply]] = {}
         self._closing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._live, name="smolvm-async jobs", daemon=True)
         self._thread.start()
 
-    async def perform(self, order: Order) -> Report:
+    async def perform(self, request: JobRequest) -> JobReply:
         """Do a job; when this returns, however it does, its VM is gone.
 
         Raises:
             Reschedule: It was cancelled, and is to begin anew if somebody still wants it.
         """
-        if order.call in self._over:
-            return Report(errors=[f"the call {order.call} is over."])
-        done: Future[Report | None] = Future()
-        self._futures[order.key], self._calls[order.key] = done, order.call
-        self._loop.call_soon_threadsafe(self._begin, order, done)
+        if request.call in self._over:
+            return JobReply(errors=[f"the call {request.call} is over."])
+        done: Future[JobReply | None] = Future()
+        self._futures[request.key], self._calls[request.key] = done, request.call
+        self._loop.call_soon_threadsafe(self._begin, request, done)
         try:
-            report = await self._ended(order.key, done)
+            report = await self._ended(request.key, done)
         finally:
-            del self._futures[order.key], self._calls[order.key]
+            del self._futures[request.key], self._calls[request.key]
         if report is None:
             raise Reschedule
         return report
@@ -122,7 +122,7 @@ class Site:
             self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join)
 
-    async def _ended(self, key: str, done: Future[Report | None]) -> Report | None:
+    async def _ended(self, key: str, done: Future[JobReply | None]) -> JobReply | None:
         waiting = asyncio.wrap_future(done)
         try:
             return await asyncio.shield(waiting)
@@ -154,12 +154,12 @@ class Site:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
-    def _begin(self, order: Order, done: Future[Report | None]) -> None:
-        task = self._loop.create_task(self._do(order), name=order.key)
-        self._tasks[order.key] = task
+    def _begin(self, request: JobRequest, done: Future[JobReply | None]) -> None:
+        task = self._loop.create_task(self._do(request), name=request.key)
+        self._tasks[request.key] = task
 
-        def finish(task: asyncio.Task[Report]) -> None:
-            del self._tasks[order.key]
+        def finish(task: asyncio.Task[JobReply]) -> None:
+            del self._tasks[request.key]
             if task.cancelled():
                 done.set_result(None)
             elif (error := task.exception()) is not None:
@@ -173,23 +173,23 @@ class Site:
         if (task := self._tasks.get(key)) is not None:
             task.cancel()
 
-    async def _do(self, order: Order) -> Report:
+    async def _do(self, request: JobRequest) -> JobReply:
         vm_id = ""
         try:
-            pool = self._pools.get(order.fleet)
+            pool = self._pools.get(request.fleet)
             if pool is None:
-                pool = self._pools[order.fleet] = Pool(loads(order.template))
+                pool = self._pools[request.fleet] = Pool(loads(request.template))
             await pool.open()
-            job, item = loads(order.job), loads(order.item)
-            member = Member(pool.template, pool.gate, order.until)
+            job, item = loads(request.job), loads(request.item)
+            member = Member(pool.template, pool.gate, request.until)
             vm_id = member.vm.vm_id
             try:
                 value = await attempt_job(member, _Guarded(job), item)
             finally:
                 await member.release()
-            return Report(vm_id, dumps(value))
+            return JobReply(vm_id, dumps(value))
         except Exception as error:
-            return Report(vm_id, errors=pack(error, f"the Dask worker {self._address}"))
+            return JobReply(vm_id, errors=pack(error, f"the Dask worker {self._address}"))
 
 
 class _Guarded:
@@ -203,30 +203,30 @@ class _Guarded:
             return await awaited(self._job, vm, item)
 
 
-_sites: WeakKeyDictionary[Worker, Site] = WeakKeyDictionary()
+_worker_jobs: WeakKeyDictionary[Worker, WorkerJobs] = WeakKeyDictionary()
 
 
-def _site(worker: Worker) -> Site:
-    site = _sites.get(worker)
-    if site is None:
-        site = _sites[worker] = Site(worker.address)
-    return site
+def _jobs_of(worker: Worker) -> WorkerJobs:
+    jobs = _worker_jobs.get(worker)
+    if jobs is None:
+        jobs = _worker_jobs[worker] = WorkerJobs(worker.address)
+    return jobs
 
 
-async def perform(order: Order) -> Report:
+async def perform(request: JobRequest) -> JobReply:
     """The task that Dask runs."""
     worker = get_worker()
-    if not order.rerun:
-        begun = await worker.scheduler.get_metadata(keys=[order.key, CLAIM], default="")
+    if not request.rerun:
+        begun = await worker.scheduler.get_metadata(keys=[request.key, CLAIM], default="")
         if begun:
-            return Report(lost=begun)
-        await worker.scheduler.set_metadata(keys=[order.key, CLAIM], value=worker.address)
-    return await _site(worker).perform(order)
+            return JobReply(lost=begun)
+        await worker.scheduler.set_metadata(keys=[request.key, CLAIM], value=worker.address)
+    return await _jobs_of(worker).perform(request)
 
 
 async def end_call(call: str, dask_worker: Worker) -> None:
     """Have a worker end what is left of a call of `map()`."""
-    await _site(dask_worker).end(call)
+    await _jobs_of(dask_worker).end(call)
 
 
 async def prune(template: bytes) -> None:
@@ -249,14 +249,14 @@ class Caretaker(WorkerPlugin):
 
     def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
         """A task that is cancelled, or whose client is gone, ends."""
-        if finish in GONE and (site := _sites.get(self._worker)) is not None:
-            site.cancel(key)
+        if finish in GONE and (jobs := _worker_jobs.get(self._worker)) is not None:
+            jobs.cancel(key)
 
     def teardown(self, worker: Worker) -> Awaitable[None] | None:
         """The worker closes, in good order."""
         closing = worker.status not in (Status.running, Status.paused, Status.init)
-        site = _sites.pop(worker, None) if closing else None
-        return site.close() if site is not None else None
+        jobs = _worker_jobs.pop(worker, None) if closing else None
+        return jobs.close() if jobs is not None else None
 
     async def _offer(self, worker: Worker) -> None:
         room = LEDGER.capacity()

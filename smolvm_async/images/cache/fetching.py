@@ -21,7 +21,7 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.cache.layout import MTIME, Layout, Published, hold_lock
 from smolvm_async.images.cache.reading import Reading, WrongContentError
 from smolvm_async.images.manifest import LARGEST, ImageFile
-from smolvm_async.images.s3.download import Wanted, begin, transfer
+from smolvm_async.images.s3.download import RemoteFile, begin, transfer
 from smolvm_async.images.s3.partial_file import Arrival
 from smolvm_async.images.s3.uri import parse_uri
 
@@ -40,12 +40,12 @@ class Fetch(NamedTuple):
     Attributes:
         part: What it is of the image: `rootfs`, `kernel`, `initrd`.
         file: What the manifest says of it.
-        wanted: Where it is.
+        remote: Where it is.
     """
 
     part: str
     file: ImageFile
-    wanted: Wanted
+    remote: RemoteFile
 
 
 def fetches(published: Published, layout: Layout) -> list[Fetch]:
@@ -56,8 +56,8 @@ def fetches(published: Published, layout: Layout) -> list[Fetch]:
         if not layout.holds(file):
             key = location.beside(file.name)
             uri = f"{S3}{location.bucket}/{key}"
-            wanted = Wanted(location.bucket, key, uri, file.size, LARGEST[part])
-            missing.append(Fetch(part, file, wanted))
+            remote = RemoteFile(location.bucket, key, uri, file.size, LARGEST[part])
+            missing.append(Fetch(part, file, remote))
     return missing
 
 
@@ -141,7 +141,7 @@ async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: Meter) -> Non
     except OSError as error:
         await in_background(discard, part)
         raise HostError(
-            f"{fetch.wanted.uri} cannot be written below {str(layout.root)!r}: {error.strerror}. "
+            f"{fetch.remote.uri} cannot be written below {str(layout.root)!r}: {error.strerror}. "
             "Nothing of it is kept. Free some space (smolvm-async image prune), or set "
             "SMOLVM_IMAGE_DIR to another disk."
         ) from error
@@ -150,11 +150,11 @@ async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: Meter) -> Non
 async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -> None:
     """Download and read it at the same time; then give it its name."""
     content = arrival.path.with_suffix(".content")
-    await begin(client, fetch.wanted, arrival, besides=fetch.file.content_size or 0)
-    reading = Reading(arrival.path, fetch.file, content, fetch.wanted.uri)
+    await begin(client, fetch.remote, arrival, besides=fetch.file.content_size or 0)
+    reading = Reading(arrival.path, fetch.file, content, fetch.remote.uri)
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(transfer, client, fetch.wanted, arrival)
+            group.start_soon(transfer, client, fetch.remote, arrival)
             await _read(reading, arrival)
         whole = arrival.path if fetch.file.compression is None else content
         await in_background(_finish, layout, fetch, reading, whole)
@@ -184,7 +184,7 @@ async def _read(reading: Reading, arrival: Arrival) -> None:
 def _finish(layout: Layout, fetch: Fetch, reading: Reading, path: Path) -> None:
     """Check it, and give it its name: from here on it counts as there."""
     reading.check()
-    check_disk(path, fetch.part, fetch.file, fetch.wanted.uri)
+    check_disk(path, fetch.part, fetch.file, fetch.remote.uri)
     with path.open("r+b") as file:
         os.utime(file.fileno(), (MTIME, MTIME))
         os.fchmod(file.fileno(), 0o400)

@@ -40,7 +40,7 @@ class BrokenAnswerError(Exception):
     """An answer that cannot be used, or breaks off: the object is asked for again."""
 
 
-class Wanted(NamedTuple):
+class RemoteFile(NamedTuple):
     """An object.
 
     Attributes:
@@ -70,7 +70,7 @@ class Part:
 _slots = Slots(CONNECTIONS)
 
 
-async def begin(client: Any, wanted: Wanted, arrival: Arrival, *, besides: int = 0) -> None:
+async def begin(client: Any, remote: RemoteFile, arrival: Arrival, *, besides: int = 0) -> None:
     """Look at the object, and make the file.
 
     Args:
@@ -81,13 +81,13 @@ async def begin(client: Any, wanted: Wanted, arrival: Arrival, *, besides: int =
         HostError: If it does not fit on the disk.
         OSError: If the file cannot be made.
     """
-    size, etag = await _look(client, wanted)
+    size, etag = await _look(client, remote)
     await arrival.begin(size, etag)
     needed = sum(end - start for start, end in arrival.missing) + besides
-    _check_space(arrival.path, wanted.uri, needed)
+    _check_space(arrival.path, remote.uri, needed)
 
 
-async def transfer(client: Any, wanted: Wanted, arrival: Arrival) -> None:
+async def transfer(client: Any, remote: RemoteFile, arrival: Arrival) -> None:
     """Download what is missing of an object, after `begin()`.
 
     Raises:
@@ -105,7 +105,7 @@ async def transfer(client: Any, wanted: Wanted, arrival: Arrival) -> None:
             group.start_soon(arrival.keep_saving)
             async with anyio.create_task_group() as workers:
                 for _ in range(min(CONNECTIONS, len(parts))):
-                    workers.start_soon(_work, client, wanted, arrival, parts)
+                    workers.start_soon(_work, client, remote, arrival, parts)
                     await asyncio.sleep(0)  # to sign all requests in one go would be too long
             group.cancel_scope.cancel()
     except* Exception as errors:
@@ -121,13 +121,13 @@ async def _save(arrival: Arrival) -> None:
         logger.warning("what has arrived of %s could not be noted: %s", arrival.path, error)
 
 
-async def _look(client: Any, wanted: Wanted) -> tuple[int, str]:
+async def _look(client: Any, remote: RemoteFile) -> tuple[int, str]:
     """The object's size and ETag.
 
     Raises:
         ImageError: If there is none, or it is not what the manifest says.
     """
-    where = {"Bucket": wanted.bucket, "Key": wanted.key}
+    where = {"Bucket": remote.bucket, "Key": remote.key}
     try:
         try:
             head = await client.head_object(**where)
@@ -138,14 +138,14 @@ async def _look(client: Any, wanted: Wanted) -> tuple[int, str]:
             raise
         size, etag = int(head["ContentLength"]), str(head.get("ETag", ""))
     except Exception as error:
-        raise explained(error, wanted.uri) from error
-    if wanted.size is not None and size != wanted.size:
+        raise explained(error, remote.uri) from error
+    if remote.size is not None and size != remote.size:
         raise ImageError(
-            f"{wanted.uri} has {size} bytes, and its manifest says {wanted.size}: it was changed "
+            f"{remote.uri} has {size} bytes, and its manifest says {remote.size}: it was changed "
             "or cut off since; publish it again."
         )
-    if not 0 < size <= wanted.largest:
-        raise ImageError(f"{wanted.uri} has {size} bytes: from 1 to {wanted.largest} can be used.")
+    if not 0 < size <= remote.largest:
+        raise ImageError(f"{remote.uri} has {size} bytes: from 1 to {remote.largest} can be used.")
     return size, etag
 
 
@@ -160,7 +160,7 @@ def _check_space(path: Path, uri: str, needed: int) -> None:
         )
 
 
-async def _work(client: Any, wanted: Wanted, arrival: Arrival, parts: deque[Part]) -> None:
+async def _work(client: Any, remote: RemoteFile, arrival: Arrival, parts: deque[Part]) -> None:
     import aiofiles
 
     opening = aiofiles.open(arrival.path, "r+b", buffering=0)
@@ -168,28 +168,28 @@ async def _work(client: Any, wanted: Wanted, arrival: Arrival, parts: deque[Part
         while parts:
             part = parts.popleft()
             await file.seek(part.at)
-            await _insist(client, wanted, arrival, part, file)
+            await _insist(client, remote, arrival, part, file)
 
 
-async def _insist(client: Any, wanted: Wanted, arrival: Arrival, part: Part, file: Any) -> None:
+async def _insist(client: Any, remote: RemoteFile, arrival: Arrival, part: Part, file: Any) -> None:
     """Stream a part, and again from where it broke off."""
     failures, since = 0, time.monotonic()
     while part.at < part.end:
         before = part.at
         try:
             async with _slots.of_this_loop():
-                await _stream(client, wanted, arrival, part, file)
+                await _stream(client, remote, arrival, part, file)
         except BrokenAnswerError as error:
             if part.at > before:
                 failures, since = 0, time.monotonic()
             failures += 1
             if failures > PATIENCE or time.monotonic() - since > SILENCE:
                 raise ImageError(
-                    f"{wanted.uri}: its download broke off {failures} times in a row, over "
+                    f"{remote.uri}: its download broke off {failures} times in a row, over "
                     f"{time.monotonic() - since:.0f} s ({error}). What has arrived is kept, and "
                     "the next try goes on there."
                 ) from error
-            logger.info("%s, again from byte %d on: %s", wanted.uri, part.at, error)
+            logger.info("%s, again from byte %d on: %s", remote.uri, part.at, error)
             await asyncio.sleep(_backoff(failures))
 
 
@@ -198,9 +198,9 @@ def _backoff(failures: int) -> float:
     return longest * random.uniform(0.5, 1.0)
 
 
-async def _stream(client: Any, wanted: Wanted, arrival: Arrival, part: Part, file: Any) -> None:
+async def _stream(client: Any, remote: RemoteFile, arrival: Arrival, part: Part, file: Any) -> None:
     """Write what comes of a part, in pieces; what had come before a failure counts."""
-    async with aclosing(_pieces(client, wanted, arrival, part)) as pieces:
+    async with aclosing(_pieces(client, remote, arrival, part)) as pieces:
         async for piece in pieces:
             view = memoryview(piece)
             while view:  # the system may take less than all
@@ -210,7 +210,7 @@ async def _stream(client: Any, wanted: Wanted, arrival: Arrival, part: Part, fil
 
 
 async def _pieces(
-    client: Any, wanted: Wanted, arrival: Arrival, part: Part
+    client: Any, remote: RemoteFile, arrival: Arrival, part: Part
 ) -> AsyncGenerator[bytes]:
     """The bytes of a part as they come, some at a time.
 
@@ -222,7 +222,7 @@ async def _pieces(
     held: list[bytes] = []
     failure: Exception | None = None
     amount = 0
-    body = await _ask(client, wanted, arrival, part)
+    body = await _ask(client, remote, arrival, part)
     try:
         while left > 0 and (data := await _next(body)):
             data = data[:left]
@@ -251,36 +251,36 @@ async def _next(body: Any) -> bytes:
     return data
 
 
-async def _ask(client: Any, wanted: Wanted, arrival: Arrival, part: Part) -> Any:
+async def _ask(client: Any, remote: RemoteFile, arrival: Arrival, part: Part) -> Any:
     """Ask for a part; its body."""
     options = {"IfMatch": arrival.etag} if arrival.etag else {}
     span = f"bytes={part.at}-{part.end - 1}"
     try:
         answer = await client.get_object(
-            Bucket=wanted.bucket, Key=wanted.key, Range=span, **options
+            Bucket=remote.bucket, Key=remote.key, Range=span, **options
         )
     except Exception as error:
-        meant = explained(error, wanted.uri)
+        meant = explained(error, remote.uri)
         if is_passing(error):
             raise BrokenAnswerError(str(meant)) from error
         raise meant from error
     try:
-        _check_answer(answer, wanted, arrival, part)
+        _check_answer(answer, remote, arrival, part)
     except BaseException:
         answer["Body"].close()
         raise
     return answer["Body"]
 
 
-def _check_answer(answer: Any, wanted: Wanted, arrival: Arrival, part: Part) -> None:
+def _check_answer(answer: Any, remote: RemoteFile, arrival: Arrival, part: Part) -> None:
     whole = (part.at, part.end) == (0, arrival.size)
     if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 and not whole:
         raise ImageError(
-            f"{wanted.uri}: the server sends all of it where a range was asked for (status "
+            f"{remote.uri}: the server sends all of it where a range was asked for (status "
             f"{answer['ResponseMetadata']['HTTPStatusCode']}, not 206): use one that knows Range."
         )
     if answer.get("ETag", arrival.etag) != arrival.etag:
-        raise ImageError(f"{wanted.uri} was changed while it was downloaded: try again.")
+        raise ImageError(f"{remote.uri} was changed while it was downloaded: try again.")
     span = f"bytes {part.at}-{part.end - 1}/{arrival.size}"
     got, length = answer.get("ContentRange", span), answer.get("ContentLength")
     if got != span or length not in (None, part.end - part.at):

@@ -7,7 +7,7 @@ server sends notifications: `hello` first, then `event`, `status` and `console` 
 
 from __future__ import annotations
 
-from smolvm_async.vm.attach.client import Attached
+from smolvm_async.vm.attach.client import AttachedVM
 from smolvm_async.vm.attach.server import ControlServer
 
-__all__ = ["Attached", "ControlServer"]
+__all__ = ["AttachedVM", "ControlServer"]

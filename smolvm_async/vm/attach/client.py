@@ -40,10 +40,10 @@ POLL = 0.01  # seconds between two looks whether it is removed
 _readings: set[asyncio.Task[None]] = set()
 
 
-class Attached:
+class AttachedVM:
     """A VM seen from another process: what its owner tells of it, and what one asks of that.
 
-    Attributes: see `smolvm_async.controls.interface.Handle` and `Run`; it is both.
+    Attributes: see `smolvm_async.controls.interface.VM` and `Run`; it is both.
     """
 
     def __init__(self, path: Path, record: Record) -> None:
@@ -98,7 +98,7 @@ class Attached:
         return vm
 
     @property
-    def run(self) -> Attached:
+    def run(self) -> AttachedVM:
         """The owner's run."""
         return self
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from smolvm_async.config.checks import check_timeout
-from smolvm_async.controls.interface import Handle, Run
+from smolvm_async.controls.interface import VM, Run
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.qemu.events import EventStream, event_to_json
@@ -32,7 +32,7 @@ FLUSH = 1.0  # seconds that a client may take to read the last messages
 class ControlServer:
     """Serves one run of a VM on the socket in its directory."""
 
-    def __init__(self, vm: Handle, run: Run) -> None:
+    def __init__(self, vm: VM, run: Run) -> None:
         self._vm = vm
         self._run = run
         self._server: asyncio.Server | None = None
