@@ -212,8 +212,8 @@ class DaskFleet:
             logger.warning("there are no Dask workers yet: jobs wait until there are")
         elif workers.largest < self._need:
             raise HostError(
-                f"a VM of {self._need} MiB, with QEMU's own, fits on none of the {workers.count} Dask "
-                f"workers: the largest has {workers.largest} MiB. Pass a smaller "
+                f"a VM of {self._need} MiB, with QEMU's own, fits on none of the {workers.count} "
+                f"Dask workers: the largest has {workers.largest} MiB. Pass a smaller "
                 "memory=, or start workers with a larger --resources smolvm_memory=."
             )
 
