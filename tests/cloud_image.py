@@ -23,9 +23,8 @@ import pytest
 from smolvm_async.foundation import process
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.tasks import in_background
-from smolvm_async.images.build.builders import search_path
 from smolvm_async.images.build.packages import exclusive
-from smolvm_async.images.build.workshop import key_of, workshop
+from smolvm_async.images.build.workshop import key_of, search_path, workshop
 
 PACKAGES = (
     *("systemd-sysv", "systemd-resolved", "libnss-resolve", "libpam-systemd", "dbus"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from smolvm_async.errors import ConfigError, HostError
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.progress import ProgressCallback
-from smolvm_async.images.build.builders import distribution, search_path
+from smolvm_async.images.build.workshop import distribution, search_path
 from stand_in import system
 from stand_in.builder import Builder
 

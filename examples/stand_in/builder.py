@@ -19,8 +19,8 @@ from pathlib import Path
 
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_background
-from smolvm_async.images.build import builders, packages
-from smolvm_async.images.build.workshop import Steps, key_of, workshop
+from smolvm_async.images.build import packages
+from smolvm_async.images.build.workshop import Steps, key_of, release, workshop
 from stand_in import disk, system
 
 STEPS = 6
@@ -129,7 +129,7 @@ class Builder:
 
 def _recipe(flavour: system.Flavour) -> str:
     """Return the name of all that decides, besides the packages, what the disk holds."""
-    return key_of(builders.release(), flavour.name, RECIPE)
+    return key_of(release(), flavour.name, RECIPE)
 
 
 def _keep(made: Path, name: Path) -> None:

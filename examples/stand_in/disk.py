@@ -13,7 +13,7 @@ from pathlib import Path
 
 from smolvm_async.foundation import process
 from smolvm_async.foundation.tasks import in_background
-from smolvm_async.images.build.builders import MKE2FS_CONF, search_path
+from smolvm_async.images.build.workshop import MKE2FS_CONF, search_path
 
 EPOCH = 1_704_067_200  # 2024-01-01, the date of every file
 MIB = 1 << 20

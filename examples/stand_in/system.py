@@ -24,7 +24,7 @@ from smolvm_async.images.build.boot_files import (
     modules,
     newc,
 )
-from smolvm_async.images.build.builders import CLOUD_KERNELS, distribution
+from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution
 
 GUEST_SCRIPTS = Path(__file__).parent / "guest"
 

@@ -19,7 +19,7 @@ LAST = "configuring packages in the guest"  # the step in which QEMU runs
 BUILD = f"""
 import asyncio, sys
 from pathlib import Path
-from smolvm_async.images.debian import build_debian
+from smolvm_async.images.build.debian import build_debian
 
 def show(progress):
     if progress.message == {LAST!r} and progress.done is not None:

@@ -16,7 +16,7 @@ from smolvm_async import AsyncSmolVM, ConfigError, ImageError
 from smolvm_async.images.cache.layout import Layout, Published, cache_root
 from smolvm_async.images.cache.reading import Reading, WrongContentError
 from smolvm_async.images.manifest import MAX_MANIFEST, Manifest, parse_manifest
-from smolvm_async.images.s3.journal import Ranges, read_journal, write_journal
+from smolvm_async.images.s3.partial_file import Ranges, read_journal, write_journal
 from smolvm_async.images.s3.uri import parse_uri
 
 DIGEST, OTHER = "a" * 64, "b" * 64

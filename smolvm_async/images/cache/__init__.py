@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from smolvm_async.images.cache.cached import CachedImage
-from smolvm_async.images.cache.images import ImageStore
+from smolvm_async.images.cache.images import CachedImage, ImageStore
 from smolvm_async.images.cache.layout import Published
 from smolvm_async.images.cache.tidying import Damage
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.sharing import Shared
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images import qcow2
-from smolvm_async.images.cache.cached import CachedImage, as_cached
 from smolvm_async.images.cache.fetching import Fetch, Meter, check_disk, fetch_file, fetches
 from smolvm_async.images.cache.layout import Layout, Published, Pulled, cache_root
 from smolvm_async.images.cache.reading import WrongContentError
@@ -37,7 +37,7 @@ from smolvm_async.images.cache.tidying import (
     remove_images,
     remove_old,
 )
-from smolvm_async.images.manifest import MAX_MANIFEST, parse_manifest
+from smolvm_async.images.manifest import MAX_MANIFEST, ImageFile, parse_manifest
 from smolvm_async.images.s3.client import endpoint, open_client, read_at_most
 from smolvm_async.images.s3.errors import explained, is_offline
 from smolvm_async.images.s3.uri import Location, parse_uri
@@ -51,6 +51,31 @@ T = TypeVar("T")
 _numbers = itertools.count()  # of the pulls of this process
 _lookups: Shared[Published] = Shared()
 _fetches: Shared[None] = Shared()
+
+
+@dataclass(frozen=True)
+class CachedImage:
+    """A published image on this machine.
+
+    Attributes:
+        uri: Of its manifest.
+        name: What it is called.
+        os: The guest OS.
+        size: Bytes of its files, of which other images may have some too.
+        pulled: When it was downloaded, in seconds since the epoch.
+        used: When it was last pulled or booted.
+        disk: The disk's file; `kernel` and `initrd` likewise, where it has them.
+    """
+
+    uri: str
+    name: str
+    os: str
+    size: int
+    pulled: float
+    used: float
+    disk: Path
+    kernel: Path | None = None
+    initrd: Path | None = None
 
 
 class ImageStore:
@@ -87,13 +112,13 @@ class ImageStore:
         layout = self._layout
         published = await self.look(uri)
         await self.fetch(published, on_progress)
-        return await in_background(lambda: as_cached(layout, _recorded(layout, published)))
+        return await in_background(lambda: _as_cached(layout, _recorded(layout, published)))
 
     async def list(self) -> Sequence[CachedImage]:
         """The images that are here, whole; the most recently used first."""
         layout = self._layout
         return await in_background(
-            lambda: [as_cached(layout, one) for one in layout.records() if is_whole(layout, one)]
+            lambda: [_as_cached(layout, one) for one in layout.records() if is_whole(layout, one)]
         )
 
     async def remove(self, name_or_uri: str) -> Sequence[CachedImage]:
@@ -109,7 +134,7 @@ class ImageStore:
 
         def remove() -> list[CachedImage]:
             images = found(self._layout, meant)
-            gone = [as_cached(self._layout, image) for image in images]
+            gone = [_as_cached(self._layout, image) for image in images]
             remove_images(self._layout, images)
             return gone
 
@@ -148,7 +173,7 @@ class ImageStore:
 
         def prune() -> list[CachedImage]:
             gone = remove_old(self._layout, max_bytes, since)
-            return [as_cached(self._layout, image) for image in gone]
+            return [_as_cached(self._layout, image) for image in gone]
 
         return await self._alone(prune)
 
@@ -277,6 +302,33 @@ async def _read_manifest(client: Any, location: Location) -> bytes:
             answer["Body"].close()
     except Exception as error:
         raise explained(error, location.uri) from error
+
+
+def _as_cached(layout: Layout, image: Pulled) -> CachedImage:
+    """What is shown of an image."""
+    manifest = image.published.manifest
+
+    def path(file: ImageFile | None) -> Path | None:
+        return None if file is None else layout.path_of(file)
+
+    return CachedImage(
+        uri=image.published.uri,
+        name=manifest.name,
+        os=manifest.os,
+        size=sum(_size_of(layout.path_of(file)) for file in manifest.files.values()),
+        pulled=image.pulled,
+        used=image.used,
+        disk=layout.path_of(manifest.rootfs),
+        kernel=path(manifest.kernel),
+        initrd=path(manifest.initrd),
+    )
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _cached(layout: Layout, uri: str) -> Pulled | None:

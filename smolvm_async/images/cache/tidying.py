@@ -6,6 +6,7 @@ which takes long, nobody has to.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import ImageError
-from smolvm_async.foundation.locking import try_lock_file, unlock_file
+from smolvm_async.foundation.locking import try_lock, try_lock_file, unlock_file
 from smolvm_async.images.cache.layout import MTIME, Layout, Pulled
 from smolvm_async.images.cache.reading import digest_of
-from smolvm_async.images.cache.usage import Use, is_held, users_of, uses
+from smolvm_async.state.record import ACTIVE, Record
+from smolvm_async.state.registry import survey
 
 PULLING = ".pulling"  # the suffix of what says which files are being downloaded for which image
 LONGEST_PULL = 86_400.0  # seconds after which such a one was left by a dead process
@@ -198,3 +200,53 @@ def remove_damaged(layout: Layout, path: Path, actual: str) -> Damage:
     if not in_use:
         path.unlink(missing_ok=True)
     return Damage(path, path.name, actual, removed=not in_use)
+
+
+# Which VMs need a file: those that run hold a lock on it, kept ones have a record.
+
+
+class Use(NamedTuple):
+    """A VM that needs files of the cache.
+
+    Attributes:
+        vm_id: Its id.
+        paths: The files.
+        uri: Of the image that it was made from.
+    """
+
+    vm_id: str
+    paths: frozenset[Path]
+    uri: str
+
+
+def uses(layout: Layout) -> list[Use]:
+    """The VMs that need files of the cache, as far as their data directories are known."""
+    found = []
+    for data_dir in layout.known_data_dirs():
+        for record, held in survey(data_dir):
+            running = held and record.status in ACTIVE
+            if running or record.machine is not None:
+                uri = record.config.image if running else ""
+                found.append(Use(record.config.vm_id, frozenset(_sources(record)), uri))
+    return found
+
+
+def _sources(record: Record) -> Iterator[Path]:
+    if record.machine is not None and record.machine.source is not None:
+        source = record.machine.source
+        yield from (path for path in (source.image, source.kernel, source.initrd) if path)
+
+
+def users_of(paths: set[Path], uri: str, found: list[Use]) -> list[str]:
+    """The ids of VMs that need one of the files, or run from the URI."""
+    return sorted({use.vm_id for use in found if use.paths & paths or use.uri == uri})
+
+
+def is_held(path: Path) -> bool:
+    """Whether QEMU, or a VM that is just starting, holds a lock on the file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    with contextlib.closing(os.fdopen(fd, "rb")):
+        return not try_lock(fd)

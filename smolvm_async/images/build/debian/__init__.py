@@ -14,8 +14,8 @@ from smolvm_async.errors import HostError
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_background
-from smolvm_async.images.build.builders import distribution, search_path
 from smolvm_async.images.build.debian.builder import Builder, DebianImage
+from smolvm_async.images.build.workshop import distribution, search_path
 
 __all__ = ["DebianImage", "build_debian", "check_host", "find_debian"]
 

@@ -20,9 +20,9 @@ from typing import NamedTuple
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_background
-from smolvm_async.images.build import builders, packages
+from smolvm_async.images.build import packages
 from smolvm_async.images.build.debian import disk, root
-from smolvm_async.images.build.workshop import Steps, key_of, workshop
+from smolvm_async.images.build.workshop import Steps, key_of, release, workshop
 
 STEPS = 7
 DEADLINE = 1800.0  # seconds for all of it; under TCG, on two slow processors, it takes 2 minutes
@@ -145,5 +145,5 @@ class Builder:
 
 def _recipe() -> str:
     """Return the name of all that decides, besides the packages, what the image holds."""
-    first = FIRST_RECIPE.get(" ".join(builders.release()), "") if RECIPE == 1 else ""
-    return first or key_of(builders.release(), BOOT_ARGS, RECIPE)
+    first = FIRST_RECIPE.get(" ".join(release()), "") if RECIPE == 1 else ""
+    return first or key_of(release(), BOOT_ARGS, RECIPE)

@@ -12,7 +12,7 @@ from smolvm_async.foundation import process
 from smolvm_async.foundation.progress import Progress
 from smolvm_async.guests.linux import DEBIAN
 from smolvm_async.host import choose_accelerator
-from smolvm_async.images.build.builders import MKE2FS_CONF, search_path
+from smolvm_async.images.build.workshop import MKE2FS_CONF, search_path
 
 SIZE = "10G"  # sparse: what is not used takes no room
 MEMORY = 1024  # MiB

@@ -20,8 +20,8 @@ from smolvm_async.images.build.boot_files import (
     modules,
     newc,
 )
-from smolvm_async.images.build.builders import CLOUD_KERNELS, distribution
 from smolvm_async.images.build.debian.kernel import uncompressed
+from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution
 
 GUEST = Path(__file__).parent / "guest"
 OWN = "usr/lib/smolvm"  # what is ours in the guest
