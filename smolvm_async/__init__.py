@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from smolvm_async.config.checks import PortForward
 from smolvm_async.config.vm_config import Limits, Timeouts
 from smolvm_async.controls.desktop.comparison import Region
@@ -35,10 +38,7 @@ from smolvm_async.errors import (
     VMTimeoutError,
     WorkerLostError,
 )
-from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
 from smolvm_async.foundation.progress import Progress
-from smolvm_async.images.cache import CachedImage, Damage, ImageStore
-from smolvm_async.images.publish import push_image
 from smolvm_async.qemu.events import (
     BootState,
     BootStateChanged,
@@ -53,6 +53,11 @@ from smolvm_async.qemu.shutdown import Rung, ShutdownReport, Step
 from smolvm_async.state.record import Status
 from smolvm_async.state.registry import VMInfo
 from smolvm_async.vm.vm import AsyncSmolVM
+
+if TYPE_CHECKING:
+    from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
+    from smolvm_async.images.cache import CachedImage, Damage, ImageStore
+    from smolvm_async.images.publish import push_image
 
 __all__ = [
     "AcceleratorWarning",
@@ -112,3 +117,36 @@ __all__ = [
     "WorkerLostError",
     "push_image",
 ]
+
+# A program with one VM needs no fleet and no S3, whose import costs as much as all the rest: these
+# names are imported when they are first used (PEP 562).
+_ON_FIRST_USE = {
+    "DaskFleet": "smolvm_async.fleet",
+    "Fleet": "smolvm_async.fleet",
+    "FleetStatus": "smolvm_async.fleet",
+    "MemberStatus": "smolvm_async.fleet",
+    "CachedImage": "smolvm_async.images.cache",
+    "Damage": "smolvm_async.images.cache",
+    "ImageStore": "smolvm_async.images.cache",
+    "push_image": "smolvm_async.images.publish",
+}
+
+
+if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """Import a name on its first use.
+
+        Raises:
+            AttributeError: The library has no such name.
+        """
+        if name not in _ON_FIRST_USE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(import_module(_ON_FIRST_USE[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for completion."""
+    return __all__

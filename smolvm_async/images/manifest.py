@@ -21,10 +21,10 @@ from smolvm_async.config.vm_config import MAX_MEMORY
 from smolvm_async.errors import ImageError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.guests import GUESTS
+from smolvm_async.images.s3.uri import MANIFEST
 
 logger = get_logger(__name__)
 
-MANIFEST = "smolvm-image.json"
 SCHEMA_VERSION = 1
 MAX_MANIFEST = 1 << 20  # bytes
 MAX_NAME, MAX_UNKNOWN = 200, 20  # characters of a name, and names that a message lists

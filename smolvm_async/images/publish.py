@@ -23,11 +23,11 @@ from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.cache.layout import Layout, cache_root
 from smolvm_async.images.local import open_image
-from smolvm_async.images.manifest import MANIFEST, Manifest, parse_manifest
+from smolvm_async.images.manifest import Manifest, parse_manifest
 from smolvm_async.images.s3.client import open_client
 from smolvm_async.images.s3.errors import explained
 from smolvm_async.images.s3.upload import upload
-from smolvm_async.images.s3.uri import Location, parse_uri
+from smolvm_async.images.s3.uri import MANIFEST, Location, parse_uri
 from smolvm_async.images.source import open_initrd, open_kernel
 
 KINDS = {  # how the files of a directory without a manifest are recognized

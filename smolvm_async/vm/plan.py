@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig, complete, is_published
@@ -14,11 +14,12 @@ from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host import Accelerator, HostTools, choose_accelerator, find_tools
-from smolvm_async.images.build.debian import build_debian, check_host, find_debian
-from smolvm_async.images.cache import ImageStore, Published
 from smolvm_async.images.source import own_source
 from smolvm_async.state.directory import check_data_dir
 from smolvm_async.vm.limits import scope_prefix
+
+if TYPE_CHECKING:  # S3 and the builder are imported by the VMs that need them
+    from smolvm_async.images.cache import Published
 
 logger = get_logger(__name__)
 
@@ -60,8 +61,11 @@ def make_plan(
     source = own_source(config) if by_path else None
     check_data_dir(config.data_dir)
     tools = find_tools(config.profile)
-    if not config.image and find_debian() is None:
-        check_host()
+    if not config.image:
+        from smolvm_async.images.build.debian import check_host, find_debian
+
+        if find_debian() is None:
+            check_host()
     smm = "requires-smm" in config.profile.firmware_features
     accelerator, warning = choose_accelerator(config.accel, smm=smm)
     if warning is not None:
@@ -91,6 +95,8 @@ async def find_plan(
         ImageError: If it cannot be had, or cannot be used.
         ConfigError, HostError: If an argument or the host does not go with the guest OS.
     """
+    from smolvm_async.images.cache import ImageStore
+
     report(on_progress, Progress("image", f"reading the manifest of {config.image}", 0.0))
     published = await ImageStore().look(config.image)
     manifest = published.manifest
@@ -110,9 +116,13 @@ async def find_source(plan: Plan, stack: ExitStack) -> Source:
     if plan.source is not None:
         return plan.source
     if plan.config.image:
+        from smolvm_async.images.cache import ImageStore
+
         store = ImageStore()
         published = plan.published or await store.look(plan.config.image)
         return await store.hold(published, plan.config.data_dir, plan.on_progress, stack)
+    from smolvm_async.images.build.debian import build_debian, find_debian
+
     if plan.on_progress is None and await in_thread(find_debian) is None:
         logger.warning(
             "the built-in Linux is being built, once: that takes some minutes; on_progress= tells "

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
@@ -161,15 +162,29 @@ def test_all_is_sorted_and_complete() -> None:
     imported = {
         alias.asname or alias.name
         for node in ast.walk(tree("__init__"))
-        if isinstance(node, ast.ImportFrom) and node.module != "__future__"
+        if isinstance(node, ast.ImportFrom) and own(node.module or "")
         for alias in node.names
     }
     assert set(smolvm_async.__all__) == imported
     assert set(errors.__all__) <= set(smolvm_async.__all__)
-    # No other name hangs around, but for the submodules.
-    names = {name for name in vars(smolvm_async) if not name.startswith("_")}
-    submodules = {module.split(".")[0] for module in MODULES}
-    assert names - submodules - {"annotations"} == set(smolvm_async.__all__)
+    assert dir(smolvm_async) == smolvm_async.__all__
+
+
+def test_what_only_fleets_and_s3_need_is_imported_on_first_use() -> None:
+    code = (
+        "import sys, smolvm_async\n"
+        "print(*(name for name in sys.modules if name.startswith('smolvm_async.')))\n"
+        "from smolvm_async import *\n"
+        "print(Fleet.__name__, ImageStore.__name__, push_image.__name__)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    modules, used = done.stdout.splitlines()
+    rooms = {".".join(name.split(".")[1:3]) for name in modules.split()}
+    assert not rooms & {"fleet", "doctor", "cli", "images.cache", "images.build", "images.publish"}
+    assert used == "Fleet ImageStore push_image"
+    with pytest.raises(AttributeError, match="no attribute 'Fleets'"):
+        smolvm_async.Fleets  # type: ignore[attr-defined]  # noqa: B018
 
 
 @pytest.mark.parametrize(("name", "value"), public_classes_and_functions())

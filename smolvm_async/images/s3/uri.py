@@ -8,8 +8,8 @@ from typing import NamedTuple
 from smolvm_async.config.checks import shown
 from smolvm_async.config.vm_config import S3, is_published
 from smolvm_async.errors import ImageError
-from smolvm_async.images.manifest import MANIFEST
 
+MANIFEST = "smolvm-image.json"  # the name of the manifest under a prefix
 MAX_KEY = 1024  # bytes of UTF-8, as S3 has it
 
 
