@@ -16,7 +16,7 @@ from smolvm_async.errors import (
     VMNotRunningError,
 )
 from smolvm_async.fleet.member import Member
-from smolvm_async.foundation.tasks import end_tasks, settle
+from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 from smolvm_async.vm.vm import AsyncSmolVM
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ class Stream(Generic[T, R]):
 
 
 def _error_of(task: asyncio.Task[None]) -> Exception | None:
-    error = None if task.cancelled() else task.exception()
+    error = take_exception(task)
     if error is not None and not isinstance(error, Exception):
         raise error
     return error
@@ -291,8 +291,7 @@ async def _end(doing: asyncio.Task[Any], member: Member) -> None:
     if heedless:
         member.let_go()
         await asyncio.wait(heedless)
-    if not doing.cancelled():
-        doing.exception()  # retrieved, or asyncio would log it
+    take_exception(doing)
 
 
 def job_failure(

@@ -13,7 +13,7 @@ from smolvm_async.config.checks import told
 from smolvm_async.errors import MemberFailedError, VMNotRunningError
 from smolvm_async.fleet.memory import LEDGER
 from smolvm_async.fleet.template import Template
-from smolvm_async.foundation.tasks import end_tasks, settle
+from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 from smolvm_async.qemu.events import BootState
 from smolvm_async.vm.vm import AsyncSmolVM
 
@@ -190,8 +190,7 @@ class Member:
             pass
         elif self.error is not None:
             self.ready.set_exception(self.error)
-            self.ready.exception()  # retrieved, or asyncio would log it
+            take_exception(self.ready)
         else:
             self.ready.cancel()
-        if not over.cancelled():
-            over.exception()
+        take_exception(over)

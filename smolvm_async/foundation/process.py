@@ -27,9 +27,8 @@ from pydantic import Field
 
 from smolvm_async.errors import CommandError, LaunchError
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.slots import Slots
 from smolvm_async.foundation.tail import QUOTED, LogFile, Reader
-from smolvm_async.foundation.tasks import settle
+from smolvm_async.foundation.tasks import Slots, has_result, settle
 
 logger = get_logger(__name__)
 
@@ -253,7 +252,7 @@ async def run(
     except OSError as error:
         raise CommandError(f"{shlex.join(words)} could not be started: {error}") from error
     except asyncio.CancelledError:
-        if not starting.cancelled() and starting.exception() is None:
+        if has_result(starting):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(starting.result().pid, signal.SIGKILL)
             await settle(starting.result().wait())

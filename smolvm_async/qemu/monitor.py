@@ -17,7 +17,7 @@ from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.tasks import settle
+from smolvm_async.foundation.tasks import settle, take_exception
 from smolvm_async.qemu.events import Event, parse_event
 
 # What the client logs as errors is raised here, or expected. DEBUG shows every message.
@@ -116,8 +116,7 @@ class Monitor:
 
     def _end(self, task: asyncio.Task[Any]) -> None:
         self._begun.discard(task)
-        if not task.cancelled():
-            task.exception()  # retrieved, or asyncio would log it
+        take_exception(task)
 
     async def last_words(self) -> None:
         """Once QEMU has ended: hand on the events that it still sent."""

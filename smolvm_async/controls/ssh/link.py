@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from smolvm_async.controls.ssh.access import Access
 from smolvm_async.controls.ssh.sessions import Sessions
 from smolvm_async.errors import ConnectionLostError
-from smolvm_async.foundation.tasks import in_background, no_collection, settle
+from smolvm_async.foundation.tasks import (
+    has_result,
+    in_background,
+    no_collection,
+    settle,
+    take_exception,
+)
 
 if TYPE_CHECKING:
     from asyncssh import SFTPClient, SSHClientConnection
@@ -117,7 +123,7 @@ class Link:
                 raise self._lost(str(error)) from error
 
     def _opened(self, opening: asyncio.Future[Any]) -> None:
-        if not opening.cancelled() and opening.exception() is None:
+        if has_result(opening):
             self._sessions.opened()
 
     def release(self) -> None:
@@ -219,8 +225,7 @@ class Link:
 
     def _attempted(self, attempt: asyncio.Task[Any]) -> None:
         self._connecting = None
-        if not attempt.cancelled():
-            attempt.exception()  # retrieved, or asyncio would log it
+        take_exception(attempt)
 
     async def _attempt(self) -> SSHClientConnection | None:
         connection = await self._log_in()

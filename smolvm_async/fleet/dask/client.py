@@ -26,7 +26,7 @@ from smolvm_async.fleet.dask.messages import (
 from smolvm_async.fleet.dask.worker import end_call, perform, prune
 from smolvm_async.fleet.jobs import Items, Outcome, R, Stream, T, job_failure
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.tasks import settle
+from smolvm_async.foundation.tasks import settle, take_exception
 from smolvm_async.qemu.events import BootState
 
 logger = get_logger(__name__)
@@ -148,8 +148,7 @@ class Workers:
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # retrieved, or asyncio would log it
+        take_exception(task)
 
     async def _watch(self) -> None:
         while True:
@@ -235,7 +234,7 @@ class RemoteJobs(Stream[T, R]):
 
         def finish(task: asyncio.Task[None]) -> None:
             self._workers.window.leave()
-            if task.cancelled() or task.exception() is None:
+            if take_exception(task) is None:
                 doing.discard(task)
 
         try:

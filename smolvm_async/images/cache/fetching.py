@@ -15,8 +15,7 @@ from smolvm_async.config.vm_config import S3
 from smolvm_async.errors import HostError, ImageError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
-from smolvm_async.foundation.slots import Slots
-from smolvm_async.foundation.tasks import first_of, in_background, settle
+from smolvm_async.foundation.tasks import Slots, first_of, in_background, settle, take_exception
 from smolvm_async.images import qcow2
 from smolvm_async.images.cache.layout import MTIME, Layout, Published, hold_lock
 from smolvm_async.images.cache.reading import Reading, WrongContentError
@@ -176,7 +175,7 @@ async def _read(reading: Reading, arrival: Arrival) -> None:
         except asyncio.CancelledError:  # does not wait until all that is decompressed
             reading.abandoned = True
             await settle(asyncio.wait([going_on]))
-            going_on.exception()  # retrieved, or asyncio would log it
+            take_exception(going_on)
             raise
         going_on.result()
 

@@ -20,8 +20,7 @@ from smolvm_async.errors import ConfigError, ImageError
 from smolvm_async.foundation.locking import try_share
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import ProgressCallback
-from smolvm_async.foundation.sharing import Shared
-from smolvm_async.foundation.tasks import in_background
+from smolvm_async.foundation.tasks import Shared, in_background
 from smolvm_async.images import qcow2
 from smolvm_async.images.cache.fetching import Fetch, Meter, check_disk, fetch_file, fetches
 from smolvm_async.images.cache.layout import Layout, Published, Pulled, cache_root

@@ -21,8 +21,7 @@ import anyio
 
 from smolvm_async.errors import HostError, ImageError
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.slots import Slots
-from smolvm_async.foundation.tasks import acquired, first_of, settle
+from smolvm_async.foundation.tasks import Slots, acquired, first_of, settle
 from smolvm_async.images.s3.client import CONNECTIONS, READ_TIMEOUT
 from smolvm_async.images.s3.errors import explained, is_passing
 from smolvm_async.images.s3.partial_file import Arrival

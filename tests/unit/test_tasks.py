@@ -1,4 +1,4 @@
-"""Work that ends whatever happens to whoever waits for it."""
+"""Work that ends whatever happens to its caller, threads, and a semaphore for each event loop."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ import gc
 import os
 import selectors
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import anyio
 import pytest
 
-from smolvm_async.foundation.tasks import in_background, in_thread, no_collection, settle, submit
+from smolvm_async.foundation.tasks import (
+    Slots,
+    in_background,
+    in_thread,
+    no_collection,
+    settle,
+    submit,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -341,3 +349,34 @@ def test_whoever_collects_or_freezes_by_himself_is_left_alone() -> None:
         assert gc.get_freeze_count()
     finally:
         gc.unfreeze()
+
+
+# Slots
+
+
+async def use(slots: Slots) -> int:
+    """The most that have had it at once."""
+    busy = most = 0
+
+    async def one() -> None:
+        nonlocal busy, most
+        async with slots.of_this_loop():
+            busy += 1
+            most = max(most, busy)
+            await asyncio.sleep(0)
+            busy -= 1
+
+    await asyncio.gather(*(one() for _ in range(9)))
+    return most
+
+
+def test_so_many_at_a_time_in_each_loop_and_a_loop_that_is_over_goes() -> None:
+    slots = Slots(2)
+    loops = []
+    for _ in range(3):
+        with asyncio.Runner() as runner:
+            assert runner.run(use(slots)) == 2
+            loops.append(weakref.ref(runner.get_loop()))
+        del runner
+    gc.collect()
+    assert [loop() for loop in loops] == [None] * 3
