@@ -5,8 +5,8 @@
     SmolVMError
     ├── ConfigError (ValueError)         an argument is wrong
     │   ├── ImageError                   the image cannot be used
-    │   ├── PictureError                 this is no complete picture
-    │   ├── UnsupportedError             this guest OS does not have that feature
+    │   ├── PictureError                 the data is not a complete picture
+    │   ├── UnsupportedError             the guest OS or this version lacks the feature
     │   ├── VMAlreadyExistsError         the VM id is taken
     │   └── VMNotFoundError              no VM has this id
     ├── HostError (ValueError)           the host lacks something
@@ -15,21 +15,35 @@
     ├── VMCrashedError                   QEMU, a sidecar or the guest died
     ├── VMNotRunningError                the VM is not running (any more)
     ├── VMTimeoutError (TimeoutError)    a deadline passed
-    │   └── CommandTimeoutError          a command in the guest took too long, and was killed
-    ├── CommandFailedError               a command in the guest ended with another status than 0
+    │   └── CommandTimeoutError          a command in the guest took too long and was killed
+    ├── CommandFailedError               a command in the guest ended with an exit code other than 0
     ├── ConnectionLostError              the guest cannot be reached over SSH (any more)
     ├── FileTransferError                a file could not be transferred
-    ├── FleetError                       something of a fleet failed
+    ├── FleetError                       a part of a fleet failed
     │   ├── MemberFailedError            one of its VMs
-    │   ├── JobFailedError               what map() was to do with one item
-    │   ├── RemoteError                  what another machine raised and cannot be had here
-    │   └── WorkerLostError              a Dask worker was lost while it did a job
+    │   ├── JobFailedError               a job of map(), for one item
+    │   ├── RemoteError                  an exception of another machine that cannot be loaded here
+    │   └── WorkerLostError              a Dask worker was lost during a job
     └── MonitorError                     QEMU refused a QMP command
 
 and one warning, `AcceleratorWarning`.
+
+`str(error)` says everything to people: the message, then the hint. Programs read the attributes.
+Each attribute is a dataclass field with a default, and the fields are listed nowhere else:
+`to_json()` goes through them, and `__reduce__()` keeps them in pickles and copies, also those of a
+subclass with other arguments. Only `message` and the fields that an older version had can be passed
+by position.
 """
 
 from __future__ import annotations
+
+import base64
+import copyreg
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smolvm_async.controls.ssh.result import CommandResult
 
 __all__ = [
     "AcceleratorWarning",
@@ -58,9 +72,55 @@ __all__ = [
     "WorkerLostError",
 ]
 
+# Each dataclass has eq=False and repr=False: exceptions compare by identity, with Exception's repr.
 
+
+@dataclass(eq=False, repr=False)
 class SmolVMError(Exception):
-    """Base of every error that this library raises."""
+    """Base class of every error that this library raises.
+
+    Attributes:
+        message: What is wrong.
+        hint: What to do about it; empty if the message says so, or if nothing can be done.
+    """
+
+    message: str = ""
+    _: KW_ONLY
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if not self.hint:
+            return message
+        return f"{message}\n{self.hint}" if "\n" in message else f"{message} {self.hint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own would call the class with `args`, which a subclass may not accept.
+        new = copyreg.__newobj__  # type: ignore[attr-defined]
+        return new, (type(self),), {**vars(self), "args": self.args}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the name of the class as `type`, and every field, in JSON's types.
+
+        Bytes become `{"base64": ...}`; an object that JSON has no type for becomes its `repr()`.
+        """
+        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {"type": type(self).__name__, **values}
+
+
+def _plain(value: object) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return repr(value)
 
 
 class ConfigError(SmolVMError, ValueError):
@@ -68,134 +128,197 @@ class ConfigError(SmolVMError, ValueError):
 
 
 class ImageError(ConfigError):
-    """The image cannot be used; QEMU never saw it."""
+    """The image cannot be used; QEMU was not started with it."""
 
 
 class PictureError(ConfigError):
-    """What should be a picture is none, or only a part of one."""
+    """The data is not a complete picture."""
 
 
 class UnsupportedError(ConfigError):
-    """The guest OS does not have this feature; the message names the workaround."""
+    """The guest OS or this version lacks the feature; the message names a workaround."""
 
 
 class VMAlreadyExistsError(ConfigError):
-    """A living VM, of this process or of another one, or a kept VM has this id."""
+    """Another VM has this id: a running one, of this process or another one, or a kept one."""
 
 
 class VMNotFoundError(ConfigError):
     """No VM has this id."""
 
 
+@dataclass(eq=False, repr=False)
 class HostError(SmolVMError, ValueError):
-    """The host lacks a program, a file or a feature; the message says how to get it."""
+    """The host lacks a program, a file, a feature or a resource; `hint` says how to get it.
+
+    Attributes:
+        missing: The names of the programs, packages, files or resources that the host lacks,
+            such as `swtpm`, `ovmf`, `kvm`, `memory` or `disk space`; empty if it cannot be named.
+    """
+
+    _: KW_ONLY
+    missing: tuple[str, ...] = ()
 
 
+@dataclass(eq=False, repr=False)
 class CommandError(SmolVMError):
-    """A host command ended with an error; the message quotes the end of its output."""
+    """A host command failed, or could not be started; the message quotes the end of its output.
+
+    Attributes:
+        command: The program and its arguments.
+        returncode: Its exit status, negative for a signal; `None` if it did not start.
+        output: All that it printed to stdout and stderr.
+    """
+
+    _: KW_ONLY
+    command: tuple[str, ...] = ()
+    returncode: int | None = None
+    output: str = ""
 
 
+@dataclass(eq=False, repr=False)
 class LaunchError(SmolVMError):
-    """QEMU or a sidecar did not start: command, exit status and the end of its log."""
+    """QEMU or a sidecar did not start, or its directory could not be prepared.
+
+    Attributes:
+        command: The program that failed and its arguments; empty if no program was started.
+        returncode: Its exit status, negative for a signal; `None` if it did not start or still ran.
+        log: The end of its output (at most 4 KiB).
+    """
+
+    _: KW_ONLY
+    command: tuple[str, ...] = ()
+    returncode: int | None = None
+    log: str = ""
 
 
+@dataclass(eq=False, repr=False)
 class VMCrashedError(SmolVMError):
-    """QEMU, a sidecar or the guest itself died: which one, how, and the end of its log."""
+    """QEMU, a sidecar or the guest died.
+
+    Attributes:
+        process: What died: `QEMU`, the name of a sidecar such as `swtpm`, `guest` (it panicked,
+            or the accelerator gave up on it), or `owner` (the process that had started the VM).
+        returncode: Exit status of that process, negative for a signal; `None` if there is none.
+        log: The end of QEMU's or the sidecar's output (at most 4 KiB).
+        console: The end of the guest's serial console (at most 4 KiB).
+    """
+
+    _: KW_ONLY
+    process: str = ""
+    returncode: int | None = None
+    log: str = ""
+    console: str = ""
 
 
 class VMNotRunningError(SmolVMError):
     """The VM was not started, has stopped, or was deleted."""
 
 
+@dataclass(eq=False, repr=False)
 class VMTimeoutError(SmolVMError, TimeoutError):
-    """A deadline passed; the message says what was waited for and what was seen."""
-
-
-class CommandTimeoutError(VMTimeoutError):
-    """A command in the guest took too long, and was killed.
+    """A deadline passed; the message says what did not happen.
 
     Attributes:
-        stdout: What it had printed by then, text or bytes as the call wanted it.
+        seconds: How long was waited.
+        state: The boot state that the VM was in then (see `BootState`); empty if the wait was
+            for something other than a boot state.
+        console: The end of the guest's serial console (at most 4 KiB); likewise.
+        log: The end of QEMU's output (at most 4 KiB); likewise.
+    """
+
+    _: KW_ONLY
+    seconds: float = 0.0
+    state: str = ""
+    console: str = ""
+    log: str = ""
+
+
+@dataclass(eq=False, repr=False)
+class CommandTimeoutError(VMTimeoutError):
+    """A command in the guest took too long and was killed.
+
+    Attributes:
+        stdout: The output until then, as text or bytes, as the call asked for it.
         stderr: Likewise.
     """
 
-    def __init__(self, message: str, stdout: str | bytes = "", stderr: str | bytes = "") -> None:
-        super().__init__(message)
-        self.stdout = stdout
-        self.stderr = stderr
+    stdout: str | bytes = ""
+    stderr: str | bytes = ""
 
 
+@dataclass(eq=False, repr=False)
 class CommandFailedError(SmolVMError):
-    """A command in the guest ended with another exit code than 0, and `check` was set.
+    """A command in the guest ended with an exit code other than 0, and `check` was set.
 
     Attributes:
         result: Its `CommandResult`.
     """
 
-    def __init__(self, message: str, result: object = None) -> None:
-        super().__init__(message)
-        self.result = result
+    result: CommandResult[Any] = None  # type: ignore[assignment]  # run() always passes it
 
 
 class ConnectionLostError(SmolVMError):
-    """The guest cannot be reached over SSH, or not any more: it was reset, its server died."""
+    """The guest cannot be reached over SSH, or not any more: it was reset, or its server died."""
 
 
 class FileTransferError(SmolVMError):
-    """A file could not be transferred; nothing is left under its name."""
+    """A file could not be transferred; no partial file is left under its name."""
 
 
 class FleetError(SmolVMError):
-    """Something of a fleet failed; fleets raise an `ExceptionGroup` of these."""
+    """A part of a fleet failed; fleets raise an `ExceptionGroup` of these."""
 
 
+@dataclass(eq=False, repr=False)
 class MemberFailedError(FleetError):
     """A VM of a fleet did not start, or crashed; `__cause__` says why.
 
     Attributes:
-        vm_id: Which one.
+        vm_id: The VM's id.
     """
 
-    def __init__(self, message: str, vm_id: str = "") -> None:
-        super().__init__(message)
-        self.vm_id = vm_id
+    vm_id: str = ""
 
 
+@dataclass(eq=False, repr=False)
 class JobFailedError(FleetError):
-    """A job of `map()` failed as often as it was tried; `__cause__` says why, the last time.
+    """A job of `map()` failed at every attempt; `__cause__` is the error of the last attempt.
 
     Attributes:
-        item: What it was to be done with.
-        index: Which of the items that is, from 0.
-        vm_id: The VM of the last try; empty if it had none.
-        attempts: How often it was tried.
+        item: The item that the job was called with.
+        index: The item's position, from 0.
+        vm_id: The VM of the last attempt; empty if it had none.
+        attempts: How many attempts were made.
     """
 
-    def __init__(
-        self,
-        message: str,
-        item: object = None,
-        index: int = 0,
-        vm_id: str = "",
-        attempts: int = 1,
-    ) -> None:
-        super().__init__(message)
-        self.item = item
-        self.index = index
-        self.vm_id = vm_id
-        self.attempts = attempts
+    item: object = None
+    index: int = 0
+    vm_id: str = ""
+    attempts: int = 1
 
 
 class RemoteError(FleetError):
-    """Stands for an exception of another machine that cannot be made here; says which it was."""
+    """An exception of another machine that cannot be loaded here; the message describes it."""
 
 
 class WorkerLostError(FleetError):
-    """A Dask worker, or the scheduler, was lost while a job was done, which may have half been."""
+    """The Dask worker or scheduler was lost during a job; the job may have run partly."""
 
 
+@dataclass(eq=False, repr=False)
 class MonitorError(SmolVMError):
-    """QEMU refused a QMP command."""
+    """QEMU refused a QMP command, or did not answer it.
+
+    Attributes:
+        command: The QMP command, such as `screendump`.
+        error_class: QMP's class of the error, such as `GenericError` or `CommandNotFound`; empty
+            if QEMU did not answer.
+    """
+
+    _: KW_ONLY
+    command: str = ""
+    error_class: str = ""
 
 
 class AcceleratorWarning(UserWarning):

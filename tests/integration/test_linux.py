@@ -113,7 +113,7 @@ async def test_output_of_any_size_and_kind_comes_whole(linux: Any) -> None:
         assert killed.exit_code == -9
         with pytest.raises(CommandFailedError, match="no-such-thing") as caught:
             await vm.run("no-such-thing", check=True)
-        assert caught.value.result.exit_code == 127  # type: ignore[attr-defined]
+        assert caught.value.result.exit_code == 127
 
 
 async def test_a_command_without_an_end_is_killed(linux: Any) -> None:

@@ -41,6 +41,8 @@ ROOMS = {
 }
 ORDER = list(ROOMS)
 ROOT = {"__init__", "__main__", "errors"}  # the modules that are not in a folder
+# A type of a later room that a module names for type checkers only, and never imports when it runs.
+TYPES = {"errors": "controls.ssh.result"}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
@@ -90,7 +92,7 @@ def test_a_module_imports_only_from_its_own_room_and_those_above(module: str) ->
     known = ROOMS[room(module)]
     may_know = {room(module), *(ORDER[: ORDER.index(known) + 1] if known else ())}
     for name in imports(module):
-        if other := own(name):
+        if (other := own(name)) and other != TYPES.get(module):
             assert other in MODULES, name
             assert room(other) in may_know, f"{module} imports {name}"
 
@@ -240,7 +242,8 @@ def test_the_tree_of_errors_is_the_one_that_is_drawn() -> None:
         parent, second = (*bases, None)[:2] if kind is not errors.SmolVMError else (None, None)
         yield kind.__name__, parent, second
         for child in kind.__subclasses__():
-            yield from real(child)
+            if child.__module__.startswith("smolvm_async."):  # and not a test
+                yield from real(child)
 
     assert len(drawn()) > 5
     assert sorted(drawn(), key=str) == sorted(real(errors.SmolVMError), key=str)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 
 from smolvm_async import errors
+from smolvm_async.controls.ssh.result import CommandResult
 from smolvm_async.errors import SmolVMError
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.directory import CONTROL
@@ -40,14 +44,40 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def error_to_json(error: Exception) -> dict[str, Any]:
-    """An exception as a JSON-RPC error."""
-    return {"code": SERVER_ERROR, "message": str(error), "data": type(error).__name__}
+    """Return an exception as a JSON-RPC error, with the fields of one of this library's."""
+    values = {"code": SERVER_ERROR, "message": str(error), "data": type(error).__name__}
+    return {**values, "fields": error.to_json()} if isinstance(error, SmolVMError) else values
 
 
 def error_from_json(values: Mapping[str, Any]) -> SmolVMError:
-    """The exception that the other side had; one that is not known here is a `SmolVMError`."""
-    kind = getattr(errors, str(values.get("data")), SmolVMError)
-    return kind(values["message"]) if issubclass(kind, SmolVMError) else SmolVMError(str(values))
+    """Return the exception that the other process had; an unknown class becomes a `SmolVMError`.
+
+    The other process may have another version of this library, or be an impostor: only fields
+    that the class has here, with values of the declared types, are taken over.
+    """
+    name = values.get("data")
+    kind: type[SmolVMError] = getattr(errors, name) if name in errors.__all__ else SmolVMError
+    if not issubclass(kind, SmolVMError):
+        kind = SmolVMError
+    sent = {"message": str(values.get("message"))}
+    if isinstance(values.get("fields"), dict):
+        sent |= values["fields"]
+    types = get_type_hints(kind, localns={"CommandResult": CommandResult})
+    fields = {}
+    for field in dataclasses.fields(kind):
+        with suppress(KeyError, ValueError):
+            value = restore(sent[field.name])
+            fields[field.name] = TypeAdapter(types[field.name]).validate_python(value)
+    return kind(**fields)
+
+
+def restore(value: Any) -> Any:
+    """Return a value of `SmolVMError.to_json()` with its bytes as bytes."""
+    if isinstance(value, dict):
+        if [*value] == ["base64"]:
+            return base64.b64decode(str(value["base64"]))
+        return {name: restore(part) for name, part in value.items()}
+    return [restore(part) for part in value] if isinstance(value, list) else value
 
 
 def report_to_json(report: ShutdownReport) -> Any:
