@@ -1,9 +1,14 @@
-"""A base image on this machine, opened once: what was checked is what QEMU gets."""
+"""Files of this machine that a VM boots from: parse `image=`, then open and check the file.
+
+A base image is opened once. The descriptor that was checked is the one that QEMU inherits, so
+nobody can exchange the file between the check and its use.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -11,23 +16,82 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from smolvm_async.errors import ImageError
+from smolvm_async.foundation.paths import PathError, absolute, expand
 from smolvm_async.images import qcow2
 
+SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://|(file):"
+FILE_URI = r"file:(?://(?P<host>[^/]*))?(?P<path>.*)"
 SECTOR = 512  # bytes
-SETTLED = 1_000_000_000  # nanoseconds after a change
+SETTLED = 1_000_000_000  # nanoseconds since the last change after which a file's times are reliable
+
+
+def local_path(image: str) -> Path:
+    """Return the absolute path that `image` names.
+
+    `image` is an absolute path, a relative path, one that begins with `~`, or a `file://` URI.
+
+    Raises:
+        ImageError: If `image` is another kind of URI or a malformed one, or cannot be a file's
+            path.
+    """
+    match = re.match(SCHEME, image, re.IGNORECASE)
+    if match is not None and (match[1] or match[2]).lower() != "file":
+        raise ImageError(
+            f"image={image!r}: {match[1]}:// images are not supported; "
+            "download the qcow2 and pass its path."
+        )
+    try:
+        text = expand(image) if match is None else _path_of_uri(image)
+        path = absolute(text)
+    except PathError as error:
+        raise ImageError(
+            f"image={image!r} {error}: pass the absolute path of a qcow2 file."
+        ) from None
+    if text.endswith("/"):
+        raise ImageError(f"image={image!r} names a directory: pass the qcow2 file inside it.")
+    return path
+
+
+def _path_of_uri(image: str) -> str:
+    parts = re.fullmatch(FILE_URI, image, re.IGNORECASE | re.DOTALL)
+    assert parts is not None
+    if (parts["host"] or "localhost").lower() != "localhost":
+        raise ImageError(
+            f"image={image!r} names the host {parts['host']!r}: only files of this machine can be "
+            "used; write file:///absolute/path (three slashes)."
+        )
+    if bad := re.search(r"[?#\x00-\x1f\x7f]", image):
+        raise ImageError(
+            f"image={image!r}: '?' and '#' and control characters must be escaped in a URI; "
+            f"write {bad[0]!r} as %{ord(bad[0]):02X}, or pass the plain path."
+        )
+    if re.search(r"%(?![0-9A-Fa-f]{2})", image):
+        raise ImageError(
+            f"image={image!r}: a '%' in a URI is followed by two hex digits; "
+            "write a literal one as %25, or pass the plain path."
+        )
+    if not parts["path"].startswith("/"):
+        raise ImageError(
+            f"image={image!r} has no absolute path: write file:///absolute/path (three slashes)."
+        )
+    try:
+        return os.fsdecode(unquote_to_bytes(parts["path"]))
+    except UnicodeEncodeError:
+        return parts["path"]  # local_path() refuses it
 
 
 class BaseImage(NamedTuple):
     """An open, checked base image.
 
     Attributes:
-        path: Where it is.
+        path: The file.
         fd: Open for reading only; QEMU inherits it and never opens the path itself.
         virtual_size: Bytes of the disk that the guest sees.
         size: Bytes of the file.
-        mtime_ns: When it was last written to, in nanoseconds since the epoch.
+        mtime_ns: Time of the last change, in nanoseconds since the epoch.
     """
 
     path: Path
@@ -37,47 +101,16 @@ class BaseImage(NamedTuple):
     mtime_ns: int
 
 
-@dataclass(frozen=True)
-class _File:
-    """An open file, as it was when it was last changed."""
-
-    fd: int = field(compare=False)
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-def _virtual_size(fd: int, status: os.stat_result) -> int:
-    file = _File(
-        fd,
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
-    if time.time_ns() - status.st_ctime_ns < SETTLED:  # the next change may show the same time
-        return _check.__wrapped__(file)
-    return _check(file)
-
-
-@functools.lru_cache(maxsize=64)  # the VMs of a fleet share it; errors are not kept
-def _check(file: _File) -> int:
-    return qcow2.check(file.fd).virtual_size
-
-
 @contextmanager
 def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
     """Open and check a base image.
 
     Args:
-        disk_format: `raw` if its manifest says so: then there is no header to be checked.
+        disk_format: `raw` if the image's manifest says so: a raw disk has no header to check.
 
     Raises:
-        ImageError: If it is missing, not a plain file, unreadable, or a qcow2 that QEMU must
-            not see (see `smolvm_async.images.qcow2`).
+        ImageError: If the file is missing, not a plain file, unreadable, or a qcow2 that QEMU must
+            not open (see `smolvm_async.images.qcow2`).
     """
     with open_plain(path, "image", "a qcow2 file") as fd:
         status = os.fstat(fd)
@@ -92,16 +125,47 @@ def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
         yield BaseImage(path, fd, size, status.st_size, status.st_mtime_ns)
 
 
+@dataclass(frozen=True)
+class _FileVersion:
+    """An open file as of its last change; the key of the cache of checked headers."""
+
+    fd: int = field(compare=False)
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+def _virtual_size(fd: int, status: os.stat_result) -> int:
+    version = _FileVersion(
+        fd,
+        status.st_dev,
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+    if time.time_ns() - status.st_ctime_ns < SETTLED:  # the next change may show the same time
+        return _checked_size.__wrapped__(version)
+    return _checked_size(version)
+
+
+@functools.lru_cache(maxsize=64)  # the VMs of a fleet share one check; errors are not cached
+def _checked_size(version: _FileVersion) -> int:
+    return qcow2.check(version.fd).virtual_size
+
+
 @contextmanager
 def open_plain(path: Path, argument: str, wanted: str) -> Iterator[int]:
-    """Open a plain file for reading; yields the descriptor.
+    """Open a plain file for reading, and yield the descriptor.
 
     Args:
-        argument: Which of the user's arguments it is, for messages.
-        wanted: What it should be: "a qcow2 file".
+        argument: The name of the user's argument, for messages.
+        wanted: The kind of file that the argument takes, for messages: "a qcow2 file".
 
     Raises:
-        ImageError: If it is missing, not a plain file or unreadable.
+        ImageError: If the file is missing, not a plain file or unreadable.
     """
     named = f"{argument} {str(path)!r}"
     try:

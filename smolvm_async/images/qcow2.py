@@ -1,9 +1,26 @@
-"""The qcow2 header: read before QEMU sees a file, and written for an empty overlay.
+"""The qcow2 header: checked before QEMU opens a file, and written for an empty overlay.
 
-The format is QEMU's docs/interop/qcow2.txt; every number is big-endian. What a header can name
-besides itself (a backing file, an external data file) QEMU would open, and the guest could read
-it: such images are refused. An overlay is written here too, since `qemu-img create` costs a
-fifth of a launch; its header names no backing file, QEMU gets that as an explicit node.
+The format is QEMU's docs/interop/qcow2.txt; every number is big-endian.
+
+Why the header is checked. A qcow2 may name a second file: a backing file (its offset is in bytes 8
+to 15), or an external data file (bit 2 of the incompatible
+features). QEMU opens that file as well, with the rights of the user, and the guest can read it: an
+image whose backing file is /etc/passwd boots, and shows /etc/passwd to the guest. So the library
+reads the header itself, before QEMU or qemu-img sees the file, and refuses:
+
+- an image with a second file, whichever it is;
+- an encrypted image, an image marked corrupt, and an image with features that this module does not
+  know, since an unknown feature may name a file, too;
+- tables that are out of range or outside the file, and a file shorter than the clusters that it
+  counts: QEMU would start, and the guest would meet an I/O error, or zeros, hours later.
+
+The format is always passed to QEMU. A guessed format would let a guest that writes to a raw disk
+turn that disk into a qcow2 that names a file of the host.
+
+A guest's writes go to an overlay, never to the base image. The overlay is written here, since
+`qemu-img create` takes a fifth of a launch. Its header does not name the backing file: QEMU gets
+the base image as an explicit node, by a descriptor. Each VM has an overlay of its own: if two QEMUs
+open one file for writing, the second fails with 'Failed to get "write" lock'.
 """
 
 from __future__ import annotations
@@ -22,8 +39,8 @@ KNOWN_FEATURES = DIRTY | CORRUPT | EXTERNAL_DATA_FILE | COMPRESSION_TYPE | EXTEN
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00  # bits 9-55 of an L1, L2 or refcount table entry
 ALL_ZEROS, COMPRESSED = 1, 1 << 62  # bits of an L2 table entry
 MAX_L1, MAX_REFCOUNT_TABLE = 32 << 20, 8 << 20  # bytes; QEMU's own limits (block/qcow2.h)
-MAX_SNAPSHOTS, SNAPSHOT_SIZE = 65536, 40  # of the table, and bytes of an entry at least
-MAX_READ = 16 << 20  # bytes of reference counts that are looked at
+MAX_SNAPSHOTS, SNAPSHOT_SIZE = 65536, 40  # entries of the table, and bytes of the smallest entry
+MAX_READ = 16 << 20  # bytes of reference counts that are read at most
 OVERLAY_CLUSTER_BITS = 16
 
 OTHER_FORMATS = {
@@ -44,11 +61,11 @@ DAMAGED = "; download or copy it again"
 
 
 class Qcow2Error(ValueError):
-    """Why a file cannot be used as a qcow2 image: the rest of a sentence about it."""
+    """The reason why a file cannot be used: the rest of a sentence that begins with its name."""
 
 
 class Header(NamedTuple):
-    """The parts of a qcow2 header that matter here; offsets and sizes in bytes."""
+    """The fields of a qcow2 header that this module uses; offsets and sizes in bytes."""
 
     virtual_size: int
     cluster_bits: int
@@ -63,15 +80,15 @@ class Header(NamedTuple):
 
     @property
     def cluster_size(self) -> int:
-        """Bytes of a cluster."""
+        """Return the bytes of a cluster."""
         return 1 << self.cluster_bits
 
 
 def check(fd: int) -> Header:
-    """Read and check the header of the open file `fd`; nothing is written, nothing else opened.
+    """Read and check the header of the open file `fd`; write nothing, open no other file.
 
     Raises:
-        Qcow2Error: If QEMU must not see this file.
+        Qcow2Error: If QEMU must not open this file.
     """
     size = os.fstat(fd).st_size
     head = os.pread(fd, 512, 0)
@@ -82,9 +99,10 @@ def check(fd: int) -> Header:
 
 
 def first_sector(fd: int) -> bytes | None:
-    """The disk's first 512 bytes, of a file that has passed `check()`; `None` if compressed.
+    """Return the first 512 bytes of the disk in a file that has passed `check()`.
 
-    Asking qemu-img takes as long as QEMU itself takes to start.
+    `None` means that the sector is compressed, or has an extended L2 entry, and qemu-img has to
+    read the sector. That takes as long as QEMU itself takes to start.
     """
     head = os.pread(fd, HEADER_V3.size, 0)
     l1_offset, features = HEADER_V2.unpack_from(head)[8], 0
@@ -101,7 +119,11 @@ def first_sector(fd: int) -> bytes | None:
 
 
 def parse(head: bytes, file_size: int) -> Header:
-    """Parse the first 512 bytes of a file of `file_size` bytes."""
+    """Parse the first 512 bytes of a file of `file_size` bytes.
+
+    Raises:
+        Qcow2Error: If the header cannot be used.
+    """
     if file_size == 0:
         raise Qcow2Error("is empty (0 bytes); the download or copy of it failed")
     if not head.startswith(MAGIC):
@@ -205,9 +227,11 @@ def _check_tables(header: Header, file_size: int) -> None:
 
 
 def _check_length(fd: int, header: Header, file_size: int) -> None:
-    """Whether the file reaches to its last counted cluster, found from the end backwards.
+    """Refuse a file that ends before the last cluster with a reference count.
 
-    In an image marked dirty the counts may be behind, and a cut pass unnoticed.
+    The counts are read from the end backwards, so the first count that is not 0 decides. In an
+    image marked dirty the counts on disk may be older than the data: there, a missing end may go
+    unnoticed.
     """
     length = header.refcount_clusters << header.cluster_bits
     table = os.pread(fd, length, header.refcount_offset).rstrip(b"\0")
@@ -241,9 +265,9 @@ def _truncated(expected: int, actual: int) -> Qcow2Error:
 
 
 def empty(virtual_size: int) -> bytes:
-    """The bytes of a qcow2 of `virtual_size` bytes with nothing in it.
+    """Return the bytes of an empty qcow2 whose disk has `virtual_size` bytes.
 
-    Layout: header, refcount table, refcount block(s), L1 table, each on clusters of its own.
+    Layout: header, refcount table, refcount blocks, L1 table; each begins on a new cluster.
     """
     cluster_bits = OVERLAY_CLUSTER_BITS
     cluster = 1 << cluster_bits

@@ -13,8 +13,7 @@ from smolvm_async.errors import ImageError
 from smolvm_async.foundation.process import run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.images import qcow2
-from smolvm_async.images.local import open_image, open_plain
-from smolvm_async.images.reference import local_path
+from smolvm_async.images.local import local_path, open_image, open_plain
 
 ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # a kernel's arguments, if none were given
 

@@ -26,7 +26,7 @@ from smolvm_async.controls.ssh.access import Access
 from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import GUESTS
-from smolvm_async.images.reference import local_path
+from smolvm_async.images.local import local_path
 from smolvm_async.images.s3.uri import parse_uri
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.directory import cannot_use, check_data_dir
