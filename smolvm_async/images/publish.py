@@ -25,7 +25,7 @@ from smolvm_async.images.cache.layout import Layout, cache_root
 from smolvm_async.images.local import open_image
 from smolvm_async.images.manifest import Manifest, parse_manifest
 from smolvm_async.images.s3.client import open_client
-from smolvm_async.images.s3.errors import explained
+from smolvm_async.images.s3.errors import explain
 from smolvm_async.images.s3.upload import upload
 from smolvm_async.images.s3.uri import MANIFEST, Location, parse_uri
 from smolvm_async.images.source import open_initrd, open_kernel
@@ -271,4 +271,4 @@ async def _put_manifest(client: Any, location: Location, manifest: Manifest) -> 
             ContentType="application/json",
         )
     except Exception as error:
-        raise explained(error, location.uri) from error
+        raise explain(error, location.uri) from error

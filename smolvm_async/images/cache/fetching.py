@@ -21,7 +21,7 @@ from smolvm_async.images.cache.layout import MTIME, Layout, Published, hold_lock
 from smolvm_async.images.cache.reading import Reading, WrongContentError
 from smolvm_async.images.manifest import LARGEST, ImageFile
 from smolvm_async.images.s3.download import RemoteFile, begin, transfer
-from smolvm_async.images.s3.partial_file import Arrival
+from smolvm_async.images.s3.partial_file import PartialFile
 from smolvm_async.images.s3.uri import parse_uri
 
 logger = get_logger(__name__)
@@ -119,7 +119,7 @@ async def fetch_file(
 
 async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: Meter) -> None:
     part = layout.arriving / f"{fetch.file.digest}.part"
-    arrival = Arrival(part, meter.on_bytes)
+    arrival = PartialFile(part, meter.on_bytes)
     try:
         try:
             await _arrive(layout, fetch, client, arrival)
@@ -129,7 +129,7 @@ async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: Meter) -> Non
             # What an earlier process left may be to blame: once more, from the beginning.
             logger.warning("%s Once more, from the beginning.", error)
             await in_background(discard, part)
-            await _arrive(layout, fetch, client, Arrival(part, meter.on_bytes))
+            await _arrive(layout, fetch, client, PartialFile(part, meter.on_bytes))
     except WrongContentError as error:
         await in_background(discard, part)
         raise ImageError(str(error)) from None
@@ -146,10 +146,10 @@ async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: Meter) -> Non
         ) from error
 
 
-async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -> None:
+async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: PartialFile) -> None:
     """Download and read it at the same time; then give it its name."""
     content = arrival.path.with_suffix(".content")
-    await begin(client, fetch.remote, arrival, besides=fetch.file.content_size or 0)
+    await begin(client, fetch.remote, arrival, extra_space=fetch.file.content_size or 0)
     reading = Reading(arrival.path, fetch.file, content, fetch.remote.uri)
     try:
         async with anyio.create_task_group() as group:
@@ -165,9 +165,9 @@ async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: Arrival) -
     await in_background(discard, arrival.path)
 
 
-async def _read(reading: Reading, arrival: Arrival) -> None:
+async def _read(reading: Reading, arrival: PartialFile) -> None:
     while reading.at < arrival.size:
-        end = await arrival.beyond(reading.at)
+        end = await arrival.wait_beyond(reading.at)
         work = in_background(reading.go_on, min(end, reading.at + STRIDE))
         going_on = asyncio.ensure_future(work)
         try:

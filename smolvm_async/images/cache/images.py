@@ -38,7 +38,7 @@ from smolvm_async.images.cache.tidying import (
 )
 from smolvm_async.images.manifest import MAX_MANIFEST, ImageFile, parse_manifest
 from smolvm_async.images.s3.client import endpoint, open_client, read_at_most
-from smolvm_async.images.s3.errors import explained, is_offline
+from smolvm_async.images.s3.errors import explain, is_offline
 from smolvm_async.images.s3.uri import Location, parse_uri
 from smolvm_async.images.source import ROOT_DISK
 
@@ -300,7 +300,7 @@ async def _read_manifest(client: Any, location: Location) -> bytes:
         finally:
             answer["Body"].close()
     except Exception as error:
-        raise explained(error, location.uri) from error
+        raise explain(error, location.uri) from error
 
 
 def _as_cached(layout: Layout, image: Pulled) -> CachedImage:

@@ -1,1 +1,1 @@
-"""S3: what a URI means, the client, what its errors mean, files down and up."""
+"""S3: URIs, the client, its errors, downloads and uploads."""

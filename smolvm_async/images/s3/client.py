@@ -1,7 +1,7 @@
-"""The S3 client: aioboto3's, with boto3's own settings, made without stalling the event loop.
+"""The S3 client: aioboto3's, with boto3's own settings, created without blocking the event loop.
 
-What it takes half a second for, imports and megabytes of JSON, happens in a thread; the rest of
-its work is the event loop's, as usual.
+The first client takes half a second, for imports and megabytes of JSON. That happens in a thread;
+requests run in the event loop as usual.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvm_async.errors import ConfigError, ImageError
 from smolvm_async.foundation.tasks import in_background, no_collection, settle
-from smolvm_async.images.s3.errors import explained
+from smolvm_async.images.s3.errors import explain
 
 if TYPE_CHECKING:
     from aiobotocore.awsrequest import AioAWSResponse
@@ -26,39 +26,42 @@ if TYPE_CHECKING:
 
 ENDPOINT = "SMOLVM_S3_ENDPOINT_URL"
 KEY_ID, SECRET = "SMOLVM_S3_ACCESS_KEY_ID", "SMOLVM_S3_SECRET_ACCESS_KEY"
-CONNECTIONS = 8  # that one client has at a time
-ATTEMPTS = 5  # that the client library makes of each request
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; the second between two pieces of an answer
-CONNECT_TIMEOUT_HURRIED, READ_TIMEOUT_HURRIED = 3, 10  # if there is something else to take
-MAX_REFUSAL = 1 << 20  # bytes that are read of an answer which is an error
+CONNECTIONS = 8  # of one client at a time
+ATTEMPTS = 5  # of the client library, for each request
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; READ_TIMEOUT: between two pieces of an answer
+CONNECT_TIMEOUT_HURRIED, READ_TIMEOUT_HURRIED = (
+    3,
+    10,
+)  # seconds, if a cached image can be used instead
+MAX_ERROR_BODY = 1 << 20  # bytes that are read of an error's body
 
 
 def endpoint() -> str:
-    """The endpoint of an S3-compatible store, if `SMOLVM_S3_ENDPOINT_URL` names one."""
+    """Return the URL in `SMOLVM_S3_ENDPOINT_URL`, for a server other than AWS; "" if unset."""
     return os.environ.get(ENDPOINT, "")
 
 
 @asynccontextmanager
 async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
-    """A client of S3, whose settings are boto3's: environment, configuration files, profile, role.
+    """Open an S3 client with boto3's settings: environment, configuration files, profile, role.
 
     Args:
-        hurried: Give up soon if the endpoint does not answer: there is something else to take.
+        hurried: Give up soon if the endpoint does not answer; for callers with a cached image.
 
     Raises:
-        ImageError: If the settings cannot be used.
+        ImageError: If the settings are wrong.
         ConfigError: If only one of this library's own two variables for credentials is set.
     """
     options = {**_own_credentials(), "endpoint_url": endpoint() or None}
     try:
-        context, client = await in_background(_make, options, hurried)
+        context, client = await in_background(_create, options, hurried)
     except (OSError, ValueError) as error:
         raise ImageError(
             f"the settings of S3 cannot be used ({type(error).__name__}: {error}); check "
             f"{ENDPOINT}, AWS_CA_BUNDLE and ~/.aws/config."
         ) from error
     except Exception as error:
-        raise explained(error, "the settings of S3") from error
+        raise explain(error, "the settings of S3") from error
     try:
         yield client
     finally:
@@ -66,23 +69,25 @@ async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
 
 
 async def read_at_most(body: Any, size: int) -> bytes:
-    """What there is of a body, up to a size; it may also come too slowly.
+    """Read a body, up to `size` bytes.
 
     Raises:
-        TimeoutError: It takes longer than anything that small would.
+        TimeoutError: If that takes more than 60 s.
     """
     content: bytes = b""
     try:
-        async with asyncio.timeout(2 * READ_TIMEOUT):  # a malformed chunk ends aiohttp's own
+        async with asyncio.timeout(
+            2 * READ_TIMEOUT
+        ):  # after a malformed chunk aiohttp's timeout does not work
             while len(content) < size and (more := await body.read(1 << 16)):
                 content += more
     except TimeoutError:
-        raise TimeoutError(f"{len(content)} bytes in {2 * READ_TIMEOUT} s, and no end") from None
+        raise TimeoutError(f"only {len(content)} bytes in {2 * READ_TIMEOUT} s") from None
     return content
 
 
 def _own_credentials() -> dict[str, str]:
-    """The variables of the synchronous `smolvm` package; boto3's own count if there are none."""
+    """Return the credentials in the synchronous `smolvm` package's variables; {} if unset."""
     key, secret = os.environ.get(KEY_ID, ""), os.environ.get(SECRET, "")
     if bool(key) != bool(secret):
         missing = SECRET if key else KEY_ID
@@ -90,17 +95,17 @@ def _own_credentials() -> dict[str, str]:
     return {"aws_access_key_id": key, "aws_secret_access_key": secret} if key else {}
 
 
-def _make(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
-    """Make a client in this thread; nothing of it belongs to a loop before its first request."""
-    # Most of what the first one makes stays; of the next ones nothing does, and is to be collected.
+def _create(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
+    """Create a client in this thread; its first request binds it to an event loop."""
+    # The first client creates many objects that stay; those of the next clients are garbage later.
     first = _loader.cache_info().currsize == 0
     with no_collection() if first else nullcontext():
-        return _make_now(options, hurried)
+        return _create_now(options, hurried)
 
 
-def _make_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
+def _create_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     import aioboto3
-    import aiofiles  # noqa: F401 (the download wants it, and an import stalls the loop)
+    import aiofiles  # noqa: F401 (the download needs it, and its import would block the loop)
     from aiobotocore.config import AioConfig
 
     session = aioboto3.Session()
@@ -112,7 +117,7 @@ def _make_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
         retries={"mode": "standard", "total_max_attempts": 2 if hurried else ATTEMPTS},
         max_pool_connections=CONNECTIONS + 2,
         http_session_cls=_session_class(),
-        # What the digests of the manifest do, and for any server.
+        # The digests of the manifest verify the content, for any server.
         response_checksum_validation="when_required",
         request_checksum_calculation="when_required",
     )
@@ -121,7 +126,7 @@ def _make_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
         context = session.client("s3", region_name=region, config=config, **options)
         client = await context.__aenter__()
         try:
-            # What the first request would load: endpoint rules, the serializer, the signer.
+            # Load now what the first request would load in the loop: endpoint rules, signer.
             await client.generate_presigned_url("get_object", {"Bucket": "none", "Key": "none"})
         except BaseException:
             await context.__aexit__(None, None, None)
@@ -133,15 +138,15 @@ def _make_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
 
 @functools.cache
 def _loader() -> Loader:
-    """Botocore's loader of its models; one for the process, since they take 10 MB."""
+    """Return the process's one loader of botocore's models, which take 10 MB."""
     from botocore.loaders import JSONFileLoader, Loader
 
     def in_order(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # Being Python, it lets other threads have their turn; and of these dicts the garbage
-        # collector, which stops the world, looks at fewer than of botocore's OrderedDicts.
+        # A Python function lets other threads run between two objects. And the garbage collector,
+        # which stops all threads, visits fewer objects than with botocore's OrderedDicts.
         return dict(pairs)
 
-    class Patient(JSONFileLoader):  # type: ignore[misc]
+    class CooperativeLoader(JSONFileLoader):  # type: ignore[misc]
         def _load_file(self, full_path: str, open_method: Any) -> Any:
             if not os.path.isfile(full_path):
                 return None
@@ -149,15 +154,16 @@ def _loader() -> Loader:
                 return json.loads(file.read().decode(), object_pairs_hook=in_order)
 
     loader = Loader()
-    loader.file_loader = Patient()
+    loader.file_loader = CooperativeLoader()
     return loader
 
 
 @functools.cache
 def _session_class() -> type[AIOHTTPSession]:
-    """Aiobotocore's HTTP session, which loads certificates where it is made: in a thread.
+    """Return aiobotocore's HTTP session class, changed in two ways.
 
-    Nor does it read an error without end.
+    It loads certificates when it is created, which happens in a thread; and it reads at most
+    `MAX_ERROR_BODY` bytes of an error.
     """
     import aiohttp
     from aiobotocore.httpsession import AIOHTTPSession
@@ -174,7 +180,7 @@ def _session_class() -> type[AIOHTTPSession]:
         async def send(self, request: Any) -> AioAWSResponse:
             response: AioAWSResponse = await super().send(request)
             if response.status_code >= 300 and response._content is None:
-                response._content = await read_at_most(response.raw.content, MAX_REFUSAL)
+                response._content = await read_at_most(response.raw.content, MAX_ERROR_BODY)
                 response.raw.release()
             return response
 

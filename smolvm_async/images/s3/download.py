@@ -1,7 +1,20 @@
-"""One object → one file: parts in parallel, each from where it broke off.
+"""Download one S3 object into one file: in parallel parts, resumed where a part broke off.
 
-A worker streams one part at a time through a buffer of bounded size. The client library retries
-what has not begun; what breaks off in the middle is asked for again here, from there on.
+How a download works:
+
+1. `begin()` asks the server for size and ETag, and creates a sparse file of that size, or takes
+   up the partial file and the journal that an earlier process left (see `partial_file`).
+2. `transfer()` cuts the missing ranges into parts of 8 to 64 MiB. Eight workers each take the next
+   part and stream it to its place in the file in pieces of 384 KiB. So the memory is bounded,
+   however large the object is.
+3. The `PartialFile` notes each piece. Twice a second, and at the end, its journal goes to the
+   disk: a process that is killed, or gives up, loses half a second of work.
+4. The client library retries a request until its answer begins. An answer that breaks off in the
+   middle is this module's business: the worker asks again, from the first missing byte on. It
+   gives up after 5 failures in a row, or 120 s, without a single byte.
+5. Every request carries the ETag (If-Match): parts of two versions of an object are never mixed.
+6. Meanwhile `images.cache.fetching` reads the file from the front, as far as it has no gap,
+   computes the digest and decompresses. When the last byte arrives, little is left to verify.
 """
 
 from __future__ import annotations
@@ -23,31 +36,31 @@ from smolvm_async.errors import HostError, ImageError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import Slots, acquired, first_of, settle
 from smolvm_async.images.s3.client import CONNECTIONS, READ_TIMEOUT
-from smolvm_async.images.s3.errors import explained, is_passing
-from smolvm_async.images.s3.partial_file import Arrival
+from smolvm_async.images.s3.errors import explain, is_temporary
+from smolvm_async.images.s3.partial_file import PartialFile
 
 logger = get_logger(__name__)
 
 SMALLEST_PART, LARGEST_PART = 8 << 20, 64 << 20  # bytes
 PIECE = 384 << 10  # bytes that a worker holds before they are written
 PATIENCE = 5  # failures in a row, without a byte between them, that a part survives
-BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds after the first of them, doubled each time
-SILENCE = 120.0  # seconds without a byte of a part, however many failures they had
+BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds before the first retry, doubled each time
+SILENCE = 120.0  # seconds without a byte after which a part fails, however few failures it had
 
 
 class BrokenAnswerError(Exception):
-    """An answer that cannot be used, or breaks off: the object is asked for again."""
+    """An answer that breaks off or cannot be used; the request is repeated."""
 
 
 class RemoteFile(NamedTuple):
-    """An object.
+    """An S3 object to download.
 
     Attributes:
-        bucket: Its bucket.
-        key: Its key.
-        uri: Both, for messages.
-        size: Bytes that it has to have; `None` if only the server knows.
-        largest: Bytes that it may have.
+        bucket: The bucket.
+        key: The key.
+        uri: Bucket and key, for messages.
+        size: Bytes that the object must have; `None` if only the server knows.
+        largest: Bytes that the object may have at most.
     """
 
     bucket: str
@@ -58,93 +71,101 @@ class RemoteFile(NamedTuple):
 
 
 class Part:
-    """A range of bytes of the object; `at` moves on as they arrive."""
+    """A range of bytes of the object; `at` is the first byte that has not arrived."""
 
     def __init__(self, start: int, end: int) -> None:
         self.at = start
         self.end = end
 
 
-# All downloads of a loop share so many connections: each has a buffer, and one disk writes.
+# All downloads of an event loop share these connections: each has a buffer, and all write to one
+# disk.
 _slots = Slots(CONNECTIONS)
 
 
-async def begin(client: Any, remote: RemoteFile, arrival: Arrival, *, besides: int = 0) -> None:
-    """Look at the object, and make the file.
+async def begin(
+    client: Any, remote: RemoteFile, partial: PartialFile, *, extra_space: int = 0
+) -> None:
+    """Ask for the object's size and ETag, and create or resume the file.
 
     Args:
-        besides: Bytes that the disk has to have room for, besides the object's.
+        extra_space: Bytes that the disk must have room for, besides the object.
 
     Raises:
-        ImageError: If there is no such object, or it is not what the manifest says.
+        ImageError: If there is no such object, or its size is not the one in the manifest.
         HostError: If it does not fit on the disk.
-        OSError: If the file cannot be made.
+        OSError: If the file cannot be created.
     """
-    size, etag = await _look(client, remote)
-    await arrival.begin(size, etag)
-    needed = sum(end - start for start, end in arrival.missing) + besides
-    _check_space(arrival.path, remote.uri, needed)
+    size, etag = await _size_and_etag(client, remote)
+    await partial.begin(size, etag)
+    needed = sum(end - start for start, end in partial.missing) + extra_space
+    _check_space(partial.path, remote.uri, needed)
 
 
-async def transfer(client: Any, remote: RemoteFile, arrival: Arrival) -> None:
-    """Download what is missing of an object, after `begin()`.
+async def transfer(client: Any, remote: RemoteFile, partial: PartialFile) -> None:
+    """Download the missing ranges of an object, after `begin()`.
 
     Raises:
-        ImageError: If it cannot be had; what has arrived stays, for another try.
-        OSError: If it cannot be written.
+        ImageError: If the object cannot be downloaded; what has arrived stays for another try.
+        OSError: If the file cannot be written.
     """
-    step = max(SMALLEST_PART, min(LARGEST_PART, arrival.size // (2 * CONNECTIONS)))
+    step = max(SMALLEST_PART, min(LARGEST_PART, partial.size // (2 * CONNECTIONS)))
     parts = deque(
         Part(at, min(at + step, end))
-        for start, end in arrival.missing
+        for start, end in partial.missing
         for at in range(start, end, step)
     )
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(arrival.keep_saving)
+            group.start_soon(partial.keep_saving)
             async with anyio.create_task_group() as workers:
                 for _ in range(min(CONNECTIONS, len(parts))):
-                    workers.start_soon(_work, client, remote, arrival, parts)
-                    await asyncio.sleep(0)  # to sign all requests in one go would be too long
+                    workers.start_soon(_work, client, remote, partial, parts)
+                    await asyncio.sleep(
+                        0
+                    )  # signing all requests in one go would block the loop too long
             group.cancel_scope.cancel()
     except* Exception as errors:
         raise first_of(errors) from None
     finally:
-        await settle(_save(arrival))
+        await settle(_save(partial))
 
 
-async def _save(arrival: Arrival) -> None:
+async def _save(partial: PartialFile) -> None:
     try:
-        await arrival.save()
-    except OSError as error:  # a full disk: the next try asks for more than it would have to
-        logger.warning("what has arrived of %s could not be noted: %s", arrival.path, error)
+        await partial.save()
+    except OSError as error:  # a full disk: the next try downloads more than it would have to
+        logger.warning("the journal of %s could not be written: %s", partial.path, error)
 
 
-async def _look(client: Any, remote: RemoteFile) -> tuple[int, str]:
-    """The object's size and ETag.
+async def _size_and_etag(client: Any, remote: RemoteFile) -> tuple[int, str]:
+    """Return the object's size and ETag.
 
     Raises:
-        ImageError: If there is none, or it is not what the manifest says.
+        ImageError: If there is no such object, or its size is not the one in the manifest.
     """
     where = {"Bucket": remote.bucket, "Key": remote.key}
     try:
         try:
             head = await client.head_object(**where)
         except client.exceptions.ClientError:
-            # Such an answer has no body that says why. One that has:
+            # An error to HEAD has no body that gives the reason; an error to GET has one.
             answer = await client.get_object(**where, Range="bytes=0-0")
             answer["Body"].close()
             raise
         size, etag = int(head["ContentLength"]), str(head.get("ETag", ""))
     except Exception as error:
-        raise explained(error, remote.uri) from error
+        raise explain(error, remote.uri) from error
     if remote.size is not None and size != remote.size:
         raise ImageError(
-            f"{remote.uri} has {size} bytes, and its manifest says {remote.size}: it was changed "
-            "or cut off since; publish it again."
+            f"{remote.uri} has {size} bytes, but its manifest says {remote.size}: the file was "
+            "changed or cut off after it was published; publish it again."
         )
     if not 0 < size <= remote.largest:
-        raise ImageError(f"{remote.uri} has {size} bytes: from 1 to {remote.largest} can be used.")
+        raise ImageError(
+            f"{remote.uri} has {size} bytes; only 1 to {remote.largest} are supported: publish "
+            "another file."
+        )
     return size, etag
 
 
@@ -153,42 +174,44 @@ def _check_space(path: Path, uri: str, needed: int) -> None:
     free = status.f_bavail * status.f_frsize
     if needed > free:
         raise HostError(
-            f"{uri} does not fit into {str(path.parent)!r}: {needed} bytes are needed, and {free} "
-            "are free. Free some (smolvm-async image prune), or set SMOLVM_IMAGE_DIR to another "
-            "disk."
+            f"{uri} does not fit into {str(path.parent)!r}: it needs {needed} bytes, and {free} "
+            "are free. Free some space (smolvm-async image prune), or set SMOLVM_IMAGE_DIR to a "
+            "directory on another disk."
         )
 
 
-async def _work(client: Any, remote: RemoteFile, arrival: Arrival, parts: deque[Part]) -> None:
+async def _work(client: Any, remote: RemoteFile, partial: PartialFile, parts: deque[Part]) -> None:
     import aiofiles
 
-    opening = aiofiles.open(arrival.path, "r+b", buffering=0)
+    opening = aiofiles.open(partial.path, "r+b", buffering=0)
     async with acquired(opening, methodcaller("close")) as file:
         while parts:
             part = parts.popleft()
             await file.seek(part.at)
-            await _insist(client, remote, arrival, part, file)
+            await _download_part(client, remote, partial, part, file)
 
 
-async def _insist(client: Any, remote: RemoteFile, arrival: Arrival, part: Part, file: Any) -> None:
-    """Stream a part, and again from where it broke off."""
+async def _download_part(
+    client: Any, remote: RemoteFile, partial: PartialFile, part: Part, file: Any
+) -> None:
+    """Download a part; repeat the request from the first missing byte when an answer breaks off."""
     failures, since = 0, time.monotonic()
     while part.at < part.end:
         before = part.at
         try:
             async with _slots.of_this_loop():
-                await _stream(client, remote, arrival, part, file)
+                await _write_part(client, remote, partial, part, file)
         except BrokenAnswerError as error:
             if part.at > before:
                 failures, since = 0, time.monotonic()
             failures += 1
             if failures > PATIENCE or time.monotonic() - since > SILENCE:
                 raise ImageError(
-                    f"{remote.uri}: its download broke off {failures} times in a row, over "
-                    f"{time.monotonic() - since:.0f} s ({error}). What has arrived is kept, and "
-                    "the next try goes on there."
+                    f"{remote.uri}: the download broke off {failures} times in a row, over "
+                    f"{time.monotonic() - since:.0f} s ({error}). Check the network, and try "
+                    "again: the download resumes where it broke off."
                 ) from error
-            logger.info("%s, again from byte %d on: %s", remote.uri, part.at, error)
+            logger.info("%s: retrying from byte %d on: %s", remote.uri, part.at, error)
             await asyncio.sleep(_backoff(failures))
 
 
@@ -197,33 +220,35 @@ def _backoff(failures: int) -> float:
     return longest * random.uniform(0.5, 1.0)
 
 
-async def _stream(client: Any, remote: RemoteFile, arrival: Arrival, part: Part, file: Any) -> None:
-    """Write what comes of a part, in pieces; what had come before a failure counts."""
-    async with aclosing(_pieces(client, remote, arrival, part)) as pieces:
+async def _write_part(
+    client: Any, remote: RemoteFile, partial: PartialFile, part: Part, file: Any
+) -> None:
+    """Write a part in pieces; the pieces that arrive before a failure count."""
+    async with aclosing(_pieces(client, remote, partial, part)) as pieces:
         async for piece in pieces:
             view = memoryview(piece)
-            while view:  # the system may take less than all
+            while view:  # write() may take only a part
                 view = view[await settle(file.write(view)) :]
-            arrival.add(part.at, part.at + len(piece))
+            partial.add(part.at, part.at + len(piece))
             part.at += len(piece)
 
 
 async def _pieces(
-    client: Any, remote: RemoteFile, arrival: Arrival, part: Part
+    client: Any, remote: RemoteFile, partial: PartialFile, part: Part
 ) -> AsyncGenerator[bytes]:
-    """The bytes of a part as they come, some at a time.
+    """Yield the bytes of a part as they arrive, about `PIECE` at a time.
 
     Raises:
-        BrokenAnswerError: If they break off; whatever has come before was yielded.
-        ImageError: If they cannot be had.
+        BrokenAnswerError: If the answer breaks off; all bytes that arrived were yielded before.
+        ImageError: If the server refuses.
     """
     left = part.end - part.at
     held: list[bytes] = []
     failure: Exception | None = None
     amount = 0
-    body = await _ask(client, remote, arrival, part)
+    body = await _request(client, remote, partial, part)
     try:
-        while left > 0 and (data := await _next(body)):
+        while left > 0 and (data := await _read(body)):
             data = data[:left]
             held.append(data)
             left, amount = left - len(data), amount + len(data)
@@ -235,52 +260,55 @@ async def _pieces(
     except Exception as error:
         failure = error
     finally:
-        body.close()  # the connection goes with it, unless all has come
+        body.close()  # unless all has arrived, this closes the connection, too
     if held:
         yield b"".join(held)
     if failure is not None:
         raise BrokenAnswerError(f"{type(failure).__name__}: {failure}") from failure
     if left:
-        raise BrokenAnswerError(f"it ended {left} bytes before it had promised to")
+        raise BrokenAnswerError(f"the answer ended {left} bytes too early")
 
 
-async def _next(body: Any) -> bytes:
-    async with asyncio.timeout(READ_TIMEOUT + 5):  # after a malformed chunk nothing else ends it
+async def _read(body: Any) -> bytes:
+    async with asyncio.timeout(READ_TIMEOUT + 5):  # after a malformed chunk aiohttp waits forever
         data: bytes = await body.read(PIECE)
     return data
 
 
-async def _ask(client: Any, remote: RemoteFile, arrival: Arrival, part: Part) -> Any:
-    """Ask for a part; its body."""
-    options = {"IfMatch": arrival.etag} if arrival.etag else {}
+async def _request(client: Any, remote: RemoteFile, partial: PartialFile, part: Part) -> Any:
+    """Request a part, and return the body of the answer."""
+    options = {"IfMatch": partial.etag} if partial.etag else {}
     span = f"bytes={part.at}-{part.end - 1}"
     try:
         answer = await client.get_object(
             Bucket=remote.bucket, Key=remote.key, Range=span, **options
         )
     except Exception as error:
-        meant = explained(error, remote.uri)
-        if is_passing(error):
+        meant = explain(error, remote.uri)
+        if is_temporary(error):
             raise BrokenAnswerError(str(meant)) from error
         raise meant from error
     try:
-        _check_answer(answer, remote, arrival, part)
+        _check_answer(answer, remote, partial, part)
     except BaseException:
         answer["Body"].close()
         raise
     return answer["Body"]
 
 
-def _check_answer(answer: Any, remote: RemoteFile, arrival: Arrival, part: Part) -> None:
-    whole = (part.at, part.end) == (0, arrival.size)
+def _check_answer(answer: Any, remote: RemoteFile, partial: PartialFile, part: Part) -> None:
+    whole = (part.at, part.end) == (0, partial.size)
     if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 and not whole:
         raise ImageError(
-            f"{remote.uri}: the server sends all of it where a range was asked for (status "
-            f"{answer['ResponseMetadata']['HTTPStatusCode']}, not 206): use one that knows Range."
+            f"{remote.uri}: the server ignores Range requests (status "
+            f"{answer['ResponseMetadata']['HTTPStatusCode']}, not 206): use a server that supports "
+            "them."
         )
-    if answer.get("ETag", arrival.etag) != arrival.etag:
-        raise ImageError(f"{remote.uri} was changed while it was downloaded: try again.")
-    span = f"bytes {part.at}-{part.end - 1}/{arrival.size}"
+    if answer.get("ETag", partial.etag) != partial.etag:
+        raise ImageError(f"{remote.uri} was changed during the download: try again.")
+    span = f"bytes {part.at}-{part.end - 1}/{partial.size}"
     got, length = answer.get("ContentRange", span), answer.get("ContentLength")
     if got != span or length not in (None, part.end - part.at):
-        raise BrokenAnswerError(f"it announces {got} in {length} bytes, where {span} was asked for")
+        raise BrokenAnswerError(
+            f"the answer has {got} in {length} bytes; the request was for {span}"
+        )

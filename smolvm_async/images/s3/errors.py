@@ -1,4 +1,7 @@
-"""What botocore's errors mean, each in a sentence that says what to do."""
+"""Errors of botocore and aiohttp, turned into sentences that say what to do.
+
+The classes are compared by name, so that neither library is imported before it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,28 @@ from typing import Any
 from smolvm_async.errors import ImageError, SmolVMError
 
 CREDENTIALS = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role, as boto3 has it"
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role, as for boto3"
 )
 BY_CODE = {
     "NoSuchBucket": "there is no such bucket; check its name, and SMOLVM_S3_ENDPOINT_URL if it is "
     "not on AWS",
     "NoSuchKey": "there is no such object; check the URI (a manifest is called smolvm-image.json)",
     "404": "there is no such object; check the URI (a manifest is called smolvm-image.json)",
-    "AccessDenied": "access is denied; these credentials need s3:GetObject for it (to push, "
-    "s3:PutObject), and s3:ListBucket, or S3 does not tell a missing object from a forbidden one",
+    "AccessDenied": "access is denied; give these credentials s3:GetObject (s3:PutObject to push), "
+    "and s3:ListBucket: without it S3 reports a missing object as forbidden, too",
     "AllAccessDisabled": "all access to it is disabled; ask its owner",
-    "InvalidAccessKeyId": f"the access key is not known there; {CREDENTIALS}",
+    "InvalidAccessKeyId": f"the access key is not known to the server; {CREDENTIALS}",
     "SignatureDoesNotMatch": f"the secret key does not fit the access key; {CREDENTIALS}",
     "ExpiredToken": "the credentials have expired; renew them (aws sso login, or a new token)",
-    "RequestTimeTooSkewed": "this host's clock is wrong; set it",
+    "RequestTimeTooSkewed": "this host's clock is wrong; correct it",
     "InvalidObjectState": "it is archived (Glacier); restore it first",
-    "PreconditionFailed": "it was changed while it was downloaded; try again",
-    "412": "it was changed while it was downloaded; try again",
+    "PreconditionFailed": "it was changed during the download; try again",
+    "412": "it was changed during the download; try again",
     "InvalidRange": "it is shorter than its manifest says; publish it again",
     "416": "it is shorter than its manifest says; publish it again",
-    "InvalidBucketName": "no bucket can have that name",
-    "NoSuchUpload": "the upload was ended by somebody else; try again",
-    "EntityTooLarge": "it is larger than the store takes",
+    "InvalidBucketName": "that cannot be a bucket's name; check the URI",
+    "NoSuchUpload": "another process aborted the upload; try again",
+    "EntityTooLarge": "it is larger than the server accepts; compress it or make it smaller",
 }
 BY_CODE |= {
     "403": BY_CODE["AccessDenied"],
@@ -58,27 +61,27 @@ BROKEN = ("aiohttp.ClientPayloadError", "ResponseStreamingError", "IncompleteRea
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 
 
-def explained(error: Exception, what: str) -> Exception:
-    """The `ImageError` that says what an error of the client means; others as they are.
+def explain(error: Exception, subject: str) -> Exception:
+    """Return the `ImageError` that explains an error of the client; other errors unchanged.
 
     Args:
-        what: What was asked for: a URI.
+        subject: The URI, or another beginning of a sentence.
     """
     if isinstance(error, SmolVMError):
         return error
-    sentence = _sentence(error)  # first: timeouts of botocore's are OSErrors too
-    return error if sentence is None else ImageError(f"{what}: {sentence}.")
+    explanation = _explanation(error)  # first, since botocore's timeouts are OSErrors, too
+    return error if explanation is None else ImageError(f"{subject}: {explanation}.")
 
 
 def is_offline(error: BaseException | None) -> bool:
-    """Whether nothing was reached, so that what is cached may stand for it."""
+    """Return whether the server was not reached, so that the cached image may be used."""
     while error is not None and not _kinds(error) & {*UNREACHABLE, *NO_CREDENTIALS, "SSLError"}:
         error = error.__cause__
     return error is not None
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether the same request may well succeed a little later."""
+def is_temporary(error: Exception) -> bool:
+    """Return whether the same request may succeed a little later."""
     if _kinds(error) & set(UNREACHABLE):
         return True
     metadata = getattr(error, "response", {}).get("ResponseMetadata", {})
@@ -87,17 +90,17 @@ def is_passing(error: Exception) -> bool:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    """The names of an error's classes; aiohttp has some of the same names as botocore."""
+    """Return the names of an error's classes; aiohttp and botocore share some names."""
     return {
         f"aiohttp.{kind.__name__}" if kind.__module__.startswith("aiohttp") else kind.__name__
         for kind in type(error).__mro__
     }
 
 
-def _sentence(error: Exception) -> str | None:
+def _explanation(error: Exception) -> str | None:
     kinds = _kinds(error)
     if "ClientError" in kinds:
-        return _answer(getattr(error, "response", {}))
+        return _of_response(getattr(error, "response", {}))
     if kinds & set(NO_CREDENTIALS):
         return f"there are no credentials ({error}); {CREDENTIALS}"
     if "ProfileNotFound" in kinds:
@@ -112,16 +115,18 @@ def _sentence(error: Exception) -> str | None:
             "SMOLVM_S3_ENDPOINT_URL"
         )
     if isinstance(error, RecursionError):  # botocore follows each redirection
-        return "the server sends from region to region without end; set AWS_REGION"
+        return "the server redirects endlessly between regions; set AWS_REGION"
     if "BotoCoreError" in kinds:
-        return f"S3 cannot be used like this ({error}); check SMOLVM_S3_ENDPOINT_URL and AWS_*"
-    if isinstance(error, ValueError | LookupError | TypeError):  # of the client, or of ours
+        return f"this configuration does not work ({error}); check SMOLVM_S3_ENDPOINT_URL and AWS_*"
+    if isinstance(
+        error, ValueError | LookupError | TypeError
+    ):  # raised by the client, or by this library, on a malformed answer
         return f"the server's answer cannot be used ({type(error).__name__}: {error})"
     return None
 
 
-def _answer(response: dict[str, Any]) -> str:
-    """What an answer that is an error says."""
+def _of_response(response: dict[str, Any]) -> str:
+    """Return the meaning of an error that the server sent."""
     error, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
     status = str(metadata.get("HTTPStatusCode", ""))
     code, message = str(error.get("Code", "")), str(error.get("Message", ""))[:300]

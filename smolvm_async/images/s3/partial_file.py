@@ -1,4 +1,14 @@
-"""What of an object has arrived, while it does: told to the journal, to the reader, to people."""
+"""A file that is being downloaded: which bytes have arrived, and the journal that a resume reads.
+
+Parts of the object arrive in parallel, so the file grows in several places at once. `Ranges` holds
+what is there. The journal, a small JSON file beside the partial file, holds the same ranges, and
+the object's ETag and size, for a later process.
+
+The journal is written after the bytes that it lists. A process that is killed between the two
+leaves a journal that lists too little, never too much, and the missing ranges are downloaded
+again. After a crash of the host the journal may list bytes that the disk has lost; so the journal
+is only a hint, and the digest of the whole file decides.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +22,7 @@ from typing import Any
 
 from smolvm_async.foundation.tasks import in_background
 
-SAVE = 0.5  # seconds between two journals
+SAVE_INTERVAL = 0.5  # seconds between two journals
 
 
 class Ranges:
@@ -24,7 +34,7 @@ class Ranges:
             self.add(start, end)
 
     def add(self, start: int, end: int) -> None:
-        """Add a range, and join it to its neighbours."""
+        """Add a range, and join it with the ranges that it overlaps or touches."""
         at = bisect.bisect_left(self._ranges, (start, start))
         if at and self._ranges[at - 1][1] >= start:
             at -= 1
@@ -37,16 +47,16 @@ class Ranges:
 
     @property
     def prefix(self) -> int:
-        """How many bytes are there from the beginning on, without a gap."""
+        """Return how many bytes are there from the beginning, up to the first gap."""
         return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
 
     @property
     def total(self) -> int:
-        """How many bytes are there."""
+        """Return how many bytes are there."""
         return sum(end - start for start, end in self._ranges)
 
     def gaps(self, size: int) -> Iterator[tuple[int, int]]:
-        """What is missing of a file of so many bytes."""
+        """Yield the ranges that are missing of a file of `size` bytes."""
         at = 0
         for start, end in self._ranges:
             if at < start:
@@ -56,18 +66,21 @@ class Ranges:
             yield at, size
 
     def to_list(self) -> list[tuple[int, int]]:
-        """As JSON holds them."""
+        """Return the ranges as a list, for JSON."""
         return list(self._ranges)
 
 
-class Arrival:
-    """A file that grows in several places at once.
+class PartialFile:
+    """A file that is being downloaded.
 
     Attributes:
-        path: Where it is; its journal is beside it.
-        size: Bytes that it will have; 0 until that is known.
-        etag: Of the object, as the server had it first.
-        resumed: Whether an earlier process began it.
+        path: The file; its journal is beside it.
+        size: Bytes of the complete file; 0 until that is known.
+        etag: The object's ETag when the download began.
+        resumed: Whether an earlier process downloaded some of it.
+
+    Args:
+        on_bytes: Called with the bytes that are there and the size, after each change.
     """
 
     def __init__(self, path: Path, on_bytes: Callable[[int, int], None]) -> None:
@@ -78,40 +91,40 @@ class Arrival:
         self.resumed = False
         self._ranges = Ranges()
         self._on_bytes = on_bytes
-        self._news = asyncio.Event()
+        self._grown = asyncio.Event()
 
     async def begin(self, size: int, etag: str) -> None:
-        """Take up what an earlier process has left, if it was the same object.
+        """Create the file, or resume the one of an earlier process if the object is the same.
 
         Raises:
-            OSError: If the file cannot be made.
+            OSError: If the file cannot be created.
         """
         self.size, self.etag = size, etag
-        old, ranges = await in_background(read_journal, self.journal, size)
-        there = await in_background(_make, self.path, size)
-        self.resumed = there and old == etag and ranges.total > 0
+        old_etag, ranges = await in_background(read_journal, self.journal, size)
+        existed = await in_background(_create, self.path, size)
+        self.resumed = existed and old_etag == etag and ranges.total > 0
         self._ranges = ranges if self.resumed else Ranges()
-        self._tell()
+        self._notify()
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """The ranges of bytes that have yet to come."""
+        """Return the ranges of bytes that have not arrived."""
         return list(self._ranges.gaps(self.size))
 
     def add(self, start: int, end: int) -> None:
-        """These bytes are in the file."""
+        """Note that these bytes are in the file."""
         self._ranges.add(start, end)
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
-        self._news.set()
+    def _notify(self) -> None:
+        self._grown.set()
         self._on_bytes(self._ranges.total, self.size)
 
-    async def beyond(self, at: int) -> int:
-        """Until more than the first `at` bytes are there, without a gap; how many then are."""
+    async def wait_beyond(self, at: int) -> int:
+        """Wait until more than the first `at` bytes are there without a gap; return how many."""
         while self._ranges.prefix <= at:
-            self._news.clear()
-            await self._news.wait()
+            self._grown.clear()
+            await self._grown.wait()
         return self._ranges.prefix
 
     async def save(self) -> None:
@@ -124,29 +137,25 @@ class Arrival:
         await in_background(write_journal, self.journal, self.etag, self.size, ranges)
 
     async def keep_saving(self) -> None:
-        """Write it now and then, until cancelled."""
+        """Write the journal every half second, until cancelled."""
         while True:
-            await asyncio.sleep(SAVE)
+            await asyncio.sleep(SAVE_INTERVAL)
             await self.save()
 
 
-def _make(path: Path, size: int) -> bool:
-    """Make the file, whole and empty of blocks, unless there is one; whether there was."""
+def _create(path: Path, size: int) -> bool:
+    """Create the file, sparse and of its full size, unless it exists; return whether it did."""
     if path.is_symlink():
         path.unlink()
-    there = path.exists() and path.stat().st_size == size
-    with path.open("r+b" if there else "wb") as file:
+    exists = path.exists() and path.stat().st_size == size
+    with path.open("r+b" if exists else "wb") as file:
         file.truncate(size)
     path.chmod(0o600)
-    return there
-
-
-# The journal: written after the bytes that it tells of, so that whoever is killed leaves one that
-# promises too little, never too much. It is a hint all the same, since the digest decides.
+    return exists
 
 
 def write_journal(path: Path, etag: str, size: int, ranges: Ranges) -> None:
-    """Replace the journal, at once and as a whole.
+    """Replace the journal atomically.
 
     Raises:
         OSError: If the disk is full.
@@ -161,7 +170,7 @@ def write_journal(path: Path, etag: str, size: int, ranges: Ranges) -> None:
 
 
 def read_journal(path: Path, size: int) -> tuple[str, Ranges]:
-    """The ETag and what has arrived; nothing, if there is no journal of a file of that size."""
+    """Return the ETag and the ranges; both empty if there is no journal of a file of that size."""
     try:
         values: Any = json.loads(path.read_bytes())
         ranges = [(int(start), int(end)) for start, end in values["ranges"]]

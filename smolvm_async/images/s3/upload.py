@@ -1,4 +1,4 @@
-"""One file → one object: in parts if it is large, all of it or nothing."""
+"""Upload one file as one S3 object: in parallel parts if it is large, and never half of it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ import anyio
 
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import acquired, first_of, in_background
-from smolvm_async.images.s3.errors import explained
+from smolvm_async.images.s3.errors import explain
 
 logger = get_logger(__name__)
 
-PART = 5 << 20  # bytes; S3's least, and signing more would keep the event loop for long
+PART = 5 << 20  # bytes: S3's minimum; signing a larger part would block the event loop too long
 MAX_PARTS = 9_000  # S3 takes 10,000
 WORKERS = 4
-DIGEST = "sha256"  # in the object's metadata: what is there already is not sent again
+DIGEST = (
+    "sha256"  # a key of the object's metadata; an object with the same digest is not sent again
+)
 
 
 async def upload(
     client: Any, bucket: str, key: str, fd: int, digest: str, on_bytes: Callable[[int], None]
 ) -> None:
-    """Upload the open file `fd`, unless the object is there already.
+    """Upload the open file `fd`, unless the object exists with the same content.
 
     Args:
         digest: The file's SHA-256.
-        on_bytes: Told how many bytes of it are there.
+        on_bytes: Called with the bytes that were sent so far.
 
     Raises:
-        ImageError: If it cannot be done; no part of it is left there.
+        ImageError: If the upload fails; no part of it is left on the server.
     """
     size = os.fstat(fd).st_size
     try:
-        if not await _is_there(client, bucket, key, size, digest):
+        if not await _exists(client, bucket, key, size, digest):
             where = {"Bucket": bucket, "Key": key}
             metadata = {DIGEST: digest}
             if size <= PART:
@@ -44,17 +46,17 @@ async def upload(
             else:
                 await _upload_parts(client, where, metadata, fd, size, on_bytes)
     except Exception as error:
-        raise explained(error, f"s3://{bucket}/{key}") from error
+        raise explain(error, f"s3://{bucket}/{key}") from error
     on_bytes(size)
 
 
-async def _is_there(client: Any, bucket: str, key: str, size: int, digest: str) -> bool:
+async def _exists(client: Any, bucket: str, key: str, size: int, digest: str) -> bool:
     try:
         head = await client.head_object(Bucket=bucket, Key=key)
     except client.exceptions.ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
             raise
-        return False  # or it may not be read; writing it will show
+        return False  # missing, or not readable with these credentials: try to write it
     return bool(head["ContentLength"] == size and head.get("Metadata", {}).get(DIGEST) == digest)
 
 
@@ -82,16 +84,16 @@ async def _upload_parts(
             sent += len(body)
             on_bytes(sent)
 
-    async def give_up(begun: dict[str, str]) -> None:
-        # What was sent would be kept, and charged for, without ever being seen.
+    async def abort(begun: dict[str, str]) -> None:
+        # The server would keep the parts, and charge for them, though nobody could see them.
         if not complete:
             try:
                 await client.abort_multipart_upload(**where, UploadId=begun["UploadId"])
             except Exception as error:
-                logger.warning("an upload to %s could not be ended: %s", where, error)
+                logger.warning("the upload to %s could not be aborted: %s", where, error)
 
     creating = client.create_multipart_upload(**where, Metadata=metadata)
-    async with acquired(creating, give_up) as begun:
+    async with acquired(creating, abort) as begun:
         upload_id = {"UploadId": begun["UploadId"]}
         try:
             async with anyio.create_task_group() as workers:
