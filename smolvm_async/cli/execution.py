@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import typer
@@ -65,13 +65,24 @@ def execute(
         raise typer.Exit(FAILED) from None  # nobody reads any more: there is nobody to tell
     except (SmolVMError, OSError) as error:
         code = next((CODES[kind] for kind in CODES if isinstance(error, kind)), FAILED)
-        fail(type(error).__name__, str(error), code, json=json)
+        data = error.to_json() if isinstance(error, SmolVMError) else {}
+        fail(type(error).__name__, str(error), code, json=json, data=data)
 
 
-def fail(kind: str, message: str, code: int, *, json: bool) -> NoReturn:
-    """Say what failed, and exit."""
+def fail(
+    kind: str, message: str, code: int, *, json: bool, data: Mapping[str, object] | None = None
+) -> NoReturn:
+    """Say what failed, and exit.
+
+    Args:
+        kind: The class of the error.
+        message: The whole text, with the hint.
+        code: The exit code.
+        json: Whether to write JSON.
+        data: The fields of the error, for the JSON.
+    """
     if json:
-        write_json({"error": {"type": kind, "message": message}})
+        write_json({"error": {**(data or {}), "type": kind, "message": message}})
     else:
         complain("Error", message, "bold red")
     raise typer.Exit(code)

@@ -12,5 +12,10 @@ PUBLISHED = LINUX._replace(
     title="the image",
     default_memory=0,
     default_cpus=0,
-    unsupported={},
+    unsupported={
+        "snapshot": (
+            "snapshot() is not in this version yet: pass keep=True, and the VM keeps its disk when "
+            "it stops."
+        ),
+    },
 )

@@ -23,7 +23,7 @@ from smolvm_async.controls.interface import VM, running
 from smolvm_async.controls.ports import PortForwarding
 from smolvm_async.controls.shell import Shell
 from smolvm_async.controls.ssh.access import Access
-from smolvm_async.errors import ConfigError, VMNotFoundError
+from smolvm_async.errors import ConfigError, UnsupportedError, VMNotFoundError
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import GUESTS
 from smolvm_async.images.local import local_path
@@ -361,14 +361,13 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     async def snapshot(self, name: str | None = None) -> NoReturn:
         """Not in this version: raises `UnsupportedError`."""
-        self._vm.config.profile.require("snapshot")
-        raise AssertionError
+        raise UnsupportedError(self._vm.config.profile.unsupported["snapshot"])
 
     @classmethod
     async def from_snapshot(cls, name: str, **options: object) -> NoReturn:
         """Not in this version: raises `UnsupportedError`."""
-        GUESTS["windows" if options.get("os") == "windows" else "linux"].require("from_snapshot")
-        raise AssertionError
+        guest = GUESTS["windows" if options.get("os") == "windows" else "linux"]
+        raise UnsupportedError(guest.unsupported["from_snapshot"])
 
 
 def _published(

@@ -187,6 +187,15 @@ async def test_methods_that_windows_lacks_are_refused_before_anything_is_created
         assert phrase in str(caught.value)
 
 
+@pytest.mark.anyio
+async def test_a_snapshot_is_refused_before_the_manifest_of_an_image_is_read() -> None:
+    vm = AsyncSmolVM(image="s3://bucket/images/debian/")
+    with pytest.raises(UnsupportedError, match=r"snapshot\(\) is not .*keep=True"):
+        await vm.snapshot("clean")
+    with pytest.raises(UnsupportedError, match=r"from_snapshot\(\) is not .*keep=True"):
+        await AsyncSmolVM.from_snapshot("clean")
+
+
 def test_options_that_windows_lacks_may_be_spelled_out_as_unused(make: Make) -> None:
     make(mounts=[], writable_mounts=False, internet_settings=None)
 
