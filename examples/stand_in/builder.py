@@ -17,10 +17,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.foundation.files import replace_file, seal
+from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
-from smolvm_async.images.build.workshop import Steps, key_of, release, workshop
+from smolvm_async.images.build.workshop import key_of, release, workshop
 from stand_in import disk, system
 
 STEPS = 6
@@ -45,7 +46,7 @@ class Builder:
         self._packages = cache.absolute() / "packages"
         self._flavour = flavour
         self._kernel_arguments = tuple(kernel_arguments)
-        self._steps = Steps(on_progress, STEPS)
+        self._steps = Meter(on_progress, "image", STEPS)
         self._recipe = _recipe(flavour)
 
     def find(self) -> Path | None:
@@ -56,7 +57,7 @@ class Builder:
 
     async def build(self) -> Path:
         """Build what is missing; other builders in this cache wait meanwhile."""
-        self._steps.report(0, "taking the cache")
+        self._steps.report("taking the cache", 0)
         async with packages.exclusive(self._store):
             digests = await self._known_packages() or await self._fetch_packages()
             base, result = self._base(digests), self._result(digests)
@@ -64,19 +65,19 @@ class Builder:
                 async with workshop(self._store) as work:
                     if not base.exists():
                         await self._build_base(digests, work, base)
-                    self._steps.report(5, "making the disk")
+                    self._steps.report("making the disk", 5)
                     made = await disk.make_variant(base, work, self._kernel_arguments)
                     await in_background(_keep, made, result)
-        self._steps.report(STEPS, "the stand-in is ready")
+        self._steps.report("the stand-in is ready", STEPS)
         return result
 
     async def _build_base(self, digests: Digests, work: Path, base: Path) -> None:
-        self._steps.report(2, "unpacking packages")
+        self._steps.report("unpacking packages", 2)
         (work / "unpacked").mkdir()
         await packages.unpack([self._archives / name for name in digests], work / "unpacked")
-        self._steps.report(3, "arranging the guest's files")
+        self._steps.report("arranging the guest's files", 3)
         await system.arrange(work / "unpacked", work, self._flavour)
-        self._steps.report(4, "making the file systems")
+        self._steps.report("making the file systems", 4)
         made = await disk.make_base(work)
         await in_background(_keep, made, base)
 
@@ -91,15 +92,13 @@ class Builder:
         return digests if present == digests else None
 
     async def _fetch_packages(self) -> Digests:
-        self._steps.report(1, "looking up packages")
+        self._steps.report("looking up packages", 1)
         await packages.update(self._packages)
         names = await system.package_names(self._packages, self._flavour)
-        debs = await packages.fetch(names, self._packages, self._steps.relay)
+        debs = await packages.fetch(names, self._packages, self._steps)
         files = [deb.name for deb in debs]
         digests = await in_background(packages.digests, self._archives, files)
-        new = self._store / "packages.new"
-        new.write_text(json.dumps(digests, indent=1))
-        os.replace(new, self._memory)
+        replace_file(self._memory, json.dumps(digests, indent=1).encode())
         return digests
 
     @property
@@ -134,7 +133,5 @@ def _recipe(flavour: system.Flavour) -> str:
 
 def _keep(made: Path, name: Path) -> None:
     """Give a finished file its name in the cache: whole, and read-only."""
-    made.chmod(0o444)
-    with made.open("rb") as file:
-        os.fsync(file.fileno())
+    seal(made, 0o444)
     os.replace(made, name)

@@ -1,7 +1,8 @@
-"""What `on_progress=` receives."""
+"""Progress of slow work: the value that `on_progress=` receives, and the meter that makes it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,18 +10,20 @@ from smolvm_async.foundation.log import get_logger
 
 logger = get_logger(__name__)
 
+INTERVAL = 0.1  # seconds between two reports of bytes
+
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of something slow.
+    """One step of slow work.
 
     Attributes:
-        stage: Which part reports: `image`, `boot`, `stop` or `doctor`.
-        message: What is happening, in plain English.
+        stage: The part that reports: `image`, `boot`, `stop`, `files` or `doctor`.
+        message: The current step, in plain English.
         elapsed: Seconds since the work began.
-        done: How much is done, where that can be said.
-        total: Out of how much.
-        rate: Bytes for each second, of a download.
+        done: How much is done; `None` if unknown.
+        total: How much there is to do; `None` if unknown.
+        rate: Bytes per second, of a download or upload of an image.
     """
 
     stage: str
@@ -35,9 +38,52 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def report(callback: ProgressCallback | None, progress: Progress) -> None:
-    """Call the user's callback; an error in it is logged and harms nothing."""
+    """Call the user's callback; an error in it is logged and has no other effect."""
     if callback is not None:
         try:
             callback(progress)
         except Exception:
             logger.exception("on_progress raised for %s", progress)
+
+
+class Meter:
+    """Reports the progress of one piece of work, which begins now.
+
+    Args:
+        callback: The user's `on_progress=`.
+        stage: See `Progress`.
+        total: How much there is to do; `None` if unknown.
+    """
+
+    def __init__(
+        self, callback: ProgressCallback | None, stage: str, total: int | None = None
+    ) -> None:
+        self._total = total
+        self._callback = callback
+        self._stage = stage
+        self._began = self._reported = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last report is 0.1 s old: more of them would only cost time."""
+        return time.monotonic() - self._reported >= INTERVAL
+
+    def report(
+        self,
+        message: str,
+        done: int | None = None,
+        total: int | None = None,
+        *,
+        copied: int | None = None,
+    ) -> None:
+        """Report the current step.
+
+        Args:
+            total: That of this step, if it counts something else than the whole work.
+            copied: Bytes copied since the work began, for the rate.
+        """
+        self._reported = time.monotonic()
+        elapsed = self._reported - self._began
+        rate = copied / elapsed if copied and copied > 0 < elapsed else None
+        total = self._total if total is None else total
+        report(self._callback, Progress(self._stage, message, elapsed, done, total, rate))

@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 from smolvm_async.config.checks import check_path, shown
 from smolvm_async.errors import ConfigError
-from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.cache.layout import Layout, cache_root
 from smolvm_async.images.local import open_image
@@ -97,15 +96,9 @@ async def push_image(
         "cpus": cpus,
         "boot_args": boot_args,
     }
-    began = time.monotonic()
-
-    def tell(message: str, done: int | None = None, total: int | None = None) -> None:
-        elapsed = time.monotonic() - began
-        rate = done / elapsed if done and elapsed else None
-        report(on_progress, Progress("image", message, elapsed, done, total, rate))
-
+    meter = Meter(on_progress, "image")
     with ExitStack() as stack:
-        tell(f"reading {source}")
+        meter.report(f"reading {source}")
         values, paths = await in_background(_survey, source, location, given)
         with Layout(cache_root()).usable() if compress else nullcontext():
             pieces = {
@@ -124,7 +117,7 @@ async def push_image(
                 digest = piece.described["sha256"]
 
                 def on_bytes(sent: int, before: int = before) -> None:
-                    tell(message, before + sent, total)
+                    meter.report(message, before + sent, total, copied=before + sent)
 
                 await upload(client, location.bucket, key, piece.fd, digest, on_bytes)
                 before += piece.described["size"]

@@ -12,7 +12,7 @@ from smolvm_async.config.vm_config import Timeouts
 from smolvm_async.errors import MonitorError, VMNotRunningError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Child
-from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.qemu.acpi import os_in_control, power_button_enabled
 from smolvm_async.qemu.monitor import Monitor
 
@@ -75,9 +75,7 @@ async def shut_down(
 ) -> ShutdownReport:
     """Climb the ladder until QEMU has ended."""
     began = time.monotonic()
-
-    def tell(message: str) -> None:
-        report(on_progress, Progress("stop", message, time.monotonic() - began))
+    meter = Meter(on_progress, "stop")
 
     async def power_down() -> str:
         return await _power_down(qemu, monitor)
@@ -98,11 +96,11 @@ async def shut_down(
     steps: list[Step] = []
     for rung, act, deadline in ladder:
         if qemu.returncode is None and deadline > 0:
-            tell(f"{rung}: up to {deadline:g} s")
+            meter.report(f"{rung}: up to {deadline:g} s")
             step = await _climb(rung, act, deadline, qemu)
             steps.append(step)
             if step.note:
-                tell(f"{rung}: {step.note}")
+                meter.report(f"{rung}: {step.note}")
     if qemu.returncode is None:
         killed = time.monotonic()
         await qemu.reap()

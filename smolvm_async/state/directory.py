@@ -7,12 +7,10 @@ the first file to be written and the last to be removed, so that nothing is ther
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
 import stat
-import time
 import weakref
 from collections.abc import Container, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -21,7 +19,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
-from smolvm_async.foundation.locking import try_lock
+from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.lease import Lease
 from smolvm_async.state.orphans import end_orphans, killed_orphan
@@ -39,7 +37,6 @@ OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, TPM, QEMU_LOG, SWTPM_LOG, CONTROL
 
 NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # nothing there, a file, a link
 BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
-POLL = 0.01  # seconds between two tries to lock
 
 
 class Parts(NamedTuple):
@@ -85,6 +82,12 @@ class VMDirectory:
         """The open directory, which is locked; -1 while it is not held."""
         return self._lease.fd if self._lease is not None else -1
 
+    @property
+    def owner_is_dead(self) -> bool:
+        """Whether the record names an owner, and this process no longer runs."""
+        owner = self.record.owner if self.record else None
+        return owner is not None and not owner.alive
+
     async def hold(self, *, create: bool) -> None:
         """Lock the directory, made if need be, and end what a dead owner left running in it.
 
@@ -93,11 +96,17 @@ class VMDirectory:
             VMNotFoundError: If it is not there, and not to be made.
             ConfigError: If it cannot be used, or something else has that name.
         """
-        deadline = time.monotonic() + BUSY
+
+        def attempt() -> bool:
+            if not self.try_hold(create):
+                owner = self.record.owner if self.record else None
+                if owner is not None and owner.alive:
+                    raise self._in_use(f"process {owner.pid}")
+            return self.fd >= 0
+
         try:
-            while not await in_thread(self.try_hold, create):
-                self._refuse_if_owned(hurry=time.monotonic() > deadline)
-                await asyncio.sleep(POLL)
+            if not await poll(attempt, BUSY):
+                raise self._in_use("another process")
             await self.end_orphans()
         except BaseException as error:
             with contextlib.suppress(OSError):
@@ -262,15 +271,11 @@ class VMDirectory:
                 f"choose another vm_id= than {self.path.name!r}, or another data_dir=."
             )
 
-    def _refuse_if_owned(self, *, hurry: bool) -> None:
-        """Refuse if the one who has the lock is a VM's owner, not someone who just looks."""
-        owner = self.record.owner if self.record else None
-        if hurry or (owner is not None and owner.alive):
-            by = f"process {owner.pid}" if owner else "another process"
-            raise VMAlreadyExistsError(
-                f"vm_id={self.path.name!r} is taken by a VM that is in use by {by}: choose another "
-                "id, attach to that VM with AsyncSmolVM.from_id(), or delete() it first."
-            )
+    def _in_use(self, by: str) -> VMAlreadyExistsError:
+        return VMAlreadyExistsError(
+            f"vm_id={self.path.name!r} is taken by a VM that is in use by {by}: choose another "
+            "id, attach to that VM with AsyncSmolVM.from_id(), or delete() it first."
+        )
 
 
 def _abandon(path: Path, lease: Lease) -> None:

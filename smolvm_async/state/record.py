@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.files import replace_file
 from smolvm_async.foundation.process import Identity
 
 RECORD, NEW_RECORD = "vm.json", "vm.json.new"
@@ -138,10 +139,7 @@ def write_record(record: Record, dir_fd: int) -> None:
     Raises:
         OSError: If the disk is full.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(NEW_RECORD, flags, 0o600, dir_fd=dir_fd), "wb") as file:
-        file.write(record.to_json())
-    os.replace(NEW_RECORD, RECORD, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    replace_file(RECORD, record.to_json(), temporary=NEW_RECORD, mode=0o600, dir_fd=dir_fd)
 
 
 def _unreadable(directory: Path, reason: str) -> ConfigError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from smolvm_async.config.checks import VM_ID
 from smolvm_async.errors import ConfigError, VMNotFoundError
-from smolvm_async.foundation.locking import is_locked, try_lock_file, unlock_file
+from smolvm_async.foundation.locking import LockFile, is_locked, poll
 from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.directory import NO_DIRECTORY, VMDirectory, cannot_use, open_directory
@@ -22,7 +21,6 @@ from smolvm_async.state.record import Record, Status, read_record
 logger = get_logger(__name__)
 
 DYING = 2.0  # seconds for a dead owner's last thread to let go of the lock
-POLL = 0.01  # seconds between two tries
 LOCK = "max_memory.lock"  # in the data directory, where no VM can have that id
 
 
@@ -123,12 +121,10 @@ async def prune_vms(data_dir: Path) -> list[VMInfo]:
 
 async def _prune(state: VMDirectory) -> VMInfo | None:
     try:
-        deadline = time.monotonic() + DYING
-        while not await in_thread(state.try_hold, False):
-            owner = state.record.owner if state.record else None
-            if owner is None or owner.alive or time.monotonic() > deadline:
-                return None
-            await asyncio.sleep(POLL)
+        # An owner that was killed holds the lock until its last thread has ended.
+        await poll(lambda: state.try_hold(False) or not state.owner_is_dead, DYING)
+        if state.fd < 0:
+            return None
         record = state.record
         if record is None or record.owner is None:
             return None
@@ -143,8 +139,9 @@ async def _prune(state: VMDirectory) -> VMInfo | None:
 
 
 def _remove_stale_lock(path: Path) -> None:
-    if path.exists() and (fd := try_lock_file(path)) >= 0:
-        unlock_file(fd, path)
+    lock = LockFile(path)
+    if path.exists() and lock.try_lock():
+        lock.unlock()
 
 
 def at_rest(record: Record, status: Status) -> Record:

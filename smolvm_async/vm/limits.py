@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import HostError
-from smolvm_async.foundation.locking import try_lock_file, unlock_file
+from smolvm_async.foundation.locking import LockFile, poll
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.memory import available_memory
-from smolvm_async.state.directory import BUSY, POLL
+from smolvm_async.state.directory import BUSY
 from smolvm_async.state.record import ACTIVE
 from smolvm_async.state.registry import LOCK, survey
 
@@ -43,26 +41,17 @@ async def admission(config: VMConfig) -> AsyncIterator[None]:
     if config.limits.max_memory is None:
         yield
         return
-    async with _one_at_a_time(config.data_dir / LOCK):
+    lock = LockFile(config.data_dir / LOCK)
+    try:
+        if not await poll(lock.try_lock, BUSY):
+            raise HostError(
+                "max_memory= could not be checked: another process has held "
+                f"{str(config.data_dir / LOCK)!r} for {BUSY:g} s."
+            )
         await in_thread(_check_sum, config, config.limits.max_memory)
         yield
-
-
-@asynccontextmanager
-async def _one_at_a_time(path: Path) -> AsyncIterator[None]:
-    """Hold a lock on a file that no other user can open, and that is gone afterwards."""
-    deadline = time.monotonic() + BUSY
-    while (fd := try_lock_file(path)) < 0:
-        if time.monotonic() > deadline:
-            raise HostError(
-                f"max_memory= could not be checked: another process has held {str(path)!r} "
-                f"for {BUSY:g} s."
-            )
-        await asyncio.sleep(POLL)
-    try:
-        yield
     finally:
-        unlock_file(fd, path)
+        await in_thread(lock.unlock)
 
 
 def _check_sum(config: VMConfig, max_memory: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, HostError, Limits, VMCrashedError
 from smolvm_async.config.vm_config import make_config
-from smolvm_async.foundation.locking import try_lock, try_lock_file
+from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.host.memory import available_memory
 from smolvm_async.vm import limits
 from tests.conftest import child_named, children, vm_in
@@ -55,7 +55,8 @@ async def test_a_lock_that_another_holds_delays_and_is_told(
     monkeypatch.setattr(limits, "BUSY", 0.2)
     data_dir.mkdir(mode=0o700)
     lock = data_dir / "max_memory.lock"
-    fd = try_lock_file(lock)
+    holder = LockFile(lock)
+    assert holder.try_lock()
     vm = vm_in(data_dir, blank_image, limits={"max_memory": 5000})
     with pytest.raises(HostError, match=r"another process has held .*max_memory\.lock"):
         await vm.start()
@@ -66,7 +67,7 @@ async def test_a_lock_that_another_holds_delays_and_is_told(
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert [entry.name for entry in data_dir.iterdir()] == [lock.name]
-    os.close(fd)  # as if its holder had been killed
+    os.close(holder.fd)  # as if its holder had been killed
     await AsyncSmolVM.prune(data_dir=data_dir)
     assert not list(data_dir.iterdir())
     async with vm:

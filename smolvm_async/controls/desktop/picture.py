@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from smolvm_async.config.checks import check_path, shown
 from smolvm_async.errors import ConfigError, PictureError
+from smolvm_async.foundation.files import replace_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,13 +128,8 @@ class Screenshot:
         """
         file = check_path(path, "path", "a picture")
         content = self.png if file.suffix.lower() == ".png" else self._written(file)
-        new = file.with_name(f".{os.urandom(8).hex()}.new")
         try:
-            try:
-                new.write_bytes(content)
-                os.replace(new, file)
-            finally:
-                new.unlink(missing_ok=True)
+            replace_file(file, content)
         except OSError as error:
             raise ConfigError(
                 f"path={str(file)!r} cannot be written: {error.strerror}; pass the path of a file "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from smolvm_async.config.checks import check_path, shown
 from smolvm_async.controls.ssh.commands import Reach
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.transfer import FromGuest, Meter, ToGuest
+from smolvm_async.controls.ssh.transfer import FromGuest, ToGuest, TransferMeter
 from smolvm_async.controls.ssh.trees import Entry, guest_tree, local_tree
 from smolvm_async.errors import ConfigError, FileTransferError
 from smolvm_async.foundation.progress import ProgressCallback
@@ -51,7 +51,7 @@ class Files:
             parent = str(PurePosixPath(target).parent)
             if make_dirs:
                 await sftp.makedirs(parent, exist_ok=True)
-            meter = Meter(on_progress, f"uploading {source.name}", _size(tree))
+            meter = TransferMeter(on_progress, f"uploading {source.name}", _size(tree))
             await _carry_out(ToGuest(sftp, source, target, meter), tree, sftp, parent)
             meter.tell()
         return target
@@ -85,7 +85,7 @@ class Files:
                 raise FileTransferError(f"it has {size} bytes, over max_bytes={max_bytes}")
             if make_dirs:
                 await in_background(_make_directory, target.parent)
-            meter = Meter(on_progress, f"downloading {name}", size)
+            meter = TransferMeter(on_progress, f"downloading {name}", size)
             await _carry_out(FromGuest(sftp, source, target, meter), tree)
             meter.tell()
         return target

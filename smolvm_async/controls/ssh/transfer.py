@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -22,7 +21,7 @@ import anyio
 
 from smolvm_async.controls.ssh.trees import Entry
 from smolvm_async.errors import FileTransferError
-from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import acquired, in_background
 
 if TYPE_CHECKING:
@@ -31,30 +30,27 @@ if TYPE_CHECKING:
 AT_A_TIME = 16  # files, and blocks of each
 LEAST_BLOCK, MOST_BLOCK = 16 << 10, 256 << 10  # bytes; a server tells what it takes
 ONE_BY_ONE = {"block_size": 0}  # asyncssh's own blocks go on behind the back of who is cancelled
-STEP = 0.1  # seconds between two reports
 
 T = TypeVar("T")
 
 
-class Meter:
-    """Tells how far a transfer is."""
+class TransferMeter(Meter):
+    """Reports how much of the files is copied."""
 
     def __init__(self, callback: ProgressCallback | None, message: str, total: int) -> None:
-        self._callback, self._message, self._total = callback, message, total
-        self._started = self._told = time.monotonic()
+        super().__init__(callback, "files", total)
+        self._message = message
         self._done = 0
 
     def add(self, count: int) -> None:
-        """Some bytes more."""
+        """Count copied bytes."""
         self._done += count
-        if time.monotonic() - self._told > STEP:
+        if self.due:
             self.tell()
 
     def tell(self) -> None:
-        """Report."""
-        self._told = time.monotonic()
-        elapsed = self._told - self._started
-        report(self._callback, Progress("files", self._message, elapsed, self._done, self._total))
+        """Report now."""
+        self.report(self._message, self._done)
 
 
 def temporary_name(name: str) -> str:
@@ -117,7 +113,7 @@ async def copy_blocks(
 class ToGuest:
     """Writes into the guest."""
 
-    def __init__(self, sftp: SFTPClient, source: Path, target: str, meter: Meter) -> None:
+    def __init__(self, sftp: SFTPClient, source: Path, target: str, meter: TransferMeter) -> None:
         self._sftp, self._source, self._meter = sftp, source, meter
         self._target = target
         path = PurePosixPath(target)
@@ -189,7 +185,7 @@ class ToGuest:
 class FromGuest:
     """Writes here."""
 
-    def __init__(self, sftp: SFTPClient, source: str, target: Path, meter: Meter) -> None:
+    def __init__(self, sftp: SFTPClient, source: str, target: Path, meter: TransferMeter) -> None:
         self._sftp, self._source, self._meter = sftp, source, meter
         self._target = target
         self.temporary = target.with_name(temporary_name(target.name))

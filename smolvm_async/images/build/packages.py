@@ -14,14 +14,14 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from smolvm_async.errors import CommandError
 from smolvm_async.foundation import process
-from smolvm_async.foundation.locking import try_lock
-from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.locking import poll, try_lock
+from smolvm_async.foundation.progress import Meter
 from smolvm_async.foundation.tasks import in_background
 
 POLL = 0.1  # seconds
@@ -38,8 +38,7 @@ async def exclusive(directory: Path) -> AsyncIterator[None]:
     """
     descriptor = _open(directory)
     try:
-        while not try_lock(descriptor):  # noqa: ASYNC110 (no event comes from another process)
-            await asyncio.sleep(POLL)
+        await poll(partial(try_lock, descriptor))
         yield
     finally:
         os.close(descriptor)
@@ -92,9 +91,7 @@ async def installation(names: Sequence[str], cache: Path) -> list[str]:
     return sorted(re.findall(r"(?m)^Inst (\S+) ", said))
 
 
-async def fetch(
-    names: Sequence[str], cache: Path, on_progress: ProgressCallback | None = None
-) -> list[Path]:
+async def fetch(names: Sequence[str], cache: Path, meter: Meter | None = None) -> list[Path]:
     """Download the newest `names` (dependencies are not added) into `cache`.
 
     A file that is there already is not downloaded again, unless it is damaged; apt-get verifies
@@ -119,7 +116,7 @@ async def fetch(
             if present[file] != offer["digest"]
         }
         if missing:
-            await _download(missing, cache, on_progress)
+            await _download(missing, cache, meter or Meter(None, "image"))
     return sorted(archives / file for file in offers)
 
 
@@ -136,14 +133,12 @@ def _digest(path: Path) -> str:
         return ""
 
 
-async def _download(
-    sizes: dict[str, int], cache: Path, on_progress: ProgressCallback | None
-) -> None:
+async def _download(sizes: dict[str, int], cache: Path, meter: Meter) -> None:
     """Into a directory beside the archives first: what is in `archives` is always whole."""
     arriving = cache / "arriving"
     shutil.rmtree(arriving, ignore_errors=True)
     arriving.mkdir()
-    watching = asyncio.create_task(_watch(arriving, sum(sizes.values()), on_progress))
+    watching = asyncio.create_task(_watch(arriving, sum(sizes.values()), meter))
     try:
         names = [file.partition("_")[0] for file in sizes]
         await _apt("apt-get", cache, "download", *names, cwd=arriving)
@@ -154,12 +149,9 @@ async def _download(
         shutil.rmtree(arriving, ignore_errors=True)
 
 
-async def _watch(directory: Path, total: int, on_progress: ProgressCallback | None) -> None:
-    started = time.monotonic()
+async def _watch(directory: Path, total: int, meter: Meter) -> None:
     while True:
-        elapsed = time.monotonic() - started
-        done = _size(directory)
-        report(on_progress, Progress("image", "downloading packages", elapsed, done, total))
+        meter.report("downloading packages", _size(directory), total)
         await asyncio.sleep(POLL)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,13 @@ import anyio
 
 from smolvm_async.config.vm_config import S3
 from smolvm_async.errors import HostError, ImageError
+from smolvm_async.foundation.files import seal
+from smolvm_async.foundation.locking import LockFile
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import Slots, first_of, in_background, settle, take_exception
 from smolvm_async.images import qcow2
-from smolvm_async.images.cache.layout import MTIME, Layout, Published, hold_lock
+from smolvm_async.images.cache.layout import MTIME, Layout, Published
 from smolvm_async.images.cache.reading import Reading, WrongContentError
 from smolvm_async.images.manifest import LARGEST, ImageFile
 from smolvm_async.images.s3.download import RemoteFile, begin, transfer
@@ -28,7 +29,6 @@ logger = get_logger(__name__)
 
 STRIDE = 32 << 20  # bytes that the digest's thread reads at a time
 AT_ONCE = 2  # files that arrive: each has buffers, and zstd's window
-NEWS = 0.1  # seconds between two reports
 
 _places = Slots(AT_ONCE)
 
@@ -60,25 +60,23 @@ def fetches(published: Published, layout: Layout) -> list[Fetch]:
     return missing
 
 
-class Meter:
+class DownloadMeter(Meter):
     """Reports how much of all files has arrived, and how fast; not too often."""
 
     def __init__(self, name: str, total: int | None, callback: ProgressCallback | None) -> None:
+        super().__init__(callback, "image", total)
         self._message = f"downloading {name}"
-        self._total = total
-        self._callback = callback
         self._finished = 0  # bytes of the files before this one
         self._done: int | None = None  # bytes of this one
         self._old = 0  # bytes that earlier processes had left
-        self._began = self._told = time.monotonic()
 
     def on_bytes(self, done: int, size: int) -> None:
         """So many bytes of this file are there."""
-        if self._done is None:
+        first = self._done is None
+        if first:
             self._old += done
-            self._told = 0.0
         self._done = done
-        if time.monotonic() - self._told >= NEWS or done == size:
+        if first or self.due or done == size:
             self.tell(self._message)
 
     def finish_file(self, size: int) -> None:
@@ -88,15 +86,12 @@ class Meter:
 
     def tell(self, message: str) -> None:
         """Report now."""
-        self._told = time.monotonic()
-        elapsed = self._told - self._began
         done = self._finished + (self._done or 0)
-        rate = (done - self._old) / elapsed if elapsed > 0 and done > self._old else None
-        report(self._callback, Progress("image", message, elapsed, done, self._total, rate))
+        self.report(message, done, copied=done - self._old)
 
 
 async def fetch_file(
-    layout: Layout, fetch: Fetch, connect: Callable[[], Awaitable[Any]], meter: Meter
+    layout: Layout, fetch: Fetch, connect: Callable[[], Awaitable[Any]], meter: DownloadMeter
 ) -> None:
     """Have a file in the cache.
 
@@ -110,14 +105,14 @@ async def fetch_file(
     lock = layout.arriving / f"{fetch.file.digest}.lock"
     if lock.exists():
         meter.tell(f"waiting for {fetch.file.name}, which is being downloaded already")
-    async with hold_lock(lock):
+    async with LockFile(lock).hold():
         if not layout.holds(fetch.file):
             async with _places.of_this_loop():
                 await _fetch(layout, fetch, await connect(), meter)
     meter.finish_file(fetch.file.size or 0)
 
 
-async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: Meter) -> None:
+async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: DownloadMeter) -> None:
     part = layout.arriving / f"{fetch.file.digest}.part"
     arrival = PartialFile(part, meter.on_bytes)
     try:
@@ -184,10 +179,8 @@ def _finish(layout: Layout, fetch: Fetch, reading: Reading, path: Path) -> None:
     """Check it, and give it its name: from here on it counts as there."""
     reading.check()
     check_disk(path, fetch.part, fetch.file, fetch.remote.uri)
-    with path.open("r+b") as file:
-        os.utime(file.fileno(), (MTIME, MTIME))
-        os.fchmod(file.fileno(), 0o400)
-        os.fsync(file.fileno())  # or a crash of the host could leave the name without the content
+    os.utime(path, (MTIME, MTIME))
+    seal(path, 0o400)
     os.replace(path, layout.path_of(fetch.file))
 
 

@@ -22,7 +22,7 @@ from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import Shared, in_background
 from smolvm_async.images import qcow2
-from smolvm_async.images.cache.fetching import Fetch, Meter, check_disk, fetch_file, fetches
+from smolvm_async.images.cache.fetching import DownloadMeter, Fetch, check_disk, fetch_file, fetches
 from smolvm_async.images.cache.layout import Layout, Published, Pulled, cache_root
 from smolvm_async.images.cache.reading import WrongContentError
 from smolvm_async.images.cache.tidying import (
@@ -241,7 +241,7 @@ class ImageStore:
             pulling = record.with_suffix(f".{os.getpid()}-{next(_numbers)}{PULLING}")
             sizes = [fetch.file.size for fetch in missing]
             total = None if None in sizes else sum(size or 0 for size in sizes)
-            meter = Meter(published.manifest.name, total, on_progress)
+            meter = DownloadMeter(published.manifest.name, total, on_progress)
             # Until all is there, nobody but this file knows that what is there already is needed.
             await in_background(layout.write_record, published, pulling)
             try:
@@ -279,7 +279,7 @@ class ImageStore:
                 return await in_background(work)
 
 
-async def _fetch_files(layout: Layout, missing: Sequence[Fetch], meter: Meter) -> None:
+async def _fetch_files(layout: Layout, missing: Sequence[Fetch], meter: DownloadMeter) -> None:
     async with AsyncExitStack() as stack:
         clients: list[Any] = []
 

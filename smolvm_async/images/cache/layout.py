@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import json
@@ -24,17 +23,16 @@ from typing import Any, NamedTuple
 
 from smolvm_async.config.checks import check_path
 from smolvm_async.errors import HostError
-from smolvm_async.foundation.locking import try_lock_file, unlock_file
+from smolvm_async.foundation.files import replace_file
+from smolvm_async.foundation.locking import LockFile
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.paths import xdg_home
-from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.images.manifest import ImageFile, Manifest
 
 logger = get_logger(__name__)
 
 VARIABLE = "SMOLVM_IMAGE_DIR"
 MTIME = 1_000_000_000  # seconds since the epoch; whoever writes to a kept file changes it
-POLL = 0.05  # seconds between two tries to lock
 
 
 class Published(NamedTuple):
@@ -144,7 +142,7 @@ class Layout:
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
         """Alone with the cache, for a moment."""
-        async with hold_lock(self.root / "lock"):
+        async with LockFile(self.root / "lock").hold():
             yield
 
     def record_path(self, uri: str, endpoint: str) -> Path:
@@ -159,7 +157,7 @@ class Layout:
             "pulled": time.time(),
             "manifest": published.manifest.model_dump(mode="json", exclude_none=True),
         }
-        replace(path, json.dumps(values, indent=1).encode())
+        replace_file(path, json.dumps(values, indent=1).encode())
 
     def read_record(self, path: Path) -> Pulled | None:
         """A record; `None` if there is none that can be read."""
@@ -183,7 +181,7 @@ class Layout:
         """Note where a VM is that is made from an image of this cache."""
         path = self.data_dirs / key_of(str(data_dir))
         if not path.exists():
-            replace(path, os.fsencode(data_dir))
+            replace_file(path, os.fsencode(data_dir))
 
     def known_data_dirs(self) -> Iterator[Path]:
         """Where VMs are, or were."""
@@ -195,34 +193,6 @@ class Layout:
                 path.unlink(missing_ok=True)
 
 
-@asynccontextmanager
-async def hold_lock(path: Path) -> AsyncIterator[None]:
-    """Hold a lock that processes and tasks share; whoever is killed gives it back."""
-    tries: list[int] = []  # where a cancellation does not lose it
-    try:
-        while not tries or tries[-1] < 0:
-            if tries:
-                await asyncio.sleep(POLL)
-            await in_thread(lambda: tries.append(try_lock_file(path)))
-        yield
-    finally:
-        if tries and tries[-1] >= 0:
-            await in_thread(unlock_file, tries[-1], path)
-
-
 def key_of(*parts: str) -> str:
     """A file name that stands for texts."""
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a small file at once and as a whole."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as file:
-            file.write(content)
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink()
-        raise

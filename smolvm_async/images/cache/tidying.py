@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import ImageError
-from smolvm_async.foundation.locking import try_lock, try_lock_file, unlock_file
+from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.images.cache.layout import MTIME, Layout, Pulled
 from smolvm_async.images.cache.reading import digest_of
 from smolvm_async.state.record import ACTIVE, Record
@@ -161,12 +161,13 @@ def _remove_rests(layout: Layout, using: list[Use]) -> None:
         if not users_of({path}, "", using) and not is_held(path):
             path.unlink(missing_ok=True)
     for digest in {path.name.partition(".")[0] for path in layout.arriving.iterdir()}:
-        lock = layout.arriving / f"{digest}.lock"
-        if (fd := try_lock_file(lock)) >= 0:  # nobody downloads it now
+        name = f"{digest}.lock"
+        lock = LockFile(layout.arriving / name)
+        if lock.try_lock():  # nobody downloads it now
             for path in layout.arriving.glob(f"{digest}.*"):
-                if path != lock:
+                if path.name != name:
                     path.unlink(missing_ok=True)
-            unlock_file(fd, lock)
+            lock.unlock()
 
 
 def files_of(layout: Layout, name_or_uri: str | None) -> list[Path]:

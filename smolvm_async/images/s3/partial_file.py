@@ -15,11 +15,11 @@ from __future__ import annotations
 import asyncio
 import bisect
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from smolvm_async.foundation.files import replace_file
 from smolvm_async.foundation.tasks import in_background
 
 SAVE_INTERVAL = 0.5  # seconds between two journals
@@ -160,13 +160,8 @@ def write_journal(path: Path, etag: str, size: int, ranges: Ranges) -> None:
     Raises:
         OSError: If the disk is full.
     """
-    new = path.with_suffix(".new")
-    try:
-        new.write_text(json.dumps({"etag": etag, "size": size, "ranges": ranges.to_list()}))
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    content = json.dumps({"etag": etag, "size": size, "ranges": ranges.to_list()})
+    replace_file(path, content.encode(), temporary=path.with_suffix(".new"))
 
 
 def read_journal(path: Path, size: int) -> tuple[str, Ranges]:

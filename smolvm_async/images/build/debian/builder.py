@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import HostError
-from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.foundation.files import replace_file, seal
+from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
 from smolvm_async.images.build.debian import disk, root
-from smolvm_async.images.build.workshop import Steps, key_of, release, workshop
+from smolvm_async.images.build.workshop import key_of, release, workshop
 
 STEPS = 7
 DEADLINE = 1800.0  # seconds for all of it; under TCG, on two slow processors, it takes 2 minutes
@@ -72,7 +73,7 @@ class Builder:
     def __init__(self, cache: Path, on_progress: ProgressCallback | None) -> None:
         self._store = cache / "debian"
         self._packages = cache / "packages"
-        self._steps = Steps(on_progress, STEPS)
+        self._steps = Meter(on_progress, "image", STEPS)
         self._current = self._store / f"current-{_recipe()}"
 
     def find(self) -> DebianImage | None:
@@ -92,7 +93,7 @@ class Builder:
         Raises:
             HostError: If it takes too long.
         """
-        self._steps.report(0, "taking the cache")
+        self._steps.report("taking the cache", 0)
         async with packages.exclusive(self._store):
             if (found := self.find()) is not None:
                 return found
@@ -104,26 +105,26 @@ class Builder:
                     f"The built-in Linux was not built within {DEADLINE / 60:g} minutes: see "
                     "whether this host's package sources answer, and try again."
                 ) from None
-        self._steps.report(STEPS, "the image is ready")
+        self._steps.report("the image is ready", STEPS)
         found = self.find()
         assert found is not None
         return found
 
     async def _build(self, work: Path) -> None:
         (work / "image").mkdir()
-        self._steps.report(1, "looking up packages")
+        self._steps.report("looking up packages", 1)
         await packages.update(self._packages)
         names = await root.package_names(self._packages)
-        debs = await packages.fetch(names, self._packages, self._steps.relay)
-        self._steps.report(2, "unpacking packages")
+        debs = await packages.fetch(names, self._packages, self._steps)
+        self._steps.report("unpacking packages", 2)
         unpacked = await root.unpack(debs, work)
-        self._steps.report(3, "arranging the guest's files")
+        self._steps.report("arranging the guest's files", 3)
         await root.arrange(unpacked, work)
-        self._steps.report(4, "making the file system")
+        self._steps.report("making the file system", 4)
         await disk.make(work)
-        self._steps.report(5, "configuring packages in the guest")
-        await disk.configure(work, BOOT_ARGS, len(debs), self._steps.relay)
-        self._steps.report(6, "making the disk")
+        self._steps.report("configuring packages in the guest", 5)
+        await disk.configure(work, BOOT_ARGS, len(debs), self._steps)
+        self._steps.report("making the disk", 6)
         await disk.convert(work)
         await in_background(self._keep, work, key_of(_recipe(), [deb.name for deb in debs]))
 
@@ -131,16 +132,12 @@ class Builder:
         """Give the image its name, whole and read-only, and then say that it is the one."""
         (work / "image" / "boot_args").write_text(BOOT_ARGS)
         for path in (work / "image").iterdir():
-            path.chmod(0o444)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            seal(path, 0o444)
         target = self._store / name
         if target.exists():
             shutil.rmtree(target)  # nothing refers to it, or it would have been found
         os.replace(work / "image", target)
-        new = work / "current"
-        new.write_text(name)
-        os.replace(new, self._current)
+        replace_file(self._current, name.encode(), temporary=work / "current")
 
 
 def _recipe() -> str:

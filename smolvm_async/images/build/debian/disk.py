@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from smolvm_async.errors import CommandError
 from smolvm_async.foundation import process
-from smolvm_async.foundation.progress import Progress
+from smolvm_async.foundation.progress import Meter
 from smolvm_async.guests.linux import DEBIAN
 from smolvm_async.host import choose_accelerator
 from smolvm_async.images.build.workshop import MKE2FS_CONF, search_path
@@ -31,9 +30,7 @@ async def make(work: Path) -> None:
     await process.run(command, cwd=work, env=environment)
 
 
-async def configure(
-    work: Path, boot_args: str, packages: int, relay: Callable[[Progress], None]
-) -> None:
+async def configure(work: Path, boot_args: str, packages: int, meter: Meter) -> None:
     """Boot the file system once, to have dpkg configure its packages.
 
     Raises:
@@ -41,7 +38,7 @@ async def configure(
     """
     accelerator, _ = choose_accelerator("auto", smm=False)
     cpu = DEBIAN.cpu[accelerator.name]
-    watching = asyncio.create_task(_watch(work / "console", packages, relay))
+    watching = asyncio.create_task(_watch(work / "console", packages, meter))
     try:
         await process.run(_qemu(accelerator.option, cpu, boot_args), cwd=work)
     finally:
@@ -65,11 +62,11 @@ def _qemu(accelerator: str, cpu: str, boot_args: str) -> list[str]:
     ]
 
 
-async def _watch(console: Path, total: int, relay: Callable[[Progress], None]) -> None:
+async def _watch(console: Path, total: int, meter: Meter) -> None:
     while True:
         await asyncio.sleep(POLL)
         done = min(total, _read(console).count("Setting up "))
-        relay(Progress("image", "configuring packages in the guest", 0.0, done, total))
+        meter.report("configuring packages in the guest", done, total)
 
 
 def _read(console: Path) -> str:
