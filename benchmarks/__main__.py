@@ -1,4 +1,4 @@
-"""Every benchmark, one after another: tables, JSON, plots, and the README's table.
+"""Every benchmark, one after another: tables, JSON, plots, and the tables of the READMEs.
 
     python -m benchmarks [--only launch,fleet] [--rounds 10] [--out DIR] [--readme]
 
@@ -21,11 +21,10 @@ from rich.console import Console
 
 from benchmarks import comparable, desktop, fleet, launch, linux, stopping
 from benchmarks.figures import Results, machine, show
-from benchmarks.readme import rewritten
+from benchmarks.readme import quoted, rewritten, table
 from smolvm_async import AcceleratorWarning
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
 LIMITS = (1, 2, 4, 8, 16)  # of max_booting=
 
 
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--only", help="names, with commas between them")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's table")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables of the READMEs")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
@@ -67,8 +66,10 @@ def main() -> None:
 
     written = [options.out / "results.json", *draw(found, options.out)]
     if options.readme:
-        README.write_text(rewritten(README.read_text(), found))
-        written.append(README)
+        for readme, new in {HERE: table, HERE.parent: quoted}.items():
+            path = readme / "README.md"
+            path.write_text(rewritten(path.read_text(), new(found)))
+            written.append(path)
     for path in written:
         print(f"written: {path}")
 

@@ -1,4 +1,4 @@
-"""The README's table, from the JSON: between two marks, and nothing else is touched."""
+"""The tables of the READMEs, from the JSON: between two marks, and nothing else is touched."""
 
 from __future__ import annotations
 
@@ -10,23 +10,43 @@ from benchmarks.figures import shown
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
-def rewritten(readme: str, found: Mapping[str, Any]) -> str:
-    """The README with a new table.
+# The rows that the top-level README quotes.
+QUOTED = (
+    "one VM, to running processors",
+    "16 windows VMs, booting",
+    "boot of the built-in Linux, to the first command's answer",
+)
+
+
+def rewritten(readme: str, new: str) -> str:
+    """Return a README with `new` between the marks.
 
     Raises:
-        ValueError: It does not have each mark once, in their order.
+        ValueError: The README does not have each mark once, in their order.
     """
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(f"the README must have {BEGIN} and then {END}, each once")
-    return f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
+        raise ValueError(f"a README must have {BEGIN} and then {END}, each once")
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+HEAD = [
+    "| | floor | library | of the medians | round by round (quartiles) |",
+    "|---|---|---|---|---|",
+]
+
+
+def quoted(found: Mapping[str, Any]) -> str:
+    """Return the rows that the top-level README quotes, as Markdown."""
+    rows = [row for results in found["benchmarks"].values() for row in _rows(results)]
+    wanted = (row for name in QUOTED for row in rows if row.startswith(f"| {name} |"))
+    return "\n".join([*HEAD, *wanted])
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The headlines, as Markdown; then the machine."""
-    head = "| | floor | library | of the medians | round by round (quartiles) |"
-    lines = [head, "|---|---|---|---|---|"]
+    """Return the headlines, as Markdown; then the machine."""
+    lines = list(HEAD)
     for results in found["benchmarks"].values():
         lines += _rows(results)
     machine = found["machine"]
@@ -60,7 +80,7 @@ def _cell(figure: Mapping[str, Any]) -> str:
 
 
 def _peers(results: Mapping[str, Any]) -> Iterator[str]:
-    """A column for each thing that is measured, a row for each peer."""
+    """Yield a table with a column for each measured thing and a row for each peer."""
     cells: dict[str, dict[str, str]] = {}
     for figure in results["figures"]:
         peer, _, what = figure["name"].partition(": ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from benchmarks.figures import Comparison, Figure, Results, quartiles, shown
 from benchmarks.fleet import numbers
-from benchmarks.readme import BEGIN, END, rewritten, table
+from benchmarks.readme import BEGIN, END, QUOTED, quoted, rewritten, table
 
 MACHINE = {
     "qemu": "QEMU emulator version 7.2.22 (Debian)",
@@ -87,9 +88,9 @@ def test_the_table_has_the_headlines_and_the_peers() -> None:
 
 def test_only_what_is_between_the_marks_is_rewritten() -> None:
     readme = f"before\n\n{BEGIN}\nold\n{END}\nafter\n"
-    once = rewritten(readme, found())
+    once = rewritten(readme, table(found()))
     assert once == f"before\n\n{BEGIN}\n{table(found())}\n{END}\nafter\n"
-    assert rewritten(once, found()) == once
+    assert rewritten(once, table(found())) == once
 
 
 @pytest.mark.parametrize(
@@ -97,12 +98,16 @@ def test_only_what_is_between_the_marks_is_rewritten() -> None:
 )
 def test_a_readme_without_both_marks_is_refused(readme: str) -> None:
     with pytest.raises(ValueError, match="each once"):
-        rewritten(readme, found())
+        rewritten(readme, table(found()))
 
 
-def test_our_readme_has_both_marks() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert BEGIN in rewritten(readme, found())
+def test_the_readmes_tell_what_the_results_say() -> None:
+    root = Path(__file__).parents[2]
+    measured = json.loads((root / "benchmarks" / "results" / "results.json").read_text())
+    for readme, rows in (("README.md", quoted), ("benchmarks/README.md", table)):
+        text = (root / readme).read_text()
+        assert rewritten(text, rows(measured)) == text, readme
+    assert all(name in quoted(measured) for name in QUOTED)
 
 
 def test_numbers() -> None:
