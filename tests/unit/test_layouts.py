@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolvm_async.controls.desktop import layouts
@@ -228,6 +228,7 @@ def test_any_text_is_typed_or_a_config_error(text: str, layout: str) -> None:
 
 
 @needs_xkb
+@settings(deadline=None)
 @given(st.data())
 def test_what_can_be_typed_arrives(data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(LAYOUTS))
