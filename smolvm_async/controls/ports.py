@@ -33,7 +33,7 @@ class PortForwarding:
         check_port("guest_port", guest_port)
         if host_port is not None:
             check_port("host_port", host_port)
-        return await running(self._vm).ports.expose(guest_port, host_port)
+        return await running(self._vm).peripherals.ports.expose(guest_port, host_port)
 
     async def unexpose_local(self, host_port: int) -> None:
         """Forward it no longer; connections that are open stay open.
@@ -43,7 +43,7 @@ class PortForwarding:
             VMNotRunningError: The VM does not run.
         """
         check_port("host_port", host_port)
-        await running(self._vm).ports.unexpose(host_port)
+        await running(self._vm).peripherals.ports.unexpose(host_port)
 
     async def list_port_forwards(self) -> Sequence[PortForward]:
         """What is forwarded now.
@@ -51,4 +51,4 @@ class PortForwarding:
         Raises:
             VMNotRunningError: The VM does not run.
         """
-        return await running(self._vm).ports.forwards()
+        return await running(self._vm).peripherals.ports.forwards()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from smolvm_async.errors import MonitorError, VMNotRunningError, VMTimeoutError
+from smolvm_async.foundation.rpc import rpc
 from smolvm_async.qemu.events import Event
 from smolvm_async.qemu.monitor import Monitor
 
@@ -72,6 +73,7 @@ class Input:
         """The run is over: nothing waits any more until the guest is resumed."""
         self._resumed.set()
 
+    @rpc
     async def send(self, events: Sequence[InputEvent]) -> None:
         """Send input events, which the guest's devices get at once and together.
 
@@ -86,6 +88,7 @@ class Input:
                 raise VMNotRunningError("The guest is paused, and takes no input.") from error
             raise
 
+    @rpc
     async def strike(self, events: Sequence[InputEvent], patience: float) -> None:
         """Send what happens on the keyboard, and wait until the guest has read it.
 
@@ -120,6 +123,7 @@ class Input:
                 "come so far yet. What it has not read stays in the keyboard."
             ) from None
 
+    @rpc
     def post(self, events: Sequence[InputEvent]) -> None:
         """Deliver input events, and wait for nothing."""
         self._monitor.begin(self.deliver(events))
@@ -149,6 +153,7 @@ class Input:
             raise MonitorError(f"QEMU did not understand {line!r}: {answer!r}") from None
         return not status & OUTPUT_FULL or bool(status & FROM_MOUSE)
 
+    @rpc
     async def tablet_taken(self) -> bool:
         """Whether the guest has a driver for the tablet; else QEMU has no use for its events."""
         mice = await self._monitor.execute("query-mice")

@@ -11,6 +11,7 @@ from functools import partial
 
 from smolvm_async.config.checks import PortForward
 from smolvm_async.errors import ConfigError, MonitorError
+from smolvm_async.foundation.rpc import rpc
 from smolvm_async.qemu.arguments import NETWORK
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
 
@@ -42,11 +43,13 @@ class Ports:
             self._ssh = found[0]
         return self._ssh
 
+    @rpc
     async def forwards(self) -> list[PortForward]:
         """What is forwarded, but for the library's own way to the SSH server."""
         ours = await self.ssh() if self._ssh is not None else None
         return [forward for forward in await self._seen() if forward.host_port != ours]
 
+    @rpc
     async def expose(self, guest_port: int, host_port: int | None) -> int:
         """Forward a port of 127.0.0.1; returns it.
 
@@ -70,6 +73,7 @@ class Ports:
             )
         return new[0].host_port
 
+    @rpc
     async def unexpose(self, host_port: int) -> None:
         """Forward it no longer; connections that are open stay so.
 

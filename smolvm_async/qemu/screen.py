@@ -9,6 +9,7 @@ from functools import partial
 
 from smolvm_async.config.checks import check_display
 from smolvm_async.errors import HostError, VMNotRunningError
+from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.qemu.arguments import DISPLAY, SCREEN
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
@@ -45,6 +46,7 @@ class Screen:
         self._files.close()
         self._read = self._write = -1
 
+    @rpc
     async def dump(self, image_format: str, device: str | None, head: int) -> bytes:
         """Have QEMU write a picture, after those that others have asked for.
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from smolvm_async.config.checks import VNCKind
 from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.rpc import rpc
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
 from smolvm_async.state.directory import VNC
 
@@ -27,6 +28,7 @@ class VNCServer:
         self._turns = CommandQueue(monitor)
         self._url: str | None = None
 
+    @rpc
     async def start(self, kind: VNCKind) -> str:
         """Listen, with a new random password; where it listened before is closed.
 
@@ -64,6 +66,7 @@ class VNCServer:
             self._url = f"vnc://:{password}@127.0.0.1:{port}"
         return self._url
 
+    @rpc
     async def stop(self) -> None:
         """Close it; nothing, if it is off.
 
@@ -80,6 +83,7 @@ class VNCServer:
     async def _listen(self, *addresses: dict[str, object]) -> None:
         await self._monitor.complete("display-update", {"type": "vnc", "addresses": [*addresses]})
 
+    @rpc
     async def url(self) -> str | None:
         """Where it listens, with the password; `None` while it is off."""
         return self._url

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
+from smolvm_async.config.checks import check_timeout
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.interface import unprepared
 from smolvm_async.errors import (
@@ -164,6 +165,7 @@ class OwnedVM:
 
     async def stop(self, timeout: float | None) -> ShutdownReport:
         """See `AsyncSmolVM.stop()`."""
+        check_timeout(timeout)  # an attached process's, too
         await self._stop_finding()
         if self.run is None or self.over is None:
             return ShutdownReport(Rung.NONE)

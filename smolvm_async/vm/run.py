@@ -28,13 +28,10 @@ from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.events import BootState, Event, EventHub, GuestPanicked, Reset, Shutdown
-from smolvm_async.qemu.input import Input
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
-from smolvm_async.qemu.ports import Ports
-from smolvm_async.qemu.screen import Screen
+from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport, shut_down
 from smolvm_async.qemu.sidecars import SIDECARS
-from smolvm_async.qemu.vnc import VNCServer
 from smolvm_async.state.directory import QEMU_LOG, VMDirectory
 from smolvm_async.state.record import Machine, Status
 from smolvm_async.vm.launch_together import Launch
@@ -55,7 +52,7 @@ class VMRun:
         started: Done when the guest's processors run.
         boot: The boot states.
         console: The serial console.
-        screen, input, vnc, ports: What QEMU shows of the guest, and what it lets one do to it.
+        peripherals: Screen, input devices, VNC server and ports.
         link: The SSH connection to the guest.
         paused: Whether the guest's processors stand still.
         failure: Why the run could not begin, or how it crashed; `None` if all went well.
@@ -74,10 +71,7 @@ class VMRun:
         self._machine: Machine | None = None  # of a kept VM that has run before
         self._hub = hub
         self._monitor = Monitor(self._on_event)
-        self.screen = Screen(self._monitor, plan.config.resolution)
-        self.input = Input(self._monitor)
-        self.vnc = VNCServer(self._monitor, plan.config.data_dir / plan.config.vm_id)
-        self.ports = Ports(self._monitor)
+        self.peripherals = Peripherals.make(self._monitor, plan.config)
         self.link = Link(plan.config.vm_id, self.ssh_access)
         self.paused = False
         self._source: Source | None = plan.source
@@ -121,13 +115,13 @@ class VMRun:
             self.failure = first_of(errors)
         finally:
             self.boot.end()
-            self.input.close()
+            self.peripherals.input.close()
             self.link.close()
             try:
                 await self._monitor.disconnect()
             finally:
                 self.console.close()
-                self.screen.close()
+                self.peripherals.screen.close()
 
     def resident(self) -> int:
         """MiB of its processes that are in memory."""
@@ -200,7 +194,7 @@ class VMRun:
         attach = [word for attachment in attachments for word in attachment.argv]
         sockets = [sock for attachment in attachments for sock in attachment.sockets]
         descriptors = Descriptors(
-            monitor.fileno(), console.fileno(), prepared.image.fd, self.screen.open()
+            monitor.fileno(), console.fileno(), prepared.image.fd, self.peripherals.screen.open()
         )
         argv = qemu_arguments(
             plan.config,
@@ -223,11 +217,11 @@ class VMRun:
         """What leads into the VM before its guest runs: VNC, and ports."""
         config = self._plan.config
         if config.vnc is not None:
-            await self.vnc.start(config.vnc)
+            await self.peripherals.vnc.start(config.vnc)
         if self._login is not None:
-            await self.ports.ssh()
+            await self.peripherals.ports.ssh()
         for forward in config.port_forwards:
-            await self.ports.expose(*forward)
+            await self.peripherals.ports.expose(*forward)
 
     async def ssh_access(self) -> Access:
         """How to log in to the guest.
@@ -236,7 +230,7 @@ class VMRun:
             VMNotRunningError: QEMU has ended.
         """
         assert self._login is not None
-        return self._login.access(await self.ports.ssh())
+        return self._login.access(await self.peripherals.ports.ssh())
 
     async def _reach(self) -> Link:
         return self.link
@@ -322,7 +316,7 @@ class VMRun:
     def _on_event(self, event: Event) -> None:
         self._hub.publish(event)
         self.boot.on_event(event)
-        self.input.on_event(event)
+        self.peripherals.input.on_event(event)
         if isinstance(event, Shutdown):
             self._shutdown = event
         elif isinstance(event, GuestPanicked):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import itertools
 import os
 import resource
@@ -82,7 +83,7 @@ class Wire:
     async def shows_nothing_held(self, vm: AsyncSmolVM, what: str) -> None:
         """All that was asked for so far is out, and what it pressed is released."""
         assert vm._vm.run is not None
-        await vm._vm.run.input.tablet_taken()  # QEMU answers in turn
+        await vm._vm.run.peripherals.input.tablet_taken()  # QEMU answers in turn
         await self.shows(lambda: not self.held, what)
 
 
@@ -99,6 +100,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     def pretend(kind: type[Input | Mouse], name: str) -> None:
         ask = getattr(kind, name)
 
+        @functools.wraps(ask)
         async def answer(self: Input | Mouse) -> bool:
             await ask(self)
             return True
@@ -548,7 +550,7 @@ async def test_a_picture_for_which_there_is_no_memory_is_an_error_and_no_crash(
     assert vm._vm.run is not None
     filler = fill_up(small_disk)
     with pytest.raises(HostError, match=r"no memory .*No space left"):
-        await vm._vm.run.screen.dump(image_format, None, 0)
+        await vm._vm.run.peripherals.screen.dump(image_format, None, 0)
     filler.unlink()
     assert (await vm.screenshot()).size == (640, 480)
     await vm.stop(timeout=0)

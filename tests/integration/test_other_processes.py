@@ -125,7 +125,7 @@ async def test_what_one_has_detached_from_is_not_said_to_have_ended(
         await asyncio.sleep(0)
         await other.detach()
         for outcome in (waiting, other.wait_for("ready"), other.wait_stopped()):
-            with pytest.raises(VMNotRunningError, match="we have detached from it"):
+            with pytest.raises(VMNotRunningError, match="this process has detached from it"):
                 await outcome
         assert vm.status is Status.RUNNING
 
@@ -204,7 +204,7 @@ async def test_an_owner_that_is_killed_is_a_crash_and_its_vm_an_orphan(
     blank_image: Path, data_dir: Path
 ) -> None:
     async with owner(blank_image, data_dir) as process:
-        with pytest.raises(VMCrashedError, match=f"process {process.pid}, has gone"):
+        with pytest.raises(VMCrashedError, match=f"process {process.pid}, has died"):
             async with await AsyncSmolVM.from_id("shared", data_dir=data_dir) as vm:
                 process.kill()
                 await asyncio.sleep(30)
@@ -312,6 +312,52 @@ async def test_nonsense_on_the_control_socket_harms_nothing(
         assert vm.status is Status.RUNNING
         async with await AsyncSmolVM.from_id("shared", data_dir=data_dir) as other:
             assert other.status is Status.RUNNING
+
+
+HOSTILE = (
+    *("__class__", "__init__", "stop.__globals__", "screen.__class__", "screen.dump.__func__"),
+    *("screen._dump", "screen.open", "input._monitor", "input.on_event", "screen.input.post"),
+    *("peripherals", "peripherals.screen.dump", "run", "run.stop", "run.abort", "_kill", "_server"),
+    *("config", "hub", "leave", "detach", "on_crash", "self", "vm.stop", "console.feed"),
+)
+
+
+async def test_only_what_is_marked_can_be_called_over_the_control_socket(
+    blank_image: Path, data_dir: Path
+) -> None:
+    requests = [
+        *({"id": 1, "method": name} for name in (*HOSTILE, "", None, 7, ["stop"], {"stop": 1})),
+        {"id": 1, "method": "stop", "params": {"self": None, "timeout": 0}},
+        {"id": 1, "method": "stop", "params": {"timeout": 0, "more": 1}},
+        {"id": 1, "method": "stop", "params": {"timeout": "soon"}},
+        {"id": 1, "method": "stop", "params": {"timeout": -1}},
+        {"id": 1, "method": "stop", "params": {}},
+        {"id": 1, "method": "stop", "params": [0]},
+        {"id": 1, "method": "vnc.start", "params": {"kind": "everywhere"}},
+        {"method": "stop", "params": {"timeout": 0}},  # nothing to be posted
+        {"method": "input.deliver", "params": {"events": []}},
+    ]
+    async with shared(blank_image, data_dir) as vm:
+        path = str(data_dir / "shared" / "control.sock")
+        reader, writer = await asyncio.open_unix_connection(path)
+        for request in requests:
+            writer.write(json.dumps(request).encode() + b"\n")
+            async with asyncio.timeout(10):
+                while "id" not in (answer := json.loads(await reader.readline())):
+                    pass
+            assert "error" in answer, request
+        writer.transport.abort()
+        assert vm.status is Status.RUNNING
+
+
+async def test_an_owner_with_another_protocol_is_told(
+    blank_image: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with shared(blank_image, data_dir) as vm:
+        monkeypatch.setattr("smolvm_async.vm.attach.server.PROTOCOL", 1)
+        with pytest.raises(VMNotRunningError, match=r"runs smolvm_async .* Use the same version"):
+            await AsyncSmolVM.from_id("shared", data_dir=data_dir)
+        assert vm.status is Status.RUNNING
 
 
 async def test_an_unknown_id_is_told_and_a_wrong_one_refused(data_dir: Path) -> None:

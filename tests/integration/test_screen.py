@@ -111,7 +111,7 @@ async def test_screenshots_at_every_time_of_a_vms_life(blank_image: Path, data_d
         assert {picture.width for picture in many} == {1280}
         assert not list((data_dir / vm.vm_id).glob("*.p*"))
         await vm.stop(timeout=0)
-        with pytest.raises(VMNotRunningError, match="does not run any more: it ended by"):
+        with pytest.raises(VMNotRunningError, match="is no longer running: it ended by"):
             await vm.screenshot()  # by `quit`, or by SIGKILL if the disk is too busy to flush
     with pytest.raises(VMNotRunningError):
         await vm.screenshot()

@@ -101,11 +101,11 @@ class Keyboard(Control):
 
     def _release(self, downs: Sequence[InputEvent]) -> None:
         if self.vm.run is not None:
-            self.vm.run.input.post(released(downs))
+            self.vm.run.peripherals.input.post(released(downs))
 
     async def _send(self, events: Sequence[InputEvent]) -> None:
         patience = self.vm.config.timeouts.input
-        await self.taking_input().input.strike(events, patience)
+        await self.taking_input().peripherals.input.strike(events, patience)
 
 
 def _down(codes: Sequence[str]) -> list[InputEvent]:

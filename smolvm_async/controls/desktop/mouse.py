@@ -184,7 +184,7 @@ class Mouse(Control):
         run = self.taking_input()
         # QEMU believes what it has seen before a reset.
         in_control = run.boot.last.state.reaches(BootState.OPERATING_SYSTEM)
-        return in_control and await run.input.tablet_taken()
+        return in_control and await run.peripherals.input.tablet_taken()
 
     def _point(self, x: object, y: object, *, optional: bool = False) -> Point:
         """A place, as far as it can be checked before the guest has taken the tablet."""
@@ -220,11 +220,11 @@ class Mouse(Control):
             raise
 
     async def _send(self, *events: InputEvent) -> None:
-        await self.taking_input().input.send(events)
+        await self.taking_input().peripherals.input.send(events)
 
     def _release(self, press: InputEvent) -> None:
         if self.vm.run is not None:
-            self.vm.run.input.post(released([press]))
+            self.vm.run.peripherals.input.post(released([press]))
 
 
 def _press(button: str) -> InputEvent:

@@ -47,7 +47,7 @@ class Screen(Control):
 
     async def _shoot(self, image_format: str, display: str | None, head: int) -> Screenshot:
         run, taken, began = self.running(), time.time(), time.monotonic()
-        data = await run.screen.dump(image_format, display, head)
+        data = await run.peripherals.screen.dump(image_format, display, head)
         make = Screenshot.from_png if image_format == "png" else Screenshot.from_ppm
         elapsed = time.monotonic() - began
         return await in_thread(partial(make, data, timestamp=taken, elapsed=elapsed))

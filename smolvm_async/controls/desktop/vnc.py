@@ -21,7 +21,7 @@ class VNC(Control):
             ConfigError: It is off.
             VMNotRunningError: The VM does not run.
         """
-        url = await self.running().vnc.url()
+        url = await self.running().peripherals.vnc.url()
         if url is None:
             raise ConfigError(
                 f"the VNC server of {self.vm.config.vm_id} is off: call vm.vnc.start(), or pass "
@@ -47,7 +47,7 @@ class VNC(Control):
         checked = check_vnc_kind(kind, "kind")
         if checked is None:
             raise ConfigError(f"kind={kind!r} is wrong: pass 'loopback' or 'unix'; see stop().")
-        return await self.running().vnc.start(checked)
+        return await self.running().peripherals.vnc.start(checked)
 
     async def stop(self) -> None:
         """Close it; clients that are connected stay so until they leave.
@@ -55,4 +55,4 @@ class VNC(Control):
         Raises:
             VMNotRunningError: The VM does not run.
         """
-        await self.running().vnc.stop()
+        await self.running().peripherals.vnc.stop()

@@ -1,8 +1,9 @@
-"""A VM's control socket: its owner serves it, other processes of the same user attach to it.
+"""A VM's control socket: the owner serves it, other processes of the same user attach to it.
 
-Messages are JSON-RPC 2.0, one on each line. The client asks for `start`, `stop` and `delete`; the
-server sends notifications: `hello` first, then `event`, `status` and `console` as they come, and
-`ended`, with the failure and the shutdown report, before it closes.
+Messages are JSON-RPC 2.0, one on each line; a result of type `bytes` follows its line as it is. The
+client sends requests (`stop`, `screen.dump`, ...), whose methods are marked with `@rpc` where they
+are defined. The server sends notifications: `hello` first, then `event`, `status` and `console` as
+they come, and `ended`, with the failure and the shutdown report, before it closes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,19 @@
-"""A VM that another process owns (or another part of this one), over its control socket."""
+"""The client's side of a control socket: a VM that another process owns.
+
+The life of a connection: `connect()` reads until the owner has told the VM's state, then a task
+reads the rest for as long as the connection lasts. It feeds events, console and boot states into
+the same objects that an owner has, and hands each answer to the call that waits for it. A call is
+a request with a number of its own, so calls may overlap; a posted request has no number and no
+answer. The connection ends in one of three ways, and each ends every call that still waits:
+
+- The owner says `ended`: the VM has stopped or crashed, and the owner has told how.
+- The connection breaks without that: the owner has died, and QEMU with it. The VM is an orphan,
+  for `prune()`, and an `async with` block around it raises `VMCrashedError`.
+- This process detaches, or its event loop ends: the VM goes on. The owner releases the keys and
+  buttons that this process holds down.
+
+A call that is cancelled here goes on at the owner: only its answer is not waited for any more.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +27,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.controls.ssh.access import Access
+from smolvm_async.controls.interface import VM, Run
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import VMCrashedError, VMNotRunningError
 from smolvm_async.foundation.tail import Tail
@@ -23,28 +38,26 @@ from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.state.record import Record, Status
 from smolvm_async.vm.attach.messages import (
     MAX_MESSAGE,
+    PROTOCOL,
     address,
     decode,
     encode,
     error_from_json,
     report_from_json,
+    version,
 )
-from smolvm_async.vm.attach.remote import RemoteInput, RemotePorts, RemoteScreen, RemoteVNC
+from smolvm_async.vm.attach.proxy import make_peripherals, make_proxy
 
 GREETING = 5.0  # seconds for the owner's event loop to answer
 REMOVED = 30.0  # seconds for the owner to remove the directory
-POLL = 0.01  # seconds between two looks whether it is removed
-
+POLL = 0.01  # seconds between two looks whether the directory is removed
 
 # asyncio itself refers to its tasks weakly, and events() may be all that a user holds.
 _readings: set[asyncio.Task[None]] = set()
 
 
 class AttachedVM:
-    """A VM seen from another process: what its owner tells of it, and what one asks of that.
-
-    Attributes: see `smolvm_async.controls.interface.VM` and `Run`; it is both.
-    """
+    """A VM of another process. It is a `VM` and a `Run` of `controls/interface.py` in one."""
 
     def __init__(self, path: Path, record: Record) -> None:
         self.config: VMConfig = record.config
@@ -54,15 +67,17 @@ class AttachedVM:
         self.console = Tail(LIMIT)
         self.failure: Exception | None = None
         self.report = ShutdownReport(Rung.NONE)
-        self.screen = RemoteScreen(self._request)
-        self.input = RemoteInput(self._request, self._post)
-        self.vnc = RemoteVNC(self._request)
-        self.ports = RemotePorts(self._request)
+        self.peripherals = make_peripherals(self._request, self._post)
+        owner = make_proxy(VM, "", self._request, self._post)  # type: ignore[type-abstract]
+        run = make_proxy(Run, "", self._request, self._post)  # type: ignore[type-abstract]
+        self.start, self.pause, self.resume = owner.start, owner.pause, owner.resume
+        self.ssh_access = run.ssh_access
+        self._stop, self._delete = owner.stop, owner.delete
         self.link = Link(self.config.vm_id, self.ssh_access)
         self.status = record.status
         self.accelerator = ""
         self._path = path
-        self._owner = record.owner.pid if record.owner else 0
+        self._owner_pid = record.owner.pid if record.owner else 0
         self._ids = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._told_end = False
@@ -75,14 +90,15 @@ class AttachedVM:
         """Connect to the owner of the VM in the open directory `dir_fd`, which is at `path`.
 
         Raises:
-            OSError: If nobody listens (any more), or answers within 5 s.
+            OSError: No process listens (any more), or it does not answer within 5 s.
+            VMNotRunningError: The owner runs another version of smolvm_async.
         """
         vm = cls(path, record)
         reader, vm._writer = await asyncio.open_unix_connection(address(dir_fd), limit=MAX_MESSAGE)
         try:
             async with asyncio.timeout(GREETING):
                 method = ""
-                while method != "status":  # the last of what has happened so far
+                while method != "status":  # the last message about the VM's state so far
                     line = await reader.readline()
                     if not line:
                         raise ConnectionResetError("the owner has closed the control socket")
@@ -99,59 +115,46 @@ class AttachedVM:
 
     @property
     def run(self) -> AttachedVM:
-        """The owner's run."""
+        """The owner's current run."""
         return self
 
     @property
     def over(self) -> asyncio.Future[None]:
-        """Done when the run is over, or when we have detached."""
+        """Done when the run is over, or this process has detached."""
         return self._reading
 
-    async def start(self) -> None:
-        """Nothing, if it runs; otherwise its owner is asked to."""
-        await self._request("start")
-
     async def stop(self, timeout: float | None) -> ShutdownReport:
-        """Ask the owner to stop it; cancelled, one only waits no longer."""
+        """Ask the owner to stop the VM. Cancelled, it stops waiting; the VM still stops."""
         try:
-            return report_from_json(await self._request("stop", timeout=timeout))
+            return await self._stop(timeout)
         except VMNotRunningError:
             if self._told_end:
                 return self.report
             raise
 
-    async def pause(self) -> None:
-        """Ask the owner to."""
-        await self._request("pause")
-
-    async def resume(self) -> None:
-        """Ask the owner to."""
-        await self._request("resume")
-
-    async def ssh_access(self) -> Access:
-        """Ask the owner how to log in to the guest."""
-        return Access(*await self._request("ssh.access"))
-
     async def delete(self) -> None:
-        """Ask the owner to delete it, and wait until its directory is gone.
+        """Ask the owner to delete the VM, and wait until its directory is gone.
 
         Raises:
-            VMNotRunningError: If the owner has gone meanwhile, or does not do it.
+            VMNotRunningError: The owner has died, or does not delete the VM.
         """
         try:
-            await self._request("delete")
+            await self._delete()
         except VMNotRunningError:
             if not self._told_end:
                 raise
         deadline = time.monotonic() + REMOVED
         while self._path.exists():
             if time.monotonic() > deadline:
-                raise VMNotRunningError(f"its owner, process {self._owner}, did not delete it.")
+                raise VMNotRunningError(
+                    f"{self.config.vm_id} was not deleted within {REMOVED:g} s: end its owner, "
+                    f"process {self._owner_pid}, then prune()."
+                )
             await asyncio.sleep(POLL)
         self.status = Status.DELETED
 
     async def leave(self, *, graceful: bool) -> None:
-        """Detach: the VM is its owner's."""
+        """Detach: only its owner ends the VM."""
         await self.detach()
 
     async def detach(self) -> None:
@@ -159,23 +162,23 @@ class AttachedVM:
         self._reading.cancel()
         await asyncio.wait([self._reading])
 
-    async def _request(self, method: str, **params: object) -> Any:
+    async def _request(self, method: str, params: Mapping[str, Any]) -> Any:
         if self._reading.done():
             raise self._gone()
-        answer = asyncio.get_running_loop().create_future()
-        number = self._post(method, **params)
-        self._answers[number] = answer
+        number = next(self._ids)
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self._send({"id": number, "method": method, "params": params})
         try:
             return await answer
         finally:
             del self._answers[number]
 
-    def _post(self, method: str, **params: object) -> int:
-        """Send a request whose answer, if nobody waits for it, is not looked at."""
-        number = next(self._ids)
+    def _post(self, method: str, params: Mapping[str, Any]) -> None:
+        self._send({"method": method, "params": params})
+
+    def _send(self, request: Mapping[str, Any]) -> None:
         if not self._writer.is_closing():
-            self._writer.write(encode({"id": number, "method": method, "params": params}))
-        return number
+            self._writer.write(encode(request))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -205,6 +208,12 @@ class AttachedVM:
                     answer.set_result(message["result"])
 
     def _on_hello(self, params: Mapping[str, Any]) -> None:
+        if params.get("protocol") != PROTOCOL:
+            raise VMNotRunningError(
+                f"{self.config.vm_id} cannot be attached to: its owner, process {self._owner_pid}, "
+                f"runs smolvm_async {params.get('version', 'of an older version')}, this process "
+                f"{version()}. Use the same version in both, or stop the VM in its owner."
+            )
         self.accelerator = params["accelerator"]
         boot = event_from_json(params["boot"])
         assert isinstance(boot, BootStateChanged)
@@ -233,13 +242,13 @@ class AttachedVM:
             self.failure = error_from_json(params["failure"])
 
     def _end(self) -> None:
-        """The connection is over: by the end of the run, of the owner, or by our own doing."""
+        """End all that waits: the run or the owner has ended, or this process has detached."""
         self._writer.transport.abort()
         self.link.close()
         if not self._told_end and not self._detached:
             self.status = Status.ORPHANED
             self.failure = VMCrashedError(
-                f"{self.config.vm_id} crashed: its owner, process {self._owner}, has gone."
+                f"{self.config.vm_id} crashed: its owner, process {self._owner_pid}, has died."
             )
         if self._detached:
             self.failure = self._gone()
@@ -252,5 +261,5 @@ class AttachedVM:
             self.on_crash()
 
     def _gone(self) -> VMNotRunningError:
-        what = "we have detached from it" if self._detached else "its owner has ended it"
-        return VMNotRunningError(f"{self.config.vm_id} cannot be asked any more: {what}.")
+        reason = "this process has detached from it" if self._detached else "its owner has ended it"
+        return VMNotRunningError(f"{self.config.vm_id} cannot be controlled: {reason}.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib import metadata
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
@@ -17,25 +19,35 @@ from smolvm_async.errors import SmolVMError
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.directory import CONTROL
 
+PROTOCOL = 2  # of the messages; a client refuses an owner that has another one
 MAX_MESSAGE = 16 << 20  # bytes; the whole console, escaped, is under 2 MiB
 SERVER_ERROR = -32000  # JSON-RPC 2.0: the server's own errors begin here
 
 
+@functools.cache
+def version() -> str:
+    """Return the version of smolvm_async."""
+    try:
+        return metadata.version("smolvm-async")
+    except metadata.PackageNotFoundError:  # not installed: it runs from its sources
+        return "unknown"
+
+
 def address(dir_fd: int) -> str:
-    """The socket in an open directory: a path through /proc is never over the 107 bytes allowed."""
+    """Return the path of the socket in an open directory; through /proc it is under 107 bytes."""
     return f"/proc/self/fd/{dir_fd}/{CONTROL}"
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """One message as a line."""
+    """Return a message as a line."""
     return json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """One line as a message.
+    """Return the message that a line holds.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: The line is not a message.
     """
     message = json.loads(line)
     if not isinstance(message, dict):

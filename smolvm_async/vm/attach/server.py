@@ -1,32 +1,64 @@
-"""The owner's side of a control socket."""
+"""The owner's side of a control socket.
+
+The life of a connection: the server sends `hello`, then the events, the console and the status, as
+fast as the client reads them. A client that reads slowly misses the oldest events and the oldest
+console output; the owner never waits for a client. Meanwhile the client sends requests. Each runs
+in a task of its own, so that a slow one does not hold up the next, and is answered when it is done.
+A request without an id is a posted one: it is done before the next request is read, and gets an
+answer only if it fails. At the end of the run the server sends `ended` and closes the connection.
+
+A client that dies or detaches does not cancel what it asked for: a `stop` goes on. But nobody would
+release the keys and buttons that it holds down, so the server does. If the owner dies, the kernel
+closes the socket, and QEMU is killed with the owner: the client takes the end of the connection
+without `ended` for a crash.
+
+A client can call the methods that are marked with `@rpc`, and nothing else: the name in a request
+is only looked up among their names. Another user cannot connect: the socket has the mode 0600.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
-from smolvm_async.config.checks import check_timeout
 from smolvm_async.controls.interface import VM, Run
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.rpc import arguments_from_json, result_to_json, rpc_methods
 from smolvm_async.qemu.events import EventStream, event_to_json
 from smolvm_async.qemu.input import InputEvent, pressed, released
 from smolvm_async.vm.attach.messages import (
     MAX_MESSAGE,
+    PROTOCOL,
     address,
     decode,
     encode,
     error_to_json,
     report_to_json,
+    version,
 )
 
 logger = get_logger(__name__)
 
 FLUSH = 1.0  # seconds that a client may take to read the last messages
+
+
+def remote_methods(vm: VM, run: Run) -> dict[str, MethodType]:
+    """Return all that a client can call, by the name in a request."""
+    objects: list[tuple[str, type, object]] = [("", VM, vm), ("", Run, run)]
+    for name, peripheral in vars(run.peripherals).items():
+        objects.append((f"{name}.", type(peripheral), peripheral))
+    return {
+        prefix + name: getattr(target, name)
+        for prefix, kind, target in objects
+        for name in rpc_methods(kind)
+    }
 
 
 class ControlServer:
@@ -35,6 +67,7 @@ class ControlServer:
     def __init__(self, vm: VM, run: Run) -> None:
         self._vm = vm
         self._run = run
+        self._methods = remote_methods(vm, run)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self._requests: set[asyncio.Task[None]] = set()
@@ -45,11 +78,11 @@ class ControlServer:
         """Listen on the socket in an open directory; only this user can connect to it.
 
         Raises:
-            OSError: If it cannot be made.
+            OSError: The socket cannot be made.
         """
         listener = socket.socket(socket.AF_UNIX)
         try:
-            os.fchmod(listener.fileno(), 0o600)  # the socket's file gets this mode
+            os.fchmod(listener.fileno(), 0o600)  # the mode of the socket's file
             listener.bind(address(dir_fd))
             self._server = await asyncio.start_unix_server(
                 self._serve, sock=listener, limit=MAX_MESSAGE
@@ -64,7 +97,7 @@ class ControlServer:
             news.set()
 
     async def close(self) -> None:
-        """Send every client what is left to say, and close."""
+        """Send every client the rest of the news, and close."""
         self._over = True
         if self._server is not None:
             self._server.close()
@@ -93,7 +126,7 @@ class ControlServer:
                 writer.transport.abort()
 
     async def _tell(self, writer: asyncio.StreamWriter) -> None:
-        """Everything that happens, as fast as the client reads; the oldest is left out if slow."""
+        """Send the client all that happens, as fast as it reads."""
         news = asyncio.Event()
         events, console = self._vm.hub.subscribe(), self._run.console
         events.listeners.add(news)
@@ -101,6 +134,8 @@ class ControlServer:
         self._news.add(news)
         try:
             hello = {
+                "protocol": PROTOCOL,
+                "version": version(),
                 "accelerator": self._vm.accelerator,
                 "boot": event_to_json(self._run.boot.last),
             }
@@ -140,70 +175,72 @@ class ControlServer:
     async def _read_requests(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        held: list[InputEvent] = []
+        held: list[InputEvent] = []  # down since this client pressed them
         try:
             while line := await reader.readline():
                 request = decode(line)
-                if request.get("method") in ("input.send", "input.strike", "input.deliver"):
-                    held = pressed([*held, *request["params"]["events"]])
-                # Not the connection's own: a client that leaves has still asked for it.
+                if str(request.get("method")).startswith("input."):
+                    held = pressed([*held, *request["params"].get("events", ())])
+                if "id" not in request:
+                    self._call_now(request, writer)
+                    continue
+                # Not one of the connection's tasks: a client that leaves has still asked for it.
                 task = asyncio.ensure_future(self._answer(request, writer))
                 self._requests.add(task)
                 task.add_done_callback(self._requests.discard)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            pass  # what is no message ends the connection
+            pass  # a line that is not a message ends the connection
         finally:
-            if held and not self._over:  # but a key that it held down would stay so
-                self._run.input.post(released(held))
+            if held and not self._over:
+                self._run.peripherals.input.post(released(held))
+
+    def _call_now(self, request: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
+        """Call a plain function; no caller waits for an answer."""
+        try:
+            method, arguments = self._find(request)
+            if inspect.iscoroutinefunction(method):
+                raise ConfigError(f"the request {request['method']!r} needs an id")
+            method(**arguments)
+        except Exception as error:
+            logger.debug("a client's posted request failed: %s", repr(error))
+            writer.write(encode({"id": None, "error": error_to_json(error)}))
 
     async def _answer(self, request: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
         answer: dict[str, Any]
         content = b""
         try:
-            method = self._methods().get(str(request.get("method")))
-            if method is None:
-                raise ConfigError(f"the VM's owner knows no {request.get('method')!r}")
-            result = await method(**request.get("params") or {})
+            method, arguments = self._find(request)
+            result = method(**arguments)
+            if inspect.isawaitable(result):
+                result = await result
             if isinstance(result, bytes):
                 answer, content = {"result": None, "bytes": len(result)}, result
             else:
-                answer = {"result": result}
+                answer = {"result": result_to_json(method.__func__, result)}
         except Exception as error:
             logger.debug("a client's request failed: %s", repr(error))
             answer = {"error": error_to_json(error)}
-        if writer.is_closing():  # it has gone
+        if writer.is_closing():  # the client has gone
             return
         with contextlib.suppress(OSError, RuntimeError):
             self._notify(writer, "status", {"status": str(self._vm.status)})
-            writer.write(encode({"id": request.get("id"), **answer}))
+            writer.write(encode({"id": request["id"], **answer}))
             writer.write(content)
 
-    def _methods(self) -> Mapping[str, Callable[..., Awaitable[Any]]]:
-        """What a client can ask for."""
-        vm, run = self._vm, self._run
-        return {
-            "start": vm.start,
-            "stop": self._stop,
-            "delete": vm.delete,
-            "pause": vm.pause,
-            "resume": vm.resume,
-            "screen.dump": run.screen.dump,
-            "input.send": run.input.send,
-            "input.deliver": run.input.deliver,
-            "input.strike": run.input.strike,
-            "input.tablet_taken": run.input.tablet_taken,
-            "ports.expose": run.ports.expose,
-            "ports.unexpose": run.ports.unexpose,
-            "ports.forwards": run.ports.forwards,
-            "ssh.access": run.ssh_access,
-            "vnc.start": run.vnc.start,
-            "vnc.stop": run.vnc.stop,
-            "vnc.url": run.vnc.url,
-        }
+    def _find(self, request: Mapping[str, Any]) -> tuple[MethodType, dict[str, Any]]:
+        """Return the method that a client asks for, and its validated arguments.
 
-    async def _stop(self, timeout: float | None) -> Any:
-        check_timeout(timeout)
-        return report_to_json(await self._vm.stop(timeout))
+        Raises:
+            ConfigError: A client cannot call such a method, or an argument is wrong.
+        """
+        name = request.get("method")
+        method = self._methods.get(name) if isinstance(name, str) else None
+        if method is None:
+            raise ConfigError(
+                f"unknown request {name!r}: does this process have another version of smolvm_async "
+                f"than the VM's owner, which has {version()}? Use the same version in both."
+            )
+        return method, arguments_from_json(method.__func__, request.get("params") or {})
 
     def _notify(self, writer: asyncio.StreamWriter, method: str, params: Any) -> None:
         writer.write(encode({"method": method, "params": params}))

@@ -1,0 +1,37 @@
+"""The parts of a running VM that its controls use: screen, input devices, VNC server, ports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.qemu.input import Input
+from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.ports import Ports
+from smolvm_async.qemu.screen import Screen
+from smolvm_async.qemu.vnc import VNCServer
+
+
+@dataclass(frozen=True)
+class Peripherals:
+    """One object for each peripheral; in an attached process, a proxy of it.
+
+    A process that is attached to the VM can call the methods that are marked with `@rpc`. A new
+    peripheral needs a field here and its object in `make()`, and nothing in `vm/attach/`.
+    """
+
+    screen: Screen
+    input: Input
+    vnc: VNCServer
+    ports: Ports
+
+    @classmethod
+    def make(cls, monitor: Monitor, config: VMConfig) -> Self:
+        """Make the peripherals of a VM; QEMU does not have to run yet."""
+        return cls(
+            screen=Screen(monitor, config.resolution),
+            input=Input(monitor),
+            vnc=VNCServer(monitor, config.data_dir / config.vm_id),
+            ports=Ports(monitor),
+        )
