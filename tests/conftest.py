@@ -17,7 +17,6 @@ import pytest
 
 from smolvm_async import AsyncSmolVM
 from smolvm_async.images.build.debian import DebianImage, build_debian
-from stand_in import build_stand_in
 
 FakeProgram = Callable[[str, str], None]
 
@@ -25,7 +24,7 @@ BOOT = 240  # seconds; a boot takes 12 to 40 here, under TCG
 GONE = 5.0  # seconds for what was killed to be reaped by others
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
 
@@ -41,6 +40,8 @@ def blank_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def stand_in() -> Path:
     """The signed Linux disk that stands in for Windows; built once, then cached."""
+    from stand_in import build_stand_in  # only pytest has `examples` in its path, not our programs
+
     return await build_stand_in()
 
 

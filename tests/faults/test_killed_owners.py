@@ -1,6 +1,7 @@
-"""Kill -9 of everything in every order: no process outlives its owner, and what is left is found.
+"""SIGKILL of every process in every order: none outlives its owner, and its directory is found.
 
-What is left is a directory; `prune()` or the next start of its id clears it.
+`prune()` or the next start of its id clears the directory. Processes, the directory and `list()`
+are compared after each kill; the next VM is started after every fourth and after the last.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tests.faults.injection import PROGRAMS
 from tests.faults.stage import LONG, Stage, inhabitants, kill
 
 GONE = 2.0  # seconds from an owner's death until nothing of it runs
+STARTS = 4  # kills for each start of the next VM
 RANDOM_MOMENTS, RACES = 15, 5
 PARTIES = ("owner", "client", *PROGRAMS)
 
@@ -54,11 +56,11 @@ def pruned(data_dir: Path) -> list[VMInfo]:
     return list(asyncio.run(AsyncSmolVM.prune(data_dir=data_dir)))
 
 
-def check_left(image: Path, data_dir: Path, *, keep: bool) -> int:
-    """What a dead owner left is listed and pruned; then a VM with this id starts.
+def check_left(image: Path, data_dir: Path, *, keep: bool, start: bool = True) -> int:
+    """List and prune the VM that a dead owner left. With `start`, a VM with its id starts then.
 
     Returns:
-        How many orphans there were: its owner may have died before it began, or after its end.
+        The number of orphans: the owner may have died before its VM began, or after its end.
     """
     orphans = [info.vm_id for info in listed(data_dir) if info.status is Status.ORPHANED]
     assert [info.vm_id for info in pruned(data_dir)] == orphans
@@ -66,19 +68,21 @@ def check_left(image: Path, data_dir: Path, *, keep: bool) -> int:
     left = listed(data_dir)
     assert {info.status for info in left} <= {Status.STOPPED, Status.CRASHED}
     assert keep or not left
-    asyncio.run(start_and_delete(image, data_dir, found=bool(left)))
+    asyncio.run(delete(image, data_dir, found=bool(left), start=start))
     assert not inhabitants(data_dir)
-    assert not list(data_dir.iterdir())
+    assert not list(data_dir.glob("*"))
     return len(orphans)
 
 
-async def start_and_delete(image: Path, data_dir: Path, *, found: bool) -> None:
+async def delete(image: Path, data_dir: Path, *, found: bool, start: bool = True) -> None:
+    """Delete the VM that was found, or else a new one. With `start`, it starts first."""
     if found:
         vm = await AsyncSmolVM.from_id("vm", data_dir=data_dir)
     else:
-        assert not data_dir.exists() or not list(data_dir.iterdir())
+        assert not list(data_dir.glob("*"))
         vm = make(str(image), str(data_dir), False)
-    await vm.start()
+    if start:
+        await vm.start()
     await vm.delete()
 
 
@@ -94,7 +98,7 @@ def test_in_every_order(
 ) -> None:
     others = [party for party in PARTIES if party != first]
     orders = [order for n in range(4) for order in itertools.permutations(others, n)]
-    for order in orders:
+    for number, order in enumerate(orders, 1):
         victims = (first, *order)
         stage.call("owner", blank_image, data_dir, keep)
         owner, _ = stage.hear("runs")
@@ -113,7 +117,8 @@ def test_in_every_order(
         wait_until_gone(owner, data_dir)
         if "client" not in victims:
             stage.hear("VMCrashedError", pid=client)
-        orphans = check_left(blank_image, data_dir, keep=keep)
+        start = number % STARTS == 0  # 16 orders: the last one, too
+        orphans = check_left(blank_image, data_dir, keep=keep, start=start)
         assert orphans == 1 if first == "owner" else orphans <= ("owner" in victims)
     record_property("injected", ("SIGKILL in every order", len(orders)))
 
@@ -134,8 +139,10 @@ def test_an_owner_at_every_await(
         owner, _ = stage.hear("starts")
         wait_until_gone(owner, data_dir)
         assert not stage.has_said("fails", owner)
-        orphans += check_left(blank_image, data_dir, keep=keep)
-        if stage.has_said("ends", owner):
+        ended = stage.has_said("ends", owner)
+        start = ended or killed % STARTS == 0
+        orphans += check_left(blank_image, data_dir, keep=keep, start=start)
+        if ended:
             break
         killed += 1
     assert orphans > killed / 2
@@ -160,13 +167,14 @@ def test_an_owner_at_random_moments(
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"{seed=}, {duration=:.3f} s")
     chance = random.Random(seed)
-    for _ in range(RANDOM_MOMENTS):
+    for moment in range(RANDOM_MOMENTS):
         stage.call("short_life", blank_image, data_dir, keep)
         owner, _ = stage.hear("starts")
         time.sleep(chance.random() * duration)  # the moment
         kill(owner)
         wait_until_gone(owner, data_dir)
-        check_left(blank_image, data_dir, keep=keep)
+        start = (RANDOM_MOMENTS - moment) % STARTS == 1
+        check_left(blank_image, data_dir, keep=keep, start=start)
     record_property("injected", ("SIGKILL owner, at random", RANDOM_MOMENTS))
 
 
@@ -196,7 +204,7 @@ def test_what_survives_its_owner_is_ended(
     if by == "prune":
         assert [info.status for info in pruned(data_dir)] == [Status.ORPHANED]
     else:
-        asyncio.run(start_and_delete(blank_image, data_dir, found=True))
+        asyncio.run(delete(blank_image, data_dir, found=True))
     assert not inhabitants(data_dir)
     assert not any(identify(pid) for pid in survivors.values())
     check_left(blank_image, data_dir, keep=keep)

@@ -44,11 +44,11 @@ Serve = Callable[[int], Link]
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Serve]:
-    """Start servers with a bound on sessions; each gets a link to it."""
+def start_server(tmp_path: Path) -> Iterator[Callable[[int], Access]]:
+    """Start servers with a bound on sessions."""
     servers = []
 
-    def start(sessions: int) -> Link:
+    def start(sessions: int) -> Access:
         key, host_key = make_key_pair(), make_key_pair()
         Path("/run/sshd").mkdir(exist_ok=True)
         (tmp_path / "host").write_bytes(host_key.private)
@@ -61,16 +61,25 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
         (tmp_path / "config").write_text(config)
         server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", tmp_path / "config"])
         servers.append(server)
-
-        async def access() -> Access:
-            return Access(port, getpass.getuser(), key.private.decode(), host_key.public)
-
-        return Link("host", access)
+        return Access(port, getpass.getuser(), key.private.decode(), host_key.public)
 
     yield start
     for server in servers:
         server.terminate()
         server.wait()
+
+
+@pytest.fixture
+def serve(start_server: Callable[[int], Access]) -> Serve:
+    """Start a server with a bound on sessions, and return a link to it."""
+    return lambda sessions: link_with(start_server(sessions))
+
+
+def link_with(access: Access) -> Link:
+    async def known() -> Access:
+        return access
+
+    return Link("host", known)
 
 
 def reaching(link: Link) -> Reach:
@@ -82,6 +91,19 @@ def reaching(link: Link) -> Reach:
 
 def commands(link: Link) -> Commands:
     return Commands(reaching(link))
+
+
+async def test_only_the_known_host_key_is_accepted(start_server: Callable[[int], Access]) -> None:
+    access = start_server(10)
+    link, wary = (
+        link_with(expected)
+        for expected in (access, access._replace(host_key=make_key_pair().public))
+    )
+    await commands(link).run("true")  # the server listens
+    assert await link.connect() is True
+    assert await wary.connect() is False
+    link.close()
+    wary.close()
 
 
 @pytest.mark.parametrize("sessions", [1, 10])

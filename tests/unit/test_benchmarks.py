@@ -1,4 +1,4 @@
-"""The pure parts of the benchmarks: statistics and the README's table. No time is measured."""
+"""The README's table of the benchmarks, and the marks between which it is rewritten."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.figures import Comparison, Figure, Results, quartiles, shown
-from benchmarks.fleet import numbers
+from benchmarks.figures import Figure, Results, shown
 from benchmarks.readme import BEGIN, END, QUOTED, quoted, rewritten, table
 
 MACHINE = {
@@ -21,7 +20,7 @@ MACHINE = {
 
 
 def found() -> dict[str, Any]:
-    """What one benchmark and the peers have found."""
+    """Return the results of one benchmark and of the peers."""
     launch = Results("Launch")
     floor, ours = Figure("bare", [0.040, 0.050, 0.060]), Figure("ours", [0.044, 0.045, 0.072])
     launch.compare("one VM", floor, ours)
@@ -35,29 +34,6 @@ def found() -> dict[str, Any]:
     peers.notes.append("third cannot run here: no image")
     results = {"launch": launch.to_json(), "peers": peers.to_json()}
     return {"machine": MACHINE, "benchmarks": results}
-
-
-def test_quartiles() -> None:
-    assert quartiles([3.0]) == (3.0, 3.0)
-    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 4.0)
-    assert quartiles([5.0, 1.0]) == (2.0, 4.0)
-
-
-def test_a_figure_is_told_in_its_unit() -> None:
-    figure = Figure("launch", [0.010, 0.030, 0.020])
-    assert figure.median == pytest.approx(20)
-    assert figure.spread == pytest.approx((15, 25))
-    assert figure.to_json()["values"] == pytest.approx([10, 30, 20])
-    assert Figure("memory", [3.0], "MiB").median == 3
-
-
-def test_a_ratio_is_that_of_the_rounds_and_not_of_the_medians() -> None:
-    noisy = Comparison("x", Figure("bare", [1.0, 10.0, 2.0]), Figure("ours", [1.1, 11.0, 2.4]))
-    assert noisy.ratio.values == pytest.approx([1.1, 1.1, 1.2])
-    assert noisy.ratio.median == pytest.approx(1.1)
-    assert noisy.to_json()["ratio_of_medians"] == pytest.approx(1.2)
-    with pytest.raises(ValueError, match="longer"):
-        Comparison("x", Figure("bare", [1.0, 1.0]), Figure("ours", [1.0])).ratio  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -108,7 +84,3 @@ def test_the_readmes_tell_what_the_results_say() -> None:
         text = (root / readme).read_text()
         assert rewritten(text, rows(measured)) == text, readme
     assert all(name in quoted(measured) for name in QUOTED)
-
-
-def test_numbers() -> None:
-    assert numbers("1,4,8") == (1, 4, 8)
