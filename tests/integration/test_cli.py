@@ -7,6 +7,7 @@ second to start. A real process runs where it matters: `run`, signals, terminals
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -50,8 +51,11 @@ def execute(
             patch.chdir(cwd)
         with pytest.raises(SystemExit) as ended:
             main()
+    code = int(ended.value.code or 0)
+    del ended
+    gc.collect()  # frees what the traceback held; a process of its own would end here
     texts = [stream.buffer.getvalue().decode() for stream in (output, errors)]
-    return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), *texts)
+    return subprocess.CompletedProcess(sys.argv, code, *texts)
 
 
 def cli(*arguments: object, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
