@@ -1,1 +1,1 @@
-"""asyncio and the operating system: tasks, processes, locks, logs. Nothing here knows a VM."""
+"""asyncio and the operating system: tasks, processes, locks, files, logs. None of it knows a VM."""

@@ -1,7 +1,7 @@
-"""One logger for each module; each record carries the id of the VM that it is about.
+"""One logger for each module; each record carries the id of its VM.
 
-A handler may keep records. Of an exception they have the text: itself it would keep the VM's event
-loop alive, and with that its thread.
+A handler may keep records for ever. So a record holds the text of an exception, not the exception:
+its traceback refers to the VM's event loop, which would then never be freed, nor its thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ current_vm: ContextVar[str] = ContextVar("current_vm", default="")
 
 
 def _complete(record: logging.LogRecord) -> bool:
-    """Set the record's `vm_id`, begin its message with it, and let go of exceptions."""
+    """Set the record's `vm_id`, put it before the message, and turn exceptions into text."""
     vm_id = current_vm.get()
     record.__dict__["vm_id"] = vm_id
     if vm_id:
@@ -24,7 +24,7 @@ def _complete(record: logging.LogRecord) -> bool:
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger `name`, whose records have the attribute `vm_id` (empty if there is no VM)."""
+    """Return the logger `name`; its records have the attribute `vm_id`, empty without a VM."""
     logger = logging.getLogger(name)
     logger.addFilter(_complete)
     return logger

@@ -1,4 +1,4 @@
-"""The user's texts → absolute paths, and the directories that the XDG specification names."""
+"""Make absolute paths of a user's texts, and find the directories of the XDG specification."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 class PathError(ValueError):
-    """Why a text names no path: the rest of a sentence about it."""
+    """The reason why a text is not a path: the rest of a sentence that begins with the text."""
 
 
 def expand(text: str) -> str:
-    """`~` and `~user` at its beginning replaced.
+    """Replace `~` or `~user` at the beginning of `text`.
 
     Raises:
-        PathError: If there is no such user, or no path can be that.
+        PathError: If the user does not exist, or `text` cannot be a path.
     """
     expanded = os.path.expanduser(_possible(text))
     if expanded.startswith("~"):
@@ -23,10 +23,10 @@ def expand(text: str) -> str:
 
 
 def absolute(text: str) -> Path:
-    """The absolute path; not normalized: `..` after a symbolic link is the kernel's.
+    """Return the absolute path; `..` stays, since only the kernel knows symbolic links.
 
     Raises:
-        PathError: If no path can be that, or it is relative and there is nothing to start from.
+        PathError: If `text` cannot be a path, or is relative to a working directory that is gone.
     """
     try:
         return Path(_possible(text)).absolute()
@@ -37,16 +37,16 @@ def absolute(text: str) -> Path:
 def _possible(text: str) -> str:
     try:
         if b"\0" in os.fsencode(text):
-            raise PathError("has a NUL character, which no path has")
+            raise PathError("has a NUL character, which a path cannot have")
     except UnicodeEncodeError:
-        raise PathError("has a character that no path can have (a lone surrogate)") from None
+        raise PathError("has a character that a path cannot have (a lone surrogate)") from None
     return text
 
 
 def xdg_home(variable: str, default: str) -> Path:
-    """The directory that an `XDG_*_HOME` variable names; `default` below the home if none.
+    """Return the directory of an `XDG_*_HOME` variable; by default, `default` in the home.
 
-    A relative one is ignored, as the XDG Base Directory specification says.
+    A relative path is ignored, as the XDG Base Directory specification demands.
     """
     value = os.environ.get(variable, "")
     return Path(value) if os.path.isabs(value) else Path.home() / default

@@ -1,13 +1,13 @@
-"""The only place that spawns, signals and reaps processes.
+"""The only module that spawns, signals and reaps processes.
 
-Every child dies with its owner: `setpriv --pdeathsig KILL` sets the parent-death signal, a shell
-looks whether the owner still lives (it may have died before the signal was set) and then becomes
-the program, so that even a SIGKILL of Python leaves nothing running. The signal follows the
-*thread* that spawned the child, which is the event loop's.
+Every child dies with its owner, even if SIGKILL ends Python. `setpriv --pdeathsig KILL` asks the
+kernel for a SIGKILL when the parent dies. The parent may have died before that call, so a shell
+then checks its parent's id, and only then becomes the program. The kernel sends the signal when the
+*thread* that spawned the child ends: so the event loop's thread spawns.
 
-A VM's children are watched by the event loop through a pidfd. asyncio's own subprocess transport
-would take a thread for each under Python 3.11, and its `kill()` polls first and so can take the
-exit status away from that thread, which then reports 255.
+The event loop watches a VM's children through pidfds. asyncio's own subprocess transport would use
+a thread for each child under Python 3.11. Its `kill()` polls first, and so can take the exit status
+away from that thread, which then reports 255.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from smolvm_async.foundation.tasks import Slots, has_result, settle
 
 logger = get_logger(__name__)
 
-LOG_LIMIT = 256 * 1024  # bytes of its output that are kept for each process
+LOG_LIMIT = 256 * 1024  # bytes of output that are kept for each process
 
-# What a VM's process gets of the owner's environment: the rest may hold secrets.
+# The owner's environment variables that a VM's processes get: others may hold secrets.
 ENVIRONMENT = (
     "PATH",
     "HOME",
@@ -48,17 +48,17 @@ ENVIRONMENT = (
 
 
 def die_with_owner() -> list[str]:
-    """What stands before a command line, so that the process dies with this one."""
+    """Return the words to put before a command line, so that the process dies with this one."""
     guard = '[ "$PPID" = "$0" ] && exec "$@"'
     return ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", guard, str(os.getpid())]
 
 
 class Identity(NamedTuple):
-    """Which process: a process id alone is given again to others.
+    """The identity of a process: the kernel gives a process id again to later processes.
 
     Attributes:
         pid: The process id.
-        started: When it started, in clock ticks since the host booted (proc(5), `starttime`).
+        started: Its start time, in clock ticks since the host booted (proc(5), `starttime`).
     """
 
     pid: Annotated[int, Field(gt=0, lt=1 << 31)]
@@ -66,17 +66,17 @@ class Identity(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        """Whether this very process still runs."""
+        """Whether this process still runs."""
         return identify(self.pid) == self
 
     @property
     def remains(self) -> bool:
-        """Whether there is anything of it: a zombie's other threads may have its files yet."""
+        """Whether any part of it exists: a zombie's other threads may still hold its files."""
         return _identify(self.pid, but="X") == self
 
 
 def identify(pid: int) -> Identity | None:
-    """The identity of a process that runs now; `None` if there is none, or only a zombie."""
+    """Return the identity of a running process; `None` if it does not exist or is a zombie."""
     return _identify(pid, but="ZX")
 
 
@@ -90,7 +90,7 @@ def _identify(pid: int, but: str) -> Identity | None:
 
 
 def describe_exit(returncode: int) -> str:
-    """`exit status 1`, or `killed by SIGKILL`."""
+    """Return `exit status 1` or `killed by SIGKILL`, for example."""
     if returncode >= 0:
         return f"exit status {returncode}"
     try:
@@ -100,14 +100,14 @@ def describe_exit(returncode: int) -> str:
 
 
 class Child:
-    """A running child process: in a session of its own (no Ctrl-C reaches it), logging to a file.
+    """A child process in a session of its own, so Ctrl-C does not reach it; it logs to a file.
 
     Attributes:
-        name: What messages call it, such as `QEMU`.
+        name: Its name in messages, such as `QEMU`.
         argv: Its command line, without `die_with_owner()` in front.
-        log: What it writes to stdout and stderr.
-        identity: Which process it is.
-        exited: A future of its exit status, negative for a signal; never cancelled.
+        log: The end of its stdout and stderr.
+        identity: See `Identity`.
+        exited: A future of its exit status, negative for a signal. Never cancel it.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """Its exit status once reaped, negative for a signal; `None` while it runs."""
+        """The exit status, negative for a signal; `None` until the process is reaped."""
         return self.exited.result() if self.exited.done() else None
 
     def report(self) -> str:
-        """Name, exit status, the end of the log and the command, for an error message."""
+        """Return name, exit status, the end of the log and the command, for an error message."""
         status = "still runs"
         if self.returncode is not None:
             status = f"ended: {describe_exit(self.returncode)}"
@@ -151,7 +151,7 @@ class Child:
         self._signal(signal.SIGKILL)
 
     async def reap(self) -> None:
-        """Kill it and wait until it is gone; cancellation is held back until then."""
+        """Kill it and wait until it has ended, even if cancelled. See `settle`."""
         self.kill()
         await settle(self.exited)
 
@@ -165,13 +165,13 @@ class Child:
         os.close(self._pidfd)
         self._reader.close()
         self.log.close()
-        self.exited.set_result(self._process.wait())  # it has ended: this only reaps
+        self.exited.set_result(self._process.wait())  # the process has ended: wait() only reaps
 
 
 async def spawn(
     name: str, argv: Sequence[str], *, cwd: Path, log: Path, fds: Sequence[int]
 ) -> Child:
-    """Start `argv` in `cwd`, with `fds` inherited and the end of its output in the file `log`.
+    """Start `argv` in `cwd`; it inherits `fds`, and the end of its output goes to the file `log`.
 
     Raises:
         LaunchError: If the operating system refuses (no memory, no descriptors, no program).
@@ -181,7 +181,7 @@ async def spawn(
         return _spawn(name, argv, cwd, log, fds)
 
 
-# One spawn for each turn of the loop: it blocks for 1 to 3 ms, and many VMs may start.
+# One spawn per turn of the loop: it blocks the loop for 1 to 3 ms, and many VMs may start at once.
 _turns = Slots(1)
 
 
@@ -203,7 +203,7 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
                     cwd=cwd,
                     env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
                     pass_fds=fds,
-                    umask=0o077,  # what it makes is for this user alone
+                    umask=0o077,  # its files are for this user alone
                     start_new_session=True,
                 )
             undo.callback(process.wait)
@@ -222,15 +222,17 @@ async def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a host command to its end and return what it printed (stdout and stderr together).
+    """Run a command of the host to its end, and return its stdout and stderr as one text.
+
+    If the caller is cancelled, the command and its children are killed.
 
     Args:
         argv: The command and its arguments.
         cwd: Its working directory.
-        env: Variables added to this process's own.
+        env: Variables to add to this process's own.
 
     Raises:
-        CommandError: If it cannot be started, or ends with another status than 0.
+        CommandError: If it cannot be started, or its exit status is not 0.
     """
     words = [str(word) for word in argv]
     logger.debug("%s", shlex.join(words))

@@ -1,4 +1,4 @@
-"""The last part of a byte stream, however much comes: of a serial console, or of a log."""
+"""The last part of a byte stream, such as a serial console or a log, however long it gets."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]"
 
 
 def printable(text: str) -> str:
-    """`text` without terminal control sequences: a guest may have chosen it."""
+    """Remove terminal control sequences from `text`: a guest may have chosen it."""
     return re.sub(CONTROL, "", text)
 
 
 class Tail:
-    """Keeps the last `limit` bytes of what it is fed.
+    """The last `limit` bytes of a stream.
 
     Attributes:
-        count: How many bytes ever came.
-        listeners: Each is set when more has come.
+        count: The number of bytes of the whole stream so far.
+        listeners: Events to set when bytes arrive.
     """
 
     def __init__(self, limit: int) -> None:
@@ -35,7 +35,7 @@ class Tail:
         self._kept = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Add to the end; the oldest goes."""
+        """Append `data`, and drop the oldest bytes beyond the limit."""
         self._kept += data
         self.count += len(data)
         del self._kept[: -self.limit]
@@ -43,11 +43,11 @@ class Tail:
             listener.set()
 
     def since(self, count: int) -> bytes:
-        """What came after the first `count` bytes, as far as it is still kept."""
+        """Return the bytes after the first `count` of the stream, as far as they are still kept."""
         return bytes(self._kept[-(self.count - count) :]) if count < self.count else b""
 
     async def follow(self, over: asyncio.Future[None]) -> AsyncIterator[str]:
-        """All that is kept, then what comes, as text, until `over` is done."""
+        """Yield the kept text, then new text as it arrives, until `over` is done."""
         news = asyncio.Event()
         self.listeners.add(news)
         over.add_done_callback(lambda _: news.set())
@@ -67,18 +67,18 @@ class Tail:
             self.listeners.discard(news)
 
     def text(self, limit: int | None = None) -> str:
-        """The last `limit` bytes, by default all that is kept, as text."""
+        """Return the last `limit` bytes as text; by default all that are kept."""
         return bytes(self._kept[-(limit or self.limit) :]).decode(errors="replace")
 
     def quote(self) -> str:
-        """The end of it for an error message: printable, and without space around it."""
+        """Return the end of the stream for an error message: printable, and stripped."""
         return printable(self.text(QUOTED)).strip()
 
 
 class LogFile(Tail):
-    """What a process writes to its stdout and stderr: the end of it, also in a file.
+    """The end of the output of a process, in memory and in a file.
 
-    The file holds at most twice `limit` bytes, and a disk that is full costs only the file.
+    The file holds at most twice `limit` bytes. If the disk is full, only the file is incomplete.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
@@ -89,7 +89,7 @@ class LogFile(Tail):
         self._file = os.open(path, flags, 0o600)
 
     def feed(self, data: bytes) -> None:
-        """Add to the end, and to the file."""
+        """Append `data` here and to the file."""
         super().feed(data)
         with contextlib.suppress(OSError):
             if self._written + len(data) > 2 * self.limit:
@@ -100,14 +100,14 @@ class LogFile(Tail):
             self._written += len(data)
 
     def close(self) -> None:
-        """Close the file; what was kept stays."""
+        """Close the file; the bytes in memory stay."""
         os.close(self._file)
 
 
 class Reader:
-    """Feeds a `Tail` from a descriptor, on the event loop, until its end or `close()`.
+    """The event loop's reader of a descriptor, which feeds a `Tail` until its end or `close()`.
 
-    It owns the descriptor, which is made non-blocking.
+    It owns the descriptor and makes it non-blocking.
     """
 
     def __init__(self, fd: int, tail: Tail) -> None:
@@ -118,13 +118,13 @@ class Reader:
         self._loop.add_reader(fd, self._read)
 
     def drain(self) -> None:
-        """Read what is still there, within reason: it may be written without end."""
+        """Read the bytes that wait, at most 1 MiB: the writer may never stop."""
         for _ in range(16):
             if self._fd < 0 or not self._read():
                 break
 
     def close(self) -> None:
-        """Read what is still there, and stop."""
+        """Read the bytes that wait, and stop reading."""
         self.drain()
         self._stop()
 
