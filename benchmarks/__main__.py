@@ -2,7 +2,7 @@
 
     python -m benchmarks [--only launch,fleet] [--rounds 10] [--out DIR] [--readme]
 
-What is not measured this time stays in the JSON as it was, with its own machine and date.
+Results that are not measured again stay in the JSON, with their own machine and date.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMITS = (1, 2, 4, 8, 16)  # of max_booting=
 
 
 def benchmarks(image: Path, rounds: int) -> Mapping[str, Callable[[], Results]]:
-    """All of them, by name; those that take minutes get fewer rounds."""
+    """Return all benchmarks by name; the slow ones get fewer rounds."""
     some, few = max(1, rounds // 2), max(1, rounds // 4)
     return {
         "launch": partial(launch.measure, image, 2 * rounds),
@@ -77,7 +77,7 @@ def main() -> None:
 def _measure(
     path: Path, known: Mapping[str, Callable[[], Results]], names: list[str]
 ) -> dict[str, Any]:
-    """Run some of them; each is written as soon as it is there."""
+    """Run the named benchmarks; write each result as soon as it is there."""
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     found["machine"] = machine()
     earlier = found.get("benchmarks", {})

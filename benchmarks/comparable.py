@@ -1,8 +1,8 @@
 """The peers: other libraries that start VMs, each in an environment of its own, under TCG.
 
 Each has a driver in `peers/`, which launches its own default Linux VM until a command is answered,
-measures commands and a stop, and prints JSON. They take turns in one run. Who cannot run here is
-said to be so, in its own words.
+measures commands and a stop, and prints JSON. The peers take turns in one run. For a peer that
+cannot run here, the results quote its own error.
 
     python -m benchmarks.comparable [-n 3] [--json]
 """
@@ -28,13 +28,13 @@ from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.images.build.debian import build_debian
 
 DRIVERS = Path(__file__).parent / "peers"
-LIMIT = 240  # seconds for one round of one of them
+LIMIT = 240  # seconds for one round of one peer
 LAST_WORDS = 400  # characters of an error
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A library, what it is installed from, and what is to be said about it.
+    """A library, the packages to install for it, and a remark about it.
 
     Attributes:
         requirements: Empty for ours, which runs in this environment.
@@ -70,16 +70,16 @@ PEERS = (
 
 
 class PeerError(Exception):
-    """It cannot run here; its own last words."""
+    """A peer cannot run here; the message is the end of its error output."""
 
 
 def environment() -> Path:
-    """Where the peers' environments are."""
+    """Return the directory of the peers' environments."""
     return xdg_home("XDG_CACHE_HOME", ".cache") / "smolvm-async-bench"
 
 
 def python_of(peer: Peer) -> Path:
-    """The interpreter of a peer's environment, made if need be.
+    """Return the interpreter of a peer's environment; make the environment if it is missing.
 
     Raises:
         PeerError: If it cannot be installed.
@@ -100,7 +100,7 @@ def python_of(peer: Peer) -> Path:
 
 
 def take(peer: Peer, image: Sequence[str]) -> dict[str, Any]:
-    """One round of one peer, in a process of its own.
+    """Run one round of one peer, in a process of its own.
 
     Raises:
         PeerError: If it fails.
@@ -135,7 +135,7 @@ def _end_of(text: str) -> str:
 
 
 def measure(rounds: int) -> Results:
-    """All peers, in turns."""
+    """Measure all peers, in turns."""
     built = asyncio.run(build_debian())
     image = [str(built.kernel), str(built.initrd), str(built.disk), built.boot_args]
     found: dict[str, list[Mapping[str, Any]]] = {peer.name: [] for peer in PEERS}

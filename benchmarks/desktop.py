@@ -1,7 +1,7 @@
 """The desktop's figures: screenshots against QEMU's bare `screendump`, waiting, the loop's stalls.
 
-On the firmware's screen, of a VM with an empty disk. Bare and ours alternate in one run; only
-the ratios mean much.
+Measured on the firmware's screen of a VM with an empty disk. Bare QEMU and the library alternate in
+one run; only the ratios mean much.
 
     python benchmarks/desktop.py [-n 50] [--resolution 1920x1080] [--json]
 """
@@ -30,7 +30,7 @@ WATCHED = 5.0  # seconds of wait_for_screen()
 
 @asynccontextmanager
 async def stalls() -> AsyncIterator[list[float]]:
-    """How late the event loop came each time, in seconds."""
+    """Yield a list of the event loop's delays, in seconds, one for each tick."""
     late: list[float] = []
 
     async def tick() -> None:
@@ -47,14 +47,14 @@ async def stalls() -> AsyncIterator[list[float]]:
 
 
 async def timed(work: Any) -> float:
-    """Seconds that an awaitable takes."""
+    """Return the seconds that an awaitable takes."""
     began = time.perf_counter()
     await work
     return time.perf_counter() - began
 
 
 async def measure(image: Path, rounds: int, resolution: str) -> Results:
-    """All figures."""
+    """Measure all figures."""
     results = Results(f"Screenshots of the firmware's screen, {resolution}, and waiting")
     async with AsyncSmolVM(os="windows", image=image, resolution=resolution, accel="tcg") as vm:
         picture = await vm.wait_for_screen(changed=True, stable=DRAWN)
@@ -86,7 +86,7 @@ async def measure(image: Path, rounds: int, resolution: str) -> Results:
 
 
 async def watch(vm: AsyncSmolVM) -> None:
-    """Wait for what does not come: each picture is compared with two, as a whole."""
+    """Wait for a screen that never comes: each picture is compared with two others, as a whole."""
     shown = await vm.screenshot()
     with suppress(VMTimeoutError):
         await vm.wait_for_screen(changed=shown, stable=1e6, timeout=WATCHED)

@@ -1,4 +1,4 @@
-"""Figures: what was measured in each round, its median and its spread, against what."""
+"""Figures: the measured values of all rounds, their median and spread, and comparisons."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ UNITS: Mapping[str, float] = {"ms": 1e3, "s": 1, "MiB": 1, "KiB": 1, "": 1}  # o
 
 @dataclass(frozen=True)
 class Figure:
-    """One thing that was measured.
+    """One measured thing.
 
     Attributes:
         values: One of each round; times are in seconds.
-        unit: What it is shown in.
-        headline: Whether the README shows it.
+        unit: The unit in which it is shown.
+        headline: Whether the READMEs show it.
     """
 
     name: str
@@ -36,17 +36,17 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """In its unit."""
+        """The median, in the figure's unit."""
         return statistics.median(self.values) * UNITS[self.unit]
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The quartiles, in its unit."""
+        """The quartiles, in the figure's unit."""
         low, high = quartiles(self.values)
         return low * UNITS[self.unit], high * UNITS[self.unit]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything of it, in its unit."""
+        """Return the figure as JSON, in its unit."""
         values = [value * UNITS[self.unit] for value in self.values]
         return {
             "name": self.name,
@@ -61,7 +61,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The library against what the same costs without it, measured in turns."""
+    """The library against the same work without the library, measured in turns."""
 
     name: str
     floor: Figure
@@ -70,12 +70,12 @@ class Comparison:
 
     @property
     def ratio(self) -> Figure:
-        """Round by round, so that what else the machine does weighs on both."""
+        """The ratio round by round: other load of the machine then weighs on both."""
         pairs = zip(self.library.values, self.floor.values, strict=True)
         return Figure(f"{self.name}: library / floor", [ours / bare for ours, bare in pairs], "")
 
     def to_json(self) -> dict[str, Any]:
-        """The three figures."""
+        """Return the three figures as JSON."""
         figures = {"floor": self.floor, "library": self.library, "ratio": self.ratio}
         shown = {name: figure.to_json() for name, figure in figures.items()}
         medians = self.library.median / self.floor.median
@@ -89,7 +89,7 @@ class Comparison:
 
 @dataclass
 class Results:
-    """What one benchmark found."""
+    """The results of one benchmark."""
 
     title: str
     comparisons: list[Comparison] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Results:
         self.figures.append(Figure(name, values, unit, headline))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything."""
+        """Return the results as JSON."""
         return {
             "title": self.title,
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
@@ -117,7 +117,7 @@ class Results:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Between which the middle half lies; of one value, itself."""
+    """Return the bounds of the middle half of the values; one value is both bounds."""
     if len(values) == 1:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -125,7 +125,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine."""
     version = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True)
     accelerator, _ = choose_accelerator("auto")
     with open("/proc/meminfo") as file:
@@ -143,7 +143,7 @@ def machine() -> dict[str, Any]:
 
 
 def shown(number: float) -> str:
-    """Three digits that count."""
+    """Format a number with three significant digits."""
     if abs(number) >= 100:
         return f"{number:.0f}"
     return f"{number:.1f}" if abs(number) >= 10 else f"{number:.2f}"

@@ -1,15 +1,15 @@
 """Fleets against as many bare spawns: wall time, each VM's own time, memory.
 
-Two classes, since a `Fleet` refuses what does not fit into the host's memory: `windows` (2048 MiB,
-OVMF with Secure Boot, TPM) and `linux` (128 MiB, OVMF, no TPM), both with an empty disk. Where not
-even that many of the first fit, they are started by `asyncio.gather()` of `start()`, which asks
-only for the memory of one.
+There are two kinds, since a `Fleet` refuses VMs that do not fit into the host's memory: `windows`
+(2048 MiB, OVMF with Secure Boot, TPM) and `linux` (128 MiB, OVMF, no TPM), both with an empty disk.
+If not even that many VMs of the first kind fit, `asyncio.gather()` of `start()` starts them, which
+asks only for the memory of one VM.
 
-`booting`: the clock stops when all processors run. The floor lets each run as soon as it can, the
-library all of them once the last is launched; for 16, there is a floor that does so, too.
-`paused`: the library has no start without `cont`, so each VM is paused as soon as it is handed
-over; the floor's VMs never run at all. The floor has a `qemu-img create` for each, as what starts
-one VM would; for 16 also without.
+`booting`: the clock stops when all processors run. The floor lets each VM run as soon as it can;
+the library lets all run once the last is launched. For 16 VMs a second floor waits like the
+library. `paused`: the library has no start without `cont`, so each VM is paused as soon as it is
+handed over; the floor's VMs never run at all. The floor runs `qemu-img create` for each VM, as a
+launcher of one VM would; for 16 VMs also without.
 
     python benchmarks/fleet.py [-n 3] [--sizes 1,4,8,16,32] [--json]
     python benchmarks/fleet.py --max-booting 1,2,4,8,16   # which default is best
@@ -50,7 +50,7 @@ GUESTS = 4  # of the built-in Linux, for max_booting=
 
 @dataclass(frozen=True)
 class Taken:
-    """One fleet: seconds until all were there, of the median VM, and MiB of each process."""
+    """One fleet: seconds until all VMs ran, seconds of the median VM, MiB of each process."""
 
     wall: float
     each: float
@@ -58,14 +58,14 @@ class Taken:
 
 
 def template(kind: str, image: Path) -> dict[str, Any]:
-    """The arguments of each VM."""
+    """Return the arguments of each VM."""
     return {"os": kind, "image": image, "memory": MEMORY[kind], "accel": "tcg"}
 
 
 def bare(
     kind: str, image: Path, size: int, *, run: bool, overlay: bool = True, together: bool = False
 ) -> Taken:
-    """As many QEMUs, spawned at once, each with the `qemu-img create` of its overlay."""
+    """Spawn as many bare QEMUs at once, each with the `qemu-img create` of its overlay."""
     how = {"run": run, "overlay": overlay, "together": together}
     with launched(template(kind, image), size, **how) as vms:
         last = [vm.points.running if run else vm.points.first_answer for vm in vms]
@@ -73,7 +73,7 @@ def bare(
 
 
 async def ours(kind: str, image: Path, size: int, data_dir: Path, *, run: bool) -> Taken:
-    """A fleet of them, or a gather."""
+    """Start the VMs as a fleet, or with `asyncio.gather()`."""
     arguments = {**template(kind, image), "data_dir": data_dir}
     gc.collect()
     if fits(kind, size):
@@ -91,7 +91,7 @@ async def ours(kind: str, image: Path, size: int, data_dir: Path, *, run: bool) 
 
 
 def fits(kind: str, size: int) -> bool:
-    """Whether a `Fleet` would take so many."""
+    """Return whether a `Fleet` would take so many VMs."""
     return size * (MEMORY[kind] + TCG.overhead(MEMORY[kind])) <= LEDGER.capacity()
 
 
@@ -121,12 +121,12 @@ def _taken(vms: Sequence[AsyncSmolVM], wall: float) -> Taken:
 
 
 def _memory(pids: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    """MiB of the average VM's processes."""
+    """Return the MiB of the average VM's processes."""
     return {name: statistics.mean(pss(of[name]) for of in pids) for name in pids[0]}
 
 
 def measure(image: Path, count: int, sizes: Sequence[int]) -> Results:
-    """Each size of each class, paused and booting, in turns with its floor."""
+    """Measure each size of each guest OS, paused and booting, in turns with its floor."""
     results = Results("Fleets")
     with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
         runner.run(ours("linux", image, 2, Path(name), run=True))
@@ -165,7 +165,7 @@ def _name(kind: str, size: int, run: bool) -> str:
 
 
 def _others(size: int, run: bool) -> Sequence[str]:
-    """Which other floors there are; those that cost a round each time are for one size only."""
+    """Return the other floors; a floor that costs a round each time is for one size only."""
     if size != 16:
         return ()
     return [name for name, how in OTHERS.items() if run or "together" not in how]
@@ -202,7 +202,7 @@ def _add(
 
 
 async def booting(arguments: Mapping[str, Any], size: int, until: str, most: int) -> float:
-    """Seconds until a fleet with this `max_booting` has been handed over."""
+    """Return the seconds until a fleet with this `max_booting` has handed over its VMs."""
     began = time.perf_counter()
     async with Fleet(arguments, size=size, until=until, max_booting=most) as fleet:
         await fleet.all_ready()
@@ -210,7 +210,7 @@ async def booting(arguments: Mapping[str, Any], size: int, until: str, most: int
 
 
 def measure_max_booting(image: Path, count: int, limits: Sequence[int]) -> Results:
-    """Which `max_booting` is best: for VMs without an operating system, and for Linux guests."""
+    """Compare values of `max_booting`, for VMs without an operating system and for Linux guests."""
     results = Results("max_booting")
     with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
         empty = {**template("linux", image), "data_dir": Path(name)}
@@ -248,7 +248,7 @@ def main() -> None:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """`1,4,8`."""
+    """Parse `1,4,8`."""
     return tuple(int(part) for part in text.split(","))
 
 

@@ -1,9 +1,9 @@
 """Launch time against the floor, import time, Python's own time, the event loop's longest stall.
 
-The floor is what one pays without this library: QEMU and swtpm spawned bare and at once with
-the same command lines, and an overlay made by `qemu-img create` beside them (one of its own, so
-that QEMU need not wait for it). It competes for the processors, so the floor without it is
-measured too. All alternate in one run; only the ratios mean much.
+The floor is the cost without this library: QEMU and swtpm, spawned bare and at once with the same
+command lines, and a `qemu-img create` of an overlay beside them (of another overlay, so that QEMU
+need not wait). `qemu-img` competes for the processors, so the floor without it is measured too. All
+alternate in one run; only the ratios mean much.
 
 Three points are measured, since QEMU sends its QMP greeting long before it has built the
 machine: the greeting, the first command's answer, and the answer to `cont`, when the guest's
@@ -57,7 +57,7 @@ def floor(image: Path, *, overlay: bool) -> Points:
 
 
 async def library(image: Path, data_dir: Path) -> float:
-    """Seconds to enter `async with`."""
+    """Return the seconds that entering `async with` takes."""
     vm = AsyncSmolVM(os="windows", image=image, data_dir=data_dir)
     began = time.perf_counter()
     await vm.start()
@@ -67,7 +67,7 @@ async def library(image: Path, data_dir: Path) -> float:
 
 
 async def own_time(image: Path, data_dir: Path) -> tuple[float, float]:
-    """Processor time that Python takes for one launch: of the loop's thread, of all threads."""
+    """Return Python's processor seconds for a launch: of the loop's thread, of all threads."""
     vm = AsyncSmolVM(os="windows", image=image, data_dir=data_dir)
     thread, process = time.thread_time(), time.process_time()
     await vm.start()
@@ -77,7 +77,7 @@ async def own_time(image: Path, data_dir: Path) -> tuple[float, float]:
 
 
 async def stall(image: Path, data_dir: Path) -> float:
-    """The loop's longest stall during a launch; watching it takes a processor of its own."""
+    """Return the loop's longest stall during a launch; watching takes a processor of its own."""
     vm = AsyncSmolVM(os="windows", image=image, data_dir=data_dir)
     watching = asyncio.ensure_future(longest_stall())
     await asyncio.sleep(0)
@@ -89,7 +89,7 @@ async def stall(image: Path, data_dir: Path) -> float:
 
 
 async def longest_stall() -> float:
-    """Until cancelled: the longest time between two turns of the event loop."""
+    """Record, until cancelled, the longest time between two turns of the event loop."""
     longest, last = 0.0, time.perf_counter()
     try:
         while True:
@@ -101,7 +101,7 @@ async def longest_stall() -> float:
 
 
 def profile(image: Path, data_dir: Path) -> list[str]:
-    """The functions that some launches spend their time in, as `cProfile` prints them."""
+    """Return the functions in which launches spend their time, as `cProfile` prints them."""
     profiler = cProfile.Profile(time.thread_time)  # waiting costs nothing on this clock
 
     async def launches() -> None:
@@ -122,9 +122,9 @@ def profile(image: Path, data_dir: Path) -> list[str]:
 
 
 def import_cost(statement: str = "import smolvm_async") -> tuple[float, int]:
-    """Seconds and modules that an import costs a new interpreter."""
+    """Return the seconds and the modules that an import costs a new interpreter."""
     command = [sys.executable, "-c", IMPORT.format(statement=statement)]
-    # What pip installs has its bytecode beside it.
+    # A package that pip installs has its bytecode beside it.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(command, capture_output=True, check=True, env=env)
     seconds, modules = done.stdout.split()
@@ -132,7 +132,7 @@ def import_cost(statement: str = "import smolvm_async") -> tuple[float, int]:
 
 
 def measure_import(count: int) -> Results:
-    """The import, and that of the libraries which it cannot do without, in turns."""
+    """Measure the import of the library and of its dependencies alone, in turns."""
     results = Results("Import")
     pairs = [(import_cost(), import_cost(DEPENDENCIES)) for _ in range(count + 1)][1:]
     results.compare(
@@ -146,7 +146,7 @@ def measure_import(count: int) -> Results:
 
 
 def measure(image: Path, count: int) -> Results:
-    """The launch, `count` rounds."""
+    """Measure `count` rounds of launches."""
     floors: list[Points] = []
     bares: list[Points] = []
     launches: list[float] = []
@@ -163,7 +163,7 @@ def measure(image: Path, count: int) -> Results:
                 lambda: own.append(runner.run(own_time(image, data_dir))),
                 lambda: stalls.append(runner.run(stall(image, data_dir))),
             ]
-            turn = round_ % len(takes)  # none comes always after the same other one
+            turn = round_ % len(takes)  # no variant always follows the same other variant
             for take in [*takes[turn:], *takes[:turn]]:
                 take()
         for values in (floors, bares, launches, own, stalls):
@@ -191,7 +191,7 @@ def measure(image: Path, count: int) -> Results:
 
 
 def blank(directory: Path) -> Path:
-    """An empty image of 64 GiB."""
+    """Make an empty image of 64 GiB."""
     image = directory / "empty.qcow2"
     image.write_bytes(qcow2.empty(64 << 30))
     return image

@@ -1,8 +1,8 @@
 """From `async with AsyncSmolVM()` to the first command's answer, against a bare QEMU.
 
-The bare one boots the same kernel, initramfs and disk with a command line tuned by hand, and is
-asked over SSH as soon as it answers. They take turns in one run, and so do the variants of the
-machine that show what each choice gains; only the ratios mean much.
+The bare QEMU boots the same kernel, initramfs and disk with a command line tuned by hand, and gets
+a command over SSH as soon as it answers. Both take turns in one run, and so do the variants of the
+machine, which show the gain of each choice; only the ratios mean much.
 
     python benchmarks/linux.py [-n 5] [--variants] [--commands 30] [--json]
 """
@@ -36,7 +36,7 @@ MACHINE = "q35,i8042=off,smbus=off,sata=off,hpet=off,vmport=off"
 ATTEMPT = 0.3  # seconds for a server's greeting
 BOOT = 120.0  # seconds
 
-# What is changed in the bare command line, and what it was before.
+# The changes to the bare command line: the old text and the new text.
 VARIANTS: Mapping[str, tuple[str, str]] = {
     "with a PS/2 keyboard (i8042)": ("i8042=off,", ""),
     "-cpu max": ("qemu64,+rdrand", "max"),
@@ -49,7 +49,7 @@ VARIANTS: Mapping[str, tuple[str, str]] = {
 
 
 def bare_arguments(image: DebianImage, directory: Path, port: int) -> list[str]:
-    """QEMU's command line, tuned by hand."""
+    """Return QEMU's command line, tuned by hand."""
     drive = f"file={directory / 'overlay.qcow2'},format=qcow2,if=none,id=disk,cache=unsafe"
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
@@ -74,7 +74,7 @@ def bare_arguments(image: DebianImage, directory: Path, port: int) -> list[str]:
 
 
 async def bare(image: DebianImage, change: Callable[[str], str] = str) -> float:
-    """Seconds from spawning QEMU until a command has been answered."""
+    """Return the seconds from spawning QEMU until a command has been answered."""
     key, host_key = make_key_pair(), make_key_pair()
     with tempfile.TemporaryDirectory() as name, socket.socket() as free:
         directory = Path(name)
@@ -120,7 +120,7 @@ async def _answer(port: int, key: bytes, host_key: str) -> None:
 
 
 async def _greets(port: int) -> bool:
-    """Whether a server says something: QEMU accepts before the guest listens."""
+    """Return whether a server sends something: QEMU accepts before the guest listens."""
     try:
         async with asyncio.timeout(ATTEMPT):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -133,7 +133,7 @@ async def _greets(port: int) -> bool:
 
 
 async def ours() -> float:
-    """Seconds from `async with` to the first answer."""
+    """Return the seconds from `async with` to the first answer."""
     began = time.perf_counter()
     vm = AsyncSmolVM(accel="tcg")
     async with vm:
@@ -148,7 +148,7 @@ def _replaced(old: str, new: str, word: str) -> str:
 
 
 async def commands(rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of one command, with asyncssh alone and through `run()`, in turn."""
+    """Return the seconds of one command, with asyncssh alone and through `run()`, in turns."""
     alone: list[float] = []
     through: list[float] = []
     async with AsyncSmolVM(accel="tcg") as vm:
@@ -175,7 +175,7 @@ async def commands(rounds: int) -> tuple[list[float], list[float]]:
 
 
 async def measure_boot(rounds: int, *, variants: bool = False) -> Results:
-    """From nothing to the first answer, and what each choice of the machine gains."""
+    """Measure a boot up to the first answer, and the gain of each choice of the machine."""
     image = await build_debian()
     alone: list[float] = []
     library: list[float] = []
@@ -199,7 +199,7 @@ async def measure_boot(rounds: int, *, variants: bool = False) -> Results:
 
 
 async def measure_commands(rounds: int) -> Results:
-    """A command's round trip on an open connection."""
+    """Measure the round trip of a command on an open connection."""
     alone, through = await commands(rounds)
     results = Results("Round trip of a command")
     results.compare(
@@ -214,7 +214,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-n", "--rounds", type=int, default=5)
-    parser.add_argument("--variants", action="store_true", help="what each choice gains")
+    parser.add_argument("--variants", action="store_true", help="measure the gain of each choice")
     parser.add_argument("--commands", type=int, default=30, help="rounds of one command")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

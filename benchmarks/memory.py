@@ -1,7 +1,7 @@
-"""Memory as the kernel shares it out: PSS, from `/proc/PID/smaps_rollup`.
+"""Proportional set size (PSS) of processes, from `/proc/PID/smaps_rollup`.
 
-Python's own, for each VM, is how much a new interpreter grows from one VM to many: in one that had
-as many before, they would find their memory there already.
+Python's own memory for each VM is the growth of a new interpreter from one VM to many: an
+interpreter that had as many VMs before would have the memory already.
 
     python -m benchmarks.memory windows 2048 IMAGE 16    # prints MiB for each of 15 more VMs
 """
@@ -22,7 +22,7 @@ from smolvm_async import AsyncSmolVM
 
 
 def pss(pid: int, kind: str = "Pss") -> float:
-    """MiB of a process: what is its own, and its share of what it shares.
+    """Return the MiB of a process: its own pages and its share of shared pages.
 
     Args:
         kind: `Pss_Anon` leaves files out, such as libraries: of these a process's share gets
@@ -35,14 +35,14 @@ def pss(pid: int, kind: str = "Pss") -> float:
 
 
 def python_growth(kind: str, memory: int, image: Path, size: int) -> float:
-    """MiB that a new interpreter grows by for each VM of this OS and memory, up to `size`."""
+    """Return the MiB by which a new interpreter grows with each of `size` VMs."""
     argv = [sys.executable, "-m", "benchmarks.memory", kind, str(memory), str(image), str(size)]
     root = Path(__file__).parents[1]
     return float(subprocess.run(argv, cwd=root, capture_output=True, check=True).stdout)
 
 
 async def _with(size: int, kind: str, memory: int, image: Path, data_dir: Path) -> float:
-    """MiB of this process while so many run."""
+    """Return the MiB of this process while so many VMs run."""
     arguments: dict[str, Any] = {"os": kind, "memory": memory, "image": image, "accel": "tcg"}
     vms = [AsyncSmolVM(**arguments, data_dir=data_dir) for _ in range(size)]
     try:

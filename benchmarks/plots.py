@@ -12,7 +12,7 @@ plt.switch_backend("Agg")  # files only
 
 
 def draw(found: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Draw what can be drawn; returns the files."""
+    """Draw a plot for each benchmark; return the files."""
     drawn = []
     for name, results in found["benchmarks"].items():
         figures = [figure for figure in results["figures"] if figure["unit"] in ("s", "ms")]
@@ -28,7 +28,7 @@ def draw(found: Mapping[str, Any], directory: Path) -> list[Path]:
 
 
 def _comparisons(results: Mapping[str, Any], path: Path) -> None:
-    """Floor and library side by side, with quartiles; the ratio beside them."""
+    """Draw floor and library side by side, with quartiles and their ratio."""
     comparisons = results["comparisons"]
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.6 * len(comparisons)))
     for number, part in enumerate(("floor", "library")):
@@ -58,7 +58,7 @@ def _medians(figures: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def _errors(figures: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """How far the quartiles are from the medians, as matplotlib wants it."""
+    """Return the distances of the quartiles from the medians, as matplotlib takes them."""
     low = [max(0.0, figure["median"] - figure["quartiles"][0]) for figure in figures]
     high = [max(0.0, figure["quartiles"][1] - figure["median"]) for figure in figures]
     return [low, high]

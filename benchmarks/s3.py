@@ -1,7 +1,7 @@
-"""How fast an image comes from S3, against aioboto3's own `download_fileobj`, in turns.
+"""Downloads of an image from S3, against aioboto3's own `download_fileobj`, in turns.
 
-Against moto's server on loopback, or any other (`SMOLVM_S3_ENDPOINT_URL` and the usual variables,
-and a bucket that may be written to). The library also verifies, and flushes to the disk.
+The server is moto's on loopback, or any other (`SMOLVM_S3_ENDPOINT_URL` and the usual variables,
+and a bucket that may be written to). The library also verifies the file and flushes it to the disk.
 
     .venv/bin/python benchmarks/s3.py [--mib 512] [--rounds 3] [--bucket NAME]
 """
@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 
 def make_disk(directory: Path, mib: int) -> None:
-    """A qcow2 full of random bytes."""
+    """Make a qcow2 full of random bytes."""
     raw = directory.with_suffix(".raw")
     with raw.open("wb") as file:
         for _ in range(mib):
@@ -44,7 +44,7 @@ def make_disk(directory: Path, mib: int) -> None:
 
 
 async def library(uri: str, work: Path) -> float:
-    """Seconds for the library, the making of its client included."""
+    """Return the seconds of the library, with the making of its client."""
     began = time.perf_counter()
     await ImageStore(work / "cache").pull(uri)
     seconds = time.perf_counter() - began
@@ -53,7 +53,7 @@ async def library(uri: str, work: Path) -> float:
 
 
 async def plain(bucket: str, key: str, work: Path) -> float:
-    """Seconds for `download_fileobj` into an aiofiles file, the making of a client included."""
+    """Return the seconds of `download_fileobj` into an aiofiles file, with the making of a client."""
     began = time.perf_counter()
     async with open_client() as client, aiofiles.open(work / "plain", "wb") as file:
         await client.download_fileobj(bucket, key, file)

@@ -1,4 +1,4 @@
-"""Stopping and deleting, against QEMU told to `quit` bare.
+"""Stopping and deleting, against a bare QEMU that is told to `quit`.
 
 python benchmarks/stopping.py [-n 10] [--json]
 """
@@ -21,7 +21,7 @@ from smolvm_async import AcceleratorWarning, AsyncSmolVM
 
 
 def bare_quit(image: Path) -> float:
-    """Seconds from `quit` until a bare QEMU, and its swtpm, have ended."""
+    """Return the seconds from `quit` until a bare QEMU and its swtpm have ended."""
     with launched({"os": "windows", "image": image}) as (vm,):
         began = time.perf_counter()
         vm.monitor.send(json.dumps({"execute": "quit"}).encode())
@@ -31,7 +31,7 @@ def bare_quit(image: Path) -> float:
 
 
 async def stop(image: Path, data_dir: Path) -> tuple[float, float]:
-    """Stop without waiting for the guest, and then delete; the seconds of each."""
+    """Stop without waiting for the guest, then delete; return the seconds of each."""
     vm = AsyncSmolVM(os="windows", image=image, data_dir=data_dir)
     await vm.start()
     began = time.perf_counter()
@@ -42,7 +42,7 @@ async def stop(image: Path, data_dir: Path) -> tuple[float, float]:
 
 
 async def delete(image: Path, data_dir: Path) -> float:
-    """Delete it while it runs; the seconds of that."""
+    """Delete a running VM; return the seconds."""
     vm = AsyncSmolVM(os="windows", image=image, data_dir=data_dir)
     await vm.start()
     began = time.perf_counter()
@@ -51,7 +51,7 @@ async def delete(image: Path, data_dir: Path) -> float:
 
 
 def measure(image: Path, count: int) -> Results:
-    """All of them in turns."""
+    """Measure all, in turns."""
     bares, stops, afters, deletes = [], [], [], []
     with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
         for _ in range(count):
