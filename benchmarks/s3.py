@@ -44,7 +44,7 @@ def make_disk(directory: Path, mib: int) -> None:
 
 
 async def library(uri: str, work: Path) -> float:
-    """Return the seconds of the library, with the making of its client."""
+    """Return the seconds of the library, client included."""
     began = time.perf_counter()
     await ImageStore(work / "cache").pull(uri)
     seconds = time.perf_counter() - began
@@ -53,7 +53,7 @@ async def library(uri: str, work: Path) -> float:
 
 
 async def plain(bucket: str, key: str, work: Path) -> float:
-    """Return the seconds of `download_fileobj` into an aiofiles file, with the making of a client."""
+    """Return the seconds of `download_fileobj` into an aiofiles file, client included."""
     began = time.perf_counter()
     async with open_client() as client, aiofiles.open(work / "plain", "wb") as file:
         await client.download_fileobj(bucket, key, file)
