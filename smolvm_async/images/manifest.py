@@ -1,7 +1,7 @@
-"""What a published image says of itself: `smolvm-image.json`, read as the hostile text it may be.
+"""The manifest of a published image, `smolvm-image.json`, which may be hostile.
 
-Two schemas become one `Manifest`: this library's own, which has a `schema_version`, and that of
-the synchronous `smolvm` package, which has none, and whose images are Linux.
+Two schemas are read into one `Manifest`: this library's own, which has a `schema_version`, and the
+one of the synchronous `smolvm` package, which has none, and whose images are always Linux.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST = 1 << 20  # bytes
-MAX_NAME, MAX_UNKNOWN = 200, 20  # characters of a name, and names that a message lists
+MAX_NAME, MAX_UNKNOWN = 200, 20  # characters of a name; names in a message
 LARGEST = {"rootfs": 1 << 40, "kernel": 256 << 20, "initrd": 1 << 30}  # bytes
 DISK_FORMATS = ("qcow2", "raw")
 
@@ -35,23 +35,23 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=LARGEST["rootfs"])]
 
 
-class _Part(BaseModel):
-    """Frozen and strict."""
+class _StrictModel(BaseModel):
+    """A frozen model without type coercion."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
-class ImageFile(_Part):
+class ImageFile(_StrictModel):
     """One file of an image.
 
     Attributes:
-        name: Relative to the manifest, with `/` between its parts.
-        sha256: Of the file as it is published, in lower-case hexadecimal.
-        size: Its bytes; `None` in manifests of the synchronous package, which do not say.
-        format: Of a disk: `qcow2` or `raw`; `None` if the file has to tell by its first bytes.
-        compression: `zstd` if it is decompressed on its way.
-        content_sha256: Of what comes out of it then ...
-        content_size: ... and its bytes.
+        name: Path relative to the manifest, with `/` between its parts.
+        sha256: SHA-256 of the published file, in lower-case hexadecimal.
+        size: Bytes of the published file; `None` in manifests of the synchronous package.
+        format: `qcow2` or `raw`, for a disk; `None` if the file's first bytes have to tell.
+        compression: `zstd` if the file is decompressed during the download.
+        content_sha256: SHA-256 of the decompressed file.
+        content_size: Bytes of the decompressed file.
     """
 
     name: str
@@ -64,12 +64,12 @@ class ImageFile(_Part):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of what is kept here."""
+        """Return the SHA-256 of the file in the cache, where it is decompressed."""
         return self.content_sha256 or self.sha256
 
     @property
-    def kept_size(self) -> int | None:
-        """The bytes of what is kept here; `None` if the manifest does not say."""
+    def cached_size(self) -> int | None:
+        """Return the bytes of the file in the cache; `None` if the manifest does not say."""
         return self.content_size or self.size
 
     @model_validator(mode="after")
@@ -77,24 +77,24 @@ class ImageFile(_Part):
         _check_name(self.name)
         given = (self.content_sha256 is not None, self.content_size is not None)
         if self.compression is None and any(given):
-            raise ValueError("content_sha256 and content_size go with compression")
+            raise ValueError("content_sha256 and content_size go with compression: add it")
         if self.compression is not None and not all(given):
-            raise ValueError("compression goes with content_sha256 and content_size")
+            raise ValueError("compression goes with content_sha256 and content_size: add them")
         return self
 
 
-class Manifest(_Part):
-    """A published image.
+class Manifest(_StrictModel):
+    """The manifest of a published image.
 
     Attributes:
-        name: What people call it.
+        name: The image's name, for people.
         os: The guest OS: a name in `GUESTS`.
-        rootfs: Its disk.
-        kernel: What QEMU loads, where the guest has no boot loader.
-        initrd: Its initramfs.
-        boot_args: The kernel's command line; `None` leaves it to this library.
-        memory: MiB that it is best run with; `None` leaves that to the guest OS.
-        cpus: Likewise, cores.
+        rootfs: The disk.
+        kernel: The kernel that QEMU loads, for a guest without a boot loader.
+        initrd: The initramfs that goes with the kernel.
+        boot_args: The kernel's command line; `None` means this library's default.
+        memory: Recommended memory in MiB; `None` means the guest OS's default.
+        cpus: Recommended number of cores; `None` means the guest OS's default.
     """
 
     schema_version: Literal[1] = 1
@@ -109,22 +109,24 @@ class Manifest(_Part):
 
     @property
     def files(self) -> dict[str, ImageFile]:
-        """Its files by what they are, the smallest kinds first."""
+        """Return the files by part: `kernel`, `initrd`, and last the largest, `rootfs`."""
         parts = {"kernel": self.kernel, "initrd": self.initrd, "rootfs": self.rootfs}
         return {part: file for part, file in parts.items() if file is not None}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.name.isprintable():
-            raise ValueError("name has characters that cannot be shown")
+            raise ValueError("name has characters that cannot be shown: use printable ones")
         if self.os not in GUESTS:
             raise ValueError(f"os is none of {', '.join(GUESTS)}")
         if self.kernel is None and (self.initrd is not None or self.boot_args is not None):
-            raise ValueError("initrd and boot_args go with a kernel")
+            raise ValueError("initrd and boot_args go with a kernel: add it, or leave them out")
         if self.kernel is not None and "kernel" in GUESTS[self.os].unsupported:
-            raise ValueError(f"an image of {self.os} has no kernel: its own boot loader starts it")
+            raise ValueError(
+                f"an image of {self.os} must not have a kernel: its own boot loader starts it"
+            )
         if self.boot_args is not None and not self.boot_args.isprintable():
-            raise ValueError("boot_args has characters that cannot be printed")
+            raise ValueError("boot_args has characters that cannot be printed: use printable ones")
         _check_files(self.files)
         return self
 
@@ -139,28 +141,28 @@ def _check_name(name: str) -> None:
         or any(part in ("", ".", "..") for part in parts)
     ):
         raise ValueError(
-            f"the file name {shown(name)} is not relative to the manifest: it may have no '..', no "
-            f"'\\', no '/' at either end, and at most {MAX_NAME} printable characters"
+            f"the file name {shown(name)} is not relative to the manifest: use at most {MAX_NAME} "
+            "printable characters, without '..', '\\', or a '/' at either end"
         )
     if parts[-1] == MANIFEST:
-        raise ValueError(f"a file is called {MANIFEST}, as the manifest is")
+        raise ValueError(f"a file is called {MANIFEST}, like the manifest: rename it")
 
 
 def _check_files(files: Mapping[str, ImageFile]) -> None:
     names = [file.name for file in files.values()]
     if len(set(names)) < len(names):
-        raise ValueError("two files have the same name")
+        raise ValueError("two files have the same name: rename one")
     for part, file in files.items():
         if max(file.size or 0, file.content_size or 0) > LARGEST[part]:
             raise ValueError(f"{part} is larger than {LARGEST[part]} bytes")
         if part != "rootfs" and file.format is not None:
-            raise ValueError(f"{part} has a format, which only a disk has")
+            raise ValueError(f"{part} has a format, but only a disk has one")
         if file.size is None and file.compression is not None:
             raise ValueError(f"{part} has no size")
 
 
 def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
-    """The fields that this version of the library does not know."""
+    """Yield the fields that this version of the library does not know."""
     yield from (name for name in values if name not in Manifest.model_fields)
     for part in LARGEST:
         if isinstance(inner := values.get(part), dict):
@@ -168,17 +170,17 @@ def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Read a manifest; fields that are not known are reported in the log.
+    """Parse a manifest; log a warning about unknown fields.
 
     Args:
-        where: Its URI or path, for messages.
+        where: The manifest's URI or path, for messages.
 
     Raises:
-        ImageError: If it is none that can be used: what is wrong with it.
+        ImageError: If the manifest cannot be used; the message gives the reason.
     """
     try:
         if len(content) > MAX_MANIFEST:
-            raise ValueError(f"it has over {MAX_MANIFEST} bytes")
+            raise ValueError(f"it has more than {MAX_MANIFEST} bytes")
         values = json.loads(
             content.decode(),
             object_pairs_hook=_unique,
@@ -186,17 +188,17 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             parse_float=_finite,
         )
         if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         version = values.get("schema_version", SCHEMA_VERSION)
         if type(version) is not int:
-            raise ValueError(f"its schema_version {shown(version)} is no integer")
+            raise ValueError(f"its schema_version {shown(version)} is not an integer")
         if version > SCHEMA_VERSION:
             raise ValueError(
-                f"its schema_version {shown(version)} is of a newer version of smolvm_async: "
-                "update this one"
+                f"its schema_version {shown(version)} needs a newer version of smolvm_async: "
+                "update it"
             )
         own = "schema_version" in values
-        values = values if own else _of_the_synchronous_package(values)
+        values = values if own else _from_synchronous(values)
         manifest = Manifest.model_validate(values)
         if own:
             _check_own(manifest)
@@ -205,36 +207,39 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     except RecursionError:
         reason = "it is nested too deeply"
     except UnicodeDecodeError:
-        reason = "it is no UTF-8"
+        reason = "it is not UTF-8"
     except ValueError as error:
         reason = str(error)[: MAX_NAME * 3]
     else:
         if unknown := [shown(name) for name in islice(_unknown(values), MAX_UNKNOWN)]:
-            logger.warning("%s has fields that are not known: %s", where, ", ".join(unknown))
+            logger.warning(
+                "%s has unknown fields, which are ignored: %s", where, ", ".join(unknown)
+            )
         return manifest
-    raise ImageError(f"{where} is no manifest that can be used: {reason}.")
+    raise ImageError(f"{where} is not a valid manifest: {reason}.")
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"it has {shown(name)} twice")
+            raise ValueError(f"it has the field {shown(name)} twice")
         values[name] = value
     return values
 
 
 def _finite(text: str) -> float:
-    """A number that JSON has; Python's reader would take `Infinity`, and make one of `1e999`."""
+    """Return the number, unless it is infinite; Python reads `Infinity` and `1e999` as infinite."""
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"it has the number {shown(text)}")
+        raise ValueError(f"it has the number {shown(text)}, which JSON does not allow")
     return number
 
 
-def _of_the_synchronous_package(values: dict[str, Any]) -> dict[str, Any]:
+def _from_synchronous(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(values.get("rootfs"), str):
         raise ValueError(
-            "it has no schema_version, and no rootfs as the synchronous smolvm package writes it"
+            "it has no schema_version, and its rootfs is not as the synchronous smolvm package "
+            "writes it"
         )
     values = dict(values)
     converted: dict[str, Any] = {"os": "linux"}
@@ -244,20 +249,22 @@ def _of_the_synchronous_package(values: dict[str, Any]) -> dict[str, Any]:
             continue
         if digest is None:
             raise ValueError(
-                f"it has no {part}_sha256, and what cannot be verified is not used: publish the "
-                "image again, with smolvm-async image push"
+                f"it has no {part}_sha256, so the file cannot be verified: publish the image "
+                "again, with smolvm-async image push"
             )
         if isinstance(name, str):
             _check_name(name)
-            name = PurePosixPath(name).name  # as that package does
+            name = PurePosixPath(name).name  # as the synchronous package does
         converted[part] = {"name": name, "sha256": digest}
     if "kernel" not in converted:
-        raise ValueError("it has no kernel, which the synchronous smolvm package always writes")
+        raise ValueError(
+            "it has no kernel, though the synchronous smolvm package always writes one"
+        )
     return {**values, **converted}
 
 
 def _check_own(manifest: Manifest) -> None:
-    """Our own schema says how large each file is, and of which format the disk."""
+    """Check the fields that this library's own schema requires."""
     for part, file in manifest.files.items():
         if file.size is None:
             raise ValueError(f"{part} has no size")

@@ -1,6 +1,6 @@
-"""A directory → a published image: what is in it, its manifest, its files, in this order backwards.
+"""Publish a directory as an image.
 
-The manifest goes last: until then nobody finds the image.
+The manifest is uploaded last, so nobody finds a half-uploaded image.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from smolvm_async.images.s3.upload import upload
 from smolvm_async.images.s3.uri import MANIFEST, Location, parse_uri
 from smolvm_async.images.source import open_initrd, open_kernel
 
-KINDS = {  # how the files of a directory without a manifest are recognized
+PATTERNS = {  # patterns that recognize the files of a directory without a manifest
     "rootfs": r".*\.qcow2|rootfs.*|disk.*",
     "kernel": r"vmlinu[xz].*|bzImage.*|kernel.*",
     "initrd": r"initrd.*|initramfs.*",
 }
-BOOT_ARGS = "boot_args"  # a file of them, such as the built-in Debian has
+BOOT_ARGS = "boot_args"  # the file with the kernel's command line; the built-in Debian has one
 PIECE = 1 << 20  # bytes
-LEVEL = 9  # of zstd; its window fits what readers take
+LEVEL = 9  # of zstd; its window is within the 8 MiB that downloads accept
 
 
-class _Piece(NamedTuple):
-    """A file to be uploaded.
+class _Upload(NamedTuple):
+    """A file to upload.
 
     Attributes:
-        fd: What is uploaded, open.
-        described: What the manifest says of it.
+        fd: The open file.
+        entry: The file's entry in the manifest.
     """
 
     fd: int
-    described: dict[str, Any]
+    entry: dict[str, Any]
 
 
 async def push_image(
@@ -63,27 +63,28 @@ async def push_image(
     compress: str | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Publish the image in a directory: a qcow2, and a kernel and an initramfs where it has them.
+    """Publish the image in a directory: a qcow2, and a kernel and an initramfs if there are any.
 
-    A `smolvm-image.json` in the directory says which files these are, and everything else that is
-    not given here; without one they are recognized by their names.
+    A `smolvm-image.json` in the directory names these files, and gives the values that are not
+    passed here. Without one the files are recognized by their names.
 
     Args:
-        uri: Where to: `s3://BUCKET/PREFIX/`, or the manifest's own.
-        name: What people call it; by default the last part of the prefix.
+        uri: `s3://BUCKET/PREFIX/`, or the URI of the manifest itself.
+        name: The image's name; by default the last part of the prefix.
         os: The guest OS; by default `linux`, if there is a kernel.
-        memory: MiB that it is best run with.
-        cpus: Likewise, cores.
-        boot_args: The kernel's command line; by default what a file `boot_args` says.
+        memory: Recommended memory in MiB.
+        cpus: Recommended number of cores.
+        boot_args: The kernel's command line; by default the content of the file `boot_args`.
         compress: `zstd` compresses the disk.
+        on_progress: Called with bytes, total and rate.
 
     Returns:
-        The manifest, as it was published.
+        The published manifest.
 
     Raises:
-        ConfigError: An argument is wrong, or the directory holds no image that can be used.
-        HostError: There is no space for what is compressed.
-        ImageError: It cannot be uploaded.
+        ConfigError: An argument is wrong, or the directory contains no usable image.
+        HostError: There is no space for the compressed disk.
+        ImageError: The upload failed.
     """
     location = parse_uri(uri, "uri")
     source = check_path(directory, "directory", "a directory")
@@ -99,36 +100,36 @@ async def push_image(
     meter = Meter(on_progress, "image")
     with ExitStack() as stack:
         meter.report(f"reading {source}")
-        values, paths = await in_background(_survey, source, location, given)
+        values, paths = await in_background(_read_directory, source, location, given)
         with Layout(cache_root()).usable() if compress else nullcontext():
-            pieces = {
+            uploads = {
                 part: await in_background(_prepare, stack, part, path, values, compress)
                 for part, path in paths.items()
             }
-        for part, piece in pieces.items():
-            values[part] = piece.described
+        for part, file in uploads.items():
+            values[part] = file.entry
         manifest = await in_background(_manifest, values, location)
-        total = sum(piece.described["size"] for piece in pieces.values())
+        total = sum(file.entry["size"] for file in uploads.values())
         before = 0
         message = f"uploading {manifest.name}"
         async with open_client() as client:
-            for piece in pieces.values():
-                key = location.beside(piece.described["name"])
-                digest = piece.described["sha256"]
+            for file in uploads.values():
+                key = location.beside(file.entry["name"])
+                digest = file.entry["sha256"]
 
                 def on_bytes(sent: int, before: int = before) -> None:
                     meter.report(message, before + sent, total, copied=before + sent)
 
-                await upload(client, location.bucket, key, piece.fd, digest, on_bytes)
-                before += piece.described["size"]
+                await upload(client, location.bucket, key, file.fd, digest, on_bytes)
+                before += file.entry["size"]
             await _put_manifest(client, location, manifest)
     return manifest
 
 
-def _survey(
+def _read_directory(
     directory: Path, location: Location, given: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What the manifest says besides of the files, and the files by what they are."""
+    """Return the manifest's values apart from the files, and the files by part."""
     try:
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_file())
     except OSError as error:
@@ -151,8 +152,8 @@ def _survey(
     values |= {field: value for field, value in given.items() if value is not None}
     if "os" not in values:
         raise ConfigError(
-            f"os= is missing: a disk does not tell which operating system is inside "
-            f"{str(directory)!r}; pass os='windows' or os='linux'."
+            f"os= is missing: the disk in {str(directory)!r} does not tell which operating system "
+            "is on it; pass os='windows' or os='linux'."
         )
     return {**values, "schema_version": 1}, paths
 
@@ -164,46 +165,46 @@ def _default_name(location: Location) -> str:
 
 def _recognized(directory: Path, names: list[str]) -> dict[str, Path]:
     paths: dict[str, Path] = {}
-    for part, pattern in KINDS.items():
-        meant = [name for name in names if re.fullmatch(pattern, name)]
-        if part == "rootfs" and any(name.endswith(".qcow2") for name in meant):
-            meant = [name for name in meant if name.endswith(".qcow2")]
-        if len(meant) > 1:
+    for part, pattern in PATTERNS.items():
+        matches = [name for name in names if re.fullmatch(pattern, name)]
+        if part == "rootfs" and any(name.endswith(".qcow2") for name in matches):
+            matches = [name for name in matches if name.endswith(".qcow2")]
+        if len(matches) > 1:
             raise ConfigError(
-                f"directory={str(directory)!r} has more than one {part}: {', '.join(meant)}; leave "
-                f"one, or put a {MANIFEST} there that says which."
+                f"directory={str(directory)!r} has more than one {part}: {', '.join(matches)}; "
+                f"leave one, or add a {MANIFEST} that names it."
             )
-        if meant:
-            paths[part] = directory / meant[0]
+        if matches:
+            paths[part] = directory / matches[0]
     if "rootfs" not in paths:
         raise ConfigError(
-            f"directory={str(directory)!r} has no disk: put a qcow2 there, called disk.qcow2."
+            f"directory={str(directory)!r} has no disk: put a qcow2 called disk.qcow2 there."
         )
     return paths
 
 
 def _prepare(
     stack: ExitStack, part: str, path: Path, values: dict[str, Any], compress: str | None
-) -> _Piece:
-    """Check a file, and read it once for its digest; for a thread."""
-    described: dict[str, Any] = {"name": path.name}
+) -> _Upload:
+    """Check a file, compress it if it is the disk and `compress` is set, and compute its digest."""
+    entry: dict[str, Any] = {"name": path.name}
     if part == "rootfs":
         old = values.get("rootfs", {})
-        described["format"] = old.get("format", "qcow2")
-        fd = stack.enter_context(open_image(path, described["format"])).fd
+        entry["format"] = old.get("format", "qcow2")
+        fd = stack.enter_context(open_image(path, entry["format"])).fd
     else:
         fd = stack.enter_context((open_kernel if part == "kernel" else open_initrd)(path))
     if part == "rootfs" and compress is not None:
-        packed = stack.enter_context(_scratch())
-        described |= {"name": f"{path.name}.zst", "compression": "zstd"}
-        described |= _compress(fd, packed)
-        return _Piece(packed, described)
-    return _Piece(fd, {**described, "sha256": _digest(fd), "size": os.fstat(fd).st_size})
+        packed = stack.enter_context(_temporary_file())
+        entry |= {"name": f"{path.name}.zst", "compression": "zstd"}
+        entry |= _compress(fd, packed)
+        return _Upload(packed, entry)
+    return _Upload(fd, {**entry, "sha256": _digest(fd), "size": os.fstat(fd).st_size})
 
 
 @contextmanager
-def _scratch() -> Iterator[int]:
-    """A file without a name, so that it goes with the process."""
+def _temporary_file() -> Iterator[int]:
+    """Open a file without a name, which ends with the process."""
     layout = Layout(cache_root())
     layout.make()
     with tempfile.TemporaryFile(dir=layout.arriving) as file:
@@ -211,11 +212,8 @@ def _scratch() -> Iterator[int]:
 
 
 def _digest(fd: int) -> str:
-    digest, at = hashlib.sha256(), 0
-    while piece := os.pread(fd, PIECE, at):
-        digest.update(piece)
-        at += len(piece)
-    return digest.hexdigest()
+    with open(fd, "rb", closefd=False) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _compress(fd: int, packed: int) -> dict[str, Any]:
@@ -251,7 +249,7 @@ def _compress(fd: int, packed: int) -> dict[str, Any]:
 
 
 def _manifest(values: dict[str, Any], location: Location) -> Manifest:
-    return parse_manifest(json.dumps(values).encode(), f"what would be {location.uri}")
+    return parse_manifest(json.dumps(values).encode(), f"the new manifest {location.uri}")
 
 
 async def _put_manifest(client: Any, location: Location, manifest: Manifest) -> None:

@@ -66,7 +66,7 @@ def test_the_synchronous_packages_schema_is_read_as_linux(
     assert names == {"kernel": "vmlinux.bin", "initrd": "initrd.img", "rootfs": "rootfs.ext4"}
     assert manifest.files["rootfs"].sha256 == OTHER
     assert manifest.boot_args == "console=ttyS0 root=/dev/vda"
-    assert caplog.messages == ["s3://bucket/x has fields that are not known: 'sbx'"]
+    assert caplog.messages == ["s3://bucket/x has unknown fields, which are ignored: 'sbx'"]
 
 
 def test_a_windows_image_has_a_disk_alone() -> None:
@@ -83,7 +83,7 @@ def test_unknown_fields_are_reported_by_where_they_are_and_not_kept(
         deep = {"\ud800": [deep]}
     manifest = parsed({**with_disk(owner="me"), "future": deep})
     assert caplog.messages == [
-        "s3://bucket/x has fields that are not known: 'future', 'rootfs.owner'"
+        "s3://bucket/x has unknown fields, which are ignored: 'future', 'rootfs.owner'"
     ]
     assert manifest == parsed(with_disk())
     layout = Layout(tmp_path)
@@ -94,7 +94,7 @@ def test_unknown_fields_are_reported_by_where_they_are_and_not_kept(
 
 def test_what_is_compressed_is_kept_by_its_content() -> None:
     file = parsed(with_disk(compression="zstd", content_sha256=OTHER, content_size=9999)).rootfs
-    assert (file.digest, file.kept_size) == (OTHER, 9999)
+    assert (file.digest, file.cached_size) == (OTHER, 9999)
 
 
 NAMES = [
@@ -105,16 +105,16 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
-    with pytest.raises(ImageError, match="no manifest that can be used"):
+    with pytest.raises(ImageError, match="not a valid manifest"):
         parsed(with_disk(name=name))
-    with pytest.raises(ImageError, match="no manifest that can be used"):
+    with pytest.raises(ImageError, match="not a valid manifest"):
         parsed({**SYNCHRONOUS, "kernel": name})
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
         ({}, "schema_version"),
         ({**OWN, "schema_version": 2}, "newer version"),
         ({**OWN, "schema_version": "1"}, "schema_version"),
@@ -166,7 +166,7 @@ def test_what_is_wrong_is_told(values: object, words: str) -> None:
     ids=range(9),
 )
 def test_what_is_no_json_is_told(content: bytes) -> None:
-    with pytest.raises(ImageError, match="no manifest that can be used"):
+    with pytest.raises(ImageError, match="not a valid manifest"):
         parse_manifest(content, "s3://bucket/x")
 
 

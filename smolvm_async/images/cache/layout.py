@@ -137,7 +137,7 @@ class Layout:
         except OSError:
             return False
         as_left = stat.S_ISREG(status.st_mode) and status.st_mtime_ns == MTIME * 10**9
-        return as_left and file.kept_size in (None, status.st_size)
+        return as_left and file.cached_size in (None, status.st_size)
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
