@@ -101,7 +101,7 @@ async def push_image(
     with ExitStack() as stack:
         meter.report(f"reading {source}")
         values, paths = await in_background(_read_directory, source, location, given)
-        with Layout(cache_root()).usable() if compress else nullcontext():
+        with Layout(cache_root()).explain_errors() if compress else nullcontext():
             uploads = {
                 part: await in_background(_prepare, stack, part, path, values, compress)
                 for part, path in paths.items()

@@ -32,7 +32,7 @@ from smolvm_async import (
 )
 from smolvm_async.images import qcow2
 from smolvm_async.images.build.debian import build_debian
-from smolvm_async.images.cache.reading import Reading
+from smolvm_async.images.cache.verifier import Verifier
 from smolvm_async.images.s3 import client, download
 from smolvm_async.state.record import Status
 from tests.conftest import fill_up
@@ -602,16 +602,16 @@ async def test_a_pull_can_be_cancelled_at_any_moment(published: Published) -> No
 async def test_a_cancelled_pull_does_not_wait_for_what_is_being_decompressed(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reading = threading.Event()
+    called = threading.Event()
 
-    def go_on(self: Reading, end: int) -> None:
-        reading.set()
+    def read_to(self: Verifier, end: int) -> None:
+        called.set()
         while not self.abandoned:
             time.sleep(0.001)
 
-    monkeypatch.setattr(Reading, "go_on", go_on)
+    monkeypatch.setattr(Verifier, "read_to", read_to)
     task = asyncio.ensure_future(ImageStore().pull(published.uri))
-    await asyncio.to_thread(reading.wait)
+    await asyncio.to_thread(called.wait)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -779,7 +779,7 @@ async def test_images_are_removed_by_name_and_what_others_have_stays(
     assert one.disk.exists()
     await ImageStore().remove(published.uri)
     assert files(ImageStore().root) == []
-    with pytest.raises(ImageError, match="no image"):
+    with pytest.raises(ImageError, match="There is no image"):
         await ImageStore().remove("two")
 
 

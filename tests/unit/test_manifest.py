@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from smolvm_async import AsyncSmolVM, ConfigError, ImageError
 from smolvm_async.images.cache.layout import Layout, Published, cache_root
-from smolvm_async.images.cache.reading import Reading, WrongContentError
+from smolvm_async.images.cache.verifier import Verifier, WrongContentError
 from smolvm_async.images.manifest import MAX_MANIFEST, Manifest, parse_manifest
 from smolvm_async.images.s3.partial_file import Ranges, read_journal, write_journal
 from smolvm_async.images.s3.uri import parse_uri
@@ -325,13 +325,13 @@ def read(tmp_path: Path, packed: bytes, content: bytes, *, more: int = 0) -> byt
             content_size=len(content) + more,
         )
     ).rootfs
-    reading = Reading(path, file, out, "s3://bucket/disk")
+    verifier = Verifier(path, file, out, "s3://bucket/disk")
     try:
         for end in (len(packed) // 3, len(packed) // 2, len(packed)):
-            reading.go_on(end)
-        reading.check()
+            verifier.read_to(end)
+        verifier.check()
     finally:
-        reading.close()
+        verifier.close()
     return out.read_bytes()
 
 
@@ -352,7 +352,7 @@ def test_more_than_was_promised_is_not_written(tmp_path: Path) -> None:
 
 
 def test_less_than_was_promised_is_not_filled_up(tmp_path: Path) -> None:
-    with pytest.raises(WrongContentError, match="holds 1000 bytes, and its manifest says 1001"):
+    with pytest.raises(WrongContentError, match="holds 1000 bytes, but its manifest says 1001"):
         read(tmp_path, zstd(bytes(1000)), bytes(1000), more=1)
 
 

@@ -1,4 +1,4 @@
-"""The cache of published images: by content, downloaded once, never removed from under a VM."""
+"""The cache of published images: each file stored once, and never removed while a VM needs it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,20 @@
-"""One file of an image into the cache: once, whoever else wants it, and only if it is right."""
+"""Fetch one file of an image into the cache, once, and only if its content is right.
+
+Each file of the cache is named by its SHA-256, and has that name only when it is complete and
+verified. Until then it is a partial file in `arriving/`, under a lock, so that one task of one
+process downloads it and all others wait for that task.
+
+Downloading and verifying run at the same time. `s3.download` writes parts of the file in parallel;
+a `Verifier` in a thread follows from the front, as far as the file has no gap, and computes the
+digest and decompresses. When the digest is wrong, the file is removed. If an earlier process had
+begun the file, its part may be the damaged one: then the download is repeated once from the
+beginning.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,7 +31,7 @@ from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import Slots, first_of, in_background, settle, take_exception
 from smolvm_async.images import qcow2
 from smolvm_async.images.cache.layout import MTIME, Layout, Published
-from smolvm_async.images.cache.reading import Reading, WrongContentError
+from smolvm_async.images.cache.verifier import Verifier, WrongContentError
 from smolvm_async.images.manifest import LARGEST, ImageFile
 from smolvm_async.images.s3.download import RemoteFile, begin, transfer
 from smolvm_async.images.s3.partial_file import PartialFile
@@ -27,19 +39,19 @@ from smolvm_async.images.s3.uri import parse_uri
 
 logger = get_logger(__name__)
 
-STRIDE = 32 << 20  # bytes that the digest's thread reads at a time
-AT_ONCE = 2  # files that arrive: each has buffers, and zstd's window
+STRIDE = 32 << 20  # bytes that the verifier reads in one call of its thread
+AT_ONCE = 2  # downloads at a time: each has buffers, and zstd's window
 
-_places = Slots(AT_ONCE)
+_downloads = Slots(AT_ONCE)
 
 
-class Fetch(NamedTuple):
-    """What to fetch.
+class MissingFile(NamedTuple):
+    """A file of an image that is not in the cache.
 
     Attributes:
-        part: What it is of the image: `rootfs`, `kernel`, `initrd`.
-        file: What the manifest says of it.
-        remote: Where it is.
+        part: `rootfs`, `kernel` or `initrd`.
+        file: The file's entry in the manifest.
+        remote: The object to download.
     """
 
     part: str
@@ -47,31 +59,31 @@ class Fetch(NamedTuple):
     remote: RemoteFile
 
 
-def fetches(published: Published, layout: Layout) -> list[Fetch]:
-    """What of an image is not in the cache."""
+def missing_files(published: Published, layout: Layout) -> list[MissingFile]:
+    """Return the files of an image that are not in the cache."""
     location = parse_uri(published.uri)
-    missing = []
+    found = []
     for part, file in published.manifest.files.items():
         if not layout.holds(file):
             key = location.beside(file.name)
             uri = f"{S3}{location.bucket}/{key}"
             remote = RemoteFile(location.bucket, key, uri, file.size, LARGEST[part])
-            missing.append(Fetch(part, file, remote))
-    return missing
+            found.append(MissingFile(part, file, remote))
+    return found
 
 
 class DownloadMeter(Meter):
-    """Reports how much of all files has arrived, and how fast; not too often."""
+    """Reports the bytes of all files that have arrived, and the rate, at most every 0.1 s."""
 
     def __init__(self, name: str, total: int | None, callback: ProgressCallback | None) -> None:
         super().__init__(callback, "image", total)
         self._message = f"downloading {name}"
-        self._finished = 0  # bytes of the files before this one
-        self._done: int | None = None  # bytes of this one
-        self._old = 0  # bytes that earlier processes had left
+        self._finished = 0  # bytes of the files that are complete
+        self._done: int | None = None  # bytes of the current file
+        self._old = 0  # bytes that earlier processes downloaded
 
     def on_bytes(self, done: int, size: int) -> None:
-        """So many bytes of this file are there."""
+        """Note that `done` bytes of the current file are there, and report if it is time to."""
         first = self._done is None
         if first:
             self._old += done
@@ -80,121 +92,127 @@ class DownloadMeter(Meter):
             self.tell(self._message)
 
     def finish_file(self, size: int) -> None:
-        """All of this file is there."""
+        """Note that the current file, of `size` bytes, is complete."""
         self._finished += size
         self._done = None
 
     def tell(self, message: str) -> None:
-        """Report now."""
+        """Report the current state with another message."""
         done = self._finished + (self._done or 0)
         self.report(message, done, copied=done - self._old)
 
 
 async def fetch_file(
-    layout: Layout, fetch: Fetch, connect: Callable[[], Awaitable[Any]], meter: DownloadMeter
+    layout: Layout,
+    missing: MissingFile,
+    connect: Callable[[], Awaitable[Any]],
+    meter: DownloadMeter,
 ) -> None:
-    """Have a file in the cache.
+    """Download a file into the cache, or wait for the process that is already downloading it.
 
     Args:
-        connect: Gives the client; only awaited if the file is not there.
+        connect: Opens the S3 client; awaited only if the file has to be downloaded.
 
     Raises:
-        ImageError: If it cannot be had, or is wrong; then nothing of it is left.
-        HostError: If the disk is full; then nothing of it is left.
+        ImageError: If the download fails, or the content is wrong; wrong content is removed.
+        HostError: If the disk is full; a file that this call began is removed.
     """
-    lock = layout.arriving / f"{fetch.file.digest}.lock"
+    lock = layout.arriving / f"{missing.file.digest}.lock"
     if lock.exists():
-        meter.tell(f"waiting for {fetch.file.name}, which is being downloaded already")
+        meter.tell(f"waiting for {missing.file.name}: another task or process is downloading it")
     async with LockFile(lock).hold():
-        if not layout.holds(fetch.file):
-            async with _places.of_this_loop():
-                await _fetch(layout, fetch, await connect(), meter)
-    meter.finish_file(fetch.file.size or 0)
+        if not layout.holds(missing.file):
+            async with _downloads.of_this_loop():
+                await _fetch(layout, missing, await connect(), meter)
+    meter.finish_file(missing.file.size or 0)
 
 
-async def _fetch(layout: Layout, fetch: Fetch, client: Any, meter: DownloadMeter) -> None:
-    part = layout.arriving / f"{fetch.file.digest}.part"
-    arrival = PartialFile(part, meter.on_bytes)
+async def _fetch(layout: Layout, missing: MissingFile, client: Any, meter: DownloadMeter) -> None:
+    part = layout.arriving / f"{missing.file.digest}.part"
+    partial = PartialFile(part, meter.on_bytes)
     try:
         try:
-            await _arrive(layout, fetch, client, arrival)
+            await _download(layout, missing, client, partial)
         except WrongContentError as error:
-            if not arrival.resumed:
+            if not partial.resumed:
                 raise
-            # What an earlier process left may be to blame: once more, from the beginning.
-            logger.warning("%s Once more, from the beginning.", error)
+            # The bytes that an earlier process downloaded may be the damaged ones.
+            logger.warning("%s Downloading it again, from the beginning.", error)
             await in_background(discard, part)
-            await _arrive(layout, fetch, client, PartialFile(part, meter.on_bytes))
+            await _download(layout, missing, client, PartialFile(part, meter.on_bytes))
     except WrongContentError as error:
         await in_background(discard, part)
         raise ImageError(str(error)) from None
     except HostError:
-        if not arrival.resumed:
+        if not partial.resumed:
             await in_background(discard, part)
         raise
     except OSError as error:
         await in_background(discard, part)
         raise HostError(
-            f"{fetch.remote.uri} cannot be written below {str(layout.root)!r}: {error.strerror}. "
-            "Nothing of it is kept. Free some space (smolvm-async image prune), or set "
-            "SMOLVM_IMAGE_DIR to another disk."
+            f"{missing.remote.uri} cannot be written below {str(layout.root)!r}: {error.strerror}.",
+            hint="Free some space (smolvm-async image prune), or set SMOLVM_IMAGE_DIR to a "
+            "directory on another disk.",
+            missing=("disk space",) if error.errno in (errno.ENOSPC, errno.EDQUOT) else (),
         ) from error
 
 
-async def _arrive(layout: Layout, fetch: Fetch, client: Any, arrival: PartialFile) -> None:
-    """Download and read it at the same time; then give it its name."""
-    content = arrival.path.with_suffix(".content")
-    await begin(client, fetch.remote, arrival, extra_space=fetch.file.content_size or 0)
-    reading = Reading(arrival.path, fetch.file, content, fetch.remote.uri)
+async def _download(
+    layout: Layout, missing: MissingFile, client: Any, partial: PartialFile
+) -> None:
+    """Download and verify at the same time, then give the file its name in the cache."""
+    content = partial.path.with_suffix(".content")
+    await begin(client, missing.remote, partial, extra_space=missing.file.content_size or 0)
+    verifier = Verifier(partial.path, missing.file, content, missing.remote.uri)
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(transfer, client, fetch.remote, arrival)
-            await _read(reading, arrival)
-        whole = arrival.path if fetch.file.compression is None else content
-        await in_background(_finish, layout, fetch, reading, whole)
+            group.start_soon(transfer, client, missing.remote, partial)
+            await _follow(verifier, partial)
+        whole = partial.path if missing.file.compression is None else content
+        await in_background(_finish, layout, missing, verifier, whole)
     except* Exception as errors:
         raise first_of(errors) from None
     finally:
-        reading.close()
+        verifier.close()
         await in_background(content.unlink, True)
-    await in_background(discard, arrival.path)
+    await in_background(discard, partial.path)
 
 
-async def _read(reading: Reading, arrival: PartialFile) -> None:
-    while reading.at < arrival.size:
-        end = await arrival.wait_beyond(reading.at)
-        work = in_background(reading.go_on, min(end, reading.at + STRIDE))
-        going_on = asyncio.ensure_future(work)
+async def _follow(verifier: Verifier, partial: PartialFile) -> None:
+    while verifier.at < partial.size:
+        end = await partial.wait_beyond(verifier.at)
+        work = in_background(verifier.read_to, min(end, verifier.at + STRIDE))
+        verifying = asyncio.ensure_future(work)
         try:
-            await asyncio.wait([going_on])
-        except asyncio.CancelledError:  # does not wait until all that is decompressed
-            reading.abandoned = True
-            await settle(asyncio.wait([going_on]))
-            take_exception(going_on)
+            await asyncio.wait([verifying])
+        except asyncio.CancelledError:  # do not wait until the thread has decompressed everything
+            verifier.abandoned = True
+            await settle(asyncio.wait([verifying]))
+            take_exception(verifying)
             raise
-        going_on.result()
+        verifying.result()
 
 
-def _finish(layout: Layout, fetch: Fetch, reading: Reading, path: Path) -> None:
-    """Check it, and give it its name: from here on it counts as there."""
-    reading.check()
-    check_disk(path, fetch.part, fetch.file, fetch.remote.uri)
+def _finish(layout: Layout, missing: MissingFile, verifier: Verifier, path: Path) -> None:
+    """Check the file and give it its name: from then on it is in the cache."""
+    verifier.check()
+    check_disk(path, missing.part, missing.file, missing.remote.uri)
     os.utime(path, (MTIME, MTIME))
     seal(path, 0o400)
-    os.replace(path, layout.path_of(fetch.file))
+    os.replace(path, layout.path_of(missing.file))
 
 
 def check_disk(path: Path, part: str, file: ImageFile, uri: str) -> None:
-    """Refuse a disk that QEMU shall not see.
+    """Check the header of a qcow2 disk; other files pass.
 
     Raises:
-        WrongContentError: If it is one.
+        WrongContentError: If QEMU must not open the disk.
     """
     if part != "rootfs" or file.format == "raw":
         return
     with path.open("rb") as disk:
         if file.format is None and not disk.read(4).startswith(qcow2.MAGIC):
-            return  # a raw disk of the synchronous package
+            return  # a raw disk, published by the synchronous package
         try:
             qcow2.check(disk.fileno())
         except qcow2.Qcow2Error as error:
@@ -202,6 +220,6 @@ def check_disk(path: Path, part: str, file: ImageFile, uri: str) -> None:
 
 
 def discard(part: Path) -> None:
-    """Remove what has arrived of a file, and its journal."""
+    """Remove a partial file and its journal."""
     for suffix in (".part", ".json", ".new", ".content"):
         part.with_suffix(suffix).unlink(missing_ok=True)

@@ -1,4 +1,19 @@
-"""`ImageStore`: published images on this machine."""
+"""`ImageStore`, the cache of published images on this machine.
+
+How an image comes, stays and goes:
+
+- `look()` reads the manifest from S3, or takes the one of the last pull if S3 cannot be reached.
+- `fetch()` downloads the missing files (see `fetching`), then writes a record: the URI, its
+  manifest, the time. While files are missing, a temporary record, with the suffix `.pulling`,
+  protects the files that have already arrived.
+- `hold()` is for a VM that starts. While it holds the cache's lock, it opens the files and takes a
+  shared lock on each, so no removal can happen between the two. These locks last until QEMU has
+  opened the files and holds locks of its own.
+- A kept VM that is stopped holds no lock. Its record names its files, and the cache remembers the
+  data directories of its VMs in `data-dirs/`, so removals find these records.
+- `remove()`, `prune()` and `verify()` hold the cache's lock, and spare each file that a lock or a
+  VM's record protects (see `tidying`).
+"""
 
 from __future__ import annotations
 
@@ -22,20 +37,26 @@ from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import Shared, in_background
 from smolvm_async.images import qcow2
-from smolvm_async.images.cache.fetching import DownloadMeter, Fetch, check_disk, fetch_file, fetches
-from smolvm_async.images.cache.layout import Layout, Published, Pulled, cache_root
-from smolvm_async.images.cache.reading import WrongContentError
+from smolvm_async.images.cache.fetching import (
+    DownloadMeter,
+    MissingFile,
+    check_disk,
+    fetch_file,
+    missing_files,
+)
+from smolvm_async.images.cache.layout import ImageRecord, Layout, Published, cache_root
 from smolvm_async.images.cache.tidying import (
     PULLING,
     Damage,
     actual_digest,
     files_of,
-    found,
+    find_images,
     is_whole,
     remove_damaged,
     remove_images,
     remove_old,
 )
+from smolvm_async.images.cache.verifier import WrongContentError
 from smolvm_async.images.manifest import MAX_MANIFEST, ImageFile, parse_manifest
 from smolvm_async.images.s3.client import endpoint, open_client, read_at_most
 from smolvm_async.images.s3.errors import explain, is_offline
@@ -46,8 +67,7 @@ logger = get_logger(__name__)
 
 T = TypeVar("T")
 
-
-_numbers = itertools.count()  # of the pulls of this process
+_numbers = itertools.count()  # distinguish the pulls of this process
 _lookups: Shared[Published] = Shared()
 _fetches: Shared[None] = Shared()
 
@@ -57,13 +77,15 @@ class CachedImage:
     """A published image on this machine.
 
     Attributes:
-        uri: Of its manifest.
-        name: What it is called.
+        uri: The URI of its manifest.
+        name: The image's name.
         os: The guest OS.
-        size: Bytes of its files, of which other images may have some too.
-        pulled: When it was downloaded, in seconds since the epoch.
-        used: When it was last pulled or booted.
-        disk: The disk's file; `kernel` and `initrd` likewise, where it has them.
+        size: Bytes of its files, which other images may share.
+        pulled: Time of the download, in seconds since the epoch.
+        used: Time of the last pull or boot, in seconds since the epoch.
+        disk: The disk's file.
+        kernel: The kernel's file, if the image has one.
+        initrd: The initramfs's file, if the image has one.
     """
 
     uri: str
@@ -78,15 +100,16 @@ class CachedImage:
 
 
 class ImageStore:
-    """Published images on this machine, by content: a disk that two URIs share is stored once.
+    """The published images on this machine. A disk that two URIs share is stored once.
 
     Any number of tasks and processes may use one cache at the same time.
 
     Args:
-        data_dir: Where; by default `$SMOLVM_IMAGE_DIR`, else `$XDG_CACHE_HOME/smolvm-async/images`.
+        data_dir: The cache's directory; by default `$SMOLVM_IMAGE_DIR`, else
+            `$XDG_CACHE_HOME/smolvm-async/images`.
 
     Raises:
-        ConfigError: `data_dir` is no path.
+        ConfigError: `data_dir` is not a path.
     """
 
     def __init__(self, data_dir: str | os.PathLike[str] | None = None) -> None:
@@ -94,19 +117,19 @@ class ImageStore:
 
     @property
     def root(self) -> Path:
-        """The cache's directory."""
+        """Return the cache's directory."""
         return self._layout.root
 
     async def pull(self, uri: str, *, on_progress: ProgressCallback | None = None) -> CachedImage:
-        """Download an image, or what of it is not here yet.
+        """Download an image, or those of its files that are missing.
 
         Args:
-            uri: `s3://BUCKET/PREFIX/`, or that of the manifest itself.
+            uri: `s3://BUCKET/PREFIX/`, or the URI of the manifest itself.
             on_progress: Called with bytes, total and rate.
 
         Raises:
-            ImageError: It cannot be had, or is not what its manifest says.
-            HostError: It does not fit on the disk, or the cache cannot be written.
+            ImageError: The download failed, or a file is not the one that the manifest describes.
+            HostError: The image does not fit on the disk, or the cache cannot be written.
         """
         layout = self._layout
         published = await self.look(uri)
@@ -114,44 +137,46 @@ class ImageStore:
         return await in_background(lambda: _as_cached(layout, _recorded(layout, published)))
 
     async def list(self) -> Sequence[CachedImage]:
-        """The images that are here, whole; the most recently used first."""
+        """Return the complete images, the most recently used first."""
         layout = self._layout
         return await in_background(
-            lambda: [_as_cached(layout, one) for one in layout.records() if is_whole(layout, one)]
+            lambda: [
+                _as_cached(layout, image) for image in layout.records() if is_whole(layout, image)
+            ]
         )
 
     async def remove(self, name_or_uri: str) -> Sequence[CachedImage]:
-        """Remove an image, and those of its files that no other image has.
+        """Remove an image, and its files that no other image has.
 
         Returns:
-            What is gone: all images of that name, or the one with that URI.
+            The removed images: all with that name, or the one with that URI.
 
         Raises:
-            ImageError: There is none, or a VM needs it: one that runs, or a kept one at rest.
+            ImageError: There is no such image, or a VM needs it: a running one, or a kept one.
         """
-        meant = _meant(name_or_uri)
+        wanted = _canonical(name_or_uri)
 
         def remove() -> list[CachedImage]:
-            images = found(self._layout, meant)
-            gone = [_as_cached(self._layout, image) for image in images]
+            images = find_images(self._layout, wanted)
+            removed = [_as_cached(self._layout, image) for image in images]
             remove_images(self._layout, images)
-            return gone
+            return removed
 
-        return await self._alone(remove)
+        return await self._locked(remove)
 
     async def prune(
         self, *, max_bytes: int | None = None, unused_since: datetime | None = None
     ) -> Sequence[CachedImage]:
-        """Remove images that nobody has used for long, or that are too much; never a VM's.
+        """Remove images that were not used for long, or that take too much space.
 
-        What no image refers to, such as the rest of a download that was broken off, goes too.
+        Images that a VM needs stay. Files of no image, such as partial downloads, are removed, too.
 
         Args:
-            max_bytes: Of all files; the longest unused images go until that is kept.
-            unused_since: Images that were last pulled or booted before this go.
+            max_bytes: Remove the longest unused images until all files together are that small.
+            unused_since: Remove images that were last pulled or booted before this time.
 
         Returns:
-            The images that are gone.
+            The removed images.
 
         Raises:
             ConfigError: An argument is wrong.
@@ -167,40 +192,40 @@ class ImageStore:
             )
         try:
             since = unused_since.timestamp() if unused_since is not None else None
-        except (ValueError, OverflowError):  # before the years that a clock has
+        except (ValueError, OverflowError):  # earlier than a timestamp can be
             since = 0.0
 
         def prune() -> list[CachedImage]:
-            gone = remove_old(self._layout, max_bytes, since)
-            return [_as_cached(self._layout, image) for image in gone]
+            removed = remove_old(self._layout, max_bytes, since)
+            return [_as_cached(self._layout, image) for image in removed]
 
-        return await self._alone(prune)
+        return await self._locked(prune)
 
     async def verify(self, name_or_uri: str | None = None) -> Sequence[Damage]:
-        """Read every file of an image, or of all, and compare its digest.
+        """Read every file of an image, or of all images, and compare its digest.
 
         Returns:
-            Those that are damaged, and removed, unless a VM needs them; and those that are gone.
+            The damaged files, which were removed unless a VM needs them, and the missing ones.
 
         Raises:
             ImageError: There is no such image.
         """
         layout = self._layout
         if name_or_uri is not None:
-            name_or_uri = _meant(name_or_uri)
+            name_or_uri = _canonical(name_or_uri)
         layout.make()
-        with layout.usable():
+        with layout.explain_errors():
             return [
-                await self._alone(partial(remove_damaged, layout, path, actual))
+                await self._locked(partial(remove_damaged, layout, path, actual))
                 for path in await in_background(files_of, layout, name_or_uri)
                 if (actual := await in_background(actual_digest, path)) != path.name
             ]
 
     async def look(self, uri: str) -> Published:
-        """Read an image's manifest; if S3 cannot be reached, what it was when it was pulled.
+        """Read an image's manifest; if S3 cannot be reached, the manifest of the last pull.
 
         Raises:
-            ImageError: It cannot be had, or cannot be used.
+            ImageError: The manifest cannot be read, or is not valid.
         """
         location = parse_uri(uri, "uri")
         self._layout.make()
@@ -215,43 +240,46 @@ class ImageStore:
         except ImageError as error:
             if cached is None or not is_offline(error):
                 raise
-            logger.warning("%s The image is taken from the cache as it was pulled.", error)
+            logger.warning("%s The image is taken from the cache, as of its last pull.", error)
             return cached.published
         manifest = await in_background(parse_manifest, content, location.uri)
         return Published(location.uri, endpoint(), manifest)
 
     async def fetch(self, published: Published, on_progress: ProgressCallback | None) -> Source:
-        """Download what of an image is not here.
+        """Download the files of an image that are missing; return what a VM starts from.
 
         Raises:
             ImageError, HostError: See `pull()`.
         """
         self._layout.make()
         key = (self.root, published.endpoint, published.uri, published.manifest.rootfs.digest)
-        with self._layout.usable():
+        with self._layout.explain_errors():
             await _fetches.join(key, lambda tell: self._fetch(published, tell), on_progress)
             return await in_background(_source, self._layout, published)
 
     async def _fetch(self, published: Published, on_progress: ProgressCallback) -> None:
         layout = self._layout
-        if missing := await in_background(fetches, published, layout):
+        if missing := await in_background(missing_files, published, layout):
             if published.endpoint != endpoint():
-                raise ConfigError("SMOLVM_S3_ENDPOINT_URL was changed meanwhile: make a new VM.")
+                raise ConfigError(
+                    "SMOLVM_S3_ENDPOINT_URL has changed since the manifest was read: create a new "
+                    "VM."
+                )
             record = layout.record_path(published.uri, published.endpoint)
             pulling = record.with_suffix(f".{os.getpid()}-{next(_numbers)}{PULLING}")
-            sizes = [fetch.file.size for fetch in missing]
+            sizes = [file.file.size for file in missing]
             total = None if None in sizes else sum(size or 0 for size in sizes)
             meter = DownloadMeter(published.manifest.name, total, on_progress)
-            # Until all is there, nobody but this file knows that what is there already is needed.
+            # Until the image is complete, only this record protects the files that have arrived.
             await in_background(layout.write_record, published, pulling)
             try:
-                while missing := await in_background(fetches, published, layout):
+                while missing := await in_background(missing_files, published, layout):
                     await _fetch_files(layout, missing, meter)
-                await in_background(_note, layout, published)
+                await in_background(_note_use, layout, published)
             finally:
                 await in_background(pulling.unlink, True)
         else:
-            await in_background(_note, layout, published)
+            await in_background(_note_use, layout, published)
 
     async def hold(
         self,
@@ -260,7 +288,7 @@ class ImageStore:
         on_progress: ProgressCallback | None,
         stack: ExitStack,
     ) -> Source:
-        """Have an image for a VM in `data_dir`: until `stack` is closed, nobody removes it.
+        """Fetch an image for a VM in `data_dir`; protect it from removal until `stack` is closed.
 
         Raises:
             ImageError, HostError: See `pull()`.
@@ -268,18 +296,20 @@ class ImageStore:
         while True:
             source = await self.fetch(published, on_progress)
             async with self._layout.locked():
-                if _share(source, stack):
+                if _lock_files(source, stack):
                     await in_background(self._layout.note_data_dir, data_dir)
                     return source
 
-    async def _alone(self, work: Callable[[], T]) -> T:
+    async def _locked(self, work: Callable[[], T]) -> T:
         self._layout.make()
-        with self._layout.usable():
+        with self._layout.explain_errors():
             async with self._layout.locked():
                 return await in_background(work)
 
 
-async def _fetch_files(layout: Layout, missing: Sequence[Fetch], meter: DownloadMeter) -> None:
+async def _fetch_files(
+    layout: Layout, missing: Sequence[MissingFile], meter: DownloadMeter
+) -> None:
     async with AsyncExitStack() as stack:
         clients: list[Any] = []
 
@@ -288,8 +318,8 @@ async def _fetch_files(layout: Layout, missing: Sequence[Fetch], meter: Download
                 clients.append(await stack.enter_async_context(open_client()))
             return clients[0]
 
-        for fetch in missing:
-            await fetch_file(layout, fetch, connect, meter)
+        for file in missing:
+            await fetch_file(layout, file, connect, meter)
 
 
 async def _read_manifest(client: Any, location: Location) -> bytes:
@@ -303,8 +333,8 @@ async def _read_manifest(client: Any, location: Location) -> bytes:
         raise explain(error, location.uri) from error
 
 
-def _as_cached(layout: Layout, image: Pulled) -> CachedImage:
-    """What is shown of an image."""
+def _as_cached(layout: Layout, image: ImageRecord) -> CachedImage:
+    """Return the public description of an image."""
     manifest = image.published.manifest
 
     def path(file: ImageFile | None) -> Path | None:
@@ -330,31 +360,31 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def _cached(layout: Layout, uri: str) -> Pulled | None:
-    """The image that a URI was when it was pulled, from this endpoint or else from another."""
+def _cached(layout: Layout, uri: str) -> ImageRecord | None:
+    """Return the URI's complete image, pulled from this endpoint or else from another one."""
     known = [image for image in layout.records() if image.published.uri == uri]
     known.sort(key=lambda image: image.published.endpoint != endpoint())
     return next((image for image in known if is_whole(layout, image)), None)
 
 
-def _meant(name_or_uri: object) -> str:
+def _canonical(name_or_uri: object) -> str:
     if not isinstance(name_or_uri, str):
         raise ConfigError(f"name_or_uri={shown(name_or_uri)} is wrong: pass a str.")
     return parse_uri(name_or_uri).uri if is_published(name_or_uri) else name_or_uri
 
 
-def _recorded(layout: Layout, published: Published) -> Pulled:
-    """The record of an image that was just fetched, or one like it if it was removed since."""
+def _recorded(layout: Layout, published: Published) -> ImageRecord:
+    """Return the record of an image that was just fetched; a new one if it was removed since."""
     path = layout.record_path(published.uri, published.endpoint)
     now = time.time()
-    return layout.read_record(path) or Pulled(path, published, now, now)
+    return layout.read_record(path) or ImageRecord(path, published, now, now)
 
 
 def _source(layout: Layout, published: Published) -> Source:
-    """What a guest starts from."""
+    """Return the files that a guest starts from."""
     manifest = published.manifest
     rootfs = layout.path_of(manifest.rootfs)
-    disk_format = manifest.rootfs.format or _sniffed(rootfs)
+    disk_format = manifest.rootfs.format or _detect_format(rootfs)
     if manifest.kernel is None:
         return Source(rootfs, format=disk_format)
     initrd = layout.path_of(manifest.initrd) if manifest.initrd is not None else None
@@ -362,29 +392,30 @@ def _source(layout: Layout, published: Published) -> Source:
     return Source(rootfs, layout.path_of(manifest.kernel), initrd, boot_args, disk_format)
 
 
-def _sniffed(path: Path) -> str:
+def _detect_format(path: Path) -> str:
     with path.open("rb") as file:
         return "qcow2" if file.read(len(qcow2.MAGIC)) == qcow2.MAGIC else "raw"
 
 
-def _note(layout: Layout, published: Published) -> None:
-    """The image is here: its record says so, or that it was used again."""
+def _note_use(layout: Layout, published: Published) -> None:
+    """Write the image's record, or note in the record that the image was used again."""
     path = layout.record_path(published.uri, published.endpoint)
     known = layout.read_record(path)
     if known is not None and known.published == published:
-        with suppress(OSError):  # a cache that others fill may be read-only
+        with suppress(OSError):  # another user's cache may be read-only
             os.utime(path)
     else:
         disk = published.manifest.rootfs
         try:
-            check_disk(layout.path_of(disk), "rootfs", disk, published.uri)  # it may have come
-        except WrongContentError as error:  # as something else
+            # The file may have been here already, as a raw disk or a kernel of another image.
+            check_disk(layout.path_of(disk), "rootfs", disk, published.uri)
+        except WrongContentError as error:
             raise ImageError(str(error)) from None
         layout.write_record(published, path)
 
 
-def _share(source: Source, stack: ExitStack) -> bool:
-    """Open and lock what a guest starts from; false if some of it was just removed."""
+def _lock_files(source: Source, stack: ExitStack) -> bool:
+    """Open and lock the files that a guest starts from; return false if one was just removed."""
     for path in (source.image, source.kernel, source.initrd):
         if path is not None:
             try:

@@ -1,11 +1,13 @@
-"""Where the cache keeps what, its locks, and the records of what each URI was.
+"""The cache's directories and files, its locks, and its records of images.
 
 ::
 
-    sha256/DIGEST        a file by its content, read-only; under this name it is whole
-    images/KEY.json      what a URI was when it was last pulled
-    arriving/DIGEST.*    what has yet to be whole: a part, its journal, its lock
-    data-dirs/KEY        where VMs are that were made from images of this cache
+    lock                 held by a process that changes the cache, for a moment
+    sha256/DIGEST        a file, named by its content, read-only; complete and verified
+    images/KEY.json      a record: the manifest of a URI at its last pull, and the time
+    images/KEY.*.pulling the same, while files of the image are missing
+    arriving/DIGEST.*    a download: the partial file, its journal, its lock
+    data-dirs/KEY        a data directory with VMs that were made from images of this cache
 """
 
 from __future__ import annotations
@@ -32,16 +34,18 @@ from smolvm_async.images.manifest import ImageFile, Manifest
 logger = get_logger(__name__)
 
 VARIABLE = "SMOLVM_IMAGE_DIR"
-MTIME = 1_000_000_000  # seconds since the epoch; whoever writes to a kept file changes it
+MTIME = (
+    1_000_000_000  # seconds since the epoch: the time of each cached file; a later write changes it
+)
 
 
 class Published(NamedTuple):
-    """An image as its manifest describes it.
+    """A published image.
 
     Attributes:
-        uri: Of the manifest.
-        endpoint: Of the store, if it is not AWS.
-        manifest: What it says.
+        uri: The URI of the manifest.
+        endpoint: The URL of the S3 server; empty for AWS.
+        manifest: The manifest.
     """
 
     uri: str
@@ -49,14 +53,14 @@ class Published(NamedTuple):
     manifest: Manifest
 
 
-class Pulled(NamedTuple):
-    """The record of an image.
+class ImageRecord(NamedTuple):
+    """The record of an image that was pulled.
 
     Attributes:
-        path: Of the record.
-        published: What the URI was.
-        pulled: When, in seconds since the epoch.
-        used: When it was last pulled or booted.
+        path: The file of the record.
+        published: The image at its last pull.
+        pulled: Time of the pull, in seconds since the epoch.
+        used: Time of the last pull or boot: the time of the record's file.
     """
 
     path: Path
@@ -66,10 +70,10 @@ class Pulled(NamedTuple):
 
 
 def cache_root(data_dir: object = None) -> Path:
-    """The cache's directory: what was given, else `$SMOLVM_IMAGE_DIR`, else below XDG's.
+    """Return the cache's directory: `data_dir`, else `$SMOLVM_IMAGE_DIR`, else in XDG's cache.
 
     Raises:
-        ConfigError: If it is no path.
+        ConfigError: If that is not a path.
     """
     if data_dir is None and (named := os.environ.get(VARIABLE)):
         return check_path(named, VARIABLE, "a directory")
@@ -89,10 +93,10 @@ class Layout:
         self.data_dirs = root / "data-dirs"
 
     def make(self) -> None:
-        """Make what is missing of them.
+        """Create the directories that are missing.
 
         Raises:
-            HostError: If that cannot be done, or other users could plant images in it.
+            HostError: If that fails, or other users could write to the cache.
         """
         try:
             for directory in (self.root, self.files, self.images, self.arriving, self.data_dirs):
@@ -100,57 +104,57 @@ class Layout:
             status = self.root.stat()
         except OSError as error:
             raise HostError(
-                f"The image cache {str(self.root)!r} cannot be used: {error.strerror}. Set "
-                f"{VARIABLE} to a directory that this user can write to."
+                f"The image cache {str(self.root)!r} cannot be used: {error.strerror}.",
+                hint=f"Set {VARIABLE} to a directory that this user can write to.",
             ) from error
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
             raise HostError(
-                f"The image cache {str(self.root)!r} can be written to by other users: set "
-                f"{VARIABLE} to a directory of this user's own, or run: chmod go-w "
-                f"{str(self.root)!r}"
+                f"Other users can write to the image cache {str(self.root)!r}.",
+                hint=f"Run: chmod go-w {str(self.root)!r}; or set {VARIABLE} to a directory that "
+                "belongs to this user.",
             )
 
     @contextlib.contextmanager
-    def usable(self) -> Iterator[None]:
-        """Explain what the disk refuses in the block.
+    def explain_errors(self) -> Iterator[None]:
+        """Turn an `OSError` of the block into a `HostError` that says what to do.
 
         Raises:
-            HostError: If it refuses something.
+            HostError: If the disk is full, or the cache cannot be read or written.
         """
         try:
             yield
         except OSError as error:
             raise HostError(
-                f"The image cache {str(self.root)!r} cannot be used: {error.strerror or error}. "
-                f"Free some space (smolvm-async image prune), or set {VARIABLE} to a directory "
-                "that this user can write to."
+                f"The image cache {str(self.root)!r} cannot be used: {error.strerror or error}.",
+                hint=f"Free some space (smolvm-async image prune), or set {VARIABLE} to a "
+                "directory that this user can write to.",
             ) from error
 
     def path_of(self, file: ImageFile) -> Path:
-        """Where a file is, once it is there."""
+        """Return the path of a file in the cache, whether it is there or not."""
         return self.files / file.digest
 
     def holds(self, file: ImageFile) -> bool:
-        """Whether a file is there and as it was left: its kind, size and time, not its content."""
+        """Return whether a file is there and unchanged, judged by kind, size and time alone."""
         try:
             status = self.path_of(file).lstat()
         except OSError:
             return False
-        as_left = stat.S_ISREG(status.st_mode) and status.st_mtime_ns == MTIME * 10**9
-        return as_left and file.cached_size in (None, status.st_size)
+        unchanged = stat.S_ISREG(status.st_mode) and status.st_mtime_ns == MTIME * 10**9
+        return unchanged and file.cached_size in (None, status.st_size)
 
     @asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
-        """Alone with the cache, for a moment."""
+        """Hold the cache's lock in the block, which must be short."""
         async with LockFile(self.root / "lock").hold():
             yield
 
     def record_path(self, uri: str, endpoint: str) -> Path:
-        """Where the record of a URI is."""
+        """Return the path of a URI's record."""
         return self.images / f"{key_of(endpoint, uri)}.json"
 
     def write_record(self, published: Published, path: Path) -> None:
-        """Note what a URI is."""
+        """Write the record of an image."""
         values = {
             "uri": published.uri,
             "endpoint": published.endpoint,
@@ -159,32 +163,32 @@ class Layout:
         }
         replace_file(path, json.dumps(values, indent=1).encode())
 
-    def read_record(self, path: Path) -> Pulled | None:
-        """A record; `None` if there is none that can be read."""
+    def read_record(self, path: Path) -> ImageRecord | None:
+        """Return a record; `None` if it is missing or cannot be read."""
         try:
             values: Any = json.loads(path.read_bytes())
             manifest = Manifest.model_validate(values["manifest"])
             published = Published(str(values["uri"]), str(values["endpoint"]), manifest)
-            return Pulled(path, published, float(values["pulled"]), path.stat().st_mtime)
+            return ImageRecord(path, published, float(values["pulled"]), path.stat().st_mtime)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.warning("the record %s cannot be read: %s", path, error)
             return None
 
-    def records(self) -> Iterator[Pulled]:
-        """All records, the most recently used first."""
+    def records(self) -> Iterator[ImageRecord]:
+        """Yield all records, the most recently used first."""
         found = [self.read_record(path) for path in self.images.glob("*.json")]
-        yield from sorted((one for one in found if one is not None), key=lambda one: -one.used)
+        yield from sorted((record for record in found if record), key=lambda record: -record.used)
 
     def note_data_dir(self, data_dir: Path) -> None:
-        """Note where a VM is that is made from an image of this cache."""
+        """Note the data directory of a VM that is made from an image of this cache."""
         path = self.data_dirs / key_of(str(data_dir))
         if not path.exists():
             replace_file(path, os.fsencode(data_dir))
 
     def known_data_dirs(self) -> Iterator[Path]:
-        """Where VMs are, or were."""
+        """Yield the data directories that exist and have, or had, VMs made from this cache."""
         for path in self.data_dirs.iterdir() if self.data_dirs.is_dir() else ():
             directory = Path(os.fsdecode(path.read_bytes()))
             if directory.is_dir():
@@ -194,5 +198,5 @@ class Layout:
 
 
 def key_of(*parts: str) -> str:
-    """A file name that stands for texts."""
+    """Return a file name that stands for these texts."""
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]

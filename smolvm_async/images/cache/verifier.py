@@ -1,4 +1,4 @@
-"""Reads a file while it arrives: its digest, and what it holds if it is compressed."""
+"""Verify a file while it is being downloaded, and decompress it if it is compressed."""
 
 from __future__ import annotations
 
@@ -14,65 +14,73 @@ if TYPE_CHECKING:
     from backports.zstd import ZstdDecompressor
 
 PIECE = 256 << 10  # bytes
-WINDOW_LOG = 23  # 8 MiB: what zstd's levels up to 19 take, and what fits beside the rest
-SLICE = 16 << 10  # bytes that are decompressed at a time: what follows a frame's end is copied
-HOLE = bytes(1 << 16)  # zeroes that are not written: a file system keeps them for nothing
+WINDOW_LOG = 23  # 8 MiB: the window of zstd's levels up to 19; a larger one takes more memory
+SLICE = 16 << 10  # bytes to decompress at a time; all bytes after a frame's end are copied
+HOLE = bytes(1 << 16)  # zeros, which are not written: a hole takes no space on the disk
 
 
 class WrongContentError(Exception):
-    """What arrived is not what the manifest says, or cannot be used."""
+    """The file is not the one that its manifest describes, or cannot be used."""
 
 
-class Reading:
-    """Reads what is there of a file, in order; every method is for a thread.
+class Verifier:
+    """Reads a growing file from the front, for its digest; decompresses it if it is compressed.
+
+    Every method runs in a thread.
+
+    Attributes:
+        at: How many bytes were read.
+        abandoned: Set by the caller, from another thread, to make `read_to()` return early.
 
     Args:
         path: The file.
-        expected: What its manifest says.
-        content: Where to what it holds goes, if it is compressed.
+        expected: The file's entry in the manifest.
+        content: The file to write the decompressed content to.
     """
 
     def __init__(self, path: Path, expected: ImageFile, content: Path, uri: str) -> None:
         self.at = 0
-        self.abandoned = False  # nobody waits for it any more
+        self.abandoned = False
         self._expected = expected
         self._uri = uri
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._digest = hashlib.sha256()
-        self._content: _Content | None = None
+        self._content: _Decompression | None = None
         if expected.compression is not None:
             try:
-                self._content = _Content(content, expected, uri)
+                self._content = _Decompression(content, expected, uri)
             except BaseException:
                 os.close(self._fd)
                 raise
 
-    def go_on(self, end: int) -> None:
-        """Read on, up to `end`.
+    def read_to(self, end: int) -> None:
+        """Read up to `end`.
 
         Raises:
-            WrongContentError: If it cannot be decompressed.
+            WrongContentError: If the file cannot be decompressed.
             OSError: If the disk is full.
         """
         while self.at < end and not self.abandoned:
             piece = os.pread(self._fd, min(PIECE, end - self.at), self.at)
             if not piece:
-                raise WrongContentError(f"{self._uri} became shorter while it was read: try again.")
+                raise WrongContentError(
+                    f"{self._uri} became shorter during the download: try again."
+                )
             self._digest.update(piece)
             self.at += len(piece)
             if self._content is not None:
                 self._decompress(self._content, piece)
 
-    def _decompress(self, content: _Content, piece: bytes) -> None:
+    def _decompress(self, content: _Decompression, piece: bytes) -> None:
         for start in range(0, len(piece), SLICE):
             if not self.abandoned:
                 content.add(piece[start : start + SLICE])
 
     def check(self) -> None:
-        """Compare the digests, at the end.
+        """Compare the digests, after the last byte.
 
         Raises:
-            WrongContentError: If one is wrong; it names both.
+            WrongContentError: If a digest or a size is wrong; the message names both.
         """
         _compare(self._uri, self._expected.sha256, self._digest.hexdigest())
         if self._content is not None:
@@ -85,8 +93,8 @@ class Reading:
             self._content.close()
 
 
-class _Content:
-    """What a compressed file holds."""
+class _Decompression:
+    """The content of a compressed file, written to a file of its own."""
 
     def __init__(self, path: Path, expected: ImageFile, uri: str) -> None:
         assert expected.content_size is not None
@@ -104,8 +112,8 @@ class _Content:
             self._decompress(piece)
         except _zstd_error() as error:
             raise WrongContentError(
-                f"{self._uri} cannot be decompressed: {error}. A window of over 8 MiB (zstd "
-                "--long, or a level above 19) is not accepted; else publish it again."
+                f"{self._uri} cannot be decompressed: {error}. Windows of more than 8 MiB (zstd "
+                "--long, or a level above 19) are not supported: publish it again."
             ) from error
 
     def _decompress(self, piece: bytes) -> None:
@@ -123,7 +131,7 @@ class _Content:
         self._digest.update(content)
         if self._written + len(content) > self._size:
             raise WrongContentError(
-                f"{self._uri} holds more than the {self._size} bytes that its manifest says: "
+                f"{self._uri} holds more than {self._size} bytes, the size in its manifest: "
                 "publish it again."
             )
         for start in range(0, len(content), len(HOLE)):
@@ -137,25 +145,27 @@ class _Content:
     def check(self) -> None:
         if not self._decompressor.eof:
             raise WrongContentError(
-                f"{self._uri} ends within what is compressed: publish it again."
+                f"{self._uri} ends within a compressed frame: publish it again."
             )
-        _compare(f"What {self._uri} holds", self._sha256, self._digest.hexdigest())
+        _compare(f"The content of {self._uri}", self._sha256, self._digest.hexdigest())
         if self._written != self._size:
             raise WrongContentError(
-                f"{self._uri} holds {self._written} bytes, and its manifest says {self._size}: "
+                f"{self._uri} holds {self._written} bytes, but its manifest says {self._size}: "
                 "publish it again."
             )
-        os.ftruncate(self._fd, self._size)  # a hole at the end
+        os.ftruncate(
+            self._fd, self._size
+        )  # creates a hole at the end, if the content ends in zeros
 
     def close(self) -> None:
         os.close(self._fd)
 
 
-def _compare(what: str, expected: str, actual: str) -> None:
+def _compare(subject: str, expected: str, actual: str) -> None:
     if actual != expected:
         raise WrongContentError(
-            f"{what} has the SHA-256 {actual}, and its manifest says {expected}: it was damaged "
-            "on its way, or changed without its manifest. Nothing of it is kept; try again, or "
+            f"{subject} has the SHA-256 {actual}, but its manifest says {expected}: the file was "
+            "damaged on its way, or changed without its manifest. It was removed; try again, or "
             "publish it again."
         )
 
@@ -177,6 +187,6 @@ def _zstd_error() -> type[Exception]:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file; for a thread."""
+    """Return the SHA-256 of a file; call it in a thread."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
