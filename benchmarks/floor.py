@@ -26,9 +26,10 @@ from smolvm_async.config.vm_config import make_config
 from smolvm_async.controls.ssh.login import new_login
 from smolvm_async.host import choose_accelerator, find_plain_uefi, find_tools
 from smolvm_async.images import qcow2
-from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
-from smolvm_async.qemu.sidecars.swtpm import attach_arguments, swtpm_arguments
-from smolvm_async.state.directory import OVERLAY, SEED, TPM, VARS
+from smolvm_async.qemu.arguments import Descriptors, MachineSpec
+from smolvm_async.qemu.launch import Command, commands
+from smolvm_async.qemu.sidecars import directories, programs
+from smolvm_async.state.directory import OVERLAY, SEED, VARS
 
 
 @dataclass
@@ -42,58 +43,50 @@ class Points:
 
 @dataclass
 class Bare:
-    """One VM: its command lines, and the descriptors that each inherits."""
+    """One VM: the commands of its processes, QEMU's first, and this side's end of the monitor.
+
+    Attributes:
+        ends: Closes the ends that the processes inherit, once they are spawned.
+    """
 
     directory: Path
-    qemu: list[str]
-    qemu_fds: list[int]
-    swtpm: list[str]
-    swtpm_fds: list[int]
+    commands: list[Command]
     monitor: socket.socket
-    childs_ends: list[socket.socket]
+    ends: ExitStack
     points: Points = field(default_factory=Points)
     buffer: bytes = b""
     pids: dict[str, int] = field(default_factory=dict)
 
 
 def prepare(template: Mapping[str, Any], stack: ExitStack) -> Bare:
-    """Everything but the processes, for one VM with these arguments of `AsyncSmolVM`."""
+    """Prepare everything but the processes, for one VM with these arguments of `AsyncSmolVM`."""
     config = make_config(**template)
-    tools = find_tools(config.profile)
+    profile = config.profile
+    tools = find_tools(profile, programs(profile))
     if tools.firmware is None:
         tools = tools._replace(firmware=find_plain_uefi())  # what a blank image gets
     assert config.image is not None
     assert tools.firmware is not None
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     shutil.copy(tools.firmware.vars_template, directory / VARS)
-    (directory / TPM).mkdir()
+    for name in directories(profile):
+        (directory / name).mkdir()
     base = os.open(config.image, os.O_RDONLY)
     stack.callback(os.close, base)
     (directory / OVERLAY).write_bytes(qcow2.empty(qcow2.check(base).virtual_size))
-    if config.profile.login == "nocloud":
+    if profile.login == "nocloud":
         (directory / SEED).write_bytes(new_login(config).files(config)[SEED])
-    ours, monitor, consoles, console, swtpms, tpm = (
-        stack.enter_context(end) for _ in range(3) for end in socket.socketpair()
-    )
-    del consoles
-    screen = _screen(stack)
-    with_tpm = "swtpm" in config.profile.sidecars
-    qemu = qemu_arguments(
-        config,
-        tools,
-        choose_accelerator(config.accel)[0],
-        Descriptors(monitor.fileno(), console.fileno(), base, screen),
-        attach_arguments(tpm.fileno()) if with_tpm else [],
-    )
-    return Bare(
-        directory,
-        qemu,
-        [base, monitor.fileno(), console.fileno(), tpm.fileno(), screen],
-        swtpm_arguments(tools, swtpms.fileno()) if with_tpm else [],
-        [swtpms.fileno()],
-        ours,
-        [monitor, console, tpm, swtpms],
-    )
+    ours, qemus = socket.socketpair()
+    consoles, qemus_console = socket.socketpair()
+    for end in (ours, consoles):
+        stack.enter_context(end)
+    ends = stack.enter_context(ExitStack())
+    for end in (qemus, qemus_console):
+        ends.enter_context(end)
+    descriptors = Descriptors(qemus.fileno(), qemus_console.fileno(), _screen(stack))
+    accelerator = choose_accelerator(config.accel)[0]
+    spec = MachineSpec(config, tools, accelerator, base, profile.sidecars)
+    return Bare(directory, ends.enter_context(commands(spec, descriptors)), ours, ends)
 
 
 def _screen(stack: ExitStack) -> int:
@@ -127,14 +120,12 @@ def launched(
         made: list[subprocess.Popen[bytes]] = []
         began = time.perf_counter()
         for vm in vms:
-            vm.pids["QEMU"] = _spawn(vm, vm.qemu, vm.qemu_fds, stack).pid
-            if vm.swtpm:
-                vm.pids["swtpm"] = _spawn(vm, vm.swtpm, vm.swtpm_fds, stack).pid
+            for command in vm.commands:
+                vm.pids[command.name] = _spawn(vm, command.argv, command.fds, stack).pid
             if overlay:
                 made.append(_spawn(vm, _create(str(template["image"])), [], stack))
         for vm in vms:
-            for end in vm.childs_ends:
-                end.close()
+            vm.ends.close()
         at_once = ["cont"] if run and not together else []
         _converse(vms, ["qmp_capabilities", *at_once], began)
         if together:
@@ -172,7 +163,7 @@ def _converse(vms: list[Bare], commands: Sequence[str], began: float) -> None:
                 vm, rest = key.data
                 data = vm.monitor.recv(65536)
                 if not data:
-                    raise RuntimeError(f"QEMU has ended: {vm.qemu}")
+                    raise RuntimeError(f"QEMU has ended: {vm.commands[0].argv}")
                 *lines, vm.buffer = (vm.buffer + data).split(b"\n")
                 for line in lines:
                     if not _note(vm.points, json.loads(line), time.perf_counter() - began):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,14 +10,19 @@ from smolvm_async import VMNotFoundError, VMNotRunningError
 from smolvm_async.cli.execution import execute
 from smolvm_async.cli.options import DataDir, Json, VMId, find_vm, no_such_vm
 from smolvm_async.cli.output import write_json, write_text
-from smolvm_async.state.logs import read_log
+from smolvm_async.state.logs import PROCESSES, read_log
 from smolvm_async.state.record import ACTIVE
+
+if TYPE_CHECKING:
+    Source = str
+else:  # the choices that `--source` offers and accepts
+    Source = Literal["console", *PROCESSES]
 
 
 def logs(
     vm_id: VMId,
     source: Annotated[
-        Literal["console", "qemu", "swtpm"],
+        Source,
         typer.Option(help="The serial console, which only a running VM has, or a process's log."),
     ] = "console",
     follow: Annotated[
@@ -26,7 +31,7 @@ def logs(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Show the end of a VM's serial console, or of the log of QEMU or swtpm.
+    """Show the end of a VM's serial console, or of the log of one of its processes.
 
     On a terminal, the guest's control sequences are left out.
     """
@@ -53,7 +58,7 @@ def logs(
         if vm.status not in ACTIVE:
             raise VMNotRunningError(
                 f"{vm_id} is {vm.status}, and has no console any more; its logs are there: "
-                "--source qemu, --source swtpm."
+                f"{', '.join(f'--source {process}' for process in PROCESSES)}."
             )
         try:
             if not follow:

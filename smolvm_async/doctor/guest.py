@@ -20,19 +20,20 @@ from smolvm_async.doctor.verdicts import (
     disk_verdict,
     network_verdict,
     secure_boot_verdict,
+    sidecar_verdict,
     smm_verdict,
-    tpm_verdict,
 )
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host import Accelerator, Firmware, HostTools
 from smolvm_async.host.accelerator import KVM, TCG, Problem, probe_kvm
-from smolvm_async.host.distribution import how_to_install
+from smolvm_async.host.distribution import OVMF, QEMU, QEMU_IMG, Program, how_to_install
 from smolvm_async.host.firmware import descriptor_directories, find_firmware, places
+from smolvm_async.qemu.sidecars import SIDECARS
 
 DEVICE = "/dev/kvm"
 
 # What only a boot shows, in the order in which it is found out.
-BOOTED = ("kvm", "boot", "accelerator", "smm", "virtio-scsi", "secure-boot", NETWORK, "tpm")
+BOOTED = ("kvm", "boot", "accelerator", "smm", "virtio-scsi", "secure-boot", NETWORK)
 
 
 async def examine_guest(
@@ -48,10 +49,11 @@ async def examine_guest(
     check = partial(notebook.check, guest=guest)
     await check("memory", lambda: space.check_memory(profile))
     parts = {NETWORK}
-    if "swtpm" in profile.sidecars and await check(
-        "swtpm", lambda: programs.check_swtpm(data_dir), obstacle=obstacle
-    ):
-        parts.add("swtpm")
+    sidecars = [SIDECARS[name] for name in profile.sidecars]
+    for sidecar in sidecars:
+        work = partial(programs.check_sidecar, sidecar, data_dir)
+        if await check(sidecar.program.name, work, obstacle=obstacle):
+            parts.add(sidecar.program.name)
     needed: dict[str, Check] = {
         "qemu": programs.check_qemu,
         "qemu-img": lambda: programs.check_qemu_img(data_dir),
@@ -62,7 +64,7 @@ async def examine_guest(
     ]
     obstacle = obstacle or ("" if not lacking else needs(*lacking))
     if obstacle:
-        for name in BOOTED:
+        for name in (*BOOTED, *(sidecar.device for sidecar in sidecars)):
             notebook.note(name, skipped(obstacle), guest=guest)
         return
     probes = Probes(profile, frozenset(parts), data_dir, accel)
@@ -79,7 +81,7 @@ async def check_firmware(profile: GuestProfile) -> Verdict:
         looked = ", ".join(places(descriptor_directories(os.environ)))
         features = ", ".join(sorted(profile.firmware_features))
         found = f"no UEFI firmware with {features} found in: {looked}"
-        return failed(found, f"{how_to_install(['ovmf'])}.")
+        return failed(found, f"{how_to_install([OVMF])}.")
     return ok(f"{firmware.code} with {firmware.vars_template}")
 
 
@@ -87,8 +89,8 @@ def _find_firmware(profile: GuestProfile) -> Firmware | None:
     return find_firmware(profile.firmware_features, descriptor_directories(os.environ))
 
 
-def _path(program: str) -> Path:
-    return Path(shutil.which(program) or program).absolute()
+def _path(program: Program) -> Path:
+    return Path(shutil.which(program.name) or program.name).absolute()
 
 
 class Probes:
@@ -101,10 +103,10 @@ class Probes:
         assert firmware is not None, "it was just there"
         self._profile = profile
         self._tools = HostTools(
-            qemu=_path(programs.QEMU),
-            qemu_img=_path(programs.QEMU_IMG),
-            swtpm=_path(programs.SWTPM),
+            qemu=_path(QEMU),
+            qemu_img=_path(QEMU_IMG),
             firmware=firmware,
+            sidecars={name: _path(SIDECARS[name].program) for name in profile.sidecars},
         )
         self._parts = parts
         self._data_dir = data_dir
@@ -136,10 +138,10 @@ class Probes:
         yield "virtio-scsi", disk_verdict(seen)
         yield "secure-boot", secure_boot_verdict(seen, self._profile, self._tools.firmware)
         yield "user-network", network_verdict(seen)
-        if "swtpm" in self._parts:
-            yield "tpm", tpm_verdict(seen, "swtpm")
-        elif "swtpm" in self._profile.sidecars:
-            yield "tpm", skipped(needs("swtpm"))
+        for name in self._profile.sidecars:
+            sidecar = SIDECARS[name]
+            works = name in self._parts
+            yield sidecar.device, sidecar_verdict(seen, sidecar) if works else skipped(needs(name))
 
     @property
     def _kvm_works(self) -> bool:

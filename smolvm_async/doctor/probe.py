@@ -11,27 +11,29 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from smolvm_async.config.vm_config import make_config
+from smolvm_async.config.vm_config import VMConfig, make_config
 from smolvm_async.doctor.unsigned import unsigned_disk
 from smolvm_async.doctor.verdicts import NETWORK, Sighting, offered_address
 from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
-from smolvm_async.foundation.process import Child, describe_exit, run, spawn
+from smolvm_async.foundation.process import Child, describe_exit, run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host import Accelerator, HostTools
 from smolvm_async.images import qcow2
-from smolvm_async.images.local import open_image
-from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
+from smolvm_async.images.local import BaseImage, open_image
+from smolvm_async.qemu.arguments import MachineSpec
 from smolvm_async.qemu.console import Console
+from smolvm_async.qemu.launch import Processes, launch
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.screen import Screen
-from smolvm_async.qemu.sidecars import SIDECARS
-from smolvm_async.state.directory import QEMU_LOG, Parts, VMDirectory
+from smolvm_async.qemu.sidecars import directories
+from smolvm_async.state.directory import Parts, VMDirectory
 
 RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
 
@@ -115,78 +117,73 @@ def _subsets(parts: frozenset[str]) -> list[frozenset[str]]:
 
 
 async def _boot(machine: Machine, state: VMDirectory) -> Sighting:
+    """Launch the machine and look at it until it has shown everything.
+
+    Raises:
+        _RefusedError: QEMU ended with an error: it may work without one of the parts.
+        LaunchError: A process could not be spawned.
+    """
     await make_disk(machine.tools.qemu_img, state.path)
-    monitor, console = Monitor(lambda event: None), Console()
-    started = time.monotonic()
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(monitor.disconnect)
-        stack.callback(console.close)
-        qemu = await _launch(machine, state, monitor, console, stack)
-        try:
-            await monitor.connect([qemu.exited], LAUNCH)
-            await monitor.execute("cont")
-        except (LaunchError, MonitorError, VMNotRunningError) as error:
-            await asyncio.wait([qemu.exited], timeout=EXIT)
-            if qemu.returncode is not None and qemu.returncode > 0:
-                raise _RefusedError(_last_words(qemu)) from error
-            failure = str(error) if qemu.returncode is None else _last_words(qemu)
-            return Sighting(machine.accelerator.name, failure=failure)
-        return await _watch(machine, state, qemu, monitor, console, started)
-
-
-async def _launch(
-    machine: Machine,
-    state: VMDirectory,
-    monitor: Monitor,
-    console: Console,
-    stack: AsyncExitStack,
-) -> Child:
-    """Spawn the sidecars and QEMU as for a guest; `stack` reaps them."""
-    profile, tools = machine.profile, machine.tools
     config = make_config(
-        os=profile.name,
+        os=machine.profile.name,
         image=DISK,
-        memory=profile.minimum_memory,
+        memory=machine.profile.minimum_memory,
         cpus=1,  # under TCG a second one makes SMM wait for the host's scheduler
         vm_id=state.path.name,
         accel=machine.accelerator.name,
         data_dir=state.path.parent,
     )
-    with ExitStack() as ends:
-        image = ends.enter_context(open_image(state.path / DISK))
-        assert tools.firmware is not None
-        overlay = qcow2.empty(image.virtual_size)
-        await state.prepare(overlay, Parts(tools.firmware.vars_template, tpm=True))
-        attachments = [
-            ends.enter_context(SIDECARS[name](tools).open())
-            for name in profile.sidecars
-            if name in machine.parts
-        ]
-        sockets = [sock for attached in attachments for sock in attached.sockets]
-        screen = Screen(monitor, config.resolution)
-        ends.callback(screen.close)
-        descriptors = Descriptors(
-            ends.enter_context(monitor.open()).fileno(),
-            ends.enter_context(console.open()).fileno(),
-            image.fd,
-            screen.open(),
-        )
-        attach = [word for attached in attachments for word in attached.argv]
-        argv = qemu_arguments(config, tools, machine.accelerator, descriptors, attach)
-        if NETWORK in machine.parts:
-            argv += NETWORK_OPTIONS
-        else:
-            argv = [NO_NETWORK if word.startswith(USER_NETWORK) else word for word in argv]
-        fds = [*descriptors, *(sock.fileno() for sock in sockets)]
-        log = state.path / QEMU_LOG
-        qemu = await spawn("QEMU", argv, cwd=state.path, log=log, fds=fds)
-        stack.push_async_callback(qemu.reap)
-        for attached in attachments:
-            log = state.path / attached.log
-            fds = [sock.fileno() for sock in attached.own_sockets]
-            child = await spawn(attached.name, attached.command, cwd=state.path, log=log, fds=fds)
-            stack.push_async_callback(child.reap)
-        return qemu
+    monitor, console = Monitor(lambda event: None), Console()
+    screen = Screen(monitor, config.resolution)
+    started = time.monotonic()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(monitor.disconnect)
+        stack.callback(console.close)
+        stack.callback(screen.close)
+        processes = await stack.enter_async_context(Processes())
+        try:
+            with open_image(state.path / DISK) as image:
+                spec = await _prepare(machine, config, image, state)
+                await launch(
+                    processes,
+                    spec,
+                    state.path,
+                    monitor,
+                    console,
+                    screen,
+                    timeout=LAUNCH,
+                    amend=partial(_with_network, machine),
+                )
+            await monitor.execute("cont")
+        except (LaunchError, MonitorError, VMNotRunningError) as error:
+            if isinstance(error.__cause__, OSError):
+                raise  # a process could not be spawned
+            qemu = processes.qemu
+            await asyncio.wait([qemu.exited], timeout=EXIT)
+            if qemu.returncode is not None and qemu.returncode > 0:
+                raise _RefusedError(_last_words(qemu)) from error
+            failure = str(error) if qemu.returncode is None else _last_words(qemu)
+            return Sighting(machine.accelerator.name, failure=failure)
+        return await _watch(machine, state, processes.qemu, monitor, console, started)
+
+
+async def _prepare(
+    machine: Machine, config: VMConfig, image: BaseImage, state: VMDirectory
+) -> MachineSpec:
+    """Fill the directory as a VM's is filled."""
+    profile, tools = machine.profile, machine.tools
+    assert tools.firmware is not None
+    parts = Parts(tools.firmware.vars_template, directories(profile))
+    await state.prepare(qcow2.empty(image.virtual_size), parts)
+    sidecars = tuple(name for name in profile.sidecars if name in machine.parts)
+    return MachineSpec(config, tools, machine.accelerator, image.fd, sidecars)
+
+
+def _with_network(machine: Machine, argv: list[str]) -> list[str]:
+    """Change QEMU's command line so that the network is captured, or leads nowhere."""
+    if NETWORK in machine.parts:
+        return [*argv, *NETWORK_OPTIONS]
+    return [NO_NETWORK if word.startswith(USER_NETWORK) else word for word in argv]
 
 
 async def _watch(

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import re
 import shutil
 import signal
-import struct
 import sys
 from pathlib import Path
-from socket import socket, socketpair
 
 from smolvm_async.doctor.findings import Verdict, failed, ok, warning
 from smolvm_async.doctor.probe import DISK, make_disk, scratch
 from smolvm_async.errors import CommandError, ImageError
-from smolvm_async.foundation.process import run, spawn
-from smolvm_async.host.distribution import how_to_install
+from smolvm_async.foundation.process import run
+from smolvm_async.host.distribution import QEMU, QEMU_IMG, SETPRIV, Program, how_to_install
 from smolvm_async.images.local import open_image
-from smolvm_async.state.directory import SWTPM_LOG, TPM
+from smolvm_async.qemu.sidecars import Sidecar
 
-QEMU, QEMU_IMG, SWTPM, SETPRIV = "qemu-system-x86_64", "qemu-img", "swtpm", "setpriv"
 OLDEST_QEMU = (7, 1)
 TESTED_QEMU = "7.2"
-ANSWER = 10.0  # seconds
 
 # What `setpriv` has to have set when the program that it becomes runs; prctl(2).
 SHOW_SIGNAL = """
@@ -34,11 +29,6 @@ PR_GET_PDEATHSIG = 2
 ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(signal))
 print(signal.value)
 """
-
-# TPM 2.0 Library, part 3: TPM2_GetRandom of 8 bytes, without a session.
-TPM_HEADER = struct.Struct(">HII")
-TPM_ST_NO_SESSIONS, TPM_CC_GET_RANDOM = 0x8001, 0x17B
-GET_RANDOM = TPM_HEADER.pack(TPM_ST_NO_SESSIONS, 12, TPM_CC_GET_RANDOM) + struct.pack(">H", 8)
 
 
 async def check_kernel() -> Verdict:
@@ -65,7 +55,7 @@ async def check_python() -> Verdict:
 
 async def check_setpriv() -> Verdict:
     """The parent-death signal, without which a SIGKILL of Python would leave QEMU running."""
-    if shutil.which(SETPRIV) is None:
+    if shutil.which(SETPRIV.name) is None:
         return _missing(SETPRIV)
     cure = f"Use util-linux 2.33 or newer. {how_to_install([SETPRIV])}."
     try:  # `run` puts `setpriv --pdeathsig KILL --` in front
@@ -98,7 +88,7 @@ async def check_qemu_img(data_dir: Path) -> Verdict:
         return version
     async with scratch(data_dir) as state:
         try:
-            await make_disk(Path(QEMU_IMG), state.path)
+            await make_disk(Path(QEMU_IMG.name), state.path)
             with open_image(state.path / DISK):
                 pass
         except (CommandError, ImageError) as error:
@@ -106,80 +96,35 @@ async def check_qemu_img(data_dir: Path) -> Verdict:
     return ok(f"{version}; it made a qcow2")
 
 
-async def check_swtpm(data_dir: Path) -> Verdict:
-    """Swtpm, by asking it for random bytes."""
-    version = await _version(SWTPM)
+async def check_sidecar(sidecar: Sidecar, data_dir: Path) -> Verdict:
+    """Check that a sidecar's program works without QEMU."""
+    version = await _version(sidecar.program)
     if isinstance(version, Verdict):
         return version
-    try:
-        answer, log = await _ask_swtpm(data_dir)
-    except TimeoutError:
-        return failed(f"{version} gave no answer within {ANSWER:g} s", _reinstall(SWTPM))
-    random = random_bytes(answer)
-    if not random:
-        said = f"it answered {answer.hex()!r}" if answer else "it gave no answer"
-        return failed(f"{version} is no TPM 2.0: {said}.\n{log}", _reinstall(SWTPM))
-    return ok(f"{version}; as a TPM 2.0 it gave {len(random)} random bytes")
-
-
-def random_bytes(answer: bytes) -> bytes:
-    """The bytes in an answer to TPM2_GetRandom; empty if it is none, or an error."""
-    if len(answer) < TPM_HEADER.size + 2:
-        return b""
-    tag, size, code = TPM_HEADER.unpack_from(answer)
-    if (tag, size, code) != (TPM_ST_NO_SESSIONS, len(answer), 0):
-        return b""
-    return answer[TPM_HEADER.size + 2 :]
-
-
-async def _ask_swtpm(data_dir: Path) -> tuple[bytes, str]:
-    """What a swtpm on a new TPM answers; empty if it ends instead. And a report of it."""
     async with scratch(data_dir) as state:
-        (state.path / TPM).mkdir(0o700)
-        ours, theirs = socketpair()
-        with ours, theirs:
-            ours.setblocking(False)
-            options = ["--tpm2", "--tpmstate", f"dir={TPM},mode=0600"]
-            channel = ["--fd", str(theirs.fileno()), "--flags", "not-need-init,startup-clear"]
-            argv = [SWTPM, "socket", *options, *channel]
-            log = state.path / SWTPM_LOG
-            child = await spawn(SWTPM, argv, cwd=state.path, log=log, fds=[theirs.fileno()])
-            try:
-                theirs.close()
-                async with asyncio.timeout(ANSWER):
-                    answer = await _exchange(ours, GET_RANDOM)
-                    if not answer:
-                        await asyncio.wait([child.exited])
-                return answer, child.report()
-            finally:
-                await child.reap()
+        try:
+            shown = await sidecar.try_out(Path(sidecar.program.name), state.path)
+        except CommandError as error:
+            return failed(f"{version} does not work: {error}", _reinstall(sidecar.program))
+    return ok(f"{version}; {shown}")
 
 
-async def _exchange(connection: socket, command: bytes) -> bytes:
-    loop = asyncio.get_running_loop()
-    try:
-        await loop.sock_sendall(connection, command)
-        return await loop.sock_recv(connection, 4096)
-    except ConnectionError:
-        return b""  # it has ended
-
-
-async def _version(program: str) -> str | Verdict:
+async def _version(program: Program) -> str | Verdict:
     """The first line of what `--version` prints, or why there is none."""
-    if shutil.which(program) is None:
+    if shutil.which(program.name) is None:
         return _missing(program)
     try:
-        printed = await run([program, "--version"])
+        printed = await run([program.name, "--version"])
     except CommandError as error:
-        return failed(f"{program} does not run: {error}", _reinstall(program))
+        return failed(f"{program.name} does not run: {error}", _reinstall(program))
     first = printed.strip().partition("\n")[0].partition(", Copyright")[0]
-    return first or f"{program} (which tells no version)"
+    return first or f"{program.name} (which tells no version)"
 
 
-def _missing(program: str) -> Verdict:
+def _missing(program: Program) -> Verdict:
     path = os.environ.get("PATH", os.defpath)
-    return failed(f"{program} not found in PATH ({path})", f"{how_to_install([program])}.")
+    return failed(f"{program.name} not found in PATH ({path})", f"{how_to_install([program])}.")
 
 
-def _reinstall(program: str) -> str:
-    return f"Install {program} afresh. {how_to_install([program])}."
+def _reinstall(program: Program) -> str:
+    return f"Install {program.name} afresh. {how_to_install([program])}."

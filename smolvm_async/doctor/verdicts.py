@@ -16,8 +16,9 @@ from smolvm_async.doctor.findings import Verdict, failed, ok, skipped, warning
 from smolvm_async.doctor.unsigned import MARKER
 from smolvm_async.foundation.tail import printable
 from smolvm_async.guests import GuestProfile
-from smolvm_async.host.distribution import how_to_install
+from smolvm_async.host.distribution import OVMF, QEMU, how_to_install
 from smolvm_async.host.firmware import Firmware
+from smolvm_async.qemu.sidecars import Sidecar
 
 NETWORK = "user-network"  # the part of the machine that QEMU may have been built without
 DISK_ENTRY = r"BdsDxe: loading Boot\d+ [^\n]*Scsi\("
@@ -109,7 +110,7 @@ def boot_verdict(sighting: Sighting) -> Verdict:
     return failed(
         f"the firmware did not boot under {accelerator}: {sighting.why_not()}",
         "Install QEMU and its firmware afresh, from one distribution. "
-        f"{how_to_install(['qemu-system-x86_64', 'ovmf'])}.",
+        f"{how_to_install([QEMU, OVMF])}.",
     )
 
 
@@ -134,7 +135,7 @@ def disk_verdict(sighting: Sighting) -> Verdict:
         found = "the firmware began to read the virtio-scsi disk and did not end"
     else:
         found = "the firmware did not find the virtio-scsi disk"
-    cure = f"Use a firmware with virtio-scsi drivers. {how_to_install(['ovmf'])}."
+    cure = f"Use a firmware with virtio-scsi drivers. {how_to_install([OVMF])}."
     return failed(found, cure)
 
 
@@ -148,7 +149,7 @@ def secure_boot_verdict(sighting: Sighting, profile: GuestProfile, firmware: Fir
             "the firmware ran an unsigned program",
             "Use UEFI variables with Microsoft's keys, and remove the firmware descriptor in "
             "/etc/qemu/firmware or ~/.config/qemu/firmware that names others. "
-            f"{how_to_install(['ovmf'])}.",
+            f"{how_to_install([OVMF])}.",
         )
     if sighting.disk_error in FORBIDDEN:
         return ok(f"the firmware refused an unsigned program: {sighting.disk_error}")
@@ -160,7 +161,7 @@ def network_verdict(sighting: Sighting) -> Verdict:
     if words := sighting.refused.get(NETWORK):
         return failed(
             f"QEMU has no user-mode network: {words}",
-            f"Install a QEMU that was built with slirp. {how_to_install(['qemu-system-x86_64'])}.",
+            f"Install a QEMU that was built with slirp. {how_to_install([QEMU])}.",
         )
     if sighting.offered:
         return ok(f"QEMU's DHCP server offered {sighting.offered} to the firmware")
@@ -169,7 +170,7 @@ def network_verdict(sighting: Sighting) -> Verdict:
     if PXE in sighting.console:
         return failed(
             "the firmware asked for an address, and QEMU's DHCP server did not answer",
-            f"Install QEMU and libslirp afresh. {how_to_install(['qemu-system-x86_64'])}.",
+            f"Install QEMU and libslirp afresh. {how_to_install([QEMU])}.",
         )
     return warning(
         "QEMU provides the network, but the firmware did not try it, so no packet was seen",
@@ -177,14 +178,15 @@ def network_verdict(sighting: Sighting) -> Verdict:
     )
 
 
-def tpm_verdict(sighting: Sighting, sidecar: str) -> Verdict:
-    """Whether QEMU took the TPM."""
-    if words := sighting.refused.get(sidecar):
+def sidecar_verdict(sighting: Sighting, sidecar: Sidecar) -> Verdict:
+    """Conclude whether QEMU works with a sidecar."""
+    name = sidecar.program.name
+    if words := sighting.refused.get(name):
         return failed(
-            f"QEMU does not work with {sidecar}: {words}",
-            "Install a QEMU that was built with TPM support. "
-            f"{how_to_install(['qemu-system-x86_64', 'swtpm'])}.",
+            f"QEMU does not work with {name}: {words}",
+            f"Install a QEMU that was built with support for it. "
+            f"{how_to_install([QEMU, sidecar.program])}.",
         )
     if sighting.booted:
-        return ok(f"the firmware booted with {sidecar} as its TPM")
+        return ok(f"the firmware booted with {name}")
     return skipped("the firmware did not boot")

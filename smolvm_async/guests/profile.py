@@ -29,6 +29,7 @@ class GuestProfile(NamedTuple):
         accelerator_globals: Further ones, by accelerator.
         rtc: Value of `-rtc`.
         sidecars: Names in `smolvm_async.qemu.sidecars.SIDECARS`.
+        devices: Values of further `-device` options.
         disk_bus: How it sees its disk: `scsi` (virtio-scsi) or `virtio` (virtio-blk, `/dev/vda`).
         login: How it is told who may log in over SSH: a `nocloud` seed for cloud-init, `fw_cfg`
             for the image that this library builds, or `none`: then nobody does.
@@ -51,6 +52,7 @@ class GuestProfile(NamedTuple):
     rtc: str
     accelerator_globals: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     sidecars: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     disk_bus: Literal["scsi", "virtio"] = "scsi"
     login: Literal["none", "nocloud", "fw_cfg"] = "none"
     usb: bool = True

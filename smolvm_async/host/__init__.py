@@ -6,14 +6,16 @@ import functools
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from smolvm_async.errors import HostError
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host import accelerator, firmware
 from smolvm_async.host.accelerator import Accelerator, Problem
-from smolvm_async.host.distribution import how_to_install
+from smolvm_async.host.distribution import OVMF, QEMU, QEMU_IMG, SETPRIV, Program, how_to_install
 from smolvm_async.host.firmware import Firmware
 
 __all__ = [
@@ -30,18 +32,23 @@ class HostTools(NamedTuple):
     """The programs and the firmware that a guest OS needs, as absolute paths.
 
     Attributes:
-        swtpm: `None` if it needs none.
         firmware: UEFI firmware; `None` if it needs none.
+        sidecars: The programs that run beside QEMU, by name.
     """
 
     qemu: Path
     qemu_img: Path
-    swtpm: Path | None
     firmware: Firmware | None
+    sidecars: Mapping[str, Path] = MappingProxyType({})
 
 
-def find_tools(profile: GuestProfile) -> HostTools:
+def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
     """Find everything that a guest of `profile` needs, or say at once all that is missing.
+
+    Args:
+        profile: The guest OS.
+        sidecars: The programs of its sidecars: `qemu.sidecars.programs(profile)`. The file of each
+            sidecar describes them, and is in a room that this one must not import.
 
     Raises:
         HostError: It names the packages, the command that installs them, and where it looked.
@@ -53,7 +60,7 @@ def find_tools(profile: GuestProfile) -> HostTools:
         )
     search_path = os.environ.get("PATH", os.defpath)
     features = profile.firmware_features if profile.firmware == "always" else None
-    return _find_tools(profile.sidecars, features, search_path, _descriptor_directories())
+    return _find_tools(tuple(sidecars), features, search_path, _descriptor_directories())
 
 
 def find_plain_uefi() -> Firmware:
@@ -73,7 +80,7 @@ def _find_plain_uefi(found_in: tuple[Path, ...]) -> Firmware:
     if found is None:
         raise HostError(
             f"UEFI firmware (OVMF) not found, and the image has no boot sector for a BIOS. "
-            f"{how_to_install(['ovmf'])}. Looked in: "
+            f"{how_to_install([OVMF])}. Looked in: "
             f"{', '.join(firmware.places(directories, firmware.PLAIN_PAIRS))}."
         )
     return found
@@ -85,29 +92,31 @@ def _descriptor_directories() -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=8)  # errors are not kept: what is installed meanwhile is found
 def _find_tools(
-    sidecars: tuple[str, ...],
+    sidecars: tuple[Program, ...],
     features: frozenset[str] | None,
     search_path: str,
     directories: tuple[Path, ...],
 ) -> HostTools:
-    names = ("qemu-system-x86_64", "qemu-img", *sidecars, "setpriv")
-    programs = {name: shutil.which(name, path=search_path) for name in names}
+    programs = (QEMU, QEMU_IMG, *sidecars, SETPRIV)
+    found = {program: shutil.which(program.name, path=search_path) for program in programs}
     pair = None if features is None else firmware.find_firmware(features, list(directories))
-    missing = [name for name, path in programs.items() if path is None]
+    missing = [program for program, path in found.items() if path is None]
     looked = [f"PATH ({search_path})"] if missing else []
     if features is not None and pair is None:
-        missing.append("ovmf")
+        missing.append(OVMF)
         looked += firmware.places(list(directories))
     if missing:
         named = [
-            name if name != "ovmf" else "UEFI firmware with Secure Boot (OVMF)" for name in missing
+            "UEFI firmware with Secure Boot (OVMF)" if program is OVMF else program.name
+            for program in missing
         ]
         raise HostError(
             f"{', '.join(named)} not found. {how_to_install(missing)}. "
             f"Looked in: {', '.join(looked)}."
         )
-    found = {name: Path(path).absolute() for name, path in programs.items() if path is not None}
-    return HostTools(found["qemu-system-x86_64"], found["qemu-img"], found.get("swtpm"), pair)
+    paths = {program: Path(path).absolute() for program, path in found.items() if path is not None}
+    beside = {program.name: paths[program] for program in sidecars}
+    return HostTools(paths[QEMU], paths[QEMU_IMG], pair, beside)
 
 
 @functools.cache

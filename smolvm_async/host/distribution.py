@@ -4,58 +4,58 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+
+class Program(NamedTuple):
+    """A program (or the firmware), and the package that has it for each package manager."""
+
+    name: str
+    apt: str
+    dnf: str
+    pacman: str
+    brew: str
+
+
+QEMU = Program(
+    "qemu-system-x86_64",
+    apt="qemu-system-x86",
+    dnf="qemu-system-x86-core",
+    pacman="qemu-system-x86",
+    brew="qemu",
+)
+QEMU_IMG = Program("qemu-img", apt="qemu-utils", dnf="qemu-img", pacman="qemu-img", brew="qemu")
+OVMF = Program("ovmf", apt="ovmf", dnf="edk2-ovmf", pacman="edk2-ovmf", brew="qemu")
+SETPRIV = Program("setpriv", *("util-linux",) * 4)
 
 
 class Distribution(NamedTuple):
     """One family of distributions.
 
     Attributes:
-        name: What messages call it.
+        name: Its name in messages.
         ids: Values of `ID` or `ID_LIKE` in os-release(5).
+        manager: Its package manager: the field of `Program` that has its packages.
         install: The command that installs packages.
-        packages: The package of each program, and of `ovmf`, the firmware.
     """
 
     name: str
     ids: tuple[str, ...]
+    manager: Literal["apt", "dnf", "pacman", "brew"]
     install: str
-    packages: Mapping[str, str]
 
-    def install_command(self, needed: Iterable[str]) -> str:
-        """One command that installs the packages of all of `needed`."""
-        packages = dict.fromkeys(self.packages[need] for need in needed)
+    def install_command(self, needed: Iterable[Program]) -> str:
+        """Return one command that installs the packages of all of `needed`."""
+        packages = dict.fromkeys(str(getattr(program, self.manager)) for program in needed)
         return f"{self.install} {' '.join(packages)}"
 
 
-def _distribution(name: str, ids: str, install: str, packages: str) -> Distribution:
-    programs = ("qemu-system-x86_64", "qemu-img", "swtpm", "ovmf", "setpriv")
-    return Distribution(
-        name, tuple(ids.split()), install, dict(zip(programs, packages.split(), strict=True))
-    )
-
-
-HOMEBREW = _distribution("Homebrew", "", "brew install", "qemu qemu swtpm qemu util-linux")
+HOMEBREW = Distribution("Homebrew", (), "brew", "brew install")
 DISTRIBUTIONS = (
-    _distribution(
-        "Debian or Ubuntu",
-        "debian ubuntu",
-        "sudo apt-get install",
-        "qemu-system-x86 qemu-utils swtpm ovmf util-linux",
-    ),
-    _distribution(
-        "Fedora",
-        "fedora rhel centos",
-        "sudo dnf install",
-        "qemu-system-x86-core qemu-img swtpm edk2-ovmf util-linux",
-    ),
-    _distribution(
-        "Arch Linux",
-        "arch",
-        "sudo pacman -S",
-        "qemu-system-x86 qemu-img swtpm edk2-ovmf util-linux",
-    ),
+    Distribution("Debian or Ubuntu", ("debian", "ubuntu"), "apt", "sudo apt-get install"),
+    Distribution("Fedora", ("fedora", "rhel", "centos"), "dnf", "sudo dnf install"),
+    Distribution("Arch Linux", ("arch",), "pacman", "sudo pacman -S"),
     HOMEBREW,
 )
 
@@ -75,7 +75,7 @@ def this_distribution() -> Distribution | None:
     )
 
 
-def how_to_install(needed: Iterable[str]) -> str:
+def how_to_install(needed: Iterable[Program]) -> str:
     """A sentence that says how to install the packages of `needed` here."""
     needed = list(needed)
     here = this_distribution()

@@ -25,11 +25,10 @@ _NAMESPACE = uuid.UUID("6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10")
 
 
 class Descriptors(NamedTuple):
-    """Descriptors that QEMU inherits."""
+    """The descriptors through which this process reaches QEMU, and which QEMU inherits."""
 
     monitor: int
     console: int
-    base_image: int
     screen: int
 
 
@@ -37,8 +36,8 @@ class DirectBoot(NamedTuple):
     """A Linux kernel that QEMU itself loads.
 
     Attributes:
-        kernel: An inherited descriptor.
-        initrd: Another one, or `None`.
+        kernel: A descriptor that QEMU inherits.
+        initrd: A second descriptor, or `None`.
         arguments: The kernel's command line.
     """
 
@@ -46,37 +45,54 @@ class DirectBoot(NamedTuple):
     initrd: int | None
     arguments: str
 
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors that QEMU inherits."""
+        return [fd for fd in (self.kernel, self.initrd) if fd is not None]
+
+
+class MachineSpec(NamedTuple):
+    """Everything that decides how the machine of one VM is built.
+
+    Attributes:
+        config: The arguments of the VM.
+        tools: QEMU, the programs of its sidecars, and the firmware; without firmware, SeaBIOS.
+        accelerator: What runs the guest's processors.
+        base_image: The open base image: a descriptor that QEMU inherits.
+        sidecars: The names of the processes that run beside QEMU.
+        disk_format: The format of the base image: `qcow2` or `raw`.
+        machine_type: The versioned type that a kept VM was made with; by default the newest.
+        direct_boot: The kernel, if the image has no boot loader of its own.
+    """
+
+    config: VMConfig
+    tools: HostTools
+    accelerator: Accelerator
+    base_image: int
+    sidecars: tuple[str, ...]
+    disk_format: str = "qcow2"
+    machine_type: str | None = None
+    direct_boot: DirectBoot | None = None
+
 
 def machine_uuid(vm_id: str) -> uuid.UUID:
-    """The machine's UUID: the same for the same VM id."""
+    """Return the machine's UUID: the same for the same VM id."""
     return uuid.uuid5(_NAMESPACE, vm_id)
 
 
 def mac_address(vm_id: str) -> str:
-    """The network card's address, in QEMU's own range 52:54:00."""
+    """Return the network card's address, in QEMU's own range 52:54:00."""
     return ":".join(["52", "54", "00", *(f"{byte:02x}" for byte in machine_uuid(vm_id).bytes[:3])])
 
 
 def qemu_arguments(
-    config: VMConfig,
-    tools: HostTools,
-    accelerator: Accelerator,
-    descriptors: Descriptors,
-    attach: Sequence[str],
-    machine_type: str | None = None,
-    direct_boot: DirectBoot | None = None,
-    disk_format: str = "qcow2",
+    spec: MachineSpec, descriptors: Descriptors, sidecar_options: Sequence[str]
 ) -> list[str]:
-    """The whole command line of one VM.
-
-    Args:
-        attach: The options for its sidecars.
-        machine_type: The one that a kept VM was made with; by default the newest.
-        direct_boot: Its kernel, if it has no boot loader of its own.
-        disk_format: Of the base image: `qcow2` or `raw`.
-    """
+    """Return the whole command line of one VM."""
+    config, tools, accelerator = spec.config, spec.tools, spec.accelerator
+    direct_boot = spec.direct_boot
     profile = config.profile
-    machine = f"{machine_type or profile.machine_type},{profile.machine_options}"
+    machine = f"{spec.machine_type or profile.machine_type},{profile.machine_options}"
     if tools.firmware is not None:
         machine += ",pflash0=code,pflash1=vars"
     global_options = (*profile.globals, *profile.accelerator_globals.get(accelerator.name, ()))
@@ -99,13 +115,14 @@ def qemu_arguments(
         *_console(descriptors.console),
         *_firmware(tools, keep=config.keep),
         *(_direct_boot(direct_boot) if direct_boot is not None else ()),
-        *_disk(descriptors.base_image, disk_format, profile.disk_bus, keep=config.keep),
+        *_disk(spec.base_image, spec.disk_format, profile.disk_bus, keep=config.keep),
         *_network(config.vm_id, ssh=profile.login != "none"),
         *_login(profile, config.vm_id, direct_boot),
         *_agent(),
         *_display(config.resolution, descriptors.screen, usb=profile.usb),
         *("-device", "pvpanic"),  # a guest's panic becomes GUEST_PANICKED
-        *attach,
+        *(word for device in profile.devices for word in ("-device", device)),
+        *sidecar_options,
     ]
 
 

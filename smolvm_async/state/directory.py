@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import weakref
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
@@ -21,22 +21,34 @@ from typing import NamedTuple
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.tasks import in_thread
+from smolvm_async.guests import BUILT_IN, GUESTS
 from smolvm_async.state.lease import Lease
 from smolvm_async.state.orphans import end_orphans, killed_orphan
 from smolvm_async.state.record import NEW_RECORD, RECORD, Record, read_record, write_record
 
 # All names that there are in a VM's directory.
 OVERLAY, VARS, TPM = "overlay.qcow2", "vars.fd", "tpm"
-QEMU_LOG, SWTPM_LOG, CONTROL = "qemu.log", "swtpm.log", "control.sock"
+QEMU_LOG, CONTROL = "qemu.log", "control.sock"
 VNC = "vnc.sock"
 SEED = "seed.iso"  # what cloud-init reads
 SSH_KEY, HOST_KEY, AUTHORIZED_KEYS = "ssh_key", "ssh_host_ed25519_key", "authorized_keys"
 SECRETS = (VARS, SSH_KEY, HOST_KEY, AUTHORIZED_KEYS, SEED)
 SCRATCH = "scratch"  # marks the directory of something that is no VM, and not worth keeping
-OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, TPM, QEMU_LOG, SWTPM_LOG, CONTROL, VNC, *SECRETS})
+OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, TPM, QEMU_LOG, CONTROL, VNC, *SECRETS})
+# The processes that may run beside QEMU. Each is described in a room that this one must not import,
+# so its files follow from its name: they are `NAME` or begin with `NAME.`, as its log does. The
+# TPM's state has a name of its own: as the UEFI variables, it is the machine's, not a process's.
+SIDECARS = frozenset(
+    name for guest in (*GUESTS.values(), *BUILT_IN.values()) for name in guest.sidecars
+)
 
 NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # nothing there, a file, a link
 BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
+
+
+def log_name(process: str) -> str:
+    """Return the name of the log of `qemu` or of a sidecar."""
+    return f"{process}.log"
 
 
 class Parts(NamedTuple):
@@ -44,12 +56,12 @@ class Parts(NamedTuple):
 
     Attributes:
         vars_template: What its UEFI variables are copied from; `None` if it has none.
-        tpm: Whether it has a TPM.
+        directories: The directories in which its sidecars keep their state.
         files: Others, by name.
     """
 
     vars_template: Path | None = None
-    tpm: bool = False
+    directories: tuple[str, ...] = ()
     files: Mapping[str, bytes] = MappingProxyType({})
 
     @property
@@ -57,7 +69,7 @@ class Parts(NamedTuple):
         """What they are called."""
         return [
             *([VARS] if self.vars_template is not None else []),
-            *([TPM] if self.tpm else []),
+            *self.directories,
             *self.files,
         ]
 
@@ -180,14 +192,14 @@ class VMDirectory:
         files = {OVERLAY: overlay, **parts.files}
         await in_thread(self._fill, files, parts)
 
-    def check_kept(self, names: Iterable[str]) -> None:
+    def check_kept(self, parts: Parts) -> None:
         """Whether these parts of a kept VM, and its disk, are all there.
 
         Raises:
             ConfigError: If one is not, or is a symbolic link.
         """
-        for name in (OVERLAY, *names):
-            is_kind = stat.S_ISDIR if name == TPM else stat.S_ISREG
+        for name in (OVERLAY, *parts.names):
+            is_kind = stat.S_ISDIR if name in parts.directories else stat.S_ISREG
             try:
                 good = is_kind((self.path / name).lstat().st_mode)
             except FileNotFoundError:
@@ -199,12 +211,14 @@ class VMDirectory:
                 )
 
     def clear_secrets(self) -> None:
-        """Remove the TPM's state, the UEFI variables and the SSH keys."""
+        """Remove the state of the TPM and of sidecars, the UEFI variables and the SSH keys."""
         for name in SECRETS:
             (self.path / name).unlink(missing_ok=True)
-        with self._spare_descriptor(), contextlib.suppress(FileNotFoundError):
-            _empty(self.path / TPM)
-            (self.path / TPM).rmdir()
+        with self._spare_descriptor():
+            for name in (TPM, *SIDECARS):
+                with contextlib.suppress(FileNotFoundError):
+                    _empty(self.path / name)
+                    (self.path / name).rmdir()
 
     def clear(self) -> None:
         """Remove everything in the directory but what says whose it is."""
@@ -260,12 +274,13 @@ class VMDirectory:
             self._write(name, content)
         if parts.vars_template is not None:
             self._write(VARS, parts.vars_template.read_bytes())
-        if parts.tpm:
-            (self.path / TPM).mkdir(0o700)
+        for name in parts.directories:
+            (self.path / name).mkdir(0o700)
 
     def _check_ours(self, fd: int) -> None:
         names = os.listdir(fd)  # not by its path: whoever has the lock may be removing it
-        if SCRATCH not in names and not OURS.issuperset(names):
+        others = {name for name in names if name.partition(".")[0] not in SIDECARS}
+        if SCRATCH not in names and not OURS.issuperset(others):
             raise ConfigError(
                 f"{str(self.path)!r} exists and is not a VM's directory: "
                 f"choose another vm_id= than {self.path.name!r}, or another data_dir=."

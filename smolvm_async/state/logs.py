@@ -12,9 +12,9 @@ from typing import BinaryIO
 from smolvm_async.config.checks import check_vm_id
 from smolvm_async.config.vm_config import make_data_dir
 from smolvm_async.foundation.locking import is_locked
-from smolvm_async.state.directory import QEMU_LOG, SWTPM_LOG, find_directory, open_directory
+from smolvm_async.state.directory import SIDECARS, find_directory, log_name, open_directory
 
-LOGS = {"qemu": QEMU_LOG, "swtpm": SWTPM_LOG}
+PROCESSES = ("qemu", *sorted(SIDECARS))  # the processes of a VM that have a log
 POLL = 0.2  # seconds between two looks for more
 
 
@@ -29,7 +29,7 @@ async def read_log(
 
     Args:
         vm_id: The VM's id.
-        process: `"qemu"` or `"swtpm"`.
+        process: One of `PROCESSES`, such as `"qemu"` or `"swtpm"`.
         data_dir: See `AsyncSmolVM`.
         follow: Whether to go on with what comes, until nobody holds the VM any more.
 
@@ -38,7 +38,7 @@ async def read_log(
     """
     path = make_data_dir(data_dir) / check_vm_id(vm_id)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    with _open(path, LOGS[process]) as file:
+    with _open(path, log_name(process)) as file:
         while True:
             final = not (follow and _held(path))
             if os.fstat(file.fileno()).st_size < file.tell():

@@ -15,6 +15,7 @@ from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host import Accelerator, HostTools, choose_accelerator, find_tools
 from smolvm_async.images.source import own_source
+from smolvm_async.qemu.sidecars import programs
 from smolvm_async.state.directory import check_data_dir
 from smolvm_async.vm.limits import scope_prefix
 
@@ -60,7 +61,7 @@ def make_plan(
     by_path = config.image and not is_published(config.image)
     source = own_source(config) if by_path else None
     check_data_dir(config.data_dir)
-    tools = find_tools(config.profile)
+    tools = find_tools(config.profile, programs(config.profile))
     if not config.image:
         from smolvm_async.images.build.debian import check_host, find_debian
 
@@ -82,7 +83,7 @@ def check_early(config: VMConfig) -> None:
         HostError: If the host lacks something that every guest needs.
     """
     check_data_dir(config.data_dir)
-    find_tools(config.profile)
+    find_tools(config.profile, programs(config.profile))
     scope_prefix(config)
 
 

@@ -19,6 +19,7 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.local import BaseImage, open_image
 from smolvm_async.images.source import open_initrd, open_kernel, starts_by_bios
 from smolvm_async.qemu.arguments import DirectBoot
+from smolvm_async.qemu.sidecars import directories
 from smolvm_async.state.directory import Parts, VMDirectory
 from smolvm_async.state.record import Machine
 from smolvm_async.vm.plan import Plan, find_source
@@ -40,12 +41,6 @@ class PreparedVM(NamedTuple):
     tools: HostTools
     direct_boot: DirectBoot | None
     login: Login | None
-
-    @property
-    def descriptors(self) -> list[int]:
-        """What QEMU inherits for `direct_boot`."""
-        boot = self.direct_boot
-        return [] if boot is None else [fd for fd in (boot.kernel, boot.initrd) if fd is not None]
 
 
 async def prepare(
@@ -107,9 +102,9 @@ async def _fill(
     """Fill the directory; that of a kept VM has everything since its first run."""
     has_login = config.profile.login != "none"
     template = tools.firmware.vars_template if tools.firmware is not None else None
-    parts = Parts(template, "swtpm" in config.profile.sidecars)
+    parts = Parts(template, directories(config.profile))
     if machine is not None:
-        state.check_kept(parts.names)
+        state.check_kept(parts)
         _check_unchanged(image, machine)
         return await in_thread(kept_login, config, state.path) if has_login else None
     login = None

@@ -16,6 +16,7 @@ from smolvm_async import ConfigError, Progress
 from smolvm_async.doctor import Finding, Outcome, Report, examine, probe, programs
 from smolvm_async.guests import GUESTS
 from smolvm_async.host import find_tools
+from smolvm_async.qemu.sidecars import SIDECARS, swtpm
 from tests.conftest import FakeProgram, child_named, children
 
 pytestmark = pytest.mark.anyio
@@ -88,7 +89,7 @@ async def test_this_host_runs_guests(data_dir: Path) -> None:
 async def test_firmware_without_keys_is_found_out(
     data_dir: Path, firmware: Callable[[Path, Path], None]
 ) -> None:
-    pair = find_tools(GUESTS["windows"]).firmware
+    pair = find_tools(GUESTS["windows"], []).firmware
     assert pair is not None
     firmware(pair.code, NO_KEYS)
     report = await examine(data_dir=data_dir, accel="tcg")
@@ -169,15 +170,15 @@ async def test_a_qemu_that_hangs(
         ('case $1 in socket) echo "no libtpms"; exit 1;; esac; $REAL "$@"', "no libtpms"),
         ('case $1 in socket) exec sleep 3600;; esac; $REAL "$@"', "no answer within 0.2 s"),
         # It echoes what it is asked.
-        ('case $1 in socket) exec cat <&$5 >&$5;; esac; $REAL "$@"', "is no TPM 2.0"),
+        ('case $1 in socket) exec cat <&$5 >&$5;; esac; $REAL "$@"', "is not a TPM 2.0"),
     ],
 )
 async def test_a_broken_swtpm(
     data_dir: Path, fake: FakeProgram, monkeypatch: pytest.MonkeyPatch, script: str, words: str
 ) -> None:
-    monkeypatch.setattr(programs, "ANSWER", 0.2)
+    monkeypatch.setattr(swtpm, "ANSWER", 0.2)
     fake("swtpm", script.replace("$5", "${6}"))
-    verdict = await programs.check_swtpm(data_dir)
+    verdict = await programs.check_sidecar(SIDECARS["swtpm"], data_dir)
     assert verdict.status is Outcome.FAILED
     assert words in verdict.detail
     assert "swtpm" in verdict.cure

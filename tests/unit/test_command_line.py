@@ -18,16 +18,17 @@ from smolvm_async.guests import GUESTS
 from smolvm_async.host import Firmware, HostTools, find_tools
 from smolvm_async.host.accelerator import KVM, TCG, Accelerator
 from smolvm_async.images.qcow2 import empty
-from smolvm_async.qemu.arguments import Descriptors, qemu_arguments
+from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
+from smolvm_async.qemu.sidecars import programs
 from smolvm_async.state.directory import OVERLAY, VARS
 
 TOOLS = HostTools(
     qemu=Path("/usr/bin/qemu-system-x86_64"),
     qemu_img=Path("/usr/bin/qemu-img"),
-    swtpm=Path("/usr/bin/swtpm"),
     firmware=Firmware(Path("/fw/CODE.fd"), "raw", Path("/fw/VARS.fd"), "raw"),
 )
-DESCRIPTORS = Descriptors(monitor=10, console=11, base_image=12, screen=14)
+BASE_IMAGE = 12
+DESCRIPTORS = Descriptors(monitor=10, console=11, screen=14)
 ATTACH = ("-chardev", "socket,id=tpm,fd=13", "-tpmdev", "emulator,id=tpm0,chardev=tpm")
 
 GOLDEN_TCG = [
@@ -104,8 +105,10 @@ def arguments(
     tools: HostTools = TOOLS,
     descriptors: Descriptors = DESCRIPTORS,
     attach: Sequence[str] = ATTACH,
+    base_image: int = BASE_IMAGE,
 ) -> list[str]:
-    return qemu_arguments(config, tools, accelerator, descriptors, attach)
+    spec = MachineSpec(config, tools, accelerator, base_image, config.profile.sidecars)
+    return qemu_arguments(spec, descriptors, attach)
 
 
 def entries(argv: list[str]) -> list[str]:
@@ -203,7 +206,7 @@ def test_a_firmware_path_arrives_whole_whatever_is_in_it(code: str, image_format
 
 def test_qemu_accepts_the_line_and_builds_the_machine(tmp_path: Path, blank_image: Path) -> None:
     """All but the TPM, which needs its emulator."""
-    tools = find_tools(GUESTS["windows"])
+    tools = find_tools(GUESTS["windows"], programs(GUESTS["windows"]))
     assert tools.firmware is not None
     (tmp_path / OVERLAY).write_bytes(empty(10 << 30))
     (tmp_path / VARS).write_bytes(tools.firmware.vars_template.read_bytes())
@@ -216,12 +219,12 @@ def test_qemu_accepts_the_line_and_builds_the_machine(tmp_path: Path, blank_imag
         blank_image.open("rb") as image,
         (tmp_path / "screen").open("wb") as screen,
     ):
-        ends = (pairs[0][1].fileno(), pairs[1][1].fileno(), image.fileno(), screen.fileno())
-        descriptors = Descriptors(*ends)
-        line = arguments(config(memory=2048), TCG, tools, descriptors, ())
+        descriptors = Descriptors(pairs[0][1].fileno(), pairs[1][1].fileno(), screen.fileno())
+        fds = (*descriptors, image.fileno())
+        line = arguments(config(memory=2048), TCG, tools, descriptors, (), image.fileno())
         for command in ("qmp_capabilities", "quit"):
             pairs[0][0].sendall(json.dumps({"execute": command}).encode())
         done = subprocess.run(
-            line, cwd=tmp_path, pass_fds=descriptors, capture_output=True, text=True, timeout=30
+            line, cwd=tmp_path, pass_fds=fds, capture_output=True, text=True, timeout=30
         )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

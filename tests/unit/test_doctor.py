@@ -19,7 +19,6 @@ from smolvm_async.doctor import Finding, Outcome, Report, accelerators
 from smolvm_async.doctor.accelerators import accelerator_verdict, kvm_verdict
 from smolvm_async.doctor.findings import Notebook, Verdict, ok, warning
 from smolvm_async.doctor.probe import _failure, _subsets
-from smolvm_async.doctor.programs import random_bytes
 from smolvm_async.doctor.unsigned import MARKER, unsigned_application, unsigned_disk
 from smolvm_async.doctor.verdicts import (
     NETWORK,
@@ -29,14 +28,17 @@ from smolvm_async.doctor.verdicts import (
     network_verdict,
     offered_address,
     secure_boot_verdict,
+    sidecar_verdict,
     smm_verdict,
-    tpm_verdict,
 )
 from smolvm_async.guests import GUESTS
 from smolvm_async.host import Accelerator, Firmware
 from smolvm_async.host.accelerator import KVM, TCG, Problem
+from smolvm_async.qemu.sidecars import SIDECARS
+from smolvm_async.qemu.sidecars.swtpm import random_bytes
 
 WINDOWS = GUESTS["windows"]
+SWTPM = SIDECARS["swtpm"]
 PLAIN = WINDOWS._replace(firmware_features=frozenset())
 FIRMWARE = Firmware(Path("/f/code"), "raw", Path("/f/vars"), "raw")
 
@@ -67,7 +69,7 @@ def test_a_good_boot() -> None:
         disk_verdict(good),
         secure_boot_verdict(good, WINDOWS, FIRMWARE),
         network_verdict(good),
-        tpm_verdict(good, "swtpm"),
+        sidecar_verdict(good, SWTPM),
     ]
     assert all(verdict.status is Outcome.OK and not verdict.cure for verdict in verdicts)
     assert verdicts[0].detail == "the firmware booted under TCG in 4.0 s"
@@ -119,7 +121,7 @@ def test_a_boot_that_failed_says_why_and_leaves_the_rest_open() -> None:
             disk_verdict(failed_boot),
             secure_boot_verdict(failed_boot, WINDOWS, FIRMWARE),
             network_verdict(failed_boot),
-            tpm_verdict(failed_boot, "swtpm"),
+            sidecar_verdict(failed_boot, SWTPM),
         ):
             assert other.status is Outcome.SKIPPED
 
@@ -135,7 +137,7 @@ def test_the_network_in_each_case() -> None:
     lacking = network_verdict(seen(REFUSED, refused={NETWORK: "not compiled in"}))
     assert lacking.status is Outcome.FAILED
     assert "not compiled in" in lacking.detail
-    lacking = tpm_verdict(seen(REFUSED, refused={"swtpm": "no tpm-crb"}), "swtpm")
+    lacking = sidecar_verdict(seen(REFUSED, refused={"swtpm": "no tpm-crb"}), SWTPM)
     assert lacking.status is Outcome.FAILED
     assert "no tpm-crb" in lacking.detail
 

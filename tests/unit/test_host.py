@@ -22,15 +22,20 @@ from hypothesis import strategies as st
 from smolvm_async import AcceleratorWarning, AsyncSmolVM, HostError
 from smolvm_async import host as host_package
 from smolvm_async.guests import GUESTS
-from smolvm_async.host import accelerator, choose_accelerator, find_tools
+from smolvm_async.host import HostTools, accelerator, choose_accelerator, find_tools
 from smolvm_async.host import firmware as firmware_module
 from smolvm_async.host.firmware import Firmware, descriptor_directories, find_firmware
+from smolvm_async.qemu.sidecars import programs
 
 NOBODY = 65534
 WINDOWS = GUESTS["windows"]
 PROGRAMS = ("qemu-system-x86_64", "qemu-img", "swtpm", "setpriv")
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+def windows_tools() -> HostTools:
+    return find_tools(WINDOWS, programs(WINDOWS))
 
 
 @pytest.fixture(autouse=True)
@@ -288,9 +293,7 @@ def test_a_home_that_this_user_may_not_enter_is_no_reason_to_fail(
         monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
         os.seteuid(NOBODY)
         try:
-            swtpm = find_tools(WINDOWS).swtpm
-            assert swtpm is not None
-            assert swtpm.name == "swtpm"
+            assert windows_tools().sidecars["swtpm"].name == "swtpm"
         finally:
             os.seteuid(0)
 
@@ -350,7 +353,7 @@ def test_all_that_is_missing_is_said_at_once_with_the_command_that_installs_it(
     no_firmware(monkeypatch)
     this_is(monkeypatch, release)
     with pytest.raises(HostError) as caught:
-        find_tools(WINDOWS)
+        windows_tools()
     message = str(caught.value)
     assert isinstance(caught.value, ValueError)
     for phrase in ("qemu-system-x86_64", "qemu-img", "swtpm", "Secure Boot (OVMF)", "not found"):
@@ -372,7 +375,7 @@ def test_an_unknown_distribution_gets_every_known_command(
     no_firmware(monkeypatch)
     this_is(monkeypatch, release)
     with pytest.raises(HostError, match="distribution is not known") as caught:
-        find_tools(WINDOWS)
+        windows_tools()
     for command, name in (
         (APT, "Debian or Ubuntu"),
         (DNF, "Fedora"),
@@ -384,10 +387,10 @@ def test_an_unknown_distribution_gets_every_known_command(
 
 def test_homebrew_is_what_a_mac_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even though no Windows guest runs there: other guests will ask the same question."""
-    from smolvm_async.host.distribution import how_to_install
+    from smolvm_async.host.distribution import QEMU, QEMU_IMG, how_to_install
 
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert how_to_install(PROGRAMS[:3]) == f"Install with: {BREW}"
+    assert how_to_install([QEMU, QEMU_IMG, *programs(WINDOWS)]) == f"Install with: {BREW}"
 
 
 @pytest.mark.parametrize(
@@ -405,7 +408,7 @@ def test_only_what_is_missing_is_to_be_installed(
     (bin_directory / program).unlink()
     this_is(monkeypatch, {"ID": "debian"})
     with pytest.raises(HostError) as caught:
-        find_tools(WINDOWS)
+        windows_tools()
     message = str(caught.value)
     assert message.startswith(f"{program} not found. ")
     assert f"Install with: sudo apt-get install {package}. " in message
@@ -418,7 +421,7 @@ def test_firmware_alone_may_be_missing(
     no_firmware(monkeypatch)
     this_is(monkeypatch, {"ID": "debian"})
     with pytest.raises(HostError) as caught:
-        find_tools(WINDOWS)
+        windows_tools()
     message = str(caught.value)
     assert message.startswith("UEFI firmware with Secure Boot (OVMF) not found. ")
     assert "Install with: sudo apt-get install ovmf. " in message
@@ -429,13 +432,13 @@ def test_a_file_that_cannot_be_executed_is_no_program(bin_directory: Path) -> No
     (bin_directory / "swtpm").unlink()
     (bin_directory / "swtpm").write_text("#!/bin/sh\n")
     with pytest.raises(HostError, match="swtpm not found"):
-        find_tools(WINDOWS)
+        windows_tools()
 
 
 def test_the_host_is_looked_at_once_and_again_when_path_changes(
     monkeypatch: pytest.MonkeyPatch, bin_directory: Path
 ) -> None:
-    tools = find_tools(WINDOWS)
+    tools = windows_tools()
     assert tools.qemu == bin_directory / "qemu-system-x86_64"
 
     def forbidden(*arguments: object, **options: object) -> None:
@@ -444,19 +447,19 @@ def test_the_host_is_looked_at_once_and_again_when_path_changes(
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "which", forbidden)
         patched.setattr(firmware_module, "find_firmware", forbidden)
-        assert find_tools(WINDOWS) is tools
+        assert windows_tools() is tools
     other = bin_directory.with_name("other")
     shutil.copytree(bin_directory, other, symlinks=True)
     monkeypatch.setenv("PATH", f"{other}:{bin_directory}")
-    assert find_tools(WINDOWS).qemu == other / "qemu-system-x86_64"
+    assert windows_tools().qemu == other / "qemu-system-x86_64"
 
 
 def test_what_was_missing_is_found_once_it_is_installed(bin_directory: Path) -> None:
     (bin_directory / "swtpm").unlink()
     with pytest.raises(HostError):
-        find_tools(WINDOWS)
+        windows_tools()
     (bin_directory / "swtpm").symlink_to("/bin/true")
-    assert find_tools(WINDOWS).swtpm == bin_directory / "swtpm"
+    assert windows_tools().sidecars["swtpm"] == bin_directory / "swtpm"
 
 
 def test_a_relative_path_entry_gives_absolute_programs(
@@ -464,9 +467,9 @@ def test_a_relative_path_entry_gives_absolute_programs(
 ) -> None:
     monkeypatch.chdir(bin_directory.parent)
     monkeypatch.setenv("PATH", bin_directory.name)
-    tools = find_tools(WINDOWS)
-    assert tools.swtpm is not None
-    assert {tools.qemu.parent, tools.qemu_img.parent, tools.swtpm.parent} == {bin_directory}
+    tools = windows_tools()
+    found = (tools.qemu, tools.qemu_img, tools.sidecars["swtpm"])
+    assert {path.parent for path in found} == {bin_directory}
 
 
 # The accelerator

@@ -18,15 +18,15 @@ from smolvm_async.controls.ssh.seed import make_seed
 from smolvm_async.guests import BUILT_IN, GUESTS
 from smolvm_async.host import find_tools
 from smolvm_async.host.accelerator import TCG
-from smolvm_async.qemu.arguments import Descriptors, DirectBoot, qemu_arguments
+from smolvm_async.qemu.arguments import Descriptors, DirectBoot, MachineSpec, qemu_arguments
 
 LINUX, DEBIAN = GUESTS["linux"], BUILT_IN["linux"]
 
 
 def arguments(direct_boot: DirectBoot | None = None, **options: Any) -> list[str]:
     config = make_config(vm_id="one", accel="tcg", **options)
-    tools = find_tools(config.profile)
-    return qemu_arguments(config, tools, TCG, Descriptors(3, 4, 5, 6), [], None, direct_boot)
+    spec = MachineSpec(config, find_tools(config.profile, []), TCG, 5, (), direct_boot=direct_boot)
+    return qemu_arguments(spec, Descriptors(3, 4, 6), [])
 
 
 def test_no_argument_at_all_means_the_built_in_linux() -> None:

@@ -2,42 +2,107 @@
 
 from __future__ import annotations
 
-from socket import socketpair
+import asyncio
+import struct
+from pathlib import Path
+from socket import socket, socketpair
 
-from smolvm_async.host import HostTools
-from smolvm_async.qemu.sidecars.attachment import Attachment
-from smolvm_async.state.directory import SWTPM_LOG, TPM
+from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.errors import CommandError
+from smolvm_async.foundation.process import spawn
+from smolvm_async.host.distribution import Program
+from smolvm_async.qemu.sidecars.sidecar import Attachment, Sidecar
+from smolvm_async.state.directory import TPM, log_name
 
+# `--terminate`: it ends when QEMU closes its end.
+SOCKET = ("socket", "--tpm2", "--tpmstate", f"dir={TPM},mode=0600")
 
-def swtpm_arguments(tools: HostTools, fd: int) -> list[str]:
-    """The command line; `fd` is its end of the socketpair."""
-    return [
-        str(tools.swtpm),
-        "socket",
-        "--tpm2",
-        *("--tpmstate", f"dir={TPM},mode=0600"),
-        *("--ctrl", f"type=unixio,clientfd={fd}"),
-        "--terminate",  # when QEMU's end closes
-    ]
+ANSWER = 10.0  # seconds until the doctor's question has to be answered
 
-
-def attach_arguments(fd: int) -> list[str]:
-    """QEMU's options for it; `fd` is QEMU's end of the socketpair."""
-    return [
-        *("-chardev", f"socket,id=tpm,fd={fd}"),
-        *("-tpmdev", "emulator,id=tpm0,chardev=tpm"),
-        *("-device", "tpm-crb,tpmdev=tpm0"),
-    ]
+# TPM 2.0 Library, part 3: TPM2_GetRandom of 8 bytes, without a session.
+HEADER = struct.Struct(">HII")
+NO_SESSIONS, CC_GET_RANDOM = 0x8001, 0x17B  # TPM_ST_NO_SESSIONS, TPM_CC_GetRandom
+GET_RANDOM = HEADER.pack(NO_SESSIONS, 12, CC_GET_RANDOM) + struct.pack(">H", 8)
 
 
-def swtpm(tools: HostTools) -> Attachment:
-    """A TPM whose state is in the VM's directory."""
-    ours, qemus = socketpair()
-    return Attachment(
-        "swtpm",
-        tuple(swtpm_arguments(tools, ours.fileno())),
-        SWTPM_LOG,
-        (ours,),
-        tuple(attach_arguments(qemus.fileno())),
-        (qemus,),
-    )
+class Swtpm(Sidecar):
+    """The guest's TPM. Its state is in the VM's directory."""
+
+    program = Program("swtpm", apt="swtpm", dnf="swtpm", pacman="swtpm", brew="swtpm")
+    directory = TPM
+    device = "tpm"
+
+    def connect(self, program: Path, config: VMConfig) -> Attachment:
+        """Make the socketpair for swtpm's control channel, which carries its data channel, too."""
+        ours, qemus = socketpair()
+        return Attachment(
+            command=[
+                str(program),
+                *SOCKET,
+                *("--ctrl", f"type=unixio,clientfd={ours.fileno()}"),
+                "--terminate",  # when QEMU's end closes
+            ],
+            own_sockets=(ours,),
+            options=[
+                *("-chardev", f"socket,id=tpm,fd={qemus.fileno()}"),
+                *("-tpmdev", "emulator,id=tpm0,chardev=tpm"),
+                *("-device", "tpm-crb,tpmdev=tpm0"),
+            ],
+            sockets=(qemus,),
+        )
+
+    async def try_out(self, program: Path, directory: Path) -> str:
+        """Ask a new TPM for random bytes."""
+        name = self.program.name
+        (directory / TPM).mkdir(0o700)
+        ours, theirs = socketpair()
+        with ours, theirs:
+            ours.setblocking(False)
+            fd = theirs.fileno()
+            argv = [
+                str(program),
+                *SOCKET,
+                "--fd",
+                str(fd),
+                "--flags",
+                "not-need-init,startup-clear",
+            ]
+            log = directory / log_name(name)
+            child = await spawn(name, argv, cwd=directory, log=log, fds=[fd])
+            try:
+                theirs.close()
+                async with asyncio.timeout(ANSWER):
+                    answer = await _exchange(ours, GET_RANDOM)
+                    if not answer:
+                        await asyncio.wait([child.exited])
+            except TimeoutError:
+                raise CommandError(f"{name} gave no answer within {ANSWER:g} s") from None
+            finally:
+                await child.reap()
+        random = random_bytes(answer)
+        if not random:
+            said = f"it answered {answer.hex()!r}" if answer else "it gave no answer"
+            raise CommandError(f"{name} is not a TPM 2.0: {said}.\n{child.report()}")
+        return f"as a TPM 2.0 it gave {len(random)} random bytes"
+
+
+async def _exchange(connection: socket, command: bytes) -> bytes:
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.sock_sendall(connection, command)
+        return await loop.sock_recv(connection, 4096)
+    except ConnectionError:
+        return b""  # swtpm has ended
+
+
+def random_bytes(answer: bytes) -> bytes:
+    """Return the bytes in an answer to TPM2_GetRandom; empty if it is an error or not an answer."""
+    if len(answer) < HEADER.size + 2:
+        return b""
+    tag, size, code = HEADER.unpack_from(answer)
+    if (tag, size, code) != (NO_SESSIONS, len(answer), 0):
+        return b""
+    return answer[HEADER.size + 2 :]
+
+
+SIDECAR = Swtpm()

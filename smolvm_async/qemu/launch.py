@@ -1,0 +1,199 @@
+"""The launch of QEMU with its sidecars: for a VM, for the doctor's probe, and for the benchmarks.
+
+`commands` connects the processes and makes their command lines, `launch` spawns them and connects
+the monitor, and `Processes` owns what was spawned until it is reaped. The benchmarks' floor takes
+only `commands`: it measures how fast the same processes are without asyncio and this library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from smolvm_async.errors import LaunchError, SmolVMError, VMNotRunningError
+from smolvm_async.foundation.process import Child, spawn
+from smolvm_async.foundation.tasks import settle
+from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
+from smolvm_async.qemu.console import Console
+from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.screen import Screen
+from smolvm_async.qemu.sidecars import SIDECARS
+from smolvm_async.state.directory import log_name
+
+SAME_END = 0.5  # seconds within which QEMU and a sidecar end if the end of one ends the other
+IMAGE_IN_USE = 'Failed to get shared "write" lock'  # QEMU's words
+
+
+class Command(NamedTuple):
+    """A process that has to be spawned in the VM's directory.
+
+    Attributes:
+        name: Its name in messages and in the VM's record.
+        argv: Its command line.
+        log: The name of its log.
+        fds: The descriptors that it inherits.
+    """
+
+    name: str
+    argv: list[str]
+    log: str
+    fds: list[int]
+
+
+@contextmanager
+def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Command]]:
+    """Connect QEMU to its sidecars, and yield the command of each process, QEMU's first.
+
+    The sockets between the processes are open only in the block, which has to spawn them: a copy in
+    this process would hide the end of a process from the process at the other end.
+
+    Raises:
+        OSError: There are no descriptors left.
+    """
+    with ExitStack() as ends:
+        attachments = {
+            name: ends.enter_context(SIDECARS[name].open(spec.tools.sidecars[name], spec.config))
+            for name in spec.sidecars
+        }
+        options = [word for attached in attachments.values() for word in attached.options]
+        sockets = [sock.fileno() for attached in attachments.values() for sock in attached.sockets]
+        boot = spec.direct_boot.descriptors if spec.direct_boot is not None else []
+        argv = qemu_arguments(spec, descriptors, options)
+        yield [
+            Command(
+                "QEMU", argv, log_name("qemu"), [*descriptors, spec.base_image, *boot, *sockets]
+            ),
+            *(
+                Command(
+                    name,
+                    attached.command,
+                    log_name(name),
+                    [s.fileno() for s in attached.own_sockets],
+                )
+                for name, attached in attachments.items()
+            ),
+        ]
+
+
+class Processes:
+    """QEMU and its sidecars; they are killed and reaped at the end of the block, in any case.
+
+    Attributes:
+        children: All that were spawned, QEMU first.
+        ended: Those that have ended, in this order.
+    """
+
+    def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
+        self.children: list[Child] = []
+        self.ended: list[Child] = []
+        self._on_end = on_end
+
+    async def __aenter__(self) -> Processes:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.kill()
+        if self.children:
+            await settle(asyncio.wait([child.exited for child in self.children]))
+
+    @property
+    def qemu(self) -> Child:
+        """QEMU's process, once it was spawned."""
+        return self.children[0]
+
+    @property
+    def sidecars(self) -> list[Child]:
+        """The other processes."""
+        return self.children[1:]
+
+    def add(self, child: Child) -> None:
+        """Take over a process."""
+
+        def note(_: asyncio.Future[int]) -> None:
+            self.ended.append(child)
+            self._on_end()
+
+        self.children.append(child)
+        child.exited.add_done_callback(note)
+
+    def kill(self) -> None:
+        """Send SIGKILL to all that run."""
+        for child in self.children:
+            child.kill()
+
+    async def explain(self, error: SmolVMError, vm_id: str, image: Path | None) -> SmolVMError:
+        """Kill all after a failed launch, and return the error to raise: which process ended, how.
+
+        The first process to end is not always the reason. When QEMU refuses the machine, its
+        sidecars end, too, with status 0; when a sidecar fails, QEMU ends with an error of its own
+        that says nothing of it. So all get a moment to end, and those with an error are told, QEMU
+        last.
+
+        Args:
+            error: The error that ended the launch.
+            vm_id: The VM, for the message.
+            image: The image that it starts from, for the message.
+        """
+        if isinstance(error, LaunchError) and isinstance(error.__cause__, OSError):
+            self.kill()  # a process could not be spawned: those that run have nothing to tell
+            return LaunchError(f"{vm_id} did not start: {error}")
+        if self.children:
+            await asyncio.wait([child.exited for child in self.children], timeout=SAME_END)
+        ended = [child for child in reversed(self.children) if child.returncode is not None]
+        failed = [child for child in ended if child.returncode != 0] or ended
+        self.kill()
+        if failed and isinstance(error, LaunchError | VMNotRunningError):
+            told = "\n".join(child.report() for child in failed)
+            if IMAGE_IN_USE in told:
+                told = f"Another program has {image or 'the image'} open for writing.\n{told}"
+            return LaunchError(f"{vm_id} did not start. {told}")
+        if isinstance(error, LaunchError):
+            running = "\n".join(child.report() for child in self.children)
+            return LaunchError(f"{vm_id} did not start: {error}.\n{running}")
+        return error
+
+
+async def launch(
+    processes: Processes,
+    spec: MachineSpec,
+    directory: Path,
+    monitor: Monitor,
+    console: Console,
+    screen: Screen,
+    *,
+    timeout: float,
+    amend: Callable[[list[str]], list[str]] = list,
+) -> None:
+    """Spawn QEMU and its sidecars, and connect the monitor. The guest does not run yet.
+
+    All are spawned before anything is waited for. QEMU is first, since it takes longest.
+
+    Args:
+        processes: The owner of what is spawned.
+        spec: The machine.
+        directory: The VM's directory, filled.
+        monitor: The monitor, not open yet.
+        console: The serial console, not open yet.
+        screen: The screen, not open yet.
+        timeout: Seconds for QEMU's first answer.
+        amend: Changes QEMU's command line.
+
+    Raises:
+        LaunchError: A process could not be spawned (its cause is then an `OSError`) or ended, or
+            QEMU did not answer in time.
+        OSError: There are no descriptors or no memory left.
+    """
+    with ExitStack() as ends:
+        descriptors = Descriptors(
+            ends.enter_context(monitor.open()).fileno(),
+            ends.enter_context(console.open()).fileno(),
+            screen.open(),
+        )
+        qemu, *sidecars = ends.enter_context(commands(spec, descriptors))
+        for name, argv, log, fds in (qemu._replace(argv=amend(qemu.argv)), *sidecars):
+            processes.add(await spawn(name, argv, cwd=directory, log=directory / log, fds=fds))
+    # Only the processes have their ends now: the death of one shows as an end of file.
+    await monitor.connect([child.exited for child in processes.children], timeout)
