@@ -1,10 +1,10 @@
-"""What the doctor reports, and the notebook in which its checks collect it."""
+"""The doctor's report, and the notebook that runs checks and collects their verdicts."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 
-DEADLINE = 20.0  # seconds for a check that says nothing else
+DEADLINE = 20.0  # seconds for a check that sets no other deadline
 
 
 class Outcome(StrEnum):
-    """How a check went: SKIPPED if something that it needs failed or was not asked for."""
+    """The result of a check; SKIPPED if it was not asked for, or something that it needs failed."""
 
     OK = "ok"
     WARNING = "warning"
@@ -26,7 +26,7 @@ class Outcome(StrEnum):
 
 
 class Verdict(NamedTuple):
-    """What a check concludes, in plain English, and if not all is well, what to do."""
+    """The conclusion of a check in plain English and, unless all is well, what to do."""
 
     status: Outcome
     detail: str
@@ -34,43 +34,51 @@ class Verdict(NamedTuple):
 
 
 def ok(detail: str) -> Verdict:
-    """All is well."""
+    """Return the verdict that all is well."""
     return Verdict(Outcome.OK, detail)
 
 
 def warning(detail: str, cure: str) -> Verdict:
-    """It works, but worse than it could."""
+    """Return the verdict that guests run, but worse than they could."""
     return Verdict(Outcome.WARNING, detail, cure)
 
 
 def failed(detail: str, cure: str) -> Verdict:
-    """Guests cannot run, or not safely."""
+    """Return the verdict that guests cannot run, or not safely."""
     return Verdict(Outcome.FAILED, detail, cure)
 
 
 def skipped(detail: str) -> Verdict:
-    """Nothing was checked; `detail` says why."""
+    """Return the verdict that nothing was checked, for the reason in `detail`."""
     return Verdict(Outcome.SKIPPED, detail)
 
 
-def needs(*checks: str) -> str:
-    """Why something is skipped: these checks have failed."""
-    return f"not checked, because of {' and '.join(checks)}"
+class Check(NamedTuple):
+    """One check.
 
+    Attributes:
+        name: What is checked, such as `secure-boot`.
+        work: Returns the verdict, or an awaitable of it.
+        needs: The names of checks without which this one would fail, too: it is then skipped.
+        deadline: Seconds.
+    """
 
-Check = Callable[[], Awaitable[Verdict]]
+    name: str
+    work: Callable[[], Verdict | Awaitable[Verdict]]
+    needs: tuple[str, ...] = ()
+    deadline: float = DEADLINE
 
 
 class Finding(BaseModel):
-    """One finding.
+    """The finding of one check.
 
     Attributes:
         check: What was checked, such as `secure-boot`.
         guest: The guest OS that it concerns; `None` if all.
-        status: How it went.
+        status: The result.
         detail: What was found, with the values measured.
         cure: What to do; empty if nothing.
-        seconds: How long the check took; 0 if another one's work showed it.
+        seconds: How long the check took; 0 if the work of another check showed it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -90,7 +98,7 @@ class Report(BaseModel):
 
     findings: tuple[Finding, ...]
 
-    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
+    @computed_field  # type: ignore[prop-decorator]  # mypy does not know decorated properties
     @property
     def ok(self) -> bool:
         """Whether nothing failed."""
@@ -98,52 +106,48 @@ class Report(BaseModel):
 
 
 class Notebook:
-    """Runs checks one after the other, and notes what they find."""
+    """Runs checks one after another and notes their findings."""
 
     def __init__(self, on_progress: ProgressCallback | None) -> None:
         self.findings: list[Finding] = []
         self._on_progress = on_progress
         self._started = time.monotonic()
+        # For each check that failed or was skipped: the failed checks that are the reason.
+        self._causes: dict[str, list[str]] = {}
 
-    async def check(
-        self,
-        name: str,
-        work: Check,
-        *,
-        guest: str | None = None,
-        deadline: float = DEADLINE,
-        obstacle: str = "",
-    ) -> bool:
-        """Note what `work` concludes within `deadline` seconds, or what went wrong.
+    async def run(self, checks: Iterable[Check], guest: str | None = None) -> None:
+        """Run checks and note their verdicts, or what went wrong.
 
         Args:
-            name: What is checked.
-            work: The check.
-            guest: The guest OS that it concerns.
-            deadline: Seconds.
-            obstacle: Why it cannot be checked; empty if it can.
-
-        Returns:
-            Whether what depends on it can be checked.
+            checks: The checks.
+            guest: The guest OS that they concern; `None` if all.
         """
-        if obstacle:
-            self.note(name, skipped(obstacle), guest=guest)
-            return False
-        started = time.monotonic()
-        about = f"{name} ({guest})" if guest else name
-        report(self._on_progress, Progress("doctor", about, started - self._started))
-        verdict = await _conclude(work, deadline)
-        self.note(name, verdict, guest=guest, seconds=time.monotonic() - started)
-        return verdict.status in (Outcome.OK, Outcome.WARNING)
+        for check in checks:
+            causes = [cause for need in check.needs for cause in self._causes.get(need, ())]
+            if causes:
+                self._causes[check.name] = causes = [*dict.fromkeys(causes)]
+                because = f"not checked, because of {' and '.join(causes)}"
+                self._note(check, skipped(because), guest)
+                continue
+            started = time.monotonic()
+            about = f"{check.name} ({guest})" if guest else check.name
+            report(self._on_progress, Progress("doctor", about, started - self._started))
+            verdict = await _conclude(check)
+            if verdict.status is Outcome.FAILED:
+                self._causes[check.name] = [check.name]
+            self._note(check, verdict, guest, time.monotonic() - started)
 
-    def note(
-        self, name: str, verdict: Verdict, *, guest: str | None = None, seconds: float = 0.0
+    def passed(self, name: str) -> bool:
+        """Whether a check neither failed nor depended on one that failed."""
+        return name not in self._causes
+
+    def _note(
+        self, check: Check, verdict: Verdict, guest: str | None, seconds: float = 0.0
     ) -> None:
-        """Note a verdict."""
         status, detail, cure = verdict
         self.findings.append(
             Finding(
-                check=name,
+                check=check.name,
                 guest=guest,
                 status=status,
                 detail=detail,
@@ -153,13 +157,14 @@ class Notebook:
         )
 
 
-async def _conclude(work: Check, deadline: float) -> Verdict:
+async def _conclude(check: Check) -> Verdict:
     try:
-        async with asyncio.timeout(deadline):
-            return await work()
+        async with asyncio.timeout(check.deadline):
+            verdict = check.work()
+            return verdict if isinstance(verdict, Verdict) else await verdict
     except TimeoutError:
         cure = "Look whether the host is overloaded or a disk hangs, and run the doctor again."
-        return failed(f"it did not end within {deadline:g} s", cure)
+        return failed(f"it did not end within {check.deadline:g} s", cure)
     except (SmolVMError, OSError) as error:
         return failed(str(error), "Do what the error says, and run the doctor again.")
     except Exception as error:

@@ -14,8 +14,11 @@ from typing import NamedTuple
 
 from smolvm_async.doctor.findings import Verdict, failed, ok, skipped, warning
 from smolvm_async.doctor.unsigned import MARKER
+from smolvm_async.errors import HostError
 from smolvm_async.foundation.tail import printable
 from smolvm_async.guests import GuestProfile
+from smolvm_async.host import choose_accelerator
+from smolvm_async.host.accelerator import Problem
 from smolvm_async.host.distribution import OVMF, QEMU, how_to_install
 from smolvm_async.host.firmware import Firmware
 from smolvm_async.qemu.sidecars import Sidecar
@@ -30,6 +33,12 @@ TAIL = 500  # characters of the console that a finding quotes
 PCAP_HEADER, PCAP_RECORD = 24, struct.Struct("=4I")  # QEMU writes it in the host's byte order
 IPV4_UDP = re.compile(rb".{12}\x08\x00(.).{8}\x11", re.DOTALL)
 BOOTPS = 67
+
+USE_TCG = "Pass accel='tcg': software emulation, many times slower."
+GOOD_KVM = (
+    "Use a host whose KVM runs guests: a real machine, or a VM with nested virtualization. "
+    f"Until then: {USE_TCG}"
+)
 
 
 class Sighting(NamedTuple):
@@ -190,3 +199,47 @@ def sidecar_verdict(sighting: Sighting, sidecar: Sidecar) -> Verdict:
     if sighting.booted:
         return ok(f"the firmware booted with {name}")
     return skipped("the firmware did not boot")
+
+
+def kvm_verdict(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdict:
+    """Whether KVM runs guests.
+
+    Args:
+        accel: What VMs would ask for.
+        sighting: What a boot under KVM has shown; `None` if KVM cannot be opened.
+        problem: Why the library does not take KVM by itself; `None` if it does.
+    """
+    if accel == "tcg":
+        return skipped("accel='tcg' was asked for")
+    if sighting is not None and sighting.booted:
+        found = f"the firmware booted under KVM in {sighting.seconds:.1f} s"
+        if problem is None:
+            return ok(found)
+        return warning(f"{found}, but accel='auto' does not take it: {problem.reason}", USE_TCG)
+    reasons = []
+    if sighting is not None:
+        reasons.append(f"KVM opens, and does not run guests: {sighting.why_not()}")
+    if problem is not None:
+        reasons.append(problem.reason)
+    found = "; ".join(reasons) or "KVM cannot be opened"
+    cure = problem.cure if problem is not None else GOOD_KVM
+    return (failed if accel == "kvm" or problem is None else warning)(found, cure)
+
+
+def accelerator_verdict(accel: str, kvm_works: bool, problem: Problem | None) -> Verdict:
+    """What guests get if they ask for `accel`, and whether that works."""
+    try:
+        chosen, _ = choose_accelerator(accel)
+    except HostError as error:
+        return failed(str(error), USE_TCG)
+    if chosen.name == accel == "tcg":
+        return ok("accel='tcg' was asked for: software emulation, many times slower than KVM")
+    if chosen.name == "tcg":
+        reason = f": {problem.reason}" if problem is not None else ""
+        return warning(
+            f"accel={accel!r} takes TCG, software emulation, many times slower than KVM{reason}",
+            f"{problem.cure if problem is not None else GOOD_KVM} accel='tcg' is silent about it.",
+        )
+    if not kvm_works:
+        return failed(f"accel={accel!r} takes KVM, which does not run guests here", USE_TCG)
+    return ok(f"accel={accel!r} takes KVM, and it works")

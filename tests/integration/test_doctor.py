@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from smolvm_async import ConfigError, Progress
-from smolvm_async.doctor import Finding, Outcome, Report, examine, probe, programs
+from smolvm_async.doctor import Finding, Outcome, Report, checks, examine, probe
 from smolvm_async.guests import GUESTS
 from smolvm_async.host import find_tools
 from smolvm_async.qemu.sidecars import SIDECARS, swtpm
@@ -178,7 +178,7 @@ async def test_a_broken_swtpm(
 ) -> None:
     monkeypatch.setattr(swtpm, "ANSWER", 0.2)
     fake("swtpm", script.replace("$5", "${6}"))
-    verdict = await programs.check_sidecar(SIDECARS["swtpm"], data_dir)
+    verdict = await checks.check_sidecar(SIDECARS["swtpm"], data_dir)
     assert verdict.status is Outcome.FAILED
     assert words in verdict.detail
     assert "swtpm" in verdict.cure
@@ -196,21 +196,21 @@ async def test_a_broken_swtpm_leaves_the_rest_to_be_probed(
 
 async def test_a_qemu_img_that_writes_nothing(data_dir: Path, fake: FakeProgram) -> None:
     fake("qemu-img", "exit 0")
-    verdict = await programs.check_qemu_img(data_dir)
+    verdict = await checks.check_qemu_img(data_dir)
     assert verdict.status is Outcome.FAILED
     assert "did not make a qcow2" in verdict.detail
 
 
 async def test_an_old_qemu_is_told(fake: FakeProgram) -> None:
     fake("qemu-system-x86_64", "echo QEMU emulator version 6.2.0")
-    verdict = await programs.check_qemu()
+    verdict = await checks.check_qemu()
     assert verdict.status is Outcome.WARNING
     assert "6.2.0" in verdict.detail
 
 
 async def test_a_setpriv_without_effect(fake: FakeProgram) -> None:
     fake("setpriv", 'shift 3; exec "$@"')
-    verdict = await programs.check_setpriv()
+    verdict = await checks.check_setpriv()
     assert verdict.status is Outcome.FAILED
     assert "shows '0'" in verdict.detail
 

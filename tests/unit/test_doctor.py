@@ -15,16 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolvm_async import HostError, Progress
-from smolvm_async.doctor import Finding, Outcome, Report, accelerators
-from smolvm_async.doctor.accelerators import accelerator_verdict, kvm_verdict
-from smolvm_async.doctor.findings import Notebook, Verdict, ok, warning
+from smolvm_async.doctor import Finding, Outcome, Report, verdicts
+from smolvm_async.doctor.findings import Check, Notebook, Verdict, failed, ok, warning
 from smolvm_async.doctor.probe import _failure, _subsets
 from smolvm_async.doctor.unsigned import MARKER, unsigned_application, unsigned_disk
 from smolvm_async.doctor.verdicts import (
     NETWORK,
     Sighting,
+    accelerator_verdict,
     boot_verdict,
     disk_verdict,
+    kvm_verdict,
     network_verdict,
     offered_address,
     secure_boot_verdict,
@@ -229,7 +230,7 @@ def chooses(monkeypatch: pytest.MonkeyPatch, chosen: Accelerator | None) -> None
             raise HostError("accel='kvm' cannot be used")
         return chosen, None
 
-    monkeypatch.setattr(accelerators, "choose_accelerator", choose)
+    monkeypatch.setattr(verdicts, "choose_accelerator", choose)
 
 
 @pytest.mark.parametrize(
@@ -293,9 +294,9 @@ def test_the_application_has_no_signature() -> None:
 # The notebook
 
 
-async def conclude(work: Callable[[], Any], **options: Any) -> Finding:
+async def conclude(work: Callable[[], Any], deadline: float) -> Finding:
     notebook = Notebook(None)
-    await notebook.check("it", work, **options)
+    await notebook.run([Check("it", work, deadline=deadline)])
     (finding,) = notebook.findings
     return finding
 
@@ -324,19 +325,26 @@ async def test_whatever_goes_wrong_is_a_finding() -> None:
 
 
 @pytest.mark.anyio
-async def test_an_obstacle_skips() -> None:
+async def test_what_needs_a_failed_check_is_skipped_and_names_the_cause() -> None:
     def never() -> Any:
         raise AssertionError
 
-    finding = await conclude(never, obstacle="see qemu", guest="windows")
-    expected = (Outcome.SKIPPED, "see qemu", "windows")
-    assert (finding.status, finding.detail, finding.guest) == expected
+    notebook = Notebook(None)
+    await notebook.run(
+        [Check("disk", lambda: failed("full", "Free some.")), Check("a", lambda: ok(""))]
+    )
+    checks = [Check("qemu", never, ("disk",)), Check("boot", never, ("qemu", "disk", "python"))]
+    await notebook.run(checks, "windows")
+    for finding in notebook.findings[2:]:
+        expected = (Outcome.SKIPPED, "not checked, because of disk", "windows")
+        assert (finding.status, finding.detail, finding.guest) == expected
+    assert [notebook.passed(name) for name in ("a", "disk", "boot")] == [True, False, False]
 
 
 @pytest.mark.anyio
 async def test_a_cancellation_is_no_finding() -> None:
     notebook = Notebook(None)
-    task = asyncio.ensure_future(notebook.check("it", lambda: asyncio.sleep(3600, ok(""))))
+    task = asyncio.ensure_future(notebook.run([Check("it", lambda: asyncio.sleep(3600, ok("")))]))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -348,8 +356,10 @@ async def test_a_cancellation_is_no_finding() -> None:
 async def test_progress_and_report() -> None:
     steps: list[Progress] = []
     notebook = Notebook(steps.append)
-    assert await notebook.check("a", lambda: asyncio.sleep(0, ok("fine")))
-    assert await notebook.check("b", lambda: asyncio.sleep(0, warning("slow", "wait")), guest="x")
+    await notebook.run([Check("a", lambda: ok("fine"))])
+    await notebook.run([Check("b", lambda: asyncio.sleep(0, warning("slow", "wait")))], "x")
+    assert notebook.passed("a")
+    assert notebook.passed("b")
     assert [(step.stage, step.message) for step in steps] == [("doctor", "a"), ("doctor", "b (x)")]
     report = Report(findings=tuple(notebook.findings))
     assert report.ok

@@ -1,0 +1,159 @@
+"""The examination: the order of the checks, and the boots of a guest's machine among them.
+
+To add a check, write a function that returns a `Verdict` and give it a row: in `checks.py` if the
+host alone shows it, in `Boots.checks` here if a boot of the firmware shows it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal
+
+from smolvm_async.config.vm_config import make_config
+from smolvm_async.doctor.checks import find_pair, guest_checks, host_checks
+from smolvm_async.doctor.findings import Check, Notebook, Report, Verdict, failed
+from smolvm_async.doctor.probe import DEADLINE, Machine, probe
+from smolvm_async.doctor.verdicts import (
+    NETWORK,
+    Sighting,
+    accelerator_verdict,
+    boot_verdict,
+    disk_verdict,
+    kvm_verdict,
+    network_verdict,
+    secure_boot_verdict,
+    sidecar_verdict,
+    smm_verdict,
+)
+from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.guests import GuestProfile
+from smolvm_async.guests.windows import WINDOWS
+from smolvm_async.host import Accelerator, Firmware, HostTools
+from smolvm_async.host.accelerator import KVM, TCG, Problem, probe_kvm
+from smolvm_async.host.distribution import QEMU, QEMU_IMG, Program
+from smolvm_async.qemu.sidecars import SIDECARS
+
+DEVICE = "/dev/kvm"
+
+
+async def examine(
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    accel: Literal["auto", "kvm", "tcg"] = "auto",
+    on_progress: ProgressCallback | None = None,
+) -> Report:
+    """Examine this host. It takes some seconds, and leaves nothing behind when cancelled.
+
+    Args:
+        data_dir: The directory where VMs would keep their files; by default, the VMs' default.
+        accel: The accelerator that VMs would ask for.
+        on_progress: Called with a `Progress` for each check.
+
+    Returns:
+        The findings. No check raises, whatever happens in it.
+
+    Raises:
+        ConfigError: An argument is wrong.
+    """
+    # Any image will do: the two arguments are checked as a VM's are.
+    config = make_config(os=WINDOWS.name, image="none", accel=accel, data_dir=data_dir)
+    notebook = Notebook(on_progress)
+    await notebook.run(host_checks(config.data_dir))
+    # A Windows guest needs everything that other guests need, and more.
+    await examine_guest(notebook, WINDOWS, config.data_dir, accel)
+    return Report(findings=tuple(notebook.findings))
+
+
+async def examine_guest(
+    notebook: Notebook, profile: GuestProfile, data_dir: Path, accel: str
+) -> None:
+    """Check everything that one guest OS needs, from its programs to a boot of its machine."""
+    if sys.platform not in profile.hosts:
+        found = f"{profile.title} guests need a Linux host; this one is {sys.platform!r}"
+        cure = "Use a Linux machine, or a Linux VM with nested virtualization."
+        await notebook.run([Check("host", lambda: failed(found, cure))], profile.name)
+        return
+    await notebook.run(guest_checks(profile, data_dir), profile.name)
+    sidecars = [name for name in profile.sidecars if notebook.passed(name)]
+    boots = Boots(profile, frozenset({NETWORK, *sidecars}), data_dir, accel)
+    await notebook.run(boots.checks(), profile.name)
+
+
+class Boots:
+    """The boots of a guest's machine: under KVM if possible, else under TCG."""
+
+    def __init__(
+        self, profile: GuestProfile, parts: frozenset[str], data_dir: Path, accel: str
+    ) -> None:
+        self._profile = profile
+        self._parts = parts
+        self._data_dir = data_dir
+        self._accel = accel
+        self._problem: Problem | None = None
+        self._seen: Sighting | None = None
+
+    def checks(self) -> list[Check]:
+        """Return the checks that boot, and those that draw conclusions from the boots."""
+        needs = ("qemu", "qemu-img", "firmware")
+        return [
+            Check("kvm", self._kvm, needs, DEADLINE["kvm"]),
+            Check("boot", self._boot, needs, DEADLINE["tcg"]),
+            Check("accelerator", self._accelerator, needs),
+            Check("smm", lambda: smm_verdict(self._sighting, self._profile), needs),
+            Check("virtio-scsi", lambda: disk_verdict(self._sighting), needs),
+            Check("secure-boot", self._secure_boot, needs),
+            Check(NETWORK, lambda: network_verdict(self._sighting), needs),
+            *(self._sidecar(name, needs) for name in self._profile.sidecars),
+        ]
+
+    async def _kvm(self) -> Verdict:
+        """Boot under KVM, unless it is ruled out or cannot be opened."""
+        if self._accel != "tcg":
+            self._problem = probe_kvm()
+            if os.access(DEVICE, os.R_OK | os.W_OK):
+                self._seen = await self._probe(KVM)
+        return kvm_verdict(self._accel, self._seen, self._problem)
+
+    async def _boot(self) -> Verdict:
+        """Boot under TCG, unless the boot under KVM has shown everything."""
+        if not self._kvm_works:
+            self._seen = await self._probe(TCG)
+        return boot_verdict(self._sighting)
+
+    def _accelerator(self) -> Verdict:
+        return accelerator_verdict(self._accel, self._kvm_works, self._problem)
+
+    def _secure_boot(self) -> Verdict:
+        return secure_boot_verdict(self._sighting, self._profile, self._firmware)
+
+    def _sidecar(self, name: str, needs: tuple[str, ...]) -> Check:
+        sidecar = SIDECARS[name]
+        return Check(
+            sidecar.device, lambda: sidecar_verdict(self._sighting, sidecar), (*needs, name)
+        )
+
+    @property
+    def _sighting(self) -> Sighting:
+        return self._seen or Sighting("no accelerator")
+
+    @property
+    def _kvm_works(self) -> bool:
+        return self._sighting.accelerator == "kvm" and self._sighting.booted
+
+    @property
+    def _firmware(self) -> Firmware:
+        firmware = find_pair(self._profile)
+        assert firmware is not None, "the check `firmware` has found it"
+        return firmware
+
+    async def _probe(self, accelerator: Accelerator) -> Sighting:
+        sidecars = {name: _path(SIDECARS[name].program) for name in self._profile.sidecars}
+        tools = HostTools(_path(QEMU), _path(QEMU_IMG), self._firmware, sidecars)
+        return await probe(Machine(self._profile, tools, accelerator, self._parts), self._data_dir)
+
+
+def _path(program: Program) -> Path:
+    return Path(shutil.which(program.name) or program.name).absolute()
