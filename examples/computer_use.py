@@ -1,17 +1,17 @@
-"""A computer for computer-use models: their actions on a VM's desktop, whichever model it is.
+"""A computer for computer-use models: it executes the actions of any such model in a VM.
 
-`Computer(vm)` takes the actions that such models emit, as their SDKs hand them over (mappings with
-`action`, `coordinate`, `text`, ...), and answers each with a screenshot. In an agent's loop:
+`Computer(vm)` takes actions in the form of the models' SDKs (mappings with `action`, `coordinate`,
+`text`, ...), and answers each with a screenshot. In an agent's loop:
 
     computer = Computer(vm)
     for call in calls:  # the model's, in the SDK's own type
         picture = await computer.act(call.input)
         result = base64.b64encode(picture.png).decode()  # an image of type image/png
 
-Tell the model the size of the screen: 1280x800, unless you pass another `resolution=`.
+Tell the model the size of the screen: 1280x800, unless you pass `resolution=`.
 
-Run as it is, it needs no model and no image: a script of such actions looks through the
-firmware's set-up screens, and the pictures that it saw are saved.
+The script needs neither a model nor an image: it executes a list of actions in the set-up screens
+of the firmware, and saves the screenshots.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any, Literal
 
 from smolvm_async import AsyncSmolVM, Screenshot, SmolVMError, VMTimeoutError
 
-SETTLED = 1.0  # seconds without a change: the action has had its effect
-SETUP = (640, 480)  # OVMF's
-PATIENCE = 5.0  # seconds for that; some screens never rest
+SETTLED = 1.0  # seconds without a change after which an action counts as done
+SETUP = (640, 480)  # pixels: OVMF's set-up
+PATIENCE = 5.0  # seconds to wait for that; some screens never stop changing
 
 Button = Literal["left", "middle", "right"]
 CLICKS: dict[str, tuple[Button, int]] = {
@@ -49,15 +49,15 @@ class Computer:
         self.vm = vm
 
     async def act(self, action: Mapping[str, Any]) -> Screenshot:
-        """Execute one action; returns what the screen shows once it has had its effect.
+        """Execute one action, and return a screenshot of its effect.
 
         Raises:
-            ValueError: The action or its arguments are wrong: tell the model, which will mend it.
+            ValueError: The action or an argument is wrong: pass the message on to the model.
         """
         try:
             await self._perform(str(action["action"]), action)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{action!r} lacks something, or has it wrong: {error}.") from error
+            raise ValueError(f"{action!r} has a missing or wrong argument: {error}.") from error
         with contextlib.suppress(VMTimeoutError):
             return await self.vm.wait_for_screen(stable=SETTLED, timeout=PATIENCE)
         return await self.vm.screenshot()
@@ -66,7 +66,7 @@ class Computer:
         mouse, keyboard = self.vm.mouse, self.vm.keyboard
         match name:
             case "screenshot":
-                pass  # act() takes one anyway
+                pass  # act() takes a screenshot after every action
             case "wait":
                 await asyncio.sleep(max(0, action["duration"]))
             case "mouse_move":
@@ -90,10 +90,12 @@ class Computer:
                 async with self._held(action.get("text")):
                     await mouse.click(*action.get("coordinate", ()), button=button, count=count)
             case _:
-                raise ValueError(f"action={name!r} is not known here.")
+                raise ValueError(
+                    f"action={name!r} is unknown: use an action of the Computer class."
+                )
 
     async def _press(self, text: str) -> None:
-        """Press what is one chord, such as `ctrl + s` or `Page Down`; else one after another."""
+        """Press one chord, such as `ctrl + s` or `Page Down`, or several keys one after another."""
         try:
             await self.vm.keyboard.press(text)
         except ValueError:
@@ -103,7 +105,7 @@ class Computer:
                 await self.vm.keyboard.press(key)
 
     async def _drag(self, start: tuple[int, int] | None, x: int, y: int) -> None:
-        """Drag from a place, or, as older models do, from where the mouse is."""
+        """Drag from `start`; older models leave it out and mean the mouse's position."""
         if start is not None:
             start_x, start_y = start
             await self.vm.mouse.drag(start_x, start_y, x, y)
@@ -117,8 +119,12 @@ class Computer:
     async def _scroll(self, action: Mapping[str, Any]) -> None:
         direction, amount = action["scroll_direction"], action["scroll_amount"]
         if direction not in ("up", "down", "left", "right"):
-            raise ValueError(f"scroll_direction={direction!r}: up, down, left or right.")
-        sideways = "shift" if direction in ("left", "right") else None  # as programs have it
+            raise ValueError(
+                f"scroll_direction={direction!r} is wrong: use up, down, left or right."
+            )
+        sideways = (
+            "shift" if direction in ("left", "right") else None
+        )  # most programs scroll sideways with Shift
         if "coordinate" in action:
             await self.vm.mouse.move(*action["coordinate"])
         async with self._held(action.get("text")), self._held(sideways):
@@ -126,7 +132,7 @@ class Computer:
 
     @contextlib.asynccontextmanager
     async def _held(self, key: str | None) -> AsyncIterator[None]:
-        """A modifier is down for the time of the block."""
+        """Hold a modifier key down in the block."""
         if not key:
             yield
             return
@@ -137,7 +143,7 @@ class Computer:
             await self.vm.keyboard.up(key)
 
 
-SCRIPT: tuple[dict[str, Any], ...] = (  # what a model might do in the firmware's set-up
+SCRIPT: tuple[dict[str, Any], ...] = (  # actions of a model in the firmware's set-up
     {"action": "screenshot"},
     {"action": "key", "text": "Down"},
     {"action": "key", "text": "Return"},
@@ -150,9 +156,9 @@ SCRIPT: tuple[dict[str, Any], ...] = (  # what a model might do in the firmware'
 
 
 async def enter_setup(vm: AsyncSmolVM) -> None:
-    """Press Escape until the firmware shows its set-up, in a mode smaller than it boots in."""
+    """Press Escape until the firmware shows its set-up, whose mode is smaller than the boot's."""
     while (await vm.wait_for_screen(changed=True)).size == SETUP:
-        pass  # QEMU shows that size too, until the firmware draws something
+        pass  # QEMU's screen has that size, too, until the firmware draws
     while (shown := await vm.wait_for_screen(stable=SETTLED)).size != SETUP:
         await vm.keyboard.press("Escape")
         with contextlib.suppress(VMTimeoutError):
@@ -160,9 +166,9 @@ async def enter_setup(vm: AsyncSmolVM) -> None:
 
 
 async def look_around(image: Path, pictures: Path) -> None:
-    """Look through the set-up, and save what was seen."""
+    """Look through the set-up, and save the screenshots."""
     async with AsyncSmolVM(os="windows", image=image) as vm:
-        print("The firmware starts, and finds nothing on an empty disk.", flush=True)
+        print("The firmware starts, and finds an empty disk.", flush=True)
         await enter_setup(vm)
         computer = Computer(vm)
         for number, action in enumerate(SCRIPT):
@@ -170,11 +176,11 @@ async def look_around(image: Path, pictures: Path) -> None:
             file = pictures / f"{number}.png"
             picture.save(file)
             print(f"{file}: {picture.width}x{picture.height}  after {action}", flush=True)
-        await vm.stop(timeout=0)  # the firmware has no use for the power button
+        await vm.stop(timeout=0)  # the firmware ignores the power button
 
 
 def main(pictures: Path) -> None:
-    """Make an empty disk, and a directory for the pictures."""
+    """Run the example with an empty disk, and a directory for the screenshots."""
     pictures.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         image = Path(directory) / "empty.qcow2"
@@ -184,7 +190,12 @@ def main(pictures: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pictures", type=Path, default=Path("pictures"), help="where to")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        default=Path("pictures"),
+        help="directory for the screenshots (default pictures)",
+    )
     try:
         main(parser.parse_args().pictures)
     except SmolVMError as error:

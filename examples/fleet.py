@@ -1,4 +1,4 @@
-"""Twenty Linux sandboxes at once, each answering, with a live table of how far each has come.
+"""Twenty Linux sandboxes at once: each runs a command, and a live table shows their states.
 
 python examples/fleet.py [--size 20] [--memory 192]
 """
@@ -19,7 +19,7 @@ STYLES = {"waiting": "dim", "ready": "green", "failed": "bold red", "deleted": "
 
 
 def table(status: FleetStatus, answers: dict[str, str], seconds: float) -> Table:
-    """The fleet as it is now."""
+    """Return a table of the fleet's VMs."""
     counts = f"{status.waiting} wait, {status.booting} boot, {status.ready} are ready"
     shown = Table(title=f"{seconds:.0f} s: {counts}, {len(answers)} have answered")
     for column in ("VM", "state", "since", "answer"):
@@ -33,7 +33,7 @@ def table(status: FleetStatus, answers: dict[str, str], seconds: float) -> Table
 
 
 async def main(size: int, memory: int) -> None:
-    """Have them all answer."""
+    """Start the fleet, and run a command in each VM."""
     began = time.monotonic()
     answers: dict[str, str] = {}
 
@@ -60,13 +60,13 @@ async def main(size: int, memory: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", type=int, default=20)
-    parser.add_argument("--memory", type=int, default=192, help="MiB of each")
+    parser.add_argument("--size", type=int, default=20, help="number of VMs (default 20)")
+    parser.add_argument("--memory", type=int, default=192, help="MiB of each VM (default 192)")
     options = parser.parse_args()
     try:
         asyncio.run(main(options.size, options.memory))
     except KeyboardInterrupt:
-        sys.exit("Interrupted; all VMs are gone.")
+        sys.exit("Interrupted; all VMs were deleted.")
     except BaseExceptionGroup as errors:
         known, unknown = errors.split(SmolVMError)
         if unknown is not None or known is None:

@@ -1,4 +1,4 @@
-"""A Linux sandbox: a command, a file in and out, and a port; without any image of one's own."""
+"""A Linux sandbox with the built-in image: run a command, upload and download a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ print("Python", platform.python_version(), "adds up to", sum(map(int, text.split
 
 
 def show(progress: Progress) -> None:
-    """Print one step as it comes."""
+    """Print one step of the progress."""
     amount = ""
     if progress.done is not None and progress.total:
         amount = f" ({100 * progress.done // progress.total} %)"
@@ -26,11 +26,11 @@ def show(progress: Progress) -> None:
 
 
 async def main() -> None:
-    """Use a sandbox."""
+    """Start a sandbox and use it."""
     began = time.monotonic()
     async with AsyncSmolVM(on_progress=show) as vm:
         print((await vm.run("uname -a")).stdout, end="")
-        print(f"That took {time.monotonic() - began:.1f} s, from the beginning.")
+        print(f"The first command was done after {time.monotonic() - began:.1f} s.")
         with tempfile.TemporaryDirectory() as name:
             numbers = Path(name) / "numbers.txt"
             numbers.write_text("\n".join(map(str, range(101))))

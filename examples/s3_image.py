@@ -1,4 +1,4 @@
-"""An image from S3, pulled with a bar and booted; with a DIRECTORY, published before.
+"""Pull an image from S3 with a progress bar, and boot it; publish DIRECTORY first if it is given.
 
 Usage: python examples/s3_image.py s3://BUCKET/PREFIX/ [DIRECTORY]
 """
@@ -26,13 +26,13 @@ def show(progress: Progress) -> None:
 
 
 async def main(uri: str, directory: str | None) -> None:
-    """Publish, if there is a directory; then pull and boot."""
+    """Publish the directory, if there is one; then pull the image and boot it."""
     if directory is not None:
         manifest = await push_image(directory, uri, on_progress=show)
-        print(f"{manifest.name} is published at {uri}")
+        print(f"published {manifest.name} at {uri}")
     async with AsyncSmolVM(image=uri, on_progress=show) as vm:
         for image in await ImageStore().list():
-            print(f"here: {image.name} ({image.os}, {image.size >> 20} MiB) {image.uri}")
+            print(f"in the cache: {image.name} ({image.os}, {image.size >> 20} MiB) {image.uri}")
         reached = await vm.wait_for("ready")
         print(f"{vm.vm_id} is {reached.state}: {reached.evidence}.")
 

@@ -1,12 +1,11 @@
 # Sets up a fresh Debian or Ubuntu machine: system packages, .venv, the package itself.
-# Sourced by examples/run.sh and tests/run.sh; what is there already is skipped.
+# Sourced by examples/run.sh and tests/run.sh. Skips everything that is already installed.
 
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# QEMU, its disk tool, the software TPM and the UEFI firmware: what the library runs.
-# mtools, fdisk and e2fsprogs: what builds the disk that stands in for Windows.
-# What the sourcing script needs besides: its own `more_packages`.
+# For the library: QEMU, its disk tool, the software TPM, the UEFI firmware. For the stand-in for
+# Windows: mtools, fdisk and e2fsprogs. The sourcing script may name more in `more_packages`.
 packages=(qemu-system-x86 qemu-utils swtpm ovmf mtools fdisk e2fsprogs util-linux)
 packages+=(${more_packages[@]+"${more_packages[@]}"})
 
@@ -28,8 +27,8 @@ install_packages() {
     case "$family" in
         *" debian "* | *" ubuntu "*) ;;
         *)
-            say "This distribution is not known here. Install what corresponds to these packages" \
-                "of Debian's, and Python 3.11 or newer: ${packages[*]} python3-venv"
+            say "This distribution is unknown. Install its equivalents of these Debian packages, and" \
+                "Python 3.11 or newer: ${packages[*]} python3-venv"
             exit 1
             ;;
     esac
@@ -57,7 +56,7 @@ install_library() {
     local python wanted
     python=$(find_python)
     if [ -z "$python" ]; then
-        say "Python 3.11 or newer is needed; this distribution's python3 is older."
+        say "This distribution's python3 is too old: install Python 3.11 or newer."
         exit 1
     fi
     wanted="$("$python" --version) $(pwd) $(sha256sum pyproject.toml)"

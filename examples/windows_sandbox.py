@@ -1,7 +1,7 @@
-"""The main job: boot a sandbox with Secure Boot and a TPM, look at it, power it down.
+"""Boot a sandbox with Secure Boot and a TPM, look at it, power it down.
 
-Without --image it boots the stand-in for Windows, a small signed Linux disk that it builds
-first, and shows what that guest reports about its machine.
+Without --image the script builds and boots the stand-in for Windows, a small signed Linux disk, and
+prints the guest's report about its machine.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from stand_in import build_stand_in
 
 
 def show(progress: Progress) -> None:
-    """Print one step as it comes, with the seconds since the work began."""
+    """Print one step of the progress, with the seconds since the beginning."""
     amount = ""
     if progress.done is not None and progress.total:
         amount = f" ({100 * progress.done // progress.total} %)"
     print(f"{progress.elapsed:7.2f} s  {progress.stage:<6} {progress.message}{amount}", flush=True)
 
 
-async def facts(vm: AsyncSmolVM) -> dict[str, str]:
-    """What the stand-in says on its (slow) serial console: `STAND-IN: key=value`."""
+async def read_report(vm: AsyncSmolVM) -> dict[str, str]:
+    """Return the stand-in's report, lines `STAND-IN: key=value` on its (slow) serial console."""
     async with asyncio.timeout(60):
         while "STAND-IN: ready" not in vm.console_log():
             await asyncio.sleep(0.1)
     return dict(re.findall(r"STAND-IN: (\w+)=(\S+)", vm.console_log()))
 
 
-def verdict(reported: dict[str, str]) -> bool:
-    """Print what the guest found; whether it is the machine that Windows 11 demands."""
+def print_report(reported: dict[str, str]) -> bool:
+    """Print the guest's report; return whether the machine meets Windows 11's requirements."""
     secure_boot = reported.get("secure_boot") == "1"
     tpm = reported.get("tpm_version") == "2" and bool(reported.get("tpm_random"))
     disk = reported.get("root_driver") == "virtio_scsi"
-    print("\nThe guest itself reports:")
+    print("\nThe guest reports:")
     print(f"  Secure Boot  {'on' if secure_boot else 'OFF'}")
     print(f"  TPM          {reported.get('tpm_version')}.0, random: {reported.get('tpm_random')}")
     print(f"  root disk    {reported.get('root_device')} on {reported.get('root_driver')}\n")
@@ -45,15 +45,15 @@ def verdict(reported: dict[str, str]) -> bool:
 
 
 async def main(image: Path | None, memory: int) -> int:
-    """Run the job; returns the exit status."""
+    """Run the sandbox, and return the exit status."""
     good = True
     disk = image or await build_stand_in(on_progress=show)
     async with AsyncSmolVM(os="windows", image=disk, memory=memory, on_progress=show) as vm:
         await vm.wait_for("ready")
         if image is None:
-            good = verdict(await facts(vm))
+            good = print_report(await read_report(vm))
         report = await vm.stop()
-    how = "the guest powered itself down" if report.graceful else f"ended by {report.rung}"
+    how = "the guest powered down" if report.graceful else f"ended by {report.rung}"
     print(f"\nShutdown: {how}, in {report.seconds:.2f} s.")
     return 0 if good and report.graceful else 1
 

@@ -1,13 +1,13 @@
-"""The stand-in's cache: what is built when, and under which name it is kept.
+"""Build variants of the stand-in in a cache directory, or find them there.
 
-In the cache directory:
+::
 
-    packages/              apt's lists and archives
+    packages/                  apt's lists and archives
     stand-in/
         packages-RECIPE.json   the packages that this recipe was built with, and their digests
-        base-KEY.raw           the disk without grub.cfg: all that variants of a flavour share
-        stand-in-KEY.qcow2     the results
-        building/              the one build that is going on
+        base-KEY.raw           the disk without grub.cfg, which all variants of a flavour share
+        stand-in-KEY.qcow2     the finished disks
+        building/              the work directory of the build that is running
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from stand_in import disk, system
 
 STEPS = 6
 
-# Count this up when the builder or the guest's scripts change what the disk holds.
+# Increase this when the builder or the guest's scripts change the content of the disk.
 RECIPE = 1
 
-Digests = dict[str, str]  # file name of a package → SHA-256
+Digests = dict[str, str]  # SHA-256 by file name of a package
 
 
 class Builder:
@@ -50,14 +50,14 @@ class Builder:
         self._recipe = _recipe(flavour)
 
     def find(self) -> Path | None:
-        """The result, if it was built before; a matter of milliseconds."""
-        remembered = self._remembered()
-        result = self._result(remembered) if remembered else None
+        """Return the disk if it was built before; this takes milliseconds."""
+        digests = self._last_packages()
+        result = self._result(digests) if digests else None
         return result if result and result.exists() else None
 
     async def build(self) -> Path:
-        """Build what is missing; other builders in this cache wait meanwhile."""
-        self._steps.report("taking the cache", 0)
+        """Build what is missing, or wait for the process that is already building in this cache."""
+        self._steps.report("waiting for other builds", 0)
         async with packages.exclusive(self._store):
             digests = await self._known_packages() or await self._fetch_packages()
             base, result = self._base(digests), self._result(digests)
@@ -84,8 +84,8 @@ class Builder:
     # Packages
 
     async def _known_packages(self) -> Digests | None:
-        """The remembered packages, if all that has to be made can be made of them."""
-        digests = self._remembered()
+        """Return the packages of the last build if the base exists or can be made from them."""
+        digests = self._last_packages()
         if digests is None or self._base(digests).exists():
             return digests
         present = await in_background(packages.digests, self._archives, digests)
@@ -98,7 +98,7 @@ class Builder:
         debs = await packages.fetch(names, self._packages, self._steps)
         files = [deb.name for deb in debs]
         digests = await in_background(packages.digests, self._archives, files)
-        replace_file(self._memory, json.dumps(digests, indent=1).encode())
+        replace_file(self._packages_file, json.dumps(digests, indent=1).encode())
         return digests
 
     @property
@@ -108,12 +108,12 @@ class Builder:
     # Names in the cache
 
     @property
-    def _memory(self) -> Path:
+    def _packages_file(self) -> Path:
         return self._store / f"packages-{self._recipe}.json"
 
-    def _remembered(self) -> Digests | None:
+    def _last_packages(self) -> Digests | None:
         try:
-            digests: Digests = json.loads(self._memory.read_text())
+            digests: Digests = json.loads(self._packages_file.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         return digests
@@ -127,11 +127,11 @@ class Builder:
 
 
 def _recipe(flavour: system.Flavour) -> str:
-    """Return the name of all that decides, besides the packages, what the disk holds."""
+    """Return a name for all that the disk depends on, besides its packages."""
     return key_of(release(), flavour.name, RECIPE)
 
 
 def _keep(made: Path, name: Path) -> None:
-    """Give a finished file its name in the cache: whole, and read-only."""
+    """Make a finished file read-only, and give it its name in the cache."""
     seal(made, 0o444)
     os.replace(made, name)

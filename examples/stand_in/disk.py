@@ -1,8 +1,8 @@
-"""The stand-in's disk, made of two directories without root and without mounting anything.
+"""Make the stand-in's disk from two directories, without root and without mounting anything.
 
-Everything that could differ from build to build is fixed: identifiers, times, owners, order.
-All programs run in the working directory with relative names, since some of them give a
-meaning to characters that a path may hold.
+Everything that could differ from build to build is fixed: identifiers, times, owners, order. All
+programs run in the work directory with relative names, since some give a meaning to characters
+that a path may contain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EPOCH = 1_704_067_200  # 2024-01-01, the date of every file
 MIB = 1 << 20
 ESP_START, ESP_SIZE = 1 * MIB, 64 * MIB
 ROOT_START, ROOT_SIZE = ESP_START + ESP_SIZE, 64 * MIB
-SIZE = ROOT_START + ROOT_SIZE + 1 * MIB  # the last one is for the second copy of the GPT
+SIZE = ROOT_START + ROOT_SIZE + 1 * MIB  # the last MiB has the second copy of the GPT
 SECTOR = 512
 
 DISK_ID = "5AFE0000-57A2-4D01-8000-000000000000"
@@ -34,12 +34,12 @@ start={ESP_START // SECTOR}, size={ESP_SIZE // SECTOR}, type=U, uuid={ESP_ID}, n
 start={ROOT_START // SECTOR}, size={ROOT_SIZE // SECTOR}, type=L, uuid={ROOT_ID}, name=root
 """
 
-# The signed GRUB looks for its configuration in its distribution's own directory.
+# The signed GRUB looks for its configuration in a directory named after its distribution.
 CONFIGURATIONS = ("EFI/debian/grub.cfg", "EFI/ubuntu/grub.cfg")
 
 _ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
-    "TZ": "UTC0",  # FAT keeps local time
+    "TZ": "UTC0",  # FAT stores local time
     "SOURCE_DATE_EPOCH": str(EPOCH),
     "E2FSPROGS_FAKE_TIME": str(EPOCH),
     "MTOOLS_SKIP_CHECK": "1",
@@ -50,7 +50,7 @@ _FAT = f"base.raw@@{ESP_START}"
 
 
 async def make_base(work: Path) -> Path:
-    """Make `base.raw` in `work` from its directories `esp` and `root`; it has no grub.cfg yet."""
+    """Make `base.raw` in `work`, without a grub.cfg, from the directories `esp` and `root`."""
     base = work / "base.raw"
     base.touch()
     os.truncate(base, SIZE)
@@ -81,12 +81,12 @@ async def _make_root(work: Path) -> None:
     flags = ["-q", "-t", "ext4", "-d", "root", "-U", ROOT_ID, "-L", "stand-in", "-m", "0"]
     extended = f"offset={ROOT_START},hash_seed={ROOT_ID},root_owner=0:0,nodiscard"
     await _run(work, "mke2fs", *flags, "-E", extended, "base.raw", f"{ROOT_SIZE // 1024}k")
-    (work / "inodes").write_text("".join(map(_anonymous, ["", *paths])))
+    (work / "inodes").write_text("".join(map(_reset_inode, ["", *paths])))
     await _run(work, "debugfs", "-w", "-f", "inodes", f"base.raw?offset={ROOT_START}")
 
 
-def _anonymous(path: str) -> str:
-    """Commands for debugfs that take the builder's traces, which mke2fs copies, from an inode."""
+def _reset_inode(path: str) -> str:
+    """Return debugfs commands that reset owner and times of an inode, which mke2fs copies."""
     fields = {"uid": "0", "gid": "0"}
     for time in ("atime", "ctime", "mtime", "crtime"):
         fields |= {time: f"@{EPOCH}", f"{time}_extra": "0"}
@@ -94,7 +94,7 @@ def _anonymous(path: str) -> str:
 
 
 def _contents(directory: Path) -> list[str]:
-    """Everything in `directory`, sorted, with the date of every file set."""
+    """Set the date of every file in `directory`; return their paths, sorted."""
     paths = sorted(directory.rglob("*"))
     for path in paths:
         os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
@@ -102,7 +102,7 @@ def _contents(directory: Path) -> list[str]:
 
 
 async def make_variant(base: Path, work: Path, kernel_arguments: Sequence[str]) -> Path:
-    """Make `disk.qcow2` in `work`: a finished base with a grub.cfg."""
+    """Make `disk.qcow2` in `work`: a copy of the base with a grub.cfg."""
     await _run(work, "cp", "--sparse=always", "--no-preserve=mode", base, "base.raw")
     configuration = work / "grub.cfg"
     configuration.write_text(grub_configuration(kernel_arguments))
@@ -114,7 +114,7 @@ async def make_variant(base: Path, work: Path, kernel_arguments: Sequence[str]) 
 
 
 def grub_configuration(kernel_arguments: Sequence[str]) -> str:
-    """grub.cfg; an argument must hold no single quote."""
+    """Return the content of grub.cfg; arguments must not contain a single quote."""
     arguments = ["console=ttyS0", "quiet", f"root=UUID={ROOT_ID}", *kernel_arguments]
     quoted = " ".join(f"'{argument}'" for argument in arguments)
     return f"set timeout=0\nlinux /vmlinuz {quoted}\ninitrd /initrd.img\nboot\n"

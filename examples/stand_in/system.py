@@ -1,7 +1,7 @@
-"""The stand-in's files: which packages they come from, and where they go.
+"""The stand-in's files: the packages they come from, and their places in the guest.
 
-Two directories are made from the unpacked packages: `esp`, what the EFI system partition holds
-(but for grub.cfg, which is a variant's own), and `root`, the guest's root.
+The unpacked packages become two directories: `esp`, the EFI system partition without grub.cfg
+(which differs between variants), and `root`, the guest's root file system.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
 from smolvm_async.images.build.boot_files import (
     find_file,
-    forget_umask,
     install,
     install_drivers,
     modules,
-    newc,
+    pack_initramfs,
+    reset_modes,
 )
 from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution
 
@@ -50,7 +50,7 @@ OTHER_DRIVERS = (
 
 
 class Flavour(NamedTuple):
-    """What a guest has: its kernel by distribution, and the drivers and scripts of its own."""
+    """A flavour of the guest: its kernel by distribution, its own drivers and scripts."""
 
     name: str
     kernels: Mapping[str, str]
@@ -59,7 +59,7 @@ class Flavour(NamedTuple):
 
 
 PLAIN = Flavour("plain", CLOUD_KERNELS)
-DESKTOP = Flavour(  # kernels for clouds have no USB
+DESKTOP = Flavour(  # cloud kernels have no USB
     "desktop",
     {"debian": "linux-image-amd64", "ubuntu": "linux-image-generic"},
     drivers=("xhci_pci", "usbhid", "hid_generic", "psmouse"),
@@ -68,9 +68,9 @@ DESKTOP = Flavour(  # kernels for clouds have no USB
 
 
 async def package_names(cache: Path, flavour: Flavour) -> list[str]:
-    """The packages to fetch, once the lists in `cache` are there."""
+    """Return the packages to download; the lists must be in `cache`."""
     agent = await packages.dependencies(["qemu-guest-agent"], cache)
-    kernel = await packages.dependencies([flavour.kernels[distribution("The stand-in")]], cache)
+    kernel = await packages.dependencies([flavour.kernels[distribution("the stand-in")]], cache)
     return [
         *SIGNED,
         "busybox-static",
@@ -84,7 +84,7 @@ async def arrange(unpacked: Path, work: Path, flavour: Flavour) -> None:
     """Make `esp` and `root` in `work` from the unpacked packages.
 
     Raises:
-        HostError: If the packages do not hold what is expected of them.
+        HostError: If the packages lack an expected file.
     """
     esp, root = work / "esp", work / "root"
     libraries = await _libraries(unpacked)
@@ -114,7 +114,7 @@ def _arrange_root(
     for applet in applets:
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
-    (root / "bin/init").unlink(missing_ok=True)  # busybox has one too
+    (root / "bin/init").unlink(missing_ok=True)  # busybox has an init, too
     for script in ("init", "shutdown", *scripts):
         install(GUEST_SCRIPTS / f"{script}.sh", root / "bin" / script, 0o755)
     install(GUEST_SCRIPTS / "network.sh", root / "etc/network.sh", 0o755)
@@ -123,7 +123,7 @@ def _arrange_root(
         install(library, root / "lib" / library.name, 0o755)
     install(find_file(unpacked, [LOADER]), root / "lib64" / LOADER, 0o755)
     install_drivers(drivers, root / "lib/modules")
-    forget_umask(root)
+    reset_modes(root)
 
 
 def _arrange_esp(unpacked: Path, esp: Path, drivers: Sequence[Path]) -> None:
@@ -136,12 +136,12 @@ def _arrange_esp(unpacked: Path, esp: Path, drivers: Sequence[Path]) -> None:
     install(find_file(unpacked, ["busybox"]), tree / "bin/busybox", 0o755)
     install(GUEST_SCRIPTS / "initramfs.sh", tree / "init", 0o755)
     install_drivers(drivers, tree / "modules")
-    forget_umask(tree)
-    (esp / "initrd.img").write_bytes(newc(tree))
+    reset_modes(tree)
+    (esp / "initrd.img").write_bytes(pack_initramfs(tree))
 
 
 async def _libraries(unpacked: Path) -> list[Path]:
-    """What qemu-ga links with, by the packages' own loader; never a file of the host."""
+    """Return the libraries of qemu-ga, found by the packages' own loader; none is the host's."""
     path = f"{unpacked}/lib/x86_64-linux-gnu:{unpacked}/usr/lib/x86_64-linux-gnu"
     loader = await asyncio.to_thread(find_file, unpacked, [LOADER])
     agent = await asyncio.to_thread(find_file, unpacked, ["qemu-ga"])
@@ -152,5 +152,5 @@ async def _libraries(unpacked: Path) -> list[Path]:
     libraries = [library for library in found if library.name != LOADER]
     strangers = [library for library in libraries if unpacked not in library.parents]
     if strangers or "not found" in listing:
-        raise HostError(f"qemu-ga needs libraries that its packages do not hold:\n{listing}")
+        raise HostError(f"qemu-ga needs libraries that its packages do not contain:\n{listing}")
     return libraries

@@ -1,12 +1,12 @@
 #!/bin/sh
-# The desktop's part of the stand-in; init.sh runs it once. It shows on the screen what is typed,
-# and says each input event on the serial console, in decimal, as in struct input_event:
+# The desktop part of the stand-in; init.sh runs it once. It shows typed text on the screen, and
+# reports each input event on the serial console, in decimal, with the fields of struct input_event:
 #
 #     INPUT keyboard|tablet|mouse TYPE CODE VALUE
 #
-# `INPUT NAME 0 3 0` (SYN_DROPPED) would mean that events were lost.
+# `INPUT NAME 0 3 0` (SYN_DROPPED) means that events were lost.
 
-find_device() { # whose label ends in $1
+find_device() { # prints the device whose label ends in $1
     local device label
     for device in /dev/input/event*; do
         read -r label <"/sys/class/input/${device##*/}/device/name"
@@ -14,17 +14,17 @@ find_device() { # whose label ends in $1
     done
 }
 
-# The kernel keeps no more than 64 events, so `cat` moves them at once into a pipe, which holds
-# 2,700. Where the interrupts are, a busy host delays it no more than them.
-report() { # $1: what to call the device; $2: the end of its label
+# The kernel buffers only 64 events, so `cat` moves them at once into a pipe, which has room for
+# 2,700. `cat` runs on the processor of the interrupts, so a busy host delays both alike.
+report() { # $1: the device's name in reports; $2: the end of its label
     local device
-    for _ in $(seq 200); do # USB and PS/2 are searched in the background
+    for _ in $(seq 200); do # the kernel finds USB and PS/2 devices in the background
         device=$(find_device "$2")
         [ -z "$device" ] || break
         sleep 0.05
     done
     [ "$device" ] || return
-    exec 3<"$device" # opened here, so that from now on no event is lost
+    exec 3<"$device" # open it now, so that no event is lost
     taskset 1 cat <&3 | hexdump -v -e "4/4 \"%.0s\" \"INPUT $1\" 2/2 \" %u\" 1/4 \" %d\n\"" &
     exec 3<&-
     opened=${opened:+$opened,}$1
@@ -32,7 +32,7 @@ report() { # $1: what to call the device; $2: the end of its label
 
 report_input() {
     local irq opened=
-    for irq in 1 12; do # keyboard and PS/2 mouse: to the first processor
+    for irq in 1 12; do # interrupts of keyboard and PS/2 mouse: to the first processor
         echo 1 >/proc/irq/$irq/smp_affinity
     done
     report keyboard keyboard
@@ -41,16 +41,16 @@ report_input() {
     echo "STAND-IN: input=${opened:-none}"
 }
 
-show_typed() { # the terminal does, as long as somebody reads it
+show_typed() { # the terminal echoes input as long as a program reads it
     exec 3<>/dev/tty1
-    # A control key is shown as any other, and what Scroll Lock stops, the next key starts again.
+    # Control keys are shown like others, and after Scroll Lock the next key resumes the output.
     stty -icanon -isig ixon ixany start undef stop undef <&3
     printf '\033[2J\033[H\033[?25lsmolvm_async stand-in: type here\n' >&3 # without a blinking cursor
     cat <&3 >/dev/null &
     exec 3<&-
 }
 
-# No key may reset the guest, and Print Screen is a key like others.
+# No key may reset the guest, and Print Screen is an ordinary key.
 echo 0 >/proc/sys/kernel/ctrl-alt-del
 echo 0 >/proc/sys/kernel/sysrq
 show_typed

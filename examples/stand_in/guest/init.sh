@@ -1,6 +1,6 @@
 #!/bin/sh
-# Process 1 of the stand-in: says on the serial console what machine it finds itself on, runs the
-# guest agent, and obeys the power button. `stand_in.` kernel arguments make it misbehave.
+# Process 1 of the stand-in: describes its machine on the serial console, runs the guest agent, and
+# obeys the power button. Kernel arguments `stand_in.*` make it misbehave.
 
 export PATH=/bin
 
@@ -8,7 +8,7 @@ say() {
     echo "STAND-IN: $*"
 }
 
-option() { # the value of the kernel argument stand_in.$1
+option() { # prints the value of the kernel argument stand_in.$1
     local arguments argument
     read -r arguments </proc/cmdline
     for argument in $arguments; do
@@ -16,12 +16,12 @@ option() { # the value of the kernel argument stand_in.$1
     done
 }
 
-# Ending. busybox's poweroff, halt and reboot tell process 1 by these signals.
+# Shutdown. busybox's poweroff, halt and reboot send these signals to process 1.
 
-end() { # $1: what to say; $2: poweroff or reboot
+end() { # $1: a message; $2: poweroff or reboot
     trap '' USR1 USR2 TERM
     say "$1"
-    kill -KILL -1 # whoever still writes would keep the disk from becoming read-only
+    kill -KILL -1 # with a process that writes, the disk could not become read-only
     sync
     mount -o remount,ro /
     "$2" -f
@@ -29,9 +29,9 @@ end() { # $1: what to say; $2: poweroff or reboot
 
 trap 'end "powering off" poweroff' USR1 USR2
 trap 'end rebooting reboot' TERM
-trap '' INT # what Ctrl-Alt-Del sends, once desktop.sh has told the kernel not to reset at once
+trap '' INT # sent by Ctrl-Alt-Del, after desktop.sh has disabled the immediate reset
 
-watch_power_button() { # its events come in on stdin, 24 bytes each
+watch_power_button() { # reads the button's events from stdin, 24 bytes each
     local events
     while events=$(dd bs=96 count=1 2>/dev/null | hexdump -v -e '1/1 "%02x"') && [ "$events" ]; do
         case $events in
@@ -52,13 +52,13 @@ watch_power_buttons() {
         read -r label <"$name"
         [ "$label" = "Power Button" ] || continue
         event=${name#/sys/class/input/}
-        exec 3<"/dev/input/${event%%/*}" # opened here, so that from now on no press is lost
+        exec 3<"/dev/input/${event%%/*}" # open it now, so that no press is lost
         watch_power_button <&3 &
         exec 3<&-
     done
 }
 
-# Starting.
+# Start.
 
 start_network() {
     ifconfig lo 127.0.0.1 up
@@ -75,7 +75,7 @@ agent_port() {
     done
 }
 
-start_agent() { # sets $agent to its process
+start_agent() { # sets $agent to the agent's process id
     local port
     port=$(agent_port)
     [ "$port" ] && [ "$(option agent)" != off ] || return
@@ -83,7 +83,7 @@ start_agent() { # sets $agent to its process
     agent=$!
 }
 
-report_agent() { # it counts as started when it has opened its port
+report_agent() { # the agent has started when it has opened its port
     [ "$agent" ] || return
     for _ in $(seq 250); do
         if ls -l "/proc/$agent/fd" 2>/dev/null | grep -q vport; then
@@ -94,9 +94,9 @@ report_agent() { # it counts as started when it has opened its port
     done
 }
 
-# Reporting.
+# Reports.
 
-efi_variable() { # $1: a variable of one byte; its value follows four bytes of attributes
+efi_variable() { # $1: a variable of one byte; the value follows four bytes of attributes
     local file="/sys/firmware/efi/efivars/$1-8be4df61-93ca-11d2-aa0d-00e098032b8c"
     if [ -e "$file" ]; then
         tail -c 1 "$file" | hexdump -v -e '1/1 "%d"'
@@ -105,7 +105,7 @@ efi_variable() { # $1: a variable of one byte; its value follows four bytes of a
     fi
 }
 
-tpm() { # $1: a command, for printf; prints the answer after tag, size and return code
+tpm() { # $1: a command, for printf; prints the answer without tag, size and return code
     local answer
     exec 3<>/dev/tpmrm0
     printf "$1" >&3
@@ -117,11 +117,11 @@ tpm() { # $1: a command, for printf; prints the answer after tag, size and retur
     esac
 }
 
-tpm_random() { # TPM2_GetRandom(8): a count, then the bytes
+tpm_random() { # TPM2_GetRandom(8); the answer: a count, then the bytes
     tpm '\200\001\000\000\000\014\000\000\001\173\000\010' | cut -c 5-
 }
 
-tpm_resets() { # TPM2_ReadClock: time, clock, and how often this TPM was started
+tpm_resets() { # TPM2_ReadClock; the answer: time, clock, number of starts of this TPM
     tpm '\200\001\000\000\000\012\000\000\001\201' | cut -c 33-40
 }
 
@@ -142,7 +142,7 @@ report_identity() {
     say "mac=$address"
 }
 
-report_boots() { # what each boot leaves on the disk, and among the UEFI variables
+report_boots() { # counts boots on the disk and in UEFI variables
     local variables=/sys/firmware/efi/efivars name
     echo >>/boots
     say "disk_boots=$(wc -l </boots)"
@@ -177,7 +177,7 @@ report_machine() {
     report_boots
 }
 
-# Misbehaving.
+# Misbehaviour.
 
 and_then() {
     case $1 in
@@ -199,7 +199,7 @@ and_then() {
 flood() {
     case $1 in
     serial) yes "STAND-IN: flood" & ;;
-    agent) yes flood >"$(agent_port)" & ;; # with stand_in.agent=off: one opens it at a time
+    agent) yes flood >"$(agent_port)" & ;; # with stand_in.agent=off: only one process may open the port
     esac
 }
 
@@ -221,7 +221,7 @@ say ready
 and_then "$(option then)"
 flood "$(option flood)"
 
-while :; do # process 1 never ends; the wait also reaps orphans, and lets the traps run
+while :; do # process 1 must not end; `wait` also reaps orphans, and lets the traps run
     sleep 86400 &
     wait $!
 done

@@ -1,6 +1,5 @@
 #!/bin/busybox sh
-# /init of the initramfs: load the drivers of the disk, find the root partition, go there.
-# The script of the system itself is init.sh.
+# /init of the initramfs: load the disk's drivers, mount the root partition, start its init (init.sh).
 
 busybox mount -t devtmpfs devtmpfs /dev
 busybox mount -t proc proc /proc
@@ -14,7 +13,7 @@ read -r arguments </proc/cmdline
 for argument in $arguments; do
     case $argument in root=*) wanted=${argument#root=} ;; esac
 done
-until root=$(busybox findfs "$wanted" 2>/dev/null); do # the SCSI bus is scanned meanwhile
+until root=$(busybox findfs "$wanted" 2>/dev/null); do # the kernel scans the SCSI bus in the background
     busybox sleep 0.02
 done
 

@@ -1,51 +1,62 @@
-"""What a Linux guest that is built here boots with: files of packages, modules, an initramfs."""
+"""The boot files of Linux guests that are built here: kernel, modules, initramfs."""
 
 from __future__ import annotations
 
 import asyncio
+import lzma
 import re
 import shutil
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from smolvm_async.errors import HostError
 from smolvm_async.foundation import process
 
+ELF = b"\x7fELF"
+
 
 def install(source: Path, target: Path, mode: int = 0o644) -> None:
-    """Copy a file, with the directories above it."""
+    """Copy a file, and create the directories above it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     target.chmod(mode)
 
 
 def install_drivers(drivers: Sequence[Path], directory: Path) -> None:
-    """Copy modules, and in which `order` to load them."""
+    """Copy modules, and write their names to a file `order`, in the order to load them."""
     for driver in drivers:
         install(driver, directory / driver.name)
     (directory / "order").write_text("".join(f"{driver.name}\n" for driver in drivers))
 
 
-def forget_umask(tree: Path) -> None:
-    """Give what is in a tree the usual modes."""
+def reset_modes(tree: Path) -> None:
+    """Set the modes of a tree to 755 and 644, whatever the builder's umask is."""
     for path in [tree, *tree.rglob("*")]:
         if not path.is_symlink():
             path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
 
 
 def find_file(unpacked: Path, names: Sequence[str]) -> Path:
-    """The file with the first of `names` (or patterns) that there is."""
+    """Return a file with the first of `names` (or patterns) that exists.
+
+    Raises:
+        HostError: If there is no such file.
+    """
     for name in names:
         for path in sorted(unpacked.rglob(name)):
             if path.is_file() and not path.is_symlink():
                 return path
-    raise HostError(f"The packages of this host's distribution hold no {' or '.join(names)}.")
+    raise HostError(
+        f"The packages of this host's distribution do not contain {' or '.join(names)}."
+    )
 
 
 async def modules(unpacked: Path, names: Iterable[str]) -> list[Path]:
-    """The modules `names` and those they need, uncompressed, in the order to load them.
+    """Return the modules `names` and their dependencies, uncompressed, in the order to load them.
 
-    What the kernel has built in, or this kernel does not have at all, is left out.
+    Modules that are built into this kernel, or do not exist in it, are left out.
     """
     paths = await asyncio.to_thread(lambda: list(unpacked.rglob("*.ko*")))
     available = {_module_name(path): path for path in paths}
@@ -68,14 +79,14 @@ def _module_name(path: Path) -> str:
 
 
 def _needs(module: Path) -> list[str]:
-    """The names in its `depends=`; the packages have no modules.dep, depmod makes it later."""
+    """Return the names in the module's `depends=`; the packages contain no modules.dep."""
     match = re.search(rb"\0depends=([^\0]*)\0", module.read_bytes())
     names = match[1].decode().split(",") if match else []
     return [name.replace("-", "_") for name in names if name]
 
 
 async def _uncompressed(module: Path) -> Path:
-    """The module as a plain `.ko`, which is what busybox's insmod loads."""
+    """Return the module as a plain `.ko` file; busybox's insmod cannot decompress."""
     plain = module.with_suffix("")
     if module.suffix == ".ko":
         return module
@@ -85,20 +96,49 @@ async def _uncompressed(module: Path) -> Path:
     return plain
 
 
-def newc(tree: Path) -> bytes:
-    """The files of `tree` as a cpio archive of format `newc`: root's, sorted, of no date."""
-    return b"".join(_newc_entries(tree))
+def decompress_kernel(bzimage: bytes) -> bytes:
+    """Return the vmlinux in a bzImage (Documentation/arch/x86/boot.rst), or `bzimage` itself.
+
+    QEMU starts a vmlinux soonest: by its PVH note. Under TCG the guest would need half a second to
+    decompress the kernel at each boot.
+    """
+    if bzimage[0x202:0x206] != b"HdrS":
+        return bzimage
+    setup_sectors = bzimage[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)
+    begin = (setup_sectors + 1) * 512 + offset
+    payload = bzimage[begin : begin + length]
+    try:
+        vmlinux = _decompress(payload)
+    except (lzma.LZMAError, zlib.error):
+        return bzimage
+    return vmlinux if vmlinux.startswith(ELF) else bzimage
 
 
-def _newc_entries(tree: Path) -> Iterator[bytes]:
+def _decompress(payload: bytes) -> bytes:
+    if payload.startswith(b"\xfd7zXZ"):
+        return lzma.LZMADecompressor().decompress(payload)
+    if payload.startswith(b"\x1f\x8b"):
+        return zlib.decompressobj(wbits=31).decompress(payload)
+    return b""  # zstd, lz4: not in the standard library, so the guest decompresses
+
+
+def pack_initramfs(tree: Path) -> bytes:
+    """Return `tree` as a cpio archive of format `newc`: owned by root, sorted, without dates."""
+    return b"".join(_cpio_entries(tree))
+
+
+def _cpio_entries(tree: Path) -> Iterator[bytes]:
     for path in sorted(tree.rglob("*")):
         data = path.read_bytes() if path.is_file() else b""
-        yield _newc_entry(str(path.relative_to(tree)), path.stat().st_mode, data)
-    yield _newc_entry("dev/console", 0o020600, b"", major=5, minor=1)  # the first program's stdio
-    yield _newc_entry("TRAILER!!!", 0, b"")
+        yield _cpio_entry(str(path.relative_to(tree)), path.stat().st_mode, data)
+    yield _cpio_entry(
+        "dev/console", 0o020600, b"", major=5, minor=1
+    )  # for stdin, stdout and stderr of /init
+    yield _cpio_entry("TRAILER!!!", 0, b"")
 
 
-def _newc_entry(name: str, mode: int, data: bytes, major: int = 0, minor: int = 0) -> bytes:
+def _cpio_entry(name: str, mode: int, data: bytes, major: int = 0, minor: int = 0) -> bytes:
     links = 1
     fields = (0, mode, 0, 0, links, 0, len(data), 0, 0, major, minor, len(name) + 1, 0)
     header = b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"

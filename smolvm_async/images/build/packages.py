@@ -1,8 +1,8 @@
-"""Debian's or Ubuntu's packages, fetched by an ordinary user.
+"""Packages of Debian or Ubuntu, downloaded without root.
 
-`apt-get` does the work with the host's own sources, keys and proxies. Its lists and archives
-live in a directory of ours, and it is told that nothing is installed: neither root nor the
-host's package database is needed, and what is found does not depend on what the host has.
+`apt-get` does the work, with the host's own sources, keys and proxies. Its lists and archives are
+in a directory of the library, and it sees an empty package database. So it needs neither root nor
+the host's database, and its answers do not depend on the packages that the host has.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _URI = re.compile(r"'[^']*' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<digest>\w+)")
 
 @contextlib.asynccontextmanager
 async def exclusive(directory: Path) -> AsyncIterator[None]:
-    """Hold `directory` (made if missing): one task of one process at a time, the rest wait.
+    """Hold a lock on `directory` in the block; create the directory if it is missing.
 
-    The lock is the directory's own, so it needs no file and ends with the process.
+    Other tasks and processes wait. The lock is on the directory itself, so it needs no file, and it
+    ends with the process.
     """
     descriptor = _open(directory)
     try:
@@ -50,52 +51,51 @@ def _open(directory: Path) -> int:
 
 
 async def update(cache: Path) -> None:
-    """Bring the package lists in `cache` up to date.
+    """Update the package lists in `cache`.
 
-    A source that does not answer is no error as long as another one does.
+    A source that does not answer is not an error if another one answers.
 
     Raises:
-        CommandError: If there are no lists to be had, with what apt-get said.
+        CommandError: If no source answers; the message quotes apt-get.
     """
     async with exclusive(cache):
         for name in ("lists/partial", "archives/partial"):
             (cache / name).mkdir(parents=True, exist_ok=True)
         (cache / "status").touch()
-        said = await _apt("apt-get", cache, "update")
+        output = await _apt("apt-get", cache, "update")
     if not any((cache / "lists").glob("*_Packages*")):
-        raise CommandError(f"apt-get update found no package lists:\n{said.strip()}")
+        raise CommandError(f"apt-get update found no package lists:\n{output.strip()}")
 
 
 async def dependencies(names: Sequence[str], cache: Path) -> list[str]:
-    """`names` and all that they depend on, whichever alternative is taken; sorted.
+    """Return `names` and all their dependencies, with every alternative, sorted.
 
     Raises:
         CommandError: If a name is unknown.
     """
     flags = ("--recurse", "--important", "--no-pre-depends")
-    said = await _apt("apt-cache", cache, "depends", *flags, *names)
-    return sorted(set(filter(_NAME.fullmatch, said.splitlines())))
+    output = await _apt("apt-cache", cache, "depends", *flags, *names)
+    return sorted(set(filter(_NAME.fullmatch, output.splitlines())))
 
 
 async def installation(names: Sequence[str], cache: Path) -> list[str]:
-    """What has to be installed, on a system that has nothing, to have `names`; sorted.
+    """Return the packages that apt-get would install, on an empty system, for `names`; sorted.
 
     Args:
-        names: Of packages, or patterns (apt-patterns(7)) such as `?essential`.
+        names: Names of packages, or patterns (apt-patterns(7)) such as `?essential`.
 
     Raises:
         CommandError: If a name is unknown.
     """
     flags = ("--simulate", "--no-install-recommends", "--yes")
-    said = await _apt("apt-get", cache, "install", *flags, *names)
-    return sorted(re.findall(r"(?m)^Inst (\S+) ", said))
+    output = await _apt("apt-get", cache, "install", *flags, *names)
+    return sorted(re.findall(r"(?m)^Inst (\S+) ", output))
 
 
 async def fetch(names: Sequence[str], cache: Path, meter: Meter | None = None) -> list[Path]:
-    """Download the newest `names` (dependencies are not added) into `cache`.
+    """Download the newest versions of `names`, without their dependencies, into `cache`.
 
-    A file that is there already is not downloaded again, unless it is damaged; apt-get verifies
-    those it downloads.
+    A file that is there and undamaged is not downloaded again. apt-get verifies its downloads.
 
     Returns:
         The `.deb` files, sorted.
@@ -105,10 +105,12 @@ async def fetch(names: Sequence[str], cache: Path, meter: Meter | None = None) -
     """
     archives = cache / "archives"
     async with exclusive(cache):
-        said = await _apt("apt-get", cache, "download", "--print-uris", *names)
-        offers = {match["file"]: match for match in _URI.finditer(said)}
+        output = await _apt("apt-get", cache, "download", "--print-uris", *names)
+        offers = {match["file"]: match for match in _URI.finditer(output)}
         if len(offers) != len(set(names)):
-            raise CommandError(f"apt-get download does not tell all digests:\n{said.strip()}")
+            raise CommandError(
+                f"apt-get download did not print the digest of each package:\n{output.strip()}"
+            )
         present = await in_background(digests, archives, list(offers))
         missing = {
             file: int(offer["size"])
@@ -121,7 +123,7 @@ async def fetch(names: Sequence[str], cache: Path, meter: Meter | None = None) -
 
 
 def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of each of the files in `directory`, in hexadecimal; empty if there is none."""
+    """Return the SHA-256 of each file in `directory`, in hexadecimal; "" for a missing file."""
     return {name: _digest(directory / name) for name in names}
 
 
@@ -134,7 +136,7 @@ def _digest(path: Path) -> str:
 
 
 async def _download(sizes: dict[str, int], cache: Path, meter: Meter) -> None:
-    """Into a directory beside the archives first: what is in `archives` is always whole."""
+    """Download into a directory of its own, then move: files in `archives` are always complete."""
     arriving = cache / "arriving"
     shutil.rmtree(arriving, ignore_errors=True)
     arriving.mkdir()
@@ -158,16 +160,16 @@ async def _watch(directory: Path, total: int, meter: Meter) -> None:
 def _size(directory: Path) -> int:
     size = 0
     for path in directory.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # apt-get may just have renamed it
+        with contextlib.suppress(FileNotFoundError):  # apt-get has just renamed it
             size += path.stat().st_size
     return size
 
 
 async def unpack(debs: Sequence[Path], root: Path) -> None:
-    """Unpack the files of `debs` over each other into `root`; no script of theirs is run.
+    """Unpack the files of all `debs` into `root`, without running their scripts.
 
     Raises:
-        CommandError: If one of them is damaged.
+        CommandError: If a package is damaged.
     """
     for deb in debs:
         await process.run(["dpkg-deb", "--extract", deb, root])
@@ -180,11 +182,12 @@ async def _apt(program: str, cache: Path, *words: str, cwd: Path | None = None) 
         "Dir::State::status": cache / "status",
         "Dir::Cache": cache,
         "Dir::Cache::archives": cache / "archives",
-        "APT::Sandbox::User": "root",  # root's would become a user who may not enter `cache`
+        "APT::Sandbox::User": "root",  # as root, apt would use a user without access to `cache`
         "Acquire::Languages": "none",
         "Acquire::ForceHash": "SHA256",
     }
     settings = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temporary:
-        environment = {"LC_ALL": "C.UTF-8", "TMPDIR": temporary}  # killed, it clears nothing up
+        # If apt is killed, its temporary files are removed with this directory.
+        environment = {"LC_ALL": "C.UTF-8", "TMPDIR": temporary}
         return await process.run([program, *settings, *words], cwd=cwd, env=environment)

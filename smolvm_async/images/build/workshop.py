@@ -1,4 +1,4 @@
-"""Where an image is made: a directory for the one build that is going on."""
+"""Parts that all builders of images share: a work directory, keys, checks of the host."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.tasks import in_background
 
-# By distribution: kernels with drivers for virtual machines alone.
+# Kernels with drivers for virtual machines only, by distribution.
 CLOUD_KERNELS = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
 
-# In place of the host's /etc/mke2fs.conf, which differs from release to release.
+# Replaces the host's /etc/mke2fs.conf, which differs between releases.
 MKE2FS_CONF = """\
 [defaults]
 blocksize = 4096
@@ -32,9 +32,9 @@ ext4 = {
 
 @asynccontextmanager
 async def workshop(store: Path) -> AsyncIterator[Path]:
-    """A directory in `store`, which the caller has locked, for as long as the block lasts."""
+    """Create a work directory in `store`, which the caller has locked; remove it at the end."""
     work = store / "building"
-    if work.exists():  # its builder was killed, or we would not hold the lock
+    if work.exists():  # left by a builder that was killed, since the caller holds the lock
         await in_background(shutil.rmtree, work)
     work.mkdir()
     try:
@@ -44,12 +44,12 @@ async def workshop(store: Path) -> AsyncIterator[Path]:
 
 
 def key_of(*parts: object) -> str:
-    """A name that changes with what it is made of."""
+    """Return a name that stands for these parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def release() -> list[str]:
-    """This host's distribution, those it descends from, and its version."""
+    """Return this host's distribution, the distributions it descends from, and its version."""
     try:
         fields = platform.freedesktop_os_release()
     except OSError:
@@ -58,7 +58,10 @@ def release() -> list[str]:
 
 
 def distribution(image: str) -> str:
-    """`debian` or `ubuntu`, whichever this host is or descends from.
+    """Return `debian` or `ubuntu`: the one that this host is, or descends from.
+
+    Args:
+        image: The image to build, for messages: "the stand-in".
 
     Raises:
         HostError: If it is neither.
@@ -66,11 +69,32 @@ def distribution(image: str) -> str:
     for name in release():
         if name in CLOUD_KERNELS and platform.machine() == "x86_64":
             return name
-    raise HostError(
-        f"{image} is built from Debian's or Ubuntu's x86-64 packages and needs such a host."
-    )
+    raise HostError(f"Only a host with Debian or Ubuntu on x86-64 can build {image}.")
 
 
 def search_path() -> str:
-    """PATH with the directories of sfdisk and mke2fs, which an ordinary user's may lack."""
+    """Return PATH with the directories of sfdisk and mke2fs, which a user's PATH may lack."""
     return os.pathsep.join(filter(None, [os.environ.get("PATH"), "/usr/sbin", "/sbin"]))
+
+
+def check_programs(image: str, packages: Mapping[str, str], hint: str = "") -> None:
+    """Check that the host can build an image.
+
+    Args:
+        image: The image, for messages: "the stand-in".
+        packages: The packages of the programs that the build runs, by program.
+        hint: Another way out, besides installing the programs.
+
+    Raises:
+        HostError: If the host is not Debian or Ubuntu, or lacks a program.
+    """
+    distribution(image)
+    path = search_path()
+    missing = tuple(name for name in packages if shutil.which(name, path=path) is None)
+    if missing:
+        wanted = " ".join(sorted({packages[name] for name in missing}))
+        raise HostError(
+            f"This host lacks {', '.join(missing)}, which build {image}.",
+            hint=f"Install the programs with: sudo apt-get install {wanted}{hint}",
+            missing=missing,
+        )

@@ -1,12 +1,12 @@
-"""The image's cache: what is built when, and under which name it is kept.
+"""Build the built-in Linux in a cache directory, or find it there.
 
-In the cache directory:
+::
 
     packages/            apt's lists and archives
     debian/
-        current-RECIPE   which of the following this version of the library takes
+        current-RECIPE   the name of the image that this version of the library uses
         KEY/             an image: disk.qcow2, kernel, initrd, boot_args
-        building/        the one build that is going on
+        building/        the work directory of the build that is running
 """
 
 from __future__ import annotations
@@ -19,21 +19,30 @@ from typing import NamedTuple
 
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.files import replace_file, seal
+from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
 from smolvm_async.images.build.debian import disk, root
-from smolvm_async.images.build.workshop import key_of, release, workshop
+from smolvm_async.images.build.workshop import check_programs, key_of, release, workshop
 
+PROGRAMS = {  # that the build runs, and their packages
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "tar": "tar",
+    "mke2fs": "e2fsprogs",
+    "qemu-img": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
+}
 STEPS = 7
-DEADLINE = 1800.0  # seconds for all of it; under TCG, on two slow processors, it takes 2 minutes
+DEADLINE = 1800.0  # seconds for a build; under TCG, on two slow processors, a build takes 2 minutes
 
-# Count this up when the builder, the guest's scripts or BOOT_ARGS change what an image holds: every
-# user's image is then built anew. A change that the image does not show keeps the number.
+# Increase this when the builder, the guest's scripts or BOOT_ARGS change the content of the image:
+# every user's image is then built anew. Other changes, such as a comment's, keep the number.
 RECIPE = 1
 
-# Recipe 1's names by distribution, from when they were hashes of the builder's source: images from
-# that time stay valid.
+# The names of recipe 1, by distribution. They were hashes of the builder's source once; with these
+# names, images from that time stay valid.
 FIRST_RECIPE = {
     "debian 12": "9ce6eaa4a2e90ee9",
     "debian 13": "b63c1fe323d3dda6",
@@ -43,8 +52,8 @@ FIRST_RECIPE = {
     "ubuntu debian 26.04": "912bb27cf8dae97c",
 }
 
-# 8250.nr_uarts, nokaslr and the rest: each saves some of a boot's time under TCG, where the guest's
-# processor is emulated and what protects it from itself protects nobody.
+# Each of these saves time in a boot under TCG. The mitigations protect against flaws of real
+# processors, which an emulated one does not have.
 BOOT_ARGS = (
     "console=ttyS0 quiet root=/dev/vda rw nokaslr mitigations=off 8250.nr_uarts=1 audit=0 "
     "nowatchdog cryptomgr.notests ima_appraise=off random.trust_cpu=on panic=-1"
@@ -52,19 +61,68 @@ BOOT_ARGS = (
 
 
 class DebianImage(NamedTuple):
-    """A built image, as absolute paths.
+    """A built image; the paths are absolute.
 
     Attributes:
-        disk: A qcow2, read-only.
-        kernel: What QEMU loads.
-        initrd: Its initramfs.
-        boot_args: Its command line.
+        disk: The qcow2, read-only.
+        kernel: The kernel that QEMU loads.
+        initrd: The initramfs.
+        boot_args: The kernel's command line.
     """
 
     disk: Path
     kernel: Path
     initrd: Path
     boot_args: str
+
+
+async def build_debian(
+    *, cache_dir: Path | None = None, on_progress: ProgressCallback | None = None
+) -> DebianImage:
+    """Build the image, or find it in the cache.
+
+    The first build downloads some 100 MB of packages. Delete the cache only while no VM exists that
+    was made from it.
+
+    Args:
+        cache_dir: The directory for images and packages; by default `~/.cache/smolvm-async`.
+        on_progress: Called with each step.
+
+    Raises:
+        HostError: If the host is not Debian or Ubuntu, lacks a program, or the cache cannot be
+            written.
+        CommandError: If a package cannot be downloaded, or a program fails.
+    """
+    builder = Builder(_cache(cache_dir), on_progress)
+    try:
+        found = await in_background(builder.find)
+        if found is None:
+            check_host()
+            found = await builder.build()
+    except OSError as error:
+        raise HostError(
+            f"The built-in Linux cannot be built in {_cache(cache_dir)}: {error}"
+        ) from error
+    return found
+
+
+def find_debian(cache_dir: Path | None = None) -> DebianImage | None:
+    """Return the image if it was built before; this takes milliseconds."""
+    return Builder(_cache(cache_dir), None).find()
+
+
+def check_host() -> None:
+    """Check that this host can build the image.
+
+    Raises:
+        HostError: If the host is not Debian or Ubuntu, or lacks a program.
+    """
+    other = ". Or pass image= with the path of a qcow2, and os=."
+    check_programs("the built-in Linux", PROGRAMS, other)
+
+
+def _cache(cache_dir: Path | None) -> Path:
+    return (cache_dir or xdg_home("XDG_CACHE_HOME", ".cache") / "smolvm-async").absolute()
 
 
 class Builder:
@@ -77,7 +135,7 @@ class Builder:
         self._current = self._store / f"current-{_recipe()}"
 
     def find(self) -> DebianImage | None:
-        """The image, if it was built before."""
+        """Return the image if it was built before."""
         try:
             directory = self._store / self._current.read_text()
             boot_args = (directory / "boot_args").read_text()
@@ -88,12 +146,12 @@ class Builder:
         )
 
     async def build(self) -> DebianImage:
-        """Build it, unless somebody else does, for whom this waits then.
+        """Build the image, or wait for the process that is already building it.
 
         Raises:
-            HostError: If it takes too long.
+            HostError: If the build takes longer than 30 minutes.
         """
-        self._steps.report("taking the cache", 0)
+        self._steps.report("waiting for other builds", 0)
         async with packages.exclusive(self._store):
             if (found := self.find()) is not None:
                 return found
@@ -102,8 +160,8 @@ class Builder:
                     await self._build(work)
             except TimeoutError:
                 raise HostError(
-                    f"The built-in Linux was not built within {DEADLINE / 60:g} minutes: see "
-                    "whether this host's package sources answer, and try again."
+                    f"The build of the built-in Linux took over {DEADLINE / 60:g} minutes: check "
+                    "that this host's package sources answer, and try again."
                 ) from None
         self._steps.report("the image is ready", STEPS)
         found = self.find()
@@ -129,18 +187,18 @@ class Builder:
         await in_background(self._keep, work, key_of(_recipe(), [deb.name for deb in debs]))
 
     def _keep(self, work: Path, name: str) -> None:
-        """Give the image its name, whole and read-only, and then say that it is the one."""
+        """Make the image read-only, give it its name, then make it the current one."""
         (work / "image" / "boot_args").write_text(BOOT_ARGS)
         for path in (work / "image").iterdir():
             seal(path, 0o444)
         target = self._store / name
         if target.exists():
-            shutil.rmtree(target)  # nothing refers to it, or it would have been found
+            shutil.rmtree(target)  # no `current` file refers to it, or find() would have found it
         os.replace(work / "image", target)
         replace_file(self._current, name.encode(), temporary=work / "current")
 
 
 def _recipe() -> str:
-    """Return the name of all that decides, besides the packages, what the image holds."""
+    """Return a name for all that the image depends on, besides its packages."""
     first = FIRST_RECIPE.get(" ".join(release()), "") if RECIPE == 1 else ""
     return first or key_of(release(), BOOT_ARGS, RECIPE)

@@ -1,4 +1,4 @@
-"""The file system, the guest in which its packages are configured, and the disk made of it."""
+"""Make the file system, boot it once to configure its packages, and make the disk from it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from smolvm_async.guests.linux import DEBIAN
 from smolvm_async.host import choose_accelerator
 from smolvm_async.images.build.workshop import MKE2FS_CONF, search_path
 
-SIZE = "10G"  # sparse: what is not used takes no room
+SIZE = "10G"  # sparse: unused blocks take no space
 MEMORY = 1024  # MiB
 DONE = "SMOLVM: configured"
-TAIL = 3000  # characters of the console that an error quotes
-POLL = 0.5  # seconds between two looks at how far dpkg is
+TAIL = 3000  # characters of the console in an error
+POLL = 0.5  # seconds between two looks at dpkg's output
 
 
 async def make(work: Path) -> None:
-    """Make `root.raw` of `tree`."""
+    """Make the file system `root.raw` from the directory `tree`."""
     (work / "mke2fs.conf").write_text(MKE2FS_CONF)
     flags = ["-q", "-t", "ext4", "-L", "smolvm", "-m", "0", "-d", "tree"]
     extended = "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard"
@@ -31,10 +31,10 @@ async def make(work: Path) -> None:
 
 
 async def configure(work: Path, boot_args: str, packages: int, meter: Meter) -> None:
-    """Boot the file system once, to have dpkg configure its packages.
+    """Boot the file system once; dpkg configures its packages there.
 
     Raises:
-        CommandError: If that fails, with the end of what the guest said.
+        CommandError: If that fails; the message quotes the end of the guest's console.
     """
     accelerator, _ = choose_accelerator("auto", smm=False)
     cpu = DEBIAN.cpu[accelerator.name]
@@ -77,7 +77,7 @@ def _read(console: Path) -> str:
 
 
 async def convert(work: Path) -> None:
-    """Make `image/disk.qcow2` of `root.raw`."""
+    """Convert `root.raw` to `image/disk.qcow2`."""
     formats = ["-f", "raw", "-O", "qcow2"]
     await process.run(["qemu-img", "convert", *formats, "root.raw", "image/disk.qcow2"], cwd=work)
     os.unlink(work / "root.raw")

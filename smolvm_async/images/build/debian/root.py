@@ -1,4 +1,4 @@
-"""The guest's files: its packages unpacked, dpkg's database of them, and what is our own."""
+"""The guest's files: unpacked packages, dpkg's database, and the library's own files."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from smolvm_async.foundation import process
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
 from smolvm_async.images.build.boot_files import (
+    decompress_kernel,
     find_file,
-    forget_umask,
     install,
     install_drivers,
     modules,
-    newc,
+    pack_initramfs,
+    reset_modes,
 )
-from smolvm_async.images.build.debian.kernel import uncompressed
 from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution
 
 GUEST = Path(__file__).parent / "guest"
-OWN = "usr/lib/smolvm"  # what is ours in the guest
+OWN = "usr/lib/smolvm"  # the directory of the library's own files in the guest
 
-# usr-is-merged: the directories are merged here, where the package usrmerge would bring Perl's
-# modules to do it.
+# usr-is-merged instead of usrmerge: the builder merges the directories, and usrmerge would bring
+# Perl's modules to do it.
 WANTED = (
     *("?essential", "?priority(required)", "usr-is-merged", "apt", "ca-certificates", "curl"),
     *("git", "iproute2", "iputils-ping", "kmod", "less", "netbase", "openssh-client"),
     *("openssh-server", "procps", "python3", "sudo", "tzdata", "unzip", "xz-utils"),
 )
-# The kernel is not to be installed in the guest, whose boot loader is QEMU; and what usr-is-merged
-# checks has been done here.
+# dpkg does not configure these: QEMU loads the kernel, so no boot loader needs it, and the builder
+# has merged the directories that usr-is-merged checks.
 CONFIGURED = "linux-|usr-is-merged"
 MERGED = ("bin", "sbin", "lib", "lib64")
 NOT_UNPACKED = (
     *("usr/share/man/*", "usr/share/info/*", "usr/share/locale/*", "usr/share/lintian/*"),
-    "usr/share/doc/*/[!c]*",  # but for the copyright
+    "usr/share/doc/*/[!c]*",  # all but the copyright
 )
 DRIVERS = (
     *("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "virtio_net", "af_packet"),
     *("virtio_rng", "qemu_fw_cfg", "button", "evdev", "pvpanic", "pvpanic_pci"),
 )
 
-# Unpacks $1 and its control files; prints what it holds, as `tar -tv` does.
+# Unpacks the package $1 and its control files; lists its files as `tar -tv` does.
 UNPACK = """
 set -eu
 name=$(dpkg-deb --field "$1" Package)
@@ -57,15 +57,15 @@ dpkg-deb --fsys-tarfile "$1" | tar --extract --directory=tree --preserve-permiss
 
 
 async def package_names(cache: Path) -> list[str]:
-    """The packages to fetch, once the lists in `cache` are there."""
-    kernel = CLOUD_KERNELS[distribution("The built-in Linux")]
+    """Return the packages to download; the lists must be in `cache`."""
+    kernel = CLOUD_KERNELS[distribution("the built-in Linux")]
     needed = await packages.dependencies([kernel], cache)
     images = [name for name in needed if re.match(r"linux-(image|modules)-\d", name)]
     return [*await packages.installation(WANTED, cache), *images, "busybox-static"]
 
 
 async def unpack(debs: Sequence[Path], work: Path) -> Path:
-    """Unpack everything into a tree with merged directories; returns it."""
+    """Unpack all packages into a tree with merged directories, and return the tree."""
     tree = work / "tree"
     for name in MERGED:
         (tree / "usr" / name).mkdir(parents=True)
@@ -79,16 +79,16 @@ async def unpack(debs: Sequence[Path], work: Path) -> Path:
 
 
 async def arrange(tree: Path, work: Path) -> None:
-    """Make of the tree what can be booted to configure it, and `image/kernel`, `image/initrd`.
+    """Prepare the tree for the boot that configures it; make `image/kernel` and `image/initrd`.
 
     Raises:
-        HostError: If the packages do not hold what is expected of them.
+        HostError: If the packages lack an expected file.
     """
     drivers = await modules(tree / "usr/lib/modules", DRIVERS)
     await in_background(_make_initrd, tree, work, drivers)
     await in_background(_make_kernel, tree, work)
     await in_background(_make_database, tree, work)
-    await in_background(_add_ours, tree, work)
+    await in_background(_add_own_files, tree, work)
 
 
 def _make_initrd(tree: Path, work: Path, drivers: Sequence[Path]) -> None:
@@ -98,13 +98,13 @@ def _make_initrd(tree: Path, work: Path, drivers: Sequence[Path]) -> None:
     install(find_file(tree, ["busybox"]), initramfs / "bin/busybox", 0o755)
     install(GUEST / "initramfs.sh", initramfs / "init", 0o755)
     install_drivers(drivers, initramfs / "modules")
-    forget_umask(initramfs)
-    (work / "image" / "initrd").write_bytes(newc(initramfs))
+    reset_modes(initramfs)
+    (work / "image" / "initrd").write_bytes(pack_initramfs(initramfs))
 
 
 def _make_kernel(tree: Path, work: Path) -> None:
     kernel = find_file(tree / "boot", ["vmlinuz-*"])
-    (work / "image" / "kernel").write_bytes(uncompressed(kernel.read_bytes()))
+    (work / "image" / "kernel").write_bytes(decompress_kernel(kernel.read_bytes()))
     shutil.rmtree(tree / "boot")
     (tree / "boot").mkdir()
 
@@ -113,7 +113,7 @@ def _make_kernel(tree: Path, work: Path) -> None:
 
 
 def _make_database(tree: Path, work: Path) -> None:
-    """As if dpkg had unpacked the packages: it then configures them."""
+    """Write dpkg's database as if dpkg had unpacked the packages, so that it configures them."""
     database = tree / "var/lib/dpkg"
     (database / "info").mkdir(parents=True, exist_ok=True)
     for name in ("updates", "triggers", "parts", "alternatives"):
@@ -145,7 +145,11 @@ def _make_database(tree: Path, work: Path) -> None:
 
 
 def _entries(listing: str) -> Iterator[tuple[str, str, str]]:
-    """Mode (if it is special), owner (if not root) and path of each line that tar has printed."""
+    """Yield mode and owner (empty if ordinary) and path for each line that tar printed.
+
+    A mode is listed if it has a special bit, or if the owner is not root: a change of the owner
+    clears special bits, so mode and owner are set together.
+    """
     for line in listing.splitlines():
         match = re.fullmatch(r"(\S{10}) +(\S+) +\S+ \S+ \S+ \./(.*?)( -> .*| link to .*)?", line)
         if match is None:
@@ -161,7 +165,7 @@ def _entries(listing: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _octal(permissions: str) -> str:
-    """`-rwxr-sr-x` → 2755."""
+    """Convert `-rwxr-sr-x` to `2755`."""
     mode = 0
     for index, letter in enumerate(permissions[1:]):
         if letter not in "-ST":
@@ -181,10 +185,10 @@ def _conffiles(tree: Path, paths: Sequence[str]) -> str:
     return "Conffiles:\n" + "".join(lines) if lines else ""
 
 
-# What is ours
+# The library's own files
 
 
-def _add_ours(tree: Path, work: Path) -> None:
+def _add_own_files(tree: Path, work: Path) -> None:
     install(find_file(tree, ["busybox"]), tree / OWN / "busybox", 0o755)
     for name in ("init", "configure", "end"):
         install(GUEST / f"{name}.sh", tree / OWN / name, 0o755)
@@ -192,19 +196,21 @@ def _add_ours(tree: Path, work: Path) -> None:
         (tree / "usr/sbin" / name).symlink_to(f"/{OWN}/end")
     install(GUEST / "sshd_config", tree / OWN / "sshd_config")
     install(GUEST / "dpkg.cfg", tree / "etc/dpkg/dpkg.cfg.d/smolvm")
-    (tree / "etc/resolv.conf").write_text("nameserver 10.0.2.3\n")  # QEMU's own
+    (tree / "etc/resolv.conf").write_text("nameserver 10.0.2.3\n")  # QEMU's DNS server
     (tree / "etc/fstab").touch()
     (tree / "root").chmod(0o700)
     _copy_sources(tree)
 
 
 def _copy_sources(tree: Path) -> None:
-    """The guest's apt has the distribution's own sources that the host has."""
+    """Give the guest's apt those package sources of the host that are the distribution's own."""
     apt = tree / "etc/apt"
     (apt / "sources.list.d").mkdir(parents=True, exist_ok=True)
     own = [path for path in _sources() if _is_own(path.read_text())]
     if not own:
-        raise HostError("None of this host's package sources is its distribution's own.")
+        raise HostError(
+            "This host has no package source of its own distribution: add one to /etc/apt."
+        )
     for path in own:
         text = path.read_text()
         for keyring in re.findall(r"(?i)signed-by[:=] *(/[^\s\]]+)", text):

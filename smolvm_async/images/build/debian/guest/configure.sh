@@ -1,6 +1,6 @@
 #!/bin/sh
-# Process 1 of the one boot in which dpkg configures what was unpacked; root is mounted, and empty of
-# all that maintainer scripts make.
+# Process 1 of the boot in which dpkg configures the packages. The root file system is mounted, and
+# has the files of the packages, but nothing that maintainer scripts create.
 
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
 export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true DEBCONF_NOWARNINGS=yes
@@ -14,20 +14,20 @@ end() {
     "$own/busybox" poweroff -f
 }
 
-idle() { # programs that are slow when emulated, and whose work is not wanted
+disable() { # replace programs by /bin/true: emulated, they are slow, and their work is not needed
     for program in "$@"; do
         mv "$program" "$program.real"
         ln -s /bin/true "$program"
     done
 }
 
-busy() {
+enable() {
     for program in "$@"; do
         mv "$program.real" "$program"
     done
 }
 
-owners() { # what only root can set: owners, and the modes that a change of owner takes away
+owners() { # set what the builder, without root, could not: owners and special modes
     while read -r mode owner path; do
         [ -e "$path" ] && [ ! -h "$path" ] || continue
         chown "$owner" "$path"
@@ -35,7 +35,7 @@ owners() { # what only root can set: owners, and the modes that a change of owne
     done <"$own/modes"
 }
 
-certificates() { # as update-ca-certificates does, which starts a thousand programs for it
+certificates() { # the work of update-ca-certificates, which starts a thousand programs
     cd /usr/share/ca-certificates/mozilla || return
     cat ./*.crt >/etc/ssl/certs/ca-certificates.crt
     for name in *.crt; do
@@ -54,9 +54,9 @@ printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d
 chmod 755 /usr/sbin/policy-rc.d
 
 python=$(readlink -f /usr/bin/python3)
-idle "$python" /usr/bin/ssh-keygen /usr/sbin/update-ca-certificates
+disable "$python" /usr/bin/ssh-keygen /usr/sbin/update-ca-certificates
 dpkg --configure -a --force-confold --force-confdef || { echo "SMOLVM: dpkg failed"; end; }
-busy "$python" /usr/bin/ssh-keygen /usr/sbin/update-ca-certificates
+enable "$python" /usr/bin/ssh-keygen /usr/sbin/update-ca-certificates
 
 owners
 certificates

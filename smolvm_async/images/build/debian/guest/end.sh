@@ -1,5 +1,5 @@
 #!/bin/sh
-# poweroff, halt, reboot, shutdown: process 1 does it.
+# poweroff, halt, reboot and shutdown: send the signal that process 1 acts on.
 
 case "${0##*/} $*" in
 reboot* | *" -r"* | *" --reboot"*) kill -TERM 1 ;;

@@ -1,17 +1,17 @@
 #!/usr/lib/smolvm/busybox sh
-# Process 1: what a guest needs to be logged in to, and no more. The drivers are loaded.
+# Process 1: starts network, SSH server and power button. The initramfs has loaded the drivers.
 
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 own=/usr/lib/smolvm
 b=$own/busybox
 config=/sys/firmware/qemu_fw_cfg/by_name/opt/smolvm
 
-# Ending. /usr/lib/smolvm/end tells process 1 by these signals.
+# Shutdown. /usr/lib/smolvm/end sends these signals to process 1.
 
 finish() { # $1: poweroff or reboot
     trap '' USR1 USR2 TERM
     $b kill -TERM -1
-    for _ in 1 2 3 4 5; do # what wants to end well has a quarter of a second
+    for _ in 1 2 3 4 5; do # give the processes a quarter of a second to end by themselves
         [ "$($b ls /proc | $b grep -c '^[0-9]')" -gt "$kernel" ] || break
         $b usleep 50000
     done
@@ -25,7 +25,7 @@ trap 'finish poweroff' USR1 USR2
 trap 'finish reboot' TERM
 trap '' INT HUP
 
-watch_power_button() { # its events come in on stdin, 24 bytes each
+watch_power_button() { # reads the button's events from stdin, 24 bytes each
     while events=$($b dd bs=96 count=1 2>/dev/null | $b hexdump -v -e '1/1 "%02x"') &&
         [ "$events" ]; do
         case $events in
@@ -39,22 +39,22 @@ watch_power_buttons() {
         read -r label <"$name" || continue
         [ "$label" = "Power Button" ] || continue
         event=${name#/sys/class/input/}
-        exec 3<"/dev/input/${event%%/*}" # opened here, so that from now on no press is lost
+        exec 3<"/dev/input/${event%%/*}" # open it now, so that no press is lost
         watch_power_button <&3 &
         exec 3<&-
     done
 }
 
-# Starting.
+# Start.
 
-start_network() { # QEMU's user network is the same for everybody
+start_network() { # QEMU's user network has the same addresses in every VM
     $b ifconfig lo 127.0.0.1 up
     $b ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
     $b route add default gw 10.0.2.2
 }
 
 set_identity() {
-    read -r name <$config/hostname/raw # without a newline: its status says nothing
+    read -r name <$config/hostname/raw # the file has no newline, so the exit status of read means nothing
     [ "$name" ] || name=debian
     echo "$name" >/proc/sys/kernel/hostname
     echo "$name" >/etc/hostname
@@ -66,7 +66,7 @@ set_identity() {
     umask 022
 }
 
-keep_sshd() { # it is the only way in: it starts again, whatever kills it
+keep_sshd() { # restart sshd when it dies: there is no other way to log in
     while :; do
         /usr/sbin/sshd -D -f $own/sshd_config </dev/null >/dev/console 2>&1
         $b usleep 100000
@@ -85,7 +85,7 @@ set_identity
 keep_sshd &
 watch_power_buttons
 
-while :; do # process 1 never ends; the wait also reaps orphans, and lets the traps run
+while :; do # process 1 must not end; `wait` also reaps orphans, and lets the traps run
     $b sleep 86400 &
     wait $!
 done

@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# /init of the initramfs: load the drivers, mount the root, go there.
+# /init of the initramfs: load the drivers, mount the root file system, start its init.
 
 busybox mount -t devtmpfs devtmpfs /dev
 busybox mount -t proc proc /proc
@@ -18,7 +18,7 @@ done
 until [ -b /dev/vda ]; do
     busybox usleep 2000
 done
-busybox mount -t ext4 -o noinit_itable /dev/vda /root # no writes behind the guest's back
+busybox mount -t ext4 -o noinit_itable /dev/vda /root # noinit_itable: no writes in the background
 for mount in dev proc sys; do
     busybox mount --move "/$mount" "/root/$mount"
 done
