@@ -27,6 +27,7 @@ from smolvm_async.fleet.template import Template
 from smolvm_async.foundation.tasks import in_thread, settle
 from smolvm_async.qemu.events import BootState
 from smolvm_async.state.record import ACTIVE
+from smolvm_async.vm.block import Block
 from smolvm_async.vm.vm import AsyncSmolVM
 
 LIVE_PER_PROCESSOR = 16  # guests that mostly wait; 32 on two cores were measured
@@ -101,9 +102,8 @@ class Fleet:
         self._gone = self._lost = 0  # of map()'s
         self._calls: WeakSet[Jobs[Any, Any]] = WeakSet()
         self._news = asyncio.Event()
-        self._body: asyncio.Task[Any] | None = None
-        self._cancelling = 0
-        self._cancelled = self._over = False
+        self._block = Block()
+        self._over = False
 
     @property
     def failures(self) -> Sequence[MemberFailedError]:
@@ -128,7 +128,7 @@ class Fleet:
         )
 
     async def __aenter__(self) -> Self:
-        if self._body is not None or self._over:
+        if self._block.entered or self._over:
             raise ConfigError("this Fleet was entered before: make a new one.")
         try:
             await self._template.look()
@@ -138,9 +138,7 @@ class Fleet:
             self._template.close()
             raise
         self._gate = Gate(self._max_live, self._max_booting)
-        self._body = asyncio.current_task()
-        assert self._body is not None
-        self._cancelling = self._body.cancelling()
+        self._block.enter()
         self._members = [self._make(self._on_end) for _ in range(self._size)]
         return self
 
@@ -150,24 +148,14 @@ class Fleet:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        body, self._body, self._over = self._body, None, True
+        self._over = True
         failures = self.failures if self._on_error == "raise" else []
-        cancellation = error if isinstance(error, asyncio.CancelledError) else None
+        told = f"{len(failures)} of {self._size} VMs failed"
+        group = ExceptionGroup(told, failures) if failures else None
         try:
-            await settle(self._leave())
-        except asyncio.CancelledError as late:
-            cancellation = late
+            await self._block.leave(settle(self._leave()), error, lambda: group)
         finally:
             self._template.close()
-        ours = self._cancelled
-        if ours and body is not None:
-            ours = body.uncancel() <= self._cancelling
-        if cancellation is not None and not ours:
-            for failure in self.failures:
-                cancellation.add_note(str(failure))
-            raise cancellation
-        if failures and (error is None or ours):
-            raise ExceptionGroup(f"{len(failures)} of {self._size} VMs failed", failures) from error
 
     async def __aiter__(self) -> AsyncIterator[AsyncSmolVM]:
         """The VMs, as they become ready, each once."""
@@ -258,7 +246,7 @@ class Fleet:
         )
 
     def _entered(self) -> list[Member]:
-        if self._body is None:
+        if not self._block.entered:
             raise ConfigError("the fleet does not run: use async with Fleet(...) as fleet.")
         return self._members
 
@@ -281,8 +269,8 @@ class Fleet:
     def _on_end(self, member: Member) -> None:
         self._news.set()
         failed = member.error is not None and not member.hired
-        if failed and self._on_error == "raise" and self._body is not None and not self._cancelled:
-            self._cancelled = self._body.cancel()
+        if failed and self._on_error == "raise" and not self._block.cancelled:
+            self._block.cancel()
 
     def _on_leave(self, member: Member) -> None:
         self._hired.discard(member)

@@ -1,60 +1,94 @@
-"""The `async with` block around a VM: a crash cancels it, and leaving it ends the VM."""
+"""The `async with` block around a VM or a fleet.
+
+When a VM crashes, the task inside the block may be waiting for anything, so the block cancels it.
+asyncio delivers a single `CancelledError`, however many callers asked for it: the exception does
+not tell who asked. The task's counter does. Each `Task.cancel()` adds 1 to `Task.cancelling()`, and
+`leave()` takes the block's own requests back with `Task.uncancel()`. If the counter is then back
+where it was on entering, only the block cancelled the task, and the failure replaces the
+`CancelledError`. If it is higher, somebody else (a timeout, a task group, an outer block) wants the
+cancellation too: it goes on its way and carries the failure as a note.
+
+So one exception leaves the block, the first of:
+1. the cancellation of somebody else;
+2. the failure, with the body's exception as its cause. `KeyboardInterrupt` and its like
+   are replaced only if the block had cancelled the body before;
+3. the body's own exception.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
-
-from smolvm_async.controls.interface import VM
-from smolvm_async.errors import VMNotRunningError
 
 
 class Block:
-    """The task that is inside the block, and who has cancelled it."""
+    """The task inside an `async with` block, and the block's requests to cancel it."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
-        self._cancelling = 0  # requests that others had made when it was entered
-        self._cancelled = False  # by us
+        self._others = 0  # requests to cancel the task that others had made when it entered
+        self._own = 0  # requests of this block
 
     @property
     def entered(self) -> bool:
         """Whether a task is inside."""
         return self._task is not None
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether the block has cancelled the task that is inside."""
+        return self._own > 0
+
     def enter(self) -> None:
-        """The current task enters."""
+        """Note the current task as the one inside."""
         self._task = asyncio.current_task()
         assert self._task is not None
-        self._cancelling = self._task.cancelling()
+        self._others = self._task.cancelling()
 
     def cancel(self) -> None:
-        """The VM has crashed."""
-        if self._task is not None:
-            self._cancelled = self._task.cancel()
+        """Cancel the task inside, if there is one, because of a failure."""
+        if self._task is not None and self._task.cancel():
+            self._own += 1
 
-    async def leave(self, vm: VM, error: BaseException | None) -> None:
-        """The task leaves, by `error` or by the end of the block.
+    async def leave(
+        self,
+        end: Awaitable[None],
+        error: BaseException | None,
+        failure: Callable[[], Exception | None],
+    ) -> None:
+        """End what the block is around, and raise what the block has to raise.
+
+        Args:
+            end: Ends the VMs; if it is cancelled, it ends them all the same before it raises.
+            error: The exception that left the body, if any.
+            failure: Returns the reason for the block's cancellation, or another failure; asked
+                after `end`.
 
         Raises:
-            VMCrashedError: If the VM has crashed, unless another exception matters more.
-            asyncio.CancelledError: If somebody else cancelled it.
+            asyncio.CancelledError: Somebody else cancelled the task.
+            Exception: The failure.
         """
-        task, self._task = self._task, None
-        ours, self._cancelled = self._cancelled, False
+        task, own = self._task, self._own
+        self._task, self._own = None, 0
+        late: asyncio.CancelledError | None = None
         try:
-            await vm.leave(graceful=error is None)
+            await end
         except asyncio.CancelledError as cancellation:
-            await vm.leave(graceful=False)
-            error = error or cancellation
-        if ours and task is asyncio.current_task() and task is not None:
-            ours = task.uncancel() <= self._cancelling
-        crash = vm.run.failure if vm.run else None
-        if isinstance(crash, VMNotRunningError):
-            crash = None  # it has only been detached from
-        if isinstance(error, asyncio.CancelledError) and not ours:
+            error = late = cancellation
+        finally:
+            only_ours = own > 0
+            if own and task is not None and task is asyncio.current_task():
+                for _ in range(own):
+                    only_ours = task.uncancel() <= self._others
+        reason = failure()
+        if isinstance(error, asyncio.CancelledError) and not only_ours:
+            if reason is not None:
+                for each in reason.exceptions if isinstance(reason, ExceptionGroup) else [reason]:
+                    error.add_note(str(each))
             raise error
-        if error is crash:
-            return  # it comes out by itself, or there is none
-        if crash is not None and (ours or error is None or isinstance(error, Exception)):
-            raise crash from error
+        replaceable = only_ours or error is None or isinstance(error, Exception)
+        if reason is not None and reason is not error and replaceable:
+            raise reason from error
+        if late is not None:
+            raise late

@@ -205,13 +205,16 @@ class OwnedVM:
                 raise
 
     async def leave(self, *, graceful: bool) -> None:
-        """The end of an `async with` block: a kept VM stays, at rest."""
-        if graceful:
-            await self.stop(None)
-        if not self.config.keep:
-            await self.delete()
-        else:
-            await self._kill()
+        """End the VM, however often this is cancelled: a kept VM stays on disk, others go.
+
+        Args:
+            graceful: Whether to power the guest down first, as long as nobody cancels that.
+        """
+        try:
+            if graceful:
+                await self.stop(None)
+        finally:
+            await (self._kill() if self.config.keep else self.delete())
 
     async def detach(self) -> None:
         """Not for the owner."""

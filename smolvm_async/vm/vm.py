@@ -23,7 +23,12 @@ from smolvm_async.controls.interface import VM, running
 from smolvm_async.controls.ports import PortForwarding
 from smolvm_async.controls.shell import Shell
 from smolvm_async.controls.ssh.access import Access
-from smolvm_async.errors import ConfigError, UnsupportedError, VMNotFoundError
+from smolvm_async.errors import (
+    ConfigError,
+    UnsupportedError,
+    VMNotFoundError,
+    VMNotRunningError,
+)
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import GUESTS
 from smolvm_async.images.local import local_path
@@ -261,7 +266,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         await self.start()
         self._block.enter()
         if self.status is Status.CRASHED:  # before there was a block to cancel
-            await self._block.leave(self._vm, None)
+            await self._leave(None)
         return self
 
     async def __aexit__(
@@ -270,7 +275,17 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._block.leave(self._vm, error)
+        await self._leave(error)
+
+    async def _leave(self, error: BaseException | None) -> None:
+        vm = self._vm
+
+        def crash() -> Exception | None:
+            failure = vm.run.failure if vm.run else None
+            # A VMNotRunningError only says that this process has been detached from the VM.
+            return None if isinstance(failure, VMNotRunningError) else failure
+
+        await self._block.leave(vm.leave(graceful=error is None), error, crash)
 
     async def start(self) -> None:
         """Start the VM; returns when the guest's processors run. A running VM is left alone.

@@ -31,6 +31,7 @@ from smolvm_async.controls.interface import VM, Run
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import VMCrashedError, VMNotRunningError
 from smolvm_async.foundation.tail import Tail
+from smolvm_async.foundation.tasks import end_tasks
 from smolvm_async.qemu.boot import BootStates
 from smolvm_async.qemu.console import LIMIT
 from smolvm_async.qemu.events import BootStateChanged, EventHub, Reset, event_from_json
@@ -159,8 +160,7 @@ class AttachedVM:
 
     async def detach(self) -> None:
         """Close the connection; the VM goes on."""
-        self._reading.cancel()
-        await asyncio.wait([self._reading])
+        await end_tasks(self._reading)
 
     async def _request(self, method: str, params: Mapping[str, Any]) -> Any:
         if self._reading.done():
