@@ -100,7 +100,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd=self.directory,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             )
 
     def _find(self, log: str, words: str) -> str:
@@ -611,7 +611,8 @@ async def main():
             pass
 asyncio.run(main())
 """
-    client = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    client = subprocess.Popen([sys.executable, "-c", script], env=environment)
     try:
         await until(lambda: len(begun(tmp_path)) >= 2)
         assert processes(data_dir)
