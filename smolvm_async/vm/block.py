@@ -1,17 +1,16 @@
 """The `async with` block around a VM or a fleet.
 
 When a VM crashes, the task inside the block may be waiting for anything, so the block cancels it.
-asyncio delivers a single `CancelledError`, however many callers asked for it: the exception does
-not tell who asked. The task's counter does. Each `Task.cancel()` adds 1 to `Task.cancelling()`, and
-`leave()` takes the block's own requests back with `Task.uncancel()`. If the counter is then back
-where it was on entering, only the block cancelled the task, and the failure replaces the
-`CancelledError`. If it is higher, somebody else (a timeout, a task group, an outer block) wants the
-cancellation too: it goes on its way and carries the failure as a note.
+asyncio delivers a single `CancelledError`, however many callers cancelled the task. The task's
+counter tells them apart: each `Task.cancel()` adds 1 to `Task.cancelling()`, and `leave()` takes
+the block's own requests back with `Task.uncancel()`. If the counter is then back where it was on
+entering, only the block cancelled the task, and the failure replaces the `CancelledError`. If it is
+higher, somebody else (a timeout, a task group, an outer block) has cancelled the task too.
 
 So one exception leaves the block, the first of:
-1. the cancellation of somebody else;
-2. the failure, with the body's exception as its cause. `KeyboardInterrupt` and its like
-   are replaced only if the block had cancelled the body before;
+1. the cancellation by somebody else, with the failure as a note;
+2. the failure, with the body's exception as its cause. `KeyboardInterrupt` and its like are
+   replaced only if the block had cancelled the body before;
 3. the body's own exception.
 """
 
@@ -32,12 +31,12 @@ class Block:
 
     @property
     def entered(self) -> bool:
-        """Whether a task is inside."""
+        """True while a task is inside."""
         return self._task is not None
 
     @property
     def cancelled(self) -> bool:
-        """Whether the block has cancelled the task that is inside."""
+        """True if the block has cancelled the task that is inside."""
         return self._own > 0
 
     def enter(self) -> None:
@@ -57,17 +56,12 @@ class Block:
         error: BaseException | None,
         failure: Callable[[], Exception | None],
     ) -> None:
-        """End what the block is around, and raise what the block has to raise.
+        """End the VMs, and raise the exception that is to leave the block, if any.
 
         Args:
-            end: Ends the VMs; if it is cancelled, it ends them all the same before it raises.
+            end: Ends the VMs; if it is cancelled, it first ends them all the same.
             error: The exception that left the body, if any.
-            failure: Returns the reason for the block's cancellation, or another failure; asked
-                after `end`.
-
-        Raises:
-            asyncio.CancelledError: Somebody else cancelled the task.
-            Exception: The failure.
+            failure: Returns the failure, if any; called after `end`.
         """
         task, own = self._task, self._own
         self._task, self._own = None, 0

@@ -1,7 +1,7 @@
-"""VMs that are launched side by side: none of their guests runs before all of them are launched.
+"""VMs that launch at the same time let their guests run only when all of them are launched.
 
-A guest that boots takes all of a processor. What is launched meanwhile would have to share: 32
-small VMs on two processors took three times as long.
+A booting guest takes a whole processor, which the launches of other VMs would have to share with
+it: 32 small VMs on two processors took three times as long.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _launches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[Launch]] = (
 
 
 class Launch:
-    """The launch of one VM, among the others of its event loop.
+    """The launch of one VM, among all launches of its event loop.
 
     Args:
-        under_way: Whether it has begun.
+        under_way: Whether the launch has begun.
     """
 
     def __init__(self, *, under_way: bool = False) -> None:
@@ -31,21 +31,21 @@ class Launch:
             self.begin()
 
     def begin(self) -> None:
-        """From now on it is under way, if it is not already."""
+        """Note that the launch has begun, if it had not."""
         if self not in self._under_way:
             self._began = time.monotonic()
             self._under_way.add(self)
 
     def end(self) -> None:
-        """The VM is launched, or never will be."""
+        """Note that the VM is launched, or that its launch failed."""
         self._under_way.discard(self)
         self._over.set()
 
     async def end_with_others(self) -> None:
-        """End, and wait for those that are under way.
+        """End this launch, and wait for the launches that are under way.
 
-        For each as long as this one took at most: one that hangs, and may be another user's,
-        must do no harm.
+        The wait for each is at most as long as this launch took: a launch that hangs, and may
+        belong to an unrelated caller, must not delay others by more.
         """
         self.end()
         took = time.monotonic() - self._began

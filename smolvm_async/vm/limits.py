@@ -1,4 +1,4 @@
-"""What a VM may take of the host: whether it fits, and what bounds QEMU once it runs."""
+"""Limits of a VM on its host: whether its memory fits, and bounds for QEMU while it runs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from smolvm_async.state.directory import BUSY
 from smolvm_async.state.record import ACTIVE
 from smolvm_async.state.registry import LOCK, survey
 
-SYSTEM_RUNTIME = Path("/run")  # where systemd itself has its socket; a user's is elsewhere
+SYSTEM_RUNTIME = Path("/run")  # has the system manager's socket; a user's manager has its own
 
 
 @asynccontextmanager
 async def admission(config: VMConfig) -> AsyncIterator[None]:
-    """Around the writing of a starting VM's record: refuse the VM if it does not fit.
+    """Refuse a starting VM that does not fit; its record is written inside the block.
 
-    Memory that other VMs were promised and have not touched is not counted, unless
-    `Limits.max_memory` says so: then two that start at once are judged one after the other.
+    The memory that running VMs do not use yet counts as available. With `Limits.max_memory`, all
+    of their memory counts as taken, and a lock makes VMs that start at once wait for each other.
 
     Raises:
-        HostError: If it does not fit; with the figures.
-        OSError: If the lock cannot be made.
+        HostError: The VM does not fit; with the figures.
+        OSError: The lock file cannot be made.
     """
     memory = await in_thread(available_memory)
     if config.memory > memory.available:
         raise HostError(
             f"memory={config.memory} MiB does not fit: {memory.available} MiB of "
-            f"{memory.total} MiB are available (limit: {memory.limit}). Pass a smaller memory=, "
-            "stop other VMs, or free memory of the host."
+            f"{memory.total} MiB are available (limit: {memory.limit}).",
+            hint="Pass a smaller memory=, stop other VMs, or free memory of the host.",
+            missing=("memory",),
         )
     if config.limits.max_memory is None:
         yield
@@ -45,8 +46,8 @@ async def admission(config: VMConfig) -> AsyncIterator[None]:
     try:
         if not await poll(lock.try_lock, BUSY):
             raise HostError(
-                "max_memory= could not be checked: another process has held "
-                f"{str(config.data_dir / LOCK)!r} for {BUSY:g} s."
+                "max_memory= could not be checked: another process has locked "
+                f"{str(config.data_dir / LOCK)!r} for {BUSY:g} s. Try again."
             )
         await in_thread(_check_sum, config, config.limits.max_memory)
         yield
@@ -63,21 +64,24 @@ def _check_sum(config: VMConfig, max_memory: int) -> None:
     if config.memory + sum(others) > max_memory:
         raise HostError(
             f"memory={config.memory} MiB does not fit: max_memory={max_memory} MiB, and "
-            f"{len(others)} running VMs have {sum(others)} MiB of it. Pass a smaller memory=, "
-            "stop other VMs, or raise max_memory."
+            f"{len(others)} running VMs have {sum(others)} MiB of it.",
+            hint="Pass a smaller memory=, stop other VMs, or raise max_memory.",
+            missing=("memory",),
         )
 
 
 def scope_prefix(config: VMConfig) -> tuple[str, ...]:
-    """What runs QEMU in a systemd scope with its bounds (systemd.resource-control(5)).
+    """Return the command that runs QEMU in a systemd scope with bounds, if there are any.
+
+    See systemd.resource-control(5).
 
     Raises:
-        HostError: If bounds are set and there is no systemd to make a scope.
+        HostError: There are bounds, but no systemd that could make a scope.
     """
     limits = config.limits
     properties = []
     if limits.vm_memory is not None:
-        # Without swap, or a guest over its bound would drag the host down instead of ending.
+        # No swap: a VM over its limit is to end, and not to slow the host down by swapping.
         properties += [f"MemoryMax={limits.vm_memory}M", "MemorySwapMax=0"]
     if limits.vm_cpus is not None:
         properties.append(f"CPUQuota={limits.vm_cpus * 100:.0f}%")
@@ -88,9 +92,11 @@ def scope_prefix(config: VMConfig) -> tuple[str, ...]:
     runtime = SYSTEM_RUNTIME if root else Path(os.environ.get("XDG_RUNTIME_DIR", "/nonexistent"))
     if systemd_run is None or not (runtime / "systemd" / "private").exists():
         raise HostError(
-            "limits= with vm_memory or vm_cpus needs systemd: there is no "
-            f"{'systemd-run' if systemd_run is None else 'service manager of this user'} here. "
-            "Log in through systemd (loginctl enable-linger makes it stay), or leave them out."
+            "limits= with vm_memory or vm_cpus needs systemd, and this host has no "
+            f"{'systemd-run' if systemd_run is None else 'running service manager for this user'}.",
+            hint="Log in through systemd (loginctl enable-linger keeps the service manager "
+            "running), or leave vm_memory and vm_cpus out.",
+            missing=("systemd",),
         )
     return (
         *(systemd_run, *(() if root else ("--user",)), "--scope", "--quiet", "--collect"),
@@ -100,7 +106,7 @@ def scope_prefix(config: VMConfig) -> tuple[str, ...]:
 
 
 def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
-    """How many processes the kernel's out-of-memory killer has ended on this host so far."""
+    """Return how many processes the kernel's out-of-memory killer has ended since boot."""
     try:
         lines = vmstat.read_text().splitlines()
     except OSError:
@@ -109,12 +115,11 @@ def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
 
 
 def oom_hint(before: int) -> str:
-    """A sentence, if that killer has ended processes since there were `before` of them."""
+    """Return a sentence if the out-of-memory killer has ended more than `before` processes."""
     kills = oom_kills() - before
     if not kills:
         return ""
     return (
-        "the kernel's out-of-memory killer has ended "
-        f"{kills} process{'es' if kills > 1 else ''} since it started, this one it seems: "
-        "use a smaller memory=, or fewer VMs at once. "
+        f"the kernel's out-of-memory killer has ended {kills} process{'es' if kills > 1 else ''} "
+        "since QEMU started, probably QEMU too: use a smaller memory=, or fewer VMs at once. "
     )

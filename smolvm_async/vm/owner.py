@@ -1,4 +1,26 @@
-"""A VM of this process: its directory and its runs, from the first start to its removal."""
+"""A VM of this process: its directory and its runs, from the first start to its removal.
+
+`AsyncSmolVM` may be called from many tasks at once, and each call may be cancelled. So no caller
+changes a run itself. A run has one task, `_run()`, which alone takes the directory, spawns the
+processes, reaps them and gives the directory back. Callers ask the task to end, by
+`VMRun.stop()` or `VMRun.abort()`, and wait for it (`over`).
+
+These attributes make up the state. Each has few writers:
+
+- `run` and `over`: the current run, or the last one, and its task. Only `start()` sets them, and
+  only if no run goes on. So two calls of `start()` are one start, and the second waits, too.
+- `_finding`: the task that reads the manifest of a published image, before its first run. Nothing
+  exists on disk then, so stopping the VM just cancels the task.
+- `_stopping`: `stop()` has asked the current run to end; `start()` first waits until it has.
+- `_deleted`: final, unless the directory turns out to belong to another process by then.
+- `_state`: the VM's directory while this process holds its lock. `_run()` sets it (in `_begin`),
+  and gives the directory of a kept VM back (in `_rest`). `_discard()` takes it to remove the
+  directory, once no run goes on.
+- `_created`: identifies this VM in its directory's record. Another VM may have taken the same id
+  since, and must be neither started nor removed.
+
+`status` is computed from these, and never stored.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +58,7 @@ logger = get_logger(__name__)
 
 
 class OwnedVM:
-    """A VM that this process owns, or will own once it is started.
+    """A VM that this process owns, or will own once it is started; see the module.
 
     Attributes: see `smolvm_async.controls.interface.VM`.
     """
@@ -54,21 +76,21 @@ class OwnedVM:
         self.run: VMRun | None = None
         self.over: asyncio.Task[None] | None = None
         self._make_plan = make_plan
-        self._find_plan = find_plan  # of a published image: its manifest has to be read first
+        self._find_plan = find_plan  # for a published image: reads its manifest first
         self._finding: asyncio.Task[Plan] | None = None
         self._plan: Plan | None = None
         self._created = record.created if record else None
-        self._found = record.status if record else Status.CREATED  # before any run of ours
+        self._found = record.status if record else Status.CREATED  # until our first run
         self._state: VMDirectory | None = None
         self._server: ControlServer | None = None
-        self._starters = 0
+        self._starters = 0  # calls of start() that wait
         self._stopping = False
         self._deleted = False
         self._removal: asyncio.Task[None] | None = None
 
     @property
     def status(self) -> Status:
-        """What the VM is doing."""
+        """The VM's status."""
         if self._deleted:
             return Status.DELETED
         if self._finding is not None:
@@ -85,21 +107,21 @@ class OwnedVM:
 
     @property
     def accelerator(self) -> str:
-        """What QEMU runs it with; empty before that is known."""
+        """The accelerator that QEMU uses; empty before that is known."""
         return self._plan.accelerator.name if self._plan else ""
 
     def plan(self) -> Plan:
-        """Look at the image and the host, once.
+        """Return the plan; look at the image and the host the first time.
 
         Raises:
-            ImageError, HostError: If they cannot be used.
+            ImageError, HostError: They cannot be used.
         """
         if self._plan is None:
             self._plan = self._make_plan()
         return self._plan
 
     async def planned(self) -> Plan:
-        """The same of any image: the manifest of a published one is read first.
+        """Return the plan; read the manifest of a published image the first time.
 
         Raises:
             ImageError, HostError: See `plan()`.
@@ -126,7 +148,7 @@ class OwnedVM:
         try:
             await asyncio.wait({over, run.started}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            if self._starters == 1:  # nobody else waits for this VM
+            if self._starters == 1:  # no other start() waits for this VM
                 try:
                     await self._kill()
                 finally:
@@ -142,7 +164,10 @@ class OwnedVM:
             raise run.failure or VMNotRunningError(f"{self.config.vm_id} was stopped meanwhile.")
 
     async def _read_manifest(self, find_plan: Callable[[], Coroutine[Any, Any, Plan]]) -> None:
-        """Have the plan; nothing is there yet, so whoever stops the VM just ends this."""
+        """Read the manifest and make the plan.
+
+        Nothing exists on disk yet, so stop() only has to cancel this task.
+        """
         if self._finding is None:
             self._finding = asyncio.ensure_future(find_plan())
         finding = self._finding
@@ -200,7 +225,7 @@ class OwnedVM:
         finally:
             try:
                 await self._remove()
-            except VMAlreadyExistsError:  # it was at rest, and another process has started it
+            except VMAlreadyExistsError:  # another process has started the kept VM
                 self._deleted = False
                 raise
 
@@ -217,14 +242,14 @@ class OwnedVM:
             await (self._kill() if self.config.keep else self.delete())
 
     async def detach(self) -> None:
-        """Not for the owner."""
+        """Refuse: this process owns the VM."""
         raise ConfigError(
-            f"{self.config.vm_id} is this process's own: only what from_id() attached to can be "
-            "detached from. To let a VM outlive its block, pass keep=True."
+            f"{self.config.vm_id} belongs to this process: detach() is only for a running VM that "
+            "from_id() attached to. To keep a VM after its block, pass keep=True."
         )
 
     async def _run(self, plan: Plan, run: VMRun) -> None:
-        """One run, from the directory to the last process reaped."""
+        """Run the VM once: from taking the directory until the last process is reaped."""
         current_vm.set(self.config.vm_id)
         server = ControlServer(self, run)
         try:
@@ -235,8 +260,8 @@ class OwnedVM:
         except Exception as error:
             if isinstance(error, OSError):
                 error = unprepared(self.config, error)
-            run.failure = run.failure or error  # start() raises it
-        except asyncio.CancelledError:  # the loop is closing, and nobody will call delete()
+            run.failure = run.failure or error  # for start() to raise
+        except asyncio.CancelledError:  # the event loop is closing: delete() will not be called
             await self._rest(run)
             await self._discard()
             raise
@@ -252,7 +277,7 @@ class OwnedVM:
                 await server.close()
 
     async def _take(self) -> VMDirectory:
-        """Hold the directory, and make its record ours."""
+        """Lock the directory, check that the VM may start, and write our record."""
         state = self._state
         if state is None:
             state = VMDirectory(self.config.data_dir, self.config.vm_id)
@@ -269,15 +294,20 @@ class OwnedVM:
         return state
 
     def _check_ours(self, found: Record | None) -> None:
-        """Whether what the directory holds may be started, or replaced, by this VM."""
+        """Check that this VM may start, or replace, the VM that the directory holds.
+
+        Raises:
+            VMNotFoundError: This VM was deleted.
+            VMAlreadyExistsError: The directory holds another VM, which is kept.
+        """
         vm_id = self.config.vm_id
         same = found is not None and found.created == self._created
         if self._created is not None and not same:
-            raise VMNotFoundError(f"{vm_id} was deleted meanwhile: make a new AsyncSmolVM.")
+            raise VMNotFoundError(f"{vm_id} has been deleted: make a new AsyncSmolVM.")
         if found is not None and found.config.keep and not same:
             raise VMAlreadyExistsError(
-                f"vm_id={vm_id!r} is a kept VM's: start that one with AsyncSmolVM.from_id(), "
-                "delete() it, or choose another id."
+                f"vm_id={vm_id!r} is the id of a kept VM: start the kept VM with "
+                "AsyncSmolVM.from_id(), delete() it, or choose another id."
             )
 
     def _begin(self, state: VMDirectory) -> None:
@@ -293,7 +323,7 @@ class OwnedVM:
             state.remove_sockets()
 
     async def _rest(self, run: VMRun) -> None:
-        """After a run: say so in the record; a kept VM is given back, unless it never ran."""
+        """Record the end of a run; unlock the directory of a kept VM that ran at least once."""
         state = self._state
         if state is None or state.record is None:
             return
@@ -307,7 +337,7 @@ class OwnedVM:
             await in_thread(_retire, state, state.record.model_copy(update=update))
 
     async def _kill(self) -> None:
-        """End a run at once; its processes are reaped afterwards, whatever cancels us."""
+        """End a run at once; on return, even by a cancellation, its processes are reaped."""
         await self._stop_finding()
         if self.run is not None and self.over is not None:
             if not self.over.done():
@@ -315,7 +345,7 @@ class OwnedVM:
             await settle(asyncio.wait([self.over]))
 
     async def _discard(self) -> None:
-        """Remove the directory, if it is held: a kept VM is not, unless it never ran."""
+        """Remove the directory, if it is locked: that of a kept VM only is before its first run."""
         if self._state is not None:
             state, created = self._state, self._created
             self._state = self._created = None
@@ -333,7 +363,7 @@ class OwnedVM:
             ) from error
 
     async def _remove(self) -> None:
-        """Remove the directory, also that of a VM at rest."""
+        """Remove the directory, also that of a kept VM that is stopped."""
         if self._state is None and self._created is not None:
             state = VMDirectory(self.config.data_dir, self.config.vm_id)
             with suppress(VMNotFoundError):
@@ -341,12 +371,12 @@ class OwnedVM:
                 if state.record is not None and state.record.created == self._created:
                     self._state = state
                 else:
-                    state.release()  # another VM has this id now
+                    state.release()  # another VM has taken this id
         await self._discard()
 
 
 def _dispose(state: VMDirectory) -> None:
-    """Remove a VM; if we die halfway, what is left is no kept VM but an orphan, for prune()."""
+    """Remove a VM. If this process dies halfway, `prune()` removes the rest, as of an orphan."""
     record = state.record
     if record is not None and record.config.keep:
         config = record.config.model_copy(update={"keep": False})
@@ -361,7 +391,7 @@ def _give_back(state: VMDirectory, record: Record) -> None:
     try:
         state.write(record)
     except OSError as error:
-        logger.warning("the record could not be written, prune() will put it right: %s", error)
+        logger.warning("the record could not be written, prune() will correct it: %s", error)
     finally:
         state.release()
 
@@ -370,6 +400,6 @@ def _retire(state: VMDirectory, record: Record) -> None:
     try:
         state.clear_secrets()
     except OSError as error:
-        logger.warning("the TPM's state stays until the VM is deleted: %s", error)
+        logger.warning("the TPM's state stays on disk until the VM is deleted: %s", error)
     with suppress(OSError):  # a full disk; the directory is about to go
         state.write(record)

@@ -23,7 +23,7 @@ async def test_guests_run_once_all_that_were_under_way_are_launched() -> None:
     ends = [asyncio.ensure_future(launch.end_with_others()) for launch in (first, second)]
     done, _ = await asyncio.wait(ends, timeout=0.05)
     assert not done
-    later = await under_way()  # whoever comes when they are launched is not waited for
+    later = await under_way()  # a launch that begins now is not waited for
     third.end()
     await asyncio.gather(*ends)
     later.end()
