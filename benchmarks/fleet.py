@@ -36,7 +36,7 @@ from benchmarks.floor import launched
 from benchmarks.launch import blank
 from benchmarks.memory import pss, python_growth
 from smolvm_async import AcceleratorWarning, AsyncSmolVM, Fleet
-from smolvm_async.fleet.memory import LEDGER
+from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.host.accelerator import TCG
 
 SIZES = (1, 4, 8, 16, 32)
@@ -92,7 +92,7 @@ async def ours(kind: str, image: Path, size: int, data_dir: Path, *, run: bool) 
 
 def fits(kind: str, size: int) -> bool:
     """Return whether a `Fleet` would take so many VMs."""
-    return size * (MEMORY[kind] + TCG.overhead(MEMORY[kind])) <= LEDGER.capacity()
+    return size * (MEMORY[kind] + TCG.overhead(MEMORY[kind])) <= PROMISES.capacity()
 
 
 async def _handed_over(fleet: Fleet, run: bool) -> list[AsyncSmolVM]:

@@ -1,4 +1,4 @@
-"""Many VMs at once: started concurrently, within what the machine has, and never stranded."""
+"""Many VMs at once, on this host (`Fleet`) or on the workers of a Dask cluster (`DaskFleet`)."""
 
 from smolvm_async.fleet.dask.fleet import DaskFleet
 from smolvm_async.fleet.fleet import Fleet

@@ -1,4 +1,4 @@
-"""The public class: a fleet, its block, its VMs."""
+"""`Fleet`: many VMs at once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,20 @@ from typing import Any, Self
 from weakref import WeakSet
 
 from smolvm_async.errors import ConfigError, HostError, MemberFailedError
-from smolvm_async.fleet.checks import check_count, check_on_error, check_until, check_work
-from smolvm_async.fleet.jobs import Items, Job, Jobs, OnError, R, T, awaited
-from smolvm_async.fleet.member import WAITING, FleetStatus, Gate, Member
-from smolvm_async.fleet.memory import LEDGER
+from smolvm_async.fleet.jobs import (
+    Job,
+    LocalMapCall,
+    NumberedItems,
+    OnError,
+    R,
+    T,
+    awaited,
+    check_count,
+    check_on_error,
+    check_work,
+)
+from smolvm_async.fleet.member import WAITING, FleetStatus, Member, Places, check_until
+from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.fleet.template import Template
 from smolvm_async.foundation.tasks import in_thread, settle
 from smolvm_async.qemu.events import BootState
@@ -30,11 +40,12 @@ from smolvm_async.state.record import ACTIVE
 from smolvm_async.vm.block import Block
 from smolvm_async.vm.vm import AsyncSmolVM
 
-LIVE_PER_PROCESSOR = 16  # guests that mostly wait; 32 on two cores were measured
-BOOTING_PER_PROCESSOR = 1  # more take longer each, and no less together (under TCG)
+LIVE_PER_PROCESSOR = 16  # guests that mostly wait; 32 on two processors were measured
+BOOTING_PER_PROCESSOR = 1  # under TCG, more at once each take longer and are not done sooner
 
 
-_working_for: ContextVar[tuple[Fleet, ...]] = ContextVar("_working_for", default=())
+# The fleets for which the current task runs a job of map().
+_fleets_of_job: ContextVar[tuple[Fleet, ...]] = ContextVar("_fleets_of_job", default=())
 
 
 class Fleet:
@@ -50,21 +61,23 @@ class Fleet:
             async for result in fleet.map(job, items):
                 ...
 
-    Entering it starts `size` VMs, as many at a time as the machine takes; leaving it, in any way,
-    kills and deletes them. Memory is promised to one VM at a time, in the order of asking, for all
-    fleets of the process.
+    Entering the block starts `size` VMs, as many at a time as the host can take; leaving the
+    block, in any way, kills and deletes them. VMs start in the order they asked. Each waits until
+    its memory plus QEMU's overhead fits into the host's available memory, minus what this process
+    has promised to other fleet VMs but they do not use yet.
 
     Args:
-        template: The arguments of `AsyncSmolVM` for each; `vm_id` and `keep` cannot be among them.
-        size: How many VMs to start when it is entered, and how many `map()` uses at most; without
-            it, only `map()` starts any.
-        until: The boot state that a VM is handed over at: `"ready"`, `"operating_system"` or
+        template: The arguments of `AsyncSmolVM` for each VM, without `vm_id` and `keep`.
+        size: Number of VMs to start on entering, and the most that `map()` uses. Without it, only
+            `map()` starts VMs.
+        until: The boot state at which a VM is handed over: `"ready"`, `"operating_system"` or
             `"firmware"`.
-        max_booting: How many may boot at once; by default as many as there are processors, or all
-            if `until="firmware"`.
-        max_live: How many may live at once; by default 16 for each processor, or `size`.
+        max_booting: Number of VMs that may boot at once; by default the number of processors, or
+            no limit if `until="firmware"`.
+        max_live: Number of VMs that may run at once; by default 16 for each processor, or `size`
+            if that is more.
         on_error: `"raise"`: a VM that fails cancels the block, which raises an `ExceptionGroup` of
-            `MemberFailedError`s. `"collect"`: the others go on, and `failures` tells.
+            `MemberFailedError`s. `"collect"`: the other VMs go on; `failures` lists the errors.
 
     Raises:
         ConfigError, HostError: An argument is wrong, or the host lacks something; see
@@ -89,47 +102,48 @@ class Fleet:
         self._max_live = most if max_live is None else check_count("max_live", max_live)
         booting = BOOTING_PER_PROCESSOR * processors
         if self._until is BootState.FIRMWARE:
-            # What has been handed over boots on: a turn would end when the work only begins, and
-            # the next VM be spawned beside it. 16 at once are there in a third of the time.
+            # A VM that was handed over goes on booting: with a limit, its turn would end when its
+            # work begins, and the next VM would start beside it. Without one, 16 VMs reach their
+            # firmware in a third of the time.
             booting = self._max_live
         self._max_booting = (
             booting if max_booting is None else check_count("max_booting", max_booting)
         )
         self._on_error = check_on_error(on_error)
-        self._gate: Gate
-        self._members: list[Member] = []  # those that it began with
-        self._hired: set[Member] = set()  # those of map() that are not over
-        self._gone = self._lost = 0  # of map()'s
-        self._calls: WeakSet[Jobs[Any, Any]] = WeakSet()
-        self._news = asyncio.Event()
+        self._places: Places
+        self._members: list[Member] = []  # the VMs that the fleet started with
+        self._map_members: set[Member] = set()  # VMs that map() has started and that still exist
+        self._map_deleted = self._map_failed = 0  # numbers of those that do not exist any more
+        self._calls: WeakSet[LocalMapCall[Any, Any]] = WeakSet()
+        self._changed = asyncio.Event()
         self._block = Block()
         self._over = False
 
     @property
     def failures(self) -> Sequence[MemberFailedError]:
-        """The VMs, of those that it began with, that did not start or have crashed."""
+        """Errors of VMs that did not start or have crashed; without those used by `map()`."""
         return [
             member.error
             for member in self._members
-            if member.error is not None and not member.hired
+            if member.error is not None and member.taken_by != "map"
         ]
 
     def status(self) -> FleetStatus:
-        """How many wait, boot and are ready, and how each is doing."""
-        members = [*self._members, *self._hired]
+        """Return how many VMs wait, boot and are ready, and the state of each."""
+        members = [*self._members, *self._map_members]
         phases = [member.phase for member in members]
         return FleetStatus(
             waiting=sum(phase in WAITING for phase in phases),
             booting=phases.count("booting"),
             ready=phases.count("ready"),
-            deleted=phases.count("deleted") + self._gone,
-            failed=phases.count("failed") + self._lost,
+            deleted=phases.count("deleted") + self._map_deleted,
+            failed=phases.count("failed") + self._map_failed,
             members=tuple(member.status() for member in members),
         )
 
     async def __aenter__(self) -> Self:
         if self._block.entered or self._over:
-            raise ConfigError("this Fleet was entered before: make a new one.")
+            raise ConfigError("this Fleet was entered before: make a new Fleet.")
         try:
             await self._template.look()
             self._check_limit(self._template.most)
@@ -137,9 +151,9 @@ class Fleet:
         except BaseException:
             self._template.close()
             raise
-        self._gate = Gate(self._max_live, self._max_booting)
+        self._places = Places(self._max_live, self._max_booting)
         self._block.enter()
-        self._members = [self._make(self._on_end) for _ in range(self._size)]
+        self._members = [self._make(self._on_member_over) for _ in range(self._size)]
         return self
 
     async def __aexit__(
@@ -150,47 +164,52 @@ class Fleet:
     ) -> None:
         self._over = True
         failures = self.failures if self._on_error == "raise" else []
-        told = f"{len(failures)} of {self._size} VMs failed"
-        group = ExceptionGroup(told, failures) if failures else None
+        message = f"{len(failures)} of {self._size} VMs failed"
+        group = ExceptionGroup(message, failures) if failures else None
         try:
-            await self._block.leave(settle(self._leave()), error, lambda: group)
+            await self._block.leave(settle(self._end()), error, lambda: group)
         finally:
             self._template.close()
 
     async def __aiter__(self) -> AsyncIterator[AsyncSmolVM]:
-        """The VMs, as they become ready, each once."""
-        while waiting := [member for member in self._entered() if not member.handed_over]:
-            self._news.clear()
+        """Yield each VM once, as the VMs become ready."""
+        while waiting := [member for member in self._entered() if member.taken_by is None]:
+            self._changed.clear()
             member = next((member for member in waiting if member.phase == "ready"), None)
             if member is not None:
-                member.handed_over = True
+                member.taken_by = "caller"
                 yield member.vm
             elif all(member.over.done() for member in waiting):
                 return
             else:
-                await self._news.wait()
+                await self._changed.wait()
 
     async def all_ready(self) -> Sequence[AsyncSmolVM]:
-        """Wait until all of them are ready.
+        """Wait until all VMs that the fleet started with are ready, and return them.
 
-        One that fails ends the wait as it ends the block: by a cancellation, after which the block
-        raises the `ExceptionGroup`. If `on_error="collect"`, it is left out.
+        A VM that fails cancels the block, and so this call; see the class. If
+        `on_error="collect"`, the VM is left out.
 
         Raises:
-            ConfigError: There are more than may live at once, or the block has ended meanwhile.
+            ConfigError: `size` is more than may run at once, or the block has ended meanwhile.
         """
         members = self._entered()
         if len(members) > self._max_live:
             raise ConfigError(
-                f"all_ready() cannot be: size={self._size} is more than max_live={self._max_live}, "
-                "which may live at once; iterate over the fleet, and delete() each when done."
+                f"all_ready() would wait forever: size={self._size} VMs, but only "
+                f"max_live={self._max_live} may run at once. Iterate over the fleet, and delete() "
+                "each VM when it is done."
             )
         if members:
             await asyncio.wait([member.ready for member in members])
         self._entered()
         for member in members:
-            member.handed_over = True
-        return [member.vm for member in members if member.phase == "ready" and not member.hired]
+            member.taken_by = member.taken_by or "caller"
+        return [
+            member.vm
+            for member in members
+            if member.phase == "ready" and member.taken_by == "caller"
+        ]
 
     def map(
         self,
@@ -204,45 +223,47 @@ class Fleet:
     ) -> AsyncIterator[R]:
         """Run `await job(vm, item)` for each item, and yield the results.
 
-        A job whose VM crashes is cancelled, and has failed. A job that is cancelled may use its VM
-        for 2 s more. Whoever does not iterate to the end leaves the rest to the end of the fleet's
-        block, or calls `aclose()`.
+        A crash of its VM cancels a job, which counts as a failure. A cancelled job may use its VM
+        for 2 s more. If the caller stops iterating early, the rest runs until the fleet's block
+        ends, or until `aclose()`.
+
+        Do not wait for a VM inside a job, or while you hold all `max_live` VMs: that deadlocks.
+        `map()` detects this within one fleet, not across two.
 
         Args:
-            job: What to do with a VM and an item.
-            items: Taken one by one, as there are VMs for them and results are read; they may be
-                endless.
-            retries: How often a job that has failed is tried again, each time on a fresh VM.
-            reuse: Whether a VM does one job after another, as long as it runs, instead of a fresh
-                one for each.
-            in_order: Whether the results come in the order of the items, instead of as they are
-                done.
-            on_error: By default that of the fleet. `"raise"`: the first failure cancels the rest.
-                `"collect"`: it is raised after all the others' results.
+            job: An async function of a VM and an item.
+            items: Taken one by one, when a VM is free and results are read; they may be endless.
+            retries: How often a failed job is tried again, each time on a new VM.
+            reuse: Whether a VM that still runs does the next job, too. By default each job has a
+                new VM.
+            in_order: Whether results come in the order of the items. By default they come as they
+                are done.
+            on_error: `"raise"`: the first failure cancels the other jobs. `"collect"`: failures
+                are raised after all results. By default the fleet's `on_error`.
 
         Raises:
-            ExceptionGroup: Of the `JobFailedError`s, from the iteration; with what the items have
-                raised, if they have.
-            ConfigError: An argument is wrong; the fleet was not entered; or there could be no VM
-                for a job: all that may live are with the caller already, or the caller is itself
-                a job of this fleet, which the others might wait for.
+            ExceptionGroup: Of `JobFailedError`s, from the iteration; with the exception that the
+                items raised, if they did.
+            ConfigError: An argument is wrong; the fleet's block was not entered; the caller uses
+                all VMs that may run; or the caller is a job of this fleet.
         """
-        self._check_places()
+        self._check_map_possible()
         check_work(job, items, reuse=reuse, in_order=in_order)
-        tries = check_count("retries", retries, least=0)
+        check_count("retries", retries, least=0)
         workers = min(self._size or self._max_live, self._max_live)
         if isinstance(items, Sized):
             workers = min(workers, len(items))
-        jobs = Jobs(self._check_places, self._take, self._marked(job), Items(items), tries, reuse)
-        self._calls.add(jobs)
+        marked, numbered = self._marked(job), NumberedItems(items)
+        call = LocalMapCall(self._check_map_possible, self._take, marked, numbered, retries, reuse)
+        self._calls.add(call)
         how = self._on_error if on_error is None else check_on_error(on_error)
-        return jobs.results(max(1, workers), in_order, how)
+        return call.results(max(1, workers), in_order, how)
 
-    async def _leave(self) -> None:
-        """End what is left of `map()`, and every VM."""
-        members = [*self._members, *self._hired]
+    async def _end(self) -> None:
+        """End every `map()` and delete every VM."""
+        members = [*self._members, *self._map_members]
         await asyncio.gather(
-            *(call.end() for call in list(self._calls)), *(member.release() for member in members)
+            *(call.end() for call in list(self._calls)), *(member.delete() for member in members)
         )
 
     def _entered(self) -> list[Member]:
@@ -250,80 +271,85 @@ class Fleet:
             raise ConfigError("the fleet does not run: use async with Fleet(...) as fleet.")
         return self._members
 
-    def _make(self, on_end: Callable[[Member], None]) -> Member:
-        member = Member(self._template, self._gate, self._until)
-        member.ready.add_done_callback(lambda _: self._news.set())
-        member.over.add_done_callback(lambda _: on_end(member))
+    def _make(self, on_over: Callable[[Member], None]) -> Member:
+        member = Member(self._template, self._places, self._until)
+        member.ready.add_done_callback(lambda _: self._changed.set())
+        member.over.add_done_callback(lambda _: on_over(member))
         return member
 
     def _take(self) -> Member:
-        """A VM for a job: one that the fleet began with, or a new one."""
+        """Return a VM for a job: an unused one that the fleet started with, or a new one."""
         for member in self._entered():
-            if not member.handed_over and not member.over.done():
-                member.handed_over = member.hired = True
+            if member.taken_by is None and not member.over.done():
+                member.taken_by = "map"
                 return member
-        member = self._make(self._on_leave)
-        self._hired.add(member)
+        member = self._make(self._on_map_member_over)
+        self._map_members.add(member)
         return member
 
-    def _on_end(self, member: Member) -> None:
-        self._news.set()
-        failed = member.error is not None and not member.hired
+    def _on_member_over(self, member: Member) -> None:
+        self._changed.set()
+        failed = member.error is not None and member.taken_by != "map"
         if failed and self._on_error == "raise" and not self._block.cancelled:
             self._block.cancel()
 
-    def _on_leave(self, member: Member) -> None:
-        self._hired.discard(member)
-        self._gone += member.error is None
-        self._lost += member.error is not None
+    def _on_map_member_over(self, member: Member) -> None:
+        self._map_members.discard(member)
+        self._map_deleted += member.error is None
+        self._map_failed += member.error is not None
 
     def _marked(self, job: Job[T, R]) -> Job[T, R]:
+        """Return the job, which now notes that it runs for this fleet."""
+
         async def marked(vm: AsyncSmolVM, item: T) -> R:
-            _working_for.set((*_working_for.get(), self))
+            _fleets_of_job.set((*_fleets_of_job.get(), self))
             return await awaited(job, vm, item)
 
         return marked
 
-    def _check_places(self) -> None:
+    def _check_map_possible(self) -> None:
         members = self._entered()
-        if self in _working_for.get():
+        if self in _fleets_of_job.get():
             raise ConfigError(
-                "map() was called by a job of the same fleet, which holds a VM: they might wait "
-                "for each other for ever. Use another Fleet, or call map() outside."
+                "map() was called by a job of the same fleet, which holds a VM: the two could "
+                "deadlock. Use another Fleet, or call map() outside of the job."
             )
         taken = [
             member
             for member in members
-            if member.handed_over and not member.hired and member.vm.status in ACTIVE
+            if member.taken_by == "caller" and member.vm.status in ACTIVE
         ]
         if len(taken) >= self._max_live:
             raise ConfigError(
-                f"map() has no place for a VM: all {len(taken)} that may live were handed over. "
-                "delete() some of them, or pass a larger max_live=."
+                f"map() cannot start a VM: all {len(taken)} allowed by max_live are in use by the "
+                "caller. delete() some of them, or pass a larger max_live=."
             )
 
     @property
-    def _together(self) -> int:
-        """How many VMs it has at once, for all that is known."""
+    def _at_once(self) -> int:
+        """The number of VMs that the fleet is known to run at once."""
         return max(1, min(self._size, self._max_live))
 
     def _check_limit(self, most: int | None) -> None:
         if most is None:
             return
-        if self._together > most:
+        if self._at_once > most:
             raise HostError(
-                f"{_vms(self._together)} of this memory= cannot live at once: max_memory= of the "
-                f"limits is enough for {most}. {_instead(most)}, or raise max_memory."
+                f"{_vms(self._at_once)} of this memory= cannot run at once: max_memory= of limits= "
+                f"is enough for {most}.",
+                hint=f"{_smaller(most)}, or raise max_memory.",
+                missing=("memory",),
             )
         self._max_live = min(self._max_live, most)
 
     def _check_room(self, size: int) -> None:
-        capacity = LEDGER.capacity()
-        if self._together * size > capacity:
+        capacity = PROMISES.capacity()
+        if self._at_once * size > capacity:
             raise HostError(
-                f"{_vms(self._together)} of {size} MiB, with QEMU's own, cannot live at once: this "
-                f"host can promise {capacity} MiB, enough for {capacity // size}. "
-                f"{_instead(capacity // size)}, or free memory of the host."
+                f"{_vms(self._at_once)} of {size} MiB, QEMU's overhead included, cannot run at "
+                f"once: this host has {capacity} MiB for them, enough for {capacity // size}.",
+                hint=f"{_smaller(capacity // size)}, or free memory of the host.",
+                missing=("memory",),
             )
 
 
@@ -331,6 +357,6 @@ def _vms(count: int) -> str:
     return "1 VM" if count == 1 else f"{count} VMs"
 
 
-def _instead(most: int) -> str:
+def _smaller(most: int) -> str:
     fewer = f", a smaller size=, or max_live={most}" if most else ""
     return f"Pass a smaller memory={fewer}"

@@ -1,4 +1,24 @@
-"""`map()`: jobs, each with a VM, and their results."""
+"""`map()`: run a job on a VM for each item, and yield the results.
+
+A call of `map()` is a `MapCall`: worker tasks take the items, run the jobs and queue an `Outcome`
+for each item; the generator `results()`, which the caller iterates over, reads the queue.
+`LocalMapCall` runs the jobs on VMs of this process; the one for Dask is in `fleet/dask/client.py`.
+
+The worker loop of a `LocalMapCall`: one worker for each VM that `map()` may use at once repeats:
+
+1. Wait while too many results are unread, or a slow reader of endless items would fill the memory.
+2. Take the next item. The workers share the iterator, so one waits for the other here.
+   While a worker waits in step 1 or 2, it keeps its VM for the next job, if `reuse` is set. It
+   deletes the VM after `IDLE` seconds if another VM waits for its place or memory: perhaps the
+   reader, or the items, cannot go on without that other VM, as when a `map()` reads another one.
+3. Run the job, on the VM of the job before if it still runs, otherwise on a new VM. A crash of the
+   VM cancels the job. After a failure, try again on a new VM, `retries` times at most.
+4. Queue the outcome: a value, or a `JobFailedError`.
+
+A worker ends when there are no more items, or with the exception that the items raised. Each end
+queues `None`, so `results()` knows when the last worker has ended. A worker that is cancelled first
+cancels its job, then deletes its VM, then ends: when `end()` returns, nothing is left of the call.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +26,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from smolvm_async.config.checks import shown, told
 from smolvm_async.errors import (
@@ -15,7 +35,6 @@ from smolvm_async.errors import (
     MemberFailedError,
     VMNotRunningError,
 )
-from smolvm_async.fleet.member import Member
 from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 from smolvm_async.vm.vm import AsyncSmolVM
 
@@ -25,23 +44,98 @@ R = TypeVar("R")
 Job = Callable[[AsyncSmolVM, T], Awaitable[R]]
 OnError = Literal["raise", "collect"]
 
-READ_AHEAD = 4  # results for each job that can be done at once: a slow reader must not fill memory
-IDLE = 0.2  # seconds that a VM without a job is kept, while others wait for a place
+READ_AHEAD = 4  # unread results for each job that can run at once
+IDLE = 0.2  # seconds that a worker without a job keeps its VM while other VMs wait
 GRACE = 2.0  # seconds that a cancelled job may go on using its VM, to clean up
-FLEET_OVER = "the fleet's block has ended before all results were read: iterate within it."
+FLEET_OVER = "the fleet's block ended before all results were read: iterate inside the block."
+
+
+class JobVM(Protocol):
+    """A VM that runs jobs, as the worker loop sees it; see `smolvm_async.fleet.member.Member`."""
+
+    vm: AsyncSmolVM
+    error: MemberFailedError | None
+
+    @property
+    def ready(self) -> asyncio.Future[AsyncSmolVM]:
+        """Done when the VM can be used; an exception says why it never will."""
+
+    @property
+    def over(self) -> asyncio.Future[None]:
+        """Done when the VM is gone."""
+
+    @property
+    def others_wait(self) -> bool:
+        """True if another VM waits for the place or the memory of this VM."""
+
+    async def usable(self) -> bool:
+        """Return whether the VM can run another job."""
+
+    async def delete(self) -> None:
+        """Delete the VM; it is gone on return, also if the caller is cancelled."""
+
+    def delete_soon(self) -> None:
+        """Start to delete the VM."""
+
+
+def check_count(argument: str, value: object, least: int = 1) -> int:
+    """Check an argument of a fleet or a `map()` that is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 100_000:
+        raise ConfigError(
+            f"{argument}={shown(value)} is wrong: pass a whole number from {least} to 100000."
+        )
+    return value
+
+
+def check_on_error(on_error: object) -> OnError:
+    """Check the `on_error=` of a fleet or a `map()`."""
+    if on_error == "raise":
+        return "raise"
+    if on_error == "collect":
+        return "collect"
+    raise ConfigError(f"on_error={shown(on_error)} is wrong: pass 'raise' or 'collect'.")
+
+
+def check_work(job: object, items: object, **switches: object) -> None:
+    """Check the job, the items and the boolean arguments of a `map()`."""
+    if not callable(job) or inspect.isgeneratorfunction(job) or inspect.isasyncgenfunction(job):
+        raise ConfigError(f"job={shown(job)} is wrong: pass an async function of (vm, item).")
+    if reason := _why_not_callable(job):
+        raise ConfigError(
+            f"job={shown(job)} cannot be called with a VM and an item ({reason}): pass an async "
+            "function of (vm, item)."
+        )
+    if not isinstance(items, Iterable | AsyncIterable):
+        raise ConfigError(f"items={shown(items)} is wrong: pass an iterable or async iterable.")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
+
+
+def _why_not_callable(job: Callable[..., object]) -> str:
+    """Return why `job` cannot be called with two arguments; empty if it can, or nobody knows."""
+    try:
+        signature = inspect.signature(job)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[R]):
-    """What has become of one item."""
+    """The result of one item's job, or its failure."""
 
     index: int
     value: R | None
     error: JobFailedError | None
 
 
-class Items(Generic[T]):
-    """The items, one at a time, to whoever asks next."""
+class NumberedItems(Generic[T]):
+    """The items of a `map()`, which several workers take one by one."""
 
     def __init__(self, items: Iterable[T] | AsyncIterable[T]) -> None:
         self._items = items if isinstance(items, AsyncIterable) else iter(items)
@@ -50,7 +144,7 @@ class Items(Generic[T]):
         self._count = 0
 
     async def next(self) -> tuple[int, T] | None:
-        """The next one and its number; `None` if there is no more."""
+        """Return the next item and its number; `None` after the last one."""
         async with self._turn:
             if self._iterator is not None:
                 try:
@@ -63,34 +157,38 @@ class Items(Generic[T]):
                     item = next(self._items)
                 except StopIteration:
                     return None
-                except (asyncio.CancelledError, StopAsyncIteration) as error:  # nobody's business
+                except (asyncio.CancelledError, StopAsyncIteration) as error:
+                    # asyncio would take these for a cancellation, or an end, of our own.
                     raise RuntimeError(f"the items have raised {error!r}") from error
             self._count += 1
             return self._count - 1, item
 
 
-class Stream(Generic[T, R]):
-    """The results of one call of `map()`, as its tasks find them."""
+class MapCall(Generic[T, R]):
+    """One call of `map()`: its workers, and the results that they queue."""
 
-    def __init__(self, items: Items[T]) -> None:
+    def __init__(self, items: NumberedItems[T]) -> None:
         self._items = items
         self._outcomes: asyncio.Queue[Outcome[R] | None] = asyncio.Queue()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._unread = 0  # outcomes that the user has not come to yet
+        self._workers: list[asyncio.Task[None]] = []
+        self._unread = 0  # queued outcomes that the caller has not reached yet
         self._was_read = asyncio.Event()
         self._over = False
         self._check: Callable[[], object] = lambda: None
         self._on_error: OnError = "raise"
 
     async def results(self, workers: int, in_order: bool, on_error: OnError) -> AsyncIterator[R]:
-        """The results; then, or at once, an `ExceptionGroup` of what failed."""
+        """Yield the results, then raise an `ExceptionGroup` of the failures, if there are any.
+
+        If `on_error` is `"raise"`, the first failure is raised at once.
+        """
         if self._over:
             raise ConfigError(FLEET_OVER)
         self._check()
         self._on_error = on_error
-        self._tasks = [asyncio.ensure_future(self._work()) for _ in range(workers)]
-        for task in self._tasks:
-            task.add_done_callback(lambda _: self._outcomes.put_nowait(None))
+        self._workers = [asyncio.ensure_future(self._work()) for _ in range(workers)]
+        for worker in self._workers:
+            worker.add_done_callback(lambda _: self._outcomes.put_nowait(None))
         failures: list[JobFailedError] = []
         early: dict[int, Outcome[R]] = {}
         following = 0
@@ -109,11 +207,11 @@ class Stream(Generic[T, R]):
                     self._was_read.set()
         finally:
             await self.end()
-        errors = map(_error_of, self._tasks)
+        errors = map(_error_of, self._workers)
         broken = next((error for error in errors if error is not None), None)
         if broken is not None and failures:
             raise ExceptionGroup(
-                f"the items have raised, and {len(failures)} of the jobs failed",
+                f"the items raised an exception, and {len(failures)} of the jobs failed",
                 [broken, *failures],
             )
         if broken is not None:
@@ -122,31 +220,32 @@ class Stream(Generic[T, R]):
             raise ExceptionGroup(f"{len(failures)} of the jobs failed", failures)
 
     async def end(self) -> None:
-        """Cancel what is left of it; when this returns, that has ended."""
+        """Cancel the workers and wait until they have ended, with their jobs and VMs."""
         self._over = True
         self._was_read.set()
-        await end_tasks(*self._tasks)
+        await end_tasks(*self._workers)
 
     async def _until_done(self) -> AsyncIterator[Outcome[R]]:
-        working = len(self._tasks)
+        """Yield the outcomes until all workers have ended, or the first one by an exception."""
+        working = len(self._workers)
         while working:
             outcome = await self._outcomes.get()
             if outcome is not None:
                 yield outcome
                 continue
             working -= 1
-            ended = [task for task in self._tasks if task.done()]
-            if any(task.cancelled() for task in ended):
+            ended = [worker for worker in self._workers if worker.done()]
+            if any(worker.cancelled() for worker in ended):
                 raise ConfigError(FLEET_OVER)
-            if self._on_error == "raise" and any(_error_of(task) is not None for task in ended):
-                return  # the items have raised something
+            if self._on_error == "raise" and any(_error_of(worker) for worker in ended):
+                return  # the items raised an exception
 
-    def _report(self, outcome: Outcome[R]) -> None:
+    def _queue(self, outcome: Outcome[R]) -> None:
         self._unread += 1
         self._outcomes.put_nowait(outcome)
 
     async def _next(self, places: int) -> tuple[int, T] | None:
-        """The next item, if any, once not many more results than `places` are unread."""
+        """Wait until a result for `places` jobs may be added; return the next item, if any."""
         while self._unread >= READ_AHEAD * places and not self._over:
             self._was_read.clear()
             await self._was_read.wait()
@@ -154,33 +253,33 @@ class Stream(Generic[T, R]):
         return None if self._over else numbered  # the items may have swallowed our cancellation
 
     async def _work(self) -> None:
-        """Do items' jobs, one after another, until there are no more."""
+        """Run the jobs of items until there are no more."""
         raise NotImplementedError
 
 
-def _error_of(task: asyncio.Task[None]) -> Exception | None:
-    error = take_exception(task)
+def _error_of(worker: asyncio.Task[None]) -> Exception | None:
+    error = take_exception(worker)
     if error is not None and not isinstance(error, Exception):
         raise error
     return error
 
 
-class Jobs(Stream[T, R]):
-    """One call of `map()`.
+class LocalMapCall(MapCall[T, R]):
+    """A call of `map()` on VMs of this process; the module explains its worker loop.
 
     Args:
-        check: Raises a `ConfigError` if there can be no VM for a job.
-        take: Gives a VM, which may have to boot yet.
-        retries: How often a job that has failed is tried again, on another VM.
-        reuse: Whether a VM does one job after another.
+        check: Raises a `ConfigError` if no VM can ever be had for a job.
+        take: Returns a VM, which may still have to boot.
+        retries: How often a failed job is tried again, on another VM.
+        reuse: Whether a VM runs one job after another.
     """
 
     def __init__(
         self,
         check: Callable[[], object],
-        take: Callable[[], Member],
+        take: Callable[[], JobVM],
         job: Job[T, R],
-        items: Items[T],
+        items: NumberedItems[T],
         retries: int,
         reuse: bool,
     ) -> None:
@@ -192,91 +291,90 @@ class Jobs(Stream[T, R]):
         self._reuse = reuse
 
     async def _work(self) -> None:
-        member: Member | None = None
+        vm: JobVM | None = None
         try:
             while True:
-                getting = asyncio.ensure_future(self._next(len(self._tasks)))
+                getting = asyncio.ensure_future(self._next(len(self._workers)))
                 try:
-                    while member is not None and not getting.done():
+                    while vm is not None and not getting.done():
                         _, late = await asyncio.wait([getting], timeout=IDLE)
-                        if late and member.wanted:  # perhaps by whom our reader waits for
-                            await member.release()
-                            member = None
+                        if late and vm.others_wait:
+                            await vm.delete()
+                            vm = None
                     numbered = await getting
                 finally:
                     await end_tasks(getting)
                 if numbered is None:
                     break
-                member = await self._do(*numbered, member)
+                vm = await self._do(*numbered, vm)
         finally:
-            if member is not None:
-                await member.release()
+            if vm is not None:
+                await vm.delete()
 
-    async def _do(self, index: int, item: T, member: Member | None) -> Member | None:
-        """Do one item's job, as often as need be; returns the VM if it can be used again."""
-        if member is not None and not await member.usable():
-            await member.release()
-            member = None
+    async def _do(self, index: int, item: T, vm: JobVM | None) -> JobVM | None:
+        """Run the job of one item, with retries; return the VM if it can be used again."""
+        if vm is not None and not await vm.usable():
+            await vm.delete()
+            vm = None
         for attempt in range(1, self._retries + 2):
             if self._over:
                 break
-            member = member or self._take()
+            vm = vm or self._take()
             try:
-                value = await attempt_job(member, self._job, item)
+                value = await attempt_job(vm, self._job, item)
             except Exception as error:
-                await member.release()
+                await vm.delete()
                 if attempt > self._retries:
-                    failure = job_failure(index, item, member.vm.vm_id, attempt, error)
-                    self._report(Outcome(index, None, failure))
-                member = None
+                    failure = job_failure(index, item, vm.vm.vm_id, attempt, error)
+                    self._queue(Outcome(index, None, failure))
+                vm = None
             except BaseException:
-                await member.release()
+                await vm.delete()
                 raise
             else:
-                self._report(Outcome(index, value, None))
+                self._queue(Outcome(index, value, None))
                 break
-        if member is not None and (not self._reuse or member.over.done()):
-            await member.release()
-            member = None
-        return member
+        if vm is not None and (not self._reuse or vm.over.done()):
+            await vm.delete()
+            vm = None
+        return vm
 
 
-async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
-    """Do the job; a crash of the VM cancels it."""
-    vm = await asyncio.shield(member.ready)
-    doing = asyncio.ensure_future(_do(job, vm, item))
-    either: list[asyncio.Future[Any]] = [doing, member.over]
+async def attempt_job(vm: JobVM, job: Job[T, R], item: T) -> R:
+    """Wait for the VM and run the job; cancel the job if the VM crashes."""
+    running = asyncio.ensure_future(_call(job, await asyncio.shield(vm.ready), item))
+    either: list[asyncio.Future[Any]] = [running, vm.over]
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        crash = None if doing.done() else member.error
+        crash = None if running.done() else vm.error
         if crash is None:  # the job may have ended the VM itself
-            await asyncio.wait([doing])
+            await asyncio.wait([running])
     finally:
-        doing.cancel()
-        await settle(_end(doing, member))
+        running.cancel()
+        await settle(_end(running, vm))
     if crash is not None:
         raise crash
-    if doing.cancelled():
-        raise VMNotRunningError(f"the job on {vm.vm_id} has cancelled itself.")
-    return doing.result()
+    if running.cancelled():
+        raise VMNotRunningError(f"the job on {vm.vm.vm_id} has cancelled itself.")
+    return running.result()
 
 
 async def awaited(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
-    """What the job returns.
+    """Call the job and await its result.
 
     Raises:
-        ConfigError: It is no async function.
+        ConfigError: The job is not an async function.
     """
     work = job(vm, item)
     if not inspect.isawaitable(work):
         raise ConfigError(
-            f"job={shown(job)} is wrong: it returns {shown(work)}, which cannot be awaited; make "
+            f"job={shown(job)} is wrong: it returns {shown(work)}, which cannot be awaited. Make "
             "it an async function."
         )
     return await work
 
 
-async def _do(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
+async def _call(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
     try:
         return await job(vm, item)
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit):
@@ -285,24 +383,24 @@ async def _do(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
         raise RuntimeError(f"the job has raised {shown(error)}") from error
 
 
-async def _end(doing: asyncio.Task[Any], member: Member) -> None:
-    """Wait for a job that was cancelled; one that does not heed that loses its VM."""
-    _, heedless = await asyncio.wait([doing], timeout=GRACE)
-    if heedless:
-        member.let_go()
-        await asyncio.wait(heedless)
-    take_exception(doing)
+async def _end(running: asyncio.Task[Any], vm: JobVM) -> None:
+    """Wait for a cancelled job; delete the VM of a job that ignores its cancellation."""
+    _, ignoring = await asyncio.wait([running], timeout=GRACE)
+    if ignoring:
+        vm.delete_soon()
+        await asyncio.wait(ignoring)
+    take_exception(running)
 
 
 def job_failure(
     index: int, item: object, vm_id: str, attempts: int, error: BaseException
 ) -> JobFailedError:
-    """What is raised for an item whose job has failed, because of `error`."""
+    """Return the exception for an item whose job failed because of `error`."""
     if isinstance(error, MemberFailedError) and error.__cause__ is not None:
         error = error.__cause__
     where = f" on {vm_id}" if vm_id else ""
     tries = f", after {attempts} tries" if attempts > 1 else ""
-    what = f"item {index} ({shown(item)}){where}{tries}"
-    failure = JobFailedError(f"{what}: {told(error)}", item, index, vm_id, attempts)
+    job = f"item {index} ({shown(item)}){where}{tries}"
+    failure = JobFailedError(f"{job}: {told(error)}", item, index, vm_id, attempts)
     failure.__cause__ = error
     return failure

@@ -1,4 +1,4 @@
-"""One VM of a fleet: it waits for its turn, boots, is used, and goes."""
+"""One VM of a fleet: it waits for its turn, boots, is used and is deleted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from smolvm_async.config.checks import told
-from smolvm_async.errors import MemberFailedError, VMNotRunningError
-from smolvm_async.fleet.memory import LEDGER
+from smolvm_async.config.checks import shown, told
+from smolvm_async.errors import ConfigError, MemberFailedError, VMNotRunningError
+from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.fleet.template import Template
 from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 from smolvm_async.qemu.events import BootState
@@ -21,16 +21,24 @@ Phase = Literal["a place", "memory", "a turn to boot", "booting", "ready", "dele
 WAITING = ("a place", "memory", "a turn to boot")
 
 
+def check_until(state: object) -> BootState:
+    """Check the `until=` of a fleet: a boot state that can be waited for."""
+    known = [str(name) for name in BootState if name is not BootState.LAUNCHING]
+    if state not in known:
+        raise ConfigError(f"until={shown(state)} is wrong: pass one of {', '.join(known)}.")
+    return BootState(str(state))
+
+
 @dataclass(frozen=True)
 class MemberStatus:
-    """One VM of a fleet.
+    """The state of one VM of a fleet.
 
     Attributes:
-        vm_id: Its id.
-        state: `waiting`, its boot state, `deleted` or `failed`.
-        waits_for: What it waits for: `a place`, `memory` or `a turn to boot`; otherwise empty.
-        seconds: How long that has been so; of a boot state, since it began to boot.
-        error: Why it failed, in one line.
+        vm_id: The VM's id.
+        state: `waiting`, the VM's boot state, `deleted` or `failed`.
+        waits_for: `a place`, `memory` or `a turn to boot` while the VM waits; otherwise empty.
+        seconds: Time in this state; for a boot state, time since the VM began to boot.
+        error: The reason for a failure, in one line.
     """
 
     vm_id: str
@@ -42,15 +50,15 @@ class MemberStatus:
 
 @dataclass(frozen=True)
 class FleetStatus:
-    """A fleet, at one moment.
+    """The state of a fleet at one moment.
 
     Attributes:
-        waiting: How many VMs wait for a place, memory or their turn to boot.
-        booting: How many boot.
-        ready: How many can be used, or are.
-        deleted: How many there were that are gone.
-        failed: How many did not start, or crashed.
-        members: The VMs: all that the fleet began with, and those of `map()` that live.
+        waiting: Number of VMs that wait for a place, memory or their turn to boot.
+        booting: Number of VMs that boot.
+        ready: Number of VMs that can be used, or are in use.
+        deleted: Number of VMs that are gone.
+        failed: Number of VMs that did not start, or crashed.
+        members: The VMs that the fleet started with, and those of `map()` that still exist.
     """
 
     waiting: int
@@ -61,17 +69,17 @@ class FleetStatus:
     members: tuple[MemberStatus, ...]
 
 
-class Gate:
-    """How many VMs of one fleet may live, and boot, at once."""
+class Places:
+    """The number of VMs of one fleet that may exist, and that may boot, at the same time."""
 
     def __init__(self, max_live: int, max_booting: int) -> None:
         self._live = asyncio.Semaphore(max_live)
         self.booting = asyncio.Semaphore(max_booting)
-        self.waiting = 0  # for a place to live
+        self.waiting = 0  # VMs that wait for a place
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Wait for a place to live, and have it."""
+    async def take(self) -> AsyncIterator[None]:
+        """Wait for a place, and keep it for the time of the block."""
         self.waiting += 1
         try:
             await self._live.acquire()
@@ -84,31 +92,32 @@ class Gate:
 
 
 class Member:
-    """A VM, and the task that it lives in.
+    """A VM of a fleet, and the task that starts and deletes it.
 
     Attributes:
-        vm: It; usable while `ready`'s result is there and `over` is not done.
-        ready: Done once it has reached the state that was wanted; its exception is why it has not.
-        handed_over: Whether somebody has it; `hired`: whether that is `map()`.
-        over: The task; its exception, a `MemberFailedError`, is why it ended early.
+        vm: The VM; usable while `ready` has a result and `over` is not done.
+        ready: Done when the VM has reached the wanted boot state; an exception says why it never
+            will.
+        taken_by: The user of the VM: the caller of the fleet, or a `map()`.
+        over: The task. Its exception, a `MemberFailedError`, says why the VM ended early.
     """
 
-    def __init__(self, template: Template, gate: Gate, until: BootState) -> None:
+    def __init__(self, template: Template, places: Places, until: BootState) -> None:
         self.vm = template.make()
         self._memory = template.memory
         self.phase: Phase = "a place"
-        self.handed_over = self.hired = False
+        self.taken_by: Literal["caller", "map"] | None = None
         self.error: MemberFailedError | None = None
         self.ready: asyncio.Future[AsyncSmolVM] = asyncio.get_running_loop().create_future()
-        self._gate = gate
+        self._places = places
         self._until = until
         self._since = time.monotonic()
-        self._released = asyncio.Event()
+        self._deleting = asyncio.Event()
         self.over = asyncio.ensure_future(self._live())
-        self.over.add_done_callback(self._ended)
+        self.over.add_done_callback(self._on_over)
 
     def status(self) -> MemberStatus:
-        """How it is doing."""
+        """Return the VM's state."""
         waits_for = self.phase if self.phase in WAITING else ""
         state: str = "waiting" if waits_for else self.phase
         if self.phase in ("booting", "ready"):
@@ -117,26 +126,29 @@ class Member:
         error = str(self.error) if self.error else ""
         return MemberStatus(self.vm.vm_id, state, waits_for, seconds, error)
 
-    async def release(self) -> None:
-        """Delete it; when this returns, it is gone, however often the caller is cancelled."""
-        self.let_go()
+    async def delete(self) -> None:
+        """Delete the VM; it is gone on return, however often the caller is cancelled."""
+        self.delete_soon()
         await settle(asyncio.wait([self.over]))
 
-    def let_go(self) -> None:
-        """Have it deleted, without waiting for that."""
-        self._released.set()
+    def delete_soon(self) -> None:
+        """Start to delete the VM."""
+        self._deleting.set()
         if not self.ready.done():
             self.over.cancel()
 
     async def usable(self) -> bool:
-        """Whether another job can be done: what has just been killed is not known to be dead."""
+        """Return whether the VM can run another job.
+
+        QEMU is asked, since the end of a process that was just killed may not be known yet.
+        """
         run = self.vm._run
         return run is not None and await run.guest_status() == "running" and not self.over.done()
 
     @property
-    def wanted(self) -> bool:
-        """Whether another VM waits for its place, or for its memory."""
-        return self._gate.waiting > 0 or LEDGER.wanted
+    def others_wait(self) -> bool:
+        """True if another VM waits for the place or the memory of this VM."""
+        return self._places.waiting > 0 or PROMISES.wanted
 
     def _resident(self) -> int:
         run = self.vm._run
@@ -147,23 +159,23 @@ class Member:
 
     async def _live(self) -> None:
         try:
-            async with self._gate.place():
+            async with self._places.take():
                 self._enter("memory")
-                async with LEDGER.promised(self._memory) as promise:
-                    promise.touched = self._resident
+                async with PROMISES.promised(self._memory) as promise:
+                    promise.used = self._resident
                     await self._use()
         except Exception as error:
             self._enter("failed")
-            vm_id, what = self.vm.vm_id, told(error)
-            what = what if what.startswith(vm_id) else f"{vm_id}: {what}"
-            self.error = MemberFailedError(what, vm_id)
+            vm_id, reason = self.vm.vm_id, told(error)
+            message = reason if reason.startswith(vm_id) else f"{vm_id}: {reason}"
+            self.error = MemberFailedError(message, vm_id)
             raise self.error from error
         self._enter("deleted")
 
     async def _use(self) -> None:
         try:
             self._enter("a turn to boot")
-            async with self._gate.booting:
+            async with self._places.booting:
                 self._enter("booting")
                 await self.vm.start()
                 await self.vm.wait_for(self._until)
@@ -174,18 +186,22 @@ class Member:
             await settle(self.vm.delete())
 
     async def _until_over(self) -> None:
-        """Until it is released, or has ended by itself or by the user's doing."""
+        """Wait until the VM is to be deleted, or has ended: by itself, or because it was told to.
+
+        Raises:
+            VMCrashedError: The VM crashed.
+        """
         stopped = asyncio.ensure_future(self.vm.wait_stopped())
-        released = asyncio.ensure_future(self._released.wait())
+        deleting = asyncio.ensure_future(self._deleting.wait())
         try:
-            await asyncio.wait([stopped, released], return_when=asyncio.FIRST_COMPLETED)
-            if stopped.done() and not released.done():
+            await asyncio.wait([stopped, deleting], return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done() and not deleting.done():
                 with suppress(VMNotRunningError):
                     stopped.result()
         finally:
-            await end_tasks(stopped, released)
+            await end_tasks(stopped, deleting)
 
-    def _ended(self, over: asyncio.Task[None]) -> None:
+    def _on_over(self, over: asyncio.Task[None]) -> None:
         if self.ready.done():
             pass
         elif self.error is not None:

@@ -1,7 +1,19 @@
-"""The memory of this process's fleets: promised to one VM at a time, in the order of asking.
+"""The host's memory, promised to the VMs of this process's fleets, in the order of asking.
 
-What a VM was promised and has not touched yet is reserved: the host shows it as available. What it
-has touched the host does not show any more. So a promise binds the difference, whoever made it.
+QEMU takes its guest's memory from the host page by page, as the guest touches it. So a VM that has
+just started leaves nearly all of its memory available. A fleet that only looked at the host would
+start far too many VMs, and the kernel would kill some of them minutes later.
+
+So each VM is promised its size, memory plus QEMU's overhead, before it starts. The host's available
+memory lacks the used part of a promise already; only the unused part has to be set aside:
+
+    room = available memory of the host - HEADROOM - the sum of the unused parts of all promises
+
+A VM waits until its size fits into the room. One queue serves all fleets and event loops of the
+process. No VM overtakes, or a large VM would wait for as long as small ones come. The first in the
+queue looks at the host: when it comes, when a promise ends, and every `LOOK_AGAIN` seconds, since
+other programs may have freed memory. One look serves all requests that fit. A VM that would not fit
+if all promises were given back is refused: it would hold up the queue forever.
 """
 
 from __future__ import annotations
@@ -16,28 +28,30 @@ from smolvm_async.errors import HostError
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.memory import Memory, available_memory
 
-HEADROOM = 0.05  # of the host's memory, which is promised to nobody
-AGAIN = 0.5  # seconds until the host is asked again, which others may have freed memory of
+HEADROOM = 0.05  # share of the host's memory that is never promised
+LOOK_AGAIN = 0.5  # seconds between two looks at the host's memory
 
 
 class Promise:
-    """What one VM may use.
+    """The memory that one VM may use.
 
     Attributes:
-        size: MiB, with its overhead.
-        touched: Tells how many MiB of it are in use.
+        size: MiB, with QEMU's overhead.
+        used: Returns how many MiB are in use.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.touched: Callable[[], int] = lambda: 0
+        self.used: Callable[[], int] = lambda: 0
 
-    def rest(self) -> int:
-        """MiB that it may still come to use."""
-        return max(0, self.size - self.touched())
+    def unused(self) -> int:
+        """Return how many MiB the VM may still come to use."""
+        return max(0, self.size - self.used())
 
 
-class _Turn:
+class _Request:
+    """A place in the queue; its event loop is woken when there may be news."""
+
     def __init__(self, promise: Promise) -> None:
         self.promise = promise
         self.granted = self.looked = False
@@ -45,50 +59,50 @@ class _Turn:
         self.news = asyncio.Event()
 
     def wake(self) -> None:
-        with suppress(RuntimeError):  # its loop has been closed
+        with suppress(RuntimeError):  # the event loop has been closed
             self._loop.call_soon_threadsafe(self.news.set)
 
 
-class Ledger:
-    """Who has been promised what; for all event loops of the process."""
+class MemoryPromises:
+    """The promises of this process, and the queue of requests; event loops share it."""
 
     def __init__(self, look: Callable[[], Memory] = available_memory) -> None:
         self._look = look
         self._lock = threading.Lock()
         self._promises: set[Promise] = set()
-        self._turns: deque[_Turn] = deque()
-        self._granted: list[_Turn] = []  # who does not know yet
-        self._granting = threading.Lock()  # held while the host is looked at
+        self._queue: deque[_Request] = deque()
+        self._granted: list[_Request] = []  # granted, but not woken yet
+        self._granting = threading.Lock()  # held during a look at the host
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody waits for memory."""
-        return bool(self._turns)
+        """True if a VM waits for memory."""
+        return bool(self._queue)
 
     def room(self) -> int:
-        """MiB that can be promised now.
+        """Return how many MiB can be promised now.
 
         Raises:
-            OSError: If the kernel does not tell.
+            OSError: The kernel does not tell.
         """
         memory = self._look()
-        reserved = sum(promise.rest() for promise in list(self._promises))
-        return int(memory.available - memory.total * HEADROOM) - reserved
+        unused = sum(promise.unused() for promise in list(self._promises))
+        return int(memory.available - memory.total * HEADROOM) - unused
 
     def capacity(self) -> int:
-        """MiB that could be promised if nobody had been promised any.
+        """Return how many MiB could be promised if all promises were given back.
 
         Raises:
-            OSError: If the kernel does not tell.
+            OSError: The kernel does not tell.
         """
         return self.room() + sum(promise.size for promise in list(self._promises))
 
     @asynccontextmanager
     async def promised(self, size: int) -> AsyncIterator[Promise]:
-        """Wait until there is room for `size` MiB, first come, first served, and have it.
+        """Wait until `size` MiB can be promised, and promise them for the time of the block.
 
         Raises:
-            HostError: If there would be none even if all of ours gave theirs back.
+            HostError: The size would not fit even if all promises were given back.
         """
         promise = Promise(size)
         try:
@@ -97,69 +111,74 @@ class Ledger:
         finally:
             with self._lock:
                 self._promises.discard(promise)
-            self._wake()
+            self._wake_first()
 
     async def _wait_for_room(self, promise: Promise) -> None:
-        turn = _Turn(promise)
+        request = _Request(promise)
         with self._lock:
-            self._turns.append(turn)
+            self._queue.append(request)
         try:
-            while not turn.granted:
-                if self._is_first(turn):
+            while not request.granted:
+                if self._is_first(request):
                     try:
-                        await in_thread(self._grant, turn)
-                    finally:  # it goes on at once, and so before those that came later
+                        await in_thread(self._grant, request)
+                    finally:
+                        # This task goes on at once, and so before those of later requests.
                         self._wake_granted()
-                if not turn.granted:
+                if not request.granted:
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(AGAIN):
-                            await turn.news.wait()
-                    turn.news.clear()
+                        async with asyncio.timeout(LOOK_AGAIN):
+                            await request.news.wait()
+                    request.news.clear()
         except BaseException:
-            self._forget(turn)
+            self._withdraw(request)
             raise
 
-    def _forget(self, turn: _Turn) -> None:
+    def _withdraw(self, request: _Request) -> None:
         with self._lock, suppress(ValueError):
-            self._turns.remove(turn)
-        self._wake()
+            self._queue.remove(request)
+        self._wake_first()
 
-    def _is_first(self, turn: _Turn) -> bool:
+    def _is_first(self, request: _Request) -> bool:
         with self._lock:
-            return bool(self._turns) and self._turns[0] is turn
+            return bool(self._queue) and self._queue[0] is request
 
-    def _grant(self, turn: _Turn) -> None:
-        """Promise to those that come first, as long as there is room: to 32 as fast as to one."""
+    def _grant(self, request: _Request) -> None:
+        """Grant requests from the front of the queue while they fit: 32 take no longer than one."""
         with self._granting:
             room = self.room()
             with self._lock:
-                while self._turns and self._turns[0].promise.size <= room:
-                    first = self._turns.popleft()
+                while self._queue and self._queue[0].promise.size <= room:
+                    first = self._queue.popleft()
                     self._promises.add(first.promise)
                     room -= first.promise.size
                     first.granted = True
                     self._granted.append(first)
+                size = request.promise.size
                 capacity = room + sum(promise.size for promise in self._promises)
-                hopeless = turn.promise.size > capacity and not (turn.looked and self._promises)
-                turn.looked = True  # what is short from now on is so for a while
-                if not turn.granted and hopeless:
+                # After the first look, a shortage may pass: other programs free memory again.
+                hopeless = size > capacity and not (request.looked and self._promises)
+                request.looked = True
+                if not request.granted and hopeless:
                     raise HostError(
-                        f"a VM of {turn.promise.size} MiB, with QEMU's own, does not fit: "
-                        f"{capacity} MiB can be promised, if all that others have is given back. "
-                        "Pass a smaller memory=, or free memory of the host."
+                        f"a VM of {size} MiB, QEMU's overhead included, does not fit: at most "
+                        f"{capacity} MiB can be promised, even after all other VMs of this "
+                        "process's fleets have ended.",
+                        hint="Pass a smaller memory=, or free memory of the host.",
+                        missing=("memory",),
                     )
 
     def _wake_granted(self) -> None:
         with self._lock:
             granted, self._granted = self._granted, []
-        for turn in granted:
-            turn.wake()
+        for request in granted:
+            request.wake()
 
-    def _wake(self) -> None:
+    def _wake_first(self) -> None:
         with self._lock:
-            first = self._turns[0] if self._turns else None
+            first = self._queue[0] if self._queue else None
         if first is not None:
             first.wake()
 
 
-LEDGER = Ledger()
+PROMISES = MemoryPromises()

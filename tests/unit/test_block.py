@@ -1,4 +1,4 @@
-"""Leaving an `async with` block: which exception comes out, and who had cancelled the task."""
+"""Leaving an `async with` block: the exception that comes out, and whose the cancellation is."""
 
 from __future__ import annotations
 

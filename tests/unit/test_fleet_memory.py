@@ -1,4 +1,4 @@
-"""The ledger of promised memory: nothing is promised twice, and everybody has their turn."""
+"""The promises of promised memory: nothing is promised twice, and everybody has their turn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from smolvm_async import HostError
-from smolvm_async.fleet.memory import HEADROOM, Ledger
+from smolvm_async.fleet.memory import HEADROOM, MemoryPromises
 from smolvm_async.host.memory import Memory
 
 pytestmark = pytest.mark.anyio
@@ -28,25 +28,25 @@ class Host:
 
 async def test_what_is_promised_and_not_touched_is_reserved() -> None:
     host = Host(1000)
-    ledger = Ledger(host.look)
-    async with ledger.promised(600) as promise:
-        assert ledger.room() == 400
+    promises = MemoryPromises(host.look)
+    async with promises.promised(600) as promise:
+        assert promises.room() == 400
         host.available -= 500
-        promise.touched = lambda: 500
-        assert ledger.room() == 400
-        promise.touched = lambda: 700  # more than it was promised: the host shows it already
-        assert ledger.room() == 500
-        assert ledger.capacity() == 1100
-    assert ledger.room() == 500
+        promise.used = lambda: 500
+        assert promises.room() == 400
+        promise.used = lambda: 700  # more than it was promised: the host shows it already
+        assert promises.room() == 500
+        assert promises.capacity() == 1100
+    assert promises.room() == 500
 
 
 async def test_nobody_overtakes_whoever_asked_before() -> None:
-    ledger = Ledger(Host(1000).look)
+    promises = MemoryPromises(Host(1000).look)
     order: list[int] = []
     over = asyncio.Event()
 
     async def claim(size: int) -> None:
-        async with ledger.promised(size):
+        async with promises.promised(size):
             order.append(size)
             await over.wait()
 
@@ -60,8 +60,8 @@ async def test_nobody_overtakes_whoever_asked_before() -> None:
     over.set()
     await asyncio.gather(first, *claims)
     assert order[0] == 700
-    assert sorted(order[1:]) == [100, 200, 500]  # for whom there was room together
-    assert ledger.room() == 1000
+    assert sorted(order[1:]) == [100, 200, 500]  # there was room for all three
+    assert promises.room() == 1000
 
 
 async def test_many_are_promised_memory_without_a_look_at_the_host_for_each() -> None:
@@ -73,12 +73,12 @@ async def test_many_are_promised_memory_without_a_look_at_the_host_for_each() ->
         looks += 1
         return host.look()
 
-    ledger = Ledger(look)
+    promises = MemoryPromises(look)
     promised = asyncio.Semaphore(0)
     over = asyncio.Event()
 
     async def claim() -> None:
-        async with ledger.promised(100):
+        async with promises.promised(100):
             promised.release()
             await over.wait()
 
@@ -88,14 +88,14 @@ async def test_many_are_promised_memory_without_a_look_at_the_host_for_each() ->
     assert looks < 10
     over.set()
     await asyncio.gather(*claims)
-    assert ledger.room() == 1000
+    assert promises.room() == 1000
 
 
 async def test_whoever_is_cancelled_makes_way() -> None:
-    ledger = Ledger(Host(1000).look)
-    async with ledger.promised(700):
-        waiting = asyncio.ensure_future(ledger.promised(400).__aenter__())
-        after = asyncio.ensure_future(ledger.promised(300).__aenter__())
+    promises = MemoryPromises(Host(1000).look)
+    async with promises.promised(700):
+        waiting = asyncio.ensure_future(promises.promised(400).__aenter__())
+        after = asyncio.ensure_future(promises.promised(300).__aenter__())
         for _ in range(50):
             await asyncio.sleep(0)
         assert not after.done()
@@ -103,16 +103,16 @@ async def test_whoever_is_cancelled_makes_way() -> None:
         await after
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert ledger.room() == 0
+        assert promises.room() == 0
 
 
 async def test_what_never_fits_is_refused_and_what_will_fit_waits() -> None:
     host = Host(1000)
-    ledger = Ledger(host.look)
+    promises = MemoryPromises(host.look)
     with pytest.raises(HostError, match=r"1001 MiB.* 1000 MiB can be promised"):
-        await ledger.promised(1001).__aenter__()
-    async with ledger.promised(500):
-        waiting = asyncio.ensure_future(ledger.promised(900).__aenter__())
+        await promises.promised(1001).__aenter__()
+    async with promises.promised(500):
+        waiting = asyncio.ensure_future(promises.promised(900).__aenter__())
         for _ in range(50):
             await asyncio.sleep(0)
         host.available += 400  # which somebody else has freed
@@ -120,13 +120,13 @@ async def test_what_never_fits_is_refused_and_what_will_fit_waits() -> None:
 
 
 async def test_event_loops_of_several_threads_share_it() -> None:
-    ledger = Ledger(Host(1000).look)
+    promises = MemoryPromises(Host(1000).look)
     peaks: list[int] = []
     inside = 0
 
     async def claim() -> None:
         nonlocal inside
-        async with ledger.promised(400):
+        async with promises.promised(400):
             inside += 1
             peaks.append(inside)
             await asyncio.sleep(0)
@@ -138,25 +138,25 @@ async def test_event_loops_of_several_threads_share_it() -> None:
     await asyncio.gather(*(asyncio.to_thread(asyncio.run, many()) for _ in range(3)))
     assert max(peaks) <= 2
     assert len(peaks) == 60
-    assert ledger.room() == 1000
+    assert promises.room() == 1000
 
 
 async def test_what_can_never_fit_is_refused_and_holds_up_nobody() -> None:
-    ledger = Ledger(Host(1000).look)
-    async with ledger.promised(600):
+    promises = MemoryPromises(Host(1000).look)
+    async with promises.promised(600):
         with pytest.raises(HostError, match="1000 MiB can be promised"):
-            async with ledger.promised(1001):
+            async with promises.promised(1001):
                 raise AssertionError("it was promised")
-        async with ledger.promised(400):
-            assert ledger.room() == 0
+        async with promises.promised(400):
+            assert promises.room() == 0
 
 
 async def test_whoever_asked_first_goes_on_first() -> None:
-    ledger = Ledger(Host(1000).look)
+    promises = MemoryPromises(Host(1000).look)
     order: list[int] = []
 
     async def claim(number: int) -> None:
-        async with ledger.promised(100):
+        async with promises.promised(100):
             order.append(number)
             await asyncio.sleep(0)
 

@@ -1,9 +1,11 @@
-"""On the client: `map()` on Dask workers, each try of a job a task; needs `distributed`."""
+"""The client's side of a `DaskFleet`: `map()` on Dask workers; needs `distributed`.
+
+Each attempt of a job is a Dask task of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -15,88 +17,101 @@ from distributed.client import FutureCancelledError
 from smolvm_async.config.checks import told
 from smolvm_async.errors import RemoteError, WorkerLostError
 from smolvm_async.fleet.dask.messages import (
-    CLAIM,
     RESOURCE,
+    STARTED_BY,
+    VERSION,
     JobReply,
     JobRequest,
+    check_version,
     dumps,
     loads,
     unpack,
+    version_asker,
 )
 from smolvm_async.fleet.dask.worker import end_call, perform, prune
-from smolvm_async.fleet.jobs import Items, Outcome, R, Stream, T, job_failure
+from smolvm_async.fleet.jobs import MapCall, NumberedItems, Outcome, R, T, job_failure
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import settle, take_exception
-from smolvm_async.qemu.events import BootState
 
 logger = get_logger(__name__)
 
-ENDING = 30.0  # seconds for the workers to end the VMs of what was cancelled
+ENDING = 30.0  # seconds for the workers to end the VMs of cancelled jobs
+LOOK_AGAIN = 1.0  # seconds between two looks at the workers
 V = TypeVar("V")
 
-LOOKING = 1.0  # between two looks at what workers there are
+
+async def check_versions(client: Any) -> None:
+    """Check that the scheduler and all workers have this client's version of the package.
+
+    Raises:
+        HostError: One has another version, or none.
+    """
+    asker = version_asker()
+    check_version(VERSION, await client.run_on_scheduler(asker), "scheduler")
+    for worker, version in (await client.run(asker, on_error="ignore")).items():
+        check_version(VERSION, version, f"worker {worker}")
 
 
-class Window:
-    """How many jobs may be with the scheduler at once: what the workers can do, or one."""
+class JobWindow:
+    """The limit of jobs that are submitted at once: as many as the workers can run, at least 1."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._capacity = 0
         self._busy = 0
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     @property
     def size(self) -> int:
-        """How many places there are."""
+        """The limit."""
         return max(1, min(self._capacity, self._most))
 
     async def enter(self) -> None:
-        """Wait for a place."""
+        """Wait until another job may be submitted."""
         while self._busy >= self.size:
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()
         self._busy += 1
 
     def leave(self) -> None:
-        """Give it back."""
+        """Note that a job is done."""
         self._busy -= 1
-        self._news.set()
+        self._changed.set()
 
     def resize(self, capacity: int) -> None:
-        """The workers are others now."""
+        """Note how many jobs the workers can run now."""
         self._capacity = capacity
-        self._news.set()
+        self._changed.set()
 
 
 class Workers:
-    """The workers, as the client sees them: how much they can do, and which are lost.
+    """The workers as the client sees them: how many jobs they can run, and which were lost.
 
     Args:
-        client: Dask's, asynchronous and ours alone.
+        client: An asynchronous Dask client that nobody else uses.
         need: MiB that a VM takes.
-        most: How many VMs there may be at once.
+        most: How many VMs may run at once.
     """
 
     def __init__(self, client: Any, need: int, most: int) -> None:
         self.client = client
-        self.window = Window(most)
+        self.window = JobWindow(most)
         self.largest = self.count = 0  # MiB of the largest worker; workers
         self._need = need
         self._lost = False
-        self._gone: dict[str, asyncio.Event] = {}  # set once the worker of this address is lost
-        self._claimed: dict[str, asyncio.Future[str]] = {}
-        self._news = asyncio.Event()
+        self._gone: dict[str, asyncio.Event] = {}  # by address; set once the worker is lost
+        self._watched: dict[str, asyncio.Future[str]] = {}  # by the task's key
+        self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def begin(self) -> None:
-        """Look at the workers, and again whenever some come or go."""
+        """Look at the workers, now and whenever some come or go."""
         self.client.subscribe_topic("all", self._on_event)
-        await self._look()
+        await self.look()
         self.start(self._watch())
 
     async def end(self, template: bytes) -> None:
-        """Stop looking; what lost workers have left on disk is removed, if they are back."""
+        """Stop looking; have the workers remove the VMs that lost workers left on their hosts."""
         if self._lost:
             await self.everywhere(prune, template)
         self.client.unsubscribe_topic("all")
@@ -106,22 +121,22 @@ class Workers:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def everywhere(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Have each worker run a function, for as long as it may take, or until it is lost."""
+        """Run a function on each worker, for `ENDING` seconds at most."""
         try:
             async with asyncio.timeout(ENDING):
-                asking = [self._ask(worker, function, arguments) for worker in await self._look()]
+                asking = [self._ask(worker, function, arguments) for worker in await self.look()]
                 await asyncio.gather(*asking)
         except TimeoutError:
             logger.warning(
-                "some Dask workers had not ended what was cancelled after %g s: they go on with "
-                "that, and their VMs may still run",
+                "some Dask workers have not ended cancelled jobs within %g s: their VMs may still "
+                "run for a while",
                 ENDING,
             )
-        except Exception as error:  # the scheduler is gone, and its workers end themselves
-            logger.warning("the Dask workers cannot be asked: %s", error)
+        except Exception as error:  # the scheduler is gone; then workers end themselves
+            logger.warning("the Dask workers cannot be reached: %s", error)
 
     async def _ask(self, worker: str, function: Callable[..., Any], arguments: Any) -> None:
-        """Dask itself would try for 30 s to connect to one that has just died."""
+        """Run a function on a worker, or until it is lost: Dask would try to connect for 30 s."""
         run = self.client.run(function, *arguments, workers=[worker], on_error="ignore")
         asking = self.start(_awaited(run))
         gone = self.start(self._gone.setdefault(worker, asyncio.Event()).wait())
@@ -133,14 +148,14 @@ class Workers:
             asking.cancel()
             gone.cancel()
 
-    def claim(self, key: str) -> asyncio.Future[str]:
-        """Done with the address of the worker that had begun this task, once it is lost."""
-        lost = self._claimed[key] = asyncio.get_running_loop().create_future()
-        lost.add_done_callback(lambda _: self._claimed.pop(key, None))
+    def watch_task(self, key: str) -> asyncio.Future[str]:
+        """Return a future for the address of the worker that began this task and was lost."""
+        lost = self._watched[key] = asyncio.get_running_loop().create_future()
+        lost.add_done_callback(lambda _: self._watched.pop(key, None))
         return lost
 
     def start(self, coroutine: Coroutine[Any, Any, V]) -> asyncio.Task[V]:
-        """Run something beside, at most until the fleet ends."""
+        """Start a background task, which lasts at most until the fleet ends."""
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
@@ -153,14 +168,14 @@ class Workers:
     async def _watch(self) -> None:
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOKING):
-                    await self._news.wait()
-            self._news.clear()
-            with suppress(Exception):  # a scheduler that is gone fails the tasks themselves
-                await self._look()
+                async with asyncio.timeout(LOOK_AGAIN):
+                    await self._changed.wait()
+            self._changed.clear()
+            with suppress(Exception):  # if the scheduler is gone, Dask fails the tasks
+                await self.look()
 
-    async def _look(self) -> Sequence[str]:
-        """See which workers there are: their addresses."""
+    async def look(self) -> Sequence[str]:
+        """Count the workers and the jobs that they can run; return the workers' addresses."""
         found = (await self.client.scheduler.identity(n_workers=-1))["workers"]
         workers = found.values()
         offers = [int(worker["resources"].get(RESOURCE, 0)) for worker in workers]
@@ -176,85 +191,77 @@ class Workers:
         _, message = event
         action = message.get("action") if isinstance(message, dict) else None
         if action in ("add-worker", "remove-worker"):
-            self._news.set()
+            self._changed.set()
         if action == "add-worker":
             self._gone.pop(message["worker"], None)
         if action == "remove-worker":
             self._lost = True
             self._gone.setdefault(message["worker"], asyncio.Event()).set()
             for name in ("processing-tasks", "lost-computed-tasks"):
-                for key in self._claimed.keys() & set(message.get(name, ())):
+                for key in self._watched.keys() & set(message.get(name, ())):
                     self.start(self._give_up(key, message["worker"]))
 
     async def _give_up(self, key: str, worker: str) -> None:
-        """If a worker that is lost had begun a task, nobody else may: do not wait for it."""
+        """Stop waiting for a task that a lost worker had begun: no other worker may run it."""
         with suppress(OSError):  # the scheduler is gone too
-            begun = await self.client.scheduler.get_metadata(keys=[key, CLAIM], default="")
-            lost = self._claimed.get(key)
+            begun = await self.client.scheduler.get_metadata(keys=[key, STARTED_BY], default="")
+            lost = self._watched.get(key)
             if begun == worker and lost is not None and not lost.done():
                 lost.set_result(worker)
 
 
-class RemoteJobs(Stream[T, R]):
-    """One call of `map()`.
+class DaskMapCall(MapCall[T, R]):
+    """A call of `map()` on Dask workers. A single worker task of `MapCall` submits all the jobs.
 
     Args:
-        fleet: The fleet's id.
-        template: The arguments of its VMs, pickled.
-        need: MiB of a VM.
-        retries: How often a job that has failed is tried again.
-        rerun: Whether a job whose worker is lost is done again by another one.
+        request: The request for each attempt, without `key` and `item`.
+        need: MiB that a VM takes.
+        retries: How often a failed job is tried again.
     """
 
     def __init__(
         self,
         workers: Workers,
-        fleet: str,
-        template: bytes,
+        request: JobRequest,
         need: int,
-        until: BootState,
-        job: bytes,
-        items: Items[T],
+        items: NumberedItems[T],
         retries: int,
-        rerun: bool,
     ) -> None:
         super().__init__(items)
-        self._workers = workers
-        self._request = JobRequest(
-            fleet, f"smolvm-{uuid.uuid4().hex}", "", template, job, b"", until, rerun
-        )
+        self._dask = workers
+        self._request = request
         self._need = need
         self._retries = retries
-        self._loose = False  # whether a task was left to the workers
+        self._abandoned = False  # whether a task was released before it was done
 
     async def _work(self) -> None:
-        """Hand out the items, as there are places."""
+        """Submit a job for each item, as many at once as the workers can run."""
         doing: set[asyncio.Task[None]] = set()
         broken: Exception | None = None
 
         def finish(task: asyncio.Task[None]) -> None:
-            self._workers.window.leave()
+            self._dask.window.leave()
             if take_exception(task) is None:
                 doing.discard(task)
 
         try:
             while True:
                 try:
-                    numbered = await self._next(self._workers.window.size)
+                    numbered = await self._next(self._dask.window.size)
                 except Exception as error:
                     if self._on_error == "raise":
                         raise
-                    broken = error  # what has begun goes on
+                    broken = error  # jobs that have begun go on
                     break
                 if numbered is None:
                     break
-                await self._workers.window.enter()
+                await self._dask.window.enter()
                 task = asyncio.ensure_future(self._do(*numbered))
                 doing.add(task)
                 task.add_done_callback(finish)
             if doing:
                 await asyncio.wait(doing)
-            for task in doing:  # that has found no outcome
+            for task in doing:  # it ended without an outcome
                 task.result()
             if broken is not None:
                 raise broken
@@ -262,40 +269,40 @@ class RemoteJobs(Stream[T, R]):
             await settle(self._abandon(doing))
 
     async def _abandon(self, doing: set[asyncio.Task[None]]) -> None:
-        """Cancel what is not done; when this returns, the workers have ended its VMs."""
+        """Cancel the jobs that are not done, and wait until their VMs are deleted."""
         for task in list(doing):
             task.cancel()
         if doing:
             await asyncio.wait(doing)
-        if self._loose:
-            await self._workers.everywhere(end_call, self._request.call)
+        if self._abandoned:
+            await self._dask.everywhere(end_call, self._request.call)
 
     async def _do(self, index: int, item: T) -> None:
-        """Have one item's job done, as often as need be."""
+        """Have the job of one item run, with retries."""
         for attempt in range(1, self._retries + 2):
             vm_id = ""
             again = attempt <= self._retries
             try:
-                report = await self._try(f"{self._request.call}-{index}-{attempt}", dumps(item))
-                vm_id = report.vm_id
-                again = again and report.value is None  # what cannot be loaded never can
-                outcome: Outcome[R] = Outcome(index, _value(report), None)
+                reply = await self._try(f"{self._request.call}-{index}-{attempt}", dumps(item))
+                vm_id = reply.vm_id
+                again = again and reply.value is None  # a retry would not make it loadable
+                outcome: Outcome[R] = Outcome(index, _value(reply), None)
             except Exception as error:
                 if again and not isinstance(error, WorkerLostError):
                     continue
                 failure = job_failure(index, item, vm_id, attempt, error)
                 outcome = Outcome(index, None, failure)
-            self._report(outcome)
+            self._queue(outcome)
             return
 
     async def _try(self, key: str, item: bytes) -> JobReply:
-        """Have a worker try it once; Dask may have another one do so if that is lost."""
+        """Have a worker run the job once; if it is lost, Dask gives the task to another one."""
         request = replace(self._request, key=key, item=item)
-        lost = self._workers.claim(key)
-        future = self._workers.client.submit(
+        lost = self._dask.watch_task(key)
+        future = self._dask.client.submit(
             perform, request, key=key, resources={RESOURCE: self._need}, pure=False
         )
-        getting = self._workers.start(_result(future))
+        getting = self._dask.start(_result(future))
         either: list[asyncio.Future[Any]] = [getting, lost]
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -305,12 +312,11 @@ class RemoteJobs(Stream[T, R]):
         finally:
             lost.cancel()
             if future.status == "finished" and not getting.done():
-                # Its result is being fetched, together with those of others, whom a cancellation
-                # would hit, too.
+                # Dask fetches results of several tasks together: to cancel one would cancel all.
                 getting.add_done_callback(lambda _: future.release())
             else:
-                self._loose |= not getting.done()
-                future.release()  # which has Dask cancel it, if it is not done; `getting` ends
+                self._abandoned |= not getting.done()
+                future.release()  # Dask cancels the task if it is not done; then `getting` ends
 
 
 async def _awaited(work: Awaitable[V]) -> V:
@@ -319,28 +325,28 @@ async def _awaited(work: Awaitable[V]) -> V:
 
 async def _result(future: Any) -> JobReply:
     try:
-        report = await future
+        reply = await future
     except KilledWorker as error:
-        raise WorkerLostError(f"its workers died, one after another: {error}") from error
+        raise WorkerLostError(f"the job's workers died, one after another: {error}") from error
     except FutureCancelledError as error:
-        raise WorkerLostError(f"the Dask scheduler has let go of it: {error.reason}.") from error
-    assert isinstance(report, JobReply)
-    if report.lost:
-        raise _lost(report.lost)
-    return report
+        raise WorkerLostError(f"the Dask scheduler gave the job up: {error.reason}.") from error
+    assert isinstance(reply, JobReply)
+    if reply.lost:
+        raise _lost(reply.lost)
+    return reply
 
 
 def _lost(worker: str) -> WorkerLostError:
     return WorkerLostError(
-        f"the Dask worker {worker} was lost while it did this job, and rerun=False: the job may "
-        "have been done in part."
+        f"the Dask worker {worker} was lost during this job; the job may have run partly.",
+        hint="Pass rerun=True if another worker may run such a job again.",
     )
 
 
-def _value(report: JobReply) -> Any:
-    if report.value is None:
-        error = unpack(report.errors)
+def _value(reply: JobReply) -> Any:
+    if reply.value is None:
+        error = unpack(reply.errors)
         if not isinstance(error, Exception):
             raise RemoteError(told(error)) from error
         raise error
-    return loads(report.value)
+    return loads(reply.value)

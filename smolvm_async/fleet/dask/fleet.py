@@ -1,4 +1,4 @@
-"""The public class for many machines: a fleet whose VMs are on Dask workers."""
+"""`DaskFleet`: many VMs on the workers of a Dask cluster."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from weakref import WeakSet
 
 from smolvm_async.config.checks import shown
 from smolvm_async.errors import ConfigError, HostError
-from smolvm_async.fleet.checks import check_count, check_on_error, check_until, check_work
-from smolvm_async.fleet.jobs import Items, Job, OnError, R, T
+from smolvm_async.fleet.jobs import (
+    Job,
+    NumberedItems,
+    OnError,
+    R,
+    T,
+    check_count,
+    check_on_error,
+    check_work,
+)
+from smolvm_async.fleet.member import check_until
 from smolvm_async.fleet.template import configure
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import settle
@@ -22,15 +31,15 @@ from smolvm_async.qemu.events import BootState
 if TYPE_CHECKING:
     from distributed import Client
 
-    from smolvm_async.fleet.dask.client import RemoteJobs, Workers
+    from smolvm_async.fleet.dask.client import DaskMapCall, Workers
 
 logger = get_logger(__name__)
 
-MOST = 100_000
+UNLIMITED = 100_000  # VMs at once: the workers' memory and threads are the limit
 
 
 class DaskFleet:
-    """Many VMs on many machines: `map()` as that of `Fleet`, its jobs done by Dask workers.
+    """Many VMs on many machines: `map()` like that of `Fleet`, on Dask workers.
 
     ::
 
@@ -38,28 +47,28 @@ class DaskFleet:
             async for result in fleet.map(job, items):
                 ...
 
-    Each job has a fresh VM, on the worker that does it. `smolvm-async[dask]` is to be installed
-    on the scheduler, on the workers and here.
+    Each job has a new VM, on the worker that runs it. Install the same version of
+    `smolvm-async[dask]` on the scheduler, on the workers and here.
 
-    A worker does as many jobs at once as it has threads (`--nthreads`), and memory for: the
-    resource `smolvm_memory`, MiB, of which a VM takes its `memory` and 128 or more. Workers started
-    without `--resources smolvm_memory=` get what their host has available, or their
-    `--memory-limit` if that is less; several on one host have to share it so.
+    A worker runs as many jobs at once as it has threads (`--nthreads`) and memory for. The memory
+    is the resource `smolvm_memory`, in MiB; a VM takes its `memory` and 128 or more. A worker
+    started without `--resources smolvm_memory=` offers the available memory of its host, or its
+    `--memory-limit` if that is less; several workers on one host need one of these options.
 
     Args:
-        scheduler: Its address, or a `distributed.Client` that is connected to it. The fleet makes
-            a connection of its own.
-        template: The arguments of `AsyncSmolVM` for each VM. Paths are the workers': whether they
-            are there, only the jobs tell.
-        until: The boot state that a VM is handed over at.
-        max_live: How many VMs may live at once, on all workers together.
+        scheduler: The scheduler's address, or a connected `distributed.Client`. The fleet opens a
+            connection of its own.
+        template: The arguments of `AsyncSmolVM` for each VM. Paths are paths of the workers; a
+            missing file shows when a job runs.
+        until: The boot state at which a VM is handed over.
+        max_live: How many VMs may run at once, on all workers together.
         on_error: See `map()`.
 
     Raises:
         ConfigError: An argument is wrong.
-        HostError: `distributed` is not installed. Entering it: no scheduler is at this address
-            (Dask tries for 30 s, unless its `comm.timeouts.connect` says otherwise), or no worker
-            is large enough for such a VM.
+        HostError: `distributed` is not installed. On entering: no scheduler answers at this
+            address (Dask tries for 30 s, or for its `comm.timeouts.connect`), the scheduler or a
+            worker has another version of smolvm-async, or no worker is large enough for a VM.
     """
 
     def __init__(
@@ -75,27 +84,29 @@ class DaskFleet:
             from distributed import Client
         except ImportError as error:
             raise HostError(
-                f"DaskFleet needs Dask ({error}): pip install 'smolvm-async[dask]'"
+                f"DaskFleet needs Dask ({error}).",
+                hint="pip install 'smolvm-async[dask]'",
+                missing=("distributed",),
             ) from error
         if not isinstance(scheduler, str | Client):
             raise ConfigError(
-                f"scheduler={shown(scheduler)} is wrong: pass its address, such as "
+                f"scheduler={shown(scheduler)} is wrong: pass the scheduler's address, such as "
                 "'tcp://127.0.0.1:8786', or a distributed.Client."
             )
         self._scheduler = scheduler
         memory = configure(template).memory
         if not memory:
             raise ConfigError(
-                "template= needs memory for an s3:// image: the scheduler places the VMs by it, "
-                "before anybody has read the manifest."
+                "template= needs memory for an s3:// image: the scheduler chooses a worker by the "
+                "VM's memory, before the image's manifest is read."
             )
         self._need = memory + TCG.overhead(memory)  # the workers may have no KVM
         self._template = dict(template or {})
         self._until = check_until(until)
-        self._most = MOST if max_live is None else check_count("max_live", max_live)
+        self._most = UNLIMITED if max_live is None else check_count("max_live", max_live)
         self._on_error = check_on_error(on_error)
         self._id = uuid.uuid4().hex
-        self._calls: WeakSet[RemoteJobs[Any, Any]] = WeakSet()
+        self._calls: WeakSet[DaskMapCall[Any, Any]] = WeakSet()
         self._workers: Workers | None = None
         self._pickled = b""
         self._over = False
@@ -105,7 +116,7 @@ class DaskFleet:
         from smolvm_async.fleet.dask.messages import dumps
 
         if self._workers is not None or self._over:
-            raise ConfigError("this DaskFleet was entered before: make a new one.")
+            raise ConfigError("this DaskFleet was entered before: make a new DaskFleet.")
         self._pickled = dumps(self._template)
         client = await self._connect()
         workers = Workers(client, self._need, self._most)
@@ -113,7 +124,7 @@ class DaskFleet:
             await workers.begin()
             self._check_room(workers)
         except BaseException:
-            await settle(self._leave(workers))
+            await settle(self._end(workers))
             raise
         self._workers = workers
         return self
@@ -126,7 +137,7 @@ class DaskFleet:
     ) -> None:
         workers, self._workers, self._over = self._workers, None, True
         assert workers is not None
-        await settle(self._leave(workers))
+        await settle(self._end(workers))
 
     def map(
         self,
@@ -138,86 +149,94 @@ class DaskFleet:
         in_order: bool = False,
         on_error: OnError | None = None,
     ) -> AsyncIterator[R]:
-        """Run `await job(vm, item)` for each item on a worker and a fresh VM; yield the results.
+        """Run `await job(vm, item)` for each item, on a worker and a new VM; yield the results.
 
-        The job, the items and the results travel pickled. Jobs wait for workers, if there are none.
-        Whoever does not iterate to the end leaves the rest to the end of the fleet's block, or
-        calls `aclose()`; that, a failure or a cancellation ends the VMs on the workers first.
+        The job, the items and the results are pickled. Without workers, jobs wait. If the caller
+        stops iterating early, the rest runs until the fleet's block ends, or until `aclose()`.
+        Either of them, a failure or a cancellation first deletes the VMs on the workers.
 
         Args:
-            job: What to do with a VM and an item.
-            items: Taken one by one, as the workers have places for them and results are read; they
-                may be endless.
-            retries: How often a job that has failed is tried again.
-            rerun: Whether a job is done again by another worker when its own is lost, as often as
-                Dask's `allowed-failures` says. Otherwise it has failed.
-            in_order: Whether the results come in the order of the items.
-            on_error: By default that of the fleet. `"raise"`: the first failure cancels the rest.
-                `"collect"`: it is raised after all the others' results.
+            job: An async function of a VM and an item.
+            items: Taken one by one, when a worker is free and results are read; they may be
+                endless.
+            retries: How often a failed job is tried again.
+            rerun: Whether another worker runs a job again whose worker was lost, as often as
+                Dask's `allowed-failures` says. So a job may run twice, or only partly. If not,
+                the job has failed.
+            in_order: Whether results come in the order of the items.
+            on_error: `"raise"`: the first failure cancels the other jobs. `"collect"`: failures
+                are raised after all results. By default the fleet's `on_error`.
 
         Raises:
-            ExceptionGroup: Of the `JobFailedError`s, from the iteration. Their causes carry the
-                worker's traceback as a note; that of a lost worker is a `WorkerLostError`.
-            ConfigError: An argument is wrong, or the fleet was not entered.
+            ExceptionGroup: Of `JobFailedError`s, from the iteration. Their causes have the
+                worker's traceback as a note; the cause is a `WorkerLostError` for a lost worker.
+            ConfigError: An argument is wrong, or the fleet's block was not entered.
         """
         if self._workers is None:
             raise ConfigError("the fleet does not run: use async with DaskFleet(...) as fleet.")
         check_work(job, items, rerun=rerun, in_order=in_order)
-        from smolvm_async.fleet.dask.client import RemoteJobs
-        from smolvm_async.fleet.dask.messages import dumps
+        from smolvm_async.fleet.dask.client import DaskMapCall
+        from smolvm_async.fleet.dask.messages import JobRequest, dumps
 
         try:
             pickled = dumps(job)
         except Exception as error:
             raise ConfigError(
                 f"job={shown(job)} cannot be sent to the workers: {error}. Pass a function that "
-                "can be pickled, with all that it refers to."
+                "can be pickled, with everything it refers to."
             ) from error
-        tries = check_count("retries", retries, least=0)
+        check_count("retries", retries, least=0)
         how = self._on_error if on_error is None else check_on_error(on_error)
-        order = (self._id, self._pickled, self._need, self._until, pickled)
-        call: RemoteJobs[T, R] = RemoteJobs(self._workers, *order, Items(items), tries, rerun)
+        template, call_id = self._pickled, f"smolvm-{uuid.uuid4().hex}"
+        request = JobRequest(self._id, call_id, template, pickled, self._until, rerun)
+        call: DaskMapCall[T, R] = DaskMapCall(
+            self._workers, request, self._need, NumberedItems(items), retries
+        )
         self._calls.add(call)
         return call.results(1, in_order, how)
 
     async def _connect(self) -> Any:
-        """A client of our own, whatever event loop the given one lives in."""
+        """Open a connection of our own; the given client may belong to another event loop."""
         from distributed import Client
 
-        from smolvm_async.fleet.dask.worker import Caretaker
+        from smolvm_async.fleet.dask.client import check_versions
+        from smolvm_async.fleet.dask.worker import JobsPlugin
 
         given: Any = self._scheduler
         address, more = given, {}
         if not isinstance(given, str):
             if given.scheduler is None:
-                raise ConfigError("scheduler= is a client that is not connected.")
+                raise ConfigError("scheduler= is a client that is not connected: connect it first.")
             address, more = given.scheduler.address, {"security": given.security}
         connecting: Any = Client  # its constructor is not typed
         client = connecting(address, asynchronous=True, set_as_default=False, **more)
         problem = f"no Dask scheduler can be reached at {address!r}"
         try:
             await client
-            problem = "a Dask scheduler or worker lacks smolvm-async[dask]"
-            await client.register_plugin(Caretaker())
-        except (OSError, ValueError, ImportError) as error:
+            await check_versions(client)
+            problem = "a Dask scheduler or worker cannot load smolvm-async[dask]"
+            await client.register_plugin(JobsPlugin())
+        except BaseException as error:
             await settle(client.close())
-            raise HostError(f"{problem}: {error}.") from error
-        except BaseException:
-            await settle(client.close())
+            known = isinstance(error, OSError | ValueError | ImportError)
+            if known and not isinstance(error, HostError):
+                raise HostError(f"{problem}: {error}.") from error
             raise
         return client
 
     def _check_room(self, workers: Workers) -> None:
         if not workers.count:
-            logger.warning("there are no Dask workers yet: jobs wait until there are")
+            logger.warning("there are no Dask workers yet: jobs wait for the first one")
         elif workers.largest < self._need:
             raise HostError(
-                f"a VM of {self._need} MiB, with QEMU's own, fits on none of the {workers.count} "
-                f"Dask workers: the largest has {workers.largest} MiB. Pass a smaller "
-                "memory=, or start workers with a larger --resources smolvm_memory=."
+                f"a VM of {self._need} MiB, QEMU's overhead included, fits on none of the "
+                f"{workers.count} Dask workers: the largest has {workers.largest} MiB.",
+                hint="Pass a smaller memory=, or start workers with a larger --resources "
+                "smolvm_memory=.",
+                missing=("memory",),
             )
 
-    async def _leave(self, workers: Workers) -> None:
+    async def _end(self, workers: Workers) -> None:
         try:
             await asyncio.gather(*(call.end() for call in list(self._calls)))
             await workers.end(self._pickled)

@@ -1,9 +1,13 @@
-"""What a fleet's client and the Dask workers send each other; needs `distributed`."""
+"""The messages between a `DaskFleet` and the Dask workers; needs `distributed`.
+
+Dask pickles them by the path of their module, so both ends need the same version of this package.
+`check_version()` turns a mismatch into an error that says so.
+"""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,38 +16,66 @@ from typing import Any
 from distributed.protocol import pickle
 
 from smolvm_async.config.checks import told
-from smolvm_async.errors import RemoteError
+from smolvm_async.errors import HostError, RemoteError
 from smolvm_async.qemu.events import BootState
 
-RESOURCE = "smolvm_memory"  # MiB: of a worker, what its VMs may take; of a job, what its VM does
-CLAIM = "smolvm_worker"  # in a task's metadata at the scheduler: which worker has begun it
+RESOURCE = "smolvm_memory"  # MiB: of a worker, for all its VMs; of a job, for the job's VM
+STARTED_BY = "smolvm_worker"  # key of a task's metadata: address of the worker that has begun it
+
+
+def version_asker() -> Callable[[], str]:
+    """Return a function that returns the version installed where it runs; empty if there is none.
+
+    The function is nested, so it is pickled by value: it runs where this module does not exist.
+    """
+
+    def installed() -> str:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("smolvm-async")
+        except PackageNotFoundError:
+            return ""
+
+    return installed
+
+
+VERSION = version_asker()()
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """One try of one job.
+    """One attempt of one job.
 
     Attributes:
-        fleet: The fleet's id: its jobs on one worker share a look at the host.
+        fleet: The fleet's id; jobs of one fleet share a look at the worker's host.
         call: The id of the call of `map()`.
-        key: Dask's name of the task.
         template: The VM's arguments, pickled, as are the `job` and its `item`.
-        rerun: Whether another worker may do it, should this one be lost.
+        rerun: Whether another worker may run the job if this worker is lost.
+        key: Dask's name of the task.
+        version: The client's version of this package.
     """
 
     fleet: str
     call: str
-    key: str
     template: bytes
     job: bytes
-    item: bytes
     until: BootState
     rerun: bool
+    key: str = ""
+    item: bytes = b""
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
 class JobReply:
-    """What has become of it: a pickled value, or an error and its causes, or the worker lost."""
+    """The result of an attempt.
+
+    Attributes:
+        value: The job's result, pickled; `None` if the attempt failed.
+        errors: The error and its causes, see `pack()`.
+        lost: Address of the lost worker that had begun the job, which may not be run again.
+    """
 
     vm_id: str = ""
     value: bytes | None = None
@@ -51,35 +83,62 @@ class JobReply:
     lost: str = ""
 
 
+def check_version(client: str, other: str, where: str) -> None:
+    """Compare the client's version with that of the scheduler or a worker.
+
+    Raises:
+        HostError: They differ; the message names both.
+    """
+    if client != other:
+        raise HostError(
+            f"the client has smolvm-async {client or '(not installed)'}, but the Dask {where} has "
+            f"smolvm-async {other or '(not installed)'}.",
+            hint="Install the same version of smolvm-async[dask] on the client, the scheduler and "
+            "all workers, and restart them.",
+            missing=("smolvm-async[dask]",),
+        )
+
+
 def dumps(value: object) -> bytes:
-    """Pickle, by value what cannot be imported elsewhere."""
+    """Pickle a value; objects that cannot be imported elsewhere are pickled by value.
+
+    Raises:
+        RemoteError: Pickling tried to end the process.
+    """
     dump: Any = pickle.dumps  # not typed
     with no_exit("pickling"):
         return bytes(dump(value))
 
 
 def loads(data: bytes) -> Any:
-    """The reverse."""
+    """Load a pickled value.
+
+    Raises:
+        RemoteError: Unpickling tried to end the process.
+    """
     load: Any = pickle.loads
     with no_exit("unpickling"):
         return load(data)
 
 
 @contextmanager
-def no_exit(what: str) -> Iterator[None]:
-    """What a job or an object of the user's does cannot end the process.
+def no_exit(action: str) -> Iterator[None]:
+    """Keep a job, or an object of the user's, from ending the process.
 
     Raises:
-        RemoteError: It has tried to.
+        RemoteError: The block raised `SystemExit` or `KeyboardInterrupt`.
     """
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:
-        raise RemoteError(f"{what} has raised {error!r}.") from None
+        raise RemoteError(f"{action} has raised {error!r}.") from None
 
 
 def pack(error: BaseException, where: str) -> Sequence[bytes | str]:
-    """An error and its causes, each pickled, or in words if it cannot be; with its traceback."""
+    """Pickle an error, which gets its traceback as a note, and each of its causes.
+
+    An error that cannot be pickled, or that could not be loaded again, becomes text.
+    """
     text = "".join(traceback.format_exception(error))
     error.add_note(f"On {where}:\n{text.rstrip()}")
     chain: list[BaseException] = []
@@ -91,19 +150,19 @@ def pack(error: BaseException, where: str) -> Sequence[bytes | str]:
 
 
 def _pickled(error: BaseException) -> bytes | str:
-    # Alone: one of its causes may be what cannot be pickled, nor its traceback's frames.
+    # Without its causes and its traceback's frames, which may be impossible to pickle.
     error.__cause__ = error.__context__ = error.__traceback__ = None
     try:
         data = dumps(error)
         if isinstance(loads(data), BaseException):
             return data
-    except Exception:  # whatever a class of the job's own may raise
+    except Exception:  # anything: the class may be the user's
         pass
     return "\n".join([told(error), *getattr(error, "__notes__", ())])
 
 
 def unpack(packed: Sequence[bytes | str]) -> BaseException:
-    """The error, with its causes."""
+    """Return the error that `pack()` was given, with its causes."""
     chain = [_unpickled(link) for link in packed]
     for error, cause in pairwise(chain):
         error.__cause__ = cause

@@ -1,7 +1,21 @@
-"""On a Dask worker: the thread whose event loop owns the VMs, and the jobs in it.
+"""The VMs and jobs of a `DaskFleet` on one Dask worker; needs `distributed`.
 
-The loop is not the worker's own, so that a job that blocks stalls no heartbeat. Its thread lives as
-long as the worker: the parent-death signal of QEMU follows it.
+A worker has two event loops:
+
+- Dask's own loop, in the worker's main thread. It sends heartbeats and runs `perform()` as a task
+  for each job; a loop that a job blocks would miss its heartbeats, and the scheduler would take the
+  worker for dead.
+- Our loop, in a thread of its own, which runs the jobs and owns their VMs. The thread lives as long
+  as the worker, since the kernel kills a QEMU when the thread that spawned it ends (the
+  parent-death signal belongs to the thread, not to the process).
+
+`WorkerJobs` connects them. `perform()` makes a `concurrent.futures.Future`, asks our loop by
+`call_soon_threadsafe` to begin a task for the job, and waits for the future, which the end of the
+task sets. A cancellation reaches our loop in the same way. So each attribute of a `WorkerJobs`
+belongs to one loop: `_futures`, `_calls` and `_over` to Dask's; `_tasks` and `_fleets` to ours.
+
+However a job ends (done, failed, cancelled, released by the scheduler, its client gone, the worker
+closed), `perform()` ends only after the VM is gone: then Dask counts the VM's memory as free.
 """
 
 from __future__ import annotations
@@ -19,19 +33,22 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from distributed import Reschedule, Worker, WorkerPlugin, get_worker
 from distributed.core import Status
 
+from smolvm_async.errors import HostError
 from smolvm_async.fleet.dask.messages import (
-    CLAIM,
     RESOURCE,
+    STARTED_BY,
+    VERSION,
     JobReply,
     JobRequest,
+    check_version,
     dumps,
     loads,
     no_exit,
     pack,
 )
-from smolvm_async.fleet.jobs import attempt_job, awaited
-from smolvm_async.fleet.member import Gate, Member
-from smolvm_async.fleet.memory import LEDGER
+from smolvm_async.fleet.jobs import Job, R, T, attempt_job, awaited
+from smolvm_async.fleet.member import Member, Places
+from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.fleet.template import Template
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import settle
@@ -40,37 +57,37 @@ from smolvm_async.vm.vm import AsyncSmolVM
 logger = get_logger(__name__)
 
 MIB = 1 << 20
-UNBOUND = 100_000  # VMs at once: what bounds them is the worker's memory and threads
-REMEMBERED = 256  # calls that are over, whose late tasks are not begun
-GONE = ("cancelled", "released", "forgotten", "error")  # states of a task that nobody waits for
+UNLIMITED = 100_000  # VMs at once: the worker's memory and threads are the limit
+REMEMBERED = 256  # ended calls of map(); tasks of theirs that arrive late are not begun
+NOT_WANTED = ("cancelled", "released", "forgotten", "error")  # states of a task, for Dask
 
 
-class Pool:
-    """What the jobs of one fleet share on a worker, while there are any."""
+class WorkerFleet:
+    """The part of a fleet that its jobs on this worker share, as long as there are any."""
 
     def __init__(self, arguments: Any) -> None:
         self.template = Template(arguments)
-        self.gate: Gate
+        self.places: Places
         self._arguments = arguments
-        self._looked = asyncio.Lock()
+        self._opening = asyncio.Lock()
         self._open = False
 
     async def open(self) -> None:
-        """Look at the host, and remove what dead workers left, once."""
-        async with self._looked:
+        """Look at the host, and remove the VMs that dead workers left, once."""
+        async with self._opening:
             if not self._open:
                 await self.template.look()
                 most = self.template.most
-                live = UNBOUND if most is None else max(1, most)
-                self.gate = Gate(live, len(os.sched_getaffinity(0)))
+                live = UNLIMITED if most is None else max(1, most)
+                self.places = Places(live, len(os.sched_getaffinity(0)))
                 await AsyncSmolVM.prune(data_dir=self._arguments.get("data_dir"))
                 self._open = True
 
 
 class WorkerJobs:
-    """The jobs of one worker.
+    """The jobs of one worker, and the thread with their event loop; see the module.
 
-    Its methods are for the worker's event loop, but for those that say otherwise.
+    Its public methods are for Dask's event loop.
     """
 
     def __init__(self, address: str) -> None:
@@ -78,7 +95,7 @@ class WorkerJobs:
         self._futures: dict[str, Future[JobReply | None]] = {}
         self._calls: dict[str, str] = {}
         self._over: deque[str] = deque(maxlen=REMEMBERED)
-        self._pools: WeakValueDictionary[str, Pool] = WeakValueDictionary()
+        self._fleets: WeakValueDictionary[str, WorkerFleet] = WeakValueDictionary()
         self._tasks: dict[str, asyncio.Task[JobReply]] = {}
         self._closing = False
         self._loop = asyncio.new_event_loop()
@@ -86,10 +103,10 @@ class WorkerJobs:
         self._thread.start()
 
     async def perform(self, request: JobRequest) -> JobReply:
-        """Do a job; when this returns, however it does, its VM is gone.
+        """Run a job; its VM is gone when this ends, by return or by an exception.
 
         Raises:
-            Reschedule: It was cancelled, and is to begin anew if somebody still wants it.
+            Reschedule: The job was cancelled; Dask begins it anew if somebody still wants it.
         """
         if request.call in self._over:
             return JobReply(errors=[f"the call {request.call} is over."])
@@ -97,28 +114,28 @@ class WorkerJobs:
         self._futures[request.key], self._calls[request.key] = done, request.call
         self._loop.call_soon_threadsafe(self._begin, request, done)
         try:
-            report = await self._ended(request.key, done)
+            reply = await self._ended(request.key, done)
         finally:
             del self._futures[request.key], self._calls[request.key]
-        if report is None:
+        if reply is None:
             raise Reschedule
-        return report
+        return reply
 
     def cancel(self, key: str) -> None:
-        """Cancel a job, if it is done here."""
+        """Cancel the job of a task, if this worker runs it."""
         if key in self._futures:
             self._loop.call_soon_threadsafe(self._cancel, key)
 
     async def end(self, call: str) -> None:
-        """Cancel what is left of a call of `map()`, and wait until its VMs are gone."""
+        """Cancel the jobs of a call of `map()`, and wait until their VMs are gone."""
         self._over.append(call)
         await self._end(key for key, other in self._calls.items() if other == call)
 
     async def close(self) -> None:
-        """Cancel everything, wait until it is gone, and end the thread."""
+        """Cancel all jobs, wait until their VMs are gone, and end the thread."""
         await self._end(self._futures)
         self._closing = True
-        with suppress(RuntimeError):  # it is closed already
+        with suppress(RuntimeError):  # the loop is closed already
             self._loop.call_soon_threadsafe(self._loop.stop)
         await asyncio.to_thread(self._thread.join)
 
@@ -139,7 +156,7 @@ class WorkerJobs:
         if ending:
             await settle(asyncio.wait(ending))
 
-    # In the thread
+    # In our thread
 
     def _live(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -176,31 +193,30 @@ class WorkerJobs:
     async def _do(self, request: JobRequest) -> JobReply:
         vm_id = ""
         try:
-            pool = self._pools.get(request.fleet)
-            if pool is None:
-                pool = self._pools[request.fleet] = Pool(loads(request.template))
-            await pool.open()
+            fleet = self._fleets.get(request.fleet)
+            if fleet is None:
+                fleet = self._fleets[request.fleet] = WorkerFleet(loads(request.template))
+            await fleet.open()
             job, item = loads(request.job), loads(request.item)
-            member = Member(pool.template, pool.gate, request.until)
+            member = Member(fleet.template, fleet.places, request.until)
             vm_id = member.vm.vm_id
             try:
-                value = await attempt_job(member, _Guarded(job), item)
+                value = await attempt_job(member, _without_exit(job), item)
             finally:
-                await member.release()
+                await member.delete()
             return JobReply(vm_id, dumps(value))
         except Exception as error:
             return JobReply(vm_id, errors=pack(error, f"the Dask worker {self._address}"))
 
 
-class _Guarded:
-    """A job that cannot end the worker."""
+def _without_exit(job: Job[T, R]) -> Job[T, R]:
+    """Return the job, which now cannot end the worker."""
 
-    def __init__(self, job: Any) -> None:
-        self._job = job
-
-    async def __call__(self, vm: AsyncSmolVM, item: Any) -> Any:
+    async def guarded(vm: AsyncSmolVM, item: T) -> R:
         with no_exit("the job"):
-            return await awaited(self._job, vm, item)
+            return await awaited(job, vm, item)
+
+    return guarded
 
 
 _worker_jobs: WeakKeyDictionary[Worker, WorkerJobs] = WeakKeyDictionary()
@@ -214,30 +230,34 @@ def _jobs_of(worker: Worker) -> WorkerJobs:
 
 
 async def perform(request: JobRequest) -> JobReply:
-    """The task that Dask runs."""
+    """Run a job: the task that Dask runs."""
     worker = get_worker()
+    try:
+        check_version(request.version, VERSION, f"worker {worker.address}")
+    except HostError as error:
+        return JobReply(errors=pack(error, f"the Dask worker {worker.address}"))
     if not request.rerun:
-        begun = await worker.scheduler.get_metadata(keys=[request.key, CLAIM], default="")
+        begun = await worker.scheduler.get_metadata(keys=[request.key, STARTED_BY], default="")
         if begun:
             return JobReply(lost=begun)
-        await worker.scheduler.set_metadata(keys=[request.key, CLAIM], value=worker.address)
+        await worker.scheduler.set_metadata(keys=[request.key, STARTED_BY], value=worker.address)
     return await _jobs_of(worker).perform(request)
 
 
 async def end_call(call: str, dask_worker: Worker) -> None:
-    """Have a worker end what is left of a call of `map()`."""
+    """Cancel the jobs of a call of `map()` on this worker, and wait until their VMs are gone."""
     await _jobs_of(dask_worker).end(call)
 
 
 async def prune(template: bytes) -> None:
-    """Have a worker remove what dead ones of its host left."""
+    """Remove the VMs that dead workers left on this host."""
     await AsyncSmolVM.prune(data_dir=loads(template).get("data_dir"))
 
 
-class Caretaker(WorkerPlugin):
-    """Gives a worker its VMs' memory as a resource; ends jobs that nobody waits for any more.
+class JobsPlugin(WorkerPlugin):
+    """Offers a worker's memory as a resource, and ends jobs that nobody waits for any more.
 
-    It may be taken away and given again while jobs are done: they are the worker's, not its own.
+    It may be removed and installed again while jobs run: they belong to the worker, not to it.
     """
 
     name = "smolvm_async"
@@ -248,24 +268,24 @@ class Caretaker(WorkerPlugin):
         return None if RESOURCE in worker.state.total_resources else self._offer(worker)
 
     def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
-        """A task that is cancelled, or whose client is gone, ends."""
-        if finish in GONE and (jobs := _worker_jobs.get(self._worker)) is not None:
+        """End the job of a task that was cancelled, or whose client is gone."""
+        if finish in NOT_WANTED and (jobs := _worker_jobs.get(self._worker)) is not None:
             jobs.cancel(key)
 
     def teardown(self, worker: Worker) -> Awaitable[None] | None:
-        """The worker closes, in good order."""
+        """End all jobs, if the worker is closing."""
         closing = worker.status not in (Status.running, Status.paused, Status.init)
         jobs = _worker_jobs.pop(worker, None) if closing else None
         return jobs.close() if jobs is not None else None
 
     async def _offer(self, worker: Worker) -> None:
-        room = LEDGER.capacity()
+        room = PROMISES.capacity()
         if limit := worker.memory_manager.memory_limit:
             room = min(room, limit // MIB)
         logger.info("%s offers %d MiB for VMs", worker.address, room)
         await worker.set_resources(**{RESOURCE: room})
         if worker.status is Status.running:
-            # The scheduler looks for what tasks that wait for a worker can run on when one begins
-            # to run, not when it is given resources.
+            # The scheduler looks for tasks that a worker could run when the worker begins to run,
+            # not when it is given resources.
             worker.status = Status.paused
             worker.status = Status.running
