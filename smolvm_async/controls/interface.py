@@ -143,6 +143,34 @@ def running(vm: VM) -> Run:
     return run
 
 
+class Control:
+    """Base class of the controls: one group of actions on a running VM.
+
+    Attributes:
+        vm: The VM as this process has it; it changes when the process attaches to the VM again.
+    """
+
+    def __init__(self, vm: VM) -> None:
+        self.vm = vm
+
+    def running(self) -> Run:
+        """Return the VM's run. See the function `running()`."""
+        return running(self.vm)
+
+    def taking_input(self) -> Run:
+        """Return the VM's run, if the guest is not paused: QEMU drops the input of a paused guest.
+
+        Raises:
+            VMNotRunningError: The VM is not running, or it is paused.
+        """
+        run = self.running()
+        if self.vm.status is Status.PAUSED:
+            raise VMNotRunningError(
+                f"{self.vm.config.vm_id} is paused, and takes no input: resume() it first."
+            )
+        return run
+
+
 def ended(vm_id: str, run: Run) -> Exception:
     """Return the error that a control raises once the VM has ended."""
     return run.failure or VMNotRunningError(

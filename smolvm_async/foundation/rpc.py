@@ -65,7 +65,7 @@ def arguments_from_json(method: Method, values: Mapping[str, Any]) -> dict[str, 
     """
     try:
         arguments: dict[str, Any] = _validator(method)(None, **values)
-    except ValidationError as error:
+    except (ValidationError, TypeError) as error:
         raise ConfigError(f"wrong arguments: {error}") from error
     return arguments
 

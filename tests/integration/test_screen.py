@@ -171,7 +171,7 @@ async def test_waiting_for_the_screen(blank_image: Path, data_dir: Path) -> None
         setup = await vm.screenshot()
         with pytest.raises(VMTimeoutError, match="it has not changed"):
             await vm.wait_for_screen(changed=setup, timeout=0.3)
-        with pytest.raises(VMTimeoutError, match="should rest for 5 s"):
+        with pytest.raises(VMTimeoutError, match="has to stay unchanged for 5 s"):
             await vm.wait_for_screen(stable=5, timeout=0.3)
         await vm.resume()
         moved = await after(vm, "Down")

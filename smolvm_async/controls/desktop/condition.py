@@ -1,4 +1,4 @@
-"""What one waits for on a screen, looked for in one picture after another."""
+"""The condition that `wait_for_screen()` waits for, checked on each screenshot."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from smolvm_async.errors import ConfigError
 
 
 class ScreenCondition:
-    """Conditions that must all hold at once; see `AsyncSmolVM.wait_for_screen()`.
+    """Conditions that must all hold at the same time; see `AsyncSmolVM.wait_for_screen()`.
 
     Args:
-        resolution: What the screen is to become, if it has another size now: what does not fit
-            into the one may yet fit into the other.
+        resolution: The size that the screen is expected to get. While it has another size, a
+            region or reference that fits only the expected size is not an error.
 
     Raises:
-        ConfigError: If an argument is wrong.
+        ConfigError: An argument is wrong.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class ScreenCondition:
         self._stable = stable
         self._like = load_picture(like) if like is not None else None
         self._resolution = resolution
-        self._last: Screenshot | None = None  # the first one of those that are the same
-        self._since = 0.0  # when that was seen
+        self._last: Screenshot | None = None  # the first of a series of equal screenshots
+        self._since = 0.0  # when `_last` was taken
         self._now = 0.0
         self._unmet: list[str] = []
 
     def seen(self, picture: Screenshot, now: float) -> bool:
-        """Whether this picture, of the time `now` in seconds, satisfies it.
+        """Return whether a screenshot, taken at `now` in seconds, meets all conditions.
 
         Raises:
-            ConfigError: If region, ignored regions or reference do not fit the screen.
+            ConfigError: Region, ignored regions or reference do not fit the screen.
         """
         self._now = now
         if not self._fits(picture):
@@ -78,15 +78,15 @@ class ScreenCondition:
         return True
 
     def _look(self, picture: Screenshot) -> Iterator[str]:
-        """What is not as it should be."""
+        """Yield a sentence for each condition that the screenshot does not meet."""
         assert self._from is not None
         if self._changed and not self._comparison.differs(self._from, picture):
             yield "it has not changed"
         if self._stable is not None and (rested := self._now - self._since) < self._stable:
-            yield f"it changed {rested:.1f} s ago, and should rest for {self._stable:g} s"
+            yield f"it changed {rested:.1f} s ago, and has to stay unchanged for {self._stable:g} s"
         if self._like is not None and not self._comparison.matches(picture, self._like):
             yield "it does not look like the reference"
 
     def explain(self) -> str:
-        """What was not as it should be in the last picture."""
+        """Return which conditions the last screenshot did not meet."""
         return "; ".join(self._unmet).rstrip(".") + "."

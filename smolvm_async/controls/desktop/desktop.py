@@ -1,4 +1,4 @@
-"""The desktop: what one does with a guest that one sees, nothing of ours being inside it."""
+"""Screen, mouse, keyboard and VNC. Nothing has to be installed in the guest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smolvm_async.controls.desktop.mouse import Mouse
 from smolvm_async.controls.desktop.picture import Reference, Screenshot
 from smolvm_async.controls.desktop.screen import Screen
 from smolvm_async.controls.desktop.vnc import VNC
-from smolvm_async.controls.interface import VM
+from smolvm_async.controls.interface import VM, Control
 from smolvm_async.foundation.tasks import in_thread
 
 
@@ -24,11 +24,7 @@ class Desktop:
         vnc: See `VNC`.
     """
 
-    keyboard: Keyboard
-    mouse: Mouse
-    vnc: VNC
     _vm: VM
-    _screen: Screen
 
     def _make_controls(self, vm: VM) -> None:
         self._screen = Screen(vm)
@@ -37,22 +33,23 @@ class Desktop:
         self.vnc = VNC(vm)
 
     def _control(self, vm: VM) -> None:
-        """Control this VM from now on: it may have been attached to anew."""
-        for control in (self._screen, self.keyboard, self.mouse, self.vnc):
-            control.vm = vm
+        """Give every control the VM anew: this process may have attached to the VM again."""
+        for control in vars(self).values():
+            if isinstance(control, Control):
+                control.vm = vm
 
     async def screenshot(self, *, display: str | None = None, head: int = 0) -> Screenshot:
-        """Take a picture of the screen: firmware, boot loader or desktop; also while paused.
+        """Take a screenshot of firmware, boot loader or desktop; also while the guest is paused.
 
         Args:
-            display: The id that a display adapter has for QEMU; by default the VM's own.
-            head: Which of its outputs.
+            display: QEMU's id of a display adapter; by default the VM's only one.
+            head: The number of an output of this display adapter.
 
         Raises:
             ConfigError: There is no such display or head (a `ValueError`).
-            HostError: There is no memory for it.
+            HostError: The host has no memory for the screenshot.
             MonitorError: QEMU hangs: it has not answered within 30 s.
-            VMNotRunningError: The VM does not run.
+            VMNotRunningError: The VM is not running.
         """
         return await self._screen.shoot(display=display, head=head)
 
@@ -69,33 +66,33 @@ class Desktop:
         timeout: float = 60.0,
         interval: float = 0.1,
     ) -> Screenshot:
-        """Wait until the screen is as one wants it; all that is asked for must hold at once.
+        """Wait until the screen meets all conditions that are passed, at the same time.
 
         Args:
-            changed: It differs from this screenshot; `True` means from what it shows now.
-            stable: It has not changed for so many seconds.
-            like: It looks like this reference: a screenshot, a PIL image, PNG bytes, or the path
-                of a picture; of the region's size, or of the screen's.
-            region: Look only at this part: left, top, width, height in pixels.
+            changed: The screen differs from this screenshot; `True`: from the current screen.
+            stable: The screen has not changed for this many seconds.
+            like: The screen looks like this reference: a screenshot, a PIL image, PNG bytes, or
+                the path of a picture; it has the size of `region` or of the screen.
+            region: Compare only this part: left, top, width, height in pixels.
             ignore: Parts to leave out, such as `{"clock": (1200, 770, 80, 30)}`.
-            tolerance: By how much (0-255) each channel of a pixel may differ and count as equal.
-            max_different: Which share (0-1) of the pixels may differ.
-            timeout: Seconds.
-            interval: Seconds between two looks.
+            tolerance: Pixels count as equal if no channel differs by more than this (0-255).
+            max_different: The share (0-1) of the pixels that may differ.
+            timeout: Seconds to wait.
+            interval: Seconds between two screenshots.
 
         Returns:
-            The screenshot that satisfied it.
+            The screenshot that met the conditions.
 
         Raises:
-            ConfigError: An argument is wrong, or nothing was asked for (a `ValueError`).
-            VMTimeoutError: The screen did not come to that in time; it tells what was seen.
-            VMNotRunningError: The VM does not run, or has stopped meanwhile.
+            ConfigError: An argument is wrong, or there is no condition (a `ValueError`).
+            VMTimeoutError: The screen did not meet the conditions in time; names the unmet ones.
+            VMNotRunningError: The VM is not running, or has stopped meanwhile.
         """
         comparison = Comparison(
             region=region, ignore=ignore, tolerance=tolerance, max_different=max_different
         )
         resolution = self._vm.config.resolution
-        # In a thread: a reference may have to be read and decoded.
+        # In a thread, because a reference may have to be read and decoded.
         wanted = await in_thread(
             partial(
                 ScreenCondition,

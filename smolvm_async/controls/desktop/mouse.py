@@ -1,4 +1,20 @@
-"""The mouse: a USB tablet, which is told places and not distances."""
+"""The mouse: a USB tablet, which reports positions on the screen and not distances.
+
+Every call first waits until the guest has a driver for the tablet. Until then QEMU accepts the
+events and drops them without an error: firmware, boot loaders and an operating system that still
+starts do not read the tablet, so a click would be lost and the caller would not know. QEMU tells
+which device the guest reads (`query-mice`): the tablet is "current" and "absolute" once the driver
+has set it up. After a reset QEMU still tells the state from before; so the boot state also has to
+be `operating_system` or later. A guest that has no driver never takes the tablet, and the call
+raises `VMTimeoutError` after `Timeouts.input` seconds.
+
+The tablet holds 16 events, and the guest asks for them every 8 ms. So the calls pause between two
+changes, or a guest that is busy would lose some.
+
+A button that is down stays down in the guest if a call fails or is cancelled, or if the VM is
+paused at that moment. Every call therefore posts the release when it ends early: `Input.post()`
+needs no await, and sends the release once the guest runs again.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +25,8 @@ from collections.abc import AsyncIterator
 from typing import Literal, SupportsIndex, get_args
 
 from smolvm_async.config.checks import check_seconds, shown
-from smolvm_async.controls.desktop.control import Control
 from smolvm_async.controls.desktop.screen import Screen
-from smolvm_async.controls.interface import VM
+from smolvm_async.controls.interface import VM, Control
 from smolvm_async.errors import ConfigError, VMTimeoutError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.qemu.events import BootState
@@ -23,22 +38,22 @@ logger = get_logger(__name__)
 Button = Literal["left", "middle", "right"]
 Point = tuple[int, ...]  # x and y in pixels; empty where the mouse is
 
-PACE = 0.02  # seconds between two changes: the tablet holds 16, and the guest asks every 8 ms
-POLL = 0.05  # seconds between two looks whether the guest has taken the tablet
-STEPS = 20  # of a drag: programs want to see the mouse on its way
+PACE = 0.02  # seconds between two changes
+POLL = 0.05  # seconds between two queries whether the guest has taken the tablet
+STEPS = 20  # of a drag: programs expect to see the mouse on its way
 
 
 class Mouse(Control):
     """Moves and clicks, in pixels of the last screenshot (of the screen, if there was none).
 
-    Calls are served in turn. One that fails or is cancelled leaves no button held down; `down()`
-    alone does, until `up()`. Until the guest has a driver for the tablet, which is while its
-    operating system starts, each call waits for that (`Timeouts.input`).
+    Calls are served one after another. A call that fails or is cancelled leaves no button down;
+    only `down()` does, until `up()`. Each call waits until the guest's operating system has a
+    driver for the tablet (`Timeouts.input`).
 
     Every method raises:
-        ConfigError: A place is outside the screen, or an argument is wrong (a `ValueError`).
+        ConfigError: A position is outside the screen, or an argument is wrong (a `ValueError`).
         VMTimeoutError: The guest has not taken the tablet in time: the click would be lost.
-        VMNotRunningError: The VM does not run, or is paused.
+        VMNotRunningError: The VM is not running, or is paused.
     """
 
     def __init__(self, vm: VM, screen: Screen) -> None:
@@ -47,7 +62,7 @@ class Mouse(Control):
         self._turn = asyncio.Lock()
 
     async def move(self, x: int, y: int) -> None:
-        """Move to a place."""
+        """Move to a position."""
         point = self._point(x, y)
         async with self._taken():
             await self._move(point)
@@ -55,18 +70,19 @@ class Mouse(Control):
     async def click(
         self, x: int | None = None, y: int | None = None, *, button: Button = "left", count: int = 1
     ) -> None:
-        """Click at a place, or where the mouse is.
+        """Click at a position, or where the mouse is.
 
         Args:
-            x: Pixels from the left edge; with `y`, or neither.
+            x: Pixels from the left edge; pass both `x` and `y`, or neither.
             y: Pixels from the upper edge.
             button: `"left"`, `"middle"` or `"right"`.
-            count: How many times: 2 is a double click.
+            count: The number of clicks: 2 is a double click.
         """
         press, point = _press(button), self._point(x, y, optional=True)
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10:
             raise ConfigError(
-                f"count={shown(count)} is wrong: pass 1 for a click, 2 for a double one, up to 10."
+                f"count={shown(count)} is wrong: pass 1 for a click, 2 for a double click, "
+                "at most 10."
             )
         async with self._taken():
             await self._move(point)
@@ -81,7 +97,7 @@ class Mouse(Control):
         await self.click(x, y, button=button, count=2)
 
     async def down(self, *, button: Button = "left") -> None:
-        """Press a button, and leave it down."""
+        """Press a button and leave it down."""
         press = _press(button)
         async with self._taken():
             try:
@@ -110,21 +126,21 @@ class Mouse(Control):
         button: Button = "left",
         duration: float = 0.5,
     ) -> None:
-        """Press a button at one place, move to another, release it there.
+        """Press a button at one position, move to another position, release the button there.
 
         Args:
-            start_x: Pixels from the left edge, ...
-            start_y: ... and from the upper one, where it begins.
-            end_x: Likewise where ...
-            end_y: ... it ends.
+            start_x: Start, in pixels from the left edge.
+            start_y: Start, in pixels from the upper edge.
+            end_x: End, in pixels from the left edge.
+            end_y: End, in pixels from the upper edge.
             button: See `click()`.
-            duration: Seconds that the way takes.
+            duration: Seconds from the start to the end.
         """
         press = _press(button)
         check_seconds("duration", duration)
         start, end = self._point(start_x, start_y), self._point(end_x, end_y)
         async with self._taken():
-            await self._place(end)  # a wrong end is said before anything moves
+            await self._place(end)  # a wrong end is an error before anything moves
             await self._move(start)
             async with self._held(press):
                 for step in range(1, STEPS + 1):
@@ -135,11 +151,11 @@ class Mouse(Control):
                     await asyncio.sleep(duration / STEPS)
 
     async def scroll(self, clicks: int, *, x: int | None = None, y: int | None = None) -> None:
-        """Turn the wheel. QEMU's tablet has no horizontal one: hold Shift down instead.
+        """Turn the wheel. QEMU's tablet has no horizontal wheel: hold Shift down instead.
 
         Args:
-            clicks: Of the wheel: positive scrolls down, negative up.
-            x: Move to this place first, with `y`; or stay, with neither.
+            clicks: Clicks of the wheel: positive scrolls down, negative up.
+            x: Move to this position first; pass both `x` and `y`, or neither.
             y: See `x`.
         """
         if isinstance(clicks, bool) or not isinstance(clicks, int) or abs(clicks) > 1000:
@@ -157,7 +173,7 @@ class Mouse(Control):
 
     @contextlib.asynccontextmanager
     async def _taken(self) -> AsyncIterator[None]:
-        """Our turn, with a guest that has taken the tablet."""
+        """Wait for this call's turn, and until the guest has taken the tablet."""
         async with self._turn:
             await self._wait_taken()
             yield
@@ -174,20 +190,20 @@ class Mouse(Control):
                     await asyncio.sleep(POLL)
         except TimeoutError:
             raise VMTimeoutError(
-                f"{self.vm.config.vm_id} has not taken the tablet within {patience:g} s, and what "
-                "the mouse does would be lost: firmware, boot loaders and guests without a driver "
-                "for USB tablets have no use for it. Wait until its operating system runs, or use "
-                "the keyboard."
+                f"{self.vm.config.vm_id} has not taken the tablet within {patience:g} s, so the "
+                "mouse's events would be lost: firmware, boot loaders and guests without a driver "
+                "for USB tablets do not read it. Wait until the operating system runs, or use the "
+                "keyboard."
             ) from None
 
     async def _is_taken(self) -> bool:
         run = self.taking_input()
-        # QEMU believes what it has seen before a reset.
+        # After a reset QEMU still tells the state from before.
         in_control = run.boot.last.state.reaches(BootState.OPERATING_SYSTEM)
         return in_control and await run.peripherals.input.tablet_taken()
 
     def _point(self, x: object, y: object, *, optional: bool = False) -> Point:
-        """A place, as far as it can be checked before the guest has taken the tablet."""
+        """Return a position, checked as far as possible before the guest has taken the tablet."""
         if optional and x is None and y is None:
             return ()
         point = tuple(_whole(name, value) for name, value in (("x", x), ("y", y)))
@@ -208,7 +224,7 @@ class Mouse(Control):
 
     @contextlib.asynccontextmanager
     async def _held(self, press: InputEvent) -> AsyncIterator[None]:
-        """A button is down for the time of the block, and up afterwards, however it ends."""
+        """Hold a button down during the block; release it afterwards, however the block ends."""
         try:
             await self._send(press)
             await asyncio.sleep(PACE)
@@ -230,12 +246,12 @@ class Mouse(Control):
 def _press(button: str) -> InputEvent:
     names = get_args(Button)
     if button not in names:
-        raise ConfigError(f"button={shown(button)} is wrong: there are {', '.join(names)}.")
+        raise ConfigError(f"button={shown(button)} is wrong: pass one of {', '.join(names)}.")
     return button_event(button, down=True)
 
 
 def _whole(name: str, value: object) -> int:
-    """A number of pixels; what compares pictures has NumPy's, and models write 100.0."""
+    """Return a number of pixels. Libraries pass NumPy's integers, and models write 100.0."""
     pixels = -1
     if isinstance(value, float) and value.is_integer():
         pixels = int(value)

@@ -1,4 +1,4 @@
-"""The screen: pictures of it, and waiting until it shows something."""
+"""The screen: take screenshots, and wait until the screen meets a condition."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from functools import partial
 
 from smolvm_async.config.checks import check_display, check_seconds
 from smolvm_async.controls.desktop.condition import ScreenCondition
-from smolvm_async.controls.desktop.control import Control
 from smolvm_async.controls.desktop.picture import Screenshot
-from smolvm_async.controls.interface import VM
+from smolvm_async.controls.interface import VM, Control
 from smolvm_async.errors import ConfigError, MonitorError, VMTimeoutError
 from smolvm_async.foundation.tasks import in_background, in_thread
 
-LOOK = 1.0  # seconds for a picture, however little is left of the timeout
+LOOK = 1.0  # seconds for a screenshot, however little of the timeout is left
 
 
 class Screen(Control):
-    """Takes pictures of the guest's screen, one after another."""
+    """Takes screenshots of the guest, one after another."""
 
     def __init__(self, vm: VM) -> None:
         super().__init__(vm)
-        self.last_size: tuple[int, int] | None = None  # of what the user has seen
+        self.last_size: tuple[int, int] | None = None  # of the screenshot that the user saw last
 
     async def size(self) -> tuple[int, int]:
-        """Width and height of the last screenshot; one is taken if there was none."""
+        """Return width and height of the last screenshot; take one if there was none."""
         if self.last_size is not None:
             return self.last_size
         return (await self._shoot("ppm", None, 0)).size
@@ -39,7 +38,7 @@ class Screen(Control):
             if display is None and head == 0:
                 raise
             raise ConfigError(
-                f"display={display!r}, head={head} cannot be seen: {error}"
+                f"display={display!r}, head={head} does not exist: {error}"
             ) from error
         if display is None and head == 0:
             self.last_size = picture.size
@@ -60,13 +59,13 @@ class Screen(Control):
         while True:
             picture = await self._look(deadline)
             if await in_thread(wanted.seen, picture, time.monotonic()):
-                await in_background(getattr, picture, "png")  # it takes up to 100 ms
+                await in_background(getattr, picture, "png")  # encoding takes up to 100 ms
                 self.last_size = picture.size
                 return picture
             if time.monotonic() >= deadline:
                 raise VMTimeoutError(
-                    f"The screen of {self.vm.config.vm_id} did not come to what was waited for "
-                    f"within {timeout:g} s: {wanted.explain()}"
+                    f"The screen of {self.vm.config.vm_id} did not meet the condition within "
+                    f"{timeout:g} s: {wanted.explain()}"
                 )
             await asyncio.sleep(interval)
 
@@ -76,5 +75,5 @@ class Screen(Control):
                 return await self._shoot("ppm", None, 0)
         except TimeoutError:
             raise VMTimeoutError(
-                f"QEMU, or the owner of {self.vm.config.vm_id}, gave no picture in time: it hangs."
+                f"{self.vm.config.vm_id} sent no screenshot in time: QEMU or the VM's owner hangs."
             ) from None

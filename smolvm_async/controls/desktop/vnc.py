@@ -1,25 +1,25 @@
-"""VNC: the desktop for people."""
+"""The VNC server: the guest's desktop for a human with a VNC viewer."""
 
 from __future__ import annotations
 
 from smolvm_async.config.checks import VNCKind, check_vnc_kind
-from smolvm_async.controls.desktop.control import Control
+from smolvm_async.controls.interface import Control
 from smolvm_async.errors import ConfigError
 
 
 class VNC(Control):
-    """QEMU's VNC server, which works from the firmware on; off unless `vnc=` turned it on."""
+    """QEMU's VNC server, which shows the guest from the firmware on; off unless `vnc=` is given."""
 
     async def url(self) -> str:
-        """Where it listens, with the password.
+        """Return where the VNC server listens, with the password.
 
         Returns:
             `vnc://:PASSWORD@127.0.0.1:PORT`, or `vnc+unix://:PASSWORD@/PATH` with the path of a
             socket that only this user can connect to.
 
         Raises:
-            ConfigError: It is off.
-            VMNotRunningError: The VM does not run.
+            ConfigError: The VNC server is off (a `ValueError`).
+            VMNotRunningError: The VM is not running.
         """
         url = await self.running().peripherals.vnc.url()
         if url is None:
@@ -30,29 +30,31 @@ class VNC(Control):
         return url
 
     async def start(self, kind: VNCKind = "loopback") -> str:
-        """Listen, with a new random password; what it listened on before is closed.
+        """Listen, with a new random password. Where the server listened before is closed.
 
         Args:
-            kind: `"loopback"`, a port of 127.0.0.1 that the kernel chooses; or `"unix"`, a socket
-                in the VM's directory.
+            kind: `"loopback"` for a port of 127.0.0.1 that the kernel chooses; `"unix"` for a
+                socket in the VM's directory.
 
         Returns:
             See `url()`.
 
         Raises:
-            ConfigError: `kind` is none of these.
-            MonitorError: QEMU refuses it.
-            VMNotRunningError: The VM does not run.
+            ConfigError: `kind` is neither of these (a `ValueError`).
+            MonitorError: QEMU refuses to listen.
+            VMNotRunningError: The VM is not running.
         """
         checked = check_vnc_kind(kind, "kind")
         if checked is None:
-            raise ConfigError(f"kind={kind!r} is wrong: pass 'loopback' or 'unix'; see stop().")
+            raise ConfigError(
+                f"kind={kind!r} is wrong: pass 'loopback' or 'unix'. To turn it off, call stop()."
+            )
         return await self.running().peripherals.vnc.start(checked)
 
     async def stop(self) -> None:
-        """Close it; clients that are connected stay so until they leave.
+        """Stop listening. Clients that are connected stay connected until they leave.
 
         Raises:
-            VMNotRunningError: The VM does not run.
+            VMNotRunningError: The VM is not running.
         """
         await self.running().peripherals.vnc.stop()

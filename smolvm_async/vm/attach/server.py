@@ -2,10 +2,10 @@
 
 The life of a connection: the server sends `hello`, then the events, the console and the status, as
 fast as the client reads them. A client that reads slowly misses the oldest events and the oldest
-console output; the owner never waits for a client. Meanwhile the client sends requests. Each runs
-in a task of its own, so that a slow one does not hold up the next, and is answered when it is done.
-A request without an id is a posted one: it is done before the next request is read, and gets an
-answer only if it fails. At the end of the run the server sends `ended` and closes the connection.
+console output; the owner never waits for a client. Meanwhile the client sends requests. A coroutine
+function runs in a task of its own, so that a slow request does not hold up the next one, and is
+answered when it is done. A plain function is called before the next request is read, and is not
+answered. At the end of the run the server sends `ended` and closes the connection.
 
 A client that dies or detaches does not cancel what it asked for: a `stop` goes on. But nobody would
 release the keys and buttons that it holds down, so the server does. If the owner dies, the kernel
@@ -179,13 +179,18 @@ class ControlServer:
         try:
             while line := await reader.readline():
                 request = decode(line)
-                if str(request.get("method")).startswith("input."):
-                    held = pressed([*held, *request["params"].get("events", ())])
-                if "id" not in request:
-                    self._call_now(request, writer)
+                try:
+                    method, arguments = self._find(request)
+                except ConfigError as error:
+                    self._answer(writer, request, {"error": error_to_json(error)})
+                    continue
+                if method.__self__ is self._run.peripherals.input:
+                    held = pressed([*held, *arguments.get("events", ())])
+                if not inspect.iscoroutinefunction(method):
+                    method(**arguments)
                     continue
                 # Not one of the connection's tasks: a client that leaves has still asked for it.
-                task = asyncio.ensure_future(self._answer(request, writer))
+                task = asyncio.ensure_future(self._call(writer, request, method, arguments))
                 self._requests.add(task)
                 task.add_done_callback(self._requests.discard)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -194,37 +199,36 @@ class ControlServer:
             if held and not self._over:
                 self._run.peripherals.input.post(released(held))
 
-    def _call_now(self, request: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
-        """Call a plain function; no caller waits for an answer."""
+    async def _call(
+        self,
+        writer: asyncio.StreamWriter,
+        request: Mapping[str, Any],
+        method: MethodType,
+        arguments: Mapping[str, Any],
+    ) -> None:
         try:
-            method, arguments = self._find(request)
-            if inspect.iscoroutinefunction(method):
-                raise ConfigError(f"the request {request['method']!r} needs an id")
-            method(**arguments)
-        except Exception as error:
-            logger.debug("a client's posted request failed: %s", repr(error))
-            writer.write(encode({"id": None, "error": error_to_json(error)}))
-
-    async def _answer(self, request: Mapping[str, Any], writer: asyncio.StreamWriter) -> None:
-        answer: dict[str, Any]
-        content = b""
-        try:
-            method, arguments = self._find(request)
-            result = method(**arguments)
-            if inspect.isawaitable(result):
-                result = await result
-            if isinstance(result, bytes):
-                answer, content = {"result": None, "bytes": len(result)}, result
-            else:
-                answer = {"result": result_to_json(method.__func__, result)}
+            result = await method(**arguments)
         except Exception as error:
             logger.debug("a client's request failed: %s", repr(error))
-            answer = {"error": error_to_json(error)}
+            self._answer(writer, request, {"error": error_to_json(error)})
+            return
+        if isinstance(result, bytes):
+            self._answer(writer, request, {"result": None, "bytes": len(result)}, result)
+        else:
+            self._answer(writer, request, {"result": result_to_json(method.__func__, result)})
+
+    def _answer(
+        self,
+        writer: asyncio.StreamWriter,
+        request: Mapping[str, Any],
+        answer: Mapping[str, Any],
+        content: bytes = b"",
+    ) -> None:
         if writer.is_closing():  # the client has gone
             return
         with contextlib.suppress(OSError, RuntimeError):
             self._notify(writer, "status", {"status": str(self._vm.status)})
-            writer.write(encode({"id": request["id"], **answer}))
+            writer.write(encode({"id": request.get("id"), **answer}))
             writer.write(content)
 
     def _find(self, request: Mapping[str, Any]) -> tuple[MethodType, dict[str, Any]]:
