@@ -1,1 +1,1 @@
-"""What one does with a running guest, one file for each."""
+"""The controls of a running VM, one file for each."""

@@ -49,7 +49,7 @@ class Run(Protocol):
 
     @property
     def report(self) -> ShutdownReport:
-        """How the run ended."""
+        """The way in which the run ended."""
 
     @rpc
     async def ssh_access(self) -> Access:

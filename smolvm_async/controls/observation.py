@@ -1,4 +1,4 @@
-"""What one sees of a guest from outside: how far it is, what happens to it, what it writes."""
+"""Observation of a VM from outside: boot states, events and the serial console."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Observation:
     _vm: VM
 
     async def wait_stopped(self) -> None:
-        """Wait until the VM has stopped, whoever stopped it.
+        """Wait until the VM has stopped, for whatever reason.
 
         Raises:
-            VMCrashedError: It crashed.
-            VMNotRunningError: It was never started.
+            VMCrashedError: The VM crashed.
+            VMNotRunningError: The VM was never started.
         """
         run, over = begun(self._vm)
         await asyncio.wait([over])
@@ -31,31 +31,34 @@ class Observation:
 
     @property
     def boot_state(self) -> BootState | None:
-        """The boot state it is in, or was in when it ended; `None` before `start()`."""
+        """The VM's boot state, or its last one if it has ended; `None` before `start()`."""
         return self._vm.run.boot.last.state if self._vm.run else None
 
     async def wait_for(
         self, state: BootState | str, timeout: float | None = None
     ) -> BootStateChanged:
-        """Wait until the VM is in a boot state, or in a later one.
+        """Wait until the VM has reached a boot state or a later one.
 
         Args:
             state: `"firmware"`, `"operating_system"` or `"ready"`; see `BootState`.
-            timeout: Seconds; by default `Timeouts.boot`.
+            timeout: Seconds to wait; by default `Timeouts.boot`.
 
         Returns:
-            The latest change of the boot state, with its evidence and the seconds since start().
+            The last change of the boot state, with its evidence and the seconds since `start()`.
 
         Raises:
             VMTimeoutError: The state was not reached in time.
-            VMCrashedError: The VM crashed before.
-            VMNotRunningError: The VM was never started, or ended before.
+            VMCrashedError: The VM crashed before that.
+            VMNotRunningError: The VM was never started, or ended before that.
+            ConfigError: There is no such boot state (a `ValueError`).
         """
         try:
             state = BootState(state)
         except ValueError:
             names = ", ".join(repr(str(known)) for known in BootState)
-            raise ConfigError(f"state={state!r} is no boot state: there are {names}.") from None
+            raise ConfigError(
+                f"state={state!r} is not a boot state: pass one of {names}."
+            ) from None
         check_timeout(timeout)
         run, over = begun(self._vm)
         if over.done():
@@ -78,10 +81,10 @@ class Observation:
         return reached
 
     def events(self) -> EventStream:
-        """The VM's events from this call on: QEMU's, and `BootStateChanged`.
+        """Return the VM's events from this call on: QEMU's, and `BootStateChanged`.
 
-        It may be called before `start()`. The iterator ends when the VM does; one that is more
-        than 1024 events behind loses the oldest.
+        May be called before `start()`. The iterator ends when the VM does. An iterator that is
+        more than 1024 events behind loses the oldest.
         """
         stream = self._vm.hub.subscribe()
         over = self._vm.over
@@ -90,11 +93,11 @@ class Observation:
         return stream
 
     def console_log(self) -> str:
-        """What the guest has written to its serial console: the last 256 KiB, as text."""
+        """Return the last 256 KiB that the guest has written to its serial console, as text."""
         return self._vm.run.console.text() if self._vm.run else ""
 
     def follow_console(self) -> AsyncIterator[str]:
-        """The serial console as text: its last 256 KiB, then what comes, until the VM ends.
+        """Return the serial console as text: its last 256 KiB, then new output, until the VM ends.
 
         Raises:
             VMNotRunningError: The VM was never started.

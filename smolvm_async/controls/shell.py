@@ -21,7 +21,7 @@ from smolvm_async.qemu.events import BootState
 
 
 class Shell(Observation):
-    """`AsyncSmolVM`'s commands and files. Each waits until the guest is `ready`."""
+    """`AsyncSmolVM`'s commands and files. Each method waits until the guest is `ready`."""
 
     _commands: Commands
     _files: Files
@@ -33,12 +33,12 @@ class Shell(Observation):
         self._environment = Environment(self._reach)
 
     async def _reach(self) -> Link:
-        """The SSH connection, once the guest is ready.
+        """Return the SSH connection as soon as the guest is ready.
 
         Raises:
-            VMTimeoutError: It was not ready within `Timeouts.boot`.
-            VMNotRunningError: It does not run.
-            VMCrashedError: It crashed before.
+            VMTimeoutError: The guest was not ready within `Timeouts.boot`.
+            VMNotRunningError: The VM is not running.
+            VMCrashedError: The VM crashed before that.
         """
         running(self._vm)
         await self.wait_for(BootState.READY)
@@ -83,30 +83,31 @@ class Shell(Observation):
         check: bool = False,
         text: bool = True,
     ) -> CommandResult[Any]:
-        """Run a command in the guest, over SSH, to its end.
+        """Run a command in the guest over SSH, and wait for its end.
 
-        Cancelled, it kills the command: on the guest, all of its process group.
+        Cancelling the call kills the command and the rest of its process group in the guest.
 
         Args:
-            command: What the user's shell is to run.
-            timeout: Seconds from its start until it is killed; `None` sets no bound.
-            env: Variables for it, besides those of `set_env_vars()`; they are on no command line.
-            shell: `"raw"`: the user's shell runs it as it is. `"login"`: a login shell does, which
-                reads its profile first.
-            input: Its standard input; by default it has none.
-            check: Whether another exit code than 0 is an error.
-            text: Whether the output is text (what is no UTF-8 is shown as U+FFFD), or bytes.
+            command: A command for the user's shell.
+            timeout: Seconds from the start of the command until it is killed; `None` for no limit.
+            env: Variables for this command, in addition to those of `set_env_vars()`. They never
+                appear on a command line.
+            shell: `"raw"`: the user's shell runs the command as it is. `"login"`: a login shell,
+                which reads the user's profile first, runs it.
+            input: The standard input of the command; empty by default.
+            check: Whether an exit code other than 0 is an error.
+            text: Whether the output is text (invalid UTF-8 becomes U+FFFD) or bytes.
 
         Returns:
             Exit code, output and duration.
 
         Raises:
-            CommandTimeoutError: It took too long, and was killed; with what it had printed.
-            CommandFailedError: `check`, and its exit code is not 0.
-            ConnectionLostError: The guest was reset or ended meanwhile, or its SSH server was.
+            CommandTimeoutError: The command took too long and was killed; has its output so far.
+            CommandFailedError: `check` is true, and the exit code is not 0.
+            ConnectionLostError: The guest or its SSH server was reset, or ended.
             VMTimeoutError: The guest was not ready within `Timeouts.boot`.
-            VMNotRunningError: The VM does not run.
-            ConfigError: An argument is wrong, or this is a Windows guest (a `ValueError`).
+            VMNotRunningError: The VM is not running.
+            ConfigError: An argument is wrong, or the guest is Windows (a `ValueError`).
         """
         self._require("run")
         return await self._commands.run(command, timeout, env, shell, input, check, text)
@@ -119,7 +120,7 @@ class Shell(Observation):
         shell: ShellKind = "raw",
         input: str | bytes | None = None,
     ) -> AbstractAsyncContextManager[LineStream]:
-        """Run a command and read what it prints, line by line, as it comes.
+        """Run a command and read its output line by line, as the command prints it.
 
         ::
 
@@ -128,14 +129,15 @@ class Shell(Observation):
                     print(line.stream, line.text)
             print(lines.exit_code)
 
-        Leaving the block kills the command, if it still runs. Whoever reads slowly slows it down;
-        nothing is lost, and at most some MiB are held here. A line of over 1 MiB comes in pieces.
+        Leaving the block kills the command if it is still running. A slow reader slows the command
+        down: no output is lost, and at most a few MiB are kept in memory. A line of more than 1 MiB
+        comes in pieces.
 
         Args:
-            command, timeout, env, shell, input: See `run()`; by default there is no timeout.
+            command, timeout, env, shell, input: See `run()`; there is no timeout by default.
 
         Raises:
-            CommandTimeoutError, ConnectionLostError: From the iteration; see `run()`.
+            CommandTimeoutError, ConnectionLostError: During the iteration; see `run()`.
             VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("run_stream")
@@ -149,23 +151,23 @@ class Shell(Observation):
         make_dirs: bool = True,
         on_progress: ProgressCallback | None = None,
     ) -> str:
-        """Copy a file, or a directory with all that is in it, into the guest.
+        """Copy a file, or a directory with its contents, into the guest.
 
-        It arrives under a temporary name beside the final one, which it gets when it is whole; a
-        directory that is there already is merged with. Modes and times are kept, links stay links.
+        The copy has a temporary name beside the final one until it is complete. A directory that
+        exists is merged with. Modes and times are kept, links stay links.
 
         Args:
-            local_path: What to copy; `~` is expanded.
-            guest_path: Where to, absolute. If it is a directory, or ends with a slash, the name
-                of what is copied is added.
-            make_dirs: Whether to make the directories above it.
-            on_progress: Called with a `Progress` in bytes, some ten times a second.
+            local_path: The file or directory to copy; `~` is expanded.
+            guest_path: The absolute path to copy to. If it is a directory, or ends with a slash,
+                the name of the copied file or directory is added.
+            make_dirs: Whether to make missing directories above `guest_path`.
+            on_progress: Called with a `Progress` in bytes, about ten times a second.
 
         Returns:
             The path in the guest.
 
         Raises:
-            FileTransferError: It failed: a disk is full, a permission is missing, ...
+            FileTransferError: The copy failed: a disk is full, a permission is missing, ...
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("upload_file")
@@ -182,19 +184,19 @@ class Shell(Observation):
         max_bytes: int | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> Path:
-        """Copy a file or a directory out of the guest, as `upload_file()` does into it.
+        """Copy a file or a directory out of the guest. See `upload_file()`.
 
-        Nothing that the guest names is followed out of `local_path`; set-user-id bits are dropped.
+        No name or link from the guest can lead out of `local_path`; set-user-id bits are dropped.
 
         Args:
-            guest_path: What to copy, absolute.
-            local_path: Where to; see `guest_path` of `upload_file()`.
-            make_dirs: Whether to make the directories above it.
-            max_bytes: Refuse more than that.
+            guest_path: The absolute path of the file or directory to copy.
+            local_path: The path to copy to; see `guest_path` of `upload_file()`.
+            make_dirs: Whether to make missing directories above `local_path`.
+            max_bytes: Fail if there are more bytes than this.
             on_progress: See `upload_file()`.
 
         Returns:
-            The path here.
+            The path on the host.
 
         Raises:
             FileTransferError, ConnectionLostError, ...: See `upload_file()`.
@@ -209,16 +211,16 @@ class Shell(Observation):
         )
 
     async def set_env_vars(self, env_vars: Mapping[str, str], *, merge: bool = True) -> list[str]:
-        """Set environment variables of all later commands.
+        """Set environment variables for all later commands.
 
-        They are kept in the guest, in `~/.smolvm_env.sh`, which nobody else there can read.
+        They are stored in the guest, in `~/.smolvm_env.sh`, which only this user can read.
 
         Args:
-            env_vars: By name.
-            merge: Whether those that were set before stay.
+            env_vars: The values, by name.
+            merge: Whether to keep the variables that were set before.
 
         Returns:
-            The names of all that are set now, sorted.
+            The names of all variables that are set now, sorted.
 
         Raises:
             FileTransferError, ConnectionLostError, ...: See `upload_file()`.
@@ -230,7 +232,7 @@ class Shell(Observation):
         """Remove environment variables that `set_env_vars()` has set.
 
         Returns:
-            Those that there were, with their values.
+            The variables that were removed, with their values.
 
         Raises:
             FileTransferError, ConnectionLostError, ...: See `upload_file()`.
@@ -239,7 +241,7 @@ class Shell(Observation):
         return await self._environment.unset(names)
 
     async def list_env_vars(self) -> dict[str, str]:
-        """The environment variables that `env=` and `set_env_vars()` have set.
+        """Return the environment variables that `env=` and `set_env_vars()` have set.
 
         Raises:
             FileTransferError, ConnectionLostError, ...: See `upload_file()`.

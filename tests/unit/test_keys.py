@@ -87,14 +87,14 @@ def test_the_keysyms_of_x_are_on_these_keys() -> None:
         ("Entre", "did you mean 'Enter'"),
         ("pgdwn", "'pgdn'"),
         ("windoes", "'Windows'"),
-        ("ctrl-c", r"joined with '\+'"),
+        ("ctrl-c", r"Join keys .* with '\+'"),
         ("F13", "QEMU's PS/2 keyboard lacks it"),
         ("hangul", "QEMU's PS/2 keyboard lacks it"),
         ("a", "is a character.*'KeyA'"),
         ("§", "is a character"),
         ("qqqqqq", "'ArrowLeft'"),
-        ("x" * 100_000, "no key"),
-        ("\ud800\ud800", "no key"),
+        ("x" * 100_000, "not a known key"),
+        ("\ud800\ud800", "not a known key"),
     ],
 )
 def test_a_wrong_name_says_what_to_do(name: str, pattern: str) -> None:

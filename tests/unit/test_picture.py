@@ -72,10 +72,10 @@ def test_an_image_is_the_callers_own() -> None:
 
 def test_what_is_cut_off_anywhere_is_refused() -> None:
     for length in range(len(PNG)):
-        with pytest.raises(PictureError, match=r"no PNG|cut off"):
+        with pytest.raises(PictureError, match=r"not a PNG|cut off"):
             Screenshot.from_png(PNG[:length])
     for length in range(len(PPM)):
-        with pytest.raises(PictureError, match=r"no PPM|take 36"):
+        with pytest.raises(PictureError, match=r"not a PPM|take 36"):
             Screenshot.from_ppm(PPM[:length])
 
 
@@ -101,7 +101,7 @@ def test_what_is_no_ppm(data: bytes) -> None:
     "data", [PPM, encoded(IMAGE, "GIF"), PNG.replace(b"IHDR\0\0\0\4", b"IHDR\0\0\0\0")]
 )
 def test_what_is_no_png(data: bytes) -> None:
-    with pytest.raises(PictureError, match="no PNG"):
+    with pytest.raises(PictureError, match="not a PNG"):
         Screenshot.from_png(data)
 
 
@@ -255,13 +255,13 @@ def test_a_reference_may_be_many_things(reference: Reference) -> None:
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("absent.png", "is no file"),
-        (".", "is no file"),
-        ("fifo", "is no file"),
+        ("absent.png", "is not a file"),
+        (".", "is not a file"),
+        ("fifo", "is not a file"),
         ("/proc/self/mem", "cannot be read"),
         ("~nobody-at-all/a.png", "names a user who does not exist"),
-        ("text", "no picture that Pillow knows"),
-        (b"", "no picture that Pillow knows"),
+        ("text", "not a picture that Pillow knows"),
+        (b"", "not a picture that Pillow knows"),
         (PNG[:50], "cannot be read"),
         (None, "pass the path of a picture, or the picture itself"),
         (5, "pass the path of a picture, or the picture itself"),

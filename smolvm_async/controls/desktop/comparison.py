@@ -1,4 +1,4 @@
-"""Whether two pictures differ: where, what is left out, and how much of a difference counts."""
+"""Comparison of two screenshots: in which region, without which parts, with which tolerance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BAND = 64  # rows
 
 
 class Region(NamedTuple):
-    """A part of a picture, in pixels; (left, top, width, height) says the same."""
+    """A part of a picture, in pixels. A tuple (left, top, width, height) means the same."""
 
     left: int
     top: int
@@ -29,16 +29,16 @@ Boxes: TypeAlias = Sequence[Box] | Mapping[str, Box]
 
 
 class Comparison:
-    """What counts as a difference; checked once, then used for each picture.
+    """The rules by which two pictures count as different.
 
     Args:
-        region: Where to look; everywhere if `None`.
-        ignore: Regions to leave out (a clock, a cursor), with names or without.
-        tolerance: By how much each channel of a pixel may differ, 0 to 255.
-        max_different: Which share of the pixels looked at may differ by more, 0 to 1.
+        region: The part to compare; `None` for the whole picture.
+        ignore: Regions to leave out (a clock, a cursor), with or without names.
+        tolerance: Pixels count as equal if no channel differs by more than this, 0 to 255.
+        max_different: The share of the compared pixels that may differ, 0 to 1.
 
     Raises:
-        ConfigError: If an argument is wrong, whatever size the pictures will have.
+        ConfigError: An argument is wrong for pictures of any size.
     """
 
     def __init__(
@@ -55,33 +55,33 @@ class Comparison:
         self._max_different = check_max_different(max_different)
 
     def parts(self, width: int, height: int) -> list[Region]:
-        """What is looked at in pictures of this size: parts that do not overlap.
+        """Return the parts to compare in pictures of this size; they do not overlap.
 
         Raises:
-            ConfigError: If a region goes outside of them, or nothing is left to look at.
+            ConfigError: A region is not within such a picture, or nothing is left to compare.
         """
         parts = [self._looked_at(width, height)]
         for argument, box in self._ignored.items():
             hole = check_region(box, width, height, argument)
             parts = [part for whole in parts for part in _without(whole, hole)]
         if not parts:
-            raise ConfigError("ignore= covers all there is to compare: leave a part of it out.")
+            raise ConfigError("ignore= covers everything that would be compared: ignore less.")
         return parts
 
     def differs(self, one: Screenshot, other: Screenshot) -> bool:
-        """Whether two pictures differ; those of different sizes do.
+        """Return whether two pictures differ. Pictures of different sizes do.
 
         Raises:
-            ConfigError: As by `parts()`.
+            ConfigError: See `parts()`.
         """
         parts = self.parts(*one.size)
         return one.size != other.size or self._differ(parts, one, other)
 
     def matches(self, screen: Screenshot, reference: Screenshot) -> bool:
-        """Whether the screen shows the reference, which is a picture of all of it or of `region`.
+        """Return whether the screen, or its `region`, looks like the reference.
 
         Raises:
-            ConfigError: As by `parts()`, or if the reference has neither size.
+            ConfigError: The reference has neither size; see also `parts()`.
         """
         self.check(screen.size, reference)
         parts, region = self.parts(*screen.size), self._looked_at(*screen.size)
@@ -90,10 +90,10 @@ class Comparison:
         return not self._differ(parts, screen, reference, region.left, region.top)
 
     def check(self, size: tuple[int, int], reference: Screenshot | None = None) -> None:
-        """Check that a screen of this size has what is looked at, and that a reference fits.
+        """Check that the regions are within a screen of this size, and that the reference fits.
 
         Raises:
-            ConfigError: As by `matches()`.
+            ConfigError: See `matches()`.
         """
         self.parts(*size)
         region = self._looked_at(*size)
@@ -112,7 +112,7 @@ class Comparison:
     def _differ(
         self, parts: list[Region], one: Screenshot, other: Screenshot, left: int = 0, top: int = 0
     ) -> bool:
-        """Whether these parts differ; `other` begins at `left` and `top` of `one`."""
+        """Return whether these parts differ; `other` begins at `left` and `top` of `one`."""
         if one.pixels == other.pixels:
             return False
         looked_at = sum(part.width * part.height for part in parts)
@@ -125,11 +125,11 @@ class Comparison:
         return False
 
     def _count(self, one: Image.Image, other: Image.Image) -> int:
-        """How many pixels differ too much."""
+        """Return how many pixels differ by more than the tolerance."""
         from PIL import Image, ImageChops
 
         difference = ImageChops.difference(one, other)
-        if not difference.getbbox():  # nothing differs: to count takes several times as long
+        if not difference.getbbox():  # nothing differs; counting takes several times as long
             return 0
         size = (difference.width // CHANNELS, difference.height)
         red, green, blue = Image.frombytes("RGB", size, difference.tobytes()).split()
@@ -138,7 +138,7 @@ class Comparison:
 
 
 def _bands(parts: list[Region]) -> Iterator[Region]:
-    """The same in pieces: little memory at a time, and a difference at the top is soon found."""
+    """Yield the parts in pieces, which saves memory and finds a difference at the top early."""
     for part in parts:
         for done in range(0, part.height, BAND):
             height = min(BAND, part.height - done)
@@ -146,7 +146,7 @@ def _bands(parts: list[Region]) -> Iterator[Region]:
 
 
 def _channels(picture: Screenshot, part: Region) -> Image.Image:
-    """A part of a picture as an image of one byte a pixel: to turn it into RGB takes longer."""
+    """Return a part of a picture as an image of one byte a pixel; RGB takes longer to make."""
     from PIL import Image
 
     size = (picture.width * CHANNELS, picture.height)
@@ -156,7 +156,7 @@ def _channels(picture: Screenshot, part: Region) -> Image.Image:
 
 
 def _without(whole: Region, hole: Region) -> list[Region]:
-    """What is left of a region: above, below, on the left and on the right of the hole."""
+    """Return the parts of a region above, below, left of and right of the hole."""
     right, bottom = whole.left + whole.width, whole.top + whole.height
     hole_left, hole_right = max(whole.left, hole.left), min(right, hole.left + hole.width)
     hole_top, hole_bottom = max(whole.top, hole.top), min(bottom, hole.top + hole.height)
@@ -176,7 +176,7 @@ def check_region(region: object, width: int, height: int, argument: str = "regio
     """Check that a region lies within a picture of this size.
 
     Raises:
-        ConfigError: If it does not, or is none; `argument` is named.
+        ConfigError: It is not a region, or not within the picture; names `argument`.
     """
     box = _check_box(region, argument)
     right, bottom = box.left + box.width, box.top + box.height
@@ -184,7 +184,7 @@ def check_region(region: object, width: int, height: int, argument: str = "regio
         raise ConfigError(
             f"{argument}={shown(tuple(box))} ends at ({shown(right)}, {shown(bottom)}), outside of "
             f"the picture of {width}x{height} pixels: pass (left, top, width, height) of a part "
-            "of it."
+            "of the picture."
         )
     return box
 
@@ -205,10 +205,12 @@ def _check_box(box: object, argument: str) -> Region:
 
 
 def check_ignore(ignore: object) -> dict[str, Region]:
-    """Check regions to leave out; each gets the name that messages give it.
+    """Check regions to ignore; return them by the name that a message gives each.
+
+    Whether they are within the picture is not checked.
 
     Raises:
-        ConfigError: If they are no regions; whether they are within the picture is not checked.
+        ConfigError: One of them is not a region.
     """
     if not isinstance(ignore, Mapping | tuple | list):
         raise ConfigError(
@@ -224,7 +226,7 @@ def check_tolerance(tolerance: object) -> int:
     """Check by how much a channel may differ.
 
     Raises:
-        ConfigError: If it is no whole number from 0 to 255.
+        ConfigError: It is not a whole number from 0 to 255.
     """
     if not _whole(tolerance) or not 0 <= tolerance <= 255:
         raise ConfigError(
@@ -234,10 +236,10 @@ def check_tolerance(tolerance: object) -> int:
 
 
 def check_max_different(max_different: object) -> float:
-    """Check which share of the pixels may differ.
+    """Check the share of the pixels that may differ.
 
     Raises:
-        ConfigError: If it is no number from 0 to 1.
+        ConfigError: It is not a number from 0 to 1.
     """
     if (
         not (_whole(max_different) or isinstance(max_different, float))

@@ -1,16 +1,16 @@
-"""The keys of the guest's keyboard: QEMU's names for them, Linux's numbers, people's names.
+"""The keys of the guest's keyboard: their QEMU names, Linux numbers and common names.
 
-The keyboard is q35's PS/2 keyboard. Each row was pressed in a Linux guest under QEMU 7.2, which
-reported the row's evdev number. A name means a key by its place, as on a US keyboard: `KeyQ` is
-the key right of Tab, whatever it types. `smolvm_async.controls.desktop.layouts` knows the keys that
-type a character.
+The keyboard is q35's PS/2 keyboard. Each row was tested: the key was pressed in a Linux guest under
+QEMU 7.2, which reported the row's evdev number. A name means a key by its position on a US
+keyboard: `KeyQ` is the key right of Tab, whatever character it types. The module `layouts` knows
+which keys type a character.
 
-Left out is what did not arrive, although QEMU may know a name: F13 to F24 (QEMU has the names
-since 8.0 only), the Korean Hangul and Hanja keys (`lang1`, `lang2`; a Korean keyboard's are in the
-places of the right Alt and Ctrl), Katakana and Zenkaku/Hankaku as keys of their own, Help, Undo,
-Copy and the like. QEMU's `menu` is such a one too: the menu key beside the
-right Ctrl is its `compose`. Two names of QEMU for one key are one row: `sysrq` is `print`, and
-`asterisk` is `kp_multiply`.
+Keys that did not reach the guest are left out, even if QEMU has a name for them: F13 to F24 (QEMU
+has the names only since 8.0), the Korean Hangul and Hanja keys (`lang1`, `lang2`; a Korean keyboard
+has them in the positions of the right Alt and Ctrl), Katakana and Zenkaku/Hankaku as separate keys,
+Help, Undo, Copy and similar keys. QEMU's `menu` is left out for the same reason: the menu key
+beside the right Ctrl is QEMU's `compose`. Two QEMU names for one key are one row: `sysrq` is
+`print`, and `asterisk` is `kp_multiply`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Key(NamedTuple):
     """One key.
 
     Attributes:
-        qcode: QEMU's QKeyCode, as `input-send-event` takes it.
-        evdev: Its number in linux/input-event-codes.h, which a Linux guest reports.
-        names: What people call it besides: the DOM's `key` and `code`, X's keysym, plain ones.
+        qcode: QEMU's QKeyCode, which `input-send-event` takes.
+        evdev: The number in linux/input-event-codes.h, which a Linux guest reports.
+        names: Other names: the DOM's `key` and `code`, X's keysym, common words.
     """
 
     qcode: str
@@ -42,7 +42,7 @@ def _key(qcode: str, evdev: int, names: str) -> Key:
 
 
 def _run(first: int, qcodes: str, prefix: str) -> Iterator[Key]:
-    """Keys whose numbers follow each other."""
+    """Yield keys with consecutive numbers."""
     for offset, qcode in enumerate(qcodes):
         yield Key(qcode, first + offset, (f"{prefix}{qcode.upper()}",))
 
@@ -92,7 +92,7 @@ KEYS: tuple[Key, ...] = (
     ),
     _key("compose", 127, "ContextMenu Menu Apps Application"),
     _key("ctrl_r", 97, "ControlRight Control_R ctrl_right right_ctrl rctrl"),
-    # Between it and the numeric pad.
+    # Between the main block and the numeric pad.
     _key(
         "print",
         99,
@@ -137,7 +137,7 @@ KEYS: tuple[Key, ...] = (
     _key("henkan", 92, "Convert Henkan Henkan_Mode"),
     _key("katakanahiragana", 93, "KanaMode Hiragana_Katakana"),
     _key("hiragana", 91, "Hiragana Lang4"),
-    # Power, media, browser. What a guest does for them is its own affair.
+    # Power, media, browser. Their effect depends on the guest.
     _key("power", 116, "Power PowerOff XF86PowerOff"),
     _key("sleep", 142, "Sleep Standby XF86Sleep"),
     _key("wake", 143, "WakeUp XF86WakeUp"),
@@ -160,7 +160,7 @@ KEYS: tuple[Key, ...] = (
     _key("stop", 128, "BrowserStop"),
 )
 
-# Keys that there are elsewhere: their names get an answer of their own.
+# Keys of other keyboards: their names get an error message of their own.
 _ABSENT = """
     lang1 lang2 lang3 lang5 hangul hanja hangul_mode hanja_mode hangul_hanja katakana zenkaku
     hankaku zenkaku_hankaku eisu eisu_toggle alphanumeric help undo redo again props front copy open
@@ -171,12 +171,12 @@ _ABSENT = """
 
 
 def simplified(name: str) -> str:
-    """A name as names are compared: without case, `_` and spaces."""
+    """Return a name as names are compared: without case, `_` and spaces."""
     return name.casefold().replace("_", "").replace(" ", "")
 
 
 def _index() -> dict[str, Key]:
-    """Every name of more than one character: a character is never taken for a key."""
+    """Return the keys by name. One character is not a name: the layout says which key types it."""
     return {
         simplified(name): key for key in KEYS for name in (key.qcode, *key.names) if len(name) > 1
     }
@@ -187,12 +187,12 @@ _NOWHERE = {simplified(name) for name in _ABSENT.split()} | {f"f{n}" for n in ra
 
 
 def find_key(name: str) -> Key:
-    """The key with this name, which QEMU, the DOM, X or people have for it.
+    """Return the key with this name: QEMU's, the DOM's, X's or a common one.
 
-    Case, `_` and spaces do not matter: `Page_Down`, `page down` and `PAGEDOWN` are one.
+    Case, `_` and spaces do not matter: `Page_Down`, `page down` and `PAGEDOWN` are the same.
 
     Raises:
-        ConfigError: If no key has it, with names that are near.
+        ConfigError: No key has this name; the message has similar names.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"key={shown(name)} is wrong: pass the name of a key, such as 'Enter'.")
@@ -201,26 +201,26 @@ def find_key(name: str) -> Key:
         return key
     if len(name) == 1:
         raise ConfigError(
-            f"key={name!r} is a character, and which key types it is the layout's affair: "
-            "pass a key's name, such as 'KeyA' or 'Digit1', which mean places on a US keyboard."
+            f"key={name!r} is a character, and the layout decides which key types it: pass the "
+            "name of a key by its position on a US keyboard, such as 'KeyA' or 'Digit1'."
         )
     if asked in _NOWHERE:
         raise ConfigError(
             f"key={name!r} is not on the guest's keyboard: QEMU's PS/2 keyboard lacks it. "
-            "Use another way that the guest offers, such as a menu or another combination of keys."
+            "Use a menu of the guest or another combination of keys instead."
         )
     near = difflib.get_close_matches(asked[:40], _BY_NAME, n=3)
     names = dict.fromkeys(_spelled(word) for word in near)
     advice = f"did you mean {' or '.join(map(repr, names))}?" if names else (
-        "keys are called as in the DOM ('Enter', 'ArrowLeft', 'KeyA', 'F5'), "
-        "as in X ('Return', 'Page_Down') or plainly ('ctrl', 'esc', 'del')."
+        "use the DOM's names ('Enter', 'ArrowLeft', 'KeyA', 'F5'), "
+        "X's ('Return', 'Page_Down') or common ones ('ctrl', 'esc', 'del')."
     )  # fmt: skip
     if "-" in name:
-        advice = f"{advice} Keys pressed together are joined with '+'."
-    raise ConfigError(f"key={shown(name)} is no key that is known here: {advice}")
+        advice = f"{advice} Join keys that are pressed together with '+'."
+    raise ConfigError(f"key={shown(name)} is not a known key: {advice}")
 
 
 def _spelled(word: str) -> str:
-    """How the table spells what `simplified()` made."""
+    """Return the spelling in `KEYS` of a simplified name."""
     key = _BY_NAME[word]
     return next(name for name in (*key.names, key.qcode) if simplified(name) == word)

@@ -1,24 +1,25 @@
-"""Which keys type a text or make a chord, by the guest's keyboard layout.
+"""The keys that type a text or make a chord, by the guest's keyboard layout.
 
-A keyboard sends keys; the guest's own layout makes characters of them. So the layout named here
-must be the one that is set in the guest, and Caps Lock must be off there. Num Lock does not
+A keyboard sends keys; the guest's layout turns them into characters. So the layout passed here must
+be the layout that is set in the guest, and Caps Lock must be off in the guest. Num Lock does not
 matter: the numeric pad is not used.
 
-The layouts are xkeyboard-config's (`tests/layouts/generate.py` derives layouts.json from it), so
-a Linux guest with the layout of that name types exactly this. Windows has most of it in common:
-letters, digits, what Shift types, and the dead keys of a layout's own languages; where Linux has
-two ways to an ASCII character, the file has the one that is printed on Windows keyboards (nothing
-was tried in Windows, though). What is known to differ:
+The layouts are xkeyboard-config's (`tests/layouts/generate.py` derives layouts.json from it), so a
+Linux guest with the layout of the same name types exactly the text. Windows mostly agrees: letters,
+digits, characters with Shift, and the dead keys of a layout's own languages. Where Linux has two
+ways to an ASCII character, layouts.json has the way that is printed on Windows keyboards. (Nothing
+was tried in Windows.) The known differences:
 
-- Behind AltGr, xkeyboard-config has characters (arrows, fractions, ł, ð...) where Windows has none
-  or others; and some that Windows has as dead keys, such as ~ and ` on `fr`, or ~ on `es`: Windows
-  then waits for the next character, and composes the two if it can.
-- Dead keys compose more in Linux (ć on `de`). Acute and diaeresis with a space are ' and " in
-  Linux, and the accents themselves in Windows; here these take the dead key twice, which
-  Windows answers with two of them.
+- With AltGr, xkeyboard-config has characters (arrows, fractions, ł, ð...) where Windows has none or
+  others. Some of them are dead keys in Windows, such as ~ and ` on `fr`, or ~ on `es`: Windows then
+  waits for the next character, and composes the two if it can.
+- Dead keys compose more characters in Linux (ć on `de`). Acute and diaeresis with a space are ' and
+  " in Linux, but the accents themselves in Windows. Here the accents take the dead key twice, which
+  types two accents in Windows.
 - `nl` is another layout in Windows, where the Dutch mostly use `us-intl`.
 
-Every layout here types all printable ASCII; `strokes` says of any other character what is lacking.
+Every layout here types all printable ASCII. For a character that a layout lacks, `strokes()` raises
+an error that names the layouts that have it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from smolvm_async.controls.desktop.keys import KEYS, find_key, simplified
 from smolvm_async.errors import ConfigError
 
 Stroke = tuple[str, ...]
-"""Keys pressed together, as QEMU's qcodes, in the order of pressing: the last one types."""
+"""Keys pressed together, as QEMU's qcodes, in the order of pressing; the last key types."""
 
 LAYOUTS = (
     *("us", "us-intl", "us-dvorak", "gb", "ie", "de", "at", "ch", "ch-fr", "fr", "be", "ca"),
@@ -48,35 +49,35 @@ LAYOUTS = (
     *("hu", "ro", "hr", "si", "ee", "tr"),
 )
 
-NONE = "\N{REPLACEMENT CHARACTER}"  # in layouts.json: this key's character is typed otherwise
+NONE = "\N{REPLACEMENT CHARACTER}"  # in layouts.json: the key's character is typed in another way
 
-# Names that X (and so xdotool) has for characters, by the character: `ctrl+plus`.
+# X's (and xdotool's) names of characters, as in `ctrl+plus`.
 _NAMES = """
     exclam quotedbl numbersign dollar percent ampersand apostrophe parenleft parenright asterisk
     plus comma minus period slash colon semicolon less equal greater question at bracketleft
     backslash bracketright asciicircum underscore grave braceleft bar braceright asciitilde
 """
 CHARACTERS = dict(zip(_NAMES.split(), string.punctuation, strict=True))
-CHARACTERS |= {"hyphen": "-", "dot": ".", "equals": "=", "backtick": "`"}  # people's own
+CHARACTERS |= {"hyphen": "-", "dot": ".", "equals": "=", "backtick": "`"}  # common names
 
-# What the DOM and QEMU write otherwise than X is a place: `BracketLeft`, `bracket_left`.
+# A name that the DOM or QEMU spells unlike X is a position: `BracketLeft`, `bracket_left`.
 PLACES = frozenset(
     name for key in KEYS for name in (key.qcode, *key.names) if name != name.lower() or "_" in name
 )
 
-# With one of these, a letter is the key that it is printed on, as in menus: Ctrl+C has no Shift.
+# With one of these, a capital letter is its key without Shift, as in menus: Ctrl+C.
 COMMANDING = frozenset({"ctrl", "ctrl_r", "alt", "meta_l", "meta_r"})
 
 _PART = re.compile(r" *(\+|[^+]+) *(\+|$)")
 
 
 def strokes(text: str, layout: str) -> list[Stroke]:
-    r"""The strokes that type a text: one for most characters, two where a dead key is needed.
+    r"""Return the strokes that type a text: one for most characters, two if a dead key is needed.
 
     A line break (`\n`, `\r\n` or `\r`) is Enter, `\t` is Tab. The text is NFC-normalized first.
 
     Raises:
-        ConfigError: If the layout is unknown, or cannot type a character of the text.
+        ConfigError: The layout is unknown, or cannot type a character of the text.
     """
     table = _table(check_layout(layout))
     if not isinstance(text, str):
@@ -95,15 +96,16 @@ def strokes(text: str, layout: str) -> list[Stroke]:
 
 
 def chord(text: str, layout: str) -> Stroke:
-    """The keys to press together, as `ctrl+alt+delete` or `Control+Shift+KeyT` names them.
+    """Return the keys to press together for `ctrl+alt+delete` or `Control+Shift+KeyT`.
 
-    The parts between the `+` are names of keys (see `find_key`) or characters, which may also be
-    called as in X (`plus`, `bracketleft`). A name means a place on the keyboard, a character the
-    key that types it on this layout, with Shift or AltGr if need be: `A` is Shift and the key of
-    `a`. With Ctrl, Alt or Win, a capital letter is its key alone: `Ctrl+C` is not `Ctrl+Shift+C`.
+    The parts between the `+` are names of keys (see `find_key()`) or characters, which may also
+    have their X names (`plus`, `bracketleft`). A name means a position on the keyboard. A character
+    means the key that types it on this layout, with Shift or AltGr if necessary: `A` is Shift and
+    the key of `a`. With Ctrl, Alt or Win, a capital letter is only its key: `Ctrl+C` is not
+    `Ctrl+Shift+C`.
 
     Raises:
-        ConfigError: If the layout or a key is unknown, a part is missing or there twice, or a
+        ConfigError: The layout or a key is unknown, a part is missing or occurs twice, or a
             character cannot be typed with one stroke.
     """
     known = check_layout(layout)
@@ -135,16 +137,16 @@ def _parts(text: str) -> list[str]:
     while more and (match := _PART.match(normal, position)):
         parts.append(match[1].strip(" ") or " ")
         position, more = match.end(), match[2]
-    if more:  # a + was the last that was understood
+    if more:  # the last match ended with a +
         raise ConfigError(
-            f"keys={shown(text)} lacks a key beside a '+': name one on either side, such as "
-            "'ctrl+c'; the key + itself is 'plus', or '+' as in 'ctrl++'."
+            f"keys={shown(text)} lacks a key beside a '+': name a key on either side, such as "
+            "'ctrl+c'. The key + itself is 'plus', or '+' as in 'ctrl++'."
         )
     return parts
 
 
 def _name(part: str) -> Stroke:
-    """The key that a part names; empty if it is a character, or X's name of one."""
+    """Return the key that a part names; empty if it is a character, or X's name of a character."""
     if len(part) == 1 or (simplified(part) in CHARACTERS and part not in PLACES):
         return ()
     return (find_key(part).qcode,)
@@ -163,24 +165,24 @@ def _character(part: str, layout: str, text: str, commanding: bool) -> Stroke:
     if len(ways) > 1:
         raise ConfigError(
             f"keys={shown(text)}: on the layout {layout!r}, {_described(char)} takes a dead key "
-            "and another one, which cannot be pressed together: name the key by its place on a US "
-            "keyboard, such as 'Backquote', or type the character as text."
+            "and another key, which cannot be pressed together: name the key by its position on a "
+            "US keyboard, such as 'Backquote', or type the character as text."
         )
     return ways[0]
 
 
 def check_layout(layout: str) -> str:
-    """The layout, if there is one of that name.
+    """Check the name of a layout and return it.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: There is no such layout.
     """
     if isinstance(layout, str) and layout in LAYOUTS:
         return layout
     near = difflib.get_close_matches(str(layout).lower()[:20], LAYOUTS) if layout else []
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ConfigError(
-        f"layout={shown(layout)} is not known: {hint}There are: {', '.join(LAYOUTS)}."
+        f"layout={shown(layout)} is not known: {hint}The layouts are {', '.join(LAYOUTS)}."
     )
 
 
@@ -190,15 +192,15 @@ def _plain(text: str) -> str:
 
 def _described(char: str) -> str:
     if "\ud800" <= char <= "\udfff":
-        return f"{char!r} (half of a surrogate pair, no character)"
+        return f"{char!r} (half of a surrogate pair, not a character)"
     return f"{char!r} ({unicodedata.name(char, '') or 'a control or unnamed character'})"
 
 
 def _alternative(char: str) -> str:
     able = [name for name in LAYOUTS if char in _table(name)]
     if not able:
-        return "bring it into the guest another way: no layout here types it."
-    return f"set the guest to a layout that has it and name that one ({', '.join(able)})."
+        return "bring it into the guest in another way: no known layout types it."
+    return f"set the guest to a layout that has it and pass that layout ({', '.join(able)})."
 
 
 # The data
@@ -214,7 +216,7 @@ def _data() -> dict[str, Any]:
 
 @functools.cache
 def _table(layout: str) -> Mapping[str, tuple[Stroke, ...]]:
-    """Each character that a layout types, with its strokes."""
+    """Return the strokes of each character that a layout types."""
     qcodes = _data()["keys"].split()
     lines = dict(_data()["layouts"][layout])
     dead = lines.pop("dead")

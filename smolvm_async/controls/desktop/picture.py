@@ -1,7 +1,7 @@
-"""Pictures of a screen: what QEMU or a file says → pixels, PNG, files; nothing here knows a VM.
+"""Screenshots as data: from QEMU or a file to pixels, PNG or a file. No VM is needed.
 
-Pillow is imported where it is used: whoever takes no picture does not wait for it. No call here
-holds Python's lock for long, so a thread can do all this beside an event loop.
+Pillow is imported where it is used, so that only programs that take screenshots wait for it. No
+call here holds Python's global lock for long, so all this can run in a thread beside an event loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PNG_START = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR(.{4})(.{4})", re.DOTALL)
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 PPM_HEADER = re.compile(rb"P6\s+(\d{1,6})\s+(\d{1,6})\s+255\s")
-PNG_LEVEL = 1  # zlib's; 6 takes two to four times as long, for files smaller by a fifth
+PNG_LEVEL = 1  # zlib's; level 6 takes 2 to 4 times as long, and saves a fifth of the bytes
 CHANNELS = 3  # bytes of a pixel
 
 Reference: TypeAlias = "Screenshot | Image.Image | bytes | str | os.PathLike[str]"
@@ -31,16 +31,16 @@ Reference: TypeAlias = "Screenshot | Image.Image | bytes | str | os.PathLike[str
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Screenshot:
-    """A picture of a screen. Two are equal if they show the same, whenever they were taken.
+    """A picture of a screen. Two are equal if their pixels are, whenever they were taken.
 
-    `png` and `pixels` are computed when first asked for, if they are not what it was made from.
-    A PNG takes some 100 ms: `await asyncio.to_thread(picture.save, path)` spares the event loop.
+    `png` and `pixels` are computed at their first use, unless the picture was made from them. A PNG
+    takes about 100 ms: `await asyncio.to_thread(picture.save, path)` keeps the event loop free.
 
     Attributes:
         width: In pixels.
         height: In pixels.
-        timestamp: When it was taken, in seconds since the epoch; 0 if nobody knows.
-        elapsed: How many seconds that took.
+        timestamp: When the picture was taken, in seconds since the epoch; 0 if unknown.
+        elapsed: How many seconds it took to take the picture.
     """
 
     width: int
@@ -51,41 +51,43 @@ class Screenshot:
 
     @classmethod
     def from_png(cls, data: bytes, *, timestamp: float = 0.0, elapsed: float = 0.0) -> Screenshot:
-        """Make it from a PNG, which is not decoded yet.
+        """Make a screenshot from a PNG, which is not decoded yet.
 
         Raises:
-            PictureError: If it is none, or cut off.
+            PictureError: The data is not a PNG, or only the beginning of a PNG.
         """
         header = PNG_START.match(data)
         width, height = (int.from_bytes(size) for size in header.groups()) if header else (0, 0)
         if not width or not height:
-            raise PictureError(f"This is no PNG; it begins with {data[:8]!r}: pass a whole PNG.")
+            raise PictureError(
+                f"The data is not a PNG; it begins with {data[:8]!r}: pass a whole PNG."
+            )
         if not data.endswith(PNG_END):
             raise PictureError(
                 f"This PNG of {width}x{height} pixels is cut off after {len(data)} bytes: "
-                "pass the whole of it."
+                "pass the whole file."
             )
         return cls(width, height, timestamp, elapsed, {"png": data})
 
     @classmethod
     def from_ppm(cls, data: bytes, *, timestamp: float = 0.0, elapsed: float = 0.0) -> Screenshot:
-        """Make it from what QEMU's `screendump` writes: a PPM (P6, up to 255, no comments).
+        """Make a screenshot from the output of QEMU's `screendump`: a PPM (P6, up to 255).
 
         Raises:
-            PictureError: If it is none, or cut off.
+            PictureError: The data is not such a PPM (comments are not allowed), or is cut off.
         """
         header = PPM_HEADER.match(data)
         width, height = map(int, header.groups()) if header else (0, 0)
         if header is None or not width or not height:
             raise PictureError(
-                f"This is no PPM of the kind P6 with values up to 255; it begins with "
-                f"{data[:16]!r}: pass what QEMU's screendump has written."
+                f"The data is not a PPM of the kind P6 with values up to 255; it begins with "
+                f"{data[:16]!r}: pass the output of QEMU's screendump."
             )
         pixels = data[header.end() :]
         if len(pixels) != width * height * CHANNELS:
             raise PictureError(
-                f"This PPM has {len(pixels)} bytes of pixels, and {width}x{height} pixels take "
-                f"{width * height * CHANNELS}: pass the whole of it, and nothing else."
+                f"The PPM has {len(pixels)} bytes of pixels, but {width}x{height} pixels take "
+                f"{width * height * CHANNELS}: pass the whole file, and nothing else."
             )
         return cls(width, height, timestamp, elapsed, {"pixels": pixels})
 
@@ -103,28 +105,28 @@ class Screenshot:
 
     @property
     def pixels(self) -> bytes:
-        """Red, green and blue of each pixel, rows from top to bottom, nothing between them.
+        """Red, green and blue of each pixel, rows from top to bottom, without padding.
 
         Raises:
-            PictureError: If the PNG that it was made from is damaged.
+            PictureError: The PNG that the screenshot was made from is damaged.
         """
         if "pixels" not in self._forms:
             self._forms["pixels"] = _decode(self._forms["png"]).tobytes()
         return self._forms["pixels"]
 
     def image(self) -> Image.Image:
-        """A Pillow image of it, which is the caller's to change."""
+        """Return a new Pillow image of the screenshot; the caller may change it."""
         from PIL import Image
 
         return Image.frombytes("RGB", (self.width, self.height), self.pixels)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file: .png, .ppm, or another suffix of which Pillow knows the format.
+        """Write the screenshot to a file: .png, .ppm, or the suffix of another Pillow format.
 
-        The file is replaced as a whole: nobody ever sees half a picture.
+        The file is replaced as a whole: no reader ever sees half a picture.
 
         Raises:
-            ConfigError: If there is no such format, or the file cannot be written.
+            ConfigError: There is no such format, or the file cannot be written.
         """
         file = check_path(path, "path", "a picture")
         content = self.png if file.suffix.lower() == ".png" else self._written(file)
@@ -133,11 +135,11 @@ class Screenshot:
         except OSError as error:
             raise ConfigError(
                 f"path={str(file)!r} cannot be written: {error.strerror}; pass the path of a file "
-                "in a directory that is there, has space, and that this user can write to."
+                "in a directory that exists, has space, and is writable for this user."
             ) from error
 
     def _written(self, file: Path) -> bytes:
-        """What belongs into a file with this suffix."""
+        """Return the content of a file with this suffix."""
         from PIL import Image
 
         try:
@@ -149,7 +151,7 @@ class Screenshot:
             ) from error
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
+        """Return the picture that a notebook shows."""
         return self.png
 
     def __repr__(self) -> str:
@@ -166,10 +168,10 @@ class Screenshot:
 
 
 def load_picture(reference: Reference, argument: str = "like") -> Screenshot:
-    """A picture to compare with; what is transparent in it has the colour that is stored there.
+    """Return a picture to compare with. Transparent pixels have their stored colour.
 
     Raises:
-        ConfigError: If it is no picture, or its file cannot be read; `argument` is named.
+        ConfigError: It is not a picture, or its file cannot be read; names `argument`.
     """
     if isinstance(reference, Screenshot):
         return reference
@@ -188,7 +190,7 @@ def load_picture(reference: Reference, argument: str = "like") -> Screenshot:
 def _read(path: object, argument: str) -> bytes:
     file = check_path(path, argument, "a picture, or the picture itself")
     try:
-        reason = "is no file" if not file.is_file() else ""  # to read a FIFO could take for ever
+        reason = "is not a file" if not file.is_file() else ""  # reading a FIFO could take for ever
         if not reason:
             return file.read_bytes()
     except OSError as error:
@@ -203,9 +205,9 @@ def _decode(source: bytes | Image.Image) -> Image.Image:
         image = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
         return image.convert("RGB")
     except UnidentifiedImageError:
-        raise PictureError("This is no picture that Pillow knows: pass a PNG.") from None
+        raise PictureError("The data is not a picture that Pillow knows: pass a PNG.") from None
     except Exception as error:  # each of Pillow's decoders has errors of its own
-        raise PictureError(f"This picture cannot be read ({error}): make it again.") from error
+        raise PictureError(f"The picture cannot be read ({error}): make it again.") from error
 
 
 def _encode(image: Image.Image, format_name: str, **options: int) -> bytes:

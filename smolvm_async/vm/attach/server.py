@@ -7,8 +7,8 @@ function runs in a task of its own, so that a slow request does not hold up the 
 answered when it is done. A plain function is called before the next request is read, and is not
 answered. At the end of the run the server sends `ended` and closes the connection.
 
-A client that dies or detaches does not cancel what it asked for: a `stop` goes on. But nobody would
-release the keys and buttons that it holds down, so the server does. If the owner dies, the kernel
+A client that dies or detaches does not cancel its requests: a `stop` goes on. But the keys and
+buttons that it holds down would stay down, so the server releases them. If the owner dies, the kernel
 closes the socket, and QEMU is killed with the owner: the client takes the end of the connection
 without `ended` for a crash.
 
