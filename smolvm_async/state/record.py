@@ -1,4 +1,4 @@
-"""The record in a VM's directory: what the VM is, who owns it, and which processes it has."""
+"""The record in a VM's directory: the VM's configuration, status, owner and processes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MAX_SIZE = 1 << 20  # bytes
 
 
 class Status(StrEnum):
-    """What a VM is doing.
+    """The state of a VM's life.
 
-    PAUSED: the guest's processors stand still, by `pause()` or because QEMU could not write its
-    disk. ORPHANED: its owner has died without stopping it; `prune()`, or its own next `start()`,
-    removes what is left of it, or makes a kept VM `stopped`.
+    PAUSED: the guest's processors are stopped, by `pause()` or because QEMU could not write its
+    disk. ORPHANED: its owner died without stopping it; `prune()`, or the next `start()` of its id,
+    removes its files, or makes a kept VM `stopped`.
     """
 
     CREATED = "created"
@@ -42,7 +42,7 @@ class Status(StrEnum):
     DELETED = "deleted"
 
 
-ACTIVE = (  # it has, or may have, processes
+ACTIVE = (  # the VM has processes, or may have
     Status.STARTING,
     Status.RUNNING,
     Status.PAUSED,
@@ -51,13 +51,13 @@ ACTIVE = (  # it has, or may have, processes
 
 
 class Machine(NamedTuple):
-    """What has to stay the same for a kept VM, besides what its id decides (UUID and MAC).
+    """The facts that must not change for a kept VM; its UUID and MAC address follow from its id.
 
     Attributes:
         type: QEMU's versioned machine type.
-        image_size: Bytes of the image that the overlay was made for, and ...
-        image_mtime_ns: ... when it had been written to: any later change would corrupt the disk.
-        source: What it starts from; a newer built-in image would be another disk.
+        image_size: Bytes of the image that the overlay belongs to.
+        image_mtime_ns: The image's last change: a later one would corrupt the VM's disk.
+        source: The image's files; a newer built-in image would be another disk.
     """
 
     type: str
@@ -71,11 +71,11 @@ class Record(BaseModel):
 
     Attributes:
         config: Its arguments.
-        created: When it was made, in nanoseconds since the epoch; no two VMs of one id share it.
-        status: What its owner last said.
-        owner: The process that holds it; `None` if nobody does.
+        created: Its creation, in nanoseconds since the epoch: tells VMs of the same id apart.
+        status: Its status as its owner last wrote it; see `status_seen`.
+        owner: The process that runs it; `None` while it is stopped.
         processes: Its processes by name.
-        machine: Once a kept VM has run.
+        machine: Set once a kept VM has run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,16 +89,20 @@ class Record(BaseModel):
     machine: Machine | None = None
 
     def status_seen(self, *, held: bool) -> Status:
-        """What the VM is doing, given whether somebody holds its directory."""
+        """Return the status, given whether a process holds the VM's directory."""
         return Status.ORPHANED if self.owner is not None and not held else self.status
 
     def to_json(self) -> bytes:
-        """As the file holds it; ASCII, since a path may not be UTF-8."""
+        """Return the content of the file; it is ASCII, since a path may not be UTF-8."""
         return json.dumps(self.model_dump(), default=os.fspath, indent=1).encode()
 
 
 def read_record(directory: Path, dir_fd: int) -> Record | None:
-    """The record in the open directory `dir_fd`, which is at `directory`; `None` if it has none.
+    """Read the record in the open directory `dir_fd`; return `None` if there is no record.
+
+    Args:
+        directory: The path of the directory.
+        dir_fd: The open directory.
 
     Raises:
         ConfigError: If it is damaged.
@@ -116,7 +120,7 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
         raise
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise _unreadable(directory, "it is no regular file")
+            raise _unreadable(directory, "it is not a regular file")
         content = os.read(fd, MAX_SIZE)
     finally:
         os.close(fd)
@@ -124,7 +128,7 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
         values: Any = json.loads(content)
         if values["schema_version"] != SCHEMA_VERSION:
             raise _unreadable(directory, "another version of this library wrote it")
-        # It is where we found it, wherever it was made.
+        # The directory may have been moved since the record was written.
         values["config"] |= {"data_dir": directory.parent, "vm_id": directory.name}
         return Record(**values)
     except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
@@ -134,7 +138,7 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
 
 
 def write_record(record: Record, dir_fd: int) -> None:
-    """Replace the record, at once and as a whole.
+    """Replace the record as a whole.
 
     Raises:
         OSError: If the disk is full.
@@ -145,5 +149,5 @@ def write_record(record: Record, dir_fd: int) -> None:
 def _unreadable(directory: Path, reason: str) -> ConfigError:
     return ConfigError(
         f"{str(directory / RECORD)!r} cannot be read as the record of a VM: {reason}. "
-        "Remove the directory if it is of no use."
+        "Remove the directory if you do not need it."
     )

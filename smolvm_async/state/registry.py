@@ -1,4 +1,4 @@
-"""All VMs of a data directory: what there is, and the removal of what dead owners left."""
+"""All VMs of a data directory: list them, and remove those of dead owners."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from smolvm_async.state.record import Record, Status, read_record
 
 logger = get_logger(__name__)
 
-DYING = 2.0  # seconds for a dead owner's last thread to let go of the lock
-LOCK = "max_memory.lock"  # in the data directory, where no VM can have that id
+DYING = 2.0  # seconds in which the last thread of a dead owner releases the lock
+LOCK = "max_memory.lock"  # in the data directory; a VM cannot have this id
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class VMInfo:
     Attributes:
         vm_id: Its id.
         os: The guest OS.
-        status: What it is doing; `orphaned` if its owner has died.
-        owner: The process id of its owner; `None` if it has none, or a dead one.
-        age: Seconds since it was made.
+        status: See `Status`; `orphaned` if its owner is dead.
+        owner: The process id of its owner; `None` without an owner, or if the owner is dead.
+        age: Seconds since its creation.
         memory: MiB.
-        keep: Whether it outlives its owner.
-        image: The image that it was made from.
+        keep: Whether it stays when its owner ends.
+        image: Its image.
     """
 
     vm_id: str
@@ -50,13 +50,13 @@ class VMInfo:
 
 
 async def list_vms(data_dir: Path) -> list[VMInfo]:
-    """Every VM in `data_dir`, the oldest first; looking disturbs none of them."""
+    """Return every VM in `data_dir`, the oldest first, without disturbing any."""
     infos = await in_thread(lambda: [describe(*found) for found in survey(data_dir)])
     return sorted(infos, key=lambda info: -info.age)
 
 
 def describe(record: Record, held: bool) -> VMInfo:
-    """What a record tells, given whether somebody holds its directory."""
+    """Return the information in a record, given whether a process holds the VM's directory."""
     config = record.config
     return VMInfo(
         vm_id=config.vm_id,
@@ -71,16 +71,16 @@ def describe(record: Record, held: bool) -> VMInfo:
 
 
 def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
-    """The record of every VM, and whether somebody holds its directory."""
+    """Yield the record of every VM, and whether a process holds the VM's directory."""
     for path in _directories(data_dir):
         try:
             fd = open_directory(path)
         except OSError as error:
             if error.errno in (*NO_DIRECTORY, errno.EACCES):
-                continue  # removed meanwhile, or not ours
+                continue  # removed meanwhile, or of another user
             raise cannot_use(path, error) from error
         try:
-            held = is_locked(fd)  # first: who has just let go has written the record before
+            held = is_locked(fd)  # first: an owner writes the record before it releases the lock
             record = read_record(path, fd)
         except ConfigError as error:
             logger.warning("%s", error)
@@ -90,17 +90,17 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
         finally:
             os.close(fd)
         if record is not None:
-            # The last thread of an owner that was killed may have the lock for a moment yet.
+            # The last thread of an owner that was killed may hold the lock for a moment longer.
             yield record, held and (record.owner is None or record.owner.alive)
 
 
 async def prune_vms(data_dir: Path) -> list[VMInfo]:
-    """End and remove what dead owners left in `data_dir`; kept VMs become `stopped` and stay.
+    """Remove the VMs of dead owners from `data_dir`; kept VMs stay and become `stopped`.
 
-    What a living process holds is left alone.
+    Processes that still run are ended. The VMs of living processes are left alone.
 
     Returns:
-        What was found, as it was before.
+        The VMs of dead owners, as they were before.
     """
     await in_thread(_remove_stale_lock, data_dir / LOCK)
     pruned = []
@@ -109,7 +109,7 @@ async def prune_vms(data_dir: Path) -> list[VMInfo]:
         try:
             info = await _prune(VMDirectory(data_dir, path.name))
         except VMNotFoundError:
-            pass  # its owner, or another prune(), was faster
+            pass  # another process has removed it meanwhile
         except (ConfigError, OSError) as error:
             logger.warning("not pruned: %s", error)
         else:
@@ -135,7 +135,8 @@ async def _prune(state: VMDirectory) -> VMInfo | None:
             await in_thread(state.remove)
         return describe(record, held=False)
     finally:
-        await in_thread(state.abandon)  # also if its owner died as it began
+        # This also removes the directory of an owner that died before it wrote a record.
+        await in_thread(state.abandon)
 
 
 def _remove_stale_lock(path: Path) -> None:
@@ -145,7 +146,7 @@ def _remove_stale_lock(path: Path) -> None:
 
 
 def at_rest(record: Record, status: Status) -> Record:
-    """The record of a VM that nobody holds and that has no process."""
+    """Return the record for a VM without owner and processes."""
     return record.model_copy(update={"status": status, "owner": None, "processes": {}})
 
 
