@@ -29,7 +29,7 @@ from smolvm_async.images import qcow2
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec
 from smolvm_async.qemu.launch import Command, commands
 from smolvm_async.qemu.sidecars import directories, programs
-from smolvm_async.state.directory import OVERLAY, SEED, VARS
+from smolvm_async.state.names import OVERLAY, SEED, VARS
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host import Accelerator, HostTools
-from smolvm_async.state.directory import AUTHORIZED_KEYS, HOST_KEY, OVERLAY, SEED, VARS
+from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, OVERLAY, SEED, VARS
 
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
 DISPLAY = "display"  # the display adapter

@@ -21,7 +21,7 @@ from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.sidecars import SIDECARS
-from smolvm_async.state.directory import log_name
+from smolvm_async.state.names import log_name
 
 SAME_END = 0.5  # seconds within which QEMU and a sidecar end if the end of one ends the other
 IMAGE_IN_USE = 'Failed to get shared "write" lock'  # QEMU's words

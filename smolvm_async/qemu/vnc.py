@@ -13,7 +13,7 @@ from smolvm_async.config.checks import VNCKind
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.rpc import rpc
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
-from smolvm_async.state.directory import VNC
+from smolvm_async.state.names import VNC
 
 MAX_PATH = 107  # bytes; unix(7)
 PASSWORD = 8  # characters; VNC's authentication (RFC 6143) ignores what comes after

@@ -1,8 +1,7 @@
-"""A VM's own directory: held under a lock, filled, cleared, removed.
+"""A VM's own directory: hold it under a lock, fill it, clear it, remove it.
 
-The lock is an flock(2) on the directory itself, so there is no lock file to leave behind: the
-owner's death releases it, and whoever gets it next ends what the dead one left. The record is
-the first file to be written and the last to be removed, so that nothing is there without it.
+The record is the first file to be written and the last to be removed, so a directory without a
+record never holds a VM.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import errno
 import os
 import stat
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
@@ -21,43 +20,31 @@ from typing import NamedTuple
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.tasks import in_thread
-from smolvm_async.guests import BUILT_IN, GUESTS
-from smolvm_async.state.lease import Lease
-from smolvm_async.state.orphans import end_orphans, killed_orphan
-from smolvm_async.state.record import NEW_RECORD, RECORD, Record, read_record, write_record
-
-# All names that there are in a VM's directory.
-OVERLAY, VARS, TPM = "overlay.qcow2", "vars.fd", "tpm"
-QEMU_LOG, CONTROL = "qemu.log", "control.sock"
-VNC = "vnc.sock"
-SEED = "seed.iso"  # what cloud-init reads
-SSH_KEY, HOST_KEY, AUTHORIZED_KEYS = "ssh_key", "ssh_host_ed25519_key", "authorized_keys"
-SECRETS = (VARS, SSH_KEY, HOST_KEY, AUTHORIZED_KEYS, SEED)
-SCRATCH = "scratch"  # marks the directory of something that is no VM, and not worth keeping
-OURS = frozenset({RECORD, NEW_RECORD, OVERLAY, TPM, QEMU_LOG, CONTROL, VNC, *SECRETS})
-# The processes that may run beside QEMU. Each is described in a room that this one must not import,
-# so its files follow from its name: they are `NAME` or begin with `NAME.`, as its log does. The
-# TPM's state has a name of its own: as the UEFI variables, it is the machine's, not a process's.
-SIDECARS = frozenset(
-    name for guest in (*GUESTS.values(), *BUILT_IN.values()) for name in guest.sidecars
+from smolvm_async.state.names import (
+    MARKS,
+    NEW_RECORD,
+    OVERLAY,
+    REQUIRED,
+    SCRATCH,
+    SECRETS,
+    SOCKETS,
+    VARS,
+    is_ours,
 )
+from smolvm_async.state.orphans import end_orphans, killed_orphan
+from smolvm_async.state.record import Record, read_record, write_record
 
 NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # nothing there, a file, a link
-BUSY = 10.0  # seconds that list(), prune() or a start that fails may hold the lock
-
-
-def log_name(process: str) -> str:
-    """Return the name of the log of `qemu` or of a sidecar."""
-    return f"{process}.log"
+BUSY = 10.0  # seconds for which list(), prune() or a start that fails may hold the lock
 
 
 class Parts(NamedTuple):
-    """What a VM's directory holds besides the overlay of its disk.
+    """The parts of a VM in its directory, besides the overlay of its disk.
 
     Attributes:
-        vars_template: What its UEFI variables are copied from; `None` if it has none.
-        directories: The directories in which its sidecars keep their state.
-        files: Others, by name.
+        vars_template: The file to copy its UEFI variables from; `None` if it has no UEFI.
+        directories: The names of the directories in which its sidecars keep their state.
+        files: The content of the other files, by name.
     """
 
     vars_template: Path | None = None
@@ -66,7 +53,7 @@ class Parts(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """What they are called."""
+        """The names of all parts."""
         return [
             *([VARS] if self.vars_template is not None else []),
             *self.directories,
@@ -74,19 +61,87 @@ class Parts(NamedTuple):
         ]
 
 
-class VMDirectory:
-    """The directory of one VM, 0700, its files 0600; it is ours from `hold()` to `release()`.
+# How a directory is held. The lock is an flock(2) on the open directory itself, so no lock file can
+# be left behind, and the kernel releases the lock when the owner dies. Five things make it hard:
+#
+# 1. Making, opening and locking are three calls, and the last owner may remove the directory
+#    between two of them. The lock would then be on a directory that no path leads to. So with the
+#    lock, `try_hold` compares the path with the open directory, and begins again if they differ.
+# 2. A lock that is taken does not mean that the VM is in use: list(), prune() and from_id() lock
+#    the directory for a moment. The record tells: if it names a living owner, `hold` fails at once,
+#    otherwise it tries again for BUSY seconds.
+# 3. The directory may be the user's own, under the name that the VM would have. Only a directory
+#    all of whose names are this library's is taken, or removed later.
+# 4. A dead owner's QEMU may still run for a moment and write to the disk. So `hold` ends with
+#    `end_orphans`.
+# 5. A child that the owner forks, as multiprocessing does, has a copy of the descriptor, and with
+#    it the lock. `_Lease` closes the copy in the child, or the owner's death would not release it.
+
+
+class _Lease:
+    """The lock on a VM's directory, and a spare descriptor.
+
+    Removing a directory needs a descriptor, and must not fail because the process has none left.
 
     Attributes:
-        path: Where it is. The VM's processes have it as their working directory, so that no
-            path of the user's becomes part of one of their options.
-        record: What it says of itself; `None` if nothing.
+        fd: The open directory; closing it releases the lock. -1 afterwards.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._spare = -1
+        self._reserve()
+        _leases.add(self)
+
+    @contextlib.contextmanager
+    def spare_descriptor(self) -> Iterator[None]:
+        """Close the spare descriptor for the time of the block, which can so open one itself."""
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+        try:
+            yield
+        finally:
+            if self.fd >= 0:
+                self._reserve()
+
+    def close(self) -> None:
+        """Release the lock; a second call does nothing."""
+        _leases.discard(self)
+        descriptors, self.fd, self._spare = (self.fd, self._spare), -1, -1
+        for fd in descriptors:
+            if fd >= 0:
+                os.close(fd)
+
+    def _reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            self._spare = os.dup(self.fd)
+
+
+_leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for lease in list(_leases):
+        lease.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class VMDirectory:
+    """The directory of one VM, 0700, its files 0600; this process's from `hold()` to `release()`.
+
+    Attributes:
+        path: Its path. The VM's processes have it as their working directory, so a path of the
+            user's never becomes part of their options.
+        record: The record in it; `None` if it has no record.
     """
 
     def __init__(self, data_dir: Path, vm_id: str) -> None:
         self.path = data_dir / vm_id
         self.record: Record | None = None
-        self._lease: Lease | None = None
+        self._lease: _Lease | None = None
         self._unless_released: weakref.finalize[..., VMDirectory] | None = None
 
     @property
@@ -101,12 +156,15 @@ class VMDirectory:
         return owner is not None and not owner.alive
 
     async def hold(self, *, create: bool) -> None:
-        """Lock the directory, made if need be, and end what a dead owner left running in it.
+        """Lock the directory, and end the processes that a dead owner left running in it.
+
+        Args:
+            create: Whether to make the directory if it does not exist.
 
         Raises:
             VMAlreadyExistsError: If a living process, this one included, holds it.
-            VMNotFoundError: If it is not there, and not to be made.
-            ConfigError: If it cannot be used, or something else has that name.
+            VMNotFoundError: If it does not exist, and `create` is false.
+            ConfigError: If it cannot be used, or is not a VM's.
         """
 
         def attempt() -> bool:
@@ -128,7 +186,7 @@ class VMDirectory:
             raise
 
     def try_hold(self, create: bool) -> bool:
-        """Lock the directory and read its record; false if somebody else has locked it.
+        """Lock the directory and read its record; return false if another process has locked it.
 
         Raises:
             VMNotFoundError, ConfigError: See `hold()`.
@@ -139,7 +197,7 @@ class VMDirectory:
             try:
                 if create:
                     self.path.mkdir(mode=0o700, exist_ok=True)
-                lease = Lease(open_directory(self.path))
+                lease = _Lease(open_directory(self.path))
             except FileNotFoundError:
                 if create:
                     continue  # its last owner has just removed it
@@ -147,7 +205,7 @@ class VMDirectory:
             except OSError as error:
                 if create:
                     with contextlib.suppress(OSError):
-                        self.path.rmdir()  # it is empty if we have just made it
+                        self.path.rmdir()  # it is empty if this call has just made it
                 raise cannot_use(self.path, error) from error
             locked = try_lock(lease.fd)
             if not _is_at(lease.fd, self.path):
@@ -165,10 +223,10 @@ class VMDirectory:
             return locked
 
     async def end_orphans(self) -> None:
-        """End the processes that a dead owner left running in it.
+        """End the processes that a dead owner left running in the directory.
 
         Raises:
-            TimeoutError: If one does not end.
+            TimeoutError: If a process does not end.
         """
         if self.record is not None:
             await end_orphans(self.record.processes.values(), self.fd)
@@ -193,12 +251,12 @@ class VMDirectory:
         await in_thread(self._fill, files, parts)
 
     def check_kept(self, parts: Parts) -> None:
-        """Whether these parts of a kept VM, and its disk, are all there.
+        """Check that a kept VM's disk and these parts of it exist.
 
         Raises:
-            ConfigError: If one is not, or is a symbolic link.
+            ConfigError: If one does not exist, or is a symbolic link.
         """
-        for name in (OVERLAY, *parts.names):
+        for name in (*REQUIRED, *parts.names):
             is_kind = stat.S_ISDIR if name in parts.directories else stat.S_ISREG
             try:
                 good = is_kind((self.path / name).lstat().st_mode)
@@ -211,22 +269,19 @@ class VMDirectory:
                 )
 
     def clear_secrets(self) -> None:
-        """Remove the state of the TPM and of sidecars, the UEFI variables and the SSH keys."""
-        for name in SECRETS:
-            (self.path / name).unlink(missing_ok=True)
+        """Remove the TPM's and other sidecars' state, the UEFI variables and the SSH keys."""
         with self._spare_descriptor():
-            for name in (TPM, *SIDECARS):
+            for name in SECRETS:
                 with contextlib.suppress(FileNotFoundError):
-                    _empty(self.path / name)
-                    (self.path / name).rmdir()
+                    _discard(self.path / name)
 
     def clear(self) -> None:
-        """Remove everything in the directory but what says whose it is."""
+        """Remove everything in the directory except the record."""
         with self._spare_descriptor():
-            _empty(self.path, keep=(RECORD, SCRATCH))
+            _empty(self.path, keep=MARKS)
 
     def remove(self) -> None:
-        """Remove the directory and give the lock back; a second call does nothing."""
+        """Remove the directory and release the lock; a second call does nothing."""
         if self._lease is not None:
             try:
                 _remove(self.path, self._lease)
@@ -234,7 +289,7 @@ class VMDirectory:
                 self.release()
 
     def abandon(self) -> None:
-        """Give the lock back, and remove a directory in which no VM has begun."""
+        """Release the lock, and remove the directory if it does not hold a VM."""
         try:
             if self.fd >= 0:
                 with self._spare_descriptor():
@@ -245,16 +300,16 @@ class VMDirectory:
             self.release()
 
     def mark_scratch(self) -> None:
-        """Say that it holds no VM: whoever finds it without a holder may remove it."""
+        """Mark the directory as not a VM's: a process that can lock it may remove it."""
         self._write(SCRATCH, b"")
 
     def remove_sockets(self) -> None:
-        """Remove what a run was to be reached by."""
-        for name in (CONTROL, VNC):
+        """Remove the sockets of a run."""
+        for name in SOCKETS:
             (self.path / name).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Give the lock back and leave the files; a second call does nothing."""
+        """Release the lock and leave the files; a second call does nothing."""
         if self._lease is not None and self._unless_released is not None:
             self._unless_released.detach()
             self._lease.close()
@@ -278,9 +333,8 @@ class VMDirectory:
             (self.path / name).mkdir(0o700)
 
     def _check_ours(self, fd: int) -> None:
-        names = os.listdir(fd)  # not by its path: whoever has the lock may be removing it
-        others = {name for name in names if name.partition(".")[0] not in SIDECARS}
-        if SCRATCH not in names and not OURS.issuperset(others):
+        names = os.listdir(fd)  # not by its path: a process that holds it may be removing it
+        if SCRATCH not in names and not all(map(is_ours, names)):
             raise ConfigError(
                 f"{str(self.path)!r} exists and is not a VM's directory: "
                 f"choose another vm_id= than {self.path.name!r}, or another data_dir=."
@@ -293,17 +347,17 @@ class VMDirectory:
         )
 
 
-def _abandon(path: Path, lease: Lease) -> None:
-    """What is left to do for an owner that exits, or drops the VM, without ending its loop.
+def _abandon(path: Path, lease: _Lease) -> None:
+    """Clean up for an owner that exits, or drops the VM, without ending its loop.
 
-    A Jupyter kernel does so. A kept VM is then an orphan, which its next start() puts right.
+    A Jupyter kernel does so. A kept VM then is an orphan, which its next start() repairs.
     """
     try:
         record = read_record(path, lease.fd)
         if record is not None and not record.config.keep:
             for identity in record.processes.values():
                 with killed_orphan(identity, lease.fd):
-                    pass  # nobody is left to wait for it
+                    pass  # the loop is gone: the end of the process cannot be awaited
             _remove(path, lease)
     except (ConfigError, OSError):
         pass  # it is an orphan
@@ -311,31 +365,40 @@ def _abandon(path: Path, lease: Lease) -> None:
         lease.close()
 
 
-def _remove(path: Path, lease: Lease) -> None:
+def _remove(path: Path, lease: _Lease) -> None:
     with lease.spare_descriptor():
-        _empty(path, keep=(RECORD, SCRATCH))
-    for name in (RECORD, SCRATCH):
+        _empty(path, keep=MARKS)
+    for name in MARKS:
         (path / name).unlink(missing_ok=True)
     path.rmdir()
 
 
-def _empty(directory: str | Path, keep: Container[str] = ()) -> None:
-    """Remove what is in a directory; one descriptor is enough, where `shutil` would take two."""
-    with os.scandir(directory) as entries:
-        found = list(entries)
-    for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            _empty(entry.path)
-            os.rmdir(entry.path)
-        elif entry.name not in keep:
-            os.unlink(entry.path)
+def _empty(directory: Path, keep: Container[str] = ()) -> None:
+    """Remove everything in a directory; this needs one descriptor, where `shutil` needs two."""
+    for name in os.listdir(directory):
+        if name not in keep:
+            _discard(directory / name)
+
+
+def _discard(path: Path) -> None:
+    """Remove a file or a directory.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+    """
+    if stat.S_ISDIR(path.lstat().st_mode):
+        _empty(path)
+        path.rmdir()
+    else:
+        path.unlink()
 
 
 def check_data_dir(data_dir: Path) -> None:
-    """Whether VMs can have their directories in `data_dir`, or it can be made; nothing is.
+    """Check that VMs can have their directories in `data_dir`, without making it.
 
     Raises:
-        ConfigError: If it cannot, or other users of this machine could interfere.
+        ConfigError: If it can neither be used nor made, or if other users of this machine could
+            change it.
     """
     try:
         existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
@@ -373,10 +436,10 @@ def _unusable(data_dir: Path, reason: str) -> ConfigError:
 
 
 def find_directory(path: Path) -> int:
-    """Open a VM's directory, which has to be there; the caller closes it.
+    """Open a VM's directory; the caller closes it.
 
     Raises:
-        VMNotFoundError: If it is not.
+        VMNotFoundError: If it does not exist.
         ConfigError: If it cannot be opened now.
     """
     try:
@@ -391,26 +454,26 @@ def open_directory(path: Path) -> int:
     """Open a VM's directory; the caller closes it.
 
     Raises:
-        OSError: If it is not there, is no directory or is a symbolic link.
+        OSError: If it does not exist, or is a file or a symbolic link.
     """
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def cannot_use(path: Path, error: OSError) -> ConfigError:
-    """What to raise if the operating system refuses a directory."""
+    """Return the exception for a directory that the operating system refuses."""
     return ConfigError(f"{str(path)!r} cannot be used: {error.strerror or error}.")
 
 
 def not_found(path: Path) -> VMNotFoundError:
-    """What to raise if `path` is no VM's directory."""
+    """Return the exception for a path that is not a VM's directory."""
     return VMNotFoundError(
-        f"vm_id={path.name!r} is not a VM in {str(path.parent)!r}: AsyncSmolVM.list() tells which "
-        "there are; pass data_dir= if it was made with one."
+        f"vm_id={path.name!r} is not a VM in {str(path.parent)!r}: AsyncSmolVM.list() shows the "
+        "VMs; pass data_dir= if the VM was made with one."
     )
 
 
 def _is_at(fd: int, path: Path) -> bool:
-    """Whether `path` still is the directory that was opened: its last owner may have removed it."""
+    """Return whether `path` is still the directory that was opened as `fd`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     return False

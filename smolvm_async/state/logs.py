@@ -12,7 +12,8 @@ from typing import BinaryIO
 from smolvm_async.config.checks import check_vm_id
 from smolvm_async.config.vm_config import make_data_dir
 from smolvm_async.foundation.locking import is_locked
-from smolvm_async.state.directory import SIDECARS, find_directory, log_name, open_directory
+from smolvm_async.state.directory import find_directory, open_directory
+from smolvm_async.state.names import SIDECARS, log_name
 
 PROCESSES = ("qemu", *sorted(SIDECARS))  # the processes of a VM that have a log
 POLL = 0.2  # seconds between two looks for more

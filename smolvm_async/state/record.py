@@ -17,8 +17,8 @@ from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.files import replace_file
 from smolvm_async.foundation.process import Identity
+from smolvm_async.state.names import NEW_RECORD, RECORD
 
-RECORD, NEW_RECORD = "vm.json", "vm.json.new"
 SCHEMA_VERSION = 1
 MAX_SIZE = 1 << 20  # bytes
 

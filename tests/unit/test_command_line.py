@@ -20,7 +20,7 @@ from smolvm_async.host.accelerator import KVM, TCG, Accelerator
 from smolvm_async.images.qcow2 import empty
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
 from smolvm_async.qemu.sidecars import programs
-from smolvm_async.state.directory import OVERLAY, VARS
+from smolvm_async.state.names import OVERLAY, VARS
 
 TOOLS = HostTools(
     qemu=Path("/usr/bin/qemu-system-x86_64"),

@@ -9,7 +9,7 @@ from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.ssh.access import Access
 from smolvm_async.controls.ssh.keys import KeyPair, load_key_pair, make_key_pair
 from smolvm_async.controls.ssh.seed import make_seed
-from smolvm_async.state.directory import AUTHORIZED_KEYS, HOST_KEY, SEED, SSH_KEY
+from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, SEED, SSH_KEY
 
 
 class Login(NamedTuple):

@@ -4,7 +4,7 @@ To add a sidecar, write `NAME.py` in this folder, whose `SIDECAR` is an instance
 `Sidecar`, and put `NAME` into `sidecars` of the profile of each guest OS that needs it. Nothing
 else has to know it: this room asks the class, and the rooms that it must import from, not be
 imported by, are told. `host` is given the programs to look for, `state` the directories to make;
-the names of a sidecar's files follow from its name (`state.directory.SIDECARS`), since a VM's
+the names of a sidecar's files follow from its name (`state.names.SIDECARS`), since a VM's
 directory is also read where nothing knows which guest OS is in it.
 """
 
@@ -16,12 +16,12 @@ from importlib import import_module
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host.distribution import Program
 from smolvm_async.qemu.sidecars.sidecar import Attachment, Sidecar
-from smolvm_async.state import directory
+from smolvm_async.state import names
 
 __all__ = ["SIDECARS", "Attachment", "Sidecar", "directories", "programs"]
 
 SIDECARS: Mapping[str, Sidecar] = {
-    name: import_module(f"{__name__}.{name}").SIDECAR for name in sorted(directory.SIDECARS)
+    name: import_module(f"{__name__}.{name}").SIDECAR for name in sorted(names.SIDECARS)
 }
 
 

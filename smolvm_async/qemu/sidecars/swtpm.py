@@ -12,7 +12,7 @@ from smolvm_async.errors import CommandError
 from smolvm_async.foundation.process import spawn
 from smolvm_async.host.distribution import Program
 from smolvm_async.qemu.sidecars.sidecar import Attachment, Sidecar
-from smolvm_async.state.directory import TPM, log_name
+from smolvm_async.state.names import TPM, log_name
 
 # `--terminate`: it ends when QEMU closes its end.
 SOCKET = ("socket", "--tpm2", "--tpmstate", f"dir={TPM},mode=0600")

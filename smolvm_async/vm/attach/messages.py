@@ -17,7 +17,7 @@ from smolvm_async import errors
 from smolvm_async.controls.ssh.result import CommandResult
 from smolvm_async.errors import SmolVMError
 from smolvm_async.qemu.shutdown import ShutdownReport
-from smolvm_async.state.directory import CONTROL
+from smolvm_async.state.names import CONTROL
 
 PROTOCOL = 2  # of the messages; a client refuses an owner that has another one
 MAX_MESSAGE = 16 << 20  # bytes; the whole console, escaped, is under 2 MiB
