@@ -24,7 +24,7 @@ from smolvm_async.foundation import process
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build.packages import exclusive
-from smolvm_async.images.build.workshop import key_of, search_path, workshop
+from smolvm_async.images.build.workshop import key_of, search_path, work_directory
 
 PACKAGES = (
     *("systemd-sysv", "systemd-resolved", "libnss-resolve", "libpam-systemd", "dbus"),
@@ -85,7 +85,7 @@ async def build_cloud_image() -> CloudImage:
     kept = store / key_of(release["VERSION_CODENAME"], Path(__file__).read_text())
     async with exclusive(store):
         if not kept.exists():
-            async with workshop(store) as work:
+            async with work_directory(store) as work:
                 await _build(work, release["VERSION_CODENAME"])
                 await in_background(os.replace, work / "image", kept)
     return CloudImage(kept / "bios.qcow2", kept / "uefi.qcow2")

@@ -21,7 +21,7 @@ from smolvm_async.foundation.files import replace_file, seal
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
-from smolvm_async.images.build.workshop import key_of, release, workshop
+from smolvm_async.images.build.workshop import key_of, release, work_directory
 from stand_in import disk, system
 
 STEPS = 6
@@ -62,7 +62,7 @@ class Builder:
             digests = await self._known_packages() or await self._fetch_packages()
             base, result = self._base(digests), self._result(digests)
             if not result.exists():
-                async with workshop(self._store) as work:
+                async with work_directory(self._store) as work:
                     if not base.exists():
                         await self._build_base(digests, work, base)
                     self._steps.report("making the disk", 5)

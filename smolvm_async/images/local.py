@@ -6,14 +6,12 @@ nobody can exchange the file between the check and its use.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -25,6 +23,7 @@ from smolvm_async.images import qcow2
 SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://|(file):"
 FILE_URI = r"file:(?://(?P<host>[^/]*))?(?P<path>.*)"
 SECTOR = 512  # bytes
+MAX_CHECKED = 64  # images whose virtual sizes are remembered
 SETTLED = 1_000_000_000  # nanoseconds since the last change after which a file's times are reliable
 
 
@@ -125,35 +124,20 @@ def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
         yield BaseImage(path, fd, size, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(frozen=True)
-class _FileVersion:
-    """An open file as of its last change; the key of the cache of checked headers."""
-
-    fd: int = field(compare=False)
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
+# Virtual sizes of checked images, by file and last change: the VMs of a fleet share one check.
+_checked: dict[tuple[int, ...], int] = {}
 
 
 def _virtual_size(fd: int, status: os.stat_result) -> int:
-    version = _FileVersion(
-        fd,
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
     if time.time_ns() - status.st_ctime_ns < SETTLED:  # the next change may show the same time
-        return _checked_size.__wrapped__(version)
-    return _checked_size(version)
-
-
-@functools.lru_cache(maxsize=64)  # the VMs of a fleet share one check; errors are not cached
-def _checked_size(version: _FileVersion) -> int:
-    return qcow2.check(version.fd).virtual_size
+        return qcow2.check(fd).virtual_size
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    key = (status.st_dev, status.st_ino, status.st_size, *times)
+    if key not in _checked:
+        if len(_checked) == MAX_CHECKED:
+            _checked.clear()
+        _checked[key] = qcow2.check(fd).virtual_size
+    return _checked[key]
 
 
 @contextmanager

@@ -29,6 +29,11 @@ from smolvm_async.images.s3.upload import upload
 from smolvm_async.images.s3.uri import MANIFEST, Location, parse_uri
 from smolvm_async.images.source import open_initrd, open_kernel
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 PATTERNS = {  # patterns that recognize the files of a directory without a manifest
     "rootfs": r".*\.qcow2|rootfs.*|disk.*",
     "kernel": r"vmlinu[xz].*|bzImage.*|kernel.*",
@@ -108,7 +113,8 @@ async def push_image(
             }
         for part, file in uploads.items():
             values[part] = file.entry
-        manifest = await in_background(_manifest, values, location)
+        content, where = json.dumps(values).encode(), f"the new manifest {location.uri}"
+        manifest = await in_background(parse_manifest, content, where)
         total = sum(file.entry["size"] for file in uploads.values())
         before = 0
         message = f"uploading {manifest.name}"
@@ -217,16 +223,9 @@ def _digest(fd: int) -> str:
 
 
 def _compress(fd: int, packed: int) -> dict[str, Any]:
-    if sys.version_info >= (3, 14):
-        from compression.zstd import CompressionParameter, ZstdCompressor
-    else:
-        from backports.zstd import CompressionParameter, ZstdCompressor
-    compressor = ZstdCompressor(
-        options={
-            CompressionParameter.compression_level: LEVEL,
-            CompressionParameter.checksum_flag: 1,
-        }
-    )
+    parameters = zstd.CompressionParameter
+    options: dict[int, int] = {parameters.compression_level: LEVEL, parameters.checksum_flag: 1}
+    compressor = zstd.ZstdCompressor(options=options)
     plain, outside, at, size = hashlib.sha256(), hashlib.sha256(), 0, 0
     while True:
         piece = os.pread(fd, PIECE, at)
@@ -246,10 +245,6 @@ def _compress(fd: int, packed: int) -> dict[str, Any]:
         "content_sha256": plain.hexdigest(),
         "content_size": at,
     }
-
-
-def _manifest(values: dict[str, Any], location: Location) -> Manifest:
-    return parse_manifest(json.dumps(values).encode(), f"the new manifest {location.uri}")
 
 
 async def _put_manifest(client: Any, location: Location, manifest: Manifest) -> None:

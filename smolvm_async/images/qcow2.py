@@ -148,14 +148,12 @@ def parse(head: bytes, file_size: int) -> Header:
             )
         features, _, _, refcount_order, length = HEADER_V3.unpack_from(head)[13:]
         if not HEADER_V3.size <= length <= 1 << min(cluster_bits, 21) or length % 8:
-            raise Qcow2Error("has a damaged qcow2 header (its length)" + DAMAGED)
+            raise _damaged("its length")
     elif version != 2:
         raise Qcow2Error(f"is a qcow2 of version {version}; only 2 and 3 are known" + DAMAGED)
     _check_features(features, backing, crypt)
     if not 9 <= cluster_bits <= 21 or refcount_order > 6:
-        raise Qcow2Error(
-            "has a damaged qcow2 header (cluster or refcount size out of range)" + DAMAGED
-        )
+        raise _damaged("cluster or refcount size out of range")
     if virtual_size == 0:
         raise Qcow2Error("is a disk of 0 bytes; nothing can be installed on it; pass another")
     return Header(
@@ -203,17 +201,13 @@ def _check_tables(header: Header, file_size: int) -> None:
     l2_bits = header.cluster_bits - (4 if header.features & EXTENDED_L2 else 3)
     needed = -(-header.virtual_size >> (header.cluster_bits + l2_bits))
     if header.l1_entries < needed or header.l1_entries * 8 > MAX_L1:
-        raise Qcow2Error(
-            "has a damaged qcow2 header (the L1 table does not fit the disk's size)" + DAMAGED
-        )
+        raise _damaged("the L1 table does not fit the disk's size")
     if not 0 < header.refcount_clusters << header.cluster_bits <= MAX_REFCOUNT_TABLE:
-        raise Qcow2Error(
-            "has a damaged qcow2 header (the refcount table is too large, or missing)" + DAMAGED
-        )
+        raise _damaged("the refcount table is too large, or missing")
     if _l1_entries(header.virtual_size, OVERLAY_CLUSTER_BITS) * 8 > MAX_L1:
         raise Qcow2Error("is a disk of over 2 PiB, for which no overlay can be made; use a smaller")
     if header.snapshots > MAX_SNAPSHOTS:
-        raise Qcow2Error("has a damaged qcow2 header (too many snapshots)" + DAMAGED)
+        raise _damaged("too many snapshots")
     snapshots = [(header.snapshots_offset, header.snapshots * SNAPSHOT_SIZE)]
     for offset, length in (
         *(snapshots if header.snapshots else ()),
@@ -221,7 +215,7 @@ def _check_tables(header: Header, file_size: int) -> None:
         (header.refcount_offset, header.refcount_clusters << header.cluster_bits),
     ):
         if offset == 0 or offset % header.cluster_size:
-            raise Qcow2Error("has a damaged qcow2 header (a table is misplaced)" + DAMAGED)
+            raise _damaged("a table is misplaced")
         if offset + length > file_size:
             raise _truncated(offset + length, file_size)
 
@@ -254,6 +248,10 @@ def _check_length(fd: int, header: Header, file_size: int) -> None:
 
 def _l1_entries(virtual_size: int, cluster_bits: int) -> int:
     return -(-virtual_size >> (2 * cluster_bits - 3))
+
+
+def _damaged(reason: str) -> Qcow2Error:
+    return Qcow2Error(f"has a damaged qcow2 header ({reason}){DAMAGED}")
 
 
 def _truncated(expected: int, actual: int) -> Qcow2Error:

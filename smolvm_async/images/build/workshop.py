@@ -31,7 +31,7 @@ ext4 = {
 
 
 @asynccontextmanager
-async def workshop(store: Path) -> AsyncIterator[Path]:
+async def work_directory(store: Path) -> AsyncIterator[Path]:
     """Create a work directory in `store`, which the caller has locked; remove it at the end."""
     work = store / "building"
     if work.exists():  # left by a builder that was killed, since the caller holds the lock

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,13 +104,10 @@ class DownloadMeter(Meter):
 async def fetch_file(
     layout: Layout,
     missing: MissingFile,
-    connect: Callable[[], Awaitable[Any]],
+    client: Any,
     meter: DownloadMeter,
 ) -> None:
     """Download a file into the cache, or wait for the process that is already downloading it.
-
-    Args:
-        connect: Opens the S3 client; awaited only if the file has to be downloaded.
 
     Raises:
         ImageError: If the download fails, or the content is wrong; wrong content is removed.
@@ -123,7 +119,7 @@ async def fetch_file(
     async with LockFile(lock).hold():
         if not layout.holds(missing.file):
             async with _downloads.of_this_loop():
-                await _fetch(layout, missing, await connect(), meter)
+                await _fetch(layout, missing, client, meter)
     meter.finish_file(missing.file.size or 0)
 
 

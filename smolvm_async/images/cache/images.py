@@ -21,7 +21,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -39,7 +39,6 @@ from smolvm_async.foundation.tasks import Shared, in_background
 from smolvm_async.images import qcow2
 from smolvm_async.images.cache.fetching import (
     DownloadMeter,
-    MissingFile,
     check_disk,
     fetch_file,
     missing_files,
@@ -273,8 +272,10 @@ class ImageStore:
             # Until the image is complete, only this record protects the files that have arrived.
             await in_background(layout.write_record, published, pulling)
             try:
-                while missing := await in_background(missing_files, published, layout):
-                    await _fetch_files(layout, missing, meter)
+                async with open_client() as client:
+                    while missing := await in_background(missing_files, published, layout):
+                        for file in missing:
+                            await fetch_file(layout, file, client, meter)
                 await in_background(_note_use, layout, published)
             finally:
                 await in_background(pulling.unlink, True)
@@ -305,21 +306,6 @@ class ImageStore:
         with self._layout.explain_errors():
             async with self._layout.locked():
                 return await in_background(work)
-
-
-async def _fetch_files(
-    layout: Layout, missing: Sequence[MissingFile], meter: DownloadMeter
-) -> None:
-    async with AsyncExitStack() as stack:
-        clients: list[Any] = []
-
-        async def connect() -> Any:
-            if not clients:
-                clients.append(await stack.enter_async_context(open_client()))
-            return clients[0]
-
-        for file in missing:
-            await fetch_file(layout, file, connect, meter)
 
 
 async def _read_manifest(client: Any, location: Location) -> bytes:

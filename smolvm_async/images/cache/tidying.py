@@ -13,17 +13,16 @@ Every function runs in a thread. The caller holds the cache's lock, so no VM sta
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import ImageError
 from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.images.cache.layout import MTIME, ImageRecord, Layout
-from smolvm_async.images.cache.verifier import digest_of
 from smolvm_async.state.record import ACTIVE, Record
 from smolvm_async.state.registry import survey
 
@@ -196,11 +195,12 @@ def actual_digest(path: Path) -> str:
     If only the time of the file is wrong, this sets it right.
     """
     try:
-        actual = digest_of(path)
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return ""
     if actual == path.name:
-        with suppress(OSError):  # the cache may be read-only
+        with contextlib.suppress(OSError):  # the cache may be read-only
             os.utime(path, (MTIME, MTIME))
     return actual
 

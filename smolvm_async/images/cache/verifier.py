@@ -6,12 +6,13 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from smolvm_async.images.manifest import ImageFile
 
-if TYPE_CHECKING:
-    from backports.zstd import ZstdDecompressor
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 PIECE = 256 << 10  # bytes
 WINDOW_LOG = 23  # 8 MiB: the window of zstd's levels up to 19; a larger one takes more memory
@@ -110,7 +111,7 @@ class _Decompression:
     def add(self, piece: bytes) -> None:
         try:
             self._decompress(piece)
-        except _zstd_error() as error:
+        except zstd.ZstdError as error:
             raise WrongContentError(
                 f"{self._uri} cannot be decompressed: {error}. Windows of more than 8 MiB (zstd "
                 "--long, or a level above 19) are not supported: publish it again."
@@ -170,23 +171,5 @@ def _compare(subject: str, expected: str, actual: str) -> None:
         )
 
 
-def _decompressor() -> ZstdDecompressor:
-    if sys.version_info >= (3, 14):
-        from compression.zstd import DecompressionParameter, ZstdDecompressor
-    else:
-        from backports.zstd import DecompressionParameter, ZstdDecompressor
-    return ZstdDecompressor(options={DecompressionParameter.window_log_max: WINDOW_LOG})
-
-
-def _zstd_error() -> type[Exception]:
-    if sys.version_info >= (3, 14):
-        from compression.zstd import ZstdError
-    else:
-        from backports.zstd import ZstdError
-    return ZstdError
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file; call it in a thread."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _decompressor() -> zstd.ZstdDecompressor:
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: WINDOW_LOG})

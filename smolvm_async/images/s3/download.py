@@ -24,8 +24,6 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,56 +221,46 @@ def _backoff(failures: int) -> float:
 async def _write_part(
     client: Any, remote: RemoteFile, partial: PartialFile, part: Part, file: Any
 ) -> None:
-    """Write a part in pieces; the pieces that arrive before a failure count."""
-    async with aclosing(_pieces(client, remote, partial, part)) as pieces:
-        async for piece in pieces:
-            view = memoryview(piece)
-            while view:  # write() may take only a part
-                view = view[await settle(file.write(view)) :]
-            partial.add(part.at, part.at + len(piece))
-            part.at += len(piece)
-
-
-async def _pieces(
-    client: Any, remote: RemoteFile, partial: PartialFile, part: Part
-) -> AsyncGenerator[bytes]:
-    """Yield the bytes of a part as they arrive, about `PIECE` at a time.
+    """Request a part, and write it in pieces; the bytes that arrive before a failure count.
 
     Raises:
-        BrokenAnswerError: If the answer breaks off; all bytes that arrived were yielded before.
+        BrokenAnswerError: If the answer breaks off.
         ImageError: If the server refuses.
     """
-    left = part.end - part.at
-    held: list[bytes] = []
-    failure: Exception | None = None
-    amount = 0
     body = await _request(client, remote, partial, part)
+    held = bytearray()
     try:
-        while left > 0 and (data := await _read(body)):
-            data = data[:left]
-            held.append(data)
-            left, amount = left - len(data), amount + len(data)
-            if amount >= PIECE or not left:
-                yield b"".join(held)
-                held, amount = [], 0
-    except (BrokenAnswerError, ImageError, GeneratorExit):
+        while (left := part.end - part.at - len(held)) > 0:
+            data = await _read(body)
+            if not data:
+                raise BrokenAnswerError(f"the answer ended {left} bytes too early")
+            held += data[:left]
+            if len(held) >= PIECE or len(data) >= left:
+                await _write(partial, part, file, held)
+                held = bytearray()
+    except BrokenAnswerError:
+        if held:
+            await _write(partial, part, file, held)
         raise
-    except Exception as error:
-        failure = error
     finally:
         body.close()  # unless all has arrived, this closes the connection, too
-    if held:
-        yield b"".join(held)
-    if failure is not None:
-        raise BrokenAnswerError(f"{type(failure).__name__}: {failure}") from failure
-    if left:
-        raise BrokenAnswerError(f"the answer ended {left} bytes too early")
 
 
 async def _read(body: Any) -> bytes:
-    async with asyncio.timeout(READ_TIMEOUT + 5):  # after a malformed chunk aiohttp waits forever
-        data: bytes = await body.read(PIECE)
+    try:
+        async with asyncio.timeout(READ_TIMEOUT + 5):  # after a malformed chunk aiohttp hangs
+            data: bytes = await body.read(PIECE)
+    except Exception as error:
+        raise BrokenAnswerError(f"{type(error).__name__}: {error}") from error
     return data
+
+
+async def _write(partial: PartialFile, part: Part, file: Any, data: bytearray) -> None:
+    view = memoryview(data)
+    while view:  # write() may take only a part
+        view = view[await settle(file.write(view)) :]
+    partial.add(part.at, part.at + len(data))
+    part.at += len(data)
 
 
 async def _request(client: Any, remote: RemoteFile, partial: PartialFile, part: Part) -> Any:

@@ -41,21 +41,14 @@ BY_CODE |= {
     "NotFound": BY_CODE["404"],
 }
 REGION = {
-    "PermanentRedirect",
-    "AuthorizationHeaderMalformed",
-    "IllegalLocationConstraintException",
+    *("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"),
     "301",
 }
 THROTTLED = {"SlowDown", "503", "ServiceUnavailable", "RequestLimitExceeded", "Throttling", "429"}
 UNREACHABLE = (
-    "EndpointConnectionError",
-    "ConnectTimeoutError",
-    "ProxyConnectionError",
-    "ConnectionClosedError",
-    "ReadTimeoutError",
-    "HTTPClientError",
-    "aiohttp.ClientError",
-    "TimeoutError",
+    *("EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError"),
+    *("ConnectionClosedError", "ReadTimeoutError", "HTTPClientError"),
+    *("aiohttp.ClientError", "TimeoutError"),
 )
 BROKEN = ("aiohttp.ClientPayloadError", "ResponseStreamingError", "IncompleteReadError")
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")

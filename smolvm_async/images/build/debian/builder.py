@@ -24,7 +24,7 @@ from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
 from smolvm_async.images.build.debian import disk, root
-from smolvm_async.images.build.workshop import check_programs, key_of, release, workshop
+from smolvm_async.images.build.workshop import check_programs, key_of, release, work_directory
 
 PROGRAMS = {  # that the build runs, and their packages
     "apt-get": "apt",
@@ -156,7 +156,7 @@ class Builder:
             if (found := self.find()) is not None:
                 return found
             try:
-                async with asyncio.timeout(DEADLINE), workshop(self._store) as work:
+                async with asyncio.timeout(DEADLINE), work_directory(self._store) as work:
                     await self._build(work)
             except TimeoutError:
                 raise HostError(
