@@ -331,32 +331,23 @@ class Fleet:
         return max(1, min(self._size, self._max_live))
 
     def _check_limit(self, most: int | None) -> None:
-        if most is None:
-            return
-        if self._at_once > most:
-            raise HostError(
-                f"{_vms(self._at_once)} of this memory= cannot run at once: max_memory= of limits= "
-                f"is enough for {most}.",
-                hint=f"{_smaller(most)}, or raise max_memory.",
-                missing=("memory",),
-            )
-        self._max_live = min(self._max_live, most)
+        if most is not None and self._at_once > most:
+            limit = "max_memory= of limits= is enough"
+            raise self._too_many("this memory=", limit, most, "raise max_memory")
+        self._max_live = self._max_live if most is None else min(self._max_live, most)
 
     def _check_room(self, size: int) -> None:
         capacity = PROMISES.capacity()
         if self._at_once * size > capacity:
-            raise HostError(
-                f"{_vms(self._at_once)} of {size} MiB, QEMU's overhead included, cannot run at "
-                f"once: this host has {capacity} MiB for them, enough for {capacity // size}.",
-                hint=f"{_smaller(capacity // size)}, or free memory of the host.",
-                missing=("memory",),
-            )
+            limit = f"this host has {capacity} MiB for them, enough"
+            kind = f"{size} MiB, QEMU's overhead included,"
+            raise self._too_many(kind, limit, capacity // size, "free memory of the host")
 
-
-def _vms(count: int) -> str:
-    return "1 VM" if count == 1 else f"{count} VMs"
-
-
-def _smaller(most: int) -> str:
-    fewer = f", a smaller size=, or max_live={most}" if most else ""
-    return f"Pass a smaller memory={fewer}"
+    def _too_many(self, kind: str, limit: str, most: int, remedy: str) -> HostError:
+        vms = "1 VM" if self._at_once == 1 else f"{self._at_once} VMs"
+        fewer = f", a smaller size=, or max_live={most}" if most else ""
+        return HostError(
+            f"{vms} of {kind} cannot run at once: {limit} for {most}.",
+            hint=f"Pass a smaller memory={fewer}, or {remedy}.",
+            missing=("memory",),
+        )

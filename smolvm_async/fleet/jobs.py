@@ -89,11 +89,9 @@ def check_count(argument: str, value: object, least: int = 1) -> int:
 
 def check_on_error(on_error: object) -> OnError:
     """Check the `on_error=` of a fleet or a `map()`."""
-    if on_error == "raise":
-        return "raise"
-    if on_error == "collect":
-        return "collect"
-    raise ConfigError(f"on_error={shown(on_error)} is wrong: pass 'raise' or 'collect'.")
+    if on_error not in ("raise", "collect"):
+        raise ConfigError(f"on_error={shown(on_error)} is wrong: pass 'raise' or 'collect'.")
+    return on_error
 
 
 def check_work(job: object, items: object, **switches: object) -> None:

@@ -12,7 +12,7 @@ memory lacks the used part of a promise already; only the unused part has to be 
 A VM waits until its size fits into the room. One queue serves all fleets and event loops of the
 process. No VM overtakes, or a large VM would wait for as long as small ones come. The first in the
 queue looks at the host: when it comes, when a promise ends, and every `LOOK_AGAIN` seconds, since
-other programs may have freed memory. One look serves all requests that fit. A VM that would not fit
+other programs may have freed memory. One look serves all promises that fit. A VM that would not fit
 if all promises were given back is refused: it would hold up the queue forever.
 """
 
@@ -33,7 +33,7 @@ LOOK_AGAIN = 0.5  # seconds between two looks at the host's memory
 
 
 class Promise:
-    """The memory that one VM may use.
+    """The memory that one VM may use, once it is granted.
 
     Attributes:
         size: MiB, with QEMU's overhead.
@@ -43,35 +43,29 @@ class Promise:
     def __init__(self, size: int) -> None:
         self.size = size
         self.used: Callable[[], int] = lambda: 0
+        self.granted = self.looked = False
+        self.news = asyncio.Event()  # is set when the queue has moved
+        self._loop = asyncio.get_running_loop()
 
     def unused(self) -> int:
         """Return how many MiB the VM may still come to use."""
         return max(0, self.size - self.used())
 
-
-class _Request:
-    """A place in the queue; its event loop is woken when there may be news."""
-
-    def __init__(self, promise: Promise) -> None:
-        self.promise = promise
-        self.granted = self.looked = False
-        self._loop = asyncio.get_running_loop()
-        self.news = asyncio.Event()
-
     def wake(self) -> None:
+        """Set `news`, from any thread."""
         with suppress(RuntimeError):  # the event loop has been closed
             self._loop.call_soon_threadsafe(self.news.set)
 
 
 class MemoryPromises:
-    """The promises of this process, and the queue of requests; event loops share it."""
+    """The promises of this process, and the queue for them; all its event loops share it."""
 
     def __init__(self, look: Callable[[], Memory] = available_memory) -> None:
         self._look = look
         self._lock = threading.Lock()
-        self._promises: set[Promise] = set()
-        self._queue: deque[_Request] = deque()
-        self._granted: list[_Request] = []  # granted, but not woken yet
+        self._promises: set[Promise] = set()  # granted
+        self._queue: deque[Promise] = deque()
+        self._granted: list[Promise] = []  # granted, but not woken yet
         self._granting = threading.Lock()  # held during a look at the host
 
     @property
@@ -105,64 +99,55 @@ class MemoryPromises:
             HostError: The size would not fit even if all promises were given back.
         """
         promise = Promise(size)
+        with self._lock:
+            self._queue.append(promise)
         try:
-            await self._wait_for_room(promise)
+            await self._until_granted(promise)
             yield promise
         finally:
             with self._lock:
                 self._promises.discard(promise)
+                with suppress(ValueError):
+                    self._queue.remove(promise)
             self._wake_first()
 
-    async def _wait_for_room(self, promise: Promise) -> None:
-        request = _Request(promise)
+    async def _until_granted(self, promise: Promise) -> None:
+        while not promise.granted:
+            if self._is_first(promise):
+                try:
+                    await in_thread(self._grant, promise)
+                finally:
+                    # This task goes on at once, and so before those of later promises.
+                    self._wake_granted()
+            if not promise.granted:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_AGAIN):
+                        await promise.news.wait()
+                promise.news.clear()
+
+    def _is_first(self, promise: Promise) -> bool:
         with self._lock:
-            self._queue.append(request)
-        try:
-            while not request.granted:
-                if self._is_first(request):
-                    try:
-                        await in_thread(self._grant, request)
-                    finally:
-                        # This task goes on at once, and so before those of later requests.
-                        self._wake_granted()
-                if not request.granted:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(LOOK_AGAIN):
-                            await request.news.wait()
-                    request.news.clear()
-        except BaseException:
-            self._withdraw(request)
-            raise
+            return bool(self._queue) and self._queue[0] is promise
 
-    def _withdraw(self, request: _Request) -> None:
-        with self._lock, suppress(ValueError):
-            self._queue.remove(request)
-        self._wake_first()
-
-    def _is_first(self, request: _Request) -> bool:
-        with self._lock:
-            return bool(self._queue) and self._queue[0] is request
-
-    def _grant(self, request: _Request) -> None:
-        """Grant requests from the front of the queue while they fit: 32 take no longer than one."""
+    def _grant(self, promise: Promise) -> None:
+        """Grant promises from the front of the queue while they fit: 32 take no longer than one."""
         with self._granting:
             room = self.room()
             with self._lock:
-                while self._queue and self._queue[0].promise.size <= room:
+                while self._queue and self._queue[0].size <= room:
                     first = self._queue.popleft()
-                    self._promises.add(first.promise)
-                    room -= first.promise.size
+                    self._promises.add(first)
+                    room -= first.size
                     first.granted = True
                     self._granted.append(first)
-                size = request.promise.size
-                capacity = room + sum(promise.size for promise in self._promises)
+                capacity = room + sum(other.size for other in self._promises)
                 # After the first look, a shortage may pass: other programs free memory again.
-                hopeless = size > capacity and not (request.looked and self._promises)
-                request.looked = True
-                if not request.granted and hopeless:
+                hopeless = promise.size > capacity and not (promise.looked and self._promises)
+                promise.looked = True
+                if not promise.granted and hopeless:
                     raise HostError(
-                        f"a VM of {size} MiB, QEMU's overhead included, does not fit: at most "
-                        f"{capacity} MiB can be promised, even after all other VMs of this "
+                        f"a VM of {promise.size} MiB, QEMU's overhead included, does not fit: at "
+                        f"most {capacity} MiB can be promised, even after all other VMs of this "
                         "process's fleets have ended.",
                         hint="Pass a smaller memory=, or free memory of the host.",
                         missing=("memory",),
@@ -171,8 +156,8 @@ class MemoryPromises:
     def _wake_granted(self) -> None:
         with self._lock:
             granted, self._granted = self._granted, []
-        for request in granted:
-            request.wake()
+        for promise in granted:
+            promise.wake()
 
     def _wake_first(self) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""The promises of promised memory: nothing is promised twice, and everybody has their turn."""
+"""The promises of memory: nothing is promised twice, and every VM has its turn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_what_is_promised_and_not_touched_is_reserved() -> None:
     assert promises.room() == 500
 
 
-async def test_nobody_overtakes_whoever_asked_before() -> None:
+async def test_no_vm_overtakes_an_earlier_one() -> None:
     promises = MemoryPromises(Host(1000).look)
     order: list[int] = []
     over = asyncio.Event()
@@ -91,7 +91,7 @@ async def test_many_are_promised_memory_without_a_look_at_the_host_for_each() ->
     assert promises.room() == 1000
 
 
-async def test_whoever_is_cancelled_makes_way() -> None:
+async def test_a_cancelled_vm_leaves_the_queue() -> None:
     promises = MemoryPromises(Host(1000).look)
     async with promises.promised(700):
         waiting = asyncio.ensure_future(promises.promised(400).__aenter__())
@@ -115,7 +115,7 @@ async def test_what_never_fits_is_refused_and_what_will_fit_waits() -> None:
         waiting = asyncio.ensure_future(promises.promised(900).__aenter__())
         for _ in range(50):
             await asyncio.sleep(0)
-        host.available += 400  # which somebody else has freed
+        host.available += 400  # freed by another program
     await waiting
 
 
@@ -151,7 +151,7 @@ async def test_what_can_never_fit_is_refused_and_holds_up_nobody() -> None:
             assert promises.room() == 0
 
 
-async def test_whoever_asked_first_goes_on_first() -> None:
+async def test_the_first_in_the_queue_goes_on_first() -> None:
     promises = MemoryPromises(Host(1000).look)
     order: list[int] = []
 

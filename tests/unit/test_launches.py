@@ -1,4 +1,4 @@
-"""Launches that are under way together end together, and none waits for one that hangs."""
+"""Launches that are under way together end together, but do not wait for a hanging one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def under_way(seconds: float = 60) -> Launch:
-    """A launch that began so many seconds ago."""
+    """Return a launch that began so many seconds ago."""
     launch = Launch(under_way=True)
     launch._began -= seconds
     return launch
@@ -44,7 +44,7 @@ async def test_a_launch_may_begin_and_end_twice() -> None:
     await other.end_with_others()  # it is the only one
 
 
-async def test_whoever_is_cancelled_is_waited_for_no_more() -> None:
+async def test_a_cancelled_launch_is_not_waited_for() -> None:
     first, second = await under_way(), await under_way()
     waiting = asyncio.ensure_future(first.end_with_others())
     await asyncio.sleep(0)

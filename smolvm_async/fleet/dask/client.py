@@ -278,7 +278,7 @@ class DaskMapCall(MapCall[T, R]):
             await self._dask.everywhere(end_call, self._request.call)
 
     async def _do(self, index: int, item: T) -> None:
-        """Have the job of one item run, with retries."""
+        """Run the job of one item, with retries."""
         for attempt in range(1, self._retries + 2):
             vm_id = ""
             again = attempt <= self._retries
@@ -296,7 +296,7 @@ class DaskMapCall(MapCall[T, R]):
             return
 
     async def _try(self, key: str, item: bytes) -> JobReply:
-        """Have a worker run the job once; if it is lost, Dask gives the task to another one."""
+        """Submit the job once; if its worker is lost, Dask gives the task to another worker."""
         request = replace(self._request, key=key, item=item)
         lost = self._dask.watch_task(key)
         future = self._dask.client.submit(

@@ -100,22 +100,14 @@ def check_version(client: str, other: str, where: str) -> None:
 
 
 def dumps(value: object) -> bytes:
-    """Pickle a value; objects that cannot be imported elsewhere are pickled by value.
-
-    Raises:
-        RemoteError: Pickling tried to end the process.
-    """
+    """Pickle a value; objects that cannot be imported elsewhere are pickled by value."""
     dump: Any = pickle.dumps  # not typed
     with no_exit("pickling"):
         return bytes(dump(value))
 
 
 def loads(data: bytes) -> Any:
-    """Load a pickled value.
-
-    Raises:
-        RemoteError: Unpickling tried to end the process.
-    """
+    """Load a pickled value."""
     load: Any = pickle.loads
     with no_exit("unpickling"):
         return load(data)
