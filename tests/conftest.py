@@ -143,10 +143,12 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeProgram:
     return write
 
 
-def child_named(name: str) -> int:
-    """The process id of our child whose name begins so."""
+def child_named(name: str, vm_id: str | None = None) -> int:
+    """Return the process id of our child whose name begins so, of one VM if several run."""
     for pid in children():
-        if Path(f"/proc/{pid}/comm").read_text().startswith(name):
+        process = Path(f"/proc/{pid}")
+        named = (process / "comm").read_text().startswith(name)
+        if named and vm_id in (None, (process / "cwd").readlink().name):
             return pid
     raise AssertionError(f"no {name} among our children")
 
@@ -182,6 +184,16 @@ def descriptors(pid: int | str = "self") -> dict[int, str]:
         except FileNotFoundError:
             continue  # the listing's own
     return found
+
+
+async def closed_since(before: dict[int, str]) -> None:
+    """Wait until no other descriptors are open than before.
+
+    The owner of a VM closes a connection a moment after the attached process has left.
+    """
+    async with asyncio.timeout(GONE):
+        while descriptors() != before:
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Keyboard and mouse, in a guest that says on its serial console what it was sent."""
+"""Keyboard and mouse, in a guest that reports its input on its serial console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smolvm_async import AsyncSmolVM, ConfigError, VMTimeoutError
 from smolvm_async.controls.desktop.keys import KEYS
 from smolvm_async.controls.desktop.layouts import LAYOUTS, strokes
 from stand_in import build_stand_in
-from tests.conftest import BOOT, console_shows, vm_in
+from tests.conftest import BOOT, closed_since, console_shows, descriptors, vm_in
 from tests.layouts import generate, xkb
 from tests.unit.test_layouts import characters
 
@@ -40,13 +40,13 @@ class Guest:
         self._more = asyncio.Event()
 
     async def listen(self) -> None:
-        """Gather what comes, which may be more than the console keeps."""
+        """Gather the whole console, which may be more than the VM keeps of it."""
         async for text in self.vm.follow_console():
             self._text += text
             self._more.set()
 
     async def reported(self, device: str, until: Event) -> list[Event]:
-        """What the guest has seen of a device since the last call, up to an event."""
+        """Return the events of a device since the last call, up to an event."""
         end = f"INPUT {device} {until[0]} {until[1]} {until[2]}\n"
         async with asyncio.timeout(BOOT):
             while end not in self._text.replace("\r", ""):
@@ -58,17 +58,17 @@ class Guest:
         return [event for event in events if event[0] in (EV_KEY, EV_REL, EV_ABS)]
 
     async def keys(self) -> list[tuple[int, int]]:
-        """The keys that it has seen since the last call: evdev number, and whether down."""
+        """Return the keys since the last call: evdev number, and whether it went down."""
         await self.vm.keyboard.press("F12")
         events = await self.reported("keyboard", (EV_KEY, 88, 0))
         assert events.pop() == (EV_KEY, 88, 1)
         return [(code, value) for _, code, value in events]
 
     async def pointer(self) -> list[Event]:
-        """What the tablet did since the last call; the mouse is then at the place 7, 7."""
+        """Return the tablet's events since the last call; the mouse is then at 7, 7."""
         await self.vm.mouse.move(9, 9)
         await self.vm.mouse.move(7, 7)
-        width, height = await self.vm._screen.size()
+        width, height = (await self.vm.screenshot()).size
         x, y = (round(7 * AXIS / (size - 1)) for size in (width, height))
         events = await self.reported("tablet", (EV_ABS, Y, y))
         assert events.pop() == (EV_ABS, X, x)
@@ -78,8 +78,8 @@ class Guest:
 
 
 @asynccontextmanager
-async def guest(data_dir: Path) -> AsyncIterator[Guest]:
-    """A guest that listens to its keyboard and its mouse."""
+async def booted(data_dir: Path) -> AsyncIterator[Guest]:
+    """Boot a guest that listens to its keyboard and its mouse."""
     disk = await build_stand_in(desktop=True)
     async with vm_in(data_dir, disk, timeouts={"boot": BOOT, "input": BOOT}) as vm:
         await console_shows(vm, "STAND-IN: ready")
@@ -93,8 +93,20 @@ async def guest(data_dir: Path) -> AsyncIterator[Guest]:
         await vm.stop()
 
 
+@pytest.fixture(scope="module")
+def shared_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+async def there(shared_data_dir: Path) -> AsyncIterator[Guest]:
+    """A guest for all tests that leave it as they found it: its boot takes longer than they do."""
+    async with booted(shared_data_dir) as there:
+        yield there
+
+
 def text_of(events: list[tuple[int, int]], layout: str) -> str:
-    """What a Linux program with this layout reads of the keys."""
+    """Return the text that a Linux program with this layout reads from the keys."""
     keyboard = xkb.Keyboard(*generate.LAYOUTS[layout])
     text = ""
     for code, value in events:
@@ -106,128 +118,130 @@ def text_of(events: list[tuple[int, int]], layout: str) -> str:
 
 
 def pressed(*codes: int) -> list[tuple[int, int]]:
-    """Keys that go down in this order, and up in the reverse one."""
+    """Return events of keys that go down in this order, and up in the reverse order."""
     return [*((code, 1) for code in codes), *((code, 0) for code in reversed(codes))]
 
 
 @pytest.mark.skipif(bool(xkb.missing()), reason=xkb.missing())
-async def test_every_key_and_every_character_arrives(data_dir: Path) -> None:
-    async with guest(data_dir) as there:
-        keyboard = there.vm.keyboard
-        others = [key for key in KEYS if key.qcode != "f12"]
-        for key in others:
-            await keyboard.press(key.names[0])
-        assert await there.keys() == [event for key in others for event in pressed(key.evdev)]
-        for layout in ("us", "de", "fr", "gb"):
-            assert layout in LAYOUTS
-            keyboard.layout = layout
-            text = characters(layout)
-            await keyboard.type(text)
-            assert text_of(await there.keys(), layout) == text
-        await keyboard.press("ctrl+alt+delete")
-        assert await there.keys() == pressed(29, 56, 111)
-        await keyboard.press("AltGr+KeyQ", layout="us")
-        assert await there.keys() == pressed(100, 16)
-        await keyboard.down("shift")
-        await keyboard.press("b", layout="us")
-        await keyboard.up("shift")
-        assert await there.keys() == [(42, 1), *pressed(48), (42, 0)]
-        await keyboard.press("x", hold=0.5, layout="us")  # a real keyboard would repeat it
-        assert await there.keys() == pressed(45)
-        with pytest.raises(ConfigError, match="SNOWMAN"):
-            await keyboard.type("not one of these keys: \N{SNOWMAN}")
-        assert await there.keys() == []
+async def test_every_key_and_every_character_arrives(there: Guest) -> None:
+    keyboard = there.vm.keyboard
+    others = [key for key in KEYS if key.qcode != "f12"]
+    for key in others:
+        await keyboard.press(key.names[0])
+    assert await there.keys() == [event for key in others for event in pressed(key.evdev)]
+    for layout in ("us", "de", "fr", "gb"):
+        assert layout in LAYOUTS
+        keyboard.layout = layout
+        text = characters(layout)
+        await keyboard.type(text)
+        assert text_of(await there.keys(), layout) == text
+    await keyboard.press("ctrl+alt+delete")
+    assert await there.keys() == pressed(29, 56, 111)
+    await keyboard.press("AltGr+KeyQ", layout="us")
+    assert await there.keys() == pressed(100, 16)
+    await keyboard.down("shift")
+    await keyboard.press("b", layout="us")
+    await keyboard.up("shift")
+    assert await there.keys() == [(42, 1), *pressed(48), (42, 0)]
+    await keyboard.press("x", hold=0.5, layout="us")  # a real keyboard would repeat it
+    assert await there.keys() == pressed(45)
+    with pytest.raises(ConfigError, match="SNOWMAN"):
+        await keyboard.type("not one of these keys: \N{SNOWMAN}")
+    assert await there.keys() == []
+    keyboard.layout = "us"
 
 
-async def test_several_processes_lose_no_key_of_each_other(data_dir: Path) -> None:
-    async with guest(data_dir) as there:
-        others = [await AsyncSmolVM.from_id(there.vm.vm_id, data_dir=data_dir) for _ in range(4)]
-        texts = ("@" * 100, "{" * 100, "q" * 100, "[" * 100)
-        async with asyncio.TaskGroup() as group:
-            for other, text in zip(others, texts, strict=True):
-                group.create_task(other.keyboard.type(text, layout="de"))
-        text = text_of(await there.keys(), "de")
-        assert sorted(text) == sorted("".join(texts))
-        await others[0].keyboard.down("alt")
-        await there.vm.pause()
-        await others[0].detach()
-        await there.vm.resume()
-        assert await there.keys() == pressed(56)
-        for other in others[1:]:
-            await other.detach()
-
-
-async def test_three_guests_are_typed_into_at_once(data_dir: Path) -> None:
-    async def check(number: int) -> None:
-        text = "".join(random.Random(number).choices(LETTERS, k=500))
-        async with guest(data_dir) as there:
-            await ready.wait()
-            await there.vm.keyboard.type(text)
-            seen = await there.keys()
-            evdev = {key.qcode: key.evdev for key in KEYS}
-            wanted = [pressed(*(evdev[code] for code in keys)) for keys in strokes(text, "us")]
-            assert seen == [event for stroke in wanted for event in stroke]
-
-    ready = asyncio.Barrier(3)
+async def test_several_processes_lose_no_key_of_each_other(
+    there: Guest, shared_data_dir: Path
+) -> None:
+    vm_id, before = there.vm.vm_id, descriptors()
+    others = [await AsyncSmolVM.from_id(vm_id, data_dir=shared_data_dir) for _ in range(4)]
+    texts = ("@" * 100, "{" * 100, "q" * 100, "[" * 100)
     async with asyncio.TaskGroup() as group:
-        for number in range(3):
-            group.create_task(check(number))
+        for other, text in zip(others, texts, strict=True):
+            group.create_task(other.keyboard.type(text, layout="de"))
+    text = text_of(await there.keys(), "de")
+    assert sorted(text) == sorted("".join(texts))
+    await others[0].keyboard.down("alt")
+    await there.vm.pause()
+    await others[0].detach()
+    await there.vm.resume()
+    assert await there.keys() == pressed(56)
+    for other in others[1:]:
+        await other.detach()
+    await closed_since(before)
 
 
-async def test_the_mouse_is_exact(data_dir: Path) -> None:
-    disk = await build_stand_in(desktop=True)
-    async with vm_in(data_dir, disk, timeouts={"boot": BOOT, "input": 0.5}) as vm:
+async def test_two_guests_are_typed_into_at_once(there: Guest, data_dir: Path) -> None:
+    async def check(guest: Guest, number: int) -> None:
+        text = "".join(random.Random(number).choices(LETTERS, k=500))
+        await guest.vm.keyboard.type(text, layout="us")
+        seen = await guest.keys()
+        evdev = {key.qcode: key.evdev for key in KEYS}
+        wanted = [pressed(*(evdev[code] for code in keys)) for keys in strokes(text, "us")]
+        assert seen == [event for stroke in wanted for event in stroke]
+
+    async with booted(data_dir) as other, asyncio.TaskGroup() as group:
+        for number, guest in enumerate((there, other)):
+            group.create_task(check(guest, number))
+
+
+async def test_a_click_that_cannot_be_is_refused_at_once(blank_image: Path, data_dir: Path) -> None:
+    async with vm_in(data_dir, blank_image, timeouts={"input": 0.5}) as vm:
         for wrong in ((-5, 0), ("a", 0), (5, None), (True, 1), (1.5, 1)):
             with pytest.raises(ConfigError, match=r"^[xy]="):  # at once
                 await vm.mouse.click(*wrong)
         with pytest.raises(VMTimeoutError, match="has not taken the tablet"):
             await vm.mouse.click(1, 1)
-    async with guest(data_dir) as there:
-        mouse, seen = there.vm.mouse, await there.vm.screenshot()
-        right, bottom = seen.width - 1, seen.height - 1
-        await there.pointer()
+        await vm.stop(timeout=0)
 
-        for x, y, at in (
-            (0, 0, (0, 0)),
-            (right, 0, (AXIS, 0)),
-            (right, bottom, (AXIS, AXIS)),
-            (0, bottom, (0, AXIS)),
-            (seen.width // 2, seen.height // 2, (16396, 16404)),
-        ):
-            await mouse.click(x, y)
-            events = await there.pointer()
-            assert events == [
-                (EV_ABS, X, at[0]),
-                (EV_ABS, Y, at[1]),
-                (EV_KEY, LEFT, 1),
-                (EV_KEY, LEFT, 0),
-            ]
-        for button, code in (("left", LEFT), ("middle", MIDDLE), ("right", RIGHT)):
-            await mouse.click(button=button)  # type: ignore[arg-type]
-            await mouse.down(button=button)  # type: ignore[arg-type]
-            await mouse.up(button=button)  # type: ignore[arg-type]
-            assert await there.pointer() == 2 * [(EV_KEY, code, 1), (EV_KEY, code, 0)]
-        await mouse.move(640.0, 400)  # type: ignore[arg-type]  # as models write
-        assert await there.pointer() == [(EV_ABS, X, 16396), (EV_ABS, Y, 16404)]
-        await mouse.double_click()
-        assert await there.pointer() == 2 * [(EV_KEY, LEFT, 1), (EV_KEY, LEFT, 0)]
-        await mouse.drag(100, 50, 700, 500, duration=0.3)
+
+async def test_the_mouse_is_exact(there: Guest) -> None:
+    mouse, seen = there.vm.mouse, await there.vm.screenshot()
+    right, bottom = seen.width - 1, seen.height - 1
+    await there.pointer()
+
+    for x, y, at in (
+        (0, 0, (0, 0)),
+        (right, 0, (AXIS, 0)),
+        (right, bottom, (AXIS, AXIS)),
+        (0, bottom, (0, AXIS)),
+        (seen.width // 2, seen.height // 2, (16396, 16404)),
+    ):
+        await mouse.click(x, y)
         events = await there.pointer()
-        down, up = events.index((EV_KEY, LEFT, 1)), events.index((EV_KEY, LEFT, 0))
-        assert (down, up) == (2, len(events) - 1)
-        ways = [[value for _, code, value in events[:up] if code == axis] for axis in (X, Y)]
-        for way, start, end, size in zip(ways, (100, 50), (700, 500), (right, bottom), strict=True):
-            assert (way[0], way[-1]) == (round(start * AXIS / size), round(end * AXIS / size))
-            assert way == sorted(way)
-            assert len(way) > 5
-        await mouse.scroll(3)
-        await mouse.scroll(-2, x=20, y=20)
-        wheel = [value for kind, code, value in await there.pointer() if (kind, code) == (2, WHEEL)]
-        assert (sum(wheel[:3]), sum(wheel)) == (-3, -1)
-        for wrong in ((seen.width, 0), (0, seen.height), (-1, 5), (5, -1)):
-            with pytest.raises(ConfigError, match="is not on the screen: pass pixels from 0 to"):
-                await mouse.click(*wrong)
-        assert await there.pointer() == []
+        assert events == [
+            (EV_ABS, X, at[0]),
+            (EV_ABS, Y, at[1]),
+            (EV_KEY, LEFT, 1),
+            (EV_KEY, LEFT, 0),
+        ]
+    for button, code in (("left", LEFT), ("middle", MIDDLE), ("right", RIGHT)):
+        await mouse.click(button=button)  # type: ignore[arg-type]
+        await mouse.down(button=button)  # type: ignore[arg-type]
+        await mouse.up(button=button)  # type: ignore[arg-type]
+        assert await there.pointer() == 2 * [(EV_KEY, code, 1), (EV_KEY, code, 0)]
+    await mouse.move(640.0, 400)  # type: ignore[arg-type]  # as models write
+    assert await there.pointer() == [(EV_ABS, X, 16396), (EV_ABS, Y, 16404)]
+    await mouse.double_click()
+    assert await there.pointer() == 2 * [(EV_KEY, LEFT, 1), (EV_KEY, LEFT, 0)]
+    await mouse.drag(100, 50, 700, 500, duration=0.3)
+    events = await there.pointer()
+    down, up = events.index((EV_KEY, LEFT, 1)), events.index((EV_KEY, LEFT, 0))
+    assert (down, up) == (2, len(events) - 1)
+    ways = [[value for _, code, value in events[:up] if code == axis] for axis in (X, Y)]
+    for way, start, end, size in zip(ways, (100, 50), (700, 500), (right, bottom), strict=True):
+        assert (way[0], way[-1]) == (round(start * AXIS / size), round(end * AXIS / size))
+        assert way == sorted(way)
+        assert len(way) > 5
+    await mouse.scroll(3)
+    await mouse.scroll(-2, x=20, y=20)
+    wheel = [value for kind, code, value in await there.pointer() if (kind, code) == (2, WHEEL)]
+    assert (sum(wheel[:3]), sum(wheel)) == (-3, -1)
+    for wrong in ((seen.width, 0), (0, seen.height), (-1, 5), (5, -1)):
+        with pytest.raises(ConfigError, match="is not on the screen: pass pixels from 0 to"):
+            await mouse.click(*wrong)
+    assert await there.pointer() == []
 
 
 async def test_input_reaches_the_guest_after_a_reboot(data_dir: Path) -> None:

@@ -77,11 +77,11 @@ def digest(path: Path) -> str:
 
 
 class Published:
-    """An image that is on the server, under a prefix of the test's own.
+    """An image that is on the server.
 
     Attributes:
-        uri: Where.
-        disk: What it was made from.
+        uri: Its address.
+        disk: The file that it was made from.
     """
 
     def __init__(self, uri: str, disk: Path) -> None:
@@ -99,17 +99,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def proxy(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
     """What everything talks to S3 through; the cache is the test's own."""
     monkeypatch.setenv("SMOLVM_IMAGE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "BACKOFF", 0.02)  # seconds before the first retry
     with proxy_before(server) as proxy:
         for name, value in settings(proxy.url).items():
             monkeypatch.setenv(name, value)
         yield proxy
 
 
+@pytest.fixture(scope="module")
+def published_once(server: str, source: Path) -> Published:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings(server).items():
+            patch.setenv(name, value)
+        return Published(asyncio.run(publish(server, source, "source")), source)
+
+
 @pytest.fixture
-async def published(server: str, proxy: Proxy, source: Path, tmp_path: Path) -> Published:
-    uri = await publish(server, source, tmp_path.name)
-    proxy.requests.clear()
-    return Published(uri, source)
+def published(published_once: Published, proxy: Proxy) -> Published:
+    """An image for all tests that only read it, seen through the proxy of the test."""
+    return published_once
 
 
 async def publish(server: str, disk: Path, prefix: str, **options: Any) -> str:
@@ -388,8 +396,10 @@ async def test_a_server_without_ranges_is_told_from_a_broken_one(
 
 
 async def test_an_object_that_changes_in_the_middle_is_noticed(
-    published: Published, proxy: Proxy, server: str
+    source: Path, proxy: Proxy, server: str, tmp_path: Path
 ) -> None:
+    published = Published(await publish(server, source, tmp_path.name), source)
+    proxy.requests.clear()
     gate = threading.Event()
     first = [True]
 
@@ -432,6 +442,7 @@ async def test_each_refusal_has_a_sentence_of_its_own(
             await ImageStore().pull(uri)
         return str(caught.value)
 
+    monkeypatch.setattr(client, "ATTEMPTS", 2)  # an answer that stays the same costs a minute
     sentences = [
         await said("s3://nobody-has-this/x/"),
         await said("s3://bucket/nothing/"),
@@ -620,7 +631,7 @@ async def test_a_cancelled_pull_does_not_wait_for_what_is_being_decompressed(
 async def test_memory_is_bounded_and_the_loop_goes_on(
     server: str, proxy: Proxy, tmp_path: Path
 ) -> None:
-    uri = await publish(server, disk_of(tmp_path / "large", 256 * MIB), tmp_path.name)
+    uri = await publish(server, disk_of(tmp_path / "large", 128 * MIB), tmp_path.name)
     os.environ["SMOLVM_S3_ENDPOINT_URL"] = server  # the proxy would be the slowest of all
     values = [result(pulling(uri, tmp_path / f"cache{number}")) for number in range(3)]
     assert max(one["peak_kib"] for one in values) < 100 * 1024
