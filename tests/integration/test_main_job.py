@@ -21,7 +21,6 @@ from smolvm_async import (
     Shutdown,
     Status,
     VMCrashedError,
-    VMNotRunningError,
     VMTimeoutError,
 )
 from stand_in import build_stand_in
@@ -153,15 +152,6 @@ async def test_a_guest_that_reboots_goes_on(data_dir: Path) -> None:
     up = ["operating_system", "ready"]
     assert [str(event.state) for event in seen] == [*up, "firmware", *up]
     assert "guest-reset" in seen[2].evidence
-
-
-async def test_a_guest_that_shuts_itself_down_is_no_crash(data_dir: Path) -> None:
-    async with await machine("stand_in.then=poweroff", data_dir=data_dir) as vm:
-        await vm.wait_stopped()
-        assert vm.status is Status.STOPPED
-        with pytest.raises(VMNotRunningError, match="ended by 'guest'"):
-            await vm.wait_for("firmware")
-        assert (await vm.stop()).rung is Rung.GUEST
 
 
 async def test_a_guest_that_panics_is_a_crash(data_dir: Path) -> None:

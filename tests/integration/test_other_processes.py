@@ -72,11 +72,9 @@ def shared(image: Path, data_dir: Path) -> AsyncSmolVM:
     return vm_in(data_dir, image, vm_id="shared")
 
 
-async def test_an_attached_process_sees_what_the_owner_sees(
-    data_dir: Path,
-) -> None:
+async def test_a_guest_that_shuts_itself_down_is_no_crash_on_either_side(data_dir: Path) -> None:
     image = await build_stand_in(kernel_arguments=("stand_in.then=poweroff",))
-    async with owner(image, data_dir) as process:
+    async with shared(image, data_dir) as owned:
         vm = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
         assert vm.status is Status.RUNNING
         assert vm.accelerator == "tcg"
@@ -89,8 +87,12 @@ async def test_an_attached_process_sees_what_the_owner_sees(
         names = [event.name async for event in events]
         assert names.count("BOOT_STATE") == 2
         assert "SHUTDOWN" in names
-        assert (await vm.stop()).rung is Rung.GUEST
-        assert (await process.communicate())[0] == b"stopped\nleft\n"
+        await owned.wait_stopped()
+        for side in (owned, vm):
+            assert side.status is Status.STOPPED
+            with pytest.raises(VMNotRunningError, match="ended by 'guest'"):
+                await side.wait_for("firmware")
+            assert (await side.stop()).rung is Rung.GUEST
     assert not list(data_dir.iterdir())
 
 
