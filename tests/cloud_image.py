@@ -1,12 +1,12 @@
-"""A cloud image, made of Debian's packages as Debian makes its own, which cannot be had here.
+"""A cloud image, made of Debian's packages in the way that Debian makes its own images.
 
-Like `debian-12-genericcloud`: systemd, netplan, OpenSSH, cloud-init with its own configuration, a
-kernel for clouds, and one GPT disk with GRUB both for a BIOS and, signed, for UEFI. Nothing in it
-is this library's. It is kept in the cache of built images:
+It has the parts of `debian-12-genericcloud`: systemd, netplan, OpenSSH, cloud-init with Debian's
+configuration, a kernel for clouds, and one GPT disk with GRUB for a BIOS and, signed, for UEFI.
+Nothing in it comes from this library. It is kept in the cache of built images:
 
     cloud/
         KEY/          bios.qcow2, uefi.qcow2 (which has no code in its first sector)
-        building/     the one build that is going on
+        building/     the build that is running
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ PACKAGES = (
 )
 NOT_UNPACKED = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+RECIPE = 1  # counts the images that differ: raise it with every change of the image
 
 SECTOR = 512
 MIB = 1 << 20
@@ -77,12 +79,12 @@ class CloudImage(NamedTuple):
 
 
 async def build_cloud_image() -> CloudImage:
-    """Build it, or find it in the cache."""
+    """Build the image, or find it in the cache."""
     store = xdg_home("XDG_CACHE_HOME", ".cache") / "smolvm-async" / "cloud"
     release = platform.freedesktop_os_release()
     if release["ID"] != "debian" or os.geteuid() != 0:
         pytest.skip("the cloud image is made by root of a Debian, with mmdebstrap")
-    kept = store / key_of(release["VERSION_CODENAME"], Path(__file__).read_text())
+    kept = store / key_of(release["VERSION_CODENAME"], str(RECIPE))
     async with exclusive(store):
         if not kept.exists():
             async with work_directory(store) as work:
@@ -107,13 +109,13 @@ async def _install(work: Path, suite: str) -> None:
     source = f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {suite} main"
     excluded = [f"--dpkgopt=path-exclude={pattern}" for pattern in NOT_UNPACKED]
     included = f"--include={','.join(PACKAGES)}"
-    # What mmdebstrap mounts is in a namespace of its own, and gone with it, however it ends.
+    # The mounts of mmdebstrap are in their own namespace, and go with it, however it ends.
     command = ["unshare", "--mount", "mmdebstrap", "--mode=root", "--variant=minbase"]
     await _run(work, *command, included, *excluded, suite, "root", source)
 
 
 def _generalize(root: Path) -> None:
-    """Take out what only one machine may have, and add what is every disk's own."""
+    """Remove all that only one machine may have, and add the files that every disk needs."""
     for path in (root / "etc/ssh").glob("ssh_host_*"):
         path.unlink()
     for name in ("hostname", "machine-id", "resolv.conf"):
@@ -142,7 +144,7 @@ async def _make_partitions(work: Path) -> None:
 
 
 async def _install_boot_loaders(work: Path) -> None:
-    """What `grub-install` does, on a disk that is a file."""
+    """Install GRUB as `grub-install` does, on a disk that is a file."""
     pc = "usr/lib/grub/i386-pc"
     prefix = "--prefix=(,gpt1)/boot/grub"
     target = ["--format=i386-pc", f"--directory=/{pc}", "--output=/core.img", prefix]
@@ -160,7 +162,7 @@ async def _install_boot_loaders(work: Path) -> None:
 
 
 async def _fill_esp(work: Path) -> None:
-    """Shim and GRUB, both signed, where UEFI looks on a disk that it does not know."""
+    """Copy shim and GRUB, both signed, to the place where UEFI looks on an unknown disk."""
     (work / "esp.cfg").write_text(SIGNED_CFG)
     files = {
         "EFI/BOOT/BOOTX64.EFI": "root/usr/lib/shim/shimx64.efi.signed",

@@ -1,4 +1,4 @@
-"""What the tests share: asyncio, disks and VMs, fake programs, the proof that nothing is left."""
+"""Shared by the tests: asyncio, disks and VMs, fake programs, the proof that nothing is left."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def blank(blank_image: Path, data_dir: Path) -> dict[str, Any]:
-    """The arguments of a VM that boots nothing: quick to have, and quick to lose."""
+    """The arguments of a VM that boots nothing, and so starts and stops in a moment."""
     return {
         "os": "linux",
         "image": blank_image,
@@ -71,7 +71,7 @@ def blank(blank_image: Path, data_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 4 MiB: what it takes to be really full."""
+    """A file system of 4 MiB, which a test can fill."""
     path = tmp_path / "small"
     path.mkdir()
     options = ["-t", "tmpfs", "-o", "size=4m,mode=0700", "tmpfs"]
@@ -83,18 +83,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill_up(directory: Path) -> Path:
-    """Take all space of the file system of `directory`; it is given back by removing the file."""
+    """Fill the file system of `directory` with a file, and return the path of that file."""
     filler = directory / "filler"
     with filler.open("wb") as file:
         while (space := os.fstatvfs(file.fileno())).f_bavail:
-            with contextlib.suppress(OSError):  # somebody else has taken some
+            with contextlib.suppress(OSError):  # another process took some of it
                 size = os.fstat(file.fileno()).st_size
                 os.posix_fallocate(file.fileno(), size, space.f_bavail * space.f_frsize)
     return filler
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many faults were injected, as the tests record it, and at how many lines."""
+    """Print the number of faults that the tests injected, and of the lines that they struck."""
     injected: Counter[str] = Counter()
     lines: set[str] = set()
     for reports in terminalreporter.stats.values():
@@ -120,6 +120,14 @@ def vm_in(data_dir: Path, image: Path, **options: Any) -> AsyncSmolVM:
     return AsyncSmolVM(os="windows", image=image, data_dir=data_dir, **settings)
 
 
+def run_of(vm: AsyncSmolVM) -> Any:
+    """Return the run behind a VM, where a test has to speak to QEMU itself.
+
+    Only here do the tests look behind the public class.
+    """
+    return vm._vm.run
+
+
 async def console_shows(vm: AsyncSmolVM, text: str, times: int = 1) -> None:
     """Wait for `text` on the serial console, which is slower than the guest agent."""
     async with asyncio.timeout(BOOT):
@@ -129,7 +137,7 @@ async def console_shows(vm: AsyncSmolVM, text: str, times: int = 1) -> None:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeProgram:
-    """Put a shell script before the real program of that name, which it knows as $REAL."""
+    """Put a shell script before the real program of its name; $REAL is the path of the real one."""
     directory = tmp_path / "bin"
     directory.mkdir()
     path = os.environ["PATH"]
@@ -154,7 +162,7 @@ def child_named(name: str, vm_id: str | None = None) -> int:
 
 
 def children() -> set[int]:
-    """The process ids of this process's children, zombies included."""
+    """Return the process ids of this process's children, zombies included."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
@@ -163,20 +171,20 @@ def children() -> set[int]:
 
 
 def processes(directory: Path) -> dict[int, str]:
-    """The processes that work in `directory`, whosever they are: their ids and names.
+    """Return the ids and names of all processes that work in `directory`.
 
-    Every process of a VM works in its state directory. A zombie works nowhere.
+    Every process of a VM works in the VM's directory. A zombie works nowhere.
     """
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if (entry / "cwd").readlink().is_relative_to(directory):
                 found[int(entry.name)] = (entry / "comm").read_text().strip()
     return found
 
 
 def descriptors(pid: int | str = "self") -> dict[int, str]:
-    """A process's open files, by default this one's."""
+    """Return the open files of a process, by default of this one."""
     found = {}
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
@@ -198,7 +206,7 @@ async def closed_since(before: dict[int, str]) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
-    """After every test: no process, descriptor, or file of a VM that was not there before."""
+    """Prove after every test that it left no process, no descriptor, and no file of a VM."""
     ours, files = children(), descriptors()
     yield
     deadline = time.monotonic() + GONE

@@ -1,1 +1,1 @@
-"""What happens when something fails, is killed or is cancelled."""
+"""Tests in which something fails, is killed or is cancelled."""

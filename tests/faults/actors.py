@@ -1,8 +1,7 @@
 """Processes that own, attach to and prune VMs, for the tests to kill.
 
-`python -m tests.faults.actors` imports all that they need, once, and forks one for each line of
-JSON that it reads: the name of an actor below and its arguments. Each says its process id and
-what it has come to.
+`python -m tests.faults.actors` imports their modules once. For each line of JSON on stdin, the name
+of an actor below and its arguments, it forks an actor. Each prints its process id and a word.
 """
 
 from __future__ import annotations

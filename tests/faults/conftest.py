@@ -1,4 +1,4 @@
-"""What the tests of faults share: other processes to kill."""
+"""Shared by the tests of faults: other processes to kill."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs a scenario in an event loop that counts every suspension of every task in it.
 
-"The n-th await" is then well defined, whoever's it is: the scenario's own, or that of any task
-that the library makes. There a fault is injected, and what the run leaves behind is looked at.
+So "the n-th await" is well defined: one of the scenario, or of any task that the library makes. A
+fault is injected there, and the leftovers of the run are looked for.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from tests.conftest import children, descriptors
 
 PACKAGE = str(Path(smolvm_async.__file__).parent)
 HANG = 40.0  # seconds for one run, which takes 0.1 s
-SETTLED = 5.0  # seconds for what ends by itself
+SETTLED = 5.0  # seconds for tasks and threads that end by themselves
 PROGRAMS = ("qemu-system-x86_64", "swtpm")
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
-# What to do at the point; each number that it yields is how many suspensions later it goes on.
-# It is closed, if it has not ended, when the scenario has.
+# A fault begins at its point. Each number that it yields is the number of suspensions after which
+# it goes on. It is closed when the scenario has ended.
 Fault = Callable[["Run"], Generator[int, None, None]]
 
 
 class Counted(Coroutine[Any, Any, Any]):
-    """A task's coroutine, whose every suspension is told."""
+    """The coroutine of a task. It reports each of its suspensions."""
 
     def __init__(self, inner: Any, tell: Callable[[Any], None]) -> None:
         self._inner = inner
@@ -64,7 +64,7 @@ class Counted(Coroutine[Any, Any, Any]):
 
 
 def awaits(coroutine: Any) -> Iterator[str]:
-    """Where in the library a suspended coroutine is, outermost first."""
+    """Yield the lines of the library at which a coroutine is suspended, outermost first."""
     while coroutine is not None:
         for prefix, following in (("cr", "await"), ("gi", "yieldfrom"), ("ag", "await")):
             frame = getattr(coroutine, f"{prefix}_frame", None)
@@ -85,16 +85,16 @@ class Run:
     """One run of a scenario.
 
     Attributes:
-        fault: What to inject, and ...
-        point: ... at which suspension; 0 for none.
-        count: How many suspensions there were.
-        struck: Whether the fault found something to strike.
-        cancelled: Whether the fault has cancelled the scenario.
-        ended_cancelled: Whether the scenario ended so.
-        error: What came out of it.
-        site: Where the task was that was suspended then.
-        sites: Where in the library any task was suspended.
-        complaints: What must not be.
+        fault: The fault to inject.
+        point: The number of the suspension at which the fault is injected; 0 for no fault.
+        count: The number of suspensions so far.
+        struck: True if the fault found something to strike.
+        cancelled: True if the fault cancelled the scenario.
+        ended_cancelled: True if the scenario ended as cancelled.
+        error: The exception of the scenario.
+        site: The place of the task that was suspended at the point.
+        sites: All places in the library at which a task was suspended.
+        complaints: All problems that were found.
     """
 
     fault: Fault | None = None
@@ -118,7 +118,7 @@ class Run:
             self.struck = self.cancelled = True
 
     def signal(self, number: signal.Signals, *names: str) -> None:
-        """Send a signal to the children that are, or are about to be, these programs."""
+        """Send a signal to the children that are, or are about to execute, these programs."""
         for pid in children():
             with suppress(FileNotFoundError, ProcessLookupError):
                 words = (
@@ -129,7 +129,7 @@ class Run:
                     self.struck = True
 
     async def main(self, scenario: Scenario) -> None:
-        """Run it; afterwards the loop must have no task."""
+        """Run the scenario; afterwards the loop must have no task."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._complain)
         loop.set_task_factory(self._make_task)
@@ -185,7 +185,7 @@ class Run:
 
 
 def stacks() -> str:
-    """Where every task is."""
+    """Return the place of every task."""
     text = io.StringIO()
     for task in asyncio.all_tasks():
         print(task, *awaits(task.get_coro()), sep="\n    ", file=text)
@@ -194,7 +194,7 @@ def stacks() -> str:
 
 @contextmanager
 def watched(complaints: list[str]) -> Iterator[None]:
-    """Compare processes, descriptors and threads before and after; gather what Python says."""
+    """Compare processes, descriptors and threads before and after, and gather Python's warnings."""
     processes, files, threads = children(), descriptors(), threading.active_count()
 
     def unraisable(event: Any) -> None:
@@ -205,7 +205,7 @@ def watched(complaints: list[str]) -> Iterator[None]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
-            gc.collect()  # what complains of being forgotten does so now
+            gc.collect()  # objects that warn of being forgotten do so now
         complaints += [f"a warning: {warning.message}" for warning in caught]
     finally:
         sys.unraisablehook = hook
@@ -231,7 +231,7 @@ def run_once(scenario: Scenario, fault: Fault | None = None, point: int = 0) -> 
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Drop the tracebacks, which keep the loop alive, and what it holds."""
+    """Drop the tracebacks: they keep the loop and its objects alive."""
     while error is not None:
         error.__traceback__ = None
         _forget_frames(error.__cause__)

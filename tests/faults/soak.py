@@ -1,4 +1,4 @@
-"""Many VMs in one process; prints what the process holds after the first, and in the end.
+"""Run many VMs in one process, and print its figures after the first VM and at the end.
 
 python -m tests.faults.soak IMAGE DATA_DIR ONE_AFTER_ANOTHER AT_ONCE
 """
@@ -31,7 +31,7 @@ async def one(image: Path, data_dir: Path) -> None:
 
 
 async def use_desktop(vm: AsyncSmolVM) -> None:
-    """Whatever needs no guest."""
+    """Use all of the desktop that needs no guest."""
     await vm.screenshot()
     with suppress(VMTimeoutError):  # the firmware reads no key yet
         await vm.keyboard.press("a")
@@ -42,8 +42,8 @@ async def use_desktop(vm: AsyncSmolVM) -> None:
 
 
 async def figures(data_dir: Path) -> Figures:
-    """What this process holds now, garbage apart."""
-    await asyncio.sleep(0)  # what woke this task up is held until its next turn
+    """Return the figures of this process, without garbage."""
+    await asyncio.sleep(0)  # the loop holds the future that woke this task until its next turn
     linecache.clearcache()  # the lines that the QMP client's tracebacks quote, if it makes any
     while gc.collect():
         pass
@@ -61,7 +61,7 @@ async def figures(data_dir: Path) -> Figures:
 
 
 def kind(link: str) -> str:
-    """What a descriptor leads to, without the number that makes each one different."""
+    """Return the target of a descriptor without the number that makes each different."""
     return link.partition(":[")[0]
 
 

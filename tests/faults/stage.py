@@ -1,4 +1,4 @@
-"""Starts actors (see `tests.faults.actors`), and hears what they say."""
+"""Starts actors (see `tests.faults.actors`), and hears their words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG = 30.0  # seconds that nothing here takes
 
 
 class Stage:
-    """One process that forks an actor whenever it is told to."""
+    """A process that forks actors on demand."""
 
     def __init__(self, data_dir: Path) -> None:
         command = [sys.executable, "-m", "tests.faults.actors"]
@@ -34,7 +34,7 @@ class Stage:
         self._process.stdin.write(json.dumps([name, *arguments], default=str).encode() + b"\n")
 
     def hear(self, *words: str, pid: int = 0) -> tuple[int, str]:
-        """Who says one of these words, and which; each is heard once."""
+        """Wait until an actor says one of these words, and return its process id and the word."""
         deadline = time.monotonic() + LONG
         while True:
             for said in self._said:
@@ -45,7 +45,7 @@ class Stage:
             assert told, f"nobody says {words}, but {self._said}"
 
     def has_said(self, word: str, pid: int) -> bool:
-        """Whether it had, now that it is dead."""
+        """Return whether an actor that is dead had said the word."""
         while self._listen(0):
             pass
         return (pid, word) in self._said
@@ -61,7 +61,7 @@ class Stage:
         return said
 
     def close(self) -> None:
-        """End it, and whatever a test that failed has left."""
+        """End the process, and all processes that a failed test has left."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         pid = self._process.pid

@@ -1,4 +1,4 @@
-"""Cancelled at any moment, once or twice: nothing is left, and the cancellation comes out."""
+"""Cancellation at any moment, once or twice: nothing is left, and CancelledError comes out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_vm(blank_image: Path, data_dir: Path) -> Callable[[], AsyncSmolVM]:
 
 
 async def cancelled_after(work: Awaitable[object], delay: float, *, again: float | None) -> bool:
-    """Cancel `work` after `delay` seconds, and once more; whether `CancelledError` came out."""
+    """Cancel `work` after `delay` seconds, and again; return whether it raised `CancelledError`."""
     task = asyncio.ensure_future(work)
     await asyncio.sleep(delay)
     task.cancel()

@@ -1,4 +1,4 @@
-"""The desktop, when calls are cancelled or fail, QEMU hangs or ends, or an attached process dies.
+"""The desktop while calls are cancelled or fail, QEMU hangs or ends, or an attached process dies.
 
 No key or button stays down, no caller waits for ever, and the VM goes on.
 """
@@ -34,7 +34,7 @@ from smolvm_async import (
 )
 from smolvm_async.controls.desktop.mouse import Mouse
 from smolvm_async.qemu.input import Input
-from tests.conftest import child_named, descriptors, fill_up, vm_in
+from tests.conftest import child_named, closed_since, descriptors, fill_up, run_of, vm_in
 from tests.faults.actors import make
 from tests.faults.injection import Counted
 from tests.faults.stage import Stage, kill
@@ -47,7 +47,7 @@ Call = Callable[[AsyncSmolVM], Coroutine[Any, Any, object]]
 
 
 class Wire:
-    """What goes out to QEMU, in order.
+    """The commands that go out to QEMU, in order.
 
     Attributes:
         commands: Each with its arguments.
@@ -81,15 +81,14 @@ class Wire:
         await self.shows(lambda: len(self.commands) > than, "something goes out")
 
     async def shows_nothing_held(self, vm: AsyncSmolVM, what: str) -> None:
-        """All that was asked for so far is out, and what it pressed is released."""
-        assert vm._vm.run is not None
-        await vm._vm.run.peripherals.input.tablet_taken()  # QEMU answers in turn
+        """Wait until all commands so far are out, and every key that they pressed is released."""
+        await run_of(vm).peripherals.input.tablet_taken()  # QEMU answers in turn
         await self.shows(lambda: not self.held, what)
 
 
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
-    """Of this process's VMs, whose guests have a driver for the tablet and read every key."""
+    """The wire of this process's VMs; their guests seem to drive the tablet and read every key."""
     wire = Wire()
     send = QMPClient._do_send
 
@@ -118,7 +117,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
 
 @asynccontextmanager
 async def seen_by(who: str, image: Path, data_dir: Path) -> AsyncIterator[AsyncSmolVM]:
-    """A running VM, as its owner has it or as one attached to it does."""
+    """Run a VM, and yield it as its owner has it, or as an attached process has it."""
     async with vm_in(data_dir, image) as vm:
         if who == "owner":
             yield vm
@@ -133,7 +132,7 @@ BY = pytest.mark.parametrize("who", ["owner", "attached"])
 
 
 class Striker:
-    """Does something at the n-th suspension of any task from now on."""
+    """Strikes at the n-th suspension of any task from now on."""
 
     def __init__(self) -> None:
         self._left = 0
@@ -144,7 +143,7 @@ class Striker:
         self._left, self._strike = point, strike
 
     def disarm(self) -> bool:
-        """Whether it has struck."""
+        """Disarm, and return whether it has struck."""
         left, self._left = self._left, 0
         return left <= 0
 
@@ -200,9 +199,11 @@ LEAVING_DOWN: list[tuple[Call, Call]] = [(down, up), (button_down, button_up)]
 async def struck(
     vm: AsyncSmolVM, call: Call, striker: Striker, point: int, strike: Callable[[Any], object]
 ) -> tuple[bool, bool]:
-    """Strike at an await of a call; whether that came about, and whether the call succeeded.
+    """Strike at an await of a call.
 
-    If it did not, it was cancelled, or the guest was paused.
+    Returns:
+        Whether it struck, and whether the call succeeded. Otherwise the call was cancelled, or the
+        guest was paused.
     """
     calling = asyncio.ensure_future(call(vm))
     striker.arm(point, lambda: strike(calling))
@@ -367,8 +368,9 @@ async def test_what_a_killed_process_held_down_is_released(
     stage: Stage, blank_image: Path, data_dir: Path, wire: Wire, paused: bool
 ) -> None:
     async with make(str(blank_image), str(data_dir), False) as vm:
-        run: Any = vm._vm.run
-        run.boot.enter(BootState.OPERATING_SYSTEM, "the test says so")  # or the mouse would wait
+        # Before that, the mouse would wait.
+        run_of(vm).boot.enter(BootState.OPERATING_SYSTEM, "the test says so")
+        before = descriptors()
         stage.call("typist", data_dir)
         typist, _ = await asyncio.to_thread(stage.hear, "holds")
         assert wire.held == {"ctrl", "a", "left"}
@@ -376,18 +378,11 @@ async def test_what_a_killed_process_held_down_is_released(
             await vm.pause()
         kill(typist)
         if paused:
-            await wire.shows(lambda: not vm_clients(vm), "the owner sees that it has gone")
+            await closed_since(before)  # the owner sees that the typist has gone
             assert wire.held
             await vm.resume()
         await wire.shows(lambda: not wire.held, "the owner releases what it held")
         await vm.stop(timeout=0)
-
-
-def vm_clients(vm: AsyncSmolVM) -> set[Any]:
-    """The connections of those who are attached to a VM of ours."""
-    handle: Any = vm._vm
-    connections: set[Any] = handle._server._connections
-    return connections
 
 
 @pytest.mark.anyio
@@ -395,6 +390,7 @@ async def test_a_process_that_is_killed_as_it_looks_harms_nobody(
     stage: Stage, blank_image: Path, data_dir: Path, wire: Wire
 ) -> None:
     async with make(str(blank_image), str(data_dir), False) as vm:
+        before = descriptors()
         stage.call("viewer", data_dir)
         viewer, _ = await asyncio.to_thread(stage.hear, "views")
         qemu = child_named("qemu")
@@ -402,7 +398,7 @@ async def test_a_process_that_is_killed_as_it_looks_harms_nobody(
         seen = len(wire.commands)
         await wire.shows(lambda: ("screendump", "png") in wanted(wire, seen - 1), "it looks")
         kill(viewer)
-        await wire.shows(lambda: not vm_clients(vm), "the owner sees that it has gone")
+        await closed_since(before)  # the owner sees that the viewer has gone
         os.kill(qemu, signal.SIGCONT)
         assert (await vm.screenshot()).size == (640, 480)
         assert (await vm.vnc.url()).startswith("vnc+unix://")
@@ -547,10 +543,9 @@ async def test_a_picture_for_which_there_is_no_memory_is_an_error_and_no_crash(
         patch.setattr(os, "memfd_create", lambda name: os.open(small_disk / name, flags))
         vm = vm_in(data_dir, blank_image, resolution="640x480")
         await vm.start()
-    assert vm._vm.run is not None
     filler = fill_up(small_disk)
     with pytest.raises(HostError, match=r"no memory .*No space left"):
-        await vm._vm.run.peripherals.screen.dump(image_format, None, 0)
+        await run_of(vm).peripherals.screen.dump(image_format, None, 0)
     filler.unlink()
     assert (await vm.screenshot()).size == (640, 480)
     await vm.stop(timeout=0)

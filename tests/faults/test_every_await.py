@@ -38,7 +38,7 @@ Story = Callable[["World"], Coroutine[Any, Any, None]]
 
 
 class World:
-    """Where the scenarios run."""
+    """The image, the directory and the timeouts of the scenarios."""
 
     def __init__(self, image: Path, data_dir: Path) -> None:
         self.image = image

@@ -1,4 +1,4 @@
-"""A disk that is really full: what cannot be written is told, and nothing is left behind."""
+"""A full disk: the error says so, and nothing is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""As an attacker would: another user of this machine, a hostile guest, planted files."""
+"""Attacks by another user of this machine, by a hostile guest, and by planted files."""
 
 from __future__ import annotations
 
@@ -22,21 +22,13 @@ from smolvm_async import (
     Status,
     VMNotFoundError,
 )
-from smolvm_async.vm.owner import OwnedVM
-from smolvm_async.vm.run import VMRun
 from stand_in import build_stand_in
-from tests.conftest import BOOT, FakeProgram, children, console_shows, vm_in
+from tests.conftest import BOOT, FakeProgram, children, console_shows, run_of, vm_in
 
 pytestmark = pytest.mark.anyio
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user as well")
-
-
-def supervisor_of(vm: AsyncSmolVM) -> VMRun:
-    assert isinstance(vm._vm, OwnedVM)
-    assert vm._vm.run is not None
-    return vm._vm.run
 
 
 # Another user of this machine
@@ -327,7 +319,7 @@ async def test_a_flood_of_the_log_is_bounded_on_disk_and_in_memory(
     fake("qemu-system-x86_64", f'{flood} exec $REAL "$@"')
     async with vm_in(data_dir, blank_image) as vm:
         log = data_dir / vm.vm_id / "qemu.log"
-        qemu_child = supervisor_of(vm)._processes.qemu
+        qemu_child = run_of(vm)._processes.qemu
         async with asyncio.timeout(60):
             while not qemu_child.log.text().endswith("done\n"):
                 assert log.stat().st_size <= 2 * 256 * 1024
@@ -341,7 +333,7 @@ async def test_a_flood_of_events_is_bounded(blank_image: Path, data_dir: Path) -
     async with vm_in(data_dir, blank_image) as vm:
         slow = vm.events()
         other = await AsyncSmolVM.from_id(vm.vm_id, data_dir=data_dir)
-        monitor = supervisor_of(vm)._monitor
+        monitor = run_of(vm)._monitor
         for _ in range(1500):
             await monitor.execute("system_reset")
         assert len(slow.pending()) == 1024  # the latest
@@ -358,7 +350,7 @@ async def test_a_flood_of_the_agents_channel_is_bounded(data_dir: Path) -> None:
         await console_shows(vm, "STAND-IN: ready")
         before = owned_bytes(data_dir / vm.vm_id)
         for _ in range(200):
-            assert (await supervisor_of(vm)._monitor.execute("query-status"))["running"]
+            assert (await run_of(vm)._monitor.execute("query-status"))["running"]
         assert owned_bytes(data_dir / vm.vm_id) - before < 8 << 20
         assert (await vm.stop()).rung is Rung.POWERDOWN
 

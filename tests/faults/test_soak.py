@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 IN_TURN, AT_ONCE = 200, 16
 
-# What the allocator and caches may still take after the first VM. A leak of 5 objects (of any
+# The growth that allocator and caches are allowed after the first VM. A leak of 5 objects (of any
 # size), or of 20 KiB, for each VM would be more; 800 VMs take hardly more than 200 do.
 MORE_BLOCKS = 5 * IN_TURN
 MORE_KIB = 20 * IN_TURN
@@ -38,7 +38,7 @@ def test_soak(blank_image: Path, data_dir: Path) -> None:
 
 
 def grown(before: dict[str, Any], after: dict[str, Any], vms: int) -> dict[str, int]:
-    """The types of which there is at least one object more for each VM."""
+    """Return the types with at least one more object for each VM."""
     counts: dict[str, int] = after["objects"]
     growth = {name: count - before["objects"].get(name, 0) for name, count in counts.items()}
     return {name: count for name, count in growth.items() if count >= vms}

@@ -1,4 +1,4 @@
-"""All that a VM goes through in a user's event loop; run as a program, in a loop of choice.
+"""The life of a VM in an event loop of the user; as a program, in the loop that is named.
 
 python -m tests.integration.life asyncio|uvloop IMAGE DATA_DIR
 """

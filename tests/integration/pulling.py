@@ -1,4 +1,4 @@
-"""A process that pulls an image, and says what it cost: `python -m tests.integration.pulling`."""
+"""Pull an image, and print the time and memory it took: `python -m tests.integration.pulling`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smolvm_async import ImageStore, SmolVMError
 
 
 async def watch(gaps: list[tuple[float, float]]) -> None:
-    """Note how long the loop did not come round: in wall time, and how long this thread worked."""
+    """Note the gaps between the loop's turns: in wall time, and in time that this thread worked."""
     wall, work = time.perf_counter(), time.thread_time()
     while True:
         await asyncio.sleep(0.001)
@@ -30,7 +30,7 @@ def memory(name: str) -> int:
 
 
 async def main(uri: str, root: str, times: int) -> None:
-    """Pull it, in so many tasks at once."""
+    """Pull an image in as many tasks at once as `times` says."""
     gaps: list[tuple[float, float]] = []
     watching = asyncio.create_task(watch(gaps))
     before, began = memory("VmRSS"), time.monotonic()

@@ -57,7 +57,7 @@ def s3_server(directory: Path) -> Iterator[str]:
 
 @dataclass
 class Request:
-    """What somebody asked for."""
+    """A request, as the proxy saw it."""
 
     method: str
     path: str
@@ -72,7 +72,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What becomes of an answer.
+    """A change to an answer.
 
     Attributes:
         status: Another one, instead of asking the server.

@@ -74,7 +74,7 @@ def document(*arguments: object, code: int = 0, **options: Any) -> Any:
 
 
 def as_usual() -> None:
-    """What a shell in the foreground starts: no signal ignored, which children would inherit."""
+    """Ignore no signal, as in a foreground command of a shell: children inherit ignored signals."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
@@ -107,7 +107,7 @@ class Running:
         return "".join(self.lines) + output, errors, self.process.returncode
 
     def events(self) -> list[dict[str, Any]]:
-        """All that it has written with --json, once it has ended."""
+        """Wait for its end, and return all that it has written with --json."""
         return [json.loads(line) for line in self.end()[0].splitlines()]
 
     def kill(self, number: signal.Signals) -> None:
@@ -150,7 +150,7 @@ def run(blank_image: Path, data_dir: Path) -> Run:
 
 
 def terminal(*arguments: object, typed: str = "", **env: str) -> tuple[str, int]:
-    """What a command writes on a terminal, on which something is typed, and its exit code."""
+    """Run a command on a terminal, type on it, and return the output and the exit code."""
     pid, fd = pty.fork()
     if pid == 0:
         as_usual()

@@ -1,4 +1,4 @@
-"""Images of one's own, as a cloud's user has them: own boot loader, own cloud-init, our seed."""
+"""Images of the user, as for a cloud: with a boot loader and cloud-init, and our seed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ async def cloud_image() -> CloudImage:
 
 
 async def said(vm: AsyncSmolVM, command: str, timeout: float = 60) -> str:
-    """What a command printed that has to succeed."""
+    """Run a command that has to succeed, and return its output."""
     return str((await vm.run(command, check=True, timeout=timeout)).stdout.strip())
 
 
 async def cloud_init_is_content(vm: AsyncSmolVM) -> None:
-    """It has found our seed, and has had nothing to complain about, in it or elsewhere."""
+    """Check that cloud-init has found our seed, and has logged no warning."""
     status = await said(vm, "cloud-init status --wait --long", CLOUD_INIT)
     assert "status: done" in status
     assert "DataSourceNoCloud [seed=/dev/vdb]" in status

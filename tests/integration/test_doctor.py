@@ -249,7 +249,7 @@ async def test_wrong_arguments_are_no_findings(arguments: dict[str, object]) -> 
 
 
 async def until_qemu_runs(data_dir: Path) -> None:
-    """Until the probe's QEMU shows in its capture that it has built the machine."""
+    """Wait until the probe's QEMU has built the machine: then its capture exists."""
     while not list(data_dir.glob("doctor-*/network.pcap")):
         await asyncio.sleep(0.01)
 

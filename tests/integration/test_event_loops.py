@@ -1,4 +1,4 @@
-"""Every way to run a loop starts and stops a VM, and leaves nothing.
+"""VMs in every kind of event loop: each starts and stops, and leaves nothing.
 
 That no process, descriptor or file is left, `nothing_left` shows after each test, for processes
 of other interpreters too; for their descriptors, `life.py` does.
@@ -146,7 +146,7 @@ def test_a_vm_ends_with_the_thread_that_started_it(blank_image: Path, data_dir: 
 
 
 def python(*arguments: str | Path, cwd: Path = ROOT, **variables: str | Path) -> str:
-    """Run Python to its good end; what it printed. It has nothing to complain of."""
+    """Run Python, which must succeed and write nothing to stderr, and return its output."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -218,7 +218,7 @@ loop.close()
 def test_a_loop_closed_over_a_vm_leaves_nothing_in_the_end(
     blank_image: Path, data_dir: Path
 ) -> None:
-    """Nobody cancels the tasks, as `asyncio.run` does: the interpreter's end is the VM's."""
+    """The tasks are not cancelled, as by `asyncio.run`: the VM ends with the interpreter."""
     python("-W", "ignore", "-c", CLOSED, blank_image, data_dir)
     assert not list(data_dir.iterdir())
 
@@ -420,6 +420,6 @@ async def start_and_delete(vm: AsyncSmolVM) -> None:
 
 
 def run_in_jupyter(script: str, *arguments: str | Path) -> str:
-    """What a script printed that starts a kernel; kernels may have more to say on stderr."""
+    """Run a script that starts a kernel, and return its output; kernels may write to stderr."""
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

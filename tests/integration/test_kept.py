@@ -1,4 +1,4 @@
-"""VMs that outlive their block: the same machine again, in this process and in later ones."""
+"""VMs that are kept: the same machine boots again, in this process and in later ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launching, without an operating system: paths, sharing, ids, an installed wheel."""
+"""Launching without an operating system: paths, sharing, ids, an installed wheel."""
 
 from __future__ import annotations
 

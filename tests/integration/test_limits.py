@@ -1,4 +1,4 @@
-"""What VMs may take of the host: memory that is not there, bounds, out-of-memory kills."""
+"""Limits of VMs: more memory than the host has, bounds, out-of-memory kills."""
 
 from __future__ import annotations
 

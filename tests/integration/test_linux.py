@@ -1,4 +1,4 @@
-"""The built-in Linux, as a newcomer uses it: commands, files, ports, and what goes wrong."""
+"""The built-in Linux, as a newcomer uses it: commands, files, ports, and their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job, on the disk that stands in for Windows; and guests that behave awkwardly."""
+"""The main job, on the disk that stands in for Windows, and guests that behave badly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def digest(path: Path) -> str:
 
 
 def open_files(pid: int) -> dict[str, int]:
-    """What a process has open: path or kind → flags."""
+    """Return the open files of a process, by path or kind, with their flags."""
     found = {}
     for fd, link in descriptors(pid).items():
         info = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()

@@ -1,4 +1,4 @@
-"""One process owns a VM, others attach to it; seen from either side."""
+"""A VM that one process owns and others attach to, seen from both sides."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def proxy(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
-    """What everything talks to S3 through; the cache is the test's own."""
+    """The proxy through which the library talks to S3; the cache is the test's own."""
     monkeypatch.setenv("SMOLVM_IMAGE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "BACKOFF", 0.02)  # seconds before the first retry
     with proxy_before(server) as proxy:
@@ -140,12 +140,12 @@ async def put(server: str, key: str, content: bytes) -> str:
 
 
 def files(root: Path) -> list[str]:
-    """What is in a cache."""
+    """Return the names of the files in a cache."""
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 def refuse(fault: Fault, *, times: int | None = None, only: str = "GET") -> Callable[..., Any]:
-    """A fault that strikes the disk's answers, so many times."""
+    """Return a fault that strikes the answers with the disk, as often as `times` says."""
     left = [times if times is not None else 1 << 30]
 
     def decide(request: Request) -> Fault | None:

@@ -1,4 +1,4 @@
-"""The screen: screenshots, waiting for it, its size, VNC; of the firmware, which any guest has."""
+"""The screen: screenshots, waiting, size, VNC. It shows the firmware, so no guest is needed."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ async def test_what_cannot_be_waited_for_is_refused(blank_image: Path, data_dir:
 
 
 def listening(pid: int) -> list[str]:
-    """Where a process listens: addresses in hexadecimal, as /proc/net/tcp has them."""
+    """Return the addresses on which a process listens, in hexadecimal, as in /proc/net/tcp."""
     inodes = {link[8:-1] for link in descriptors(pid).values() if link.startswith("socket:[")}
     lines = []
     for family in ("tcp", "tcp6", "udp", "udp6"):
@@ -227,7 +227,7 @@ def listening(pid: int) -> list[str]:
 
 
 async def picture_by_vnc(port: int, password: str, directory: Path) -> bytes:
-    """What Debian's VNC client sees, as a JPEG; empty if it is not let in."""
+    """Return the picture of Debian's VNC client as a JPEG; empty if the server refuses it."""
     secret, file = directory / "secret", directory / "seen.jpeg"
     obscured = subprocess.run(
         ["tigervncpasswd", "-f"], input=f"{password}\n".encode(), capture_output=True, check=True
@@ -244,7 +244,7 @@ async def picture_by_vnc(port: int, password: str, directory: Path) -> bytes:
 
 @contextlib.asynccontextmanager
 async def forwarded(path: str) -> AsyncIterator[int]:
-    """A port that leads to a unix socket, as `ssh -L PORT:PATH` makes one."""
+    """Forward a port to a unix socket, as `ssh -L PORT:PATH` does."""
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_unix_connection(path)

@@ -1,4 +1,4 @@
-"""Commands against a real OpenSSH server of this host, for what the guest's does not do."""
+"""Commands against an OpenSSH server of this host, for cases that no guest's server has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The builder of the stand-in. That its disks boot, and how they behave, other tests show."""
+"""The builder of the stand-in. Other tests boot its disks."""
 
 from __future__ import annotations
 

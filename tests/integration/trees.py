@@ -1,4 +1,4 @@
-"""Trees of files to copy, and what two of them must have in common."""
+"""Trees of files to copy, and their digests."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ EVDEV = {key.qcode: key.evdev for key in KEYS}
 
 
 class Way(NamedTuple):
-    """One stroke; the lesser one is better, and no two are equal."""
+    """A stroke. The lesser of two is better, and no two are equal."""
 
     altgr: bool
     strange: bool  # to Windows
@@ -160,7 +160,7 @@ def characters(name: str) -> dict[str, tuple[Way, ...]]:
 
 
 def typable(typed: str) -> bool:
-    """Whether a text can have it: one character, no control or mark, that NFC leaves alone."""
+    """Return whether a text can be typed: one character, no control or mark, unchanged by NFC."""
     return (
         len(typed) == 1
         and unicodedata.category(typed)[0] not in "CM"
@@ -169,7 +169,7 @@ def typable(typed: str) -> bool:
 
 
 def compact(best: dict[str, tuple[Way, ...]]) -> dict[str, Any]:
-    """One layout as the file has it."""
+    """Return a layout as the file has it."""
     found: dict[str, Any] = {}
     singles = {ways[0]: char for char, ways in best.items() if len(ways) == 1}
     for index, modifiers in enumerate(MODIFIERS):

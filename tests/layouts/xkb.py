@@ -66,7 +66,7 @@ def missing() -> str:
 
 
 def sources() -> dict[str, str]:
-    """What the layouts depend on: xkeyboard-config's version and the compose table's digest."""
+    """Return the version of xkeyboard-config and the digest of the compose table."""
     version = re.search(r"^Version: (\S+)", VERSION.read_text(), re.M)
     assert version
     digest = hashlib.sha256(COMPOSE.read_bytes()).hexdigest()
@@ -109,7 +109,7 @@ class Keyboard:
         self._library.xkb_compose_state_reset(self._compose)
 
     def keysym(self, evdev: int) -> int:
-        """What a key means with the modifiers that are down."""
+        """Return the keysym of a key with the modifiers that are down."""
         found = self._library.xkb_state_key_get_one_sym(self._state, evdev + 8)
         assert isinstance(found, int)
         return found
@@ -139,12 +139,12 @@ class Keyboard:
         return typed
 
     def waits(self) -> bool:
-        """Whether a dead key was typed and waits for another."""
+        """Return whether a dead key was typed and waits for the next key."""
         status = self._library.xkb_compose_state_get_status(self._compose)
         return bool(status == COMPOSING)
 
     def keysyms(self, evdev: int) -> set[int]:
-        """All that a key can mean, with whatever modifiers and locks."""
+        """Return all keysyms that a key can have, with any modifiers and locks."""
         found: set[int] = set()
         for level in range(self._library.xkb_keymap_num_levels_for_key(self._keymap, evdev + 8, 0)):
             array = POINTER(c_uint32)()
@@ -162,5 +162,5 @@ class Keyboard:
 
 
 def is_dead(keysym: int) -> bool:
-    """Whether a keysym is a dead key's."""
+    """Return whether a keysym is that of a dead key."""
     return FIRST_DEAD <= keysym <= LAST_DEAD

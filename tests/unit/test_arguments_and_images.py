@@ -1,4 +1,4 @@
-"""What the constructor takes and refuses: the arguments, and `image=` above all.
+"""The arguments of the constructor, above all `image=`: accepted and refused.
 
 Every refusal is a `SmolVMError` and a `ValueError`, tells what to do, and leaves no file behind.
 """
@@ -118,7 +118,7 @@ def exists(path: Path) -> bool:
 
 
 def config(**arguments: Any) -> VMConfig:
-    """What the constructor makes of its arguments before it looks at the host."""
+    """Return the configuration that the constructor makes, before it looks at the host."""
     return make_config(**{"os": "windows", "image": "/disk.qcow2", **arguments})
 
 

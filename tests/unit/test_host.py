@@ -1,4 +1,4 @@
-"""What the host has, what it lacks, and what the messages say of it."""
+"""The host: its programs and firmware, and the messages about missing ones."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_a_host_without_a_home_still_has_the_systems_descriptors() -> None:
 def test_a_home_that_this_user_may_not_enter_is_no_reason_to_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As after `sudo -u`, which leaves HOME as it was."""
+    """HOME belongs to another user, as after `sudo -u`."""
     with tempfile.TemporaryDirectory() as closed:
         monkeypatch.setenv("HOME", closed)
         monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
@@ -584,7 +584,7 @@ def test_another_processor_has_no_kvm_for_this_guest(
 
 
 class FakeKvm:
-    """What the probe of KVM finds, and how often it was asked."""
+    """The result of the probe of KVM, and the number of probes."""
 
     def __init__(self, found: accelerator.Problem | None) -> None:
         self.found = found

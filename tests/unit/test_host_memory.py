@@ -1,4 +1,4 @@
-"""How much memory a process can still use, from the kernel's texts."""
+"""The memory that a process can still use, from the kernel's texts."""
 
 from __future__ import annotations
 

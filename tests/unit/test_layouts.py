@@ -38,7 +38,7 @@ def keyboard(layout: str) -> xkb.Keyboard:
 
 
 def type_on(layout: str, typed: list[Stroke]) -> str:
-    """What a Linux program gets to read."""
+    """Return the text that a Linux program reads."""
     there = keyboard(layout)
     there.reset()
     text = "".join([there.stroke([EVDEV[qcode] for qcode in stroke]) for stroke in typed])
@@ -47,7 +47,7 @@ def type_on(layout: str, typed: list[Stroke]) -> str:
 
 
 def characters(layout: str) -> str:
-    """All that a layout types, without the line breaks."""
+    """Return all characters that a layout types, without the line breaks."""
     return "".join(char for char in layouts._table(layout) if char not in "\n\r\t")
 
 

@@ -313,7 +313,7 @@ def zstd(content: bytes, level: int = 3, window: int = 0) -> bytes:
 
 
 def read(tmp_path: Path, packed: bytes, content: bytes, *, more: int = 0) -> bytes:
-    """What comes out of a compressed file, read in uneven strides."""
+    """Return the content of a compressed file, read in uneven strides."""
     path, out = tmp_path / "part", tmp_path / "out"
     path.write_bytes(packed)
     file = parsed(

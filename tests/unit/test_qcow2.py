@@ -153,7 +153,7 @@ def scattered(path: Path, *options: str) -> Path:
 
 
 def allocated(path: Path, offset: int) -> bool:
-    """Whether the disk's cluster at `offset` is in use."""
+    """Return whether the cluster of the disk at `offset` is in use."""
     return "1/1" in run("qemu-io", "-f", "qcow2", "-r", "-c", f"alloc {offset} 1", path)
 
 
@@ -298,7 +298,7 @@ def entries(data: bytes, offset: int, length: int) -> set[int]:
 
 
 def broken_for_qemu(path: Path) -> bool:
-    """Whether qemu-img cannot open the image, or misses parts of it."""
+    """Return whether qemu-img fails to open the image, or misses parts of it."""
     command = ["qemu-img", "check", "-f", "qcow2", "--output=json", str(path)]
     before = path.read_bytes()
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -206,7 +206,7 @@ def documentable(attribute: object) -> bool:
 
 
 def documented(value: object) -> bool:
-    """Whether it has a docstring of its own (a dataclass without one is given its signature)."""
+    """Return whether it has a docstring (Python gives a dataclass without one its signature)."""
     assert inspect.isclass(value) or inspect.isfunction(value)
     (node,) = ast.parse(inspect.getsource(value)).body
     assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
