@@ -211,7 +211,7 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
             child = Child(name, argv, process, output, kept)
         except OSError as error:
             message = f"{name} could not be started: {error}.\nCommand: {shlex.join(argv)}"
-            raise LaunchError(message) from error
+            raise LaunchError(message, command=tuple(argv)) from error
         undo.pop_all()
         return child
 
@@ -252,7 +252,8 @@ async def run(
         process = await settle(starting)
         output, _ = await process.communicate()
     except OSError as error:
-        raise CommandError(f"{shlex.join(words)} could not be started: {error}") from error
+        message = f"{shlex.join(words)} could not be started: {error}"
+        raise CommandError(message, command=tuple(words)) from error
     except asyncio.CancelledError:
         if has_result(starting):
             with contextlib.suppress(ProcessLookupError):
@@ -262,5 +263,10 @@ async def run(
     text = output.decode(errors="replace")
     if process.returncode:
         status = describe_exit(process.returncode)
-        raise CommandError(f"{shlex.join(words)}: {status}\n{text[-QUOTED:].strip()}")
+        raise CommandError(
+            f"{shlex.join(words)}: {status}\n{text[-QUOTED:].strip()}",
+            command=tuple(words),
+            returncode=process.returncode,
+            output=text,
+        )
     return text

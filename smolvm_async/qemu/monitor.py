@@ -96,14 +96,16 @@ class Monitor:
             async with asyncio.timeout(ANSWER):
                 return await self.complete(command, arguments)
         except TimeoutError:
-            raise MonitorError(f"QEMU did not answer {command} within {ANSWER:g} s") from None
+            message = f"QEMU did not answer {command} within {ANSWER:g} s"
+            raise MonitorError(message, command=command) from None
 
     async def complete(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Execute a QMP command, however long QEMU takes. See `execute()`."""
         try:
             return await self._client.execute(command, dict(arguments) if arguments else None)
         except ExecuteError as error:
-            raise MonitorError(f"QEMU refused {command}: {error}") from error
+            message = f"QEMU refused {command}: {error}"
+            raise MonitorError(message, command=command, error_class=error.error_class) from error
         except QMPError as error:
             raise VMNotRunningError(f"QEMU has ended; {command} was not executed") from error
 
