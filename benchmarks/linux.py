@@ -28,7 +28,7 @@ import asyncssh
 
 from benchmarks.figures import Figure, Results, show
 from smolvm_async import AcceleratorWarning, AsyncSmolVM
-from smolvm_async.controls.ssh.keys import make_key_pair
+from smolvm_async.controls.ssh.login import make_key_pair
 from smolvm_async.images.build.debian import DebianImage, build_debian
 from smolvm_async.images.build.debian.builder import BOOT_ARGS
 

@@ -43,7 +43,7 @@ from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolvm_async.controls.ssh.result import CommandResult
+    from smolvm_async.controls.ssh.commands import CommandResult
 
 __all__ = [
     "AcceleratorWarning",

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.controls.ssh.access import Access
 from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import LaunchError, VMNotRunningError
 from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tail import Tail

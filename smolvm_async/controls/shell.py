@@ -10,12 +10,10 @@ from typing import Any, Literal, overload
 
 from smolvm_async.controls.interface import running
 from smolvm_async.controls.observation import Observation
-from smolvm_async.controls.ssh.commands import Commands, ShellKind
+from smolvm_async.controls.ssh.commands import CommandResult, Commands, LineStream, ShellKind
 from smolvm_async.controls.ssh.environment import Environment
 from smolvm_async.controls.ssh.files import Files
-from smolvm_async.controls.ssh.lines import LineStream
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.result import CommandResult
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.qemu.events import BootState
 

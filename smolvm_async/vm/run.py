@@ -30,10 +30,9 @@ from anyio.abc import TaskGroup
 
 from smolvm_async.config.source import Source
 from smolvm_async.controls.interface import console_tail, unprepared
-from smolvm_async.controls.ssh.access import Access
 from smolvm_async.controls.ssh.environment import Environment
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.login import Login
+from smolvm_async.controls.ssh.login import Access, Login
 from smolvm_async.errors import SmolVMError, VMCrashedError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import first_of, in_thread

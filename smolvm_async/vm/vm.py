@@ -22,7 +22,7 @@ from smolvm_async.controls.desktop.desktop import Desktop
 from smolvm_async.controls.interface import VM, running
 from smolvm_async.controls.ports import PortForwarding
 from smolvm_async.controls.shell import Shell
-from smolvm_async.controls.ssh.access import Access
+from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import (
     ConfigError,
     UnsupportedError,

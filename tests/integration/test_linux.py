@@ -26,8 +26,8 @@ from smolvm_async import (
     VMCrashedError,
     VMNotRunningError,
 )
-from smolvm_async.controls.ssh.access import Access
 from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.login import Access
 from smolvm_async.images.build.debian import DebianImage, build_debian
 from tests.conftest import child_named, closed_since, descriptors, fill_up
 from tests.integration.trees import digest_tree, make_tree

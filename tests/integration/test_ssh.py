@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 
 from smolvm_async import CommandTimeoutError, ConfigError, ConnectionLostError
-from smolvm_async.controls.ssh.access import Access
 from smolvm_async.controls.ssh.commands import Commands, Reach
 from smolvm_async.controls.ssh.files import Files
-from smolvm_async.controls.ssh.keys import make_key_pair
 from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.login import Access, make_key_pair
 from tests.integration.trees import digest_tree, make_tree
 
 pytestmark = pytest.mark.anyio

@@ -13,8 +13,7 @@ import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, ImageError, PortForward, UnsupportedError
 from smolvm_async.config.vm_config import make_config
-from smolvm_async.controls.ssh.keys import make_key_pair
-from smolvm_async.controls.ssh.seed import make_seed
+from smolvm_async.controls.ssh.login import make_key_pair, make_seed
 from smolvm_async.guests import BUILT_IN, GUESTS
 from smolvm_async.host import find_tools
 from smolvm_async.host.accelerator import TCG

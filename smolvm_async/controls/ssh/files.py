@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING
 from smolvm_async.config.checks import check_path, shown
 from smolvm_async.controls.ssh.commands import Reach
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.transfer import FromGuest, ToGuest, TransferMeter
-from smolvm_async.controls.ssh.trees import Entry, guest_tree, local_tree
+from smolvm_async.controls.ssh.transfer import (
+    Entry,
+    FromGuest,
+    ToGuest,
+    TransferMeter,
+    guest_tree,
+    local_tree,
+)
 from smolvm_async.errors import ConfigError, FileTransferError
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_background, settle

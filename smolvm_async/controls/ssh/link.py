@@ -13,8 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from smolvm_async.controls.ssh.access import Access
-from smolvm_async.controls.ssh.sessions import Sessions
+from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import ConnectionLostError
 from smolvm_async.foundation.tasks import (
     has_result,
@@ -26,6 +25,76 @@ from smolvm_async.foundation.tasks import (
 
 if TYPE_CHECKING:
     from asyncssh import SFTPClient, SSHClientConnection
+
+MOST = 256  # sessions at a time; more only wait for each other in the guest
+
+
+class Sessions:
+    """How many sessions there may be: the server's limit is known once it has refused one.
+
+    OpenSSH's is 10, unless `MaxSessions` says otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._entered = self._opened = 0
+        self._limit = MOST
+        self._learnt = 0  # how often
+        self._waiting: list[asyncio.Future[None]] = []
+
+    async def enter(self) -> int:
+        """Wait for room, first come, first served; returns what `refused()` wants."""
+        if self._entered >= self._limit or self._waiting:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                else:  # it was ours already
+                    self.give_up()
+                raise
+        else:
+            self._entered += 1
+        return self._learnt
+
+    def opened(self) -> None:
+        """The server has given one to whom has entered."""
+        self._opened += 1
+
+    def leave(self) -> None:
+        """One that was opened has ended."""
+        self._opened -= 1
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Who has entered leaves without one."""
+        self._entered -= 1
+        self._admit()
+
+    def refused(self, learnt: int) -> bool:
+        """The server has none for whom has entered; false if no other one could end either.
+
+        Of many refusals at once the first one tells the limit: by the later ones, some have ended.
+        """
+        if self._opened and learnt == self._learnt:
+            self._limit = min(self._limit, self._opened)
+            self._learnt += 1
+        self.give_up()
+        return self._opened > 0
+
+    def forget_limit(self) -> None:
+        """The server may be another one."""
+        self._limit = MOST
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._entered < self._limit:
+            turn = self._waiting.pop(0)
+            if not turn.done():
+                self._entered += 1
+                turn.set_result(None)
+
 
 # Seconds for the server's first word: QEMU's network accepts before the guest listens, and then
 # nobody speaks. A slow guest must get the time for it, or it would begin anew for ever.

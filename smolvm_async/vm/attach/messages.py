@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter
 
 from smolvm_async import errors
-from smolvm_async.controls.ssh.result import CommandResult
+from smolvm_async.controls.ssh.commands import CommandResult
 from smolvm_async.errors import SmolVMError
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.names import CONTROL
