@@ -1,6 +1,26 @@
-"""The one SSH connection to a guest, and the sessions on it.
+"""The SSH connection of this process to a guest, and the sessions on it.
 
-asyncssh is imported when it is first needed, and in a thread: that takes 0.3 s.
+A `Link` belongs to one run of a VM in one process: the owner has one, and every attached process
+has one of its own. It owns the connection; commands and transfers only borrow sessions on it.
+
+Opening the connection takes some care:
+
+- QEMU's network accepts a connection to a forwarded port before the guest's SSH server listens,
+  and then stays silent. So an accepted connection proves nothing; only the server's greeting does.
+- A connection from that time never gets a greeting, and to wait for its time-out would make a boot
+  look twice as long. So the link polls: it connects anew and waits a short time for the first
+  byte of the greeting, again and again, until the server answers.
+- A slow guest may need longer for its greeting than this short time. It would start over for each
+  new connection and never finish, so every time-out makes the next one longer.
+- asyncssh gets the socket when the server has begun to speak. The first byte is only peeked at, so
+  asyncssh reads the whole greeting. It needs no host name, since the socket is a TCP connection
+  (with a socketpair it would), and it accepts only the host key that the guest was given.
+- There is one attempt at a time, as a task that all callers wait for. A cancelled caller leaves the
+  task alone; `abort()` ends it. The socket is closed here unless asyncssh has taken it over.
+- `abort()` drops a connection when the guest was reset, since the guest's network would not tell;
+  the next caller connects again. `close()` does so for good, at the end of the run.
+
+asyncssh is imported for the first connection, in a thread, since that takes 0.3 s.
 """
 
 from __future__ import annotations
@@ -26,23 +46,38 @@ from smolvm_async.foundation.tasks import (
 if TYPE_CHECKING:
     from asyncssh import SFTPClient, SSHClientConnection
 
-MOST = 256  # sessions at a time; more only wait for each other in the guest
+MOST = 256  # sessions at a time; with more, they would only wait for each other in the guest
+GREETING, LONGEST_GREETING = 0.3, 10.0  # seconds to wait for the greeting, at first and at most
+LONGER = 1.5  # the factor between two such times
+LOGIN = 30.0  # seconds from the greeting to the end of the key exchange and the login
+PATIENCE = 30.0  # seconds to connect again to a guest that was ready before
+RETRY = 0.05  # seconds between two attempts
+TRIES = 10  # attempts to open a session while no other session is open
+ENDING = 2.0  # seconds to wait for a session to end; after that it ends in the background
+KEEPALIVE = 15  # seconds without a sign of the guest, three times: the connection is dropped
+
+# The ciphers of OpenSSH and of dropbear, the cheapest for an emulated processor first.
+CIPHERS = ["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes128-ctr"]
+
+T = TypeVar("T")
 
 
 class Sessions:
-    """How many sessions there may be: the server's limit is known once it has refused one.
+    """The count of sessions on a connection, and the queue for them.
 
-    OpenSSH's is 10, unless `MaxSessions` says otherwise.
+    The server does not say how many sessions it allows (OpenSSH: 10, or `MaxSessions`). The limit
+    is learned when it refuses one: it is the number of sessions that are open then. A caller takes
+    a place with `enter()`, and gives it back with `leave()` or, without a session, `give_up()`.
     """
 
     def __init__(self) -> None:
         self._entered = self._opened = 0
         self._limit = MOST
-        self._learnt = 0  # how often
+        self._learned = 0  # how often the limit was learned
         self._waiting: list[asyncio.Future[None]] = []
 
     async def enter(self) -> int:
-        """Wait for room, first come, first served; returns what `refused()` wants."""
+        """Wait for a place, in the order of the calls; return the argument for `refused()`."""
         if self._entered >= self._limit or self._waiting:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
@@ -51,40 +86,41 @@ class Sessions:
             except asyncio.CancelledError:
                 if turn in self._waiting:
                     self._waiting.remove(turn)
-                else:  # it was ours already
+                else:  # the place was given to this caller already
                     self.give_up()
                 raise
         else:
             self._entered += 1
-        return self._learnt
+        return self._learned
 
     def opened(self) -> None:
-        """The server has given one to whom has entered."""
+        """Note that the server opened the session."""
         self._opened += 1
 
     def leave(self) -> None:
-        """One that was opened has ended."""
+        """Give back the place of a session that has ended."""
         self._opened -= 1
         self.give_up()
 
     def give_up(self) -> None:
-        """Who has entered leaves without one."""
+        """Give back a place without a session."""
         self._entered -= 1
         self._admit()
 
-    def refused(self, learnt: int) -> bool:
-        """The server has none for whom has entered; false if no other one could end either.
+    def refused(self, learned: int) -> bool:
+        """Note that the server refused the session; return whether another session is open.
 
-        Of many refusals at once the first one tells the limit: by the later ones, some have ended.
+        Of many refusals at once, only the first one tells the limit: before the later ones are
+        handled, some sessions have ended.
         """
-        if self._opened and learnt == self._learnt:
+        if self._opened and learned == self._learned:
             self._limit = min(self._limit, self._opened)
-            self._learnt += 1
+            self._learned += 1
         self.give_up()
         return self._opened > 0
 
     def forget_limit(self) -> None:
-        """The server may be another one."""
+        """Forget the limit: a new connection may lead to another server."""
         self._limit = MOST
         self._admit()
 
@@ -96,24 +132,13 @@ class Sessions:
                 turn.set_result(None)
 
 
-# Seconds for the server's first word: QEMU's network accepts before the guest listens, and then
-# nobody speaks. A slow guest must get the time for it, or it would begin anew for ever.
-GREETING, LONGEST_GREETING = 0.3, 10.0
-LOGIN = 30.0  # seconds from the greeting to the end of the key exchange and the login
-PATIENCE = 30.0  # seconds to connect again, to a guest that was ready before
-RETRY = 0.05  # seconds
-TRIES = 10  # to open the one session that there is
-ENDING = 2.0  # seconds to wait for a session to end; after that it ends behind our back
-KEEPALIVE = 15  # seconds without a sign of the guest, thrice: the connection is dropped
-
-# Those of OpenSSH and of dropbear that cost an emulated processor least, first.
-CIPHERS = ["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes128-ctr"]
-
-T = TypeVar("T")
-
-
 class Link:
-    """Connects when it is needed, again if the connection was lost, and shares it."""
+    """The connection: opened when it is needed, opened again after a loss, shared by all callers.
+
+    Args:
+        vm_id: The VM's id, for messages.
+        access: Returns the server's port and the keys.
+    """
 
     def __init__(self, vm_id: str, access: Callable[[], Awaitable[Access]]) -> None:
         self._vm_id = vm_id
@@ -126,7 +151,10 @@ class Link:
         self._greeting = GREETING
 
     async def connect(self) -> bool:
-        """Connect, if the guest's server answers by now; a guest that boots is asked often."""
+        """Connect if the guest's server answers by now; return whether it does.
+
+        This is one attempt, for a caller that asks a booting guest again and again.
+        """
         try:
             return await self._connected() is not None
         except ConnectionLostError:
@@ -140,7 +168,7 @@ class Link:
             ending.cancel()
 
     def abort(self) -> None:
-        """Drop the connection: whatever is going on over it fails."""
+        """Drop the connection. Every command and transfer on it fails."""
         if self._connecting is not None:
             self._connecting.cancel()
         if self._connection is not None:
@@ -153,12 +181,13 @@ class Link:
         end: Callable[[T], Coroutine[None, None, None]],
         on_turn: Callable[[bool], None] = lambda _: None,
     ) -> T:
-        """Open a session, once the server has room for one; `release()` or `end()` gives it back.
+        """Open a session when the server has room for it; `release()` or `end()` gives it back.
 
         Args:
-            opener: Opens it on a connection.
-            end: Ends what a cancelled opening has opened after all.
-            on_turn: Called with true once there is room for it, false if there is none after all.
+            opener: Opens the session on a connection.
+            end: Ends a session that was opened although the caller was cancelled.
+            on_turn: Called with true when there is room, and with false if there was none after
+                all, so that the caller waits again.
 
         Raises:
             ConnectionLostError: If the guest does not answer.
@@ -166,9 +195,9 @@ class Link:
         tries = 0
         while True:
             connection = await self._patiently_connected()
-            from asyncssh import ChannelOpenError, Error  # imported in a thread by now
+            from asyncssh import ChannelOpenError, Error  # the connection has imported it
 
-            learnt = await self._sessions.enter()
+            learned = await self._sessions.enter()
             on_turn(True)
             opening = asyncio.ensure_future(opener(connection))
             opening.add_done_callback(self._opened)
@@ -178,11 +207,11 @@ class Link:
                 await self._wait_awhile(self._end_late(opening, end))
                 raise
             except ChannelOpenError as error:
-                others = self._sessions.refused(learnt)
+                others = self._sessions.refused(learned)
                 on_turn(False)
                 if connection.is_closed():
                     raise self.lost() from error
-                if not others:  # it may not know yet that the last one has ended
+                if not others:  # the server may not know yet that the last session has ended
                     tries += 1
                     if tries == TRIES:
                         raise self._lost(f"its SSH server refuses sessions: {error}") from error
@@ -196,13 +225,14 @@ class Link:
             self._sessions.opened()
 
     def release(self) -> None:
-        """A session has ended."""
+        """Give back a session that has ended."""
         self._sessions.leave()
 
     async def end(self, ending: Coroutine[None, None, None]) -> None:
-        """End a session, which counts until then.
+        """End a session by `ending`, and give it back.
 
-        It is waited for, cancelled or not, unless the guest hangs: then it ends behind our back.
+        The caller waits even if it is cancelled, but no longer than 2 s: if the guest hangs, the
+        session ends in the background.
         """
         await self._wait_awhile(self._end(ending))
 
@@ -216,7 +246,8 @@ class Link:
         from asyncssh import Error
 
         try:
-            with suppress(ConnectionLostError, Error, OSError):  # it has ended with the connection
+            # After an error the connection is lost, and the session has ended with it.
+            with suppress(ConnectionLostError, Error, OSError):
                 await ending
         finally:
             self._sessions.leave()
@@ -237,7 +268,9 @@ class Link:
     async def apart(
         self, opener: Callable[[SSHClientConnection], Awaitable[T]]
     ) -> AsyncIterator[T]:
-        """A session that waits for no other: where ours are all taken, on a second connection.
+        """Open a session at once, without a place in the queue.
+
+        If the server refuses it on the shared connection, a second connection is made for it.
 
         Raises:
             ConnectionLostError: If the guest does not answer.
@@ -260,7 +293,7 @@ class Link:
 
     @asynccontextmanager
     async def sftp(self) -> AsyncIterator[SFTPClient]:
-        """A session for files.
+        """Open a session for files.
 
         Raises:
             ConnectionLostError: If the guest does not answer.
@@ -280,7 +313,7 @@ class Link:
         return connection
 
     async def _connected(self) -> SSHClientConnection | None:
-        """The connection; all who want one wait for the same attempt."""
+        """Return the connection, if need be after one attempt that all callers share."""
         if self._closed:
             raise self._lost("the VM has ended")
         if self._connection is not None and not self._connection.is_closed():
@@ -290,7 +323,7 @@ class Link:
             self._connecting.add_done_callback(self._attempted)
         attempt = self._connecting
         await asyncio.wait([attempt])
-        return None if attempt.cancelled() else attempt.result()  # cancelled by abort()
+        return None if attempt.cancelled() else attempt.result()  # abort() cancels it
 
     def _attempted(self, attempt: asyncio.Task[Any]) -> None:
         self._connecting = None
@@ -304,12 +337,12 @@ class Link:
         return connection
 
     async def _log_in(self) -> SSHClientConnection | None:
-        """A new connection; `None` if no server answers by now."""
+        """Return a new connection; `None` if no server answers by now."""
         access = await self._access()
         try:
             ours = await greeted(access.port, self._greeting)
         except TimeoutError:
-            self._greeting = min(self._greeting * 1.5, LONGEST_GREETING)
+            self._greeting = min(self._greeting * LONGER, LONGEST_GREETING)
             return None
         self._greeting = GREETING
         if ours is None:
@@ -326,17 +359,19 @@ class Link:
         return ConnectionLostError(f"{self._vm_id} cannot be reached over SSH: {reason}.")
 
     def lost(self) -> ConnectionLostError:
-        """What to raise for a session that ended without a word."""
+        """Return the error for a session that ended without an exit code or an answer."""
         return self._lost(
             "the connection was lost; the guest was reset or has ended, or its SSH server died"
         )
 
 
 async def greeted(port: int, timeout: float) -> socket.socket | None:
-    """A connection to a server that has begun to speak, its words unread; `None` if none listens.
+    """Return a connection to a server that has begun to speak; `None` if no server listens.
+
+    The server's bytes are still unread.
 
     Raises:
-        TimeoutError: If it has not spoken within `timeout` seconds.
+        TimeoutError: If the server has not spoken within `timeout` seconds.
     """
     loop = asyncio.get_running_loop()
     ours = socket.socket()

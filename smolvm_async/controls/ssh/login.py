@@ -1,4 +1,8 @@
-"""The keys of a VM: for its user and its SSH server, and how the guest gets them."""
+"""The keys of a VM, for its user and for its SSH server, and the seed that gives them to the guest.
+
+Both key pairs are made here before the guest boots, so the guest's host key is known before the
+first connection. The built-in image reads its keys from fw_cfg, any other image from a seed disk.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class Access(NamedTuple):
-    """Where a guest's SSH server is, and the keys that both sides know each other by.
+    """The address of a guest's SSH server, and the keys to log in with.
 
     Attributes:
-        port: On 127.0.0.1.
-        user: As whom.
-        private_key: Ours, in OpenSSH's format.
-        host_key: The server's, as a line of `authorized_keys`; any other is refused.
+        port: The port on 127.0.0.1.
+        user: The user to log in as.
+        private_key: The user's private key, in OpenSSH's format.
+        host_key: The server's public key, as a line of `authorized_keys`; refuse any other.
     """
 
     port: int
@@ -34,8 +38,8 @@ class KeyPair(NamedTuple):
     """An Ed25519 key pair.
 
     Attributes:
-        private: As a file of ssh-keygen holds it, without a passphrase.
-        public: As a line of `authorized_keys`.
+        private: The private key as a file of ssh-keygen, without a passphrase.
+        public: The public key as a line of `authorized_keys`.
     """
 
     private: bytes
@@ -43,25 +47,25 @@ class KeyPair(NamedTuple):
 
 
 def make_key_pair() -> KeyPair:
-    """Make a new one."""
-    # Here, since a Windows guest needs no key and the import takes some 50 ms.
+    """Make a new key pair."""
+    # Imported here: a Windows guest needs no key, and the import takes some 50 ms.
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     return _pair(Ed25519PrivateKey.generate())
 
 
 def load_key_pair(private: bytes) -> KeyPair:
-    """The pair of which this is the private key.
+    """Return the key pair of a private key.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not an Ed25519 key.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
     key = load_ssh_private_key(private, None)
     if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError("this is no Ed25519 key")
+        raise ValueError("this is not an Ed25519 key")
     return _pair(key)
 
 
@@ -78,7 +82,51 @@ def _pair(key: Ed25519PrivateKey) -> KeyPair:
     return KeyPair(private, public.decode())
 
 
-# A name that sorts first wins in sshd_config.d; the library runs many commands over a connection.
+class Login(NamedTuple):
+    """The user of a VM and the VM's two key pairs.
+
+    Attributes:
+        user: The user to log in as.
+        key: The user's key pair.
+        host_key: The key pair of the guest's SSH server.
+    """
+
+    user: str
+    key: KeyPair
+    host_key: KeyPair
+
+    def access(self, port: int) -> Access:
+        """Return how to log in through a port of 127.0.0.1."""
+        return Access(port, self.user, self.key.private.decode(), self.host_key.public)
+
+    def files(self, config: VMConfig) -> dict[str, bytes]:
+        """Return the files for the VM's directory, by name."""
+        files = {
+            SSH_KEY: self.key.private,
+            HOST_KEY: self.host_key.private,
+            AUTHORIZED_KEYS: f"{self.key.public}\n".encode(),
+        }
+        if config.profile.login == "nocloud":
+            files[SEED] = make_seed(config.vm_id, self.user, self.key, self.host_key)
+        return files
+
+
+def new_login(config: VMConfig) -> Login:
+    """Make a login with new keys."""
+    return Login(config.user, make_key_pair(), make_key_pair())
+
+
+def kept_login(config: VMConfig, directory: Path) -> Login:
+    """Read the login of a kept VM from its directory.
+
+    Raises:
+        OSError: If its keys cannot be read.
+    """
+    key, host_key = (load_key_pair((directory / name).read_bytes()) for name in (SSH_KEY, HOST_KEY))
+    return Login(config.user, key, host_key)
+
+
+# In sshd_config.d the name that sorts first wins. A Link runs many commands over one connection.
 SSHD = {
     "path": "/etc/ssh/sshd_config.d/10-smolvm.conf",
     "content": "MaxSessions 1000\nMaxStartups 1000\n",
@@ -86,7 +134,7 @@ SSHD = {
 
 
 def cloud_config(hostname: str, user: str, key: KeyPair, host_key: KeyPair) -> dict[str, Any]:
-    """What cloud-init shall do (cloudinit.readthedocs.io, "Cloud config"); JSON is YAML too."""
+    """Return the configuration for cloud-init (cloudinit.readthedocs.io, "Cloud config")."""
     config: dict[str, Any] = {
         "hostname": hostname,
         "manage_etc_hosts": "localhost",
@@ -101,24 +149,28 @@ def cloud_config(hostname: str, user: str, key: KeyPair, host_key: KeyPair) -> d
         return {**config, "disable_root": False, "ssh_authorized_keys": [key.public]}
     sudo = "ALL=(ALL) NOPASSWD:ALL"
     account = {"name": user, "sudo": sudo, "ssh_authorized_keys": [key.public]}
-    # The image's own default user under this name, with the shell and the groups that it has.
+    # The image's own default user gets this name; its shell and groups stay.
     return {**config, "user": account, "users": ["default"]}
 
 
 def make_seed(hostname: str, user: str, key: KeyPair, host_key: KeyPair) -> bytes:
-    """The image of the disk: an ISO 9660 file system named `cidata`.
+    """Make a NoCloud seed: a small disk from which cloud-init takes user, keys and host name.
 
     Args:
-        hostname: The guest's, and the instance's id: cloud-init acts once for each.
+        hostname: The guest's host name, and the instance's id: cloud-init acts once for each id.
         user: `root`, or the name of a user that cloud-init makes, with sudo.
-        key: Who may log in.
-        host_key: By which the guest is known.
+        key: The user's key pair.
+        host_key: The key pair of the guest's SSH server.
+
+    Returns:
+        The image of the disk: an ISO 9660 file system named `cidata`.
     """
     import pycdlib
 
+    config = json.dumps(cloud_config(hostname, user, key, host_key))  # JSON is YAML, too
     files = {
         "meta-data": json.dumps({"instance-id": hostname, "local-hostname": hostname}),
-        "user-data": "#cloud-config\n" + json.dumps(cloud_config(hostname, user, key, host_key)),
+        "user-data": f"#cloud-config\n{config}",
     }
     iso = pycdlib.PyCdlib()
     iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident="cidata")
@@ -135,46 +187,3 @@ def make_seed(hostname: str, user: str, key: KeyPair, host_key: KeyPair) -> byte
     iso.write_fp(image)
     iso.close()
     return image.getvalue()
-
-
-class Login(NamedTuple):
-    """A VM's own two key pairs.
-
-    Attributes:
-        key: Ours.
-        host_key: The guest's, known before it boots.
-    """
-
-    user: str
-    key: KeyPair
-    host_key: KeyPair
-
-    def access(self, port: int) -> Access:
-        """How to log in."""
-        return Access(port, self.user, self.key.private.decode(), self.host_key.public)
-
-    def files(self, config: VMConfig) -> dict[str, bytes]:
-        """The VM's directory gets these, by name."""
-        files = {
-            SSH_KEY: self.key.private,
-            HOST_KEY: self.host_key.private,
-            AUTHORIZED_KEYS: f"{self.key.public}\n".encode(),
-        }
-        if config.profile.login == "nocloud":
-            files[SEED] = make_seed(config.vm_id, self.user, self.key, self.host_key)
-        return files
-
-
-def new_login(config: VMConfig) -> Login:
-    """Make new keys."""
-    return Login(config.user, make_key_pair(), make_key_pair())
-
-
-def kept_login(config: VMConfig, directory: Path) -> Login:
-    """The keys that a kept VM was made with.
-
-    Raises:
-        OSError: If they cannot be read.
-    """
-    key, host_key = (load_key_pair((directory / name).read_bytes()) for name in (SSH_KEY, HOST_KEY))
-    return Login(config.user, key, host_key)
