@@ -80,8 +80,8 @@ class SmolVMError(Exception):
     """Base class of every error that this library raises.
 
     Attributes:
-        message: What is wrong.
-        hint: What to do about it; empty if the message says so, or if nothing can be done.
+        message: The problem.
+        hint: The fix; empty if the message names it, or if there is none.
     """
 
     message: str = ""
@@ -197,8 +197,9 @@ class VMCrashedError(SmolVMError):
     """QEMU, a sidecar or the guest died.
 
     Attributes:
-        process: What died: `QEMU`, the name of a sidecar such as `swtpm`, `guest` (it panicked,
-            or the accelerator gave up on it), or `owner` (the process that had started the VM).
+        process: The part that died: `QEMU`, the name of a sidecar such as `swtpm`, `guest` (it
+            panicked, or the accelerator gave up on it), or `owner` (the process that had started
+            the VM).
         returncode: Exit status of that process, negative for a signal; `None` if there is none.
         log: The end of QEMU's or the sidecar's output (at most 4 KiB).
         console: The end of the guest's serial console (at most 4 KiB).
@@ -217,7 +218,7 @@ class VMNotRunningError(SmolVMError):
 
 @dataclass(eq=False, repr=False)
 class VMTimeoutError(SmolVMError, TimeoutError):
-    """A deadline passed; the message says what did not happen.
+    """A deadline passed; the message names the event that did not happen.
 
     Attributes:
         seconds: How long was waited.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from smolvm_async.config.checks import check_timeout
-from smolvm_async.controls.interface import VM, begun, console_tail, ended
+from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.controls.interface import VM, Run, begun, console_tail, ended
 from smolvm_async.errors import ConfigError, VMTimeoutError
+from smolvm_async.foundation.tail import QUOTED, printable
 from smolvm_async.qemu.events import BootState, BootStateChanged, EventStream
+from smolvm_async.state.logs import read_log
 from smolvm_async.state.record import Status
 
 
@@ -63,18 +67,12 @@ class Observation:
         run, over = begun(self._vm)
         if over.done():
             raise ended(self._vm.config.vm_id, run)
-        deadline = self._vm.config.timeouts.boot if timeout is None else timeout
+        seconds = self._vm.config.timeouts.boot if timeout is None else timeout
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(seconds):
                 reached = await run.boot.wait_for(state)
         except TimeoutError:
-            last = run.boot.last
-            vm_id = self._vm.config.vm_id
-            raise VMTimeoutError(
-                f"{vm_id} did not reach {str(state)!r} within {deadline:g} s: it is at "
-                f"{str(last.state)!r} since {last.elapsed:.1f} s after start() ({last.evidence}).\n"
-                f"{console_tail(run.console)}"
-            ) from None
+            raise await _timed_out(self._vm.config, run, state, seconds) from None
         if reached is None:
             await asyncio.wait([over])
             raise ended(self._vm.config.vm_id, run)
@@ -104,3 +102,23 @@ class Observation:
         """
         run, over = begun(self._vm)
         return run.console.follow(over)
+
+
+async def _timed_out(
+    config: VMConfig, run: Run, state: BootState, seconds: float
+) -> VMTimeoutError:
+    """Return the error for a boot state that was not reached within some seconds."""
+    last = run.boot.last
+    log = ""
+    with suppress(ConfigError, OSError):  # the VM may have been deleted just now
+        parts = [part async for part in read_log(config.vm_id, "qemu", data_dir=config.data_dir)]
+        log = printable("".join(parts)[-QUOTED:]).strip()
+    return VMTimeoutError(
+        f"{config.vm_id} did not reach {str(state)!r} within {seconds:g} s: it has been at "
+        f"{str(last.state)!r} since {last.elapsed:.1f} s after start() ({last.evidence}).\n"
+        f"{console_tail(run.console)}\nQEMU's log:\n{log or '(empty)'}",
+        seconds=seconds,
+        state=str(last.state),
+        console=run.console.quote(),
+        log=log,
+    )

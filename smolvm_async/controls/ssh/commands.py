@@ -19,17 +19,25 @@ from smolvm_async.controls.ssh.script import check_command, script
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
 from smolvm_async.foundation.tasks import in_background
 
+BIG = 1 << 20  # bytes; joining and decoding more takes long enough to need a thread
+QUOTED = 2000  # characters of stderr in an error message
+MAX_LINE = 1 << 20  # bytes; a longer line comes in pieces
+BEHIND = 1 << 20  # bytes that may wait here before the guest has to wait
+
+Reach = Callable[[], Awaitable[Link]]  # waits until the guest is ready, and returns its link
+ShellKind = Literal["raw", "login"]
+
 
 @dataclass(frozen=True)
 class CommandResult(Generic[AnyStr]):
-    """One command that has ended.
+    """The result of a command that has ended.
 
     Attributes:
-        command: As it was passed.
-        exit_code: As of `subprocess`: -9 if it was killed by SIGKILL.
-        stdout: What it printed, as text (what is no UTF-8 is shown as U+FFFD) or bytes.
+        command: The command as it was passed.
+        exit_code: The exit code as of `subprocess`: -9 if the command was killed by SIGKILL.
+        stdout: The output, as text (invalid UTF-8 is shown as U+FFFD) or as bytes.
         stderr: Likewise.
-        duration: Seconds from its start to its end, as seen from here.
+        duration: Seconds from the command's start to its end, as seen from this process.
     """
 
     command: str
@@ -40,16 +48,16 @@ class CommandResult(Generic[AnyStr]):
 
     @property
     def ok(self) -> bool:
-        """Whether its exit code is 0."""
+        """Return whether the exit code is 0."""
         return self.exit_code == 0
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line that a command has printed.
+    """A line of a command's output.
 
     Attributes:
-        text: Without its end; what is no UTF-8 is shown as U+FFFD.
+        text: The line without its end; invalid UTF-8 is shown as U+FFFD.
         stream: `stdout` or `stderr`.
     """
 
@@ -57,15 +65,11 @@ class Line:
     stream: str
 
 
-MAX_LINE = 1 << 20  # bytes; a longer one comes in pieces
-BEHIND = 1 << 20  # bytes that may wait here before the guest is told to wait
-
-
 class LineStream:
     """An async iterator of `Line`; it ends when the command does.
 
     Attributes:
-        exit_code: As of `subprocess`; `None` until the lines have ended.
+        exit_code: The exit code as of `subprocess`; `None` until the lines have ended.
     """
 
     def __init__(self, command: str, lost: Callable[[], Exception]) -> None:
@@ -74,8 +78,8 @@ class LineStream:
         self._deadline: float | None = None
         self._lost = lost
         self._execution: Execution | None = None
-        self._lines: deque[tuple[Line, int]] = deque()  # each with its bytes
-        self._waiting = 0  # bytes in them
+        self._lines: deque[tuple[Line, int]] = deque()  # each with its size in bytes
+        self._waiting = 0  # bytes in `_lines`
         self._paused = False
         self._partial: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
         self._news = asyncio.Event()
@@ -86,13 +90,16 @@ class LineStream:
         return self._execution.exit_code if self._execution else None
 
     def follow(self, execution: Execution, timeout: float | None, deadline: float | None) -> None:
-        """The command has been started, and has `timeout` seconds until `deadline` (loop time)."""
+        """Note that the command was started; it has `timeout` seconds until `deadline` (loop time).
+
+        Output may have come before.
+        """
         self._execution, self._timeout, self._deadline = execution, timeout, deadline
         execution.ended.add_done_callback(lambda _: self._end())
         self._throttle()
 
     def receive(self, stream: Stream, data: bytes) -> None:
-        """It has printed something."""
+        """Add output of the command."""
         partial = self._partial[stream]
         partial += data
         *whole, rest = partial.split(b"\n")
@@ -111,9 +118,10 @@ class LineStream:
         self._waiting += len(line) + 1
 
     def timed_out(self, timeout: float | None) -> CommandTimeoutError:
-        """What to raise if it has not ended in time."""
+        """Return the error for a command that did not end in time."""
         return CommandTimeoutError(
-            f"{shown(self._command)} did not end within {timeout:g} s, and is killed."
+            f"{shown(self._command)} did not end within {timeout:g} s, and is killed.",
+            seconds=timeout or 0.0,
         )
 
     def _end(self) -> None:
@@ -124,6 +132,7 @@ class LineStream:
         self._news.set()
 
     def _throttle(self) -> None:
+        """Let the guest wait while too much waits here, so that a slow reader loses nothing."""
         if self._execution is None or self._execution.ended.done():
             return
         if not self._paused and self._waiting > BEHIND:
@@ -155,15 +164,8 @@ class LineStream:
         return line
 
 
-BIG = 1 << 20  # bytes; to join and decode more takes long enough to be done in a thread
-QUOTED = 2000  # characters of stderr that an error message has
-
-Reach = Callable[[], Awaitable[Link]]  # the way to a guest, once that is ready
-ShellKind = Literal["raw", "login"]
-
-
 class Commands:
-    """What one runs in a guest."""
+    """The commands of one guest."""
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
@@ -203,6 +205,7 @@ class Commands:
                 f"{_quoted(stderr)}",
                 stdout,
                 stderr,
+                seconds=timeout or 0.0,
             ) from None
         if execution.exit_code is None:
             raise link.lost()
@@ -250,24 +253,24 @@ class Commands:
 
 
 def _bound(bound: asyncio.Timeout, timeout: float | None, turn: bool) -> None:
-    """The time of a command begins when it need not wait for others any more."""
+    """Start the command's time when it need not wait for a session any more."""
     if timeout is not None:
         bound.reschedule(asyncio.get_running_loop().time() + timeout if turn else None)
 
 
 class Output:
-    """What a command prints, until it is asked for."""
+    """The output of a command, collected."""
 
     def __init__(self, text: bool) -> None:
         self._text = text
         self._chunks: dict[Stream, list[bytes]] = {"stdout": [], "stderr": []}
 
     def receive(self, stream: Stream, data: bytes) -> None:
-        """Something has come."""
+        """Add output of the command."""
         self._chunks[stream].append(data)
 
     async def collected(self) -> tuple[Any, Any]:
-        """All of stdout, all of stderr."""
+        """Return all of stdout and all of stderr."""
         size = sum(len(chunk) for chunks in self._chunks.values() for chunk in chunks)
         return await in_background(self._join) if size > BIG else self._join()
 

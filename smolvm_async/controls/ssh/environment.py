@@ -1,4 +1,4 @@
-"""The environment variables of all commands: kept in the guest, in the user's home."""
+"""The environment variables of all commands, in a file in the home of the guest's user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = f"the variables in ~/{ENV_FILE}"  # for messages
 
 
 class Environment:
-    """Variables that every later command has, until the guest's disk is gone."""
+    """The variables of every later command. They last as long as the guest's disk."""
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
@@ -38,7 +38,7 @@ class Environment:
     async def unset(self, names: Iterable[str]) -> dict[str, str]:
         """See `AsyncSmolVM.unset_env_vars()`."""
         if isinstance(names, str) or not isinstance(names, Iterable):
-            raise ConfigError(f"names={shown(names)} is wrong: pass a list of names.")
+            raise ConfigError(f"names={shown(names)} is wrong: pass a list of variable names.")
         wanted = list(check_env(dict.fromkeys(names, ""), "names"))
         link = await self._reach()
         async with self._turn, explained(link, FILE), link.sftp() as sftp:
@@ -67,7 +67,8 @@ async def _read(sftp: SFTPClient) -> dict[str, str]:
         return {}
     except ValueError as error:
         raise FileTransferError(
-            f"it is no longer what this library has written: {error}"
+            f"the file was changed by another program: {error}",
+            hint="Remove the file in the guest, and set the variables again.",
         ) from error
 
 

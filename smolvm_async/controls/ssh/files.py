@@ -1,4 +1,4 @@
-"""Files and directories, into a guest and out of it."""
+"""Uploads into a guest and downloads from it: arguments, cleaning up, and errors."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from smolvm_async.foundation.tasks import in_background, settle
 if TYPE_CHECKING:
     from asyncssh import SFTPClient
 
-CLEANING = 10.0  # seconds to remove what a failed transfer has left
+CLEANING = 10.0  # seconds to remove the rest of a failed transfer
 
 
 class Files:
-    """Transfers to and from one guest."""
+    """The transfers into one guest and out of it."""
 
     def __init__(self, reach: Reach) -> None:
         self._reach = reach
@@ -81,14 +81,16 @@ class Files:
         name = PurePosixPath(source).name
         if await in_background(target.is_dir) or str(local_path).endswith("/"):
             if not name:
-                raise ConfigError("guest_path='/' has no name of its own: name local_path's end.")
+                raise ConfigError(
+                    "guest_path='/' has no file name: pass a local_path= that does not exist yet."
+                )
             target /= name
         link = await self._reach()
         async with explained(link, f"{source!r} to {str(target)!r}"), link.sftp() as sftp:
             tree = await guest_tree(sftp, source)
             size = _size(tree)
             if max_bytes is not None and size > max_bytes:
-                raise FileTransferError(f"it has {size} bytes, over max_bytes={max_bytes}")
+                raise FileTransferError(f"{size} bytes are more than max_bytes={max_bytes}")
             if make_dirs:
                 await in_background(_make_directory, target.parent)
             meter = TransferMeter(on_progress, f"downloading {name}", size)
@@ -103,7 +105,14 @@ async def _carry_out(
     sftp: SFTPClient | None = None,
     directory: str = "",
 ) -> None:
-    """Do it, or remove what there is of it; `sftp` tells whether the guest's disk was full."""
+    """Copy and publish; after a failure or a cancellation, remove the temporary name.
+
+    Args:
+        transfer: The transfer.
+        tree: The entries of the source.
+        sftp: Of an upload: where to ask, after a failure, whether the guest's disk is full.
+        directory: The guest's directory that is written to.
+    """
     full = False
     try:
         await transfer.copy(tree)
@@ -119,7 +128,7 @@ async def _carry_out(
 
 
 async def _clean(transfer: ToGuest | FromGuest) -> None:
-    """Remove what a failed transfer has left, unless the guest is gone with it."""
+    """Remove the rest of a failed transfer, unless the guest is gone, too."""
     import asyncssh
 
     with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
@@ -128,35 +137,42 @@ async def _clean(transfer: ToGuest | FromGuest) -> None:
 
 
 @asynccontextmanager
-async def explained(link: Link, what: str) -> AsyncIterator[None]:
-    """What fails is told in the same words, whichever side it was."""
+async def explained(link: Link, subject: str) -> AsyncIterator[None]:
+    """Turn the errors of SSH and of this host into `FileTransferError` or `ConnectionLostError`.
+
+    Args:
+        link: The connection.
+        subject: The files that are transferred, for messages.
+    """
     try:
         yield
     except Exception as error:
-        told = _told(error, link, what)
-        if told is None:
+        explanation = _explanation(error, link, subject)
+        if explanation is None:
             raise
-        raise told from error
+        raise explanation from error
 
 
-def _told(error: Exception, link: Link, what: str) -> Exception | None:
-    """What to raise instead, if anything."""
-    import asyncssh  # not before there is a connection: that imports it in a thread
+def _explanation(error: Exception, link: Link, subject: str) -> Exception | None:
+    """Return the error to raise instead; `None` to raise `error` itself."""
+    import asyncssh  # at hand: the connection has imported it
 
     lost = (asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost, asyncssh.DisconnectError)
     if isinstance(error, (*lost, asyncssh.ChannelOpenError, ConnectionError)):
         return link.lost()
     if isinstance(error, asyncssh.Error):
-        return FileTransferError(f"{what}: the guest says: {error}")
+        return FileTransferError(f"{subject}: the guest says: {error}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return _full("this host's", what)
-    if isinstance(error, OSError | FileTransferError):
-        return FileTransferError(f"{what}: {error}")
+        return _full("this host's", subject)
+    if isinstance(error, FileTransferError):
+        return FileTransferError(f"{subject}: {error.message}", hint=error.hint)
+    if isinstance(error, OSError):
+        return FileTransferError(f"{subject}: {error}")
     return None
 
 
 async def _is_full(sftp: SFTPClient, directory: str, error: BaseException) -> bool:
-    """Whether that is why the guest failed: SFTP itself says no more than "Failure"."""
+    """Return whether a full disk of the guest is the reason: SFTP itself only says "Failure"."""
     import asyncssh
 
     if not isinstance(error, asyncssh.SFTPError):
@@ -168,7 +184,9 @@ async def _is_full(sftp: SFTPClient, directory: str, error: BaseException) -> bo
 
 
 def _full(whose: str, where: str) -> FileTransferError:
-    return FileTransferError(f"no space left on {whose} disk ({where}); free some, and try again")
+    return FileTransferError(
+        f"no space left on {whose} disk ({where})", hint="Free some space, and try again."
+    )
 
 
 def _guest_path(path: object) -> str:

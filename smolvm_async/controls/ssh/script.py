@@ -1,4 +1,4 @@
-"""What the guest's shell is given: the command, and around it what sets its variables."""
+"""The shell scripts for the guest: they set a command's variables and run it, or kill it."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Mapping
 from smolvm_async.config.checks import shown
 from smolvm_async.errors import ConfigError
 
-ENV_FILE = ".smolvm_env.sh"  # in the user's home: what `set_env_vars()` has set
-MARK = "SMOLVM_COMMAND"  # a variable
+ENV_FILE = ".smolvm_env.sh"  # in the user's home: the variables of `set_env_vars()`
+MARK = "SMOLVM_COMMAND"  # the variable that marks a command's processes
 SHELLS = ("raw", "login")
 
 _SOURCE = f"[ ! -r ~/{ENV_FILE} ] || . ~/{ENV_FILE}\n"
 
 
 def check_command(command: object, shell: object) -> None:
-    """Check a command, and what is to run it.
+    """Check a command and the kind of its shell.
 
     Raises:
         ConfigError: If one is wrong.
     """
     if not isinstance(command, str) or not command.strip() or "\0" in command:
         raise ConfigError(
-            f"command={shown(command)} is wrong: pass what a shell is to run, as str, without NUL "
-            "characters; shlex.join() makes it of a list of words."
+            f"command={shown(command)} is wrong: pass the shell command as str, without NUL "
+            "characters; shlex.join() makes a command from a list of words."
         )
     try:
         command.encode()
     except UnicodeEncodeError:
         raise ConfigError(
-            f"command={shown(command)} is wrong: it has a lone surrogate, which no UTF-8 has; pass "
-            "such bytes as input=."
+            f"command={shown(command)} is wrong: it has a lone surrogate, which UTF-8 cannot "
+            "encode; pass such bytes as input=."
         ) from None
     if shell not in SHELLS:
         raise ConfigError(
@@ -42,17 +42,17 @@ def check_command(command: object, shell: object) -> None:
 
 
 def exports(env: Mapping[str, str]) -> str:
-    """A script for a POSIX shell that sets variables."""
+    """Return a script for a POSIX shell that sets variables."""
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
 
 
 def script(command: str, shell: str, env: Mapping[str, str], mark: str) -> tuple[str, bytes]:
-    """What the server is asked to run, and what has to come first on its standard input.
+    """Return the script for the SSH server, and the bytes to send first on its standard input.
 
-    `mark` is in the environment of every process that it starts: `killer()` finds them by it.
+    Every process of the command has `mark` in its environment, so that `killer()` finds it.
 
-    The values of `env` are on the input only: a command line can be read by every user of the
-    guest. The shell's `read` takes byte by byte, so that the rest is left to the command.
+    The values of `env` are only on the input, since every user of the guest can read a command
+    line. The shell's `read` takes single bytes, so the rest of the input is left to the command.
     """
     if shell == "login":
         command = f'exec "$SHELL" -lc {shlex.quote(command)}'
@@ -72,24 +72,25 @@ def script(command: str, shell: str, env: Mapping[str, str], mark: str) -> tuple
 
 
 def killer(mark: str) -> str:
-    """A script that kills what `script()` has started.
+    """Return a script that kills every process of a `script()`.
 
-    OpenSSH has a request for that, but refuses it for root; and a process that has left the
-    command's group would not be reached. The shell itself has the mark on its command line only.
+    SSH has a request for signals, but OpenSSH refuses it for root, and it would miss a process that
+    has left the command's process group. The shell itself has the mark only on its command line,
+    so that is searched too.
     """
-    pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # which does not match itself
+    pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # does not match itself
     places = "/proc/[0-9]*/environ /proc/[0-9]*/cmdline"
     find = f"grep -ls '{pattern}' {places} | cut -d/ -f3"
     own = f"for again in 1 2; do kill -KILL $({find}) 2>/dev/null; done"
     return f"{own}\n{_AS_ROOT} sudo -n sh -c {shlex.quote(_tree_killer(find))}"
 
 
-# Only root may kill what a user has started with sudo, and see by the mark that it is sudo's.
+# Only root may kill the processes that a user started with sudo, and may read the mark of sudo.
 _AS_ROOT = '[ "$(id -u)" = 0 ] || ! grep -qsx sudo /proc/[0-9]*/comm ||'
 
 
 def _tree_killer(find: str) -> str:
-    """A script that also kills all descendants, whose environment sudo has cleared."""
+    """Return a script that also kills all descendants: sudo has cleared their environment."""
     parents = "^PPid:.($(echo $next | tr ' ' '|'))\\$"
     return (
         f"all=; next=$({find})\n"
@@ -102,10 +103,10 @@ def _tree_killer(find: str) -> str:
 
 
 def parse_exports(text: str) -> dict[str, str]:
-    """The variables that a script of `exports()` sets.
+    """Return the variables that a script of `exports()` sets.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the text is not such a script.
     """
     words = shlex.split(text, posix=True)
     pairs = [word.partition("=") for word in words if word != "export"]

@@ -1,7 +1,20 @@
-"""One transfer over SFTP: everything arrives beside its final name first, and is then published.
+"""The transfer of a file or a directory over SFTP, into the guest or out of it.
 
-Writers differ by side and share the rest: directories are made first, files are copied several at
-a time, links are made last, so that nothing is ever written through one.
+A transfer has three steps, which are the same in both directions:
+
+1. List the source as `Entry` objects. Links are not followed, and the names that a guest reports
+   are checked: a guest could report `../../etc/passwd`.
+2. Copy everything under a temporary name in the directory of the target. Directories come first,
+   with mode 0700, so that files can be made in them whatever their own mode is. Then the files are
+   copied, several at a time. Links are made after them, so that nothing is written through a link.
+   The directories get their own modes and times at the end.
+3. Publish: rename to the final name. Both names are in one directory, hence on one file system, and
+   the rename is atomic: a reader of the final name finds the old file or the whole new one, and
+   never a part. A directory that exists already may hold other files, so it is not replaced but
+   merged, with one rename for each file.
+
+If a step fails or is cancelled, the caller removes the temporary name (`discard()`), and nothing of
+the transfer is left.
 """
 
 from __future__ import annotations
@@ -31,10 +44,10 @@ class Entry(NamedTuple):
     """A file, a directory or a link of a tree.
 
     Attributes:
-        path: Relative to the tree's root, with slashes; empty is the root itself.
-        mode: As of stat(2).
+        path: The path relative to the tree's root, with slashes; empty for the root itself.
+        mode: Type and permissions, as of stat(2).
         size: Bytes.
-        mtime: Seconds since the epoch.
+        mtime: When it was last modified, in seconds since the epoch.
     """
 
     path: str
@@ -44,26 +57,26 @@ class Entry(NamedTuple):
 
     @property
     def is_directory(self) -> bool:
-        """Whether it is a directory."""
+        """Return whether this is a directory."""
         return stat.S_ISDIR(self.mode)
 
     @property
     def is_link(self) -> bool:
-        """Whether it is a symbolic link."""
+        """Return whether this is a symbolic link."""
         return stat.S_ISLNK(self.mode)
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a plain file."""
+        """Return whether this is a regular file."""
         return stat.S_ISREG(self.mode)
 
 
 def local_tree(root: Path) -> list[Entry]:
-    """What there is at and below a path here; a directory comes before what is in it.
+    """List a file or a directory of this host; a directory comes before its contents.
 
     Raises:
-        FileTransferError: If there is something that cannot be copied.
-        OSError: If something cannot be read.
+        FileTransferError: If it holds a socket, a FIFO or a device.
+        OSError: If a part cannot be read.
     """
     status = root.stat()  # the source itself may be a link
     top = Entry("", status.st_mode, status.st_size, status.st_mtime)
@@ -83,11 +96,12 @@ def _below(root: Path, directory: str) -> Iterator[Entry]:
 
 
 async def guest_tree(sftp: SFTPClient, root: str) -> list[Entry]:
-    """The same for the guest, whose names may be anything.
+    """List a file or a directory of the guest, as `local_tree()` does.
 
     Raises:
-        FileTransferError: If a name could lead out of the tree, or something cannot be copied.
-        asyncssh.SFTPError: If something cannot be read.
+        FileTransferError: If a name could lead out of the tree, or it holds a socket, a FIFO or a
+            device.
+        asyncssh.SFTPError: If a part cannot be read.
     """
     tree = [await _guest_entry(sftp, root)]
     pending = [""] if tree[0].is_directory else []
@@ -100,7 +114,7 @@ async def guest_tree(sftp: SFTPClient, root: str) -> list[Entry]:
                 continue
             path = f"{directory}/{name}".lstrip("/")
             if not name or "/" in name or "\0" in name or path in seen:
-                raise FileTransferError(f"the guest names a file {name!r}, which is refused")
+                raise FileTransferError(f"the guest reports an unsafe file name: {name!r}")
             seen.add(path)
             attrs = found.attrs
             mode, size = attrs.permissions or 0, attrs.size or 0
@@ -120,15 +134,15 @@ async def _guest_entry(sftp: SFTPClient, root: str) -> Entry:
 def _checked(entry: Entry, shown: str) -> Entry:
     if not (entry.is_directory or entry.is_file or entry.is_link):
         raise FileTransferError(
-            f"{shown!r} is no file, directory or link (a socket, FIFO or device): it cannot be "
-            "copied; remove it, or copy what is beside it"
+            f"{shown!r} cannot be copied: it is not a file, directory or link, but a socket, FIFO "
+            "or device; remove it, or copy the files beside it one by one"
         )
     return entry
 
 
-AT_A_TIME = 16  # files, and blocks of each
-LEAST_BLOCK, MOST_BLOCK = 16 << 10, 256 << 10  # bytes; a server tells what it takes
-ONE_BY_ONE = {"block_size": 0}  # asyncssh's own blocks go on behind the back of who is cancelled
+AT_A_TIME = 16  # files, and blocks of each file
+LEAST_BLOCK, MOST_BLOCK = 16 << 10, 256 << 10  # bytes; the server reports its own limit
+ONE_BY_ONE = {"block_size": 0}  # asyncssh would go on with its own blocks after a cancellation
 
 T = TypeVar("T")
 
@@ -153,17 +167,17 @@ class TransferMeter(Meter):
 
 
 def temporary_name(name: str) -> str:
-    """A hidden name that nobody else has."""
+    """Return a hidden name that no other transfer uses."""
     return f".{name[:200]}.smolvm-{secrets.token_hex(4)}"
 
 
 def opened(path: Path, flags: int) -> AbstractAsyncContextManager[int]:
-    """A file of this host, as a descriptor."""
+    """Open a file of this host as a descriptor."""
     return acquired(in_background(os.open, path, flags | os.O_CLOEXEC, 0o600), os.close)
 
 
 async def each(items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]]) -> None:
-    """Do something with each file, or block of one, several at a time."""
+    """Call `work` with each item, several at a time; the first failure ends the others."""
     pending = iter(items)
     failures: list[Exception] = []
 
@@ -189,7 +203,13 @@ async def copy_blocks(
     """Copy a file of `size` bytes in blocks.
 
     Args:
-        copy: Copies at an offset so many bytes or less; returns how many.
+        size: The size of the file in bytes, as it was listed.
+        block: The size of a block in bytes.
+        copy: Called with an offset and a count of bytes; copies at most as many, and returns how
+            many it copied.
+
+    Raises:
+        FileTransferError: If the file has become shorter.
     """
 
     async def whole(offset: int) -> None:
@@ -197,20 +217,20 @@ async def copy_blocks(
         while offset < end:
             count = await copy(offset, end - offset)
             if not count:
-                raise FileTransferError("it has become shorter while it was copied")
+                raise FileTransferError("the file became shorter while it was copied")
             offset += count
 
     if size > block:
         await each(range(0, size, block), whole)
     elif size:
         await whole(0)
-    else:  # or one of /proc, which does not tell its size
+    else:  # an empty file, or a file of /proc, which has no size
         while count := await copy(size, block):
             size += count
 
 
 class ToGuest:
-    """Writes into the guest."""
+    """A transfer into the guest."""
 
     def __init__(self, sftp: SFTPClient, source: Path, target: str, meter: TransferMeter) -> None:
         self._sftp, self._source, self._meter = sftp, source, meter
@@ -254,7 +274,7 @@ class ToGuest:
         return len(content)
 
     async def publish(self, temporary: str | None = None, target: str | None = None) -> None:
-        """Give what has arrived its name; a directory that is there already gets the contents."""
+        """Rename to the final name; merge into a directory that exists already."""
         temporary, target = temporary or self.temporary, target or self._target
         arrived = await self._sftp.lstat(temporary)
         there = None
@@ -272,7 +292,7 @@ class ToGuest:
         await self._sftp.rmdir(temporary)
 
     async def discard(self) -> None:
-        """Remove what has arrived."""
+        """Remove the temporary file or directory."""
         if not await self._sftp.lexists(self.temporary):
             return
         if await self._sftp.isdir(self.temporary):
@@ -282,7 +302,7 @@ class ToGuest:
 
 
 class FromGuest:
-    """Writes here."""
+    """A transfer out of the guest."""
 
     def __init__(self, sftp: SFTPClient, source: str, target: Path, meter: TransferMeter) -> None:
         self._sftp, self._source, self._meter = sftp, source, meter
@@ -323,11 +343,11 @@ class FromGuest:
         return len(content)
 
     async def publish(self) -> None:
-        """Give what has arrived its name; a directory that is there already gets the contents."""
+        """Rename to the final name; merge into a directory that exists already."""
         await in_background(_publish, self.temporary, self._target)
 
     async def discard(self) -> None:
-        """Remove what has arrived."""
+        """Remove the temporary file or directory."""
         await in_background(_remove, self.temporary)
 
 
@@ -344,7 +364,7 @@ def _attributes(entry: Entry) -> Any:
 
 def _set_attributes(where: Path | int, entry: Entry) -> None:
     os.utime(where, (entry.mtime, entry.mtime))
-    os.chmod(where, stat.S_IMODE(entry.mode) & 0o777)  # no set-user-id file comes out of a guest
+    os.chmod(where, stat.S_IMODE(entry.mode) & 0o777)  # without the set-user-id bit
 
 
 def _write_all(fd: int, content: bytes, offset: int) -> None:
@@ -380,6 +400,6 @@ def _remove(path: Path) -> None:
 
 def _unlike(target: str) -> FileTransferError:
     return FileTransferError(
-        f"{target!r} is a directory on one side and none on the other: remove it, or choose "
-        "another name"
+        f"{target!r} exists, and only one of source and target is a directory: remove the target, "
+        "or choose another name"
     )
