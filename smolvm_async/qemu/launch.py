@@ -139,7 +139,7 @@ class Processes:
         """
         if isinstance(error, LaunchError) and isinstance(error.__cause__, OSError):
             self.kill()  # a process could not be spawned: those that run have nothing to tell
-            return LaunchError(f"{vm_id} did not start: {error}")
+            return LaunchError(f"{vm_id} did not start: {error}", command=error.command)
         if self.children:
             await asyncio.wait([child.exited for child in self.children], timeout=SAME_END)
         ended = [child for child in reversed(self.children) if child.returncode is not None]
@@ -149,11 +149,17 @@ class Processes:
             told = "\n".join(child.report() for child in failed)
             if IMAGE_IN_USE in told:
                 told = f"Another program has {image or 'the image'} open for writing.\n{told}"
-            return LaunchError(f"{vm_id} did not start. {told}")
+            return _launch_error(f"{vm_id} did not start. {told}", failed[0])
         if isinstance(error, LaunchError):
             running = "\n".join(child.report() for child in self.children)
-            return LaunchError(f"{vm_id} did not start: {error}.\n{running}")
+            return _launch_error(f"{vm_id} did not start: {error}.\n{running}", self.qemu)
         return error
+
+
+def _launch_error(message: str, child: Child) -> LaunchError:
+    return LaunchError(
+        message, command=child.argv, returncode=child.returncode, log=child.log.quote()
+    )
 
 
 async def launch(

@@ -35,6 +35,7 @@ from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, Login
 from smolvm_async.errors import SmolVMError, VMCrashedError
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.process import Child
 from smolvm_async.foundation.tasks import first_of, in_thread
 from smolvm_async.host.memory import resident
 from smolvm_async.images.local import BaseImage
@@ -323,22 +324,34 @@ class VMRun:
         """
         qemu = self._processes.qemu
         if self._crash:
-            return self._crashed(self._crash)
+            return self._crashed(self._crash, qemu, process="guest")
         for sidecar in self._processes.sidecars:
             if sidecar.returncode or (sidecar.returncode == 0 and qemu.returncode is None):
-                return self._crashed(sidecar.report())
+                return self._crashed(sidecar.report(), sidecar)
         if self.report.rung not in (Rung.GUEST, Rung.POWERDOWN):
             return None
         if qemu.returncode == 0 and self._shutdown is not None:
             if self._shutdown.guest or self._shutdown.reason.startswith("host-qmp"):
                 return None
             reason = f"QEMU was ended from outside ({self._shutdown.reason}). "
-            return self._crashed(reason + qemu.report())
+            return self._crashed(reason + qemu.report(), qemu)
         hint = oom_hint(self._oom_kills) if qemu.returncode == -signal.SIGKILL else ""
-        return self._crashed(hint + qemu.report())
+        return self._crashed(hint + qemu.report(), qemu)
 
-    def _crashed(self, reason: str) -> VMCrashedError:
+    def _crashed(self, reason: str, child: Child, process: str = "") -> VMCrashedError:
+        """Note that the run crashed, and return the error.
+
+        Args:
+            reason: The reason, for the message.
+            child: The process whose log explains it.
+            process: The part that died, if it is not `child`.
+        """
         self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)
-        console = console_tail(self.console)
-        return VMCrashedError(f"{self._plan.config.vm_id} crashed: {reason}\n{console}")
+        return VMCrashedError(
+            f"{self._plan.config.vm_id} crashed: {reason}\n{console_tail(self.console)}",
+            process=process or child.name,
+            returncode=None if process else child.returncode,
+            log=child.log.quote(),
+            console=self.console.quote(),
+        )

@@ -49,7 +49,12 @@ async def test_a_process_that_is_killed_cancels_the_body_and_is_named(
                 cancelled = True
                 raise
     assert cancelled
-    assert title in str(raised.value)
+    error = raised.value
+    assert title in str(error)
+    assert error.process.lower() == process
+    assert error.returncode == (-signal.SIGKILL if "SIGKILL" in title else 0)
+    assert error.log in str(error)
+    assert error.console in str(error)
     assert vm.status is Status.DELETED
     async for _ in events:
         pass  # it ends
@@ -140,20 +145,30 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "script", "words"),
+    ("name", "script", "words", "returncode", "log"),
     [
         (
             "qemu-system-x86_64",
             "echo no such machine >&2; exit 3",
             ["exit status 3", "no such mac"],
+            3,
+            "no such machine",
         ),
-        ("qemu-system-x86_64", "kill -SEGV $$", ["killed by SIGSEGV"]),
+        ("qemu-system-x86_64", "kill -SEGV $$", ["killed by SIGSEGV"], -signal.SIGSEGV, ""),
         (
             "swtpm",
             "echo state is locked >&2; exit 1",
             ["swtpm", "exit status 1", "state is locked"],
+            1,
+            "state is locked",
         ),
-        ("qemu-system-x86_64", "exec sleep 60", ["no answer within 0.5 s", "still runs"]),
+        (
+            "qemu-system-x86_64",
+            "exec sleep 60",
+            ["no answer within 0.5 s", "still runs"],
+            None,
+            "",
+        ),
     ],
 )
 async def test_what_fails_to_start_is_told_with_status_command_and_log(
@@ -164,6 +179,8 @@ async def test_what_fails_to_start_is_told_with_status_command_and_log(
     name: str,
     script: str,
     words: list[str],
+    returncode: int | None,
+    log: str,
 ) -> None:
     fake(name, script)
     vm = AsyncSmolVM(
@@ -175,6 +192,9 @@ async def test_what_fails_to_start_is_told_with_status_command_and_log(
     assert time.monotonic() - began < 5
     for word in [*words, str(tmp_path / "bin" / name)]:
         assert word in str(raised.value)
+    error = raised.value
+    assert error.command[0] == str(tmp_path / "bin" / name)
+    assert (error.returncode, error.log) == (returncode, log)
     assert not list(data_dir.iterdir())
 
 

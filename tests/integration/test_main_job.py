@@ -192,7 +192,10 @@ async def test_secure_boot_refuses_a_kernel_changed_after_signing(
         await console_shows(vm, "bad shim signature")
         with pytest.raises(VMTimeoutError, match="'firmware' since") as raised:
             await vm.wait_for("operating_system", timeout=1)
-        assert "bad shim signature" in str(raised.value)
+        error = raised.value
+        assert "bad shim signature" in str(error)
+        assert "bad shim signature" in error.console
+        assert (error.state, error.seconds) == ("firmware", 1)
 
 
 def run(*command: str | Path) -> str:

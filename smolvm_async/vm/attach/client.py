@@ -248,7 +248,9 @@ class AttachedVM:
         if not self._told_end and not self._detached:
             self.status = Status.ORPHANED
             self.failure = VMCrashedError(
-                f"{self.config.vm_id} crashed: its owner, process {self._owner_pid}, has died."
+                f"{self.config.vm_id} crashed: its owner, process {self._owner_pid}, has died.",
+                process="owner",
+                console=self.console.quote(),
             )
         if self._detached:
             self.failure = self._gone()
