@@ -111,7 +111,11 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         return _submit(worker, function, arguments)
     except RuntimeError as error:
         del _workers[loop]  # and its queue: a later thread would still run the function
-        raise HostError(f"{error}: end other processes, or raise their limit.") from error
+        raise HostError(
+            f"This host cannot start a thread: {error}.",
+            hint="End other processes, or raise the limit of processes (ulimit -u).",
+            missing=("threads",),
+        ) from error
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:

@@ -55,8 +55,9 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
     """
     if sys.platform not in profile.hosts:
         raise HostError(
-            f"{profile.title} guests need a Linux host; this one is {sys.platform!r}. "
-            "Run this on a Linux machine, or in a Linux VM with nested virtualization."
+            f"{profile.title} guests need a Linux host; this one is {sys.platform!r}.",
+            hint="Run this on a Linux machine, or in a Linux VM with nested virtualization.",
+            missing=("linux",),
         )
     search_path = os.environ.get("PATH", os.defpath)
     features = profile.firmware_features if profile.firmware == "always" else None
@@ -79,9 +80,10 @@ def _find_plain_uefi(found_in: tuple[Path, ...]) -> Firmware:
     found = firmware.find_firmware(frozenset(), directories, firmware.PLAIN_PAIRS, without=smm)
     if found is None:
         raise HostError(
-            f"UEFI firmware (OVMF) not found, and the image has no boot sector for a BIOS. "
-            f"{how_to_install([OVMF])}. Looked in: "
-            f"{', '.join(firmware.places(directories, firmware.PLAIN_PAIRS))}."
+            "UEFI firmware (OVMF) not found, and the image has no boot sector for a BIOS. "
+            f"Looked in: {', '.join(firmware.places(directories, firmware.PLAIN_PAIRS))}.",
+            hint=how_to_install([OVMF]),
+            missing=(OVMF.name,),
         )
     return found
 
@@ -111,8 +113,9 @@ def _find_tools(
             for program in missing
         ]
         raise HostError(
-            f"{', '.join(named)} not found. {how_to_install(missing)}. "
-            f"Looked in: {', '.join(looked)}."
+            f"{', '.join(named)} not found. Looked in: {', '.join(looked)}.",
+            hint=how_to_install(missing),
+            missing=tuple(program.name for program in missing),
         )
     paths = {program: Path(path).absolute() for program, path in found.items() if path is not None}
     beside = {program.name: paths[program] for program in sidecars}
@@ -141,8 +144,9 @@ def choose_accelerator(requested: str, *, smm: bool = True) -> tuple[Accelerator
         return accelerator.KVM, None
     if requested == "kvm":
         raise HostError(
-            f"accel='kvm' cannot be used: {problem.reason}. {problem.cure} "
-            "Or pass accel='tcg': software emulation, many times slower."
+            f"accel='kvm' cannot be used: {problem.reason}.",
+            hint=f"{problem.cure} Or pass accel='tcg': software emulation, many times slower.",
+            missing=("kvm",),
         )
     return accelerator.TCG, (
         f"KVM cannot be used: {problem.reason}. The guest runs under TCG (software emulation), "

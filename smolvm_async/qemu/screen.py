@@ -81,7 +81,9 @@ class Screen:
             os.posix_fallocate(self._write, 0, self._size)
         except OSError as error:
             raise HostError(
-                f"There is no memory for a picture of the screen: {error.strerror}."
+                f"There is no memory for a picture of the screen: {error.strerror}.",
+                hint="Free memory of the host.",
+                missing=("memory",),
             ) from error
         os.lseek(self._write, 0, os.SEEK_SET)
 

@@ -358,7 +358,8 @@ def test_all_that_is_missing_is_said_at_once_with_the_command_that_installs_it(
     assert isinstance(caught.value, ValueError)
     for phrase in ("qemu-system-x86_64", "qemu-img", "swtpm", "Secure Boot (OVMF)", "not found"):
         assert phrase in message.split("Install with")[0]
-    assert f"Install with: {command}. " in message
+    assert f"Install with: {command}" == caught.value.hint
+    assert caught.value.missing == ("qemu-system-x86_64", "qemu-img", "swtpm", "ovmf")
     looked = message.split("Looked in:")[1]
     for place in (str(bin_directory), *map(str, descriptor_directories(os.environ))):
         assert place in looked
@@ -411,7 +412,7 @@ def test_only_what_is_missing_is_to_be_installed(
         windows_tools()
     message = str(caught.value)
     assert message.startswith(f"{program} not found. ")
-    assert f"Install with: sudo apt-get install {package}. " in message
+    assert message.endswith(f" Install with: sudo apt-get install {package}")
     assert f"Looked in: PATH ({bin_directory})." in message
 
 
@@ -424,7 +425,7 @@ def test_firmware_alone_may_be_missing(
         windows_tools()
     message = str(caught.value)
     assert message.startswith("UEFI firmware with Secure Boot (OVMF) not found. ")
-    assert "Install with: sudo apt-get install ovmf. " in message
+    assert message.endswith(" Install with: sudo apt-get install ovmf")
     assert str(bin_directory) not in message, "PATH has no firmware"
 
 

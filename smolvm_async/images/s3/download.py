@@ -173,8 +173,10 @@ def _check_space(path: Path, uri: str, needed: int) -> None:
     if needed > free:
         raise HostError(
             f"{uri} does not fit into {str(path.parent)!r}: it needs {needed} bytes, and {free} "
-            "are free. Free some space (smolvm-async image prune), or set SMOLVM_IMAGE_DIR to a "
-            "directory on another disk."
+            "are free.",
+            hint="Free some space (smolvm-async image prune), or set SMOLVM_IMAGE_DIR to a "
+            "directory on another disk.",
+            missing=("disk space",),
         )
 
 
