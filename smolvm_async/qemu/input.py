@@ -120,7 +120,8 @@ class Input:
         except TimeoutError:
             raise VMTimeoutError(
                 f"The guest has not read its keyboard for {patience:g} s: it hangs, or has not "
-                "come so far yet. What it has not read stays in the keyboard."
+                "come so far yet. What it has not read stays in the keyboard.",
+                seconds=patience,
             ) from None
 
     @rpc
@@ -150,7 +151,8 @@ class Input:
         try:
             status = int(answer.split("=")[1], 16)
         except (IndexError, ValueError):
-            raise MonitorError(f"QEMU did not understand {line!r}: {answer!r}") from None
+            message = f"QEMU did not understand {line!r}: {answer!r}"
+            raise MonitorError(message, command="human-monitor-command") from None
         return not status & OUTPUT_FULL or bool(status & FROM_MOUSE)
 
     @rpc

@@ -114,12 +114,12 @@ def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def oom_hint(before: int) -> str:
+def oom_reason(before: int) -> str:
     """Return a sentence if the out-of-memory killer has ended more than `before` processes."""
     kills = oom_kills() - before
     if not kills:
         return ""
     return (
         f"the kernel's out-of-memory killer has ended {kills} process{'es' if kills > 1 else ''} "
-        "since QEMU started, probably QEMU too: use a smaller memory=, or fewer VMs at once. "
+        "since QEMU started, probably QEMU too. "
     )

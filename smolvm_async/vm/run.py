@@ -50,7 +50,7 @@ from smolvm_async.qemu.shutdown import Rung, ShutdownReport, shut_down
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import Machine, Status
 from smolvm_async.vm.launch_together import Launch
-from smolvm_async.vm.limits import oom_hint, oom_kills
+from smolvm_async.vm.limits import oom_kills, oom_reason
 from smolvm_async.vm.plan import Plan
 from smolvm_async.vm.prepare import prepare
 
@@ -335,21 +335,26 @@ class VMRun:
                 return None
             reason = f"QEMU was ended from outside ({self._shutdown.reason}). "
             return self._crashed(reason + qemu.report(), qemu)
-        hint = oom_hint(self._oom_kills) if qemu.returncode == -signal.SIGKILL else ""
-        return self._crashed(hint + qemu.report(), qemu)
+        oom = oom_reason(self._oom_kills) if qemu.returncode == -signal.SIGKILL else ""
+        hint = "Use a smaller memory=, or fewer VMs at once." if oom else ""
+        return self._crashed(oom + qemu.report(), qemu, hint=hint)
 
-    def _crashed(self, reason: str, child: Child, process: str = "") -> VMCrashedError:
+    def _crashed(
+        self, reason: str, child: Child, *, process: str = "", hint: str = ""
+    ) -> VMCrashedError:
         """Note that the run crashed, and return the error.
 
         Args:
             reason: The reason, for the message.
             child: The process whose log explains it.
             process: The part that died, if it is not `child`.
+            hint: The fix, if there is one.
         """
         self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)
         return VMCrashedError(
             f"{self._plan.config.vm_id} crashed: {reason}\n{console_tail(self.console)}",
+            hint=hint,
             process=process or child.name,
             returncode=None if process else child.returncode,
             log=child.log.quote(),

@@ -192,8 +192,9 @@ class Mouse(Control):
             raise VMTimeoutError(
                 f"{self.vm.config.vm_id} has not taken the tablet within {patience:g} s, so the "
                 "mouse's events would be lost: firmware, boot loaders and guests without a driver "
-                "for USB tablets do not read it. Wait until the operating system runs, or use the "
-                "keyboard."
+                "for USB tablets do not read it.",
+                hint="Wait until the operating system runs, or use the keyboard.",
+                seconds=patience,
             ) from None
 
     async def _is_taken(self) -> bool:

@@ -65,15 +65,18 @@ class Screen(Control):
             if time.monotonic() >= deadline:
                 raise VMTimeoutError(
                     f"The screen of {self.vm.config.vm_id} did not meet the condition within "
-                    f"{timeout:g} s: {wanted.explain()}"
+                    f"{timeout:g} s: {wanted.explain()}",
+                    seconds=timeout,
                 )
             await asyncio.sleep(interval)
 
     async def _look(self, deadline: float) -> Screenshot:
+        seconds = max(deadline - time.monotonic(), LOOK)
         try:
-            async with asyncio.timeout(max(deadline - time.monotonic(), LOOK)):
+            async with asyncio.timeout(seconds):
                 return await self._shoot("ppm", None, 0)
         except TimeoutError:
             raise VMTimeoutError(
-                f"{self.vm.config.vm_id} sent no screenshot in time: QEMU or the VM's owner hangs."
+                f"{self.vm.config.vm_id} sent no screenshot in time: QEMU or the VM's owner hangs.",
+                seconds=seconds,
             ) from None
