@@ -195,10 +195,12 @@ async def test_one_that_was_attached_can_delete_what_the_owner_keeps(
 async def test_a_crash_cancels_the_attached_block_too(blank_image: Path, data_dir: Path) -> None:
     async with owner(blank_image, data_dir) as process:
         pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        with pytest.raises(VMCrashedError, match="ended: killed by SIGKILL"):
+        with pytest.raises(VMCrashedError, match="ended: killed by SIGKILL") as raised:
             async with await AsyncSmolVM.from_id("shared", data_dir=data_dir):
                 os.kill(int(pids[0]), signal.SIGKILL)
                 await asyncio.sleep(30)
+        assert raised.value.process in ("QEMU", "swtpm")
+        assert raised.value.returncode == -signal.SIGKILL
         await process.communicate()
 
 
@@ -206,10 +208,11 @@ async def test_an_owner_that_is_killed_is_a_crash_and_its_vm_an_orphan(
     blank_image: Path, data_dir: Path
 ) -> None:
     async with owner(blank_image, data_dir) as process:
-        with pytest.raises(VMCrashedError, match=f"process {process.pid}, has died"):
+        with pytest.raises(VMCrashedError, match=f"process {process.pid}, has died") as raised:
             async with await AsyncSmolVM.from_id("shared", data_dir=data_dir) as vm:
                 process.kill()
                 await asyncio.sleep(30)
+        assert raised.value.process == "owner"
         assert vm.status is Status.ORPHANED
         await process.communicate()
     (info,) = await AsyncSmolVM.list(data_dir=data_dir)
