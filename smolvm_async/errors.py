@@ -147,7 +147,7 @@ class VMNotFoundError(ConfigError):
     """No VM has this id."""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class HostError(SmolVMError, ValueError):
     """The host lacks a program, a file, a feature or a resource; `hint` says how to get it.
 
@@ -156,11 +156,10 @@ class HostError(SmolVMError, ValueError):
             such as `swtpm`, `ovmf`, `kvm`, `memory` or `disk space`; empty if it cannot be named.
     """
 
-    _: KW_ONLY
     missing: tuple[str, ...] = ()
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class CommandError(SmolVMError):
     """A host command failed, or could not be started; the message quotes the end of its output.
 
@@ -170,13 +169,12 @@ class CommandError(SmolVMError):
         output: All that it printed to stdout and stderr.
     """
 
-    _: KW_ONLY
     command: tuple[str, ...] = ()
     returncode: int | None = None
     output: str = ""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class LaunchError(SmolVMError):
     """QEMU or a sidecar did not start, or its directory could not be prepared.
 
@@ -186,13 +184,12 @@ class LaunchError(SmolVMError):
         log: The end of its output (at most 4 KiB).
     """
 
-    _: KW_ONLY
     command: tuple[str, ...] = ()
     returncode: int | None = None
     log: str = ""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class VMCrashedError(SmolVMError):
     """QEMU, a sidecar or the guest died.
 
@@ -205,7 +202,6 @@ class VMCrashedError(SmolVMError):
         console: The end of the guest's serial console (at most 4 KiB).
     """
 
-    _: KW_ONLY
     process: str = ""
     returncode: int | None = None
     log: str = ""
@@ -216,7 +212,7 @@ class VMNotRunningError(SmolVMError):
     """The VM was not started, has stopped, or was deleted."""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class VMTimeoutError(SmolVMError, TimeoutError):
     """A deadline passed; the message names the event that did not happen.
 
@@ -228,7 +224,6 @@ class VMTimeoutError(SmolVMError, TimeoutError):
         log: The end of QEMU's output (at most 4 KiB); likewise.
     """
 
-    _: KW_ONLY
     seconds: float = 0.0
     state: str = ""
     console: str = ""
@@ -307,7 +302,7 @@ class WorkerLostError(FleetError):
     """The Dask worker or scheduler was lost during a job; the job may have run partly."""
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class MonitorError(SmolVMError):
     """QEMU refused a QMP command, or did not answer it.
 
@@ -317,7 +312,6 @@ class MonitorError(SmolVMError):
             if QEMU did not answer.
     """
 
-    _: KW_ONLY
     command: str = ""
     error_class: str = ""
 
