@@ -1,7 +1,8 @@
 """Locks between processes: flock(2), which the kernel releases when the holder dies.
 
 flock has no way to wait that asyncio could use: a blocking call would take a thread for each
-waiter, and the thread could not be cancelled. So `poll` is the one place that waits for a lock.
+waiter, and the thread could not be cancelled. So `poll` is the one place that waits for a lock, and
+for other changes that another process makes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What this host has: programs, firmware, accelerator. Looked up once for the process."""
+"""This host's programs, firmware and accelerator, each looked up once per process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HostTools(NamedTuple):
     """The programs and the firmware that a guest OS needs, as absolute paths.
 
     Attributes:
-        firmware: UEFI firmware; `None` if it needs none.
+        firmware: UEFI firmware; `None` if the guest needs none.
         sidecars: The programs that run beside QEMU, by name.
     """
 
@@ -43,7 +43,7 @@ class HostTools(NamedTuple):
 
 
 def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
-    """Find everything that a guest of `profile` needs, or say at once all that is missing.
+    """Find every program that a guest of `profile` needs, and its firmware.
 
     Args:
         profile: The guest OS.
@@ -51,7 +51,8 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
             sidecar describes them, and is in a room that this one must not import.
 
     Raises:
-        HostError: It names the packages, the command that installs them, and where it looked.
+        HostError: If any is missing: it names all that are missing, the command that installs
+            them, and the places searched.
     """
     if sys.platform not in profile.hosts:
         raise HostError(
@@ -65,15 +66,17 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
 
 
 def find_plain_uefi() -> Firmware:
-    """UEFI firmware without Secure Boot.
+    """Find UEFI firmware without Secure Boot.
 
     Raises:
-        HostError: If there is none; it says how to install it, and where it looked.
+        HostError: If it is missing; with the command that installs it, and the places searched.
     """
     return _find_plain_uefi(_descriptor_directories())
 
 
-@functools.lru_cache(maxsize=8)  # a fleet's VMs would each read the descriptors, on the loop
+@functools.lru_cache(
+    maxsize=8
+)  # or each VM of a fleet would read the descriptors, on the event loop
 def _find_plain_uefi(found_in: tuple[Path, ...]) -> Firmware:
     directories = list(found_in)
     smm = frozenset({"requires-smm"})
@@ -92,7 +95,7 @@ def _descriptor_directories() -> tuple[Path, ...]:
     return tuple(firmware.descriptor_directories(os.environ))
 
 
-@functools.lru_cache(maxsize=8)  # errors are not kept: what is installed meanwhile is found
+@functools.lru_cache(maxsize=8)  # exceptions are not cached, so a program installed later is found
 def _find_tools(
     sidecars: tuple[Program, ...],
     features: frozenset[str] | None,
@@ -128,14 +131,14 @@ def _kvm_problem(smm: bool) -> Problem | None:
 
 
 def choose_accelerator(requested: str, *, smm: bool = True) -> tuple[Accelerator, str | None]:
-    """The accelerator to use, and if `auto` had to fall back to TCG, the warning to give.
+    """Choose the accelerator; return it, and a warning if `auto` has to fall back to TCG.
 
     Args:
         requested: `auto`, `kvm` or `tcg`.
         smm: Whether the guest has Secure Boot, which needs System Management Mode.
 
     Raises:
-        HostError: If `kvm` was asked for and cannot be used here.
+        HostError: If `kvm` is requested and cannot be used here.
     """
     if requested == "tcg":
         return accelerator.TCG, None

@@ -1,4 +1,4 @@
-"""Which accelerator QEMU can use here, and if it is not KVM, why."""
+"""QEMU's accelerators, and the reason why KVM cannot be used here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ KVM_GET_API_VERSION, KVM_CHECK_EXTENSION = 0xAE00, 0xAE03
 KVM_CAP_X86_SMM = 117
 KVM_API_VERSION = 12
 
-LEAST_CODE, MOST_CODE = 128, 1024  # MiB of translated code; QEMU's own bound is the latter
-OVERHEAD = 128  # MiB; QEMU 25 to 100 and swtpm 1, as PSS, more under TCG, which fills it slowly
+LEAST_CODE, MOST_CODE = 128, 1024  # MiB of translated code; QEMU's own default is at most 1024
+OVERHEAD = 128  # MiB besides the guest's memory; measured (PSS): QEMU 25 to 100, swtpm 1
 
 
 class Problem(NamedTuple):
-    """Why an accelerator cannot be used, and what to do about it: two sentences."""
+    """The reason why an accelerator cannot be used, without a full stop, and the cure."""
 
     reason: str
     cure: str
@@ -31,18 +31,22 @@ class Accelerator(NamedTuple):
     option: str
 
     def option_for(self, memory: int) -> str:
-        """The value of `-accel` for a guest of so many MiB.
+        """Return the value of `-accel` for a guest with `memory` MiB.
 
-        TCG keeps the code that it has translated, by default up to 1 GiB of it for a guest of any
-        size. A quarter of the guest's memory, at least 128 MiB, costs a small guest some 5 % of its
-        speed, measured with 256 MiB and many Python programs: QEMU then has 345 MiB, not 613.
+        TCG keeps translated code: by default up to 1 GiB, whatever the guest's size. Here the
+        limit is a quarter of the guest's memory, and at least 128 MiB. Measured on a guest with
+        256 MiB and many Python programs, this costs 5 % of the speed, and QEMU takes 345 MiB
+        instead of 613.
         """
         if self.name != "tcg":
             return self.option
         return f"{self.option},tb-size={_translated_code(memory)}"
 
     def overhead(self, memory: int) -> int:
-        """MiB that the processes of such a VM may take besides the guest's memory."""
+        """Return the MiB that QEMU and its sidecars may take besides the guest's `memory` MiB.
+
+        Under TCG, the translated code fills its limit slowly.
+        """
         return OVERHEAD + (_translated_code(memory) - LEAST_CODE if self.name == "tcg" else 0)
 
 
@@ -57,10 +61,15 @@ TCG = Accelerator("tcg", "tcg,thread=multi")
 def probe_kvm(
     device: Path = Path("/dev/kvm"), cpuinfo: Path = Path("/proc/cpuinfo"), *, smm: bool = True
 ) -> Problem | None:
-    """`None` if KVM can run a guest here, one with Secure Boot if it has to have `smm`.
+    """Return the problem with KVM on this host; `None` if it can run a guest.
 
-    It costs no process and under 2 ms. Creating a VM would tell nothing more: on a host that
-    is itself a VM without nested virtualization that may succeed, and the guest then hang.
+    This takes under 2 ms and no process. To create a VM would not tell more: on a host that is
+    itself a VM without nested virtualization, that may succeed, and the guest hang later.
+
+    Args:
+        device: KVM's device.
+        cpuinfo: The kernel's list of processors.
+        smm: Whether the guest needs System Management Mode, as Secure Boot does.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return Problem(
@@ -115,6 +124,6 @@ def _has_virtualization(cpuinfo: Path) -> bool:
     try:
         text = cpuinfo.read_text()
     except OSError:
-        return True  # nothing speaks against it
+        return True  # unknown: let the other checks decide
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
     return "vmx" in flags or "svm" in flags

@@ -1,4 +1,4 @@
-"""Which distribution this is, and what its packages are called."""
+"""This host's distribution, and the names of the packages to install."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ DISTRIBUTIONS = (
 
 
 def this_distribution() -> Distribution | None:
-    """The distribution of this host; `None` if it is none of the known ones."""
+    """Return the distribution of this host; `None` if it is not in `DISTRIBUTIONS`."""
     if sys.platform == "darwin":
         return HOMEBREW
     try:
@@ -76,7 +76,7 @@ def this_distribution() -> Distribution | None:
 
 
 def how_to_install(needed: Iterable[Program]) -> str:
-    """A sentence that says how to install the packages of `needed` here."""
+    """Return a sentence that says how to install the packages of `needed` on this host."""
     needed = list(needed)
     here = this_distribution()
     if here is not None:

@@ -1,7 +1,8 @@
-"""Find the UEFI firmware: QEMU's firmware descriptors first, then distributions' paths.
+"""UEFI firmware, found by QEMU's firmware descriptors or else in the distributions' usual places.
 
-The descriptors are specified in QEMU's docs/interop/firmware.json: files of the same name in a
-more specific directory win, an empty one hides, and the first match in order of names is taken.
+QEMU's docs/interop/firmware.json specifies the descriptors. Of files with the same name, the file
+in the most specific directory counts, and if it is empty, it hides the others. The first match in
+the order of names is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MACHINE = "pc-q35-7.2"  # any q35: descriptors name patterns such as pc-q35-*
+MACHINE = "pc-q35-7.2"  # any q35 will do: descriptors have patterns such as pc-q35-*
 
 
 class Firmware(NamedTuple):
@@ -46,7 +47,7 @@ KNOWN_PAIRS = (
     ),
 )
 
-# The same without Secure Boot, which runs without SMM.
+# The same without Secure Boot; it runs without System Management Mode (SMM).
 PLAIN_PAIRS = (
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
     ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
@@ -56,7 +57,7 @@ PLAIN_PAIRS = (
 
 
 def descriptor_directories(environ: Mapping[str, str]) -> list[Path]:
-    """Where descriptors are, the least specific first."""
+    """Return the directories of descriptors, the least specific first."""
     config_home = environ.get("XDG_CONFIG_HOME") or os.path.join(
         environ.get("HOME", "/nonexistent"), ".config"
     )
@@ -73,7 +74,7 @@ def find_firmware(
     pairs: tuple[tuple[str, str], ...] = KNOWN_PAIRS,
     without: frozenset[str] = frozenset(),
 ) -> Firmware | None:
-    """The first that offers all of `features`, none of `without`, and has two readable files."""
+    """Return the first readable firmware that has all of `features` and none of `without`."""
     described = (
         firmware
         for descriptor in _descriptors(directories)
@@ -94,7 +95,7 @@ def _readable(path: Path) -> bool:
 
 
 def places(directories: list[Path], pairs: tuple[tuple[str, str], ...] = KNOWN_PAIRS) -> list[str]:
-    """Where `find_firmware` looks, for an error message."""
+    """Return the places that `find_firmware` searches, for an error message."""
     return [f"{directory}/*.json" for directory in directories] + [code for code, _ in pairs]
 
 
@@ -107,7 +108,7 @@ def _descriptors(directories: list[Path]) -> Iterator[Any]:
         try:
             yield json.loads(path.read_bytes() or b"null")
         except (OSError, ValueError):
-            continue  # another program's broken file is no reason to fail
+            continue  # a broken file of another program must not stop this one
 
 
 def _match(descriptor: Any, features: frozenset[str], without: frozenset[str]) -> Firmware | None:

@@ -1,7 +1,7 @@
-"""How much memory this process can still use: the host's, or less if a cgroup limits it.
+"""The memory that this process can still use: the host's, or less if a cgroup limits it.
 
-A cgroup counts the files that its processes have read; the kernel drops those on demand, so the
-inactive ones count as free here, as in Kubernetes' "working set".
+A cgroup's usage includes cached files. The kernel drops the inactive ones on demand, so they count
+as free here, as in Kubernetes' "working set".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Memory(NamedTuple):
-    """Memory in MiB, and what limits it: `host`, or `cgroup` and its path."""
+    """Memory in MiB; `limit` is `host`, or `cgroup` and the path of the cgroup that limits it."""
 
     total: int
     available: int
@@ -25,7 +25,7 @@ class Memory(NamedTuple):
 
 
 class Files(NamedTuple):
-    """Where a version of cgroups keeps the limit, the usage and the droppable part of it."""
+    """The files in which a version of cgroups shows the limit, the usage and the inactive files."""
 
     hierarchy: str
     limit: str
@@ -38,10 +38,10 @@ VERSION_2 = Files("", "memory.max", "memory.current", "inactive_file")
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """The tightest of the host's memory and the limits of this process's cgroups.
+    """Return the host's memory, or that of the tightest cgroup of this process.
 
     Raises:
-        OSError: If the kernel does not tell.
+        OSError: If /proc/meminfo cannot be read.
     """
     host = parse_meminfo((proc / "meminfo").read_text())
     try:
@@ -53,7 +53,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def resident(pid: int, proc: Path = Path("/proc")) -> int:
-    """MiB that a process has in memory; 0 if it has ended."""
+    """Return the MiB of a process that are in memory; 0 if it has ended."""
     try:
         pages = int((proc / str(pid) / "statm").read_text().split()[1])
     except (OSError, IndexError):
@@ -62,13 +62,13 @@ def resident(pid: int, proc: Path = Path("/proc")) -> int:
 
 
 def parse_meminfo(text: str) -> Memory:
-    """`/proc/meminfo` → the host's memory."""
+    """Parse `/proc/meminfo` into the host's memory."""
     sizes = {name: int(kib) // 1024 for name, kib in re.findall(r"(?m)^(\w+): *(\d+) kB$", text)}
     return Memory(sizes["MemTotal"], sizes["MemAvailable"])
 
 
 def parse_cgroups(text: str) -> list[tuple[Files, PurePosixPath]]:
-    """`/proc/self/cgroup` → the memory cgroups that this process is in, of either version."""
+    """Parse `/proc/self/cgroup` into this process's memory cgroups, of either version."""
     found = []
     for line in text.splitlines():
         hierarchy, controllers, path = line.split(":", 2)
@@ -80,9 +80,9 @@ def parse_cgroups(text: str) -> list[tuple[Files, PurePosixPath]]:
 
 
 def _limits(memberships: list[tuple[Files, PurePosixPath]], cgroups: Path) -> Iterator[Memory]:
-    """Every limit that binds: a cgroup's own and those above it.
+    """Yield the limits of the cgroups and of all cgroups above them.
 
-    In a container the path may be the host's, and only its end, the root, be there.
+    In a container, the path may be the host's: then only the root of it exists here.
     """
     for files, path in memberships:
         for cgroup in (path, *path.parents):
@@ -98,7 +98,7 @@ def _limits(memberships: list[tuple[Files, PurePosixPath]], cgroups: Path) -> It
 
 
 def parse_limit(limit: str, usage: str, stat: str, files: Files) -> Memory | None:
-    """The files of one cgroup → its memory; `None` if it has no limit."""
+    """Parse the files of one cgroup into its memory; `None` if it has no limit."""
     if limit.strip() == "max":
         return None
     inactive = re.search(rf"(?m)^{files.inactive} (\d+)$", stat)

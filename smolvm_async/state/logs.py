@@ -1,4 +1,4 @@
-"""The logs of a VM's processes: files in its directory, to be read whatever state it is in."""
+"""The logs of a VM's processes, readable in any state of the VM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smolvm_async.state.directory import find_directory, open_directory
 from smolvm_async.state.names import SIDECARS, log_name
 
 PROCESSES = ("qemu", *sorted(SIDECARS))  # the processes of a VM that have a log
-POLL = 0.2  # seconds between two looks for more
+POLL = 0.2  # seconds between two reads
 
 
 async def read_log(
@@ -26,13 +26,13 @@ async def read_log(
     data_dir: str | os.PathLike[str] | None = None,
     follow: bool = False,
 ) -> AsyncIterator[str]:
-    """What a process of a VM has written to stdout and stderr, as text; at most 512 KiB of it.
+    """Yield the end of a process's stdout and stderr as text, at most 512 KiB.
 
     Args:
         vm_id: The VM's id.
         process: One of `PROCESSES`, such as `"qemu"` or `"swtpm"`.
         data_dir: See `AsyncSmolVM`.
-        follow: Whether to go on with what comes, until nobody holds the VM any more.
+        follow: Whether to yield new text, too, until no process holds the VM any more.
 
     Raises:
         VMNotFoundError: No VM has this id (a `ValueError`).
@@ -43,7 +43,7 @@ async def read_log(
         while True:
             final = not (follow and _held(path))
             if os.fstat(file.fileno()).st_size < file.tell():
-                file.seek(0)  # it had reached its limit, or the VM was started again
+                file.seek(0)  # the log was cut at its limit, or the VM was started again
             if text := decoder.decode(file.read(), final):
                 yield text
             if final:
@@ -57,7 +57,7 @@ def _open(path: Path, name: str) -> BinaryIO:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         return open(os.open(name, flags, dir_fd=directory), "rb")
     except FileNotFoundError:
-        return open(os.devnull, "rb")  # it was never started
+        return open(os.devnull, "rb")  # the process was never started
     finally:
         os.close(directory)
 

@@ -30,6 +30,7 @@ from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.interface import VM, Run
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import VMCrashedError, VMNotRunningError
+from smolvm_async.foundation.locking import poll
 from smolvm_async.foundation.tail import Tail
 from smolvm_async.foundation.tasks import end_tasks
 from smolvm_async.qemu.boot import BootStates
@@ -51,7 +52,6 @@ from smolvm_async.vm.attach.proxy import make_peripherals, make_proxy
 
 GREETING = 5.0  # seconds for the owner's event loop to answer
 REMOVED = 30.0  # seconds for the owner to remove the directory
-POLL = 0.01  # seconds between two looks whether the directory is removed
 
 # asyncio itself refers to its tasks weakly, and events() may be all that a user holds.
 _readings: set[asyncio.Task[None]] = set()
@@ -144,14 +144,11 @@ class AttachedVM:
         except VMNotRunningError:
             if not self._told_end:
                 raise
-        deadline = time.monotonic() + REMOVED
-        while self._path.exists():
-            if time.monotonic() > deadline:
-                raise VMNotRunningError(
-                    f"{self.config.vm_id} was not deleted within {REMOVED:g} s: end its owner, "
-                    f"process {self._owner_pid}, then prune()."
-                )
-            await asyncio.sleep(POLL)
+        if not await poll(lambda: not self._path.exists(), REMOVED):
+            raise VMNotRunningError(
+                f"{self.config.vm_id} was not deleted within {REMOVED:g} s: end its owner, "
+                f"process {self._owner_pid}, then prune()."
+            )
         self.status = Status.DELETED
 
     async def leave(self, *, graceful: bool) -> None:
