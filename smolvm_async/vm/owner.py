@@ -9,13 +9,13 @@ These attributes make up the state. Each has few writers:
 
 - `run` and `over`: the current run, or the last one, and its task. Only `start()` sets them, and
   only if no run goes on. So two calls of `start()` are one start, and the second waits, too.
-- `_finding`: the task that reads the manifest of a published image, before its first run. Nothing
+- `_reading`: the task that reads the manifest of a published image, before its first run. Nothing
   exists on disk then, so stopping the VM just cancels the task.
 - `_stopping`: `stop()` has asked the current run to end; `start()` first waits until it has.
 - `_deleted`: final, unless the directory turns out to belong to another process by then.
-- `_state`: the VM's directory while this process holds its lock. `_run()` sets it (in `_begin`),
-  and gives the directory of a kept VM back (in `_rest`). `_discard()` takes it to remove the
-  directory, once no run goes on.
+- `_directory`: the VM's directory while this process holds its lock. `_run()` sets it (in
+  `_write_record`), and gives the directory of a kept VM back (in `_record_end`). `_discard()`
+  takes it to remove the directory, once no run goes on.
 - `_created`: identifies this VM in its directory's record. Another VM may have taken the same id
   since, and must be neither started nor removed.
 
@@ -77,11 +77,11 @@ class OwnedVM:
         self.over: asyncio.Task[None] | None = None
         self._make_plan = make_plan
         self._find_plan = find_plan  # for a published image: reads its manifest first
-        self._finding: asyncio.Task[Plan] | None = None
+        self._reading: asyncio.Task[Plan] | None = None
         self._plan: Plan | None = None
         self._created = record.created if record else None
-        self._found = record.status if record else Status.CREATED  # until our first run
-        self._state: VMDirectory | None = None
+        self._recorded_status = record.status if record else Status.CREATED  # until our first run
+        self._directory: VMDirectory | None = None
         self._server: ControlServer | None = None
         self._starters = 0  # calls of start() that wait
         self._stopping = False
@@ -93,10 +93,10 @@ class OwnedVM:
         """The VM's status."""
         if self._deleted:
             return Status.DELETED
-        if self._finding is not None:
+        if self._reading is not None:
             return Status.STARTING
         if self.run is None or self.over is None:
-            return self._found
+            return self._recorded_status
         if not self.over.done():
             if self._stopping:
                 return Status.STOPPING
@@ -168,30 +168,30 @@ class OwnedVM:
 
         Nothing exists on disk yet, so stop() only has to cancel this task.
         """
-        if self._finding is None:
-            self._finding = asyncio.ensure_future(find_plan())
-        finding = self._finding
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(find_plan())
+        reading = self._reading
         self._starters += 1
         try:
-            await asyncio.wait([finding])
+            await asyncio.wait([reading])
         finally:
             self._starters -= 1
             if not self._starters:
-                await self._stop_finding()
-        if finding.cancelled():
+                await self._stop_reading()
+        if reading.cancelled():
             raise VMNotRunningError(f"{self.config.vm_id} was stopped while it started.")
-        self._plan = finding.result()
+        self._plan = reading.result()
         self.config = self._plan.config
 
-    async def _stop_finding(self) -> None:
-        finding, self._finding = self._finding, None
-        if finding is not None and not finding.done():
-            await end_tasks(finding)
+    async def _stop_reading(self) -> None:
+        reading, self._reading = self._reading, None
+        if reading is not None and not reading.done():
+            await end_tasks(reading)
 
     async def stop(self, timeout: float | None) -> ShutdownReport:
         """See `AsyncSmolVM.stop()`."""
         check_timeout(timeout)  # an attached process's, too
-        await self._stop_finding()
+        await self._stop_reading()
         if self.run is None or self.over is None:
             return ShutdownReport(Rung.NONE)
         if not self.over.done():
@@ -253,16 +253,16 @@ class OwnedVM:
         current_vm.set(self.config.vm_id)
         server = ControlServer(self, run)
         try:
-            state = await self._take()
-            await server.start(state.fd)
+            directory = await self._take_directory()
+            await server.start(directory.fd)
             self._server = server
-            await run.run(state)
+            await run.run(directory)
         except Exception as error:
             if isinstance(error, OSError):
                 error = unprepared(self.config, error)
             run.failure = run.failure or error  # for start() to raise
         except asyncio.CancelledError:  # the event loop is closing: delete() will not be called
-            await self._rest(run)
+            await self._record_end(run)
             await self._discard()
             raise
         finally:
@@ -272,28 +272,28 @@ class OwnedVM:
             if isinstance(run.failure, VMCrashedError):
                 self.on_crash()
             try:
-                await self._rest(run)
+                await self._record_end(run)
             finally:
                 await server.close()
 
-    async def _take(self) -> VMDirectory:
+    async def _take_directory(self) -> VMDirectory:
         """Lock the directory, check that the VM may start, and write our record."""
-        state = self._state
-        if state is None:
-            state = VMDirectory(self.config.data_dir, self.config.vm_id)
-            await state.hold(create=self._created is None)
+        directory = self._directory
+        if directory is None:
+            directory = VMDirectory(self.config.data_dir, self.config.vm_id)
+            await directory.hold(create=self._created is None)
         try:
-            self._check_ours(state.record)
+            self._check_not_taken(directory.record)
             async with admission(self.config):
-                await in_thread(self._begin, state)
+                await in_thread(self._write_record, directory)
         except BaseException:
-            if self._state is None:
+            if self._directory is None:
                 with suppress(OSError):
-                    state.abandon()
+                    directory.abandon()
             raise
-        return state
+        return directory
 
-    def _check_ours(self, found: Record | None) -> None:
+    def _check_not_taken(self, found: Record | None) -> None:
         """Check that this VM may start, or replace, the VM that the directory holds.
 
         Raises:
@@ -310,35 +310,37 @@ class OwnedVM:
                 "AsyncSmolVM.from_id(), delete() it, or choose another id."
             )
 
-    def _begin(self, state: VMDirectory) -> None:
-        machine = state.record.machine if state.record and self._created is not None else None
+    def _write_record(self, directory: VMDirectory) -> None:
+        machine = (
+            directory.record.machine if directory.record and self._created is not None else None
+        )
         created = self._created or time.time_ns()
         owner = identify(os.getpid())
         record = Record(config=self.config, created=created, owner=owner, machine=machine)
-        state.write(record)
-        self._created, self._state = created, state
+        directory.write(record)
+        self._created, self._directory = created, directory
         if machine is None:
-            state.clear()
+            directory.clear()
         else:
-            state.remove_sockets()
+            directory.remove_sockets()
 
-    async def _rest(self, run: VMRun) -> None:
+    async def _record_end(self, run: VMRun) -> None:
         """Record the end of a run; unlock the directory of a kept VM that ran at least once."""
-        state = self._state
-        if state is None or state.record is None:
+        directory = self._directory
+        if directory is None or directory.record is None:
             return
-        state.remove_sockets()
+        directory.remove_sockets()
         status = Status.CRASHED if isinstance(run.failure, VMCrashedError) else Status.STOPPED
-        if self.config.keep and state.record.machine is not None and not self._deleted:
-            self._state = None
-            await in_thread(_give_back, state, at_rest(state.record, status))
+        if self.config.keep and directory.record.machine is not None and not self._deleted:
+            self._directory = None
+            await in_thread(_give_back, directory, at_rest(directory.record, status))
         else:
             update = {"status": status, "processes": {}}
-            await in_thread(_retire, state, state.record.model_copy(update=update))
+            await in_thread(_retire, directory, directory.record.model_copy(update=update))
 
     async def _kill(self) -> None:
         """End a run at once; on return, even by a cancellation, its processes are reaped."""
-        await self._stop_finding()
+        await self._stop_reading()
         if self.run is not None and self.over is not None:
             if not self.over.done():
                 self.run.abort()
@@ -346,60 +348,60 @@ class OwnedVM:
 
     async def _discard(self) -> None:
         """Remove the directory, if it is locked: that of a kept VM only is before its first run."""
-        if self._state is not None:
-            state, created = self._state, self._created
-            self._state = self._created = None
-            self._removal = asyncio.ensure_future(self._erase(state, created))
+        if self._directory is not None:
+            directory, created = self._directory, self._created
+            self._directory = self._created = None
+            self._removal = asyncio.ensure_future(self._erase(directory, created))
         if self._removal is not None:
             await settle(self._removal)
 
-    async def _erase(self, state: VMDirectory, created: int | None) -> None:
+    async def _erase(self, directory: VMDirectory, created: int | None) -> None:
         try:
-            await in_thread(_dispose, state)
+            await in_thread(_dispose, directory)
         except OSError as error:
             self._created = created  # delete() can be tried again
             raise ConfigError(
-                f"{str(state.path)!r} cannot be removed: {error.strerror}."
+                f"{str(directory.path)!r} cannot be removed: {error.strerror}."
             ) from error
 
     async def _remove(self) -> None:
         """Remove the directory, also that of a kept VM that is stopped."""
-        if self._state is None and self._created is not None:
-            state = VMDirectory(self.config.data_dir, self.config.vm_id)
+        if self._directory is None and self._created is not None:
+            directory = VMDirectory(self.config.data_dir, self.config.vm_id)
             with suppress(VMNotFoundError):
-                await state.hold(create=False)
-                if state.record is not None and state.record.created == self._created:
-                    self._state = state
+                await directory.hold(create=False)
+                if directory.record is not None and directory.record.created == self._created:
+                    self._directory = directory
                 else:
-                    state.release()  # another VM has taken this id
+                    directory.release()  # another VM has taken this id
         await self._discard()
 
 
-def _dispose(state: VMDirectory) -> None:
+def _dispose(directory: VMDirectory) -> None:
     """Remove a VM. If this process dies halfway, `prune()` removes the rest, as of an orphan."""
-    record = state.record
+    record = directory.record
     if record is not None and record.config.keep:
         config = record.config.model_copy(update={"keep": False})
         with suppress(OSError):  # a full disk
-            state.write(
+            directory.write(
                 record.model_copy(update={"config": config, "owner": identify(os.getpid())})
             )
-    state.remove()
+    directory.remove()
 
 
-def _give_back(state: VMDirectory, record: Record) -> None:
+def _give_back(directory: VMDirectory, record: Record) -> None:
     try:
-        state.write(record)
+        directory.write(record)
     except OSError as error:
         logger.warning("the record could not be written, prune() will correct it: %s", error)
     finally:
-        state.release()
+        directory.release()
 
 
-def _retire(state: VMDirectory, record: Record) -> None:
+def _retire(directory: VMDirectory, record: Record) -> None:
     try:
-        state.clear_secrets()
+        directory.clear_secrets()
     except OSError as error:
         logger.warning("the TPM's state stays on disk until the VM is deleted: %s", error)
     with suppress(OSError):  # a full disk; the directory is about to go
-        state.write(record)
+        directory.write(record)
