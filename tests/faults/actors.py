@@ -20,7 +20,7 @@ from tests.faults.injection import Run, run_once
 
 
 def say(word: str) -> None:
-    os.write(1, f"{os.getpid()} {word}\n".encode())  # whole, whoever else writes
+    os.write(1, f"{os.getpid()} {word}\n".encode())  # in one piece, though other actors write, too
 
 
 def make(image: str, data_dir: str, keep: bool) -> AsyncSmolVM:
@@ -148,7 +148,7 @@ def act(name: str, *arguments: object) -> None:
 
 def main() -> None:
     for line in sys.stdin:
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody here waits for them
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # this process does not wait for them
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             try:

@@ -42,7 +42,7 @@ class Stage:
                     self._said.remove(said)
                     return said
             told = self._listen(deadline - time.monotonic())
-            assert told, f"nobody says {words}, but {self._said}"
+            assert told, f"no actor says {words}, but {self._said}"
 
     def has_said(self, word: str, pid: int) -> bool:
         """Return whether an actor that is dead had said the word."""

@@ -456,7 +456,7 @@ async def test_a_call_that_is_cancelled_while_qemu_hangs_returns_at_once(
             await wire.shows_more(before)
             await cancelled_at_once(first, second)
             os.kill(qemu, signal.SIGCONT)
-            await call(vm)  # whatever the others have begun
+            await call(vm)  # though the cancelled calls had begun
         await wire.shows_nothing_held(vm, "after all")
         os.kill(qemu, signal.SIGSTOP)
         waiting = [asyncio.ensure_future(vm.screenshot()) for _ in range(2)]

@@ -377,7 +377,7 @@ def judge(run: Run, world: World, *, prune: bool, start: bool) -> Iterator[str]:
     if run.cancelled and not run.ended_cancelled:
         yield f"the cancellation was swallowed: {run.error!r}"
     if run.ended_cancelled and not run.cancelled:
-        yield "nobody cancelled it"
+        yield "it ended as cancelled, but was not cancelled"
     if run.error is not None and not isinstance(run.error, SmolVMError):
         yield f"it raised {run.error!r}"
     try:

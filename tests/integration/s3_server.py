@@ -106,7 +106,7 @@ class Proxy:
 
     @property
     def gets(self) -> list[Request]:
-        """The requests for what is no manifest."""
+        """The requests for files other than manifests."""
         return [one for one in self.requests if one.method == "GET" and ".json" not in one.path]
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -234,7 +234,7 @@ def settings(endpoint: str) -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def plain_client(endpoint: str) -> AsyncIterator[Any]:
-    """aioboto3's own client, as anybody would make it."""
+    """Open a client of aioboto3 without this library."""
     import aioboto3
 
     session = aioboto3.Session("testing", "testing", region_name="us-east-1")

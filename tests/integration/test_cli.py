@@ -689,7 +689,7 @@ def test_colours_and_signs_of_life_are_for_terminals(data_dir: Path) -> None:
     assert code == 4
     assert "\x1b[1;31mError: " in output
     output, _ = terminal("stop", "none", "--data-dir", data_dir, NO_COLOR="1")
-    assert "\x1b[1mError: " in output, "bold is no colour"
+    assert "\x1b[1mError: " in output, "bold is not a colour"
 
 
 def test_a_closed_pipe_is_no_traceback(data_dir: Path) -> None:

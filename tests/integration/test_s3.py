@@ -804,7 +804,7 @@ async def test_pruning_removes_what_is_unused_for_longest(
         if small.uri in record.read_text():
             os.utime(record, (1, 1))
     orphan = ImageStore().root / "sha256" / ("0" * 64)
-    orphan.write_bytes(bytes(MIB))  # what nobody needs goes first
+    orphan.write_bytes(bytes(MIB))  # a file that no image needs goes first
     month = datetime.now() - timedelta(days=30)
     assert [gone.uri for gone in await ImageStore().prune(unused_since=month)] == [small.uri]
     assert await ImageStore().prune(max_bytes=large.size) == []

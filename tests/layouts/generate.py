@@ -68,7 +68,7 @@ LAYOUTS = {
     "tr": ("tr", ""),
 }
 
-# Whatever these can type without AltGr is typed so, with two strokes if need be: Windows has the
+# All that these can type without AltGr is typed so, with two strokes if need be: Windows has the
 # same dead keys on them, but behind AltGr another character, or none, where xkeyboard-config has ~.
 WITHOUT_ALTGR = frozenset({"us-intl", "br"})
 

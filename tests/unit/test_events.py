@@ -133,7 +133,7 @@ async def test_a_stream_is_read_to_its_end_after_the_close_and_stays_ended() -> 
 
 
 async def test_a_closed_stream_takes_nothing_more() -> None:
-    """A VM that starts again is another run; whoever listened to the first has heard its end."""
+    """A VM that starts again is another run; listeners of the first run have heard its end."""
     hub = EventHub()
     stream = hub.subscribe()
     hub.publish(numbered(1))
@@ -286,7 +286,7 @@ async def test_a_reset_leads_back_to_the_firmware() -> None:
 
 
 async def test_other_events_change_no_boot_state() -> None:
-    """RTC_CHANGE comes twice in OVMF alone: it is no sign of an operating system."""
+    """RTC_CHANGE comes twice in OVMF alone: it is not a sign of an operating system."""
     boot = Boot()
     boot.tracker.enter(BootState.FIRMWARE, "cont")
     for name in ("RTC_CHANGE", "NIC_RX_FILTER_CHANGED", "STOP", "RESUME", "POWERDOWN", "SHUTDOWN"):
@@ -315,7 +315,7 @@ async def test_waiting_ends_at_the_state_at_a_later_one_or_with_the_vm() -> None
 
 
 async def test_a_state_that_was_reached_counts_though_the_machine_was_reset_at_once() -> None:
-    """Both events may arrive before the one who waits runs again."""
+    """Both events may arrive before the waiting task runs again."""
     boot = Boot()
     boot.tracker.enter(BootState.FIRMWARE, "cont")
     waiting = asyncio.create_task(boot.tracker.wait_for(BootState.READY))
@@ -325,7 +325,7 @@ async def test_a_state_that_was_reached_counts_though_the_machine_was_reset_at_o
     for _ in range(5):
         await asyncio.sleep(0)
     missed = waiting.cancel()
-    assert not missed, "ready was entered, and the one who waited for it did not hear of it"
+    assert not missed, "ready was entered, and the task that waited for it was not told"
 
 
 async def test_who_gave_up_waiting_stands_in_nobodys_way() -> None:

@@ -615,7 +615,7 @@ def test_working_kvm_is_taken_without_a_word(monkeypatch: pytest.MonkeyPatch) ->
 def test_auto_falls_back_with_one_warning_at_the_callers_line(
     broken_kvm: FakeKvm, blank_image: Path
 ) -> None:
-    for _ in range(2):  # each VM says so, whatever another one said
+    for _ in range(2):  # each VM says so, though another VM has said it already
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             line = sys._getframe().f_lineno + 1

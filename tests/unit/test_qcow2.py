@@ -254,7 +254,7 @@ def test_a_disk_in_use_is_accepted_whole_and_refused_cut_off(
 ) -> None:
     """At every length at which QEMU cannot open what is left, or finds a piece of it missing.
 
-    A cut within the last cluster is no loss to QEMU: what follows reads as zeros.
+    A cut within the last cluster is not a loss to QEMU: the rest reads as zeros.
     """
     path = tmp_path / "disk.qcow2"
     build(path)

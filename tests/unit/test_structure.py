@@ -1,4 +1,4 @@
-"""The shape of the code: who imports whom, names, the public names, the error tree."""
+"""The shape of the code: imports between rooms, names, the public names, the error tree."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ TOP_LEVEL = {
 }
 
 
-@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="this is no checkout")
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="this is not a checkout")
 def test_the_top_level_holds_nothing_else() -> None:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)

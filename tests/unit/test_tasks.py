@@ -1,4 +1,4 @@
-"""Work that ends whatever happens to its caller, threads, and a semaphore for each event loop."""
+"""Work that outlasts the cancellation of its caller, threads, and a semaphore for each loop."""
 
 from __future__ import annotations
 
