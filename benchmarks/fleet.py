@@ -74,7 +74,7 @@ def bare(
 
 async def ours(kind: str, image: Path, size: int, data_dir: Path, *, run: bool) -> Taken:
     """Start the VMs as a fleet, or with `asyncio.gather()`."""
-    arguments = {**template(kind, image), "data_dir": data_dir}
+    arguments: Any = {**template(kind, image), "data_dir": data_dir}
     gc.collect()
     if fits(kind, size):
         began = time.perf_counter()
@@ -201,7 +201,7 @@ def _add(
         )
 
 
-async def booting(arguments: Mapping[str, Any], size: int, until: str, most: int) -> float:
+async def booting(arguments: Any, size: int, until: str, most: int) -> float:
     """Return the seconds until a fleet with this `max_booting` has handed over its VMs."""
     began = time.perf_counter()
     async with Fleet(arguments, size=size, until=until, max_booting=most) as fleet:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smolvm_async.config.vm_config import make_config
+from smolvm_async.config.options import make_config
 from smolvm_async.controls.ssh.login import new_login
 from smolvm_async.host import choose_accelerator, find_plain_uefi, find_tools
 from smolvm_async.images import qcow2

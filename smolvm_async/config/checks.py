@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeGuard
 
 from pydantic import Field
 
@@ -20,19 +20,21 @@ class PortForward(NamedTuple):
     """A TCP port of the guest that can be reached on 127.0.0.1.
 
     Attributes:
-        guest_port: The guest's.
-        host_port: The host's; `None` lets the kernel choose one.
+        guest_port: The port in the guest.
+        host_port: The port on the host; `None` lets the host's kernel choose a free port.
     """
 
     guest_port: Port
     host_port: Port | None = None
 
 
+AccelName = Literal["auto", "kvm", "tcg"]
 VNCKind = Literal["unix", "loopback"]
 
-ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"  # what a POSIX shell can export
+ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"  # the names that a POSIX shell can export
 VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-MAX_CPUS = 255  # what QEMU's q35 takes without an interrupt remapper
+MAX_CPUS = 255  # the most that QEMU's q35 takes without an interrupt remapper
+MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 MAX_HEAD = 15  # QEMU's adapters have at most 16
 MAX_SECONDS = 1e9
 MAX_SHOWN = 200  # characters
@@ -40,40 +42,71 @@ MIN_RESOLUTION, MAX_RESOLUTION = (640, 480), (3840, 2160)  # VGA's own mode, and
 
 
 def shown(value: object) -> str:
-    """How a message shows a value, which may be as long as its maker pleased."""
+    """Return a value as messages show it, cut to `MAX_SHOWN` characters."""
     try:
         text = repr(value)
-    except Exception:  # an int of over 4300 digits, or a class of the user's
+    except Exception:  # an int of over 4300 digits, or a faulty class of the user's
         return f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def told(error: BaseException) -> str:
-    """How another error's message tells of one: the first line of it."""
+    """Return the first line of an error, to quote it in the message of another error."""
     try:
         line = str(error).strip().partition("\n")[0]
-    except Exception:  # a class of the user's
+    except Exception:  # a faulty class of the user's
         line = ""
     if isinstance(error, SmolVMError):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def check_timeout(timeout: object) -> None:
-    """Check the `timeout=` of a method; `None` stands for its default.
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number. `True` and `False` are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_integer(argument: str, value: object, least: int, most: int | None, advice: str) -> int:
+    """Check an argument that is a whole number.
+
+    Args:
+        most: `None` is no upper bound.
+        advice: The end of the message, after "pass": the values that are allowed.
 
     Raises:
-        ConfigError: If it is not a number of seconds, 0 or more.
+        ConfigError: If the value is not a whole number from `least` to `most`.
+    """
+    if is_integer(value) and least <= value and (most is None or value <= most):
+        return value
+    raise ConfigError(f"{argument}={shown(value)} is wrong: pass {advice}.")
+
+
+def check_boolean(argument: str, value: object) -> bool:
+    """Check an argument that is `True` or `False`.
+
+    Raises:
+        ConfigError: If the value is something else.
+    """
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(f"{argument}={shown(value)} is wrong: pass True or False.")
+
+
+def check_timeout(timeout: object) -> None:
+    """Check the `timeout=` of a method; `None` is the method's default.
+
+    Raises:
+        ConfigError: If the value is not a number of seconds, 0 or more.
     """
     if timeout is not None:
         check_seconds("timeout", timeout)
 
 
 def check_seconds(argument: str, seconds: object) -> None:
-    """Check an argument that is a time.
+    """Check an argument that is a duration in seconds.
 
     Raises:
-        ConfigError: If it is not a number of seconds, 0 or more.
+        ConfigError: If the value is not a number of seconds, 0 or more.
     """
     if (
         not isinstance(seconds, int | float)
@@ -87,7 +120,7 @@ def check_vm_id(vm_id: object) -> str:
     """Check the id of a VM.
 
     Raises:
-        ConfigError: If no VM can have it.
+        ConfigError: If the id does not match `VM_ID`.
     """
     if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
         raise ConfigError(
@@ -98,13 +131,13 @@ def check_vm_id(vm_id: object) -> str:
 
 
 def check_path(path: object, argument: str, kind: str) -> Path:
-    """The absolute path that an argument means, `~` expanded.
+    """Return an argument that is a path as an absolute path, `~` expanded.
 
     Args:
-        kind: What the path should be of: "a directory".
+        kind: What the path leads to, for the message: "a directory".
 
     Raises:
-        ConfigError: If no path can be that.
+        ConfigError: If the value cannot be a path.
     """
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
@@ -118,10 +151,10 @@ def check_path(path: object, argument: str, kind: str) -> Path:
 
 
 def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
-    """Check how VNC is to be reached: a unix socket, a port of the loopback, or not at all.
+    """Check where the VNC server listens: a unix socket, a loopback port, or nowhere (`None`).
 
     Raises:
-        ConfigError: If it is none of these.
+        ConfigError: If the value is something else.
     """
     if kind is None or kind is False:
         return None
@@ -136,59 +169,46 @@ def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
 
 
 def check_display(display: object, head: object) -> None:
-    """Check the name of a display adapter, and which of its outputs is meant.
+    """Check the id of a display adapter and the number of one of its outputs.
 
     Raises:
-        ConfigError: If no adapter can have it.
+        ConfigError: If an adapter cannot have this id, or this output.
     """
     if display is not None and not (
         isinstance(display, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,127}", display)
     ):
         raise ConfigError(
-            f"display={shown(display)} is wrong: pass the id that a display adapter has for QEMU, "
-            "letters and digits."
+            f"display={shown(display)} is wrong: pass the id of a display adapter in QEMU, made "
+            "of letters and digits."
         )
-    if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head <= MAX_HEAD:
-        raise ConfigError(f"head={shown(head)} is wrong: pass a number from 0 to {MAX_HEAD}.")
+    check_integer("head", head, 0, MAX_HEAD, f"a number from 0 to {MAX_HEAD}")
 
 
-def check_cpus(cpus: object) -> object:
-    """The number of cores.
-
-    Raises:
-        ConfigError: If it is wrong.
-    """
-    if isinstance(cpus, bool) or not isinstance(cpus, int) or not 1 <= cpus <= MAX_CPUS:
-        raise ConfigError(
-            f"cpus={shown(cpus)} is wrong: pass a whole number of cores from 1 to {MAX_CPUS}."
-        )
-    return cpus
-
-
-def check_accel(accel: object) -> object:
-    """The name of an accelerator, or `auto`.
+def check_cpus(cpus: object) -> int:
+    """Check the number of cores.
 
     Raises:
         ConfigError: If it is wrong.
     """
-    if accel not in ("auto", "kvm", "tcg"):
-        raise ConfigError(f"accel={shown(accel)} is wrong: pass 'auto', 'kvm' or 'tcg'.")
-    return accel
+    advice = f"a whole number of cores from 1 to {MAX_CPUS}"
+    return check_integer("cpus", cpus, 1, MAX_CPUS, advice)
 
 
-def check_keep(keep: object) -> object:
-    """Whether the VM is kept.
+def check_accel(accel: object) -> AccelName:
+    """Check the name of an accelerator; `auto` is allowed.
 
     Raises:
         ConfigError: If it is wrong.
     """
-    if not isinstance(keep, bool):
-        raise ConfigError(f"keep={shown(keep)} is wrong: pass True or False.")
-    return keep
+    names: tuple[AccelName, ...] = ("auto", "kvm", "tcg")
+    for name in names:
+        if accel == name:
+            return name
+    raise ConfigError(f"accel={shown(accel)} is wrong: pass 'auto', 'kvm' or 'tcg'.")
 
 
 def check_resolution(resolution: object) -> tuple[int, int]:
-    """The screen's width and height in pixels; 1280x800, which suits agents, if `None`.
+    """Return the screen's width and height in pixels; `None` is 1280x800, which suits agents.
 
     Raises:
         ConfigError: If it is wrong.
@@ -202,7 +222,7 @@ def check_resolution(resolution: object) -> tuple[int, int]:
     if (
         isinstance(parts, tuple | list)
         and len(parts) == 2
-        and all(isinstance(part, int) and not isinstance(part, bool) for part in parts)
+        and all(is_integer(part) for part in parts)
     ):
         (least_x, least_y), (most_x, most_y) = MIN_RESOLUTION, MAX_RESOLUTION
         # The adapter's registers take the width in steps of 8 pixels.
@@ -215,10 +235,10 @@ def check_resolution(resolution: object) -> tuple[int, int]:
 
 
 def check_env(env: object, argument: str = "env") -> dict[str, str]:
-    """Environment variables by name.
+    """Return environment variables by name.
 
     Raises:
-        ConfigError: If they are no mapping, or one has a name or a value that none can have.
+        ConfigError: If `env` is not a mapping, or if a name or a value is not allowed.
     """
     if env is None:
         return {}
@@ -232,14 +252,17 @@ def check_env(env: object, argument: str = "env") -> dict[str, str]:
             )
         if not isinstance(value, str) or "\0" in value or encoded(value) is None:
             raise ConfigError(
-                f"{argument}= gives {name} a value that is no str, or has a NUL character or a "
-                "lone surrogate: pass text, such as str(value)."
+                f"{argument}= gives {name} a value that is not a str, or that has a NUL character "
+                "or a lone surrogate: pass text, such as str(value)."
             )
     return dict(env)
 
 
 def encoded(text: str) -> bytes | None:
-    """Text as bytes, those of file names (`os.fsdecode()`) as they were; `None` if it cannot be."""
+    """Return text as UTF-8, or `None` if that is impossible.
+
+    Bytes of file names that `os.fsdecode()` turned into surrogates become the same bytes again.
+    """
     try:
         return text.encode(errors="surrogateescape")
     except UnicodeEncodeError:
@@ -247,21 +270,19 @@ def encoded(text: str) -> bytes | None:
 
 
 def check_port(argument: str, port: object) -> int:
-    """A TCP port.
+    """Check a TCP port.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If the value is not a TCP port.
     """
-    if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
-        raise ConfigError(f"{argument}={shown(port)} is wrong: pass a TCP port from 1 to 65535.")
-    return port
+    return check_integer(argument, port, 1, 65535, "a TCP port from 1 to 65535")
 
 
 def check_port_forwards(forwards: object) -> tuple[PortForward, ...]:
-    """Which ports are forwarded from the start.
+    """Return the ports to forward from the start.
 
     Raises:
-        ConfigError: If one is wrong, or a port of the host is given twice.
+        ConfigError: If a port is wrong, or if a port of the host is used twice.
     """
     if isinstance(forwards, Mapping):
         forwards = list(forwards.items())

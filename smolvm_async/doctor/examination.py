@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from smolvm_async.config.vm_config import make_config
+from smolvm_async.config.options import make_config
 from smolvm_async.doctor.checks import find_pair, guest_checks, host_checks
 from smolvm_async.doctor.findings import Check, Notebook, Report, Verdict, failed
 from smolvm_async.doctor.probe import DEADLINE, Machine, probe
@@ -59,7 +59,7 @@ async def examine(
         ConfigError: An argument is wrong.
     """
     # Any image will do: the two arguments are checked as a VM's are.
-    config = make_config(os=WINDOWS.name, image="none", accel=accel, data_dir=data_dir)
+    config = make_config(accel=accel, data_dir=data_dir)
     notebook = Notebook(on_progress)
     await notebook.run(host_checks(config.data_dir))
     # A Windows guest needs everything that other guests need, and more.

@@ -15,15 +15,17 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from smolvm_async.config.vm_config import VMConfig, make_config
+from smolvm_async.config.checks import AccelName
+from smolvm_async.config.options import make_config
+from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.doctor.unsigned import unsigned_disk
 from smolvm_async.doctor.verdicts import NETWORK, Sighting, offered_address
 from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
 from smolvm_async.foundation.process import Child, describe_exit, run
 from smolvm_async.foundation.tasks import in_thread
-from smolvm_async.guests import GuestProfile
+from smolvm_async.guests import GuestName, GuestProfile
 from smolvm_async.host import Accelerator, HostTools
 from smolvm_async.images import qcow2
 from smolvm_async.images.local import BaseImage, open_image
@@ -125,12 +127,12 @@ async def _boot(machine: Machine, state: VMDirectory) -> Sighting:
     """
     await make_disk(machine.tools.qemu_img, state.path)
     config = make_config(
-        os=machine.profile.name,
+        os=cast("GuestName", machine.profile.name),
         image=DISK,
         memory=machine.profile.minimum_memory,
         cpus=1,  # under TCG a second one makes SMM wait for the host's scheduler
         vm_id=state.path.name,
-        accel=machine.accelerator.name,
+        accel=cast("AccelName", machine.accelerator.name),
         data_dir=state.path.parent,
     )
     monitor, console = Monitor(lambda event: None), Console()

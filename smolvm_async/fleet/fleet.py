@@ -9,7 +9,6 @@ from collections.abc import (
     AsyncIterator,
     Callable,
     Iterable,
-    Mapping,
     Sequence,
     Sized,
 )
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
+from smolvm_async.config.options import VMOptions
 from smolvm_async.errors import ConfigError, HostError, MemberFailedError
 from smolvm_async.fleet.jobs import (
     Job,
@@ -86,7 +86,7 @@ class Fleet:
 
     def __init__(
         self,
-        template: Mapping[str, Any] | None = None,
+        template: VMOptions | None = None,
         *,
         size: int | None = None,
         until: BootState | str = BootState.READY,

@@ -28,7 +28,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from smolvm_async.config.checks import shown, told
+from smolvm_async.config.checks import check_boolean, check_integer, shown, told
 from smolvm_async.errors import (
     ConfigError,
     JobFailedError,
@@ -44,6 +44,7 @@ R = TypeVar("R")
 Job = Callable[[AsyncSmolVM, T], Awaitable[R]]
 OnError = Literal["raise", "collect"]
 
+MAX_COUNT = 100_000  # of VMs, jobs or retries
 READ_AHEAD = 4  # unread results for each job that can run at once
 IDLE = 0.2  # seconds that a worker without a job keeps its VM while other VMs wait
 GRACE = 2.0  # seconds that a cancelled job may go on using its VM, to clean up
@@ -80,11 +81,8 @@ class JobVM(Protocol):
 
 def check_count(argument: str, value: object, least: int = 1) -> int:
     """Check an argument of a fleet or a `map()` that is a whole number."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 100_000:
-        raise ConfigError(
-            f"{argument}={shown(value)} is wrong: pass a whole number from {least} to 100000."
-        )
-    return value
+    advice = f"a whole number from {least} to {MAX_COUNT}"
+    return check_integer(argument, value, least, MAX_COUNT, advice)
 
 
 def check_on_error(on_error: object) -> OnError:
@@ -106,8 +104,7 @@ def check_work(job: object, items: object, **switches: object) -> None:
     if not isinstance(items, Iterable | AsyncIterable):
         raise ConfigError(f"items={shown(items)} is wrong: pass an iterable or async iterable.")
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
+        check_boolean(name, value)
 
 
 def _why_not_callable(job: Callable[..., object]) -> str:

@@ -1,4 +1,4 @@
-"""What the library has to know of a guest operating system: pure data."""
+"""A guest operating system as pure data."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from smolvm_async.errors import UnsupportedError
+from smolvm_async.guests.features import FEATURES, NEEDED, FeatureName
 
 
 class GuestProfile(NamedTuple):
-    """One guest OS. Adding one is one new file in this package.
+    """One guest OS. A new one is a file in this folder and its name in `GUESTS`.
 
     Attributes:
-        name: What `os=` takes.
-        title: What messages call it.
+        name: The value of `os=`.
+        title: The name in messages, as in "Windows guests".
         default_memory: MiB.
         minimum_memory: MiB; the OS does not run with less.
         default_cpus: Cores of the one socket.
-        hosts: Values of `sys.platform` under which it runs.
-        firmware: Whether UEFI starts it: `always`, `never` (SeaBIOS, or a kernel that QEMU itself
-            loads), or `image` if that depends on the image.
-        firmware_features: What QEMU's firmware descriptor must offer (firmware.json).
+        hosts: Values of `sys.platform` under which the guest runs.
+        firmware: Whether UEFI starts the guest: `always`, `never` (SeaBIOS, or a kernel that QEMU
+            itself loads), or `image` if that depends on the image.
+        firmware_features: Features that QEMU's firmware descriptor must list (firmware.json).
         machine_type: QEMU's machine type; a kept VM stays with the version it was made with.
         machine_options: Options of `-machine`.
         cpu: Value of `-cpu`, by accelerator.
         globals: Values of `-global`, for every accelerator.
-        accelerator_globals: Further ones, by accelerator.
+        accelerator_globals: Further values of `-global`, by accelerator.
         rtc: Value of `-rtc`.
         sidecars: Names in `smolvm_async.qemu.sidecars.SIDECARS`.
         devices: Values of further `-device` options.
-        disk_bus: How it sees its disk: `scsi` (virtio-scsi) or `virtio` (virtio-blk, `/dev/vda`).
-        login: How it is told who may log in over SSH: a `nocloud` seed for cloud-init, `fw_cfg`
-            for the image that this library builds, or `none`: then nobody does.
-        usb: Whether it has a USB controller, with the tablet that the mouse is.
-        unsupported: For each feature that it lacks, the sentence that says so and what to do.
+        disk_bus: The bus of the disk: `scsi` (virtio-scsi) or `virtio` (virtio-blk, `/dev/vda`).
+        login: How the guest learns who may log in over SSH: from a `nocloud` seed for cloud-init,
+            from `fw_cfg` (the image that this library builds), or `none`: nobody logs in.
+        usb: Whether there is a USB controller, with the tablet that serves as the mouse.
+        features: The features that this guest OS has. All others are refused.
+        planned: Features that the guest lacks in this version alone; their refusal says so.
+        instead: Advice for features that the guest lacks, where `FEATURES` does not fit.
     """
 
     name: str
@@ -56,13 +59,23 @@ class GuestProfile(NamedTuple):
     disk_bus: Literal["scsi", "virtio"] = "scsi"
     login: Literal["none", "nocloud", "fw_cfg"] = "none"
     usb: bool = True
-    unsupported: Mapping[str, str] = MappingProxyType({})
+    features: frozenset[FeatureName] = frozenset()
+    planned: frozenset[FeatureName] = frozenset()
+    instead: Mapping[FeatureName, str] = MappingProxyType({})
 
-    def require(self, feature: str) -> None:
-        """Refuse a feature that this guest OS lacks.
+    def require(self, name: str) -> None:
+        """Check that the guest OS has the feature behind a method or an argument.
 
         Raises:
-            UnsupportedError: It names the feature and the workaround.
+            UnsupportedError: It names the method or the argument and the workaround.
         """
-        if feature in self.unsupported:
-            raise UnsupportedError(self.unsupported[feature])
+        if NEEDED[name] not in self.features:
+            raise self.refusal(name)
+
+    def refusal(self, name: str) -> UnsupportedError:
+        """Return the error for a method or an argument that this guest OS lacks."""
+        feature = NEEDED[name]
+        spelled = f"{name}=" if name in FEATURES[feature].arguments else f"{name}()"
+        how = "in this version yet" if feature in self.planned else "available"
+        instead = self.instead.get(feature, FEATURES[feature].instead)
+        return UnsupportedError(f"{spelled} is not {how} for {self.title} guests: {instead}")

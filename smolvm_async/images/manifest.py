@@ -16,12 +16,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from smolvm_async.config.checks import MAX_CPUS, shown
-from smolvm_async.config.vm_config import MAX_MEMORY
+from smolvm_async.config.checks import MAX_CPUS, MAX_MEMORY, shown
+from smolvm_async.config.uri import MANIFEST
 from smolvm_async.errors import ImageError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.guests import GUESTS
-from smolvm_async.images.s3.uri import MANIFEST
 
 logger = get_logger(__name__)
 
@@ -121,7 +120,7 @@ class Manifest(_StrictModel):
             raise ValueError(f"os is none of {', '.join(GUESTS)}")
         if self.kernel is None and (self.initrd is not None or self.boot_args is not None):
             raise ValueError("initrd and boot_args go with a kernel: add it, or leave them out")
-        if self.kernel is not None and "kernel" in GUESTS[self.os].unsupported:
+        if self.kernel is not None and "kernel" not in GUESTS[self.os].features:
             raise ValueError(
                 f"an image of {self.os} must not have a kernel: its own boot loader starts it"
             )

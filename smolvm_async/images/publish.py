@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smolvm_async.config.checks import check_path, shown
+from smolvm_async.config.uri import MANIFEST, Location, parse_uri
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
@@ -26,7 +27,6 @@ from smolvm_async.images.manifest import Manifest, parse_manifest
 from smolvm_async.images.s3.client import open_client
 from smolvm_async.images.s3.errors import explain
 from smolvm_async.images.s3.upload import upload
-from smolvm_async.images.s3.uri import MANIFEST, Location, parse_uri
 from smolvm_async.images.source import open_initrd, open_kernel
 
 if sys.version_info >= (3, 14):
@@ -159,7 +159,7 @@ def _read_directory(
     if "os" not in values:
         raise ConfigError(
             f"os= is missing: the disk in {str(directory)!r} does not tell which operating system "
-            "is on it; pass os='windows' or os='linux'."
+            "is on it; pass {CHOICES}."
         )
     return {**values, "schema_version": 1}, paths
 

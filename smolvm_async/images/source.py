@@ -1,4 +1,4 @@
-"""What a guest starts from: a disk, and the kernel if QEMU itself is to load one."""
+"""The user's own disk and kernel, checked, opened and looked into."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from smolvm_async.config.source import Source
-from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.config.source import LocalDisk, Source
 from smolvm_async.errors import ImageError
 from smolvm_async.foundation.process import run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.images import qcow2
-from smolvm_async.images.local import local_path, open_image, open_plain
+from smolvm_async.images.local import open_image, open_plain
 
-ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # a kernel's arguments, if none were given
+ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # the default arguments of a kernel
 
-ELF = b"\x7fELF"  # an uncompressed kernel, which QEMU enters by its PVH note
+ELF = b"\x7fELF"  # an uncompressed kernel, which QEMU starts at its PVH note
 BZIMAGE, BZIMAGE_AT = b"HdrS", 0x202  # Documentation/arch/x86/boot.rst
 BOOT_CODE = 440  # bytes of the first sector; UEFI leaves them at 0
 
 
-def own_source(config: VMConfig) -> Source:
-    """What the user's arguments mean, checked.
+def own_source(disk: LocalDisk) -> Source:
+    """Return the files of the user's arguments, checked.
 
     Raises:
         ImageError: If one of the files cannot be used.
     """
-    source = Source(local_path(config.image))
-    if config.kernel:
-        initrd = Path(config.initrd) if config.initrd else None
-        boot_args = ROOT_DISK if config.boot_args is None else config.boot_args
-        source = Source(source.image, Path(config.kernel), initrd, boot_args)
-        with open_kernel(Path(config.kernel)):
+    source = Source(disk.path)
+    if disk.kernel is not None:
+        boot_args = ROOT_DISK if disk.boot_args is None else disk.boot_args
+        source = Source(disk.path, disk.kernel, disk.initrd, boot_args)
+        with open_kernel(disk.kernel):
             pass
     if source.initrd is not None:
         with open_initrd(source.initrd):
@@ -48,13 +46,13 @@ def open_kernel(path: Path) -> Iterator[int]:
     """Open a Linux kernel for QEMU; yields the descriptor.
 
     Raises:
-        ImageError: If it is missing, unreadable or no kernel.
+        ImageError: If the file is missing, unreadable or not a kernel.
     """
     with open_plain(path, "kernel", "a Linux kernel") as fd:
         begin = os.pread(fd, BZIMAGE_AT + len(BZIMAGE), 0)
         if not begin.startswith(ELF) and begin[BZIMAGE_AT:] != BZIMAGE:
             raise ImageError(
-                f"kernel {str(path)!r} is no Linux kernel for x86-64: pass a bzImage, such as "
+                f"kernel {str(path)!r} is not a Linux kernel for x86-64: pass a bzImage, such as "
                 "/boot/vmlinuz-*, or an uncompressed vmlinux."
             )
         yield fd
@@ -64,13 +62,13 @@ def open_initrd(path: Path) -> AbstractContextManager[int]:
     """Open an initramfs for QEMU.
 
     Raises:
-        ImageError: If it is missing or unreadable.
+        ImageError: If the file is missing or unreadable.
     """
     return open_plain(path, "initrd", "an initramfs")
 
 
 async def starts_by_bios(qemu_img: Path, fd: int, disk_format: str) -> bool:
-    """Whether the first sector of an open disk holds code for a BIOS; if not, UEFI starts it."""
+    """Return whether the first sector of an open disk has code for a BIOS; if not, UEFI boots."""
     if disk_format == "qcow2":
         sector = await in_thread(qcow2.first_sector, fd)
     else:

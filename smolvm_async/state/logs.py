@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from smolvm_async.config.checks import check_vm_id
-from smolvm_async.config.vm_config import make_data_dir
+from smolvm_async.config.options import make_data_dir
 from smolvm_async.foundation.locking import is_locked
 from smolvm_async.state.directory import find_directory, open_directory
 from smolvm_async.state.names import SIDECARS, log_name

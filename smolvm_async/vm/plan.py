@@ -1,14 +1,14 @@
-"""What a run needs to know before it begins: the arguments, the image, and what the host has."""
+"""The plan of a launch: the configuration, the image, and the tools of the host."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from smolvm_async.config.source import Source
-from smolvm_async.config.vm_config import VMConfig, complete, is_published
+from smolvm_async.config.options import complete
+from smolvm_async.config.source import BuiltInImage, LocalDisk, PublishedImage, Source
+from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import AcceleratorWarning
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
@@ -29,11 +29,12 @@ class Plan(NamedTuple):
     """How to launch a VM.
 
     Attributes:
-        source: What it starts from; `None` is the built-in image, which may have to be built, or a
-            published one, which may have to be downloaded.
-        prefix: What runs QEMU within its bounds.
-        published: What the manifest of a published image says.
-        by_bios: Whether the disk has a boot loader for a BIOS, if that was looked at for many VMs.
+        source: The files of a local disk; `None` for the built-in image, which may have to be
+            built, and for a published image, which may have to be downloaded.
+        prefix: The command that runs QEMU within its limits, if there are limits.
+        published: The published image, once its manifest has been read.
+        by_bios: Whether the disk has a boot loader for a BIOS; `None` if nobody has looked. A
+            fleet looks once for all its VMs.
     """
 
     config: VMConfig
@@ -51,18 +52,18 @@ def make_plan(
     on_progress: ProgressCallback | None,
     published: Published | None = None,
 ) -> Plan:
-    """Look at the image, the data directory and the host; nothing is created.
+    """Check the image, the data directory and the host. Nothing is created.
 
     Raises:
         ConfigError: If the image or the data directory cannot be used.
         HostError: If the host lacks something.
     """
-    # Checked now, for an early answer, and again by the launch.
-    by_path = config.image and not is_published(config.image)
-    source = own_source(config) if by_path else None
+    origin = config.origin
+    # Checked now, so that the caller hears of errors early; the launch checks again.
+    source = own_source(origin) if isinstance(origin, LocalDisk) else None
     check_data_dir(config.data_dir)
     tools = find_tools(config.profile, programs(config.profile))
-    if not config.image:
+    if isinstance(origin, BuiltInImage):
         from smolvm_async.images.build.debian import check_host, find_debian
 
         if find_debian() is None:
@@ -76,7 +77,7 @@ def make_plan(
 
 
 def check_early(config: VMConfig) -> None:
-    """What can be said of a published image's VM before its guest OS is known.
+    """Check what a published image's VM needs, whatever its guest OS will be.
 
     Raises:
         ConfigError: If the data directory cannot be used.
@@ -87,46 +88,44 @@ def check_early(config: VMConfig) -> None:
     scope_prefix(config)
 
 
-async def find_plan(
-    config: VMConfig, features: Mapping[str, object], on_progress: ProgressCallback | None
-) -> Plan:
-    """Read the manifest of a published image, and plan as for any other.
+async def find_plan(config: VMConfig, on_progress: ProgressCallback | None) -> Plan:
+    """Read the manifest of a published image, and make the plan.
 
     Raises:
-        ImageError: If it cannot be had, or cannot be used.
-        ConfigError, HostError: If an argument or the host does not go with the guest OS.
+        ImageError: If the image cannot be fetched or used.
+        ConfigError, HostError: If an argument or the host does not suit the guest OS.
     """
     from smolvm_async.images.cache import ImageStore
 
     report(on_progress, Progress("image", f"reading the manifest of {config.image}", 0.0))
     published = await ImageStore().look(config.image)
     manifest = published.manifest
-    config = complete(config, manifest.os, manifest.memory, manifest.cpus, features)
+    config = complete(config, manifest.os, manifest.memory, manifest.cpus)
     return make_plan(config, on_progress, published)
 
 
 async def find_source(plan: Plan, stack: ExitStack) -> Source:
-    """What a VM starts from; it is built or downloaded if it is not there yet.
+    """Return the files that a VM starts from; first build or download them if necessary.
 
     Args:
-        stack: Until it is closed, what was downloaded stays.
+        stack: Keeps downloaded files in the cache until it is closed.
 
     Raises:
-        HostError, CommandError, ImageError: If it cannot be had.
+        HostError, CommandError, ImageError: If the files cannot be built, fetched or used.
     """
     if plan.source is not None:
         return plan.source
-    if plan.config.image:
+    if isinstance(plan.config.origin, PublishedImage):
         from smolvm_async.images.cache import ImageStore
 
         store = ImageStore()
-        published = plan.published or await store.look(plan.config.image)
+        published = plan.published or await store.look(plan.config.origin.uri)
         return await store.hold(published, plan.config.data_dir, plan.on_progress, stack)
     from smolvm_async.images.build.debian import build_debian, find_debian
 
     if plan.on_progress is None and await in_thread(find_debian) is None:
         logger.warning(
-            "the built-in Linux is being built, once: that takes some minutes; on_progress= tells "
-            "how far it is"
+            "building the built-in Linux image, once: this takes some minutes; pass on_progress= "
+            "to see how far it is"
         )
     return Source(*await build_debian(on_progress=plan.on_progress))

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from smolvm_async import (
     RemoteError,
     WorkerLostError,
 )
+from smolvm_async.config.options import VMOptions
 from smolvm_async.fleet.dask.messages import VERSION
 from tests.conftest import processes
 
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 NEED = 128 + 128  # MiB that a VM takes, with QEMU's overhead
 WITHIN = 30.0  # seconds for other processes to act
 
-Template = Mapping[str, Any]
+Template = VMOptions
 
 
 def gone(pid: int) -> bool:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from smolvm_async import (
     VMCrashedError,
     VMNotRunningError,
 )
+from smolvm_async.config.options import VMOptions
 from smolvm_async.fleet import memory
 from smolvm_async.fleet.member import Member
 from smolvm_async.foundation import process
@@ -38,7 +39,7 @@ from smolvm_async.images import qcow2
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100, func_only=True)]
 
-Template = Mapping[str, Any]
+Template = VMOptions
 
 
 @pytest.fixture(autouse=True)
@@ -289,7 +290,7 @@ async def test_a_vm_that_no_longer_runs_is_not_used_again(blank: Template, end: 
 
 
 async def test_max_memory_of_the_limits_bounds_a_fleet(blank: Template) -> None:
-    limited = {**blank, "limits": Limits(max_memory=300)}
+    limited: VMOptions = {**blank, "limits": Limits(max_memory=300)}
     with pytest.raises(HostError, match=r"enough for 2.*max_live=2"):
         await Fleet(limited, size=3, until="firmware").__aenter__()
     async with Fleet(limited, until="firmware") as fleet:
@@ -298,7 +299,7 @@ async def test_max_memory_of_the_limits_bounds_a_fleet(blank: Template) -> None:
 
 
 async def test_a_vm_that_can_never_fit_holds_up_nobody(blank: Template) -> None:
-    huge = {**blank, "memory": memory.PROMISES.capacity() + 1024}
+    huge: VMOptions = {**blank, "memory": memory.PROMISES.capacity() + 1024}
     async with Fleet(blank, size=1, until="firmware") as fleet:
         await fleet.all_ready()
         with pytest.raises(HostError, match=r"1 VM of .* cannot run at once: .* smaller memory="):
@@ -400,7 +401,7 @@ async def test_only_a_crash_is_a_jobs_failure(blank: Template, end: str) -> None
 def test_a_wrong_argument_is_refused_at_once(
     blank: Template, arguments: dict[str, Any], words: str
 ) -> None:
-    template = (
+    template: Any = (
         {**blank, **given} if isinstance(given := arguments.pop("template", {}), dict) else given
     )
     with pytest.raises(ConfigError, match=words):
@@ -413,7 +414,7 @@ async def test_a_linux_guest_does_jobs(data_dir: Path) -> None:
         result = await vm.run(f"echo {word}; test {word} != bad", check=True)
         return str(result.stdout)
 
-    template = {"accel": "tcg", "data_dir": data_dir, "memory": 256}
+    template: VMOptions = {"accel": "tcg", "data_dir": data_dir, "memory": 256}
     async with Fleet(template, size=1, on_error="collect") as fleet:
         results = []
         with pytest.raises(ExceptionGroup) as caught:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, HostError, Limits, VMCrashedError
-from smolvm_async.config.vm_config import make_config
+from smolvm_async.config.options import make_config
 from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.host.memory import available_memory
 from smolvm_async.vm import limits

@@ -33,7 +33,8 @@ from smolvm_async import (
     Timeouts,
     UnsupportedError,
 )
-from smolvm_async.config.vm_config import VMConfig, default_data_dir, make_config
+from smolvm_async.config.options import default_data_dir, make_config
+from smolvm_async.config.vm_config import VMConfig
 
 NOBODY = 65534
 
@@ -172,15 +173,19 @@ def test_options_that_windows_lacks_are_refused_with_the_workaround(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    ("feature", "workaround"),
-    [("run", "scheduled task"), ("snapshot", "copy of its qcow2"), ("from_snapshot", "image=")],
+    ("feature", "options", "workaround"),
+    [
+        ("run", {}, "scheduled task"),
+        ("snapshot", {}, "copy of its qcow2"),
+        ("from_snapshot", {"os": "windows"}, "image="),
+    ],
 )
 async def test_methods_that_windows_lacks_are_refused_before_anything_is_created(
-    make: Make, data_dir: Path, feature: str, workaround: str
+    make: Make, data_dir: Path, feature: str, options: dict[str, Any], workaround: str
 ) -> None:
     vm = make()
     with pytest.raises(UnsupportedError) as caught:
-        await getattr(vm, feature)("dir")
+        await getattr(vm, feature)("dir", **options)
     assert not exists(data_dir)
     assert isinstance(caught.value, ValueError)
     for phrase in (f"{feature}()", "Windows", workaround):

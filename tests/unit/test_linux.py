@@ -12,7 +12,7 @@ import pycdlib
 import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, ImageError, PortForward, UnsupportedError
-from smolvm_async.config.vm_config import make_config
+from smolvm_async.config.options import make_config
 from smolvm_async.controls.ssh.login import make_key_pair, make_seed
 from smolvm_async.guests import BUILT_IN, GUESTS
 from smolvm_async.host import find_tools
@@ -51,7 +51,7 @@ def test_an_image_of_ones_own_is_no_built_in_one() -> None:
         ({"image": "x", "kernel": 3}, ["kernel=3", "a Linux kernel"]),
         ({"image": "x", "kernel": "/k", "boot_args": "a\nb"}, ["boot_args=", "printable"]),
         ({"image": "x", "user": "Bob"}, ["user='Bob'", "user name"]),
-        ({"user": "bob"}, ["user='bob'", "root alone"]),
+        ({"user": "bob"}, ["user='bob'", "only the user root"]),
         ({"env": ["A"]}, ["env=['A']", "mapping"]),
         ({"env": {"1A": "x"}}, ["env=", "'1A'", "digit"]),
         ({"env": {"A=B": "x"}}, ["env=", "'A=B'"]),
@@ -89,6 +89,7 @@ def test_what_windows_guests_lack_is_refused_by_name(feature: str) -> None:
 
 def test_port_forwards_take_ports_pairs_and_mappings() -> None:
     expected = (PortForward(80), PortForward(443, 8443))
+    given: Any
     for given in ([80, (443, 8443)], {80: None, 443: 8443}, expected):
         assert make_config(port_forwards=given).port_forwards == expected
 
@@ -146,7 +147,7 @@ def test_the_seed_holds_what_cloud_init_reads(user: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "phrase"),
     [
-        (lambda path: path.write_bytes(b"MZ" + bytes(4096)), "no Linux kernel"),
+        (lambda path: path.write_bytes(b"MZ" + bytes(4096)), "not a Linux kernel"),
         (lambda path: path.mkdir(), "is a directory"),
         (lambda path: None, "does not exist"),
     ],

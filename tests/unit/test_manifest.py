@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolvm_async import AsyncSmolVM, ConfigError, ImageError
+from smolvm_async.config.uri import parse_uri
 from smolvm_async.images.cache.layout import Layout, Published, cache_root
 from smolvm_async.images.cache.verifier import Verifier, WrongContentError
 from smolvm_async.images.manifest import MAX_MANIFEST, Manifest, parse_manifest
 from smolvm_async.images.s3.partial_file import Ranges, read_journal, write_journal
-from smolvm_async.images.s3.uri import parse_uri
 
 DIGEST, OTHER = "a" * 64, "b" * 64
 

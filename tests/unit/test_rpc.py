@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from smolvm_async import ConfigError, PortForward
-from smolvm_async.config.vm_config import make_config
+from smolvm_async.config.options import make_config
 from smolvm_async.controls.interface import VM, Run
 from smolvm_async.foundation.rpc import (
     arguments_from_json,

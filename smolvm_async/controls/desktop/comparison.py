@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from smolvm_async.config.checks import shown
+from smolvm_async.config.checks import check_integer, is_integer, shown
 from smolvm_async.controls.desktop.picture import CHANNELS, Screenshot
 from smolvm_async.errors import ConfigError
 
@@ -193,7 +193,7 @@ def _check_box(box: object, argument: str) -> Region:
     numbers = list(box) if isinstance(box, tuple | list) else []
     if (
         len(numbers) != 4
-        or not all(_whole(number) for number in numbers)
+        or not all(is_integer(number) for number in numbers)
         or min(numbers[:2]) < 0
         or min(numbers[2:]) < 1
     ):
@@ -228,11 +228,7 @@ def check_tolerance(tolerance: object) -> int:
     Raises:
         ConfigError: It is not a whole number from 0 to 255.
     """
-    if not _whole(tolerance) or not 0 <= tolerance <= 255:
-        raise ConfigError(
-            f"tolerance={shown(tolerance)} is wrong: pass a whole number from 0 to 255."
-        )
-    return tolerance
+    return check_integer("tolerance", tolerance, 0, 255, "a whole number from 0 to 255")
 
 
 def check_max_different(max_different: object) -> float:
@@ -242,7 +238,7 @@ def check_max_different(max_different: object) -> float:
         ConfigError: It is not a number from 0 to 1.
     """
     if (
-        not (_whole(max_different) or isinstance(max_different, float))
+        not (is_integer(max_different) or isinstance(max_different, float))
         or not 0 <= max_different <= 1
     ):
         raise ConfigError(
@@ -250,7 +246,3 @@ def check_max_different(max_different: object) -> float:
             "such as 0.01."
         )
     return max_different
-
-
-def _whole(number: object) -> TypeGuard[int]:
-    return isinstance(number, int) and not isinstance(number, bool)

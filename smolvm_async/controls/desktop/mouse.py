@@ -24,7 +24,7 @@ import operator
 from collections.abc import AsyncIterator
 from typing import Literal, SupportsIndex, get_args
 
-from smolvm_async.config.checks import check_seconds, shown
+from smolvm_async.config.checks import check_integer, check_seconds, shown
 from smolvm_async.controls.desktop.screen import Screen
 from smolvm_async.controls.interface import VM, Control
 from smolvm_async.errors import ConfigError, VMTimeoutError
@@ -79,11 +79,7 @@ class Mouse(Control):
             count: The number of clicks: 2 is a double click.
         """
         press, point = _press(button), self._point(x, y, optional=True)
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10:
-            raise ConfigError(
-                f"count={shown(count)} is wrong: pass 1 for a click, 2 for a double click, "
-                "at most 10."
-            )
+        check_integer("count", count, 1, 10, "1 for a click, 2 for a double click, at most 10")
         async with self._taken():
             await self._move(point)
             for _ in range(count):
@@ -158,11 +154,8 @@ class Mouse(Control):
             x: Move to this position first; pass both `x` and `y`, or neither.
             y: See `x`.
         """
-        if isinstance(clicks, bool) or not isinstance(clicks, int) or abs(clicks) > 1000:
-            raise ConfigError(
-                f"clicks={shown(clicks)} is wrong: pass clicks of the wheel, positive to scroll "
-                "down, negative to scroll up, such as 3."
-            )
+        advice = "clicks of the wheel, positive to scroll down, negative to scroll up, such as 3"
+        check_integer("clicks", clicks, -1000, 1000, advice)
         point = self._point(x, y, optional=True)
         turn = button_event("wheel-down" if clicks > 0 else "wheel-up", down=True)
         async with self._taken():

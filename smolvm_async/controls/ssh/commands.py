@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, AnyStr, Generic, Literal
 
-from smolvm_async.config.checks import check_env, check_timeout, encoded, shown
+from smolvm_async.config.checks import check_boolean, check_env, check_timeout, encoded, shown
 from smolvm_async.controls.ssh.execution import Execution, Stream, executing
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.script import check_command, script
@@ -185,8 +185,7 @@ class Commands:
         check_timeout(timeout)
         content, variables = _input(input), check_env(env)
         for name, value in (("check", check), ("text", text)):
-            if not isinstance(value, bool):
-                raise ConfigError(f"{name}={shown(value)} is wrong: pass True or False.")
+            check_boolean(name, value)
         mark = secrets.token_hex(8)
         line, first = script(command, shell, variables, mark)
         link = await self._reach()

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from smolvm_async.config.checks import check_path, shown
+from smolvm_async.config.checks import check_integer, check_path, shown
 from smolvm_async.controls.ssh.commands import Reach
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.transfer import (
@@ -74,10 +74,8 @@ class Files:
         """See `AsyncSmolVM.download_file()`."""
         source = _guest_path(guest_path).rstrip("/") or "/"
         target = check_path(local_path, "local_path", "a file or directory")
-        if max_bytes is not None and (
-            isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0
-        ):
-            raise ConfigError(f"max_bytes={shown(max_bytes)} is wrong: pass bytes, 0 or more.")
+        if max_bytes is not None:
+            check_integer("max_bytes", max_bytes, 0, None, "bytes, 0 or more")
         name = PurePosixPath(source).name
         if await in_background(target.is_dir) or str(local_path).endswith("/"):
             if not name:

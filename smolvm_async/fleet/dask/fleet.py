@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 from smolvm_async.config.checks import shown
+from smolvm_async.config.options import VMOptions
 from smolvm_async.errors import ConfigError, HostError
 from smolvm_async.fleet.jobs import (
     Job,
@@ -74,7 +75,7 @@ class DaskFleet:
     def __init__(
         self,
         scheduler: Client | str,
-        template: Mapping[str, Any] | None = None,
+        template: VMOptions | None = None,
         *,
         until: BootState | str = BootState.READY,
         max_live: int | None = None,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import anyio
 
-from smolvm_async.config.vm_config import S3
+from smolvm_async.config.uri import S3, parse_uri
 from smolvm_async.errors import HostError, ImageError
 from smolvm_async.foundation.files import seal
 from smolvm_async.foundation.locking import LockFile
@@ -34,7 +34,6 @@ from smolvm_async.images.cache.verifier import Verifier, WrongContentError
 from smolvm_async.images.manifest import LARGEST, ImageFile
 from smolvm_async.images.s3.download import RemoteFile, begin, transfer
 from smolvm_async.images.s3.partial_file import PartialFile
-from smolvm_async.images.s3.uri import parse_uri
 
 logger = get_logger(__name__)
 

@@ -28,9 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from smolvm_async.config.checks import shown
+from smolvm_async.config.checks import check_integer, shown
 from smolvm_async.config.source import Source
-from smolvm_async.config.vm_config import is_published
+from smolvm_async.config.uri import Location, is_published, parse_uri
 from smolvm_async.errors import ConfigError, ImageError
 from smolvm_async.foundation.locking import try_share
 from smolvm_async.foundation.log import get_logger
@@ -59,7 +59,6 @@ from smolvm_async.images.cache.verifier import WrongContentError
 from smolvm_async.images.manifest import MAX_MANIFEST, ImageFile, parse_manifest
 from smolvm_async.images.s3.client import endpoint, open_client, read_at_most
 from smolvm_async.images.s3.errors import explain, is_offline
-from smolvm_async.images.s3.uri import Location, parse_uri
 from smolvm_async.images.source import ROOT_DISK
 
 logger = get_logger(__name__)
@@ -180,10 +179,8 @@ class ImageStore:
         Raises:
             ConfigError: An argument is wrong.
         """
-        if max_bytes is not None and (
-            isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0
-        ):
-            raise ConfigError(f"max_bytes={shown(max_bytes)} is wrong: pass bytes, 0 or more.")
+        if max_bytes is not None:
+            check_integer("max_bytes", max_bytes, 0, None, "bytes, 0 or more")
         if unused_since is not None and not isinstance(unused_since, datetime):
             raise ConfigError(
                 f"unused_since={shown(unused_since)} is wrong: pass a datetime, such as "

@@ -6,11 +6,16 @@ import re
 from typing import NamedTuple
 
 from smolvm_async.config.checks import shown
-from smolvm_async.config.vm_config import S3, is_published
 from smolvm_async.errors import ImageError
 
+S3 = "s3://"
 MANIFEST = "smolvm-image.json"  # the name of the manifest under a prefix
 MAX_KEY = 1024  # bytes of UTF-8; S3's limit
+
+
+def is_published(image: str) -> bool:
+    """Return whether `image=` is the URI of a published image."""
+    return image[: len(S3)].lower() == S3
 
 
 class Location(NamedTuple):

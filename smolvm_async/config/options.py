@@ -1,0 +1,332 @@
+"""The arguments of `AsyncSmolVM`: their types, their defaults, and the configuration they make.
+
+`VMOptions` is the one list of the arguments. The signature that `help()` shows, the templates of
+fleets and the command line follow from it. Nothing here looks at the host or at a file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os as os_module
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+from smolvm_async.config.checks import (
+    MAX_MEMORY,
+    check_accel,
+    check_boolean,
+    check_cpus,
+    check_env,
+    check_path,
+    check_port_forwards,
+    check_resolution,
+    check_vm_id,
+    check_vnc_kind,
+    is_integer,
+    shown,
+)
+from smolvm_async.config.reference import local_path
+from smolvm_async.config.source import LocalDisk, Origin, PublishedImage, make_origin
+from smolvm_async.config.uri import is_published, parse_uri
+from smolvm_async.config.vm_config import Limits, StrictModel, Timeouts, VMConfig, find_profile
+from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.paths import xdg_home
+from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.guests import (
+    ARGUMENTS,
+    BUILT_IN,
+    CHOICES,
+    DEFAULT,
+    GUESTS,
+    GuestName,
+    GuestProfile,
+)
+
+
+class VMOptions(TypedDict, total=False):
+    """The keyword arguments of `AsyncSmolVM`, whose documentation explains each of them."""
+
+    os: GuestName | None  # the guest OS
+    image: str | os_module.PathLike[str] | None  # a path, a file:// or an s3:// URI
+    kernel: str | os_module.PathLike[str] | None  # for QEMU to load
+    initrd: str | os_module.PathLike[str] | None  # the kernel's
+    boot_args: str | None  # the kernel's command line
+    user: str | None  # whom run() logs in as
+    memory: int | None  # MiB
+    cpus: int | None  # cores
+    vm_id: str | None
+    accel: Literal["auto", "kvm", "tcg"]
+    env: Mapping[str, str] | None  # environment variables of all commands
+    port_forwards: Iterable[int | tuple[int, int | None]] | Mapping[int, int | None]
+    keep: bool  # after the block and the process
+    resolution: tuple[int, int] | str | None  # pixels
+    vnc: Literal["loopback", "unix"] | bool | None
+    limits: Limits | Mapping[str, float] | None
+    mounts: Sequence[object]
+    writable_mounts: bool
+    internet_settings: object | None
+    timeouts: Timeouts | Mapping[str, float] | None
+    data_dir: str | os_module.PathLike[str] | None
+    on_progress: ProgressCallback | None
+
+
+# All other arguments are None by default.
+DEFAULTS: VMOptions = {
+    "accel": "auto",
+    "port_forwards": (),
+    "keep": False,
+    "mounts": (),
+    "writable_mounts": False,
+}
+
+F = TypeVar("F", bound=Callable[..., None])
+M = TypeVar("M", bound=StrictModel)
+
+
+def with_signature(init: F) -> F:
+    """Give `__init__(self, **options)` a signature that shows each argument and its default."""
+    names = ", ".join(repr(name) for name in GUESTS)
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    for name, hint in VMOptions.__annotations__.items():
+        annotation = hint.__forward_arg__.replace("GuestName", f"Literal[{names}]")
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=DEFAULTS.get(name),
+                annotation=annotation,
+            )
+        )
+    init.__dict__["__signature__"] = inspect.Signature(parameters, return_annotation="None")
+    return init
+
+
+def make_config(**options: Unpack[VMOptions]) -> VMConfig:
+    """Check the arguments of `AsyncSmolVM`, and return them as a configuration.
+
+    Raises:
+        ConfigError: It names the argument, what is wrong and what to do instead.
+        TypeError: An argument is unknown.
+    """
+    for name in options:
+        if name not in VMOptions.__annotations__:
+            raise TypeError(f"AsyncSmolVM.__init__() got an unexpected keyword argument {name!r}")
+    given: dict[str, Any] = {**dict.fromkeys(VMOptions.__annotations__), **DEFAULTS, **options}
+    image = _image(given["image"])
+    origin = make_origin(image)
+    profile = _profile(given["os"], given["image"], origin)
+    for name in ARGUMENTS:
+        if given[name] or (name == "internet_settings" and given[name] is not None):
+            profile.require(name)
+    if not image and profile.name not in BUILT_IN:
+        raise ConfigError(
+            f"image= is missing: this library builds no {profile.title} image; "
+            f"pass image= with the path of a qcow2 that has {profile.title} installed."
+        )
+    cpus, vm_id, on_progress = given["cpus"], given["vm_id"], given["on_progress"]
+    config = VMConfig(
+        os=profile.name,
+        image=image,
+        memory=_memory(given["memory"], profile),
+        cpus=profile.default_cpus if cpus is None else check_cpus(cpus),
+        vm_id=new_vm_id() if vm_id is None else check_vm_id(vm_id),
+        **_direct_boot(origin, given),
+        user=_user(given["user"], profile),
+        env=check_env(given["env"]),
+        port_forwards=check_port_forwards(given["port_forwards"]),
+        accel=check_accel(given["accel"]),
+        keep=check_boolean("keep", given["keep"]),
+        resolution=check_resolution(given["resolution"]),
+        vnc=check_vnc_kind(given["vnc"]),
+        limits=_nested(Limits, "limits", given["limits"]),
+        timeouts=_nested(Timeouts, "timeouts", given["timeouts"]),
+        data_dir=make_data_dir(given["data_dir"]),
+    )
+    check_progress(on_progress)
+    return _within_bound(config)
+
+
+def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) -> VMConfig:
+    """Return the configuration of a published image's VM, once its manifest has been read.
+
+    Args:
+        os: The guest OS that the manifest names.
+        memory: MiB that the manifest recommends, for users who chose no memory.
+        cpus: Cores, likewise.
+
+    Raises:
+        ConfigError: If an argument does not suit this guest OS.
+    """
+    profile = find_profile(os, config.origin)
+    for name, given in (("env", config.env), ("user", config.user != "root")):
+        if given:
+            profile.require(name)
+    recommended = max(memory, profile.minimum_memory) if memory is not None else None
+    update = {
+        "os": os,
+        "memory": _memory(config.memory or recommended, profile),
+        "cpus": config.cpus or cpus or profile.default_cpus,
+    }
+    return _within_bound(config.model_copy(update=update))
+
+
+def new_vm_id() -> str:
+    """Return `vm-` and 8 random hex digits."""
+    return f"vm-{os_module.urandom(4).hex()}"
+
+
+def default_data_dir() -> Path:
+    """Return `$XDG_STATE_HOME/smolvm-async`, by default `~/.local/state/smolvm-async`."""
+    return xdg_home("XDG_STATE_HOME", ".local/state") / "smolvm-async"
+
+
+def make_data_dir(data_dir: object) -> Path:
+    """Return the data directory as an absolute path; by default `default_data_dir()`.
+
+    Raises:
+        ConfigError: If `data_dir` is not the path of a directory.
+    """
+    if data_dir is None:
+        return default_data_dir()
+    return check_path(data_dir, "data_dir", "a directory")
+
+
+def check_progress(on_progress: object) -> None:
+    """Check a callback for progress; `None` is no callback.
+
+    Raises:
+        ConfigError: If it cannot be called.
+    """
+    if on_progress is not None and not callable(on_progress):
+        raise ConfigError(f"on_progress={shown(on_progress)} is wrong: pass a function.")
+
+
+def _within_bound(config: VMConfig) -> VMConfig:
+    bound = config.limits.vm_memory
+    if bound is not None and bound <= config.memory:
+        raise ConfigError(
+            f"limits: vm_memory={bound} is too small for memory={config.memory}: QEMU needs the "
+            "guest's memory and some 100 MiB for itself; pass more, or a smaller memory=."
+        )
+    return config
+
+
+def _image(image: object) -> str:
+    """Return `image=` as the record stores it: empty, an absolute path, or a manifest's URI."""
+    if image is None:
+        return ""
+    if isinstance(image, os_module.PathLike):
+        image = os_module.fspath(image)
+    if not isinstance(image, str):
+        raise ConfigError(f"image={image!r} is wrong: pass a path or a URI as str or Path.")
+    if not image:
+        raise ConfigError("image='' is empty: pass the path of a qcow2.")
+    return parse_uri(image).uri if is_published(image) else str(local_path(image))
+
+
+def _profile(os: object, image: object, origin: Origin) -> GuestProfile:
+    if isinstance(origin, PublishedImage):
+        if os is not None:
+            raise ConfigError(
+                f"os={shown(os)} cannot be given with image={shown(image)}: the manifest of an "
+                "s3:// image records the guest OS, so leave os= out."
+            )
+        return find_profile("", origin)
+    if os is None:
+        if isinstance(origin, LocalDisk):
+            raise ConfigError(
+                f"os= is missing: a file does not tell which operating system is inside {image!r}; "
+                f"pass {CHOICES}."
+            )
+        os = DEFAULT.name
+    if not isinstance(os, str) or os not in GUESTS:
+        raise ConfigError(f"os={os!r} is not a known guest OS: pass {CHOICES}.")
+    return find_profile(os, origin)
+
+
+def _direct_boot(origin: Origin, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the checked arguments for a kernel that QEMU itself loads."""
+    kernel, initrd, boot_args = given["kernel"], given["initrd"], given["boot_args"]
+    named = [name for name in ("kernel", "initrd", "boot_args") if given[name] is not None]
+    if not named:
+        return {}
+    if isinstance(origin, PublishedImage):
+        raise ConfigError(
+            f"{named[0]}= cannot be given with image={shown(given['image'])}: the manifest of an "
+            "s3:// image says how the image boots, so leave kernel=, initrd= and boot_args= out."
+        )
+    if kernel is None:
+        raise ConfigError(
+            f"{named[0]}= needs kernel=, which is missing: without kernel=, the image's boot "
+            "loader decides how the guest starts. Pass kernel= too, or leave this out."
+        )
+    if not isinstance(origin, LocalDisk):
+        raise ConfigError("kernel= needs image=, which is missing: pass the root disk's qcow2.")
+    if boot_args is not None and (
+        not isinstance(boot_args, str) or not boot_args.isprintable() or len(boot_args) > 2047
+    ):
+        raise ConfigError(
+            f"boot_args={shown(boot_args)} is wrong: pass the kernel's command line as one str of "
+            "at most 2047 printable characters, such as 'console=ttyS0 root=/dev/vda rw'."
+        )
+    return {
+        "kernel": str(check_path(kernel, "kernel", "a Linux kernel")),
+        "initrd": "" if initrd is None else str(check_path(initrd, "initrd", "an initramfs")),
+        "boot_args": boot_args,
+    }
+
+
+def _user(user: object, profile: GuestProfile) -> str:
+    if user is None or user == "root":
+        return "root"
+    if not isinstance(user, str) or not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", user):
+        raise ConfigError(
+            f"user={shown(user)} is wrong: pass a Linux user name, such as user='debian'."
+        )
+    if profile.login != "nocloud":
+        raise ConfigError(
+            f"user={user!r}: the built-in image has only the user root; leave user= out, "
+            "or add a user in the guest with run('useradd ...')."
+        )
+    return user
+
+
+def _memory(memory: object, profile: GuestProfile) -> int:
+    if memory is None:
+        return profile.default_memory
+    if not is_integer(memory):
+        raise ConfigError(
+            f"memory={memory!r} is wrong: pass a whole number of MiB, "
+            f"such as memory={profile.default_memory}."
+        )
+    if memory < profile.minimum_memory:
+        raise ConfigError(
+            f"memory={shown(memory)} is less than the {profile.minimum_memory} MiB that "
+            f"{profile.title} guests need: pass memory={profile.minimum_memory} or more (MiB)."
+        )
+    if memory > MAX_MEMORY:
+        raise ConfigError(
+            f"memory={shown(memory)} is more than QEMU can give a guest: "
+            f"pass MiB, at most memory={MAX_MEMORY}."
+        )
+    return memory
+
+
+def _nested(model: type[M], argument: str, value: object) -> M:
+    """Return the model that an argument is, or that it gives as a mapping."""
+    if value is None:
+        return model()
+    if isinstance(value, model):
+        return value
+    known = ", ".join(model.model_fields)
+    if isinstance(value, Mapping):
+        unknown = sorted(str(name) for name in value if name not in model.model_fields)
+        if unknown:
+            raise ConfigError(f"{argument}= has no {', '.join(unknown)}; pass some of: {known}.")
+        return model(**value)
+    raise ConfigError(
+        f"{argument}={shown(value)} is wrong: pass {model.__name__}({model.example}) or a mapping "
+        f"of its names: {known}."
+    )

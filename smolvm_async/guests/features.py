@@ -1,0 +1,72 @@
+"""The features that a guest OS may lack: their names, and the workaround for each of them."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+FeatureName = Literal[
+    "commands", "files", "variables", "user", "kernel", "mounts", "internet_settings", "snapshots"
+]
+
+
+class Feature(NamedTuple):
+    """One feature.
+
+    Attributes:
+        methods: The methods of a VM that need it, by name.
+        arguments: The arguments of `AsyncSmolVM` that need it, by name.
+        instead: What to do without the feature, for any guest OS that has no advice of its own.
+    """
+
+    methods: tuple[str, ...]
+    arguments: tuple[str, ...]
+    instead: str
+
+
+FEATURES: dict[FeatureName, Feature] = {
+    "commands": Feature(
+        ("run", "run_stream", "ssh_access"),
+        (),
+        "install the program as a service or a scheduled task in the image.",
+    ),
+    "files": Feature(
+        ("upload_file", "download_file"),
+        (),
+        "put the files into the image, or let the guest fetch and send them over its network "
+        "(the host is 10.0.2.2 there).",
+    ),
+    "variables": Feature(
+        ("set_env_vars", "unset_env_vars", "list_env_vars"),
+        ("env",),
+        "set the variables inside the image.",
+    ),
+    "user": Feature((), ("user",), "the image has users of its own; leave user= out."),
+    "kernel": Feature(
+        (),
+        ("kernel", "initrd", "boot_args"),
+        "the image's own boot loader starts the guest; pass image= alone.",
+    ),
+    "mounts": Feature(
+        (),
+        ("mounts", "writable_mounts"),
+        "put the files into the image, or let the guest fetch them over its network "
+        "(the host is 10.0.2.2 there).",
+    ),
+    "internet_settings": Feature(
+        (),
+        ("internet_settings",),
+        "use the firewall or proxy settings of the guest OS inside the image, or filter on the "
+        "host.",
+    ),
+    "snapshots": Feature(
+        ("snapshot", "from_snapshot"),
+        (),
+        "shut the guest down and keep a copy of its qcow2; image= never writes to a qcow2, so any "
+        "number of VMs can start from the copy.",
+    ),
+}
+
+NEEDED: dict[str, FeatureName] = {  # the feature that a method or an argument needs, by its name
+    name: feature for feature, row in FEATURES.items() for name in (*row.methods, *row.arguments)
+}
+ARGUMENTS = tuple(name for row in FEATURES.values() for name in row.arguments)
