@@ -58,8 +58,7 @@ async def examine(
     Raises:
         ConfigError: An argument is wrong.
     """
-    # Any image will do: the two arguments are checked as a VM's are.
-    config = make_config(accel=accel, data_dir=data_dir)
+    config = make_config(accel=accel, data_dir=data_dir)  # checks both as a VM does
     notebook = Notebook(on_progress)
     await notebook.run(host_checks(config.data_dir))
     # A Windows guest needs everything that other guests need, and more.
