@@ -35,14 +35,16 @@ async def poll(attempt: Callable[[], bool], timeout: float = math.inf) -> bool:
     return True
 
 
-def try_lock(fd: int) -> bool:
-    """Lock the open file or directory `fd`, unless it is locked; closing `fd` unlocks it."""
-    return _try(fd, fcntl.LOCK_EX)
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Lock the open file or directory `fd`, unless it is locked; closing `fd` unlocks it.
 
-
-def try_share(fd: int) -> bool:
-    """Take a shared lock on the open file `fd`, unless a process has locked it exclusively."""
-    return _try(fd, fcntl.LOCK_SH)
+    Any number of processes can have a shared lock, while no process has an exclusive one.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_locked(fd: int) -> bool:
@@ -50,15 +52,7 @@ def is_locked(fd: int) -> bool:
 
     If not, `fd` has a shared lock afterwards: close it soon.
     """
-    return not try_share(fd)
-
-
-def _try(fd: int, operation: int) -> bool:
-    try:
-        fcntl.flock(fd, operation | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return not try_lock(fd, shared=True)
 
 
 class LockFile:

@@ -66,12 +66,12 @@ class Identity(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        """Whether this process still runs."""
+        """True while this process runs."""
         return identify(self.pid) == self
 
     @property
     def remains(self) -> bool:
-        """Whether any part of it exists: a zombie's other threads may still hold its files."""
+        """True while any part of it exists: a zombie's other threads may still hold its files."""
         return _identify(self.pid, but="X") == self
 
 

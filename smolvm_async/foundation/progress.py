@@ -65,7 +65,7 @@ class Meter:
 
     @property
     def due(self) -> bool:
-        """Whether the last report is 0.1 s old: more of them would only cost time."""
+        """True if the last report is 0.1 s old: more reports would only cost time."""
         return time.monotonic() - self._reported >= INTERVAL
 
     def report(

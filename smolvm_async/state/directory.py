@@ -151,7 +151,7 @@ class VMDirectory:
 
     @property
     def owner_is_dead(self) -> bool:
-        """Whether the record names an owner, and this process no longer runs."""
+        """True if the record names an owner, and this process no longer runs."""
         owner = self.record.owner if self.record else None
         return owner is not None and not owner.alive
 

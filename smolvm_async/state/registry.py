@@ -36,7 +36,7 @@ class VMInfo:
         age: Seconds since its creation.
         memory: MiB.
         keep: Whether it stays when its owner ends.
-        image: Its image.
+        image: The image that it was made from; empty for the built-in Linux.
     """
 
     vm_id: str

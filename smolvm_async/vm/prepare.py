@@ -12,7 +12,7 @@ from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.ssh.login import Login, kept_login, new_login
 from smolvm_async.errors import ImageError
-from smolvm_async.foundation.locking import try_share
+from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.tasks import in_background, in_thread
 from smolvm_async.host import HostTools, find_plain_uefi
 from smolvm_async.images import qcow2
@@ -59,7 +59,7 @@ async def prepare(
     source = machine.source if machine is not None else None
     source = source or await find_source(plan, stack)
     image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
-    try_share(image.fd)  # QEMU inherits it: while that lives, the cache keeps the file
+    try_lock(image.fd, shared=True)  # QEMU inherits it: while that lives, the cache keeps the file
     direct_boot = await _open_kernel(stack, source)
     tools = plan.tools
     if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):

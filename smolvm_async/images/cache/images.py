@@ -32,7 +32,7 @@ from smolvm_async.config.checks import check_integer, shown
 from smolvm_async.config.source import Source
 from smolvm_async.config.uri import Location, is_published, parse_uri
 from smolvm_async.errors import ConfigError, ImageError
-from smolvm_async.foundation.locking import try_share
+from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import Shared, in_background
@@ -406,5 +406,5 @@ def _lock_files(source: Source, stack: ExitStack) -> bool:
             except FileNotFoundError:
                 return False
             stack.callback(os.close, fd)
-            try_share(fd)
+            try_lock(fd, shared=True)
     return True
