@@ -108,7 +108,7 @@ def check_work(job: object, items: object, **switches: object) -> None:
 
 
 def _why_not_callable(job: Callable[..., object]) -> str:
-    """Return why `job` cannot be called with two arguments; empty if it can, or nobody knows."""
+    """Return why `job` cannot be called with two arguments; empty if it can, or is unknown."""
     try:
         signature = inspect.signature(job)
     except (TypeError, ValueError):
