@@ -51,8 +51,8 @@ GRACE = 2.0  # seconds that a cancelled job may go on using its VM, to clean up
 FLEET_OVER = "the fleet's block ended before all results were read: iterate inside the block."
 
 
-class JobVM(Protocol):
-    """A VM that runs jobs, as the worker loop sees it; see `smolvm_async.fleet.member.Member`."""
+class JobMember(Protocol):
+    """A member of a fleet, as the worker loop sees it; see `smolvm_async.fleet.member.Member`."""
 
     vm: AsyncSmolVM
     error: MemberFailedError | None
@@ -272,7 +272,7 @@ class LocalMapCall(MapCall[T, R]):
     def __init__(
         self,
         check: Callable[[], object],
-        take: Callable[[], JobVM],
+        take: Callable[[], JobMember],
         job: Job[T, R],
         items: NumberedItems[T],
         retries: int,
@@ -286,71 +286,71 @@ class LocalMapCall(MapCall[T, R]):
         self._reuse = reuse
 
     async def _work(self) -> None:
-        vm: JobVM | None = None
+        member: JobMember | None = None
         try:
             while True:
                 getting = asyncio.ensure_future(self._next(len(self._workers)))
                 try:
-                    while vm is not None and not getting.done():
+                    while member is not None and not getting.done():
                         _, late = await asyncio.wait([getting], timeout=IDLE)
-                        if late and vm.others_wait:
-                            await vm.delete()
-                            vm = None
+                        if late and member.others_wait:
+                            await member.delete()
+                            member = None
                     numbered = await getting
                 finally:
                     await end_tasks(getting)
                 if numbered is None:
                     break
-                vm = await self._do(*numbered, vm)
+                member = await self._do(*numbered, member)
         finally:
-            if vm is not None:
-                await vm.delete()
+            if member is not None:
+                await member.delete()
 
-    async def _do(self, index: int, item: T, vm: JobVM | None) -> JobVM | None:
+    async def _do(self, index: int, item: T, member: JobMember | None) -> JobMember | None:
         """Run the job of one item, with retries; return the VM if it can be used again."""
-        if vm is not None and not await vm.usable():
-            await vm.delete()
-            vm = None
+        if member is not None and not await member.usable():
+            await member.delete()
+            member = None
         for attempt in range(1, self._retries + 2):
             if self._over:
                 break
-            vm = vm or self._take()
+            member = member or self._take()
             try:
-                value = await attempt_job(vm, self._job, item)
+                value = await attempt_job(member, self._job, item)
             except Exception as error:
-                await vm.delete()
+                await member.delete()
                 if attempt > self._retries:
-                    failure = job_failure(index, item, vm.vm.vm_id, attempt, error)
+                    failure = job_failure(index, item, member.vm.vm_id, attempt, error)
                     self._queue(Outcome(index, None, failure))
-                vm = None
+                member = None
             except BaseException:
-                await vm.delete()
+                await member.delete()
                 raise
             else:
                 self._queue(Outcome(index, value, None))
                 break
-        if vm is not None and (not self._reuse or vm.over.done()):
-            await vm.delete()
-            vm = None
-        return vm
+        if member is not None and (not self._reuse or member.over.done()):
+            await member.delete()
+            member = None
+        return member
 
 
-async def attempt_job(vm: JobVM, job: Job[T, R], item: T) -> R:
+async def attempt_job(member: JobMember, job: Job[T, R], item: T) -> R:
     """Wait for the VM and run the job; cancel the job if the VM crashes."""
-    running = asyncio.ensure_future(_call(job, await asyncio.shield(vm.ready), item))
-    either: list[asyncio.Future[Any]] = [running, vm.over]
+    running = asyncio.ensure_future(_call(job, await asyncio.shield(member.ready), item))
+    either: list[asyncio.Future[Any]] = [running, member.over]
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        crash = None if running.done() else vm.error
+        crash = None if running.done() else member.error
         if crash is None:  # the job may have ended the VM itself
             await asyncio.wait([running])
     finally:
         running.cancel()
-        await settle(_end(running, vm))
+        await settle(_end(running, member))
     if crash is not None:
         raise crash
     if running.cancelled():
-        raise VMNotRunningError(f"the job on {vm.vm.vm_id} has cancelled itself.")
+        raise VMNotRunningError(f"the job on {member.vm.vm_id} has cancelled itself.")
     return running.result()
 
 
@@ -378,11 +378,11 @@ async def _call(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
         raise RuntimeError(f"the job has raised {shown(error)}") from error
 
 
-async def _end(running: asyncio.Task[Any], vm: JobVM) -> None:
+async def _end(running: asyncio.Task[Any], member: JobMember) -> None:
     """Wait for a cancelled job; delete the VM of a job that ignores its cancellation."""
     _, ignoring = await asyncio.wait([running], timeout=GRACE)
     if ignoring:
-        vm.delete_soon()
+        member.delete_soon()
         await asyncio.wait(ignoring)
     take_exception(running)
 
