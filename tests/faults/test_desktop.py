@@ -599,8 +599,10 @@ async def test_a_qemu_without_a_descriptor_to_spare_says_so_and_goes_on(
         qemu = child_named("qemu")
         limits = resource.prlimit(qemu, resource.RLIMIT_NOFILE)
         resource.prlimit(qemu, resource.RLIMIT_NOFILE, (3, limits[1]))
-        with pytest.raises(MonitorError, match=f"screendump.*{os.strerror(errno.EMFILE)}"):
+        refusal = f"screendump.*{os.strerror(errno.EMFILE)}"
+        with pytest.raises(MonitorError, match=refusal) as raised:
             await vm.screenshot()
+        assert (raised.value.command, raised.value.error_class) == ("screendump", "GenericError")
         with pytest.raises(MonitorError, match=os.strerror(errno.EMFILE)):
             await vm.vnc.start()
         resource.prlimit(qemu, resource.RLIMIT_NOFILE, limits)

@@ -313,7 +313,10 @@ def test_what_the_host_lacks_has_an_exit_code(
     arguments = ["run", blank_image, "--os", "windows", "--data-dir", data_dir]
     env = {"PATH": str(tmp_path)}
     assert cli(*arguments, code=3, env=env).stderr.startswith("Error: ")
-    assert document(*arguments, code=3, env=env)["error"]["type"] == "HostError"
+    error = document(*arguments, code=3, env=env)["error"]
+    assert error["type"] == "HostError"
+    assert "swtpm" in error["missing"]
+    assert error["message"].endswith(error["hint"])
 
 
 def test_the_missing_accelerator_is_one_line(blank_image: Path, data_dir: Path) -> None:

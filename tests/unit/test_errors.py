@@ -11,7 +11,16 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from smolvm_async import CommandResult, ConfigError, HostError, SmolVMError, VMTimeoutError, errors
+from smolvm_async import (
+    CommandError,
+    CommandResult,
+    ConfigError,
+    HostError,
+    SmolVMError,
+    VMTimeoutError,
+    errors,
+)
+from smolvm_async.foundation.process import run
 from smolvm_async.vm.attach.messages import error_from_json, error_to_json
 
 # A value for a field of each type, other than the default of any field.
@@ -97,6 +106,15 @@ def test_a_subclass_of_the_users_and_notes_survive(
     assert isinstance(restored, UsersError)
     assert (restored.when, restored.seconds, str(restored)) == (12, 2.0, "lunch at 12")
     assert restored.__notes__[0] == "a note"
+
+
+@pytest.mark.anyio
+async def test_a_host_command_that_fails_is_told_with_its_status_and_output() -> None:
+    command = ("sh", "-c", "echo out of luck; exit 3")
+    with pytest.raises(CommandError, match="exit status 3\nout of luck") as raised:
+        await run(command)
+    error = raised.value
+    assert (error.command, error.returncode, error.output) == (command, 3, "out of luck\n")
 
 
 @pytest.mark.parametrize(
