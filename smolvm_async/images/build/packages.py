@@ -64,7 +64,8 @@ async def update(cache: Path) -> None:
         (cache / "status").touch()
         output = await _apt("apt-get", cache, "update")
     if not any((cache / "lists").glob("*_Packages*")):
-        raise CommandError(f"apt-get update found no package lists:\n{output.strip()}")
+        message = f"apt-get update found no package lists:\n{output.strip()}"
+        raise CommandError(message, command=("apt-get", "update"), returncode=0, output=output)
 
 
 async def dependencies(names: Sequence[str], cache: Path) -> list[str]:
@@ -109,7 +110,10 @@ async def fetch(names: Sequence[str], cache: Path, meter: Meter | None = None) -
         offers = {match["file"]: match for match in _URI.finditer(output)}
         if len(offers) != len(set(names)):
             raise CommandError(
-                f"apt-get download did not print the digest of each package:\n{output.strip()}"
+                f"apt-get download did not print the digest of each package:\n{output.strip()}",
+                command=("apt-get", "download", *names),
+                returncode=0,
+                output=output,
             )
         present = await in_background(digests, archives, list(offers))
         missing = {

@@ -40,12 +40,14 @@ async def configure(work: Path, boot_args: str, packages: int, meter: Meter) -> 
     cpu = DEBIAN.cpu[accelerator.name]
     watching = asyncio.create_task(_watch(work / "console", packages, meter))
     try:
-        await process.run(_qemu(accelerator.option, cpu, boot_args), cwd=work)
+        command = _qemu(accelerator.option, cpu, boot_args)
+        await process.run(command, cwd=work)
     finally:
         watching.cancel()
     console = _read(work / "console")
     if DONE not in console:
-        raise CommandError(f"The packages could not be configured:\n{console[-TAIL:]}")
+        message = f"The packages could not be configured:\n{console[-TAIL:]}"
+        raise CommandError(message, command=tuple(command), returncode=0, output=console)
 
 
 def _qemu(accelerator: str, cpu: str, boot_args: str) -> list[str]:
