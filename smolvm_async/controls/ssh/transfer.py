@@ -13,8 +13,8 @@ A transfer has three steps, which are the same in both directions:
    never a part. A directory that exists already may hold other files, so it is not replaced but
    merged, with one rename for each file.
 
-If a step fails or is cancelled, the caller removes the temporary name (`discard()`), and nothing of
-the transfer is left.
+If a step fails or is cancelled, the caller removes the temporary name (`discard()`). Then no
+partial file is left; only files that a merge had already renamed stay.
 """
 
 from __future__ import annotations
