@@ -81,7 +81,8 @@ class SmolVMError(Exception):
 
     Attributes:
         message: The problem.
-        hint: The fix; empty if the message names it, or if there is none.
+        hint: The fix; empty if the message names it, or if there is none. With a hint, the message
+            ends with a period.
     """
 
     message: str = ""

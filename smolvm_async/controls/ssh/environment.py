@@ -67,7 +67,7 @@ async def _read(sftp: SFTPClient) -> dict[str, str]:
         return {}
     except ValueError as error:
         raise FileTransferError(
-            f"the file was changed by another program: {error}",
+            f"the file was changed by another program: {error}.",
             hint="Remove the file in the guest, and set the variables again.",
         ) from error
 

@@ -183,7 +183,7 @@ async def _is_full(sftp: SFTPClient, directory: str, error: BaseException) -> bo
 
 def _full(whose: str, where: str) -> FileTransferError:
     return FileTransferError(
-        f"no space left on {whose} disk ({where})", hint="Free some space, and try again."
+        f"no space left on {whose} disk ({where}).", hint="Free some space, and try again."
     )
 
 
