@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import random
 import shutil
 import sys
 from collections.abc import Iterator
@@ -188,36 +189,33 @@ async def test_builders_at_once_give_one_file(cache: Path) -> None:
     assert names == ["base", "packages", "stand"]
 
 
+STEPS = ("unpacking packages", "arranging the guest's files", "making the file systems")
+
+
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize(
-    "moment", ["unpacking packages", "arranging the guest's files", "making the file systems"]
-)
-async def test_a_cancelled_build_leaves_nothing(cache: Path, moment: str) -> None:
+async def test_a_cancelled_build_leaves_nothing_and_a_killed_one_nothing_in_the_way(
+    cache: Path,
+) -> None:
     before = set(snapshot(cache))
-    reached = asyncio.Event()
+    for step in STEPS:
+        reached = asyncio.Event()
 
-    def note(progress: Progress) -> None:
-        if progress.message == moment:
-            reached.set()
+        def note(progress: Progress, step: str = step, reached: asyncio.Event = reached) -> None:
+            if progress.message == step:
+                reached.set()
 
-    build = asyncio.create_task(build_stand_in(cache_dir=cache, on_progress=note))
-    await reached.wait()
-    await asyncio.sleep(0.05)
-    build.cancel()
-    build.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await build
+        build = asyncio.create_task(build_stand_in(cache_dir=cache, on_progress=note))
+        await reached.wait()
+        await asyncio.sleep(random.random() / 10)  # a moment within the step
+        build.cancel()
+        build.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await build
+        assert set(snapshot(cache)) == before, step
 
-    assert set(snapshot(cache)) == before
-    assert (await build_stand_in(cache_dir=cache)).exists()
-
-
-@pytest.mark.usefixtures("offline")
-async def test_what_a_killed_builder_left_is_cleared(cache: Path) -> None:
-    left = cache / "stand-in" / "building" / "root" / "bin"
+    left = cache / "stand-in" / "building" / "root" / "bin"  # as of a builder that was killed
     left.mkdir(parents=True)
     (left / "half").touch()
-
     assert (await build_stand_in(cache_dir=cache)).exists()
     assert not (cache / "stand-in" / "building").exists()
 
