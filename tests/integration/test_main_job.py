@@ -114,10 +114,12 @@ async def test_the_main_job(stand_in: Path, tmp_path: Path, data_dir: Path) -> N
     assert abs(shutdown.timestamp - boot[3].timestamp) < BOOT
 
 
-async def test_a_guest_that_ignores_the_power_button_is_quit(data_dir: Path) -> None:
-    vm = await machine("stand_in.power_button=ignore", data_dir=data_dir)
+async def test_a_guest_without_an_agent_that_ignores_the_power_button(data_dir: Path) -> None:
+    vm = await machine("stand_in.agent=off", "stand_in.power_button=ignore", data_dir=data_dir)
     async with vm:
-        await console_shows(vm, "STAND-IN: ready")
+        ready = await vm.wait_for("ready")
+        assert "no guest agent; the disk has rested" in ready.evidence
+        assert "STAND-IN: ready" in vm.console_log()
         report = await vm.stop(timeout=2)
     assert report.rung is Rung.QUIT
     assert not report.graceful
@@ -164,13 +166,6 @@ async def test_a_guest_that_panics_is_a_crash(data_dir: Path) -> None:
     assert "Kernel panic" in str(raised.value)
     assert "\x1b" not in str(raised.value)  # the guest does not get at the user's terminal
     assert vm.status is Status.DELETED
-
-
-async def test_without_an_agent_the_disk_at_rest_means_ready(data_dir: Path) -> None:
-    async with await machine("stand_in.agent=off", data_dir=data_dir) as vm:
-        ready = await vm.wait_for("ready")
-        assert "no guest agent; the disk has rested" in ready.evidence
-        assert "STAND-IN: ready" in vm.console_log()
 
 
 async def test_secure_boot_refuses_a_kernel_changed_after_signing(

@@ -200,7 +200,7 @@ WRONG: tuple[tuple[str, dict[str, Any]], ...] = (
     ("like='/nowhere.png'", {"like": "/nowhere.png"}),
     ("region=", {"stable": 1, "region": (0, 0, 5000, 5000)}),
     ("region=", {"stable": 1, "region": (0, 0, -1, 5)}),
-    ("ignore= covers all", {"stable": 1, "ignore": [(0, 0, 640, 480)]}),
+    ("ignore= covers everything", {"stable": 1, "ignore": [(0, 0, 640, 480)]}),
     ("tolerance=256", {"stable": 1, "tolerance": 256}),
     ("max_different=2", {"stable": 1, "max_different": 2}),
 )
