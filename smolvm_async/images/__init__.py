@@ -1,1 +1,1 @@
-"""Where a disk comes from: references, the header check, builders."""
+"""Disks that VMs start from: local files, published images, images built here."""

@@ -21,7 +21,7 @@ option() { # prints the value of the kernel argument stand_in.$1
 end() { # $1: a message; $2: poweroff or reboot
     trap '' USR1 USR2 TERM
     say "$1"
-    kill -KILL -1 # with a process that writes, the disk could not become read-only
+    kill -KILL -1 # a process that writes would keep the disk from becoming read-only
     sync
     mount -o remount,ro /
     "$2" -f
@@ -199,7 +199,7 @@ and_then() {
 flood() {
     case $1 in
     serial) yes "STAND-IN: flood" & ;;
-    agent) yes flood >"$(agent_port)" & ;; # with stand_in.agent=off: only one process may open the port
+    agent) yes flood >"$(agent_port)" & ;; # needs stand_in.agent=off: the port has one user
     esac
 }
 

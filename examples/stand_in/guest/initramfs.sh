@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# /init of the initramfs: load the disk's drivers, mount the root partition, start its init (init.sh).
+# /init of the initramfs: load the disk's drivers, mount the root partition, start init.sh.
 
 busybox mount -t devtmpfs devtmpfs /dev
 busybox mount -t proc proc /proc

@@ -132,9 +132,8 @@ def _cpio_entries(tree: Path) -> Iterator[bytes]:
     for path in sorted(tree.rglob("*")):
         data = path.read_bytes() if path.is_file() else b""
         yield _cpio_entry(str(path.relative_to(tree)), path.stat().st_mode, data)
-    yield _cpio_entry(
-        "dev/console", 0o020600, b"", major=5, minor=1
-    )  # for stdin, stdout and stderr of /init
+    # stdin, stdout and stderr of /init
+    yield _cpio_entry("dev/console", 0o020600, b"", major=5, minor=1)
     yield _cpio_entry("TRAILER!!!", 0, b"")
 
 

@@ -32,7 +32,7 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.cache.layout import MTIME, Layout, Published
 from smolvm_async.images.cache.verifier import Verifier, WrongContentError
 from smolvm_async.images.manifest import LARGEST, ImageFile
-from smolvm_async.images.s3.download import RemoteFile, begin, transfer
+from smolvm_async.images.s3.download import Download, RemoteFile
 from smolvm_async.images.s3.partial_file import PartialFile
 
 logger = get_logger(__name__)
@@ -157,11 +157,12 @@ async def _download(
 ) -> None:
     """Download and verify at the same time, then give the file its name in the cache."""
     content = partial.path.with_suffix(".content")
-    await begin(client, missing.remote, partial, extra_space=missing.file.content_size or 0)
+    download = Download(client, missing.remote, partial)
+    await download.begin(extra_space=missing.file.content_size or 0)
     verifier = Verifier(partial.path, missing.file, content, missing.remote.uri)
     try:
         async with anyio.create_task_group() as group:
-            group.start_soon(transfer, client, missing.remote, partial)
+            group.start_soon(download.transfer)
             await _follow(verifier, partial)
         whole = partial.path if missing.file.compression is None else content
         await in_background(_finish, layout, missing, verifier, whole)

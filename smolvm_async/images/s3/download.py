@@ -2,16 +2,16 @@
 
 How a download works:
 
-1. `begin()` asks the server for size and ETag, and creates a sparse file of that size, or takes
-   up the partial file and the journal that an earlier process left (see `partial_file`).
+1. `begin()` asks the server for size and ETag, and creates a sparse file of that size, or resumes
+   the partial file that an earlier process left, by its journal (see `partial_file`).
 2. `transfer()` cuts the missing ranges into parts of 8 to 64 MiB. Eight workers each take the next
    part and stream it to its place in the file in pieces of 384 KiB. So the memory is bounded,
    however large the object is.
 3. The `PartialFile` notes each piece. Twice a second, and at the end, its journal goes to the
    disk: a process that is killed, or gives up, loses half a second of work.
-4. The client library retries a request until its answer begins. An answer that breaks off in the
-   middle is this module's business: the worker asks again, from the first missing byte on. It
-   gives up after 5 failures in a row, or 120 s, without a single byte.
+4. The client library retries a request until its answer begins. If an answer breaks off later, the
+   worker repeats the request, from the first missing byte on. It gives up after 5 failures in a
+   row, or 120 s, without a single byte.
 5. Every request carries the ETag (If-Match): parts of two versions of an object are never mixed.
 6. Meanwhile `images.cache.fetching` reads the file from the front, as far as it has no gap,
    computes the digest and decompresses. When the last byte arrives, little is left to verify.
@@ -81,90 +81,194 @@ class Part:
 _slots = Slots(CONNECTIONS)
 
 
-async def begin(
-    client: Any, remote: RemoteFile, partial: PartialFile, *, extra_space: int = 0
-) -> None:
-    """Ask for the object's size and ETag, and create or resume the file.
+class Download:
+    """The download of one object into one partial file."""
 
-    Args:
-        extra_space: Bytes that the disk must have room for, besides the object.
+    def __init__(self, client: Any, remote: RemoteFile, partial: PartialFile) -> None:
+        self._client = client
+        self._remote = remote
+        self._partial = partial
+        self._where = {"Bucket": remote.bucket, "Key": remote.key}
 
-    Raises:
-        ImageError: If there is no such object, or its size is not the one in the manifest.
-        HostError: If it does not fit on the disk.
-        OSError: If the file cannot be created.
-    """
-    size, etag = await _size_and_etag(client, remote)
-    await partial.begin(size, etag)
-    needed = sum(end - start for start, end in partial.missing) + extra_space
-    _check_space(partial.path, remote.uri, needed)
+    async def begin(self, *, extra_space: int = 0) -> None:
+        """Ask for the object's size and ETag, and create or resume the file.
 
+        Args:
+            extra_space: Bytes that the disk must have room for, besides the object.
 
-async def transfer(client: Any, remote: RemoteFile, partial: PartialFile) -> None:
-    """Download the missing ranges of an object, after `begin()`.
+        Raises:
+            ImageError: If there is no such object, or its size is not the one in the manifest.
+            HostError: If it does not fit on the disk.
+            OSError: If the file cannot be created.
+        """
+        await self._partial.begin(*await self._size_and_etag())
+        needed = sum(end - start for start, end in self._partial.missing) + extra_space
+        _check_space(self._partial.path, self._remote.uri, needed)
 
-    Raises:
-        ImageError: If the object cannot be downloaded; what has arrived stays for another try.
-        OSError: If the file cannot be written.
-    """
-    step = max(SMALLEST_PART, min(LARGEST_PART, partial.size // (2 * CONNECTIONS)))
-    parts = deque(
-        Part(at, min(at + step, end))
-        for start, end in partial.missing
-        for at in range(start, end, step)
-    )
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(partial.keep_saving)
-            async with anyio.create_task_group() as workers:
-                for _ in range(min(CONNECTIONS, len(parts))):
-                    workers.start_soon(_work, client, remote, partial, parts)
-                    await asyncio.sleep(
-                        0
-                    )  # signing all requests in one go would block the loop too long
-            group.cancel_scope.cancel()
-    except* Exception as errors:
-        raise first_of(errors) from None
-    finally:
-        await settle(_save(partial))
+    async def transfer(self) -> None:
+        """Download the missing ranges of the object, after `begin()`.
 
-
-async def _save(partial: PartialFile) -> None:
-    try:
-        await partial.save()
-    except OSError as error:  # a full disk: the next try downloads more than it would have to
-        logger.warning("the journal of %s could not be written: %s", partial.path, error)
-
-
-async def _size_and_etag(client: Any, remote: RemoteFile) -> tuple[int, str]:
-    """Return the object's size and ETag.
-
-    Raises:
-        ImageError: If there is no such object, or its size is not the one in the manifest.
-    """
-    where = {"Bucket": remote.bucket, "Key": remote.key}
-    try:
+        Raises:
+            ImageError: If the object cannot be downloaded; the parts of it that have arrived stay.
+            OSError: If the file cannot be written.
+        """
+        partial = self._partial
+        step = max(SMALLEST_PART, min(LARGEST_PART, partial.size // (2 * CONNECTIONS)))
+        parts = deque(
+            Part(at, min(at + step, end))
+            for start, end in partial.missing
+            for at in range(start, end, step)
+        )
         try:
-            head = await client.head_object(**where)
-        except client.exceptions.ClientError:
-            # An error to HEAD has no body that gives the reason; an error to GET has one.
-            answer = await client.get_object(**where, Range="bytes=0-0")
+            async with anyio.create_task_group() as group:
+                group.start_soon(partial.keep_saving)
+                async with anyio.create_task_group() as workers:
+                    for _ in range(min(CONNECTIONS, len(parts))):
+                        workers.start_soon(self._work, parts)
+                        await asyncio.sleep(0)  # signing all requests at once blocks the loop
+                group.cancel_scope.cancel()
+        except* Exception as errors:
+            raise first_of(errors) from None
+        finally:
+            await settle(self._save())
+
+    async def _save(self) -> None:
+        try:
+            await self._partial.save()
+        except OSError as error:  # a full disk: the next try downloads more than it would have to
+            logger.warning("the journal of %s could not be written: %s", self._partial.path, error)
+
+    async def _size_and_etag(self) -> tuple[int, str]:
+        client, remote = self._client, self._remote
+        try:
+            try:
+                head = await client.head_object(**self._where)
+            except client.exceptions.ClientError:
+                # An error to HEAD has no body that gives the reason; an error to GET has one.
+                answer = await client.get_object(**self._where, Range="bytes=0-0")
+                answer["Body"].close()
+                raise
+            size, etag = int(head["ContentLength"]), str(head.get("ETag", ""))
+        except Exception as error:
+            raise explain(error, remote.uri) from error
+        if remote.size is not None and size != remote.size:
+            raise ImageError(
+                f"{remote.uri} has {size} bytes, but its manifest says {remote.size}: the file was "
+                "changed or cut off after it was published; publish it again."
+            )
+        if not 0 < size <= remote.largest:
+            raise ImageError(
+                f"{remote.uri} has {size} bytes; only 1 to {remote.largest} are supported: publish "
+                "another file."
+            )
+        return size, etag
+
+    async def _work(self, parts: deque[Part]) -> None:
+        import aiofiles
+
+        opening = aiofiles.open(self._partial.path, "r+b", buffering=0)
+        async with acquired(opening, methodcaller("close")) as file:
+            while parts:
+                part = parts.popleft()
+                await file.seek(part.at)
+                await self._download(part, file)
+
+    async def _download(self, part: Part, file: Any) -> None:
+        """Download a part; repeat the request from the first missing byte if an answer breaks."""
+        uri = self._remote.uri
+        failures, since = 0, time.monotonic()
+        while part.at < part.end:
+            before = part.at
+            try:
+                async with _slots.of_this_loop():
+                    await self._stream(part, file)
+            except BrokenAnswerError as error:
+                if part.at > before:
+                    failures, since = 0, time.monotonic()
+                failures += 1
+                if failures > PATIENCE or time.monotonic() - since > SILENCE:
+                    raise ImageError(
+                        f"{uri}: the download broke off {failures} times in a row, over "
+                        f"{time.monotonic() - since:.0f} s ({error}). Check the network, and try "
+                        "again: the download resumes where it broke off."
+                    ) from error
+                logger.info("%s: retrying from byte %d on: %s", uri, part.at, error)
+                longest = min(MAX_BACKOFF, BACKOFF * 2 ** (failures - 1))
+                await asyncio.sleep(longest * random.uniform(0.5, 1.0))
+
+    async def _stream(self, part: Part, file: Any) -> None:
+        """Request a part, and write it in pieces; the bytes that arrive before a failure count.
+
+        Raises:
+            BrokenAnswerError: If the answer breaks off.
+            ImageError: If the server refuses.
+        """
+        body = await self._request(part)
+        held = bytearray()
+        try:
+            while (left := part.end - part.at - len(held)) > 0:
+                data = await _read(body)
+                if not data:
+                    raise BrokenAnswerError(f"the answer ended {left} bytes too early")
+                held += data[:left]
+                if len(held) >= PIECE or len(data) >= left:
+                    await self._write(part, file, held)
+                    held = bytearray()
+        except BrokenAnswerError:
+            if held:
+                await self._write(part, file, held)
+            raise
+        finally:
+            body.close()  # unless all has arrived, this closes the connection, too
+
+    async def _write(self, part: Part, file: Any, data: bytearray) -> None:
+        view = memoryview(data)
+        while view:  # write() may take only a part
+            view = view[await settle(file.write(view)) :]
+        self._partial.add(part.at, part.at + len(data))
+        part.at += len(data)
+
+    async def _request(self, part: Part) -> Any:
+        """Request a part, and return the body of the answer."""
+        options = {"IfMatch": self._partial.etag} if self._partial.etag else {}
+        span = f"bytes={part.at}-{part.end - 1}"
+        try:
+            answer = await self._client.get_object(**self._where, Range=span, **options)
+        except Exception as error:
+            explained = explain(error, self._remote.uri)
+            if is_temporary(error):
+                raise BrokenAnswerError(str(explained)) from error
+            raise explained from error
+        try:
+            self._check_answer(answer, part)
+        except BaseException:
             answer["Body"].close()
             raise
-        size, etag = int(head["ContentLength"]), str(head.get("ETag", ""))
+        return answer["Body"]
+
+    def _check_answer(self, answer: Any, part: Part) -> None:
+        uri, size, etag = self._remote.uri, self._partial.size, self._partial.etag
+        status = answer["ResponseMetadata"]["HTTPStatusCode"]
+        if status != 206 and (part.at, part.end) != (0, size):
+            raise ImageError(
+                f"{uri}: the server ignores Range requests (status {status}, not 206): use a "
+                "server that supports them."
+            )
+        if answer.get("ETag", etag) != etag:
+            raise ImageError(f"{uri} was changed during the download: try again.")
+        span = f"bytes {part.at}-{part.end - 1}/{size}"
+        got, length = answer.get("ContentRange", span), answer.get("ContentLength")
+        if got != span or length not in (None, part.end - part.at):
+            raise BrokenAnswerError(f"the answer has {got} in {length} bytes, not {span}")
+
+
+async def _read(body: Any) -> bytes:
+    try:
+        async with asyncio.timeout(READ_TIMEOUT + 5):  # after a malformed chunk aiohttp hangs
+            data: bytes = await body.read(PIECE)
     except Exception as error:
-        raise explain(error, remote.uri) from error
-    if remote.size is not None and size != remote.size:
-        raise ImageError(
-            f"{remote.uri} has {size} bytes, but its manifest says {remote.size}: the file was "
-            "changed or cut off after it was published; publish it again."
-        )
-    if not 0 < size <= remote.largest:
-        raise ImageError(
-            f"{remote.uri} has {size} bytes; only 1 to {remote.largest} are supported: publish "
-            "another file."
-        )
-    return size, etag
+        raise BrokenAnswerError(f"{type(error).__name__}: {error}") from error
+    return data
 
 
 def _check_space(path: Path, uri: str, needed: int) -> None:
@@ -177,128 +281,4 @@ def _check_space(path: Path, uri: str, needed: int) -> None:
             hint="Free some space (smolvm-async image prune), or set SMOLVM_IMAGE_DIR to a "
             "directory on another disk.",
             missing=("disk space",),
-        )
-
-
-async def _work(client: Any, remote: RemoteFile, partial: PartialFile, parts: deque[Part]) -> None:
-    import aiofiles
-
-    opening = aiofiles.open(partial.path, "r+b", buffering=0)
-    async with acquired(opening, methodcaller("close")) as file:
-        while parts:
-            part = parts.popleft()
-            await file.seek(part.at)
-            await _download_part(client, remote, partial, part, file)
-
-
-async def _download_part(
-    client: Any, remote: RemoteFile, partial: PartialFile, part: Part, file: Any
-) -> None:
-    """Download a part; repeat the request from the first missing byte when an answer breaks off."""
-    failures, since = 0, time.monotonic()
-    while part.at < part.end:
-        before = part.at
-        try:
-            async with _slots.of_this_loop():
-                await _write_part(client, remote, partial, part, file)
-        except BrokenAnswerError as error:
-            if part.at > before:
-                failures, since = 0, time.monotonic()
-            failures += 1
-            if failures > PATIENCE or time.monotonic() - since > SILENCE:
-                raise ImageError(
-                    f"{remote.uri}: the download broke off {failures} times in a row, over "
-                    f"{time.monotonic() - since:.0f} s ({error}). Check the network, and try "
-                    "again: the download resumes where it broke off."
-                ) from error
-            logger.info("%s: retrying from byte %d on: %s", remote.uri, part.at, error)
-            await asyncio.sleep(_backoff(failures))
-
-
-def _backoff(failures: int) -> float:
-    longest: float = min(MAX_BACKOFF, BACKOFF * 2 ** (failures - 1))
-    return longest * random.uniform(0.5, 1.0)
-
-
-async def _write_part(
-    client: Any, remote: RemoteFile, partial: PartialFile, part: Part, file: Any
-) -> None:
-    """Request a part, and write it in pieces; the bytes that arrive before a failure count.
-
-    Raises:
-        BrokenAnswerError: If the answer breaks off.
-        ImageError: If the server refuses.
-    """
-    body = await _request(client, remote, partial, part)
-    held = bytearray()
-    try:
-        while (left := part.end - part.at - len(held)) > 0:
-            data = await _read(body)
-            if not data:
-                raise BrokenAnswerError(f"the answer ended {left} bytes too early")
-            held += data[:left]
-            if len(held) >= PIECE or len(data) >= left:
-                await _write(partial, part, file, held)
-                held = bytearray()
-    except BrokenAnswerError:
-        if held:
-            await _write(partial, part, file, held)
-        raise
-    finally:
-        body.close()  # unless all has arrived, this closes the connection, too
-
-
-async def _read(body: Any) -> bytes:
-    try:
-        async with asyncio.timeout(READ_TIMEOUT + 5):  # after a malformed chunk aiohttp hangs
-            data: bytes = await body.read(PIECE)
-    except Exception as error:
-        raise BrokenAnswerError(f"{type(error).__name__}: {error}") from error
-    return data
-
-
-async def _write(partial: PartialFile, part: Part, file: Any, data: bytearray) -> None:
-    view = memoryview(data)
-    while view:  # write() may take only a part
-        view = view[await settle(file.write(view)) :]
-    partial.add(part.at, part.at + len(data))
-    part.at += len(data)
-
-
-async def _request(client: Any, remote: RemoteFile, partial: PartialFile, part: Part) -> Any:
-    """Request a part, and return the body of the answer."""
-    options = {"IfMatch": partial.etag} if partial.etag else {}
-    span = f"bytes={part.at}-{part.end - 1}"
-    try:
-        answer = await client.get_object(
-            Bucket=remote.bucket, Key=remote.key, Range=span, **options
-        )
-    except Exception as error:
-        meant = explain(error, remote.uri)
-        if is_temporary(error):
-            raise BrokenAnswerError(str(meant)) from error
-        raise meant from error
-    try:
-        _check_answer(answer, remote, partial, part)
-    except BaseException:
-        answer["Body"].close()
-        raise
-    return answer["Body"]
-
-
-def _check_answer(answer: Any, remote: RemoteFile, partial: PartialFile, part: Part) -> None:
-    whole = (part.at, part.end) == (0, partial.size)
-    if answer["ResponseMetadata"]["HTTPStatusCode"] != 206 and not whole:
-        raise ImageError(
-            f"{remote.uri}: the server ignores Range requests (status "
-            f"{answer['ResponseMetadata']['HTTPStatusCode']}, not 206): use a server that supports "
-            "them."
-        )
-    if answer.get("ETag", partial.etag) != partial.etag:
-        raise ImageError(f"{remote.uri} was changed during the download: try again.")
-    span = f"bytes {part.at}-{part.end - 1}/{partial.size}"
-    got, length = answer.get("ContentRange", span), answer.get("ContentLength")
-    if got != span or length not in (None, part.end - part.at):
-        raise BrokenAnswerError(
-            f"the answer has {got} in {length} bytes; the request was for {span}"
         )

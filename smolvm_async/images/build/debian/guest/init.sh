@@ -54,7 +54,7 @@ start_network() { # QEMU's user network has the same addresses in every VM
 }
 
 set_identity() {
-    read -r name <$config/hostname/raw # the file has no newline, so the exit status of read means nothing
+    read -r name <$config/hostname/raw # fails even so, since the file ends without a newline
     [ "$name" ] || name=debian
     echo "$name" >/proc/sys/kernel/hostname
     echo "$name" >/etc/hostname
