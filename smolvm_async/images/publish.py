@@ -95,18 +95,12 @@ async def push_image(
     source = check_path(directory, "directory", "a directory")
     if compress not in (None, "zstd"):
         raise ConfigError(f"compress={shown(compress)} is wrong: pass 'zstd' or None.")
-    given = {
-        "name": name,
-        "os": os,
-        "memory": memory,
-        "cpus": cpus,
-        "boot_args": boot_args,
-    }
+    given = {"name": name, "os": os, "memory": memory, "cpus": cpus, "boot_args": boot_args}
     meter = Meter(on_progress, "image")
     with ExitStack() as stack:
         meter.report(f"reading {source}")
         values, paths = await in_background(_read_directory, source, location, given)
-        with Layout(cache_root()).explain_errors() if compress else nullcontext():
+        with Layout(cache_root()).opened() if compress else nullcontext():
             uploads = {
                 part: await in_background(_prepare, stack, part, path, values, compress)
                 for part, path in paths.items()
@@ -211,9 +205,7 @@ def _prepare(
 @contextmanager
 def _temporary_file() -> Iterator[int]:
     """Open a file without a name, which ends with the process."""
-    layout = Layout(cache_root())
-    layout.make()
-    with tempfile.TemporaryFile(dir=layout.arriving) as file:
+    with tempfile.TemporaryFile(dir=Layout(cache_root()).arriving) as file:
         yield file.fileno()
 
 

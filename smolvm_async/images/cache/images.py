@@ -209,8 +209,7 @@ class ImageStore:
         layout = self._layout
         if name_or_uri is not None:
             name_or_uri = _canonical(name_or_uri)
-        layout.make()
-        with layout.explain_errors():
+        with layout.opened():
             return [
                 await self._locked(partial(remove_damaged, layout, path, actual))
                 for path in await in_background(files_of, layout, name_or_uri)
@@ -224,9 +223,9 @@ class ImageStore:
             ImageError: The manifest cannot be read, or is not valid.
         """
         location = parse_uri(uri, "uri")
-        self._layout.make()
         key = (self.root, endpoint(), location.uri)
-        return await _lookups.join(key, lambda _: self._look(location), None)
+        with self._layout.opened():
+            return await _lookups.join(key, lambda _: self._look(location), None)
 
     async def _look(self, location: Location) -> Published:
         cached = await in_background(_cached, self._layout, location.uri)
@@ -247,9 +246,8 @@ class ImageStore:
         Raises:
             ImageError, HostError: See `pull()`.
         """
-        self._layout.make()
         key = (self.root, published.endpoint, published.uri, published.manifest.rootfs.digest)
-        with self._layout.explain_errors():
+        with self._layout.opened():
             await _fetches.join(key, lambda tell: self._fetch(published, tell), on_progress)
             return await in_background(_source, self._layout, published)
 
@@ -299,8 +297,7 @@ class ImageStore:
                     return source
 
     async def _locked(self, work: Callable[[], T]) -> T:
-        self._layout.make()
-        with self._layout.explain_errors():
+        with self._layout.opened():
             async with self._layout.locked():
                 return await in_background(work)
 

@@ -96,17 +96,12 @@ class Layout:
         """Create the directories that are missing.
 
         Raises:
-            HostError: If that fails, or other users could write to the cache.
+            OSError: If that fails.
+            HostError: If other users could write to the cache.
         """
-        try:
-            for directory in (self.root, self.files, self.images, self.arriving, self.data_dirs):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self.root.stat()
-        except OSError as error:
-            raise HostError(
-                f"The image cache {str(self.root)!r} cannot be used: {error.strerror}.",
-                hint=f"Set {VARIABLE} to a directory that this user can write to.",
-            ) from error
+        for directory in (self.root, self.files, self.images, self.arriving, self.data_dirs):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self.root.stat()
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
             raise HostError(
                 f"Other users can write to the image cache {str(self.root)!r}.",
@@ -115,13 +110,14 @@ class Layout:
             )
 
     @contextlib.contextmanager
-    def explain_errors(self) -> Iterator[None]:
-        """Turn an `OSError` of the block into a `HostError` that says what to do.
+    def opened(self) -> Iterator[None]:
+        """Create the directories that are missing, and explain an `OSError` of the block.
 
         Raises:
             HostError: If the disk is full, or the cache cannot be read or written.
         """
         try:
+            self.make()
             yield
         except OSError as error:
             raise HostError(
