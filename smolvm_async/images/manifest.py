@@ -117,7 +117,7 @@ class Manifest(_StrictModel):
         if not self.name.isprintable():
             raise ValueError("name has characters that cannot be shown: use printable ones")
         if self.os not in GUESTS:
-            raise ValueError(f"os is none of {', '.join(GUESTS)}")
+            raise ValueError(f"os must be one of {', '.join(GUESTS)}")
         if self.kernel is None and (self.initrd is not None or self.boot_args is not None):
             raise ValueError("initrd and boot_args go with a kernel: add it, or leave them out")
         if self.kernel is not None and "kernel" not in GUESTS[self.os].features:
@@ -153,7 +153,7 @@ def _check_files(files: Mapping[str, ImageFile]) -> None:
         raise ValueError("two files have the same name: rename one")
     for part, file in files.items():
         if max(file.size or 0, file.content_size or 0) > LARGEST[part]:
-            raise ValueError(f"{part} is larger than {LARGEST[part]} bytes")
+            raise ValueError(f"{part} is larger than {LARGEST[part]} bytes: publish a smaller file")
         if part != "rootfs" and file.format is not None:
             raise ValueError(f"{part} has a format, but only a disk has one")
         if file.size is None and file.compression is not None:
@@ -268,7 +268,7 @@ def _check_own(manifest: Manifest) -> None:
         if file.size is None:
             raise ValueError(f"{part} has no size")
     if manifest.rootfs.format is None:
-        raise ValueError(f"rootfs has no format: {' or '.join(DISK_FORMATS)}")
+        raise ValueError(f"rootfs has no format: add {' or '.join(DISK_FORMATS)}")
 
 
 def _complaints(error: ValidationError) -> Iterator[str]:

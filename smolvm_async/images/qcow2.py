@@ -205,7 +205,7 @@ def _check_tables(header: Header, file_size: int) -> None:
     if not 0 < header.refcount_clusters << header.cluster_bits <= MAX_REFCOUNT_TABLE:
         raise _damaged("the refcount table is too large, or missing")
     if _l1_entries(header.virtual_size, OVERLAY_CLUSTER_BITS) * 8 > MAX_L1:
-        raise Qcow2Error("is a disk of over 2 PiB, for which no overlay can be made; use a smaller")
+        raise Qcow2Error("is a disk of over 2 PiB, too large for an overlay; use a smaller one")
     if header.snapshots > MAX_SNAPSHOTS:
         raise _damaged("too many snapshots")
     snapshots = [(header.snapshots_offset, header.snapshots * SNAPSHOT_SIZE)]

@@ -118,7 +118,7 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
         ({}, "schema_version"),
         ({**OWN, "schema_version": 2}, "newer version"),
         ({**OWN, "schema_version": "1"}, "schema_version"),
-        ({**OWN, "os": "plan9"}, "os is none of"),
+        ({**OWN, "os": "plan9"}, "os must be one of"),
         ({**OWN, "os": "windows"}, "boot loader"),
         ({**OWN, "name": ""}, "name"),
         ({**OWN, "name": "a\x1b[31m"}, "cannot be shown"),
