@@ -27,8 +27,8 @@ install_packages() {
     case "$family" in
         *" debian "* | *" ubuntu "*) ;;
         *)
-            say "This distribution is unknown. Install its equivalents of these Debian packages, and" \
-                "Python 3.11 or newer: ${packages[*]} python3-venv"
+            say "This distribution is unknown. Install its equivalents of these Debian packages," \
+                "and Python 3.11 or newer: ${packages[*]} python3-venv"
             exit 1
             ;;
     esac

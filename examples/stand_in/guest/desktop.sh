@@ -45,7 +45,7 @@ show_typed() { # the terminal echoes input as long as a program reads it
     exec 3<>/dev/tty1
     # Control keys are shown like others, and after Scroll Lock the next key resumes the output.
     stty -icanon -isig ixon ixany start undef stop undef <&3
-    printf '\033[2J\033[H\033[?25lsmolvm_async stand-in: type here\n' >&3 # without a blinking cursor
+    printf '\033[2J\033[H\033[?25lsmolvm_async stand-in: type here\n' >&3 # ?25l: no cursor
     cat <&3 >/dev/null &
     exec 3<&-
 }

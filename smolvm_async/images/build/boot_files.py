@@ -49,7 +49,8 @@ def find_file(unpacked: Path, names: Sequence[str]) -> Path:
             if path.is_file() and not path.is_symlink():
                 return path
     raise HostError(
-        f"The packages of this host's distribution do not contain {' or '.join(names)}."
+        f"The packages of this host's distribution do not contain {' or '.join(names)}.",
+        missing=tuple(names),
     )
 
 

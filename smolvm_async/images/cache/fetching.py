@@ -14,7 +14,6 @@ beginning.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,16 +100,14 @@ class DownloadMeter(Meter):
 
 
 async def fetch_file(
-    layout: Layout,
-    missing: MissingFile,
-    client: Any,
-    meter: DownloadMeter,
+    layout: Layout, missing: MissingFile, client: Any, meter: DownloadMeter
 ) -> None:
     """Download a file into the cache, or wait for the process that is already downloading it.
 
     Raises:
         ImageError: If the download fails, or the content is wrong; wrong content is removed.
-        HostError: If the disk is full; a file that this call began is removed.
+        HostError: If the disk has no room; a file that this call began is removed.
+        OSError: If the file cannot be written; it is removed.
     """
     lock = layout.arriving / f"{missing.file.digest}.lock"
     if lock.exists():
@@ -142,14 +139,9 @@ async def _fetch(layout: Layout, missing: MissingFile, client: Any, meter: Downl
         if not partial.resumed:
             await in_background(discard, part)
         raise
-    except OSError as error:
+    except OSError:
         await in_background(discard, part)
-        raise HostError(
-            f"{missing.remote.uri} cannot be written below {str(layout.root)!r}: {error.strerror}.",
-            hint="Free some space (smolvm-async image prune), or set SMOLVM_IMAGE_DIR to a "
-            "directory on another disk.",
-            missing=("disk space",) if error.errno in (errno.ENOSPC, errno.EDQUOT) else (),
-        ) from error
+        raise
 
 
 async def _download(

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -124,6 +125,7 @@ class Layout:
                 f"The image cache {str(self.root)!r} cannot be used: {error.strerror or error}.",
                 hint=f"Free some space (smolvm-async image prune), or set {VARIABLE} to a "
                 "directory that this user can write to.",
+                missing=("disk space",) if error.errno in (errno.ENOSPC, errno.EDQUOT) else (),
             ) from error
 
     def path_of(self, file: ImageFile) -> Path:
