@@ -1,4 +1,4 @@
-"""`smolvm-async`: its commands, and what is common to them."""
+"""`smolvm-async`: the program, made of its commands."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
+from smolvm_async.cli.command import FAILED
 from smolvm_async.cli.desktop import screenshot, vnc
 from smolvm_async.cli.doctor import doctor
-from smolvm_async.cli.execution import FAILED
 from smolvm_async.cli.image import image
 from smolvm_async.cli.logs import logs
 from smolvm_async.cli.output import complain, err, say, write_nowhere
@@ -24,10 +24,10 @@ from smolvm_async.foundation.log import get_logger
 
 NAME = "smolvm-async"
 EPILOG = """
-Exit codes: 0 success; 1 it failed, or the VM crashed; 2 wrong usage or argument; 3 the host lacks
+Exit codes: 0 success; 1 failure, or the VM crashed; 2 wrong usage or argument; 3 the host lacks
 something; 4 no VM has this id; 128+n interrupted by signal n (130: Ctrl-C).
 
-With --json, stdout holds JSON, one document or one on each line; what failed is its last:
+With --json, stdout is JSON: one document, or one on each line. An error is the last document:
 {"error": {"type": ..., "message": ...}}. Wrong usage is text on stderr.
 """
 
@@ -55,7 +55,8 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def set_up(
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Log to stderr, command lines included.")
+        bool,
+        typer.Option("--verbose", "-v", help="Log to stderr, with QEMU's command line."),
     ] = False,
     _version: Annotated[
         bool,
@@ -79,13 +80,13 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def main() -> None:
-    """The entry point."""
+    """Run the program."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     try:
         app(prog_name=NAME)
-    except OSError as error:  # stdout cannot be written to: the disk is full, ...
+    except OSError as error:  # stdout cannot be written: the disk is full, ...
         write_nowhere()
         complain("Error", f"stdout: {error.strerror}", "bold red")
         sys.exit(FAILED)

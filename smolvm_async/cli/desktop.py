@@ -1,4 +1,4 @@
-"""`screenshot` and `vnc`: the desktop of a VM that runs, whoever owns it."""
+"""`screenshot` and `vnc`: the desktop of a running VM of any process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from smolvm_async import ConfigError, Screenshot
-from smolvm_async.cli.execution import execute
-from smolvm_async.cli.options import DataDir, Json, VMId, running_vm
+from smolvm_async.cli.command import DataDir, Json, VMId, execute, running_vm
 from smolvm_async.cli.output import out, say, write_bytes, write_json
 
 STDOUT = "-"
@@ -24,14 +23,14 @@ def screenshot(
             "--output",
             "-o",
             metavar="FILE",
-            help="Where to: .png, or another suffix that Pillow knows; - is stdout, as PNG.",
+            help="The file: .png, or another suffix that Pillow knows; - is stdout, as PNG.",
             show_default="ID.png",
         ),
     ] = None,
     display: Annotated[
-        str | None, typer.Option(metavar="ID", help="A display adapter other than the VM's own.")
+        str | None, typer.Option(metavar="ID", help="Another display adapter than the VM's own.")
     ] = None,
-    head: Annotated[int, typer.Option(help="Which of its outputs.")] = 0,
+    head: Annotated[int, typer.Option(help="The number of an output of the display adapter.")] = 0,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
@@ -39,7 +38,7 @@ def screenshot(
     path = f"{vm_id}.png" if output is None else output
     if path == STDOUT and (json or out.is_terminal):
         reader = "the JSON" if json else "the terminal"
-        raise typer.BadParameter(f"stdout is {reader}'s: name a file", param_hint="--output")
+        raise typer.BadParameter(f"stdout is used by {reader}: pass a file", param_hint="--output")
 
     async def work() -> Screenshot:
         async with running_vm(vm_id, data_dir) as vm:
@@ -71,17 +70,17 @@ def vnc(
     kind: Annotated[
         Literal["loopback", "unix"] | None,
         typer.Option(
-            help="Listen anew, with another password: on a port of 127.0.0.1, or on a socket.",
-            show_default="loopback, if it is off",
+            help="Start again, with a new password, on a port of 127.0.0.1 or on a socket.",
+            show_default="loopback, if VNC is off",
         ),
     ] = None,
     off: Annotated[bool, typer.Option("--off", help="Turn the VNC server off.")] = False,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Turn on a VM's VNC server, if it is off, and show how to connect to it."""
+    """Turn on a VM's VNC server if it is off, and show how to connect."""
     if off and kind is not None:
-        raise typer.BadParameter("leave one out", param_hint="--off, --kind")
+        raise typer.BadParameter("pass only one of them", param_hint="--off, --kind")
 
     async def work() -> str | None:
         async with running_vm(vm_id, data_dir) as vm:
@@ -113,6 +112,6 @@ def _directions(url: str) -> str:
     return (
         f"{url}\n"
         f"Here:           vncviewer {here}\n"
-        f"From a laptop:  ssh -L 5901:{there} THIS-HOST, and there: vncviewer 127.0.0.1::5901\n"
+        f"From a laptop:  ssh -L 5901:{there} THIS-HOST, and then: vncviewer 127.0.0.1::5901\n"
         f"Password:       {parts.password}"
     )

@@ -1,4 +1,4 @@
-"""`doctor`: whether this host can run the guests, and if not, what to do."""
+"""`doctor`: check whether this host can run the guests, and show how to fix it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import typer
 from rich.text import Text
 
 from smolvm_async import Progress
-from smolvm_async.cli.execution import FAILED, execute
-from smolvm_async.cli.options import DataDir, Json
+from smolvm_async.cli.command import FAILED, DataDir, Json, execute
 from smolvm_async.cli.output import busy, out, write_json
 
 
 def doctor(
     accel: Annotated[
-        Literal["auto", "kvm", "tcg"], typer.Option(help="What VMs would ask for.")
+        Literal["auto", "kvm", "tcg"], typer.Option(help="The accelerator that VMs would ask for.")
     ] = "auto",
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Examine this host by doing what a VM does; it takes some seconds, and leaves nothing."""
+    """Examine this host by doing the work of a VM. It takes some seconds, and leaves nothing."""
     from smolvm_async.doctor import Finding, Outcome, examine  # only this command needs it
 
     marks = {

@@ -1,4 +1,4 @@
-"""`image`: published images, to S3, from S3, and those that are on this machine."""
+"""`image`: publish images to S3, download them, and manage those on this machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from smolvm_async import CachedImage, ImageStore, push_image
-from smolvm_async.cli.execution import FAILED, execute
-from smolvm_async.cli.options import Json
+from smolvm_async.cli.command import FAILED, Json, execute
 from smolvm_async.cli.output import say, show_table, transfer, write_json
+from smolvm_async.guests import GuestName
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -27,14 +27,14 @@ COLUMNS: dict[str, dict[str, Any]] = {
 image = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Published images: to S3, from S3, and those on this machine.",
+    help="Publish images to S3, download them, and manage those on this machine.",
 )
 
 ImageDir = Annotated[
     str | None,
     typer.Option(
         metavar="DIRECTORY",
-        help="Where the images are.",
+        help="The directory of the images.",
         show_default="$SMOLVM_IMAGE_DIR, or ~/.cache/smolvm-async/images",
     ),
 ]
@@ -42,7 +42,7 @@ Which = Annotated[str, typer.Argument(metavar="NAME_OR_URI", help="The image's n
 Uri = Annotated[
     str,
     typer.Argument(
-        metavar="URI", help="s3://BUCKET/PREFIX/, or that of the manifest, which ends in .json."
+        metavar="URI", help="s3://BUCKET/PREFIX/, or the URI of the manifest, which ends in .json."
     ),
 ]
 
@@ -52,22 +52,23 @@ def push(
     directory: Annotated[
         str,
         typer.Argument(
-            metavar="DIRECTORY", help="A qcow2; and a kernel, an initramfs, boot_args, if any."
+            metavar="DIRECTORY",
+            help="The directory of the qcow2, with kernel and initramfs if any.",
         ),
     ],
     uri: Uri,
     name: Annotated[
         str | None,
-        typer.Option(help="What people call it.", show_default="the last part of the prefix"),
+        typer.Option(help="The image's name.", show_default="the last part of the prefix"),
     ] = None,
     os: Annotated[
-        Literal["linux", "windows"] | None,
+        GuestName | None,
         typer.Option(help="The guest OS.", show_default="linux, if there is a kernel"),
     ] = None,
     memory: Annotated[
-        int | None, typer.Option(metavar="MIB", help="Memory that it is best run with.")
+        int | None, typer.Option(metavar="MIB", help="Memory to recommend to users.")
     ] = None,
-    cpus: Annotated[int | None, typer.Option(help="Cores, likewise.")] = None,
+    cpus: Annotated[int | None, typer.Option(help="Cores to recommend to users.")] = None,
     boot_args: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The kernel's command line.")
     ] = None,
@@ -76,19 +77,22 @@ def push(
 ) -> None:
     """Publish the image in a directory.
 
-    A smolvm-image.json there says what its files are; without one they are recognized by their
-    names: disk.qcow2 (or any one qcow2), vmlinuz or kernel, initrd, boot_args.
+    A smolvm-image.json in it names its files. Without that, files are recognized by their names:
+    disk.qcow2 (or a single qcow2), vmlinuz or kernel, initrd, boot_args.
     """
-    options: dict[str, Any] = {
-        "name": name,
-        "os": os,
-        "memory": memory,
-        "cpus": cpus,
-        "boot_args": boot_args,
-        "compress": compress,
-    }
     with transfer(f"pushing {directory}", json=json) as show:
-        manifest = execute(push_image(directory, uri, **options, on_progress=show), json=json)
+        push = push_image(
+            directory,
+            uri,
+            name=name,
+            os=os,
+            memory=memory,
+            cpus=cpus,
+            boot_args=boot_args,
+            compress=compress,
+            on_progress=show,
+        )
+        manifest = execute(push, json=json)
     if json:
         write_json({"uri": uri, "manifest": manifest.model_dump(mode="json", exclude_none=True)})
     else:
@@ -98,13 +102,13 @@ def push(
 
 @image.command()
 def pull(uri: Uri, image_dir: ImageDir = None, json: Json = False) -> None:
-    """Download a published image, or what of it is not here yet."""
+    """Download a published image, or the missing files of it."""
     with transfer(f"pulling {uri}", json=json) as show:
         pulled = execute(ImageStore(image_dir).pull(uri, on_progress=show), json=json)
     if json:
         write_json(asdict(pulled))
     else:
-        say(f"{pulled.name} is here ({pulled.os}, {_size(pulled.size)}): {pulled.disk}")
+        say(f"{pulled.name} is downloaded ({pulled.os}, {_size(pulled.size)}): {pulled.disk}")
 
 
 @image.command("list")
@@ -121,7 +125,7 @@ def list_images(image_dir: ImageDir = None, json: Json = False) -> None:
 
 @image.command()
 def remove(name_or_uri: Which, image_dir: ImageDir = None, json: Json = False) -> None:
-    """Remove an image from this machine; one that a VM needs is refused."""
+    """Remove an image from this machine, unless a VM needs it."""
     _tell_gone(execute(ImageStore(image_dir).remove(name_or_uri), json=json), json)
 
 
@@ -131,19 +135,21 @@ def prune(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Remove the longest unused images until the rest has at most this: 500M, 20G.",
+            help="Remove the longest unused images until the rest fits into SIZE: 500M, 20G.",
         ),
     ] = None,
     unused_days: Annotated[
         float | None,
-        typer.Option(metavar="DAYS", min=0, max=36_500, help="Remove those unused for so long."),
+        typer.Option(
+            metavar="DAYS", min=0, max=36_500, help="Remove images that were unused for DAYS."
+        ),
     ] = None,
     image_dir: ImageDir = None,
     json: Json = False,
 ) -> None:
-    """Remove what no image needs any more, such as rests of downloads; and images, if asked to.
+    """Remove leftovers, such as parts of cancelled downloads; with options, also old images.
 
-    An image that a VM needs stays.
+    Images that a VM needs stay.
     """
     since = datetime.now() - timedelta(days=unused_days) if unused_days is not None else None
     store = ImageStore(image_dir)
@@ -155,22 +161,22 @@ def prune(
 def verify(
     name_or_uri: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME_OR_URI]", help="An image; left out, all of them."),
+        typer.Argument(metavar="[NAME_OR_URI]", help="An image; by default, all."),
     ] = None,
     image_dir: ImageDir = None,
     json: Json = False,
 ) -> None:
-    """Read every file, and compare its digest; a damaged one is removed, unless a VM needs it."""
+    """Compare all files with their digests. Damaged files are removed, unless a VM needs them."""
     damages = execute(ImageStore(image_dir).verify(name_or_uri), json=json)
     if json:
         write_json([damage._asdict() for damage in damages])
     for damage in () if json else damages:
-        end = "it is removed: pull it again" if damage.removed else "a VM needs it: it stays"
-        say(f"{damage.path} is {'damaged' if damage.actual else 'gone'}; {end}.")
+        end = "it was removed: pull it again" if damage.removed else "it stays: a VM needs it"
+        say(f"{damage.path} is {'damaged' if damage.actual else 'missing'}; {end}.")
     if damages:
         raise typer.Exit(FAILED)
     if not json:
-        say("All is as it was published.")
+        say("All files match their manifests.")
 
 
 def _bytes(size: str | None) -> int | None:
@@ -178,7 +184,7 @@ def _bytes(size: str | None) -> int | None:
         return None
     match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)(iB|B)?", size, re.IGNORECASE)
     if match is None:
-        raise typer.BadParameter("pass bytes, or such as 500M or 20G", param_hint="--max-size")
+        raise typer.BadParameter("pass bytes, such as 500M or 20G", param_hint="--max-size")
     return int(match[1]) * UNITS[match[2].upper()]
 
 
@@ -202,4 +208,4 @@ def _tell_gone(gone: Sequence[CachedImage], json: bool) -> None:
     for one in gone:
         say(f"{one.name} ({one.uri}) is removed.")
     if not gone:
-        say("No image had to go.")
+        say("Nothing to remove.")

@@ -1,4 +1,4 @@
-"""`logs`: what a VM's guest writes to its console, or its processes to their logs."""
+"""`logs`: the serial console of a guest, and the logs of a VM's processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from smolvm_async import VMNotFoundError, VMNotRunningError
-from smolvm_async.cli.execution import execute
-from smolvm_async.cli.options import DataDir, Json, VMId, find_vm, no_such_vm
+from smolvm_async.cli.command import DataDir, Json, VMId, execute, find_vm, no_such_vm
 from smolvm_async.cli.output import write_json, write_text
 from smolvm_async.state.logs import PROCESSES, read_log
 from smolvm_async.state.record import ACTIVE
@@ -23,17 +22,17 @@ def logs(
     vm_id: VMId,
     source: Annotated[
         Source,
-        typer.Option(help="The serial console, which only a running VM has, or a process's log."),
+        typer.Option(help="The serial console (of a running VM) or the log of a process."),
     ] = "console",
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what comes, until the VM ends.")
+        bool, typer.Option("--follow", "-f", help="Show new text as it comes, until the VM ends.")
     ] = False,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
     """Show the end of a VM's serial console, or of the log of one of its processes.
 
-    On a terminal, the guest's control sequences are left out.
+    On a terminal, control sequences of the guest are removed.
     """
 
     def show(text: str) -> None:
@@ -57,7 +56,7 @@ def logs(
         vm = await find_vm(vm_id, data_dir)
         if vm.status not in ACTIVE:
             raise VMNotRunningError(
-                f"{vm_id} is {vm.status}, and has no console any more; its logs are there: "
+                f"{vm_id} is {vm.status}, so it has no console; read a log: "
                 f"{', '.join(f'--source {process}' for process in PROCESSES)}."
             )
         try:

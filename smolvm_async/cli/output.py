@@ -1,4 +1,4 @@
-"""What is written: text and tables through rich, JSON as it is, and a sign of life meanwhile."""
+"""The output of commands: text, tables and progress through rich, or JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -23,17 +24,28 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from smolvm_async import Rung, ShutdownReport
 from smolvm_async.foundation import progress
 from smolvm_async.foundation.tail import printable
 
-UNBOUNDED = 1 << 16  # columns of what is no terminal: nothing is cut off or wrapped
+ENDINGS = {
+    Rung.POWERDOWN: "the guest powered itself down",
+    Rung.GUEST: "the guest had shut itself down",
+    Rung.QUIT: "QEMU was told to quit",
+    Rung.SIGTERM: "QEMU was ended by SIGTERM",
+    Rung.SIGKILL: "QEMU was killed",
+    Rung.CRASH: "it had crashed",
+    Rung.NONE: "it was not running",
+}
+
+UNBOUNDED = 1 << 16  # columns, if stdout is not a terminal: nothing is cut off or wrapped
 
 
 class Screen(Console):
-    """A console that shows text as it is, and tells its caller when nobody reads any more."""
+    """A console that shows text unchanged, and raises an error when its reader has gone."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        stream: TextIO | None = sys.stderr if stderr else sys.stdout  # None if it was closed
+        stream: TextIO | None = sys.stderr if stderr else sys.stdout  # None if the stream is closed
         terminal = stream is not None and stream.isatty()
         super().__init__(
             stderr=stderr,
@@ -44,13 +56,13 @@ class Screen(Console):
         )
 
     def on_broken_pipe(self) -> None:
-        """Raise the error that is being handled; rich itself would end the program."""
+        """Raise the error that is being handled, where rich itself would end the program."""
         write_nowhere()
         raise
 
 
 def write_nowhere() -> None:
-    """Nobody reads stdout any more: what is still written, and was, goes to /dev/null."""
+    """Redirect stdout to /dev/null, with all that is still in its buffer."""
     if sys.stdout is not None:
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -67,7 +79,7 @@ def say(text: str) -> None:
 
 
 def complain(word: str, text: str, style: str) -> None:
-    """Write a message to stderr, after a word in colour."""
+    """Write a message to stderr, with a coloured word before it."""
     err.print(Text.assemble((f"{word}: ", style), printable(text)), soft_wrap=True)
 
 
@@ -77,21 +89,25 @@ def write_json(document: object) -> None:
 
 
 def write_text(text: str) -> None:
-    """Write a guest's text to stdout: as it is, but for a terminal, which it could take over."""
+    """Write a guest's text to stdout; for a terminal, remove control sequences."""
     if sys.stdout is not None:
         sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
 
 def write_bytes(content: bytes) -> None:
-    """Write what is no text to stdout."""
+    """Write bytes to stdout."""
     if sys.stdout is not None:
         sys.stdout.buffer.write(content)
         sys.stdout.flush()
 
 
 def show_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table, whose columns have rich's own arguments, to stdout."""
+    """Write a table to stdout.
+
+    Args:
+        columns: Titles, and for each the arguments of rich's `add_column()`.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, arguments in columns.items():
         table.add_column(title, **arguments)
@@ -102,7 +118,7 @@ def show_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> Non
 
 @contextmanager
 def busy(text: str, *, json: bool) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal that work goes on and how long already; yields what changes the text."""
+    """Show on a terminal a text and the time passed; yield a function that changes the text."""
     if json or not out.is_interactive:
         yield lambda text: None
         return
@@ -114,7 +130,7 @@ def busy(text: str, *, json: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def transfer(text: str, *, json: bool) -> Iterator[progress.ProgressCallback]:
-    """Show a transfer on a terminal: a bar, bytes, rate; yields what takes its progress."""
+    """Show on a terminal the progress of a transfer; yield a callback for the progress."""
     if json or not out.is_interactive:
         yield lambda step: None
         return
@@ -133,3 +149,13 @@ def transfer(text: str, *, json: bool) -> Iterator[progress.ProgressCallback]:
             bar.update(task, description=printable(step.message), completed=done, total=step.total)
 
         yield show
+
+
+def describe_ending(vm_id: str, report: ShutdownReport) -> str:
+    """Return a sentence that says how a VM ended."""
+    return f"{vm_id} has stopped: {ENDINGS[report.rung]} ({report.rung}, {report.seconds:.2f} s)."
+
+
+def ending_fields(vm_id: str, report: ShutdownReport) -> dict[str, Any]:
+    """Return how a VM ended, with all rungs that were tried, as fields for JSON."""
+    return {"vm_id": vm_id, "graceful": report.graceful, **asdict(report)}

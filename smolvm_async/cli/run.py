@@ -1,11 +1,11 @@
-"""`run`: boot an image, hold the VM until somebody ends it, and show all that happens."""
+"""`run`: boot an image, keep the VM until a signal or its end, and show all that happens."""
 
 from __future__ import annotations
 
 import asyncio
 import shlex
 from dataclasses import asdict, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
@@ -16,11 +16,28 @@ from smolvm_async import (
     Progress,
     VMAlreadyExistsError,
 )
-from smolvm_async.cli.ending import describe_ending, ending_fields
-from smolvm_async.cli.execution import Interrupts, execute
-from smolvm_async.cli.options import DataDir, Json, Timeout, complete_vm_id, find_vm
-from smolvm_async.cli.output import busy, say, write_json, write_nowhere
+from smolvm_async.cli.command import (
+    DataDir,
+    Interrupts,
+    Json,
+    Timeout,
+    complete_vm_id,
+    execute,
+    find_vm,
+)
+from smolvm_async.cli.output import (
+    busy,
+    describe_ending,
+    ending_fields,
+    say,
+    write_json,
+    write_nowhere,
+)
+from smolvm_async.config.options import VMOptions
+from smolvm_async.guests import GuestName
 from smolvm_async.state.record import ACTIVE
+
+MACHINE = ("memory", "cpus", "accel", "keep", "resolution", "vnc")  # fixed for a kept VM
 
 
 def run(
@@ -28,13 +45,13 @@ def run(
         str | None,
         typer.Argument(
             metavar="[IMAGE]",
-            help="A qcow2 to start from, or s3://BUCKET/PREFIX/. Left out, the built-in Debian; "
-            "or, with --id alone, the kept VM of that id, to boot it again.",
+            help="A qcow2 to start from, or s3://BUCKET/PREFIX/. By default, the built-in Debian; "
+            "or, with --id alone, the kept VM of that id, which boots again.",
         ),
     ] = None,
     os: Annotated[
-        Literal["linux", "windows"] | None,
-        typer.Option(help="The guest OS; a qcow2 needs it."),
+        GuestName | None,
+        typer.Option(help="The guest OS; needed for a qcow2."),
     ] = None,
     memory: Annotated[
         int | None,
@@ -55,10 +72,10 @@ def run(
     ] = None,
     accel: Annotated[
         Literal["auto", "kvm", "tcg"] | None,
-        typer.Option(help="What QEMU runs the guest with.", show_default="auto"),
+        typer.Option(help="The accelerator of QEMU.", show_default="auto"),
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the VM afterwards, to boot it again.")
+        bool, typer.Option("--keep", help="Keep the VM afterwards, so that it can boot again.")
     ] = False,
     resolution: Annotated[
         str | None,
@@ -66,16 +83,16 @@ def run(
     ] = None,
     vnc: Annotated[
         Literal["loopback", "unix"] | None,
-        typer.Option(help="Turn on VNC; smolvm-async vnc ID shows how to connect."),
+        typer.Option(help="Turn on VNC; 'smolvm-async vnc ID' shows how to connect."),
     ] = None,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Boot an image and hold the VM until Ctrl-C, showing the boot states.
+    """Boot an image, show the boot states, and run the VM until Ctrl-C.
 
-    The first Ctrl-C (or SIGTERM, or a terminal that closes) powers the guest down; the next one
-    kills it at once. Then the VM is deleted, unless it is kept.
+    The first Ctrl-C (or SIGTERM, or a terminal that closes) powers the guest down; the next signal
+    kills the VM at once. Then the VM is deleted, unless --keep is given.
 
     For example:
 
@@ -91,28 +108,35 @@ def run(
 
       smolvm-async run s3://bucket/images/debian-12/
     """
-    machine = {
+    feed = Feed(json, Interrupts(spare_first=True), {})
+    options: VMOptions = {
         "os": os,
+        "image": image,
         "memory": memory,
         "cpus": cpus,
-        "accel": accel,
-        "keep": keep or None,
+        "vm_id": vm_id,
         "resolution": resolution,
         "vnc": vnc,
+        "data_dir": data_dir,
+        "on_progress": feed.on_progress,
     }
-    given = {name: value for name, value in machine.items() if value is not None}
+    if accel is not None:
+        options["accel"] = accel
+    if keep:
+        options["keep"] = keep
     at_rest = image is None and vm_id is not None and os is None
+    given = [name for name in MACHINE if options.get(name) is not None]
     if at_rest and given:
         names = ", ".join(f"--{name}" for name in given)
-        raise typer.BadParameter(f"a kept VM has its own {names}: leave out", param_hint="--id")
-    feed = Feed(json, Interrupts(spare_first=True), {})
+        raise typer.BadParameter(
+            f"a kept VM has its own settings: leave out {names}", param_hint="--id"
+        )
 
     async def boot() -> None:
-        if not at_rest:
-            arguments: dict[str, Any] = {**given, "image": image, "vm_id": vm_id}
-            vm = AsyncSmolVM(**arguments, data_dir=data_dir, on_progress=feed.on_progress)
-        else:
+        if at_rest:
             vm = await _find_at_rest(str(vm_id), data_dir, feed)
+        else:
+            vm = AsyncSmolVM(**options)
         try:
             await _hold(vm, timeout, feed)
         finally:
@@ -122,14 +146,18 @@ def run(
 
 
 class Feed(NamedTuple):
-    """Tells what happens, as it does; if nobody reads that any more, the VM is to be stopped."""
+    """The output of events as they happen. If nobody reads the output any more, the VM is stopped.
+
+    Attributes:
+        tenths: For each download, the tenth that was shown last.
+    """
 
     json: bool
     interrupts: Interrupts
     tenths: dict[str, int]
 
     def tell(self, event: str, text: str, **fields: object) -> None:
-        """Tell one thing: the text to people, its name and the fields to programs."""
+        """Write one event: its text, or for JSON its name and fields."""
         try:
             if self.json:
                 write_json({"event": event, **fields})
@@ -140,9 +168,9 @@ class Feed(NamedTuple):
             self.interrupts.first.set()
 
     def on_progress(self, progress: Progress) -> None:
-        """Tell a step; a boot state comes as an event too, which tells more.
+        """Write a step. Boot states are left out: `tell_boot()` writes them with more detail.
 
-        Of a download, people are told each tenth.
+        As text, a download is shown at each tenth.
         """
         if not self.json and progress.done and progress.total and progress.rate:
             tenth = 10 * progress.done // progress.total
@@ -156,7 +184,7 @@ class Feed(NamedTuple):
             self.tell("progress", text, **asdict(progress))
 
     async def tell_boot(self, events: EventStream) -> None:
-        """Tell the boot states until the VM ends."""
+        """Write the boot states until the VM ends."""
         async for event in events:
             if isinstance(event, BootStateChanged):
                 fields = {"elapsed": event.elapsed, "evidence": event.evidence}
@@ -164,8 +192,8 @@ class Feed(NamedTuple):
                 self.tell("boot_state", text, state=event.state, **fields)
 
 
-def _line(elapsed: float, what: str, text: str) -> str:
-    return f"{elapsed:8.2f} s  {what:<16}  {text}"
+def _line(elapsed: float, step: str, text: str) -> str:
+    return f"{elapsed:8.2f} s  {step:<16}  {text}"
 
 
 async def _find_at_rest(vm_id: str, data_dir: str | None, feed: Feed) -> AsyncSmolVM:
@@ -173,7 +201,7 @@ async def _find_at_rest(vm_id: str, data_dir: str | None, feed: Feed) -> AsyncSm
     if vm.status in ACTIVE:
         await vm.detach()
         raise VMAlreadyExistsError(
-            f"{vm_id} runs already: smolvm-async logs --follow {vm_id} shows its console."
+            f"{vm_id} runs already: to see its console, run smolvm-async logs --follow {vm_id}."
         )
     return vm
 
@@ -192,7 +220,7 @@ async def _hold(vm: AsyncSmolVM, timeout: float | None, feed: Feed) -> None:
                     vm_id=vm.vm_id,
                     accelerator=vm.accelerator,
                 )
-                # All events are told when the VM has ended; a crash cancels this block.
+                # `showing` ends when the VM has ended; a crash cancels this block.
                 await asyncio.wait({asked, showing}, return_when=asyncio.FIRST_COMPLETED)
                 if asked.done():
                     feed.tell(

@@ -1,9 +1,9 @@
-"""`list`, `stop`, `delete` and `prune`: the VMs that there are, whoever owns them."""
+"""`list`, `stop`, `delete` and `prune`: commands for the VMs of all processes."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Annotated, Any
 
 import typer
@@ -16,51 +16,65 @@ from smolvm_async import (
     VMInfo,
     VMNotRunningError,
 )
-from smolvm_async.cli.ending import describe_ending, ending_fields
-from smolvm_async.cli.execution import WRONG, execute, fail
-from smolvm_async.cli.options import (
+from smolvm_async.cli.command import (
+    WRONG,
     DataDir,
     Json,
     Timeout,
     VMId,
     complete_vm_id,
+    execute,
+    fail,
     find_vm,
     no_such_vm,
 )
-from smolvm_async.cli.output import busy, say, show_table, write_json
+from smolvm_async.cli.output import (
+    busy,
+    describe_ending,
+    ending_fields,
+    say,
+    show_table,
+    write_json,
+)
 
 AGES = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
-COLUMNS: dict[str, dict[str, Any]] = {
-    "ID": {"no_wrap": True, "min_width": 8},
-    "OS": {},
-    "STATUS": {"no_wrap": True},
-    "OWNER": {"justify": "right", "no_wrap": True},
-    "AGE": {"justify": "right", "no_wrap": True},
-    "MEMORY": {"justify": "right", "no_wrap": True},
-    "KEEP": {},
-    "IMAGE": {"overflow": "fold"},
+LEFT, RIGHT = {"no_wrap": True}, {"no_wrap": True, "justify": "right"}
+STYLES: dict[str, dict[str, Any]] = {  # of the columns of `list` that are not like LEFT
+    "vm_id": {"no_wrap": True, "min_width": 8},
+    "owner": RIGHT,
+    "age": RIGHT,
+    "memory": RIGHT,
+    "image": {"overflow": "fold"},
 }
 
 
 def list_vms(data_dir: DataDir = None, json: Json = False) -> None:
-    """Show the VMs of this user, running or kept, and what dead owners left."""
+    """Show the VMs of this user: running, kept and orphaned."""
     infos = execute(AsyncSmolVM.list(data_dir=data_dir), json=json)
     if json:
         write_json([asdict(info) for info in infos])
     elif infos:
-        show_table(COLUMNS, [_row(info) for info in infos])
+        # A column for each field of VMInfo: a new field is shown without a change here.
+        names = [field.name for field in fields(VMInfo)]
+        columns = {name.removeprefix("vm_").upper(): STYLES.get(name, LEFT) for name in names}
+        show_table(columns, [[_cell(info, name) for name in names] for info in infos])
     else:
         say("There are no VMs.")
 
 
-def _row(info: VMInfo) -> list[str]:
-    owner, keep = str(info.owner or "-"), "yes" if info.keep else "no"
-    age, memory = _age(info.age), f"{info.memory} MiB"
-    return [info.vm_id, info.os, info.status, owner, age, memory, keep, info.image]
+def _cell(info: VMInfo, name: str) -> str:
+    value = getattr(info, name)
+    if name == "age":
+        return _age(info.age)
+    if name == "memory":
+        return f"{info.memory} MiB"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
 
 
 def _age(seconds: float) -> str:
-    """Seconds in the largest unit of which there is one."""
+    """Return seconds in the largest unit that fits at least once."""
     length, unit = next((unit for unit in AGES if seconds >= unit[0]), AGES[-1])
     return f"{seconds // length:.0f} {unit}"
 
@@ -68,12 +82,12 @@ def _age(seconds: float) -> str:
 def stop(
     vm_id: VMId, timeout: Timeout = None, data_dir: DataDir = None, json: Json = False
 ) -> None:
-    """Power a VM's guest down, whichever process owns it, and say what ended it."""
+    """Power a VM's guest down, from any process, and show how the VM ended."""
 
     async def work() -> ShutdownReport | None:
         vm = await find_vm(vm_id, data_dir)
         if vm.status is Status.ORPHANED:
-            raise VMNotRunningError(f"the owner of {vm_id} has died: smolvm-async prune clears up.")
+            raise VMNotRunningError(f"the owner of {vm_id} has died: run smolvm-async prune.")
         if vm.status in (Status.STOPPED, Status.CRASHED):
             return None
         try:
@@ -94,13 +108,13 @@ def delete(
         list[str],
         typer.Argument(metavar="ID...", help="The VMs' ids.", autocompletion=complete_vm_id),
     ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete kept VMs too, unasked.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask about kept VMs.")] = False,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Delete VMs and everything of them; those that run are killed first.
+    """Delete VMs with all their files. Running VMs are killed first.
 
-    A kept VM is gone for good: unless --yes is given, you are asked.
+    A question comes before kept VMs are deleted, unless --yes is given.
     """
     vm_ids = list(dict.fromkeys(vm_ids))
     infos = {info.vm_id: info for info in execute(AsyncSmolVM.list(data_dir=data_dir), json=json)}
@@ -124,12 +138,12 @@ def delete(
 
 def _confirm(names: str, json: bool) -> None:
     if json or not sys.stdin.isatty():
-        fail("ConfigError", f"a kept VM ({names}) is deleted only with --yes.", WRONG, json=json)
+        fail("ConfigError", f"{names} is a kept VM: to delete it, pass --yes.", WRONG, json=json)
     typer.confirm(f"Delete for good: {names}?", abort=True)
 
 
 def prune(data_dir: DataDir = None, json: Json = False) -> None:
-    """Remove what dead owners left; a kept VM of theirs stays, and is stopped."""
+    """Remove VMs whose owners have died. Kept VMs stay, stopped."""
     infos = execute(AsyncSmolVM.prune(data_dir=data_dir), json=json)
     if json:
         write_json([asdict(info) for info in infos])

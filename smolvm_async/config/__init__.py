@@ -1,1 +1,1 @@
-"""What a caller asked for: the arguments of a VM, checked and frozen, and what a VM starts from."""
+"""The arguments of a VM, checked and frozen, and the image that the VM starts from."""

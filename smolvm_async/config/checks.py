@@ -1,4 +1,4 @@
-"""Checks of single arguments: each names the argument, what is wrong and what to do instead."""
+"""Checks of single arguments. Each error names the argument, the problem and the solution."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def check_path(path: object, argument: str, kind: str) -> Path:
     """Return an argument that is a path as an absolute path, `~` expanded.
 
     Args:
-        kind: What the path leads to, for the message: "a directory".
+        kind: The kind of file at the path, for the message: "a directory".
 
     Raises:
         ConfigError: If the value cannot be a path.

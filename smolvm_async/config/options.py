@@ -53,7 +53,7 @@ class VMOptions(TypedDict, total=False):
     kernel: str | os_module.PathLike[str] | None  # for QEMU to load
     initrd: str | os_module.PathLike[str] | None  # the kernel's
     boot_args: str | None  # the kernel's command line
-    user: str | None  # whom run() logs in as
+    user: str | None  # for SSH
     memory: int | None  # MiB
     cpus: int | None  # cores
     vm_id: str | None
@@ -107,7 +107,7 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
     """Check the arguments of `AsyncSmolVM`, and return them as a configuration.
 
     Raises:
-        ConfigError: It names the argument, what is wrong and what to do instead.
+        ConfigError: An argument is wrong; the message says how to correct it.
         TypeError: An argument is unknown.
     """
     for name in options:

@@ -1,4 +1,4 @@
-"""Where a VM's disk comes from: as the arguments say, and as paths that QEMU can open."""
+"""The origin of a VM's disk: as the arguments give it, and as files that QEMU can open."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class VMConfig(StrictModel):
 
     @property
     def origin(self) -> Origin:
-        """Where the VM's disk comes from."""
+        """The origin of the VM's disk, as a type."""
         return make_origin(self.image, self.kernel, self.initrd, self.boot_args)
 
     @property

@@ -15,7 +15,7 @@ from smolvm_async.vm.plan import Plan, find_source
 from smolvm_async.vm.prepare import look_at_disk
 from smolvm_async.vm.vm import AsyncSmolVM
 
-OWN = {  # arguments that two VMs cannot share, and what to do instead
+OWN = {  # arguments that two VMs cannot share, and the alternative
     "vm_id": "each VM gets its own id, and fleet.status() shows the ids",
     "keep": "a fleet deletes its VMs; to keep a VM, use AsyncSmolVM(keep=True)",
 }
@@ -60,7 +60,7 @@ class Template:
 
     @property
     def most(self) -> int | None:
-        """How many VMs `Limits.max_memory` allows at once, if it is set; only after `look()`."""
+        """The number of VMs that `Limits.max_memory` allows at once; only after `look()`."""
         assert self._plan is not None
         limit = self._plan.config.limits.max_memory
         return None if limit is None else limit // self._plan.config.memory

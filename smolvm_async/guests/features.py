@@ -15,7 +15,7 @@ class Feature(NamedTuple):
     Attributes:
         methods: The methods of a VM that need it, by name.
         arguments: The arguments of `AsyncSmolVM` that need it, by name.
-        instead: What to do without the feature, for any guest OS that has no advice of its own.
+        instead: Advice for users of a guest OS without the feature.
     """
 
     methods: tuple[str, ...]

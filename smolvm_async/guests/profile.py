@@ -32,7 +32,7 @@ class GuestProfile(NamedTuple):
         sidecars: Names in `smolvm_async.qemu.sidecars.SIDECARS`.
         devices: Values of further `-device` options.
         disk_bus: The bus of the disk: `scsi` (virtio-scsi) or `virtio` (virtio-blk, `/dev/vda`).
-        login: How the guest learns who may log in over SSH: from a `nocloud` seed for cloud-init,
+        login: The way the guest gets its SSH keys: from a `nocloud` seed for cloud-init,
             from `fw_cfg` (the image that this library builds), or `none`: nobody logs in.
         usb: Whether there is a USB controller, with the tablet that serves as the mouse.
         features: The features that this guest OS has. All others are refused.

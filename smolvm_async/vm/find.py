@@ -1,4 +1,4 @@
-"""Find a VM by its id: attached to its living owner, or at rest and ours to start."""
+"""Find a VM by its id: attach to its living owner, or become the owner of a VM at rest."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from smolvm_async.vm.attach import AttachedVM
 from smolvm_async.vm.owner import OwnedVM
 from smolvm_async.vm.plan import Plan
 
-ANSWER = 5.0  # seconds for an owner that is just starting or stopping the VM
-POLL = 0.01  # seconds between two looks
+ANSWER = 5.0  # seconds for an owner that is busy with starting or stopping the VM
+POLL = 0.01  # seconds between two attempts
 
 
 async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> OwnedVM | AttachedVM:
-    """The VM whose directory is `path`.
+    """Return the VM whose directory is `path`.
 
     Raises:
-        VMNotFoundError: If there is none.
-        VMNotRunningError: If its owner lives and does not answer.
-        ConfigError: If its record cannot be read.
+        VMNotFoundError: If no VM is there.
+        VMNotRunningError: If the owner is alive and does not answer.
+        ConfigError: If the VM's record cannot be read.
     """
     deadline = time.monotonic() + ANSWER
     while True:
@@ -48,13 +48,14 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> OwnedVM | A
                 try:
                     return await AttachedVM.connect(path, fd, record)
                 except OSError:
-                    pass  # it listens soon, or does not any more
+                    pass  # the owner does not listen yet, or has stopped listening
         finally:
             os.close(fd)
         if time.monotonic() > deadline:
             owner = record.owner.pid if record and record.owner else "?"
             raise VMNotRunningError(
-                f"{path.name} is in use by process {owner}, whose event loop does not answer."
+                f"{path.name} is in use by process {owner}, whose event loop does not answer: "
+                "wait for that process, or end it."
             )
         await asyncio.sleep(POLL)
 
@@ -68,6 +69,6 @@ def _refuse_if_over(record: Record) -> None:
     owner, over = record.owner, record.status in (Status.STOPPED, Status.CRASHED)
     if over and owner is not None and owner.alive:
         raise VMNotRunningError(
-            f"{record.config.vm_id} is {record.status}, and its owner, process {owner.pid}, has "
-            "yet to delete() it."
+            f"{record.config.vm_id} is {record.status}, but its owner, process {owner.pid}, has "
+            "yet to delete() it: wait until that process deletes the VM or ends."
         )

@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 
 class Plan(NamedTuple):
-    """How to launch a VM.
+    """The plan of a VM's launch.
 
     Attributes:
         source: The files of a local disk; `None` for the built-in image, which may have to be
@@ -77,7 +77,7 @@ def make_plan(
 
 
 def check_early(config: VMConfig) -> None:
-    """Check what a published image's VM needs, whatever its guest OS will be.
+    """Check the needs of a published image's VM that do not depend on its guest OS.
 
     Raises:
         ConfigError: If the data directory cannot be used.

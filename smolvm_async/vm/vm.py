@@ -305,7 +305,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         await self._vm.delete()
 
     async def ssh_access(self) -> Access:
-        """Return what an SSH client needs to log in to a Linux guest.
+        """Return the port, the user and the keys for an SSH client to log in to a Linux guest.
 
         Raises:
             VMNotRunningError: The VM does not run.

@@ -481,7 +481,7 @@ def test_a_kept_vm_is_booted_again_and_deleted(run: Run, data_dir: Path) -> None
     assert f"smolvm-async delete one --data-dir {data_dir}\n" in output
     assert cli("stop", "one", *place).stdout == "one is stopped already.\n"
     assert document("stop", "one", *place)["rung"] == "none"
-    assert "has no console any more" in cli("logs", "one", *place, code=1).stderr
+    assert "has no console" in cli("logs", "one", *place, code=1).stderr
     assert document("logs", "one", *place, code=1)["error"]["type"] == "VMNotRunningError"
     assert cli("prune", *place).stdout == "There is nothing to prune.\n"
     with run("again", "--id", "one", "--json") as running:
@@ -573,7 +573,7 @@ def test_a_picture_of_the_screen_is_saved(run: Run, data_dir: Path, tmp_path: Pa
 def test_a_terminal_is_spared_the_picture(run: Run, data_dir: Path) -> None:
     with run("--id", "one") as running:
         shown, code = terminal("screenshot", "one", "-o", "-", "--data-dir", data_dir)
-        assert ("name a file" in shown, code) == (True, 2)
+        assert ("pass a file" in shown, code) == (True, 2)
         running.kill(signal.SIGINT)
         running.end()
 

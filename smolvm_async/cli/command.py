@@ -1,0 +1,171 @@
+"""The parts that all commands share: options, the VM of an id, signals, errors and exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from smolvm_async import (
+    AsyncSmolVM,
+    ConfigError,
+    HostError,
+    SmolVMError,
+    VMNotFoundError,
+    VMNotRunningError,
+)
+from smolvm_async.cli.output import complain, write_json
+from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.state.record import ACTIVE
+
+T = TypeVar("T")
+
+FAILED, WRONG = 1, 2
+CODES: dict[type[Exception], int] = {VMNotFoundError: 4, HostError: 3, ConfigError: WRONG}
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def complete_vm_id(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Return the ids of the VMs in the data directory that begin so, each with its status."""
+    try:
+        infos = asyncio.run(AsyncSmolVM.list(data_dir=context.params.get("data_dir")))
+    except (SmolVMError, OSError):
+        return []
+    return [(info.vm_id, info.status) for info in infos if info.vm_id.startswith(incomplete)]
+
+
+VMId = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="The VM's id.", autocompletion=complete_vm_id),
+]
+DataDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIRECTORY",
+        help="The directory of the VMs.",
+        show_default="$XDG_STATE_HOME/smolvm-async or ~/.local/state/smolvm-async",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        min=0,
+        help="Time for the guest to power down; 0 skips the power button.",
+        show_default="60",
+    ),
+]
+
+
+async def find_vm(
+    vm_id: str, data_dir: str | None, on_progress: ProgressCallback | None = None
+) -> AsyncSmolVM:
+    """Return `AsyncSmolVM.from_id()`, with an error that names a command to try.
+
+    Raises:
+        VMNotFoundError: No VM has this id.
+    """
+    try:
+        return await AsyncSmolVM.from_id(vm_id, data_dir=data_dir, on_progress=on_progress)
+    except VMNotFoundError:
+        raise no_such_vm(vm_id) from None
+
+
+@asynccontextmanager
+async def running_vm(vm_id: str, data_dir: str | None) -> AsyncIterator[AsyncSmolVM]:
+    """Attach to a running VM for the length of a block.
+
+    Raises:
+        VMNotFoundError: No VM has this id.
+        VMNotRunningError: The VM does not run.
+    """
+    vm = await find_vm(vm_id, data_dir)
+    if vm.status not in ACTIVE:
+        raise VMNotRunningError(f"{vm_id} does not run, it is {vm.status}: start it first.")
+    try:
+        yield vm
+    finally:
+        await vm.detach()
+
+
+def no_such_vm(vm_id: str) -> VMNotFoundError:
+    """Return the error for an id that no VM has."""
+    return VMNotFoundError(
+        f"there is no VM {vm_id!r}: smolvm-async list shows all VMs. If the VMs are not in the "
+        "default directory, pass --data-dir."
+    )
+
+
+class Interrupts:
+    """The signals that cancel a command: SIGINT, SIGTERM and SIGHUP.
+
+    With `spare_first`, the first signal only sets `first`, and SIGHUP never cancels, since a
+    terminal that closes may send several.
+
+    Attributes:
+        first: Set by the first signal.
+        number: The latest signal.
+    """
+
+    def __init__(self, *, spare_first: bool = False) -> None:
+        self.first = asyncio.Event()
+        self.number = signal.SIGINT
+        self._spare_first = spare_first
+
+    async def during(self, command: Coroutine[Any, Any, T]) -> T:
+        """Run the command with handlers for the signals."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, or in the background
+                loop.add_signal_handler(number, self._on_signal, number, task)
+        return await command
+
+    def _on_signal(self, number: signal.Signals, task: asyncio.Task[Any]) -> None:
+        self.number = number
+        if not self._spare_first or (self.first.is_set() and number != signal.SIGHUP):
+            task.cancel()
+        self.first.set()
+
+
+def execute(
+    command: Coroutine[Any, Any, T], *, json: bool, interrupts: Interrupts | None = None
+) -> T:
+    """Run a command. Turn its errors into a message and an exit code."""
+    interrupts = interrupts or Interrupts()
+    try:
+        return asyncio.run(interrupts.during(command))
+    except asyncio.CancelledError:
+        number = interrupts.number
+        fail("Interrupted", f"interrupted by {number.name}", 128 + number, json=json)
+    except BrokenPipeError:
+        raise typer.Exit(FAILED) from None  # nobody reads stdout any more
+    except (SmolVMError, OSError) as error:
+        code = next((CODES[kind] for kind in CODES if isinstance(error, kind)), FAILED)
+        data = error.to_json() if isinstance(error, SmolVMError) else {}
+        fail(type(error).__name__, str(error), code, json=json, data=data)
+
+
+def fail(
+    kind: str, message: str, code: int, *, json: bool, data: Mapping[str, object] | None = None
+) -> NoReturn:
+    """Write an error, and exit.
+
+    Args:
+        kind: The class of the error.
+        message: The whole text, with the hint.
+        code: The exit code.
+        json: Whether to write JSON.
+        data: The fields of the error, for the JSON.
+    """
+    if json:
+        write_json({"error": {**(data or {}), "type": kind, "message": message}})
+    else:
+        complain("Error", message, "bold red")
+    raise typer.Exit(code)

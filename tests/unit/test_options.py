@@ -1,0 +1,95 @@
+"""The one list of arguments: its signature, its types, the origin it makes; and guests as data."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args
+
+import pytest
+
+from smolvm_async import AsyncSmolVM, ConfigError, DaskFleet, Fleet, UnsupportedError
+from smolvm_async.config.options import VMOptions, make_config
+from smolvm_async.config.source import BuiltInImage, LocalDisk, PublishedImage
+from smolvm_async.guests import DEFAULT, GUESTS, PUBLISHED, GuestName
+from smolvm_async.guests.features import FEATURES, NEEDED
+
+
+def test_the_signature_shows_every_argument_with_its_default() -> None:
+    parameters = inspect.signature(AsyncSmolVM).parameters
+    assert list(parameters) == list(VMOptions.__annotations__)
+    assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert {name: default for name, default in defaults.items() if default is not None} == {
+        "accel": "auto",
+        "port_forwards": (),
+        "keep": False,
+        "mounts": (),
+        "writable_mounts": False,
+    }
+    assert parameters["os"].annotation == "Literal['windows', 'linux'] | None"
+
+
+def test_an_unknown_argument_is_a_type_error_as_in_python() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'memroy'"):
+        AsyncSmolVM(memroy=512)  # type: ignore[call-arg]
+
+
+def test_a_type_checker_finds_a_wrong_key_or_value_in_a_template() -> None:
+    """mypy, which checks this file, complains of an ignored error that does not exist."""
+    with pytest.raises(ConfigError, match="memroy"):
+        Fleet({"memroy": 512})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="memory='512'"):
+        Fleet({"memory": "512"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="os='beos'"):
+        DaskFleet("tcp://127.0.0.1:1", {"os": "beos"})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="memory='512'"):
+        AsyncSmolVM(memory="512")  # type: ignore[arg-type]
+    mapping: Any = MappingProxyType({"memory": 1})
+    with pytest.raises(ConfigError, match="memory=1 "):
+        Fleet(mapping)
+
+
+def test_the_origin_is_a_type_that_the_record_keeps_as_text(tmp_path: Path) -> None:
+    disk, kernel = tmp_path / "disk.qcow2", tmp_path / "vmlinuz"
+    for options, origin in (
+        ({}, BuiltInImage()),
+        ({"os": "linux", "image": disk}, LocalDisk(disk)),
+        ({"os": "linux", "image": f"file://{disk}"}, LocalDisk(disk)),
+        ({"os": "linux", "image": disk, "kernel": kernel}, LocalDisk(disk, kernel)),
+        ({"image": "S3://bucket/a"}, PublishedImage("s3://bucket/a/smolvm-image.json")),
+    ):
+        given: Any = options
+        config = make_config(**given)
+        assert config.origin == origin
+        assert type(config)(**config.model_dump()).origin == origin
+        assert {type(config.model_dump()[name]) for name in ("image", "kernel")} == {str}
+
+
+def test_the_names_of_guests_are_those_of_their_profiles() -> None:
+    assert get_args(GuestName) == tuple(GUESTS)
+
+
+def test_the_features_name_real_methods_and_arguments() -> None:
+    for feature in FEATURES.values():
+        assert all(hasattr(AsyncSmolVM, name) for name in feature.methods)
+        assert set(feature.arguments) <= set(VMOptions.__annotations__)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_new_guest_os_refuses_what_it_does_not_list(name: str) -> None:
+    guest = DEFAULT._replace(title="FreeBSD", features=frozenset(), planned=frozenset(), instead={})
+    with pytest.raises(UnsupportedError, match=rf"{name}(=|\(\)) is not available for FreeBSD") as (
+        caught
+    ):
+        guest.require(name)
+    assert str(caught.value).endswith(".")
+    guest._replace(features=frozenset({NEEDED[name]})).require(name)
+
+
+def test_a_published_image_may_have_all_that_some_guest_has() -> None:
+    PUBLISHED.require("run")
+    PUBLISHED.require("kernel")
+    with pytest.raises(UnsupportedError, match="snapshot"):
+        PUBLISHED.require("snapshot")
