@@ -286,10 +286,10 @@ def test_a_program_that_has_gone_before_is_noticed_too(blank_image: Path, data_d
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--id", "one", "--memory", "4096"], "a kept VM has its own --memory"),
+        (["--id", "one", "--memory", "4096"], "leave out --memory"),
         (["x.qcow2", "--os", "beos"], "--os"),
         (["x.qcow2"], "os= is missing"),
-        (["x.qcow2", "--os", "windows", "--memory", "100"], "memory=100 is under"),
+        (["x.qcow2", "--os", "windows", "--memory", "100"], "memory=100 is less than"),
         (["/nowhere/x.qcow2", "--os", "windows"], "/nowhere/x.qcow2"),
     ],
 )
@@ -490,9 +490,9 @@ def test_a_kept_vm_is_booted_again_and_deleted(run: Run, data_dir: Path) -> None
         running.kill(signal.SIGINT)
         events = running.events()
     assert [event["event"] for event in events[-2:]] == ["ended", "kept"]
-    assert "only with --yes" in cli("delete", "one", *place, code=2).stderr
+    assert "pass --yes" in cli("delete", "one", *place, code=2).stderr
     refused = document("delete", "one", *place, code=2)
-    assert "only with --yes" in refused["error"]["message"]
+    assert "pass --yes" in refused["error"]["message"]
     output, code = terminal("delete", "one", *place, typed="n\n")
     assert "Delete for good: one? [y/N]" in output
     assert code == 1

@@ -934,7 +934,7 @@ async def test_a_windows_image_is_a_windows_guest(
     with pytest.raises(UnsupportedError, match="env= is not available"):
         await refused.start()
     small = AsyncSmolVM(image=uri, accel="tcg", data_dir=data_dir, memory=512)
-    with pytest.raises(ConfigError, match="memory=512 is under"):
+    with pytest.raises(ConfigError, match="memory=512 is less than"):
         await small.start()
 
 
