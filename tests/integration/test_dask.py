@@ -517,8 +517,8 @@ async def test_a_job_whose_vm_dies_is_tried_again(
         tries = tmp_path / "tried"
         if not tries.exists():
             tries.touch()
-            run: Any = vm._vm.run
-            os.kill(run._children[-1].identity.pid, signal.SIGKILL)
+            for pid in processes(vm._vm.config.data_dir / vm.vm_id):
+                os.kill(pid, signal.SIGKILL)
             await asyncio.sleep(1000)
         return item
 

@@ -58,7 +58,7 @@ async def test_a_lock_that_another_holds_delays_and_is_told(
     holder = LockFile(lock)
     assert holder.try_lock()
     vm = vm_in(data_dir, blank_image, limits={"max_memory": 5000})
-    with pytest.raises(HostError, match=r"another process has held .*max_memory\.lock"):
+    with pytest.raises(HostError, match=r"another process has locked .*max_memory\.lock"):
         await vm.start()
     assert lock.stat().st_mode & 0o777 == 0o600  # no other user can hold it
     starting = asyncio.ensure_future(vm.start())
