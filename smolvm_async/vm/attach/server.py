@@ -8,9 +8,8 @@ answered when it is done. A plain function is called before the next request is 
 answered. At the end of the run the server sends `ended` and closes the connection.
 
 A client that dies or detaches does not cancel its requests: a `stop` goes on. But the keys and
-buttons that it holds down would stay down, so the server releases them. If the owner dies, the kernel
-closes the socket, and QEMU is killed with the owner: the client takes the end of the connection
-without `ended` for a crash.
+buttons that it holds down would stay down, so the server releases them. If the owner dies, the
+kernel closes the socket and QEMU is killed: a connection that ends without `ended` means a crash.
 
 A client can call the methods that are marked with `@rpc`, and nothing else: the name in a request
 is only looked up among their names. Another user cannot connect: the socket has the mode 0600.
