@@ -118,20 +118,18 @@ def test_a_call_that_the_method_does_not_take_is_a_mistake_at_once() -> None:
         arguments_to_json(Clipboard.copy, (), {"where": 1})
 
 
-PERIPHERALS = {
-    *("screen.dump", "input.send", "input.strike", "input.post", "input.tablet_taken"),
-    *("vnc.start", "vnc.stop", "vnc.url", "ports.expose", "ports.unexpose", "ports.forwards"),
-}
-
-
 @pytest.mark.anyio
-async def test_these_methods_and_no_others_can_be_called_by_attached_processes() -> None:
+async def test_marked_methods_and_no_others_can_be_called_by_attached_processes() -> None:
     peripherals = Peripherals.make(Monitor(lambda event: None), make_config(vm_id="one"))
     run = SimpleNamespace(peripherals=peripherals, **dict.fromkeys(rpc_methods(Run)))
     vm = SimpleNamespace(**dict.fromkeys(rpc_methods(VM)))
-    lifecycle = {"start", "stop", "pause", "resume", "delete", "ssh_access"}
+    expected = {"start", "stop", "pause", "resume", "delete", "ssh_access"}
+    for name, kind in get_type_hints(Peripherals).items():
+        expected |= {f"{name}.{method}" for method in rpc_methods(kind)}
+    assert "screen.dump" in expected
+    assert not any("_" in (name[0], name.split(".")[-1][0]) for name in expected)
     methods: Mapping[str, Any] = remote_methods(vm, run)
-    assert set(methods) == PERIPHERALS | lifecycle
+    assert set(methods) == expected
 
 
 def test_the_types_of_every_marked_method_can_travel() -> None:

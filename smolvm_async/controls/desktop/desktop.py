@@ -42,7 +42,7 @@ class Desktop:
         """Take a screenshot of firmware, boot loader or desktop; also while the guest is paused.
 
         Args:
-            display: QEMU's id of a display adapter; by default the VM's only one.
+            display: QEMU's id of a display adapter; by default the VM's own adapter.
             head: The number of an output of this display adapter.
 
         Raises:
