@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
@@ -25,6 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Method = Callable[..., Any]  # a function of a class
 
 _MARK = "__rpc__"
+_ENCODER = json.JSONEncoder(default=functools.partial(to_jsonable_python, bytes_mode="base64"))
 
 
 def rpc(method: F) -> F:
@@ -42,23 +44,26 @@ def rpc_methods(kind: type) -> Mapping[str, Method]:
     }
 
 
-def arguments_to_json(
+def arguments_by_name(
     method: Method, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
-    """Return the arguments of a call, without `self`, by name and in JSON's types.
+    """Return the arguments of a call, without `self`, by name.
 
     Raises:
         TypeError: The method does not take these arguments.
     """
     arguments = _signature(method).bind(None, *args, **kwargs).arguments
     del arguments["self"]
-    return {
-        name: to_jsonable_python(value, bytes_mode="base64") for name, value in arguments.items()
-    }
+    return arguments
+
+
+def to_json(message: Mapping[str, Any]) -> bytes:
+    """Return a message as JSON; bytes in it become base64."""
+    return _ENCODER.encode(message).encode()
 
 
 def arguments_from_json(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that `arguments_to_json()` was given.
+    """Return the arguments that a message holds, with the types that the method is annotated with.
 
     Raises:
         ConfigError: An argument is wrong, missing or unknown.

@@ -14,12 +14,13 @@ from smolvm_async import ConfigError, PortForward
 from smolvm_async.config.options import make_config
 from smolvm_async.controls.interface import VM, Run
 from smolvm_async.foundation.rpc import (
+    arguments_by_name,
     arguments_from_json,
-    arguments_to_json,
     result_from_json,
     result_to_json,
     rpc,
     rpc_methods,
+    to_json,
 )
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.peripherals import Peripherals
@@ -66,7 +67,7 @@ def over_a_socket(target: Clipboard) -> Clipboard:
 
     async def request(name: str, params: Mapping[str, Any]) -> Any:
         method = rpc_methods(Clipboard)[name.removeprefix("clipboard.")]
-        arguments = arguments_from_json(method, json.loads(json.dumps(params)))
+        arguments = arguments_from_json(method, json.loads(to_json(params)))
         result = await method(target, **arguments)
         if isinstance(result, bytes):
             return result
@@ -74,7 +75,7 @@ def over_a_socket(target: Clipboard) -> Clipboard:
 
     def post(name: str, params: Mapping[str, Any]) -> None:
         method = rpc_methods(Clipboard)[name.removeprefix("clipboard.")]
-        method(target, **arguments_from_json(method, json.loads(json.dumps(params))))
+        method(target, **arguments_from_json(method, json.loads(to_json(params))))
 
     return make_proxy(Clipboard, "clipboard.", request, post)
 
@@ -115,7 +116,7 @@ def test_wrong_arguments_are_refused(values: dict[str, Any]) -> None:
 
 def test_a_call_that_the_method_does_not_take_is_a_mistake_at_once() -> None:
     with pytest.raises(TypeError):
-        arguments_to_json(Clipboard.copy, (), {"where": 1})
+        arguments_by_name(Clipboard.copy, (), {"where": 1})
 
 
 @pytest.mark.anyio

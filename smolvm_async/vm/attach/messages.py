@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from smolvm_async import errors
 from smolvm_async.controls.ssh.commands import CommandResult
 from smolvm_async.errors import SmolVMError
+from smolvm_async.foundation.rpc import to_json
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.names import CONTROL
 
@@ -40,7 +41,7 @@ def address(dir_fd: int) -> str:
 
 def encode(message: Mapping[str, Any]) -> bytes:
     """Return a message as a line."""
-    return json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n"
+    return to_json({"jsonrpc": "2.0", **message}) + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -93,10 +94,10 @@ def restore(value: Any) -> Any:
 
 
 def report_to_json(report: ShutdownReport) -> Any:
-    """A shutdown report in JSON's types."""
+    """Return a shutdown report in JSON's types."""
     return TypeAdapter(ShutdownReport).dump_python(report, mode="json")
 
 
 def report_from_json(values: Any) -> ShutdownReport:
-    """The shutdown report that `report_to_json` was given."""
+    """Return the shutdown report that `report_to_json()` was given."""
     return TypeAdapter(ShutdownReport).validate_python(values)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar, cast, get_type_hints
 
-from smolvm_async.foundation.rpc import arguments_to_json, result_from_json, rpc_methods
+from smolvm_async.foundation.rpc import arguments_by_name, result_from_json, rpc_methods
 from smolvm_async.qemu.peripherals import Peripherals
 
 T = TypeVar("T")
@@ -51,10 +51,10 @@ def _forwarding(
     method: Callable[..., Any], name: str, request: Request, post: Post
 ) -> Callable[..., Any]:
     if not inspect.iscoroutinefunction(method):
-        return lambda *args, **kwargs: post(name, arguments_to_json(method, args, kwargs))
+        return lambda *args, **kwargs: post(name, arguments_by_name(method, args, kwargs))
 
     async def call(*args: object, **kwargs: object) -> Any:
-        values = await request(name, arguments_to_json(method, args, kwargs))
+        values = await request(name, arguments_by_name(method, args, kwargs))
         return result_from_json(method, values)
 
     return call

@@ -225,9 +225,9 @@ class ControlServer:
     ) -> None:
         if writer.is_closing():  # the client has gone
             return
+        status = encode({"method": "status", "params": {"status": str(self._vm.status)}})
         with contextlib.suppress(OSError, RuntimeError):
-            self._notify(writer, "status", {"status": str(self._vm.status)})
-            writer.write(encode({"id": request.get("id"), **answer}))
+            writer.write(status + encode({"id": request.get("id"), **answer}))  # one system call
             writer.write(content)
 
     def _find(self, request: Mapping[str, Any]) -> tuple[MethodType, dict[str, Any]]:
