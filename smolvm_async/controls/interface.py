@@ -1,4 +1,4 @@
-"""The interface of a VM that the controls use: the owner's object and an attached process's one.
+"""The interface of a VM that the controls use, in the owner and in attached processes.
 
 `AsyncSmolVM` and its controls do not know whether this process owns the VM (`vm/owner.py`) or is
 attached to the owner (`vm/attach/client.py`): both have the attributes and methods of `VM` and

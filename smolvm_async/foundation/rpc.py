@@ -30,7 +30,7 @@ _ENCODER = json.JSONEncoder(default=functools.partial(to_jsonable_python, bytes_
 
 
 def rpc(method: F) -> F:
-    """Mark a method as one that another process may call."""
+    """Mark a method that another process may call."""
     setattr(method, _MARK, True)
     return method
 

@@ -33,7 +33,7 @@ class Desktop:
         self.vnc = VNC(vm)
 
     def _control(self, vm: VM) -> None:
-        """Give every control the VM anew: this process may have attached to the VM again."""
+        """Let every control use `vm`: after attaching again, the VM is another object."""
         for control in vars(self).values():
             if isinstance(control, Control):
                 control.vm = vm
@@ -86,7 +86,7 @@ class Desktop:
         Raises:
             ConfigError: An argument is wrong, or there is no condition (a `ValueError`).
             VMTimeoutError: The screen did not meet the conditions in time; names the unmet ones.
-            VMNotRunningError: The VM is not running, or has stopped meanwhile.
+            VMNotRunningError: The VM is not running, or stops during the wait.
         """
         comparison = Comparison(
             region=region, ignore=ignore, tolerance=tolerance, max_different=max_different

@@ -12,7 +12,7 @@ answer. The connection ends in one of three ways, and each ends every call that 
 - This process detaches, or its event loop ends: the VM goes on. The owner releases the keys and
   buttons that this process holds down.
 
-A call that is cancelled here goes on at the owner: only its answer is not waited for any more.
+A call that is cancelled here goes on in the owner; only its answer is ignored.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _readings: set[asyncio.Task[None]] = set()
 
 
 class AttachedVM:
-    """A VM of another process. It is a `VM` and a `Run` of `controls/interface.py` in one."""
+    """A VM of another process: both the `VM` and the `Run` of `controls/interface.py`."""
 
     def __init__(self, path: Path, record: Record) -> None:
         self.config: VMConfig = record.config
@@ -164,8 +164,8 @@ class AttachedVM:
             raise self._gone()
         number = next(self._ids)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
-        self._send({"id": number, "method": method, "params": params})
         try:
+            self._send({"id": number, "method": method, "params": params})
             return await answer
         finally:
             del self._answers[number]
@@ -206,10 +206,11 @@ class AttachedVM:
 
     def _on_hello(self, params: Mapping[str, Any]) -> None:
         if params.get("protocol") != PROTOCOL:
+            theirs = params.get("version", "an older version")
             raise VMNotRunningError(
                 f"{self.config.vm_id} cannot be attached to: its owner, process {self._owner_pid}, "
-                f"runs smolvm_async {params.get('version', 'of an older version')}, this process "
-                f"{version()}. Use the same version in both, or stop the VM in its owner."
+                f"runs smolvm_async {theirs}, but this process runs {version()}. Use the same "
+                "version in both processes, or stop the VM in its owner."
             )
         self.accelerator = params["accelerator"]
         boot = event_from_json(params["boot"])

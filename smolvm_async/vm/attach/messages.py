@@ -20,7 +20,7 @@ from smolvm_async.foundation.rpc import to_json
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.names import CONTROL
 
-PROTOCOL = 2  # of the messages; a client refuses an owner that has another one
+PROTOCOL = 2  # the version of the messages; a client refuses an owner with another one
 MAX_MESSAGE = 16 << 20  # bytes; the whole console, escaped, is under 2 MiB
 SERVER_ERROR = -32000  # JSON-RPC 2.0: the server's own errors begin here
 

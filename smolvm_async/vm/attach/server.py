@@ -11,8 +11,9 @@ A client that dies or detaches does not cancel its requests: a `stop` goes on. B
 buttons that it holds down would stay down, so the server releases them. If the owner dies, the
 kernel closes the socket and QEMU is killed: a connection that ends without `ended` means a crash.
 
-A client can call the methods that are marked with `@rpc`, and nothing else: the name in a request
-is only looked up among their names. Another user cannot connect: the socket has the mode 0600.
+A client can call the methods that are marked with `@rpc`, and nothing else: the server looks the
+name in a request up in a mapping of these methods. Another user cannot connect: the socket has the
+mode 0600.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ FLUSH = 1.0  # seconds that a client may take to read the last messages
 
 
 def remote_methods(vm: VM, run: Run) -> dict[str, MethodType]:
-    """Return all that a client can call, by the name in a request."""
+    """Return the methods that a client can call, by their names in a request."""
     objects: list[tuple[str, type, object]] = [("", VM, vm), ("", Run, run)]
     for name, peripheral in vars(run.peripherals).items():
         objects.append((f"{name}.", type(peripheral), peripheral))
@@ -61,7 +62,7 @@ def remote_methods(vm: VM, run: Run) -> dict[str, MethodType]:
 
 
 class ControlServer:
-    """Serves one run of a VM on the socket in its directory."""
+    """The server of one run of a VM, on the socket in the VM's directory."""
 
     def __init__(self, vm: VM, run: Run) -> None:
         self._vm = vm
@@ -125,7 +126,7 @@ class ControlServer:
                 writer.transport.abort()
 
     async def _tell(self, writer: asyncio.StreamWriter) -> None:
-        """Send the client all that happens, as fast as it reads."""
+        """Send the client events, console and status, as fast as the client reads."""
         news = asyncio.Event()
         events, console = self._vm.hub.subscribe(), self._run.console
         events.listeners.add(news)
@@ -188,7 +189,7 @@ class ControlServer:
                 if not inspect.iscoroutinefunction(method):
                     method(**arguments)
                     continue
-                # Not one of the connection's tasks: a client that leaves has still asked for it.
+                # The task is not the connection's: a request goes on after its client has left.
                 task = asyncio.ensure_future(self._call(writer, request, method, arguments))
                 self._requests.add(task)
                 task.add_done_callback(self._requests.discard)
