@@ -58,7 +58,7 @@ def arguments_by_name(
 
 
 def to_json(message: Mapping[str, Any]) -> bytes:
-    """Return a message as JSON; bytes in it become base64."""
+    """Return a message as JSON; pydantic writes what the json module cannot, bytes as base64."""
     return _ENCODER.encode(message).encode()
 
 
@@ -75,16 +75,11 @@ def arguments_from_json(method: Method, values: Mapping[str, Any]) -> dict[str, 
     return arguments
 
 
-def result_to_json(method: Method, result: object) -> Any:
-    """Return the result of a call in JSON's types."""
-    return _result(method).dump_python(result, mode="json")
-
-
 def result_from_json(method: Method, values: object) -> Any:
-    """Return the result that `result_to_json()` was given.
+    """Return the result that a message holds, with the type that the method is annotated with.
 
     Raises:
-        pydantic.ValidationError: The result is not of the type that the method is annotated with.
+        pydantic.ValidationError: The result is not of this type.
     """
     return _result(method).validate_python(values)
 

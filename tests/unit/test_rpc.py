@@ -10,14 +10,13 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 import pytest
 from pydantic import ValidationError
 
-from smolvm_async import ConfigError, PortForward
+from smolvm_async import ConfigError, PortForward, Rung, ShutdownReport, Step
 from smolvm_async.config.options import make_config
 from smolvm_async.controls.interface import VM, Run
 from smolvm_async.foundation.rpc import (
     arguments_by_name,
     arguments_from_json,
     result_from_json,
-    result_to_json,
     rpc,
     rpc_methods,
     to_json,
@@ -71,7 +70,7 @@ def over_a_socket(target: Clipboard) -> Clipboard:
         result = await method(target, **arguments)
         if isinstance(result, bytes):
             return result
-        return json.loads(json.dumps(result_to_json(method, result)))
+        return json.loads(to_json({"result": result}))["result"]
 
     def post(name: str, params: Mapping[str, Any]) -> None:
         method = rpc_methods(Clipboard)[name.removeprefix("clipboard.")]
@@ -142,6 +141,8 @@ def test_the_types_of_every_marked_method_can_travel() -> None:
                 result_from_json(method, object())
 
 
-def test_named_tuples_come_back_as_themselves() -> None:
-    values = json.loads(json.dumps(result_to_json(Ports.forwards, [PortForward(80, 8080)])))
+def test_results_come_back_as_themselves() -> None:
+    report = ShutdownReport(Rung.QUIT, 1.5, (Step(Rung.POWERDOWN, 1.5),), exit_status=0)
+    assert result_from_json(VM.stop, json.loads(to_json({"result": report}))["result"]) == report
+    values = json.loads(to_json({"result": [PortForward(80, 8080)]}))["result"]
     assert result_from_json(Ports.forwards, values) == [PortForward(80, 8080)]

@@ -93,11 +93,6 @@ def restore(value: Any) -> Any:
     return [restore(part) for part in value] if isinstance(value, list) else value
 
 
-def report_to_json(report: ShutdownReport) -> Any:
-    """Return a shutdown report in JSON's types."""
-    return TypeAdapter(ShutdownReport).dump_python(report, mode="json")
-
-
 def report_from_json(values: Any) -> ShutdownReport:
-    """Return the shutdown report that `report_to_json()` was given."""
+    """Return the shutdown report that a message holds."""
     return TypeAdapter(ShutdownReport).validate_python(values)

@@ -30,7 +30,7 @@ from typing import Any
 from smolvm_async.controls.interface import VM, Run
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.rpc import arguments_from_json, result_to_json, rpc_methods
+from smolvm_async.foundation.rpc import arguments_from_json, rpc_methods
 from smolvm_async.qemu.events import EventStream, event_to_json
 from smolvm_async.qemu.input import InputEvent, pressed, released
 from smolvm_async.vm.attach.messages import (
@@ -40,7 +40,6 @@ from smolvm_async.vm.attach.messages import (
     decode,
     encode,
     error_to_json,
-    report_to_json,
     version,
 )
 
@@ -168,7 +167,7 @@ class ControlServer:
     def _end(self) -> dict[str, Any]:
         failure = self._run.failure
         return {
-            "report": report_to_json(self._run.report),
+            "report": self._run.report,
             "failure": error_to_json(failure) if failure else None,
         }
 
@@ -215,7 +214,7 @@ class ControlServer:
         if isinstance(result, bytes):
             self._answer(writer, request, {"result": None, "bytes": len(result)}, result)
         else:
-            self._answer(writer, request, {"result": result_to_json(method.__func__, result)})
+            self._answer(writer, request, {"result": result})
 
     def _answer(
         self,
