@@ -21,6 +21,7 @@ from smolvm_async.config.uri import MANIFEST, Location, parse_uri
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
+from smolvm_async.guests import CHOICES
 from smolvm_async.images.cache.layout import Layout, cache_root
 from smolvm_async.images.local import open_image
 from smolvm_async.images.manifest import Manifest, parse_manifest
@@ -153,7 +154,7 @@ def _read_directory(
     if "os" not in values:
         raise ConfigError(
             f"os= is missing: the disk in {str(directory)!r} does not tell which operating system "
-            "is on it; pass {CHOICES}."
+            f"is on it; pass {CHOICES}."
         )
     return {**values, "schema_version": 1}, paths
 
