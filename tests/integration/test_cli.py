@@ -408,7 +408,7 @@ def test_it_is_deleted_from_elsewhere(run: Run, data_dir: Path, as_json: bool) -
     assert "one has stopped: QEMU was killed" in output
 
 
-def test_its_console_and_logs_are_shown(run: Run, data_dir: Path) -> None:
+def test_its_console_and_logs_are_shown_and_followed(run: Run, data_dir: Path) -> None:
     with run("--id", "one") as running:
         deadline = time.monotonic() + PATIENCE
         text = ""
@@ -423,27 +423,25 @@ def test_its_console_and_logs_are_shown(run: Run, data_dir: Path) -> None:
             told = document("logs", "one", "--source", source, "--data-dir", data_dir)
             assert told["source"] == source
         assert "Error" not in cli("logs", "one", "--source", "qemu", "--data-dir", data_dir).stdout
-        running.kill(signal.SIGINT)
-        running.end()
-
-
-@pytest.mark.parametrize("source", ["console", "qemu"])
-def test_following_ends_with_the_vm(run: Run, data_dir: Path, source: str) -> None:
-    follow = [*CLI, "logs", "-f", "--json", "one", "--source", source, "--data-dir", str(data_dir)]
-    with run("--id", "one") as running:
         log = data_dir / "one" / "qemu.log"
         log.write_text("x" * 100)
-        with subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) as follower:
-            assert follower.stdout is not None
-            told = json.loads(follower.stdout.readline())
-            assert told["source"] == source
-            if source == "qemu":
-                log.write_text("anew")
-                assert json.loads(follower.stdout.readline())["text"] == "anew"
+        with follow("console", data_dir) as console, follow("qemu", data_dir) as qemu:
+            for source, follower in (("console", console), ("qemu", qemu)):
+                assert follower.stdout is not None
+                assert json.loads(follower.stdout.readline())["source"] == source
+            log.write_text("anew")
+            assert qemu.stdout is not None
+            assert json.loads(qemu.stdout.readline())["text"] == "anew"
             running.kill(signal.SIGINT)
             running.end()
-            follower.communicate(timeout=PATIENCE)
-            assert follower.returncode == 0
+            for follower in (console, qemu):
+                follower.communicate(timeout=PATIENCE)
+                assert follower.returncode == 0  # it ends with the VM
+
+
+def follow(source: str, data_dir: Path) -> subprocess.Popen[str]:
+    command = [*CLI, "logs", "-f", "--json", "one", "--source", source, "--data-dir", str(data_dir)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def test_what_another_program_owns_is_reached_as_well(blank_image: Path, data_dir: Path) -> None:

@@ -66,10 +66,12 @@ async def test_the_firmwares_set_up_is_navigated_by_keys_alone(in_setup: AsyncSm
     second = await after(vm, "ArrowDown")
     entry = await after(vm, "Down")
     assert len({first, second, entry}) == 3
-    assert await after(vm, "Up") == second
+    await vm.keyboard.press("Up")
+    assert await vm.wait_for_screen(like=second, timeout=FIRMWARE) == second
     menu = await after(vm, "Enter")
     assert menu not in (first, second, entry)
-    assert await after(vm, "Esc") == second  # out of the menu again
+    await vm.keyboard.press("Esc")  # out of the menu again
+    assert await vm.wait_for_screen(like=second, timeout=FIRMWARE) == second
 
 
 async def test_the_computer_use_example_saves_what_it_saw(tmp_path: Path) -> None:
