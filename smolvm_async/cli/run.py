@@ -34,10 +34,15 @@ from smolvm_async.cli.output import (
     write_nowhere,
 )
 from smolvm_async.config.options import VMOptions
-from smolvm_async.guests import GuestName
+from smolvm_async.guests import GUESTS, GuestName
 from smolvm_async.state.record import ACTIVE
 
 MACHINE = ("memory", "cpus", "accel", "keep", "resolution", "vnc")  # fixed for a kept VM
+
+
+def _defaults(field: str) -> str:
+    """Return the defaults that the guest OSes have for an option, for its help."""
+    return ", ".join(f"{guest.title} {getattr(guest, field)}" for guest in GUESTS.values())
 
 
 def run(
@@ -55,10 +60,10 @@ def run(
     ] = None,
     memory: Annotated[
         int | None,
-        typer.Option(metavar="MIB", help="Memory.", show_default="512, for Windows 4096"),
+        typer.Option(metavar="MIB", help="Memory.", show_default=_defaults("default_memory")),
     ] = None,
     cpus: Annotated[
-        int | None, typer.Option(help="Cores.", show_default="1, for Windows 2")
+        int | None, typer.Option(help="Cores.", show_default=_defaults("default_cpus"))
     ] = None,
     vm_id: Annotated[
         str | None,

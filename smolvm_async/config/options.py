@@ -299,7 +299,7 @@ def _memory(memory: object, profile: GuestProfile) -> int:
     if not is_integer(memory):
         raise ConfigError(
             f"memory={memory!r} is wrong: pass a whole number of MiB, "
-            f"such as memory={profile.default_memory}."
+            f"such as memory={profile.default_memory or DEFAULT.default_memory}."
         )
     if memory < profile.minimum_memory:
         raise ConfigError(

@@ -29,8 +29,7 @@ from smolvm_async.doctor.verdicts import (
     smm_verdict,
 )
 from smolvm_async.foundation.progress import ProgressCallback
-from smolvm_async.guests import GuestProfile
-from smolvm_async.guests.windows import WINDOWS
+from smolvm_async.guests import GUESTS, GuestProfile
 from smolvm_async.host import Accelerator, Firmware, HostTools
 from smolvm_async.host.accelerator import KVM, TCG, Problem, probe_kvm
 from smolvm_async.host.distribution import QEMU, QEMU_IMG, Program
@@ -61,8 +60,10 @@ async def examine(
     config = make_config(accel=accel, data_dir=data_dir)  # checks both as a VM does
     notebook = Notebook(on_progress)
     await notebook.run(host_checks(config.data_dir))
-    # A Windows guest needs everything that other guests need, and more.
-    await examine_guest(notebook, WINDOWS, config.data_dir, accel)
+    for profile in GUESTS.values():
+        # A guest that needs UEFI firmware needs everything that the other guests need, and more.
+        if profile.firmware == "always":
+            await examine_guest(notebook, profile, config.data_dir, accel)
     return Report(findings=tuple(notebook.findings))
 
 
