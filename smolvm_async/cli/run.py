@@ -97,7 +97,7 @@ def run(
     """Boot an image, show the boot states, and run the VM until Ctrl-C.
 
     The first Ctrl-C (or SIGTERM, or a terminal that closes) powers the guest down; the next signal
-    kills the VM at once. Then the VM is deleted, unless --keep is given.
+    kills the VM at once. Then the VM is deleted, unless it is kept.
 
     For example:
 
