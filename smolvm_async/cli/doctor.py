@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -11,11 +11,12 @@ from rich.text import Text
 from smolvm_async import Progress
 from smolvm_async.cli.command import FAILED, DataDir, Json, execute
 from smolvm_async.cli.output import busy, out, write_json
+from smolvm_async.config.checks import AccelName
 
 
 def doctor(
     accel: Annotated[
-        Literal["auto", "kvm", "tcg"], typer.Option(help="The accelerator that VMs would ask for.")
+        AccelName, typer.Option(help="The accelerator that VMs would ask for.")
     ] = "auto",
     data_dir: DataDir = None,
     json: Json = False,

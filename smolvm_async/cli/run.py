@@ -33,6 +33,7 @@ from smolvm_async.cli.output import (
     write_json,
     write_nowhere,
 )
+from smolvm_async.config.checks import AccelName
 from smolvm_async.config.options import VMOptions
 from smolvm_async.guests import GUESTS, GuestName
 from smolvm_async.state.record import ACTIVE
@@ -76,7 +77,7 @@ def run(
         ),
     ] = None,
     accel: Annotated[
-        Literal["auto", "kvm", "tcg"] | None,
+        AccelName | None,
         typer.Option(help="The accelerator of QEMU.", show_default="auto"),
     ] = None,
     keep: Annotated[
