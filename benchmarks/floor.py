@@ -1,9 +1,12 @@
-"""The floor: QEMU and swtpm spawned bare and at once, with the library's own command lines.
+"""The floor: QEMU and its sidecars, spawned bare and all at once.
 
-What they need besides (directories, overlays, UEFI variables) is made before the clock starts.
-Each is in a session of its own, as the library's are: Linux shares the processors out between
-sessions first (`sched_autogroup_enabled`), so on a busy machine processes that share one with the
-benchmark would get far less of them.
+The command lines, descriptors and sockets are the library's own (`qemu.launch.commands`). Neither
+asyncio nor the library's monitor is involved: the floor is the time that they are compared with.
+Directories, overlays and UEFI variables are made before the clock starts.
+
+Each process is in a session of its own, as the library's processes are. Linux divides the
+processors among sessions first (`sched_autogroup_enabled`): in the benchmark's own session, the
+processes would get a far smaller share on a busy machine.
 """
 
 from __future__ import annotations
@@ -106,13 +109,13 @@ def launched(
     overlay: bool = False,
     together: bool = False,
 ) -> Iterator[list[Bare]]:
-    """Spawn `count` VMs at once, until all have answered, or run; killed at the end.
+    """Spawn `count` VMs at once and wait until all have answered, or run; kill them at the end.
 
     Args:
         template: Arguments of `AsyncSmolVM`.
-        run: Whether their processors are to run (`cont`).
-        together: Whether no processor runs before all have answered, as in the library.
-        overlay: Whether `qemu-img create` makes an overlay beside each, as a launcher would that
+        run: Whether the processors run (`cont`).
+        together: Whether no processor runs before all VMs have answered, as in the library.
+        overlay: Whether `qemu-img create` makes an overlay beside each VM, as a launcher does that
             does not know the format.
     """
     with ExitStack() as stack:
@@ -154,7 +157,7 @@ def _line(command: str) -> bytes:
 
 
 def _converse(vms: list[Bare], commands: Sequence[str], began: float) -> None:
-    """Have all of them answer, and each do the commands as soon as it can."""
+    """Send the commands to each VM as soon as it has answered, until all have answered all."""
     with selectors.DefaultSelector() as selector:
         for vm in vms:
             selector.register(vm.monitor, selectors.EVENT_READ, (vm, iter(commands)))
@@ -176,7 +179,7 @@ def _converse(vms: list[Bare], commands: Sequence[str], began: float) -> None:
 
 
 def _note(points: Points, message: dict[str, Any], seconds: float) -> bool:
-    """Note the time of what is no event."""
+    """Note the time of a message, unless it is an event; return whether to send a command."""
     if "QMP" in message:
         points.greeting = seconds
     elif "return" not in message:

@@ -24,19 +24,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from smolvm_async import Rung, ShutdownReport
+from smolvm_async import ShutdownReport
 from smolvm_async.foundation import progress
 from smolvm_async.foundation.tail import printable
-
-ENDINGS = {
-    Rung.POWERDOWN: "the guest powered itself down",
-    Rung.GUEST: "the guest had shut itself down",
-    Rung.QUIT: "QEMU was told to quit",
-    Rung.SIGTERM: "QEMU was ended by SIGTERM",
-    Rung.SIGKILL: "QEMU was killed",
-    Rung.CRASH: "it had crashed",
-    Rung.NONE: "it was not running",
-}
+from smolvm_async.qemu.shutdown import ENDINGS
 
 UNBOUNDED = 1 << 16  # columns, if stdout is not a terminal: nothing is cut off or wrapped
 

@@ -15,7 +15,7 @@ from typing import Literal
 from smolvm_async.config.options import make_config
 from smolvm_async.doctor.checks import find_pair, guest_checks, host_checks
 from smolvm_async.doctor.findings import Check, Notebook, Report, Verdict, failed
-from smolvm_async.doctor.probe import DEADLINE, Machine, probe
+from smolvm_async.doctor.probe import ProbeMachine, probe, probe_deadline
 from smolvm_async.doctor.verdicts import (
     NETWORK,
     Sighting,
@@ -99,8 +99,8 @@ class Boots:
         """Return the checks that boot, and those that draw conclusions from the boots."""
         needs = ("qemu", "qemu-img", "firmware")
         return [
-            Check("kvm", self._kvm, needs, DEADLINE["kvm"]),
-            Check("boot", self._boot, needs, DEADLINE["tcg"]),
+            Check("kvm", self._kvm, needs, probe_deadline(KVM, self._parts)),
+            Check("boot", self._boot, needs, probe_deadline(TCG, self._parts)),
             Check("accelerator", self._accelerator, needs),
             Check("smm", lambda: smm_verdict(self._sighting, self._profile), needs),
             Check("virtio-scsi", lambda: disk_verdict(self._sighting), needs),
@@ -152,7 +152,8 @@ class Boots:
     async def _probe(self, accelerator: Accelerator) -> Sighting:
         sidecars = {name: _path(SIDECARS[name].program) for name in self._profile.sidecars}
         tools = HostTools(_path(QEMU), _path(QEMU_IMG), self._firmware, sidecars)
-        return await probe(Machine(self._profile, tools, accelerator, self._parts), self._data_dir)
+        machine = ProbeMachine(self._profile, tools, accelerator, self._parts)
+        return await probe(machine, self._data_dir)
 
 
 def _path(program: Program) -> Path:

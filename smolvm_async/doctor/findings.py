@@ -101,7 +101,7 @@ class Report(BaseModel):
     @computed_field  # type: ignore[prop-decorator]  # mypy does not know decorated properties
     @property
     def ok(self) -> bool:
-        """Whether nothing failed."""
+        """True if nothing failed."""
         return all(finding.status is not Outcome.FAILED for finding in self.findings)
 
 
@@ -138,7 +138,7 @@ class Notebook:
             self._note(check, verdict, guest, time.monotonic() - started)
 
     def passed(self, name: str) -> bool:
-        """Whether a check neither failed nor depended on one that failed."""
+        """Return whether a check neither failed nor depended on one that failed."""
         return name not in self._causes
 
     def _note(

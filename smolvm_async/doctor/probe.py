@@ -1,8 +1,8 @@
-"""The firmware probe: a guest's own command line, on a disk that Secure Boot has to refuse.
+"""The firmware probe: boot a guest's machine with a disk that Secure Boot has to refuse.
 
-One boot of a few seconds shows whether the accelerator runs a guest, whether the firmware works
-(with SMM), reads a virtio-scsi disk and enforces Secure Boot, and, as it tries the network next,
-whether QEMU's DHCP server answers.
+One boot of a few seconds shows whether the accelerator runs a guest, and whether the firmware works
+(with SMM), reads a virtio-scsi disk and enforces Secure Boot. The firmware tries the network next,
+which shows whether QEMU's DHCP server answers.
 """
 
 from __future__ import annotations
@@ -40,24 +40,22 @@ from smolvm_async.state.directory import Parts, VMDirectory
 RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
 
 LAUNCH = 30.0  # seconds until QEMU's first answer
-BOOT = {"kvm": 20.0, "tcg": 90.0}  # seconds until the firmware is done with the disk
+BOOT = {"kvm": 20.0, "tcg": 90.0}  # seconds until the firmware has finished with the disk
 DHCP = 15.0  # seconds from then on until an address is offered
-EXIT = 1.0  # seconds for a QEMU that has hung up to end
-POLL = 0.1
-MACHINES = 4  # with and without each of the two parts that QEMU may refuse
-DEADLINE = {name: MACHINES * LAUNCH + boot + DHCP for name, boot in BOOT.items()}
+EXIT = 1.0  # seconds from the end of the monitor's connection to QEMU's exit
+POLL = 0.1  # seconds between two looks
 
-# The network comes after the disk, and what it carries is seen.
+# The network comes after the disk in the order of boot, and its packets are captured.
 NETWORK_OPTIONS = (
     *("-global", "virtio-net-pci.bootindex=2"),
     *("-object", f"filter-dump,id=capture,netdev=network,file={CAPTURE}"),
 )
 USER_NETWORK = "user,id=network"
-NO_NETWORK = "hubport,id=network,hubid=0"  # every QEMU has it, and it leads nowhere
+NO_NETWORK = "hubport,id=network,hubid=0"  # leads nowhere; every QEMU has it
 
 
-class Machine(NamedTuple):
-    """What is probed; `parts` are the network and the sidecars that it has."""
+class ProbeMachine(NamedTuple):
+    """A machine to probe; `parts` are its network and its sidecars, which QEMU may refuse."""
 
     profile: GuestProfile
     tools: HostTools
@@ -66,12 +64,12 @@ class Machine(NamedTuple):
 
 
 class _RefusedError(Exception):
-    """QEMU gave up building the machine; its words."""
+    """QEMU refused the machine; the message has its words."""
 
 
 @asynccontextmanager
 async def scratch(data_dir: Path) -> AsyncIterator[VMDirectory]:
-    """A directory `doctor-` and 8 hex digits, held by its lock, gone at the end."""
+    """Make a locked directory for the time of the block: `doctor-` and 8 hex digits."""
     state = VMDirectory(data_dir, f"doctor-{os.urandom(4).hex()}")
     try:
         await state.hold(create=True)
@@ -82,7 +80,7 @@ async def scratch(data_dir: Path) -> AsyncIterator[VMDirectory]:
 
 
 async def make_disk(qemu_img: Path, directory: Path) -> None:
-    """Make the disk in `directory`, as a qcow2.
+    """Make the unsigned disk in `directory` as a qcow2.
 
     Raises:
         CommandError: If qemu-img fails.
@@ -92,8 +90,13 @@ async def make_disk(qemu_img: Path, directory: Path) -> None:
     await run([qemu_img, *words], cwd=directory)
 
 
-async def probe(machine: Machine, data_dir: Path) -> Sighting:
-    """Boot the firmware; a part of the machine that QEMU refuses is left out.
+def probe_deadline(accelerator: Accelerator, parts: frozenset[str]) -> float:
+    """Return the seconds for `probe()`, which at worst launches QEMU with and without each part."""
+    return (1 << len(parts)) * LAUNCH + BOOT[accelerator.name] + DHCP
+
+
+async def probe(machine: ProbeMachine, data_dir: Path) -> Sighting:
+    """Boot the firmware, without the parts of the machine that QEMU refuses.
 
     Raises:
         SmolVMError: If the probe cannot be prepared.
@@ -113,16 +116,16 @@ async def probe(machine: Machine, data_dir: Path) -> Sighting:
 
 
 def _subsets(parts: frozenset[str]) -> list[frozenset[str]]:
-    """All of them, the smallest first."""
+    """Return all subsets, the smallest first."""
     sizes = range(len(parts) + 1)
     return [frozenset(some) for size in sizes for some in combinations(sorted(parts), size)]
 
 
-async def _boot(machine: Machine, state: VMDirectory) -> Sighting:
-    """Launch the machine and look at it until it has shown everything.
+async def _boot(machine: ProbeMachine, state: VMDirectory) -> Sighting:
+    """Launch the machine and observe it until it has shown everything.
 
     Raises:
-        _RefusedError: QEMU ended with an error: it may work without one of the parts.
+        _RefusedError: QEMU ended with an error. It may work without one of the parts.
         LaunchError: A process could not be spawned.
     """
     await make_disk(machine.tools.qemu_img, state.path)
@@ -130,7 +133,7 @@ async def _boot(machine: Machine, state: VMDirectory) -> Sighting:
         os=cast("GuestName", machine.profile.name),
         image=DISK,
         memory=machine.profile.minimum_memory,
-        cpus=1,  # under TCG a second one makes SMM wait for the host's scheduler
+        cpus=1,  # under TCG a second core makes SMM wait for the host's scheduler
         vm_id=state.path.name,
         accel=cast("AccelName", machine.accelerator.name),
         data_dir=state.path.parent,
@@ -170,7 +173,7 @@ async def _boot(machine: Machine, state: VMDirectory) -> Sighting:
 
 
 async def _prepare(
-    machine: Machine, config: VMConfig, image: BaseImage, state: VMDirectory
+    machine: ProbeMachine, config: VMConfig, image: BaseImage, state: VMDirectory
 ) -> MachineSpec:
     """Fill the directory as a VM's is filled."""
     profile, tools = machine.profile, machine.tools
@@ -181,7 +184,7 @@ async def _prepare(
     return MachineSpec(config, tools, machine.accelerator, image.fd, sidecars)
 
 
-def _with_network(machine: Machine, argv: list[str]) -> list[str]:
+def _with_network(machine: ProbeMachine, argv: list[str]) -> list[str]:
     """Change QEMU's command line so that the network is captured, or leads nowhere."""
     if NETWORK in machine.parts:
         return [*argv, *NETWORK_OPTIONS]
@@ -189,14 +192,14 @@ def _with_network(machine: Machine, argv: list[str]) -> list[str]:
 
 
 async def _watch(
-    machine: Machine,
+    machine: ProbeMachine,
     state: VMDirectory,
     qemu: Child,
     monitor: Monitor,
     console: Console,
     started: float,
 ) -> Sighting:
-    """Look at the guest until it has shown everything, or ends, or a deadline passes."""
+    """Observe the guest until it has shown everything, or ends, or a deadline passes."""
     name = machine.accelerator.name
     deadline = started + BOOT[name]
     tried = False
@@ -223,7 +226,7 @@ def _read(path: Path) -> bytes:
 
 
 async def _failure(qemu: Child, monitor: Monitor) -> str:
-    """Why the guest does not run any more; empty if it does."""
+    """Return why the guest does not run any more; empty if it does."""
     try:
         status = (await monitor.execute("query-status"))["status"]
     except MonitorError as error:

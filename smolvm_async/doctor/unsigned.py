@@ -1,8 +1,8 @@
-"""A disk that firmware which enforces Secure Boot refuses to boot: pure bytes.
+"""A disk that a firmware with Secure Boot refuses to boot: pure bytes.
 
-An EFI application without a signature, on a FAT12 file system without partitions. It needs no
-firmware service: it writes a line to the first serial port and returns EFI_NOT_FOUND, so that
-the firmware goes on to the next boot entry.
+An EFI application without a signature is on a FAT12 file system without partitions. The application
+uses no service of the firmware. It writes a line to the first serial port and returns
+EFI_NOT_FOUND, so the firmware goes on to the next boot entry.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MARKER = "SMOLVM-UNSIGNED-RAN"
 SECTOR = 512
 COM1 = 0x3F8
 EFI_NOT_FOUND = 0x8000_0000_0000_000E
-SECTIONS_BASE = 0x1000  # where the code is in memory, and the alignment of sections there
+SECTIONS_BASE = 0x1000  # the address of the code in memory, and the alignment of sections
 
 # A floppy disk's layout, with clusters of one sector.
 SECTORS, FAT_SECTORS, ROOT_ENTRIES = 2880, 9, 224
@@ -22,12 +22,12 @@ HARD_DISK, END_OF_CHAIN, DIRECTORY, ARCHIVE = 0xF8, 0xFFF, 0x10, 0x20
 
 
 def unsigned_disk() -> bytes:
-    """A raw disk with the application where firmware looks: `/EFI/BOOT/BOOTX64.EFI`."""
+    """Return a raw disk with the application at the default path, `/EFI/BOOT/BOOTX64.EFI`."""
     return _fat12(unsigned_application())
 
 
 def unsigned_application() -> bytes:
-    """The application: PE32+ with one section of code, and one of (no) relocations."""
+    """Return the application: PE32+ with a section of code and an empty one of relocations."""
     code = _machine_code().ljust(SECTOR, b"\0")
     relocations = struct.pack("<IIHH", SECTIONS_BASE, 12, 0, 0).ljust(SECTOR, b"\0")
     dos = b"MZ".ljust(60, b"\0") + struct.pack("<I", 64)
@@ -59,7 +59,7 @@ def _machine_code() -> bytes:
 
 
 def _fat12(content: bytes) -> bytes:
-    """A file system whose clusters hold `/EFI`, `/EFI/BOOT`, then the file."""
+    """Return a file system whose clusters hold `/EFI`, `/EFI/BOOT`, then the file."""
     boot = struct.pack(
         "<3s8sHBHBHHBHHHII", b"\xeb\x3c\x90", b"SMOLVM  ", SECTOR, 1, 1, 2, ROOT_ENTRIES, SECTORS,
         *(HARD_DISK, FAT_SECTORS, 18, 2, 0, 0),

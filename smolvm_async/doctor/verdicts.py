@@ -1,6 +1,6 @@
-"""What a boot of the firmware probe has shown, and the conclusions: pure functions.
+"""The observations of one boot of the firmware, and the conclusions from them: pure functions.
 
-The firmware reports on the serial console which boot entries it tries, and how that ended.
+The firmware writes to the serial console which boot entries it tries, and how each attempt ends.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from smolvm_async.host.distribution import OVMF, QEMU, how_to_install
 from smolvm_async.host.firmware import Firmware
 from smolvm_async.qemu.sidecars import Sidecar
 
-NETWORK = "user-network"  # the part of the machine that QEMU may have been built without
+NETWORK = "user-network"  # a part of the machine that QEMU may have been built without
 DISK_ENTRY = r"BdsDxe: loading Boot\d+ [^\n]*Scsi\("
 REFUSAL = r"BdsDxe: failed to (?:load|start) Boot\d+ [^\n]*Scsi\([^\n]*: ([A-Z][A-Za-z ]+)"
 FORBIDDEN = ("Access Denied", "Security Violation")
 PXE = "Start PXE over IPv4"
 TAIL = 500  # characters of the console that a finding quotes
 
-PCAP_HEADER, PCAP_RECORD = 24, struct.Struct("=4I")  # QEMU writes it in the host's byte order
+PCAP_HEADER, PCAP_RECORD = 24, struct.Struct("=4I")  # QEMU writes in the host's byte order
 IPV4_UDP = re.compile(rb".{12}\x08\x00(.).{8}\x11", re.DOTALL)
 BOOTPS = 67
 
@@ -42,15 +42,15 @@ GOOD_KVM = (
 
 
 class Sighting(NamedTuple):
-    """What one boot has shown.
+    """The observations of one boot.
 
     Attributes:
-        accelerator: What QEMU ran it with.
-        console: What the firmware wrote to the serial console.
+        accelerator: The accelerator that QEMU used.
+        console: The output of the serial console.
         offered: The address that QEMU's DHCP server offered the guest; empty if none.
         failure: Why the boot ended by itself, in QEMU's words; empty if it went on.
-        refused: Parts of the machine without which QEMU had to run, and its words about each.
-        seconds: How long the boot was watched.
+        refused: The parts of the machine that QEMU refused, and its words about each.
+        seconds: How long the boot was observed.
     """
 
     accelerator: str
@@ -62,27 +62,27 @@ class Sighting(NamedTuple):
 
     @property
     def booted(self) -> bool:
-        """Whether the firmware came as far as its boot entries."""
+        """True if the firmware reached its boot entries."""
         return "BdsDxe: " in self.console or bool(self.offered)
 
     @property
     def unsigned_ran(self) -> bool:
-        """Whether the unsigned program was executed."""
+        """True if the unsigned program was executed."""
         return MARKER in self.console
 
     @property
     def disk_error(self) -> str:
-        """With what error the disk's boot entry failed; empty if it did not, or not yet."""
+        """The error of the disk's boot entry; empty if it has not failed (yet)."""
         match = re.search(REFUSAL, self.console)
         return match[1].strip() if match else ""
 
     @property
     def disk_tried(self) -> bool:
-        """Whether the firmware is done with the disk."""
+        """True if the firmware has finished with the disk."""
         return self.unsigned_ran or bool(self.disk_error)
 
     def why_not(self) -> str:
-        """Why it is not `booted`: a sentence without its end."""
+        """Return why the machine is not `booted`, without a full stop."""
         if self.failure:
             return self.failure
         tail = printable(self.console)[-TAIL:].strip()
@@ -91,7 +91,7 @@ class Sighting(NamedTuple):
 
 
 def offered_address(capture: bytes) -> str:
-    """The first address that a DHCP server offered, from a capture; empty if none did.
+    """Return the first address that a DHCP server offered in a capture; empty if none did.
 
     Args:
         capture: A pcap file, which QEMU may still be writing.
@@ -112,19 +112,19 @@ def offered_address(capture: bytes) -> str:
 
 
 def boot_verdict(sighting: Sighting) -> Verdict:
-    """Whether the machine runs its firmware at all."""
+    """Conclude whether the machine runs its firmware at all."""
     accelerator = sighting.accelerator.upper()
     if sighting.booted:
         return ok(f"the firmware booted under {accelerator} in {sighting.seconds:.1f} s")
     return failed(
         f"the firmware did not boot under {accelerator}: {sighting.why_not()}",
-        "Install QEMU and its firmware afresh, from one distribution. "
+        "Reinstall QEMU and its firmware, both from one distribution. "
         f"{how_to_install([QEMU, OVMF])}.",
     )
 
 
 def smm_verdict(sighting: Sighting, profile: GuestProfile) -> Verdict:
-    """Whether System Management Mode works, on which Secure Boot rests."""
+    """Conclude whether System Management Mode works, which Secure Boot depends on."""
     if "requires-smm" not in profile.firmware_features:
         return skipped(f"{profile.title} guests do not need it")
     if sighting.booted:
@@ -133,7 +133,7 @@ def smm_verdict(sighting: Sighting, profile: GuestProfile) -> Verdict:
 
 
 def disk_verdict(sighting: Sighting) -> Verdict:
-    """Whether the firmware read the disk on the virtio-scsi controller."""
+    """Conclude whether the firmware read the disk on the virtio-scsi controller."""
     if not sighting.booted:
         return skipped("the firmware did not boot")
     if sighting.unsigned_ran or sighting.disk_error in FORBIDDEN:
@@ -141,7 +141,7 @@ def disk_verdict(sighting: Sighting) -> Verdict:
     if sighting.disk_error:
         found = f"the firmware could not read the virtio-scsi disk: {sighting.disk_error}"
     elif re.search(DISK_ENTRY, sighting.console):
-        found = "the firmware began to read the virtio-scsi disk and did not end"
+        found = "the firmware started to read the virtio-scsi disk and did not finish"
     else:
         found = "the firmware did not find the virtio-scsi disk"
     cure = f"Use a firmware with virtio-scsi drivers. {how_to_install([OVMF])}."
@@ -149,7 +149,7 @@ def disk_verdict(sighting: Sighting) -> Verdict:
 
 
 def secure_boot_verdict(sighting: Sighting, profile: GuestProfile, firmware: Firmware) -> Verdict:
-    """Whether an unsigned program is refused."""
+    """Conclude whether Secure Boot refuses an unsigned program."""
     if "secure-boot" not in profile.firmware_features:
         return skipped(f"{profile.title} guests do not need it")
     if sighting.unsigned_ran:
@@ -157,16 +157,16 @@ def secure_boot_verdict(sighting: Sighting, profile: GuestProfile, firmware: Fir
             f"Secure Boot is not enforced: with {firmware.vars_template}, "
             "the firmware ran an unsigned program",
             "Use UEFI variables with Microsoft's keys, and remove the firmware descriptor in "
-            "/etc/qemu/firmware or ~/.config/qemu/firmware that names others. "
+            "/etc/qemu/firmware or ~/.config/qemu/firmware that names other variables. "
             f"{how_to_install([OVMF])}.",
         )
     if sighting.disk_error in FORBIDDEN:
         return ok(f"the firmware refused an unsigned program: {sighting.disk_error}")
-    return skipped("the firmware did not come to judge the unsigned program")
+    return skipped("the firmware did not get as far as the unsigned program")
 
 
 def network_verdict(sighting: Sighting) -> Verdict:
-    """Whether QEMU's user-mode network answers the guest."""
+    """Conclude whether QEMU's user-mode network answers the guest."""
     if words := sighting.refused.get(NETWORK):
         return failed(
             f"QEMU has no user-mode network: {words}",
@@ -179,11 +179,11 @@ def network_verdict(sighting: Sighting) -> Verdict:
     if PXE in sighting.console:
         return failed(
             "the firmware asked for an address, and QEMU's DHCP server did not answer",
-            f"Install QEMU and libslirp afresh. {how_to_install([QEMU])}.",
+            f"Reinstall QEMU and libslirp. {how_to_install([QEMU])}.",
         )
     return warning(
         "QEMU provides the network, but the firmware did not try it, so no packet was seen",
-        "Nothing has to be done if guests have a network.",
+        "Do nothing if guests have a network.",
     )
 
 
@@ -202,12 +202,12 @@ def sidecar_verdict(sighting: Sighting, sidecar: Sidecar) -> Verdict:
 
 
 def kvm_verdict(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdict:
-    """Whether KVM runs guests.
+    """Conclude whether KVM runs guests.
 
     Args:
-        accel: What VMs would ask for.
-        sighting: What a boot under KVM has shown; `None` if KVM cannot be opened.
-        problem: Why the library does not take KVM by itself; `None` if it does.
+        accel: The accelerator that VMs would ask for.
+        sighting: The observations of a boot under KVM; `None` if KVM cannot be opened.
+        problem: Why accel='auto' does not choose KVM; `None` if it does.
     """
     if accel == "tcg":
         return skipped("accel='tcg' was asked for")
@@ -215,7 +215,7 @@ def kvm_verdict(accel: str, sighting: Sighting | None, problem: Problem | None) 
         found = f"the firmware booted under KVM in {sighting.seconds:.1f} s"
         if problem is None:
             return ok(found)
-        return warning(f"{found}, but accel='auto' does not take it: {problem.reason}", USE_TCG)
+        return warning(f"{found}, but accel='auto' does not choose it: {problem.reason}", USE_TCG)
     reasons = []
     if sighting is not None:
         reasons.append(f"KVM opens, and does not run guests: {sighting.why_not()}")
@@ -227,7 +227,7 @@ def kvm_verdict(accel: str, sighting: Sighting | None, problem: Problem | None) 
 
 
 def accelerator_verdict(accel: str, kvm_works: bool, problem: Problem | None) -> Verdict:
-    """What guests get if they ask for `accel`, and whether that works."""
+    """Conclude which accelerator guests get if they ask for `accel`, and whether it works."""
     try:
         chosen, _ = choose_accelerator(accel)
     except HostError as error:
@@ -237,9 +237,9 @@ def accelerator_verdict(accel: str, kvm_works: bool, problem: Problem | None) ->
     if chosen.name == "tcg":
         reason = f": {problem.reason}" if problem is not None else ""
         return warning(
-            f"accel={accel!r} takes TCG, software emulation, many times slower than KVM{reason}",
-            f"{problem.cure if problem is not None else GOOD_KVM} accel='tcg' is silent about it.",
+            f"accel={accel!r} means TCG here, software emulation, far slower than KVM{reason}",
+            f"{problem.cure if problem is not None else GOOD_KVM} accel='tcg' silences this.",
         )
     if not kvm_works:
-        return failed(f"accel={accel!r} takes KVM, which does not run guests here", USE_TCG)
-    return ok(f"accel={accel!r} takes KVM, and it works")
+        return failed(f"accel={accel!r} means KVM here, which does not run guests", USE_TCG)
+    return ok(f"accel={accel!r} means KVM here, and it works")

@@ -1,1 +1,1 @@
-"""QEMU: its command line, its monitor, its boot states."""
+"""One QEMU process: command line, launch, sidecars, monitor, events, peripherals, shutdown."""

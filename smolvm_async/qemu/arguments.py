@@ -1,8 +1,11 @@
 """QEMU's command line: a pure function from values to a list of strings.
 
-Nothing that a user can choose becomes part of an option's own syntax: the base image is an
-inherited descriptor, every other file has a fixed name in the working directory, the firmware's
-paths are JSON, and a VM id has no character that means anything to QEMU.
+No value of the user becomes part of an option's syntax: the base image is an inherited descriptor,
+every other file has a fixed name in the working directory, the firmware's paths are JSON, and a VM
+id has no character that has a meaning for QEMU.
+
+A device for every guest is a line in `qemu_arguments`. A device for one guest OS is an entry in
+`devices` of its profile.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, OVERLAY, SEED, V
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
 DISPLAY = "display"  # the display adapter
 NETWORK = "network"  # the network's backend
-SCREEN = "/dev/fdset/2"  # where `screendump` writes to
+SCREEN = "/dev/fdset/2"  # the file that `screendump` writes
 _NAMESPACE = uuid.UUID("6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10")
 
 
@@ -33,7 +36,7 @@ class Descriptors(NamedTuple):
 
 
 class DirectBoot(NamedTuple):
-    """A Linux kernel that QEMU itself loads.
+    """A Linux kernel that QEMU loads itself.
 
     Attributes:
         kernel: A descriptor that QEMU inherits.
@@ -56,7 +59,7 @@ class MachineSpec(NamedTuple):
 
     Attributes:
         config: The arguments of the VM.
-        tools: QEMU, the programs of its sidecars, and the firmware; without firmware, SeaBIOS.
+        tools: QEMU, the programs of its sidecars, and the firmware (`None` means SeaBIOS).
         accelerator: What runs the guest's processors.
         base_image: The open base image: a descriptor that QEMU inherits.
         sidecars: The names of the processes that run beside QEMU.
@@ -189,8 +192,8 @@ def _disk(base_image: int, disk_format: str, bus: str, *, keep: bool) -> list[st
 
 
 def _network(vm_id: str, *, ssh: bool) -> list[str]:
-    # No boot ROM: the firmware would try the network before the disk is even looked at.
-    # The kernel chooses the port of the host, so that no two VMs can want the same.
+    # Without a boot ROM (romfile=), or the firmware would try the network before the disk.
+    # The kernel chooses the host's port, so two VMs never choose the same.
     forward = ",hostfwd=tcp:127.0.0.1:0-:22" if ssh else ""
     return [
         *("-netdev", f"user,id={NETWORK}{forward}"),
@@ -199,7 +202,7 @@ def _network(vm_id: str, *, ssh: bool) -> list[str]:
 
 
 def _login(profile: GuestProfile, vm_id: str, direct_boot: DirectBoot | None) -> list[str]:
-    # What a guest without a past has of entropy; its first keys would wait for more.
+    # A new guest has collected no entropy yet, and its first keys would wait for some.
     entropy = ["-device", "virtio-rng-pci"]
     own = [
         *("-fw_cfg", f"name=opt/smolvm/authorized_keys,file={AUTHORIZED_KEYS}"),
@@ -208,14 +211,14 @@ def _login(profile: GuestProfile, vm_id: str, direct_boot: DirectBoot | None) ->
     ]
     if profile.login == "nocloud":
         seed = _node("seed", "raw", SEED, read_only=True)
-        # A disk that is started by a kernel of ours may be one that this library has built.
+        # A disk that QEMU starts with a kernel may have been built by this library.
         both = own if direct_boot is not None else []
         return [*entropy, "-blockdev", seed, "-device", "virtio-blk-pci,drive=seed", *both]
     return [*entropy, *own] if profile.login == "fw_cfg" else []
 
 
 def _agent() -> list[str]:
-    # Nobody listens yet; QEMU still reports when the guest agent opens its port.
+    # The port leads nowhere yet, but QEMU reports when the guest agent opens it.
     return [
         *("-chardev", f"null,id={AGENT_PORT}"),
         *("-device", "virtio-serial-pci"),
@@ -228,12 +231,12 @@ def _agent() -> list[str]:
 
 def _display(resolution: tuple[int, int], screen: int, *, usb: bool) -> list[str]:
     width, height = resolution
-    # Firmware and guest read from the EDID what to show: there 4K fits in with at most 50 Hz (in
-    # mHz here). At 4 bytes a pixel it takes 32 MiB.
+    # Firmware and guest read the resolution from the EDID. 4K fits into it with at most 50 Hz (in
+    # mHz here), and takes 32 MiB at 4 bytes a pixel.
     mode = f"edid=on,xres={width},yres={height},refresh_rate=50000,vgamem_mb=32"
     return [
         *("-display", "none"),
-        *("-vnc", "none,password=on,share=ignore"),  # listens once it is told to
+        *("-vnc", "none,password=on,share=ignore"),  # listens when it is told to
         *("-add-fd", f"fd={screen},set=2"),
         *("-device", f"VGA,id={DISPLAY},{mode}"),
         # q35 has no USB controller of its own.
@@ -242,7 +245,7 @@ def _display(resolution: tuple[int, int], screen: int, *, usb: bool) -> list[str
 
 
 def _cache(*, keep: bool) -> dict[str, bool]:
-    # What is thrown away with the VM need not be flushed to the host's disk.
+    # Without flushes, unless the VM is kept: its files are removed when it ends.
     return {"direct": False, "no-flush": not keep}
 
 

@@ -1,4 +1,15 @@
-"""Boot states: when a VM enters each, and waiting for one. `events.BootState` defines them."""
+"""Boot states: when a VM enters each of them, and waiting for one. `events.BootState` lists them.
+
+QEMU has no event for most of them, so the tracker combines what it can see from outside:
+
+- `cont` and QEMU's RESET start the firmware.
+- An operating system runs as soon as one has enabled ACPI events (`acpi.py`), which is polled.
+- The guest is ready when its SSH server accepts the login. Without SSH, it is ready when its agent
+  has opened its port; without an agent, when its disk has been idle for a while.
+
+A reset may come at any time, also while a probe is under way: the answer then belongs to the boot
+before and is dropped.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +35,12 @@ from smolvm_async.qemu.events import (
 )
 from smolvm_async.qemu.monitor import Monitor
 
-POLL = 0.25  # seconds between two looks at a guest that boots
-EARLY = 10.0  # seconds after which a guest is probed though no operating system was seen
+POLL = 0.25  # seconds between two looks at a booting guest
+EARLY = 10.0  # seconds after which a guest is probed although no operating system was seen
 PROBE = 0.05  # seconds between two probes of a guest that is not ready
-REST = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
+IDLE = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
 
-
+# Returns the evidence that the guest is ready; `None` if it is not ready yet.
 Probe = Callable[[], Awaitable[str | None]]
 
 
@@ -47,7 +58,7 @@ class BootStates:
         self.last = first
 
     def change(self, change: BootStateChanged) -> None:
-        """Enter a boot state and tell everybody."""
+        """Enter a boot state, publish the event and wake the waiting tasks."""
         self.last = change
         self._hub.publish(change)
         for wanted, future in self._waiting:
@@ -55,7 +66,7 @@ class BootStates:
                 future.set_result(change)
 
     def end(self) -> None:
-        """The VM has ended; whoever still waits is told so."""
+        """Note that the VM has ended, and wake all waiting tasks."""
         self._ended = True
         for _, future in self._waiting:
             if not future.done():
@@ -76,7 +87,7 @@ class BootStates:
 
 
 class BootTracker(BootStates):
-    """Follows one boot, from `start()` on, by what QEMU tells and by what can be seen in it."""
+    """Follows a VM through its boot states, from `start()` on. See the module's docstring."""
 
     def __init__(self, hub: EventHub, on_progress: ProgressCallback | None) -> None:
         self._on_progress = on_progress
@@ -88,7 +99,7 @@ class BootTracker(BootStates):
         self.enter(BootState.LAUNCHING, "start() was called")
 
     def enter(self, state: BootState, evidence: str) -> None:
-        """Enter a boot state, on that evidence."""
+        """Enter a boot state, for the reason in `evidence`."""
         elapsed = time.monotonic() - self._started
         name = BootStateChanged.NAME
         self.change(BootStateChanged(name, time.time(), {}, state, evidence, elapsed))
@@ -97,18 +108,18 @@ class BootTracker(BootStates):
         self._changed = asyncio.Event()
 
     def on_event(self, event: Event) -> None:
-        """Draw the conclusions from one of QEMU's events."""
+        """Enter the boot state that one of QEMU's events shows."""
         if isinstance(event, Reset):
             self._resets += 1
             self.enter(BootState.FIRMWARE, f"the machine was reset ({event.reason})")
         elif self._probe is None and _is_agent(event):
-            self._arrive("the guest agent opened its port (VSERPORT_CHANGE)")
+            self._become_ready("the guest agent opened its port (VSERPORT_CHANGE)")
 
     async def watch(self, monitor: Monitor, probe: Probe | None) -> None:
-        """Look for what QEMU has no event for, until cancelled or QEMU has ended.
+        """Poll for the states that QEMU has no event for, until cancelled or QEMU has ended.
 
         Args:
-            probe: What tells whether the guest is ready, if not its agent or its disk.
+            probe: Finds out whether the guest is ready; without it, its agent or disk shows it.
         """
         self._probe = probe
         async with anyio.create_task_group() as group:
@@ -118,7 +129,7 @@ class BootTracker(BootStates):
             group.cancel_scope.cancel()
 
     async def _look(self, monitor: Monitor) -> None:
-        await asyncio.sleep(POLL)  # it has only just begun
+        await asyncio.sleep(POLL)  # the firmware has only just started
         while True:
             try:
                 if self.last.state is BootState.FIRMWARE and await os_in_control(monitor):
@@ -128,11 +139,11 @@ class BootTracker(BootStates):
                 elif self.last.state is BootState.OPERATING_SYSTEM and self._probe is None:
                     await self._look_at_disk(monitor)
             except MonitorError:
-                pass  # a busy QEMU; the next look may succeed
+                pass  # QEMU is busy; the next look may succeed
             except VMNotRunningError:
                 return
             if self.last.state is BootState.READY:
-                await self._changed.wait()  # a reset
+                await self._changed.wait()  # for a reset
             else:
                 await asyncio.sleep(POLL)
 
@@ -141,18 +152,18 @@ class BootTracker(BootStates):
             if self.last.state is BootState.READY:
                 await self._changed.wait()
                 continue
-            if self.last.state is BootState.FIRMWARE:  # nobody can answer yet, as far as one sees
+            if self.last.state is BootState.FIRMWARE:  # the SSH server does not run yet, probably
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(EARLY):
                         await self._changed.wait()
             resets = self._resets
             evidence = await probe()
             if evidence is not None and resets == self._resets:
-                self._arrive(evidence)
+                self._become_ready(evidence)
             else:
                 await asyncio.sleep(PROBE)
 
-    def _arrive(self, evidence: str) -> None:
+    def _become_ready(self, evidence: str) -> None:
         for state in (BootState.OPERATING_SYSTEM, BootState.READY):
             if not self.last.state.reaches(state):
                 self.enter(state, evidence)
@@ -160,11 +171,11 @@ class BootTracker(BootStates):
     async def _look_at_disk(self, monitor: Monitor) -> None:
         entered = self.last
         in_state = time.monotonic() - self._started - entered.elapsed
-        if in_state < REST:
+        if in_state < IDLE:
             return
         idle = _idle_seconds(await monitor.execute("query-blockstats"))
-        if idle >= REST and self.last is entered:
-            self.enter(BootState.READY, f"no guest agent; the disk has rested for {REST:g} s")
+        if idle >= IDLE and self.last is entered:
+            self.enter(BootState.READY, f"no guest agent; the disk was idle for {IDLE:g} s")
 
 
 def _is_agent(event: Event) -> bool:
@@ -172,7 +183,7 @@ def _is_agent(event: Event) -> bool:
 
 
 def _idle_seconds(blockstats: Any) -> float:
-    """Seconds since the last I/O on the guest's disk, from `query-blockstats`."""
+    """Return the seconds since the last I/O on the guest's disk, from `query-blockstats`."""
     idle = [
         device["stats"]["idle_time_ns"] / 1e9
         for device in blockstats

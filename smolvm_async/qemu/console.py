@@ -1,4 +1,4 @@
-"""The guest's serial console: the last part of it, in memory, however much the guest writes."""
+"""The guest's serial console: the end of its output, kept in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 
 from smolvm_async.foundation.tail import Reader, Tail
 
-LIMIT = 256 * 1024  # bytes that are kept
+LIMIT = 256 * 1024  # bytes that are kept, however much the guest writes
 
 
 class Console(Tail):
@@ -17,17 +17,17 @@ class Console(Tail):
         self._reader: Reader | None = None
 
     def open(self) -> socket.socket:
-        """Start reading; returns QEMU's end, which the caller closes once QEMU has it."""
+        """Start reading and return QEMU's end, which the caller closes once QEMU has it."""
         ours, qemus = socket.socketpair()
         self._reader = Reader(ours.detach(), self)
         return qemus
 
     def drain(self) -> None:
-        """Read what is still there, within reason: the guest may be writing without end."""
+        """Read the unread output, up to a limit: the guest may write without end."""
         if self._reader is not None:
             self._reader.drain()
 
     def close(self) -> None:
-        """Read what is still there, and stop."""
+        """Read the unread output, and stop reading."""
         if self._reader is not None:
             self._reader.close()

@@ -1,4 +1,4 @@
-"""What happens to a VM: QEMU's own events, typed, and the boot states derived from them."""
+"""The events of a VM: QEMU's own, typed, and the changes of the boot state."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from smolvm_async.foundation.log import get_logger
 
 logger = get_logger(__name__)
 
-BACKLOG = 1024  # events that a listener may be behind before the oldest are dropped
+BACKLOG = 1024  # events that wait for a slow listener before the oldest are dropped
 
 
 class BootState(StrEnum):
-    """How far a guest has come, in this order.
+    """The states of a booting guest, in this order.
 
-    LAUNCHING: the host prepares; ends when QEMU's `cont` lets the processors run.
-    FIRMWARE: the processors run the firmware, then the boot loader, or the kernel's beginning. A
-        guest's reset leads back here.
-    OPERATING_SYSTEM: an operating system listens to the chipset's ACPI events (PM1_EN is not
-        0, as it is through firmware and boot loader), or the guest agent has opened its port.
-    READY: a Linux guest's SSH server answers, and lets us in. Of a Windows guest: its agent has
-        opened its port; or, without one, the disk has rested for a while.
-        `BootStateChanged.evidence` says which it was.
+    LAUNCHING: the host prepares the VM, until QEMU's `cont` lets the processors run.
+    FIRMWARE: the processors run the firmware, then the boot loader, or the start of the kernel. A
+        reset leads back to this state.
+    OPERATING_SYSTEM: an operating system has enabled the chipset's ACPI events (PM1_EN is not 0,
+        as it is while firmware and boot loader run), or the guest agent has opened its port.
+    READY: the SSH server of a Linux guest answers and accepts our login. The agent of a Windows
+        guest has opened its port; or, without an agent, the disk was idle for a while.
+        `BootStateChanged.evidence` says which.
     """
 
     LAUNCHING = "launching"
@@ -36,7 +36,7 @@ class BootState(StrEnum):
     READY = "ready"
 
     def reaches(self, other: BootState) -> bool:
-        """Whether this state is `other` or a later one."""
+        """Return whether this state is `other` or a later one."""
         order = list(BootState)
         return order.index(self) >= order.index(other)
 
@@ -48,7 +48,7 @@ class Event:
     Attributes:
         name: QEMU's name for it, such as `SHUTDOWN`.
         timestamp: Seconds since the epoch, as QEMU measured it.
-        data: QEMU's data, untouched.
+        data: QEMU's data, unchanged.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Event:
 
 @dataclass(frozen=True)
 class BootStateChanged(Event):
-    """The VM has entered a boot state; `name` is `BOOT_STATE`, which QEMU does not use."""
+    """The VM has entered a boot state. `name` is `BOOT_STATE`, a name that QEMU does not use."""
 
     NAME: ClassVar[str] = "BOOT_STATE"
 
@@ -72,7 +72,7 @@ class _Caused(Event):
 
     @property
     def guest(self) -> bool:
-        """Whether the guest itself did it."""
+        """True if the guest itself was the cause."""
         return bool(self.data.get("guest"))
 
     @property
@@ -82,19 +82,19 @@ class _Caused(Event):
 
 
 class Shutdown(_Caused):
-    """QEMU's SHUTDOWN: the machine goes off."""
+    """QEMU's SHUTDOWN: the machine powers off."""
 
 
 class Reset(_Caused):
-    """QEMU's RESET: the machine starts again, as in a reboot."""
+    """QEMU's RESET: the machine restarts, as in a reboot."""
 
 
 class GuestPanicked(Event):
-    """QEMU's GUEST_PANICKED: the guest's kernel gave up."""
+    """QEMU's GUEST_PANICKED: the guest's kernel panicked."""
 
     @property
     def action(self) -> str:
-        """What QEMU does about it."""
+        """QEMU's reaction."""
         return str(self.data.get("action", "unknown"))
 
 
@@ -108,7 +108,7 @@ class PortChanged(Event):
 
     @property
     def open(self) -> bool:
-        """Whether the guest has it open now."""
+        """True if the port is open now."""
         return bool(self.data.get("open"))
 
 
@@ -121,7 +121,7 @@ TYPES: Mapping[str, type[Event]] = {
 
 
 def parse_event(message: Mapping[str, Any]) -> Event:
-    """One QMP event message → its type; an event that is not known here is a plain `Event`."""
+    """Return the typed event of a QMP message; an event without a type here is an `Event`."""
     name = str(message["event"])
     stamp = message.get("timestamp", {})
     timestamp = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
@@ -129,22 +129,22 @@ def parse_event(message: Mapping[str, Any]) -> Event:
 
 
 def event_to_json(event: Event) -> dict[str, Any]:
-    """All of an event, for `event_from_json`."""
+    """Return all values of an event, for `event_from_json`."""
     return asdict(event)
 
 
 def event_from_json(values: Mapping[str, Any]) -> Event:
-    """The event that `event_to_json` was given."""
+    """Return the event that `event_to_json` was called with."""
     if values["name"] == BootStateChanged.NAME:
         return BootStateChanged(**{**values, "state": BootState(values["state"])})
     return TYPES.get(values["name"], Event)(**values)
 
 
 class EventStream:
-    """An async iterator of one listener's events; it ends when the VM does.
+    """An async iterator over the events for one listener; it ends when the VM ends.
 
     Attributes:
-        listeners: Each is set when there is another event, or the end.
+        listeners: Set at each new event and at the end.
     """
 
     def __init__(self) -> None:
@@ -166,22 +166,24 @@ class EventStream:
         return self._backlog.popleft()
 
     def put(self, event: Event) -> None:
-        """Add an event; the oldest goes if the listener is too far behind."""
+        """Add an event; if the listener is too far behind, the oldest event is dropped."""
         if self._closed:
             return
         if len(self._backlog) == BACKLOG and not self._behind:
             self._behind = True
-            logger.warning("a listener of events() is %d behind; it loses the oldest", BACKLOG)
+            logger.warning(
+                "a listener of events() is %d events behind and loses the oldest", BACKLOG
+            )
         self._backlog.append(event)
         self._wake()
 
     def close(self) -> None:
-        """End the stream, once it has been read to its end."""
+        """End the stream after the events that it still holds."""
         self._closed = True
         self._wake()
 
     def pending(self) -> list[Event]:
-        """Take all events that are there, without waiting."""
+        """Take all events that have arrived, without waiting."""
         events = list(self._backlog)
         self._backlog.clear()
         return events
@@ -192,23 +194,23 @@ class EventStream:
 
 
 class EventHub:
-    """Hands every event to every listener that still exists."""
+    """Passes every event to every stream that is still in use."""
 
     def __init__(self) -> None:
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
 
     def subscribe(self) -> EventStream:
-        """A stream of everything from now on."""
+        """Return a stream of all events from now on."""
         stream = EventStream()
         self._streams.add(stream)
         return stream
 
     def publish(self, event: Event) -> None:
-        """Hand out one event."""
+        """Add an event to every stream."""
         for stream in list(self._streams):
             stream.put(event)
 
     def close(self) -> None:
-        """End every stream, once it has been read to its end."""
+        """End every stream after the events that it still holds."""
         for stream in list(self._streams):
             stream.close()

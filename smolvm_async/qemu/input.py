@@ -13,41 +13,41 @@ from smolvm_async.qemu.monitor import Monitor
 
 InputEvent = dict[str, Any]  # QMP's InputEvent
 
-AXIS = 32767  # the end of QEMU's absolute axes (INPUT_EVENT_ABS_MAX in its ui/input.h)
+AXIS = 32767  # the end of QEMU's absolute axes (INPUT_EVENT_ABS_MAX in ui/input.h)
 FIRST_LOOK, LAST_LOOK = 0.0005, 0.02  # seconds between two looks whether the guest has read
-# Intel 8042: its status register, and there: data for the processor, and that it is the mouse's.
+# Intel 8042: the status register, and its bits "data for the processor" and "from the mouse".
 STATUS_PORT, OUTPUT_FULL, FROM_MOUSE = 0x64, 0x01, 0x20
 
 
 def key(qcode: str, down: bool) -> InputEvent:
-    """A key is pressed or released."""
+    """Return the event that a key is pressed or released."""
     return {"type": "key", "data": {"down": down, "key": {"type": "qcode", "data": qcode}}}
 
 
 def button(name: str, down: bool) -> InputEvent:
-    """A mouse button is pressed or released; QEMU's wheel is buttons too."""
+    """Return the event that a mouse button (or QEMU's wheel) is pressed or released."""
     return {"type": "btn", "data": {"down": down, "button": name}}
 
 
 def position(axis: Literal["x", "y"], value: int) -> InputEvent:
-    """The tablet's pen is at a place from 0 to `AXIS`."""
+    """Return the event that the tablet's pen is at a position from 0 to `AXIS`."""
     return {"type": "abs", "data": {"axis": axis, "value": value}}
 
 
 def pressed(events: Iterable[InputEvent]) -> list[InputEvent]:
-    """Those of a series of events that press what none of them releases again."""
+    """Return the press events that no later event of the series releases."""
     held: dict[tuple[str, str], InputEvent] = {}
     for event in events:
         if event["type"] in ("key", "btn"):
-            what = (event["type"], str(event["data"].get("key") or event["data"]["button"]))
-            held.pop(what, None)
+            name = (event["type"], str(event["data"].get("key") or event["data"]["button"]))
+            held.pop(name, None)
             if event["data"]["down"]:
-                held[what] = event
+                held[name] = event
     return [*held.values()]
 
 
 def released(events: Sequence[InputEvent]) -> list[InputEvent]:
-    """What releases all that `events` press, the last one first."""
+    """Return the events that release all that `events` press, in reverse order."""
     return [{**event, "data": {**event["data"], "down": False}} for event in reversed(events)]
 
 
@@ -62,7 +62,7 @@ class Input:
         self._resumed.set()
 
     def on_event(self, event: Event) -> None:
-        """To be called with every event of QEMU."""
+        """Note one of QEMU's events. To be called with every event."""
         if event.name == "STOP":
             self._pauses += 1
             self._resumed.clear()
@@ -70,37 +70,39 @@ class Input:
             self._resumed.set()
 
     def close(self) -> None:
-        """The run is over: nothing waits any more until the guest is resumed."""
+        """End all waiting for the guest to be resumed, since the run is over."""
         self._resumed.set()
 
     @rpc
     async def send(self, events: Sequence[InputEvent]) -> None:
-        """Send input events, which the guest's devices get at once and together.
+        """Send input events, which the guest's devices get immediately and together.
 
         Raises:
-            MonitorError: If QEMU refuses them.
+            MonitorError: If QEMU refuses the events.
             VMNotRunningError: If QEMU has ended, or the guest is paused.
         """
         try:
             await self._monitor.execute("input-send-event", {"events": [*events]})
         except MonitorError as error:
             if not self._resumed.is_set():
-                raise VMNotRunningError("The guest is paused, and takes no input.") from error
+                raise VMNotRunningError(
+                    "The guest is paused and takes no input: resume() it first."
+                ) from error
             raise
 
     @rpc
     async def strike(self, events: Sequence[InputEvent], patience: float) -> None:
-        """Send what happens on the keyboard, and wait until the guest has read it.
+        """Send keyboard events, and wait until the guest has read them.
 
-        The keyboard holds 16 bytes, some five keys, and drops what comes while it is full. So each
-        stroke, of whichever process, waits until the guest has read the last one.
+        The keyboard holds 16 bytes, about five keys, and drops events while it is full. So each
+        stroke, from any process, waits until the guest has read the one before.
 
         Args:
             events: At most 16 bytes' worth: three keys, down and up.
-            patience: Seconds for the guest to read what the keyboard holds.
+            patience: Seconds for the guest to read the keyboard.
 
         Raises:
-            VMTimeoutError: If it does not.
+            VMTimeoutError: If it does not read the keyboard in time.
             MonitorError, VMNotRunningError: See `send()`.
         """
         async with self._stroke:
@@ -114,23 +116,25 @@ class Input:
             async with asyncio.timeout(patience):
                 while not await self._keyboard_idle():
                     if not self._resumed.is_set():
-                        raise VMNotRunningError("The guest is paused, and reads no input.")
+                        raise VMNotRunningError(
+                            "The guest is paused and reads no input: resume() it first."
+                        )
                     await asyncio.sleep(look)
                     look = min(2 * look, LAST_LOOK)
         except TimeoutError:
             raise VMTimeoutError(
                 f"The guest has not read its keyboard for {patience:g} s: it hangs, or has not "
-                "come so far yet. What it has not read stays in the keyboard.",
+                "started that far. The unread keys stay in the keyboard.",
                 seconds=patience,
             ) from None
 
     @rpc
     def post(self, events: Sequence[InputEvent]) -> None:
-        """Deliver input events, and wait for nothing."""
-        self._monitor.begin(self.deliver(events))
+        """Deliver input events in the background."""
+        self._monitor.start_task(self.deliver(events))
 
     async def deliver(self, events: Sequence[InputEvent]) -> None:
-        """Send input events after all that was sent before; to a paused guest once it is resumed.
+        """Send input events after all earlier ones; to a paused guest, once it is resumed.
 
         Nothing is raised if QEMU ends, or hangs.
         """
@@ -145,7 +149,7 @@ class Input:
                     return
 
     async def _keyboard_idle(self) -> bool:
-        """Whether the guest has read all that the keyboard sent: its controller holds nothing."""
+        """Return whether the guest has read everything that the keyboard's controller held."""
         line = f"i/b {STATUS_PORT:#x}"
         answer = await self._monitor.execute("human-monitor-command", {"command-line": line})
         try:
@@ -157,6 +161,6 @@ class Input:
 
     @rpc
     async def tablet_taken(self) -> bool:
-        """Whether the guest has a driver for the tablet; else QEMU has no use for its events."""
+        """Return whether the guest has a driver for the tablet; else QEMU drops its events."""
         mice = await self._monitor.execute("query-mice")
         return any(mouse["current"] and mouse["absolute"] for mouse in mice)

@@ -1,8 +1,8 @@
 """The launch of QEMU with its sidecars: for a VM, for the doctor's probe, and for the benchmarks.
 
-`commands` connects the processes and makes their command lines, `launch` spawns them and connects
-the monitor, and `Processes` owns what was spawned until it is reaped. The benchmarks' floor takes
-only `commands`: it measures how fast the same processes are without asyncio and this library.
+`commands` connects the processes and makes their command lines. `launch` spawns the processes and
+connects the monitor. `Processes` owns the processes until they are reaped. The benchmarks' floor
+uses only `commands`: it measures the same processes without asyncio and without this library.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ class Command(NamedTuple):
 def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Command]]:
     """Connect QEMU to its sidecars, and yield the command of each process, QEMU's first.
 
-    The sockets between the processes are open only in the block, which has to spawn them: a copy in
-    this process would hide the end of a process from the process at the other end.
+    The block has to spawn the processes: the sockets between them are closed at its end.
 
     Raises:
-        OSError: There are no descriptors left.
+        OSError: No descriptors are left.
     """
     with ExitStack() as ends:
         attachments = {
@@ -62,28 +61,20 @@ def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Comma
         sockets = [sock.fileno() for attached in attachments.values() for sock in attached.sockets]
         boot = spec.direct_boot.descriptors if spec.direct_boot is not None else []
         argv = qemu_arguments(spec, descriptors, options)
-        yield [
-            Command(
-                "QEMU", argv, log_name("qemu"), [*descriptors, spec.base_image, *boot, *sockets]
-            ),
-            *(
-                Command(
-                    name,
-                    attached.command,
-                    log_name(name),
-                    [s.fileno() for s in attached.own_sockets],
-                )
-                for name, attached in attachments.items()
-            ),
-        ]
+        fds = [*descriptors, spec.base_image, *boot, *sockets]
+        made = [Command("QEMU", argv, log_name("qemu"), fds)]
+        for name, attached in attachments.items():
+            fds = [sock.fileno() for sock in attached.own_sockets]
+            made.append(Command(name, attached.command, log_name(name), fds))
+        yield made
 
 
 class Processes:
-    """QEMU and its sidecars; they are killed and reaped at the end of the block, in any case.
+    """QEMU and its sidecars; at the end of the block they are killed and reaped, in any case.
 
     Attributes:
-        children: All that were spawned, QEMU first.
-        ended: Those that have ended, in this order.
+        children: All processes, QEMU first.
+        ended: The processes that have ended, in this order.
     """
 
     def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
@@ -101,16 +92,16 @@ class Processes:
 
     @property
     def qemu(self) -> Child:
-        """QEMU's process, once it was spawned."""
+        """QEMU, once it was spawned."""
         return self.children[0]
 
     @property
     def sidecars(self) -> list[Child]:
-        """The other processes."""
+        """The processes beside QEMU."""
         return self.children[1:]
 
     def add(self, child: Child) -> None:
-        """Take over a process."""
+        """Own a process from now on."""
 
         def note(_: asyncio.Future[int]) -> None:
             self.ended.append(child)
@@ -120,17 +111,17 @@ class Processes:
         child.exited.add_done_callback(note)
 
     def kill(self) -> None:
-        """Send SIGKILL to all that run."""
+        """Send SIGKILL to all processes that run."""
         for child in self.children:
             child.kill()
 
     async def explain(self, error: SmolVMError, vm_id: str, image: Path | None) -> SmolVMError:
-        """Kill all after a failed launch, and return the error to raise: which process ended, how.
+        """Kill all processes after a failed launch, and return the error to raise.
 
-        The first process to end is not always the reason. When QEMU refuses the machine, its
-        sidecars end, too, with status 0; when a sidecar fails, QEMU ends with an error of its own
-        that says nothing of it. So all get a moment to end, and those with an error are told, QEMU
-        last.
+        The error says which process failed, and how. The first process to end is not always the
+        cause: when QEMU refuses the machine, its sidecars end, too, with status 0; when a sidecar
+        fails, QEMU ends with an error that does not mention the sidecar. So all processes get a
+        moment to end. The report is of those with an error; a sidecar's comes before QEMU's.
 
         Args:
             error: The error that ended the launch.
@@ -138,7 +129,7 @@ class Processes:
             image: The image that it starts from, for the message.
         """
         if isinstance(error, LaunchError) and isinstance(error.__cause__, OSError):
-            self.kill()  # a process could not be spawned: those that run have nothing to tell
+            self.kill()  # a process could not be spawned: the others are not the cause
             return LaunchError(f"{vm_id} did not start: {error}", command=error.command)
         if self.children:
             await asyncio.wait([child.exited for child in self.children], timeout=SAME_END)
@@ -175,22 +166,21 @@ async def launch(
 ) -> None:
     """Spawn QEMU and its sidecars, and connect the monitor. The guest does not run yet.
 
-    All are spawned before anything is waited for. QEMU is first, since it takes longest.
+    The processes start up concurrently: all are spawned before the first wait. QEMU is spawned
+    first, since it takes longest.
 
     Args:
-        processes: The owner of what is spawned.
+        processes: The owner of the processes.
         spec: The machine.
-        directory: The VM's directory, filled.
-        monitor: The monitor, not open yet.
-        console: The serial console, not open yet.
-        screen: The screen, not open yet.
+        directory: The VM's directory, already filled.
+        monitor: The monitor, not open yet; likewise the console and the screen.
         timeout: Seconds for QEMU's first answer.
         amend: Changes QEMU's command line.
 
     Raises:
         LaunchError: A process could not be spawned (its cause is then an `OSError`) or ended, or
             QEMU did not answer in time.
-        OSError: There are no descriptors or no memory left.
+        OSError: No descriptors or no memory are left.
     """
     with ExitStack() as ends:
         descriptors = Descriptors(
@@ -201,5 +191,5 @@ async def launch(
         qemu, *sidecars = ends.enter_context(commands(spec, descriptors))
         for name, argv, log, fds in (qemu._replace(argv=amend(qemu.argv)), *sidecars):
             processes.add(await spawn(name, argv, cwd=directory, log=directory / log, fds=fds))
-    # Only the processes have their ends now: the death of one shows as an end of file.
+    # This process has no copy of their ends any more, so the end of one shows as an end of file.
     await monitor.connect([child.exited for child in processes.children], timeout)

@@ -1,7 +1,7 @@
-"""Ports of the guest that can be reached on 127.0.0.1, by QEMU's user network (slirp).
+"""Port forwards from 127.0.0.1 to the guest, by QEMU's user network (slirp).
 
-QEMU has no QMP command for it: the human monitor's `hostfwd_add`, `hostfwd_remove` and
-`info usernet` answer in words.
+QMP has no commands for them. `hostfwd_add`, `hostfwd_remove` and `info usernet` are commands of the
+human monitor, whose answers are text.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class Ports:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._turns = CommandQueue(monitor)
+        self._commands = CommandQueue(monitor)
         self._ssh: int | None = None
 
     async def ssh(self) -> int:
-        """The host's port that leads to the guest's SSH server.
+        """Return the host's port that leads to the guest's SSH server.
 
         Raises:
-            MonitorError: If QEMU has none.
+            MonitorError: If QEMU forwards no such port.
         """
         if self._ssh is None:
-            forwards = await self._seen()
+            forwards = await self._read()
             found = [forward.host_port for forward in forwards if forward.guest_port == SSH]
             if not found or found[0] is None:
                 raise MonitorError("QEMU forwards no port to the guest's SSH server")
@@ -45,52 +45,54 @@ class Ports:
 
     @rpc
     async def forwards(self) -> list[PortForward]:
-        """What is forwarded, but for the library's own way to the SSH server."""
+        """Return the forwards, without the library's own to the SSH server."""
         ours = await self.ssh() if self._ssh is not None else None
-        return [forward for forward in await self._seen() if forward.host_port != ours]
+        return [forward for forward in await self._read() if forward.host_port != ours]
 
     @rpc
     async def expose(self, guest_port: int, host_port: int | None) -> int:
-        """Forward a port of 127.0.0.1; returns it.
+        """Forward a port of 127.0.0.1, and return its number.
 
         Raises:
-            ConfigError: If it is taken.
+            ConfigError: If the port is taken.
             MonitorError, VMNotRunningError: See `Monitor.execute()`.
         """
-        return await self._turns.take(partial(self._expose, guest_port, host_port))
+        return await self._commands.take(partial(self._expose, guest_port, host_port))
 
     async def _expose(self, guest_port: int, host_port: int | None) -> int:
-        before = await self._seen()
+        before = await self._read()
         rule = f"tcp:127.0.0.1:{host_port or 0}-:{guest_port}"
         said = await self._ask(f"hostfwd_add {NETWORK} {rule}")
-        new = [forward for forward in await self._seen() if forward not in before]
+        new = [forward for forward in await self._read() if forward not in before]
         if said or not new or new[0].host_port is None:
             port = f"host_port={host_port}" if host_port else "a port of the host's choosing"
             raise ConfigError(
                 f"{port} cannot be forwarded to the guest's port {guest_port}: another program of "
-                "this host has it, or this user may not use it. Choose another, or leave "
+                "this host has it, or this user may not use it. Choose another port, or leave "
                 f"host_port= out: the kernel then finds a free one. (QEMU: {said.strip()})"
             )
         return new[0].host_port
 
     @rpc
     async def unexpose(self, host_port: int) -> None:
-        """Forward it no longer; connections that are open stay so.
+        """End a forward. Its open connections stay open.
 
         Raises:
-            ConfigError: If it is not forwarded.
+            ConfigError: If the port is not forwarded.
             MonitorError, VMNotRunningError: See `Monitor.execute()`.
         """
-        await self._turns.take(partial(self._unexpose, host_port))
+        await self._commands.take(partial(self._unexpose, host_port))
 
     async def _unexpose(self, host_port: int) -> None:
         known = [forward.host_port for forward in await self.forwards()]
         if host_port not in known:
             ports = ", ".join(map(str, known)) or "none"
-            raise ConfigError(f"host_port={host_port} is not forwarded; those that are: {ports}.")
+            raise ConfigError(
+                f"host_port={host_port} is not forwarded; the forwarded ports are: {ports}."
+            )
         await self._ask(f"hostfwd_remove {NETWORK} tcp:127.0.0.1:{host_port}")
 
-    async def _seen(self) -> list[PortForward]:
+    async def _read(self) -> list[PortForward]:
         found = _FORWARD.findall(await self._ask("info usernet"))
         return [PortForward(int(guest), int(host)) for host, guest in found]
 

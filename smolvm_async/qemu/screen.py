@@ -18,25 +18,25 @@ PIXEL = 4  # bytes, at most, in a picture
 
 
 class Screen:
-    """A memfd that QEMU has inherited for writing, and we read.
+    """A memfd that QEMU inherits for writing, and this process reads.
 
     Args:
         monitor: QEMU's.
-        resolution: Width and height that the guest is offered.
+        resolution: The width and height that the guest is offered.
     """
 
     def __init__(self, monitor: Monitor, resolution: tuple[int, int]) -> None:
         self._monitor = monitor
         self._size = math.prod(resolution) * PIXEL
-        self._turns = CommandQueue(monitor)
+        self._commands = CommandQueue(monitor)
         self._files = ExitStack()
         self._read = self._write = -1
 
     def open(self) -> int:
-        """Make it; returns the descriptor for QEMU, which stays ours to close."""
+        """Make the memfd and return QEMU's descriptor, which `close()` closes."""
         self._read = os.memfd_create("screen")
         self._files.callback(os.close, self._read)
-        # Of its own, since QEMU wants one that can only be written to. They share the position.
+        # QEMU wants a descriptor that can only be written to. Both share the position.
         self._write = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_CLOEXEC)
         self._files.callback(os.close, self._write)
         return self._write
@@ -48,21 +48,23 @@ class Screen:
 
     @rpc
     async def dump(self, image_format: str, device: str | None, head: int) -> bytes:
-        """Have QEMU write a picture, after those that others have asked for.
+        """Have QEMU write a picture, after the pictures that were asked for before.
 
         Args:
             image_format: `png` or `ppm`.
             device: The display adapter's id on QEMU's command line; `None` for the VM's own.
-            head: Which of its heads.
+            head: The number of the adapter's head.
 
         Raises:
-            ConfigError: If no display can have that name or head.
-            HostError: If there is no memory for it.
-            MonitorError: If QEMU refuses it, or does not answer within 30 s.
+            ConfigError: If no display can have this name or head.
+            HostError: If there is no memory for the picture.
+            MonitorError: If QEMU refuses, or does not answer within 30 s.
             VMNotRunningError: If QEMU has ended.
         """
-        check_display(device, head)  # QEMU's parser gives up the session over half a surrogate pair
-        return await self._turns.take(partial(self._dump, image_format, device or DISPLAY, head))
+        check_display(
+            device, head
+        )  # half a surrogate pair would make QEMU's parser end the session
+        return await self._commands.take(partial(self._dump, image_format, device or DISPLAY, head))
 
     async def _dump(self, image_format: str, device: str, head: int) -> bytes:
         if self._write < 0:
@@ -76,7 +78,7 @@ class Screen:
             os.ftruncate(self._write, 0)
 
     def _reserve(self) -> None:
-        """Or libpng would abort QEMU, where the kernel promises no memory that it does not have."""
+        """Allocate the memory now: if it were missing, libpng would abort QEMU."""
         try:
             os.posix_fallocate(self._write, 0, self._size)
         except OSError as error:

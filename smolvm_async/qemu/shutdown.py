@@ -1,12 +1,17 @@
-"""The shutdown ladder: power button, `quit`, SIGTERM, SIGKILL, each with its own deadline."""
+"""The shutdown ladder: power button, `quit`, SIGTERM, SIGKILL.
+
+Each rung but the last has a deadline, after which the next one is tried. To add a rung, add its
+`Rung`, its ending, a function and a row in `shut_down` here, and its deadline to `Timeouts`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from smolvm_async.config.vm_config import Timeouts
 from smolvm_async.errors import MonitorError, VMNotRunningError
@@ -18,16 +23,15 @@ from smolvm_async.qemu.monitor import Monitor
 
 logger = get_logger(__name__)
 
-PRESS_AGAIN = 5.0  # seconds; a press is lost while nothing in the guest listens to it yet
+PRESS_AGAIN = 5.0  # seconds; a press is lost if nothing in the guest listens to the button yet
 EXIT = 1.0  # seconds from the end of the monitor's connection to QEMU's exit
 POLL = 0.1  # seconds between two looks whether the guest listens
 
 
 class Rung(StrEnum):
-    """What ended a VM.
+    """The cause of a VM's end: a rung of the shutdown ladder, in its order, or another cause.
 
-    GUEST: the guest had powered itself down. NONE: it was not running. CRASH: it had crashed.
-    The others are the ladder's, in its order.
+    GUEST: the guest had powered itself down. CRASH: the VM had crashed. NONE: it was not running.
     """
 
     POWERDOWN = "powerdown"
@@ -39,9 +43,20 @@ class Rung(StrEnum):
     NONE = "none"
 
 
+ENDINGS = {
+    Rung.POWERDOWN: "the guest powered itself down",
+    Rung.QUIT: "QEMU was told to quit",
+    Rung.SIGTERM: "QEMU was ended by SIGTERM",
+    Rung.SIGKILL: "QEMU was killed",
+    Rung.GUEST: "the guest had shut itself down",
+    Rung.CRASH: "it had crashed",
+    Rung.NONE: "it was not running",
+}
+
+
 @dataclass(frozen=True)
 class Step:
-    """One rung that was tried: how long it took in seconds, and what there is to say of it."""
+    """One rung that was tried: its duration in seconds, and a remark on how it went."""
 
     rung: Rung
     seconds: float
@@ -50,13 +65,13 @@ class Step:
 
 @dataclass(frozen=True)
 class ShutdownReport:
-    """How a VM ended.
+    """A report on the end of a VM.
 
     Attributes:
-        rung: What ended it.
+        rung: The cause of the end.
         seconds: How long all rungs took together.
         steps: Each rung that was tried, in order.
-        exit_status: QEMU's, negative for a signal; `None` if it was not running.
+        exit_status: QEMU's exit status, negative for a signal; `None` if it was not running.
     """
 
     rung: Rung
@@ -66,38 +81,26 @@ class ShutdownReport:
 
     @property
     def graceful(self) -> bool:
-        """Whether the guest itself shut down."""
+        """True if the guest itself shut down."""
         return self.rung in (Rung.POWERDOWN, Rung.GUEST)
 
 
 async def shut_down(
     qemu: Child, monitor: Monitor, timeouts: Timeouts, on_progress: ProgressCallback | None
 ) -> ShutdownReport:
-    """Climb the ladder until QEMU has ended."""
+    """Climb the ladder until QEMU has ended. A rung whose deadline is 0 is left out."""
     began = time.monotonic()
     meter = Meter(on_progress, "stop")
-
-    async def power_down() -> str:
-        return await _power_down(qemu, monitor)
-
-    async def quit_qemu() -> str:
-        await monitor.execute("quit")
-        return await _ended(qemu)
-
-    async def terminate() -> str:
-        qemu.terminate()
-        return await _ended(qemu)
-
-    ladder: list[tuple[Rung, Callable[[], Awaitable[str]], float]] = [
-        (Rung.POWERDOWN, power_down, timeouts.powerdown),
-        (Rung.QUIT, quit_qemu, timeouts.quit),
-        (Rung.SIGTERM, terminate, timeouts.terminate),
+    ladder = [
+        (Rung.POWERDOWN, _power_down, timeouts.powerdown),
+        (Rung.QUIT, _quit, timeouts.quit),
+        (Rung.SIGTERM, _terminate, timeouts.terminate),
     ]
     steps: list[Step] = []
     for rung, act, deadline in ladder:
         if qemu.returncode is None and deadline > 0:
             meter.report(f"{rung}: up to {deadline:g} s")
-            step = await _climb(rung, act, deadline, qemu)
+            step = await _climb(rung, act(qemu, monitor), deadline, qemu)
             steps.append(step)
             if step.note:
                 meter.report(f"{rung}: {step.note}")
@@ -109,19 +112,17 @@ async def shut_down(
     return ShutdownReport(rung, time.monotonic() - began, tuple(steps), qemu.returncode)
 
 
-async def _climb(
-    rung: Rung, act: Callable[[], Awaitable[str]], deadline: float, qemu: Child
-) -> Step:
+async def _climb(rung: Rung, act: Coroutine[Any, Any, str], deadline: float, qemu: Child) -> Step:
     began = time.monotonic()
     try:
         async with asyncio.timeout(deadline):
-            note = await act()
+            note = await act
     except TimeoutError:
         note = f"nothing within {deadline:g} s"
     except MonitorError as error:
         note = str(error)
     except VMNotRunningError:
-        # The monitor's end of file comes just before the exit.
+        # The end of the monitor's connection comes just before QEMU's exit.
         note = "" if await _ended_within(qemu, EXIT) else "its monitor is closed"
     step = Step(rung, time.monotonic() - began, note)
     logger.debug("%s: %.3f s %s", rung, step.seconds, note)
@@ -129,9 +130,13 @@ async def _climb(
 
 
 async def _power_down(qemu: Child, monitor: Monitor) -> str:
-    """Press the power button until the guest has powered down."""
+    """Press the power button until the guest has powered down.
+
+    Returns:
+        A remark, also if the guest cannot power down: the next rung is then tried at once.
+    """
     status = await monitor.execute("query-status")
-    if status["status"] == "paused":  # it would not notice the button
+    if status["status"] == "paused":  # the guest would not notice the button
         await monitor.execute("cont")
         status = await monitor.execute("query-status")
     if not status["running"]:
@@ -149,7 +154,14 @@ async def _power_down(qemu: Child, monitor: Monitor) -> str:
     return "" if presses == 1 else f"the power button was pressed {presses} times"
 
 
-async def _ended(qemu: Child) -> str:
+async def _quit(qemu: Child, monitor: Monitor) -> str:
+    await monitor.execute("quit")
+    await asyncio.wait([qemu.exited])
+    return ""
+
+
+async def _terminate(qemu: Child, monitor: Monitor) -> str:
+    qemu.terminate()
     await asyncio.wait([qemu.exited])
     return ""
 

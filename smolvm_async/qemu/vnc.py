@@ -1,4 +1,4 @@
-"""QEMU's VNC server: it listens only once it is told to."""
+"""QEMU's VNC server, which listens only between `start()` and `stop()`."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from smolvm_async.qemu.monitor import CommandQueue, Monitor
 from smolvm_async.state.names import VNC
 
 MAX_PATH = 107  # bytes; unix(7)
-PASSWORD = 8  # characters; VNC's authentication (RFC 6143) ignores what comes after
+PASSWORD = 8  # characters; VNC's authentication (RFC 6143) ignores all further ones
 
 
 class VNCServer:
-    """Turns it on and off over the monitor."""
+    """Turns the VNC server on and off over the monitor."""
 
     def __init__(self, monitor: Monitor, directory: Path) -> None:
         self._monitor = monitor
         self._directory = directory
-        self._turns = CommandQueue(monitor)
+        self._commands = CommandQueue(monitor)
         self._url: str | None = None
 
     @rpc
     async def start(self, kind: VNCKind) -> str:
-        """Listen, with a new random password; where it listened before is closed.
+        """Listen with a new random password, and no longer where it listened before.
 
         Args:
-            kind: On a socket in the VM's directory, or on a port of the loopback.
+            kind: `unix`, a socket in the VM's directory, or `loopback`, a port of 127.0.0.1.
 
         Returns:
             The URL.
 
         Raises:
-            ConfigError: If the socket's path would be too long.
-            MonitorError: If QEMU refuses it: it was built without VNC, for example.
+            ConfigError: If the path of the socket would be too long.
+            MonitorError: If QEMU refuses, for example since it was built without VNC.
             VMNotRunningError: If QEMU has ended.
         """
-        return await self._turns.take(partial(self._start, kind))
+        return await self._commands.take(partial(self._start, kind))
 
     async def _start(self, kind: VNCKind) -> str:
         alphabet = string.ascii_letters + string.digits
@@ -57,7 +57,9 @@ class VNCServer:
         await self._stop()
         await self._monitor.complete("set_password", {"protocol": "vnc", "password": password})
         if kind == "unix":
-            await self._listen({"type": "unix", "path": VNC})  # QEMU works in the directory
+            await self._listen(
+                {"type": "unix", "path": VNC}
+            )  # relative to QEMU's working directory
             self._url = f"vnc+unix://:{password}@{quote(os.fsencode(path))}"
         else:
             await self._listen({"type": "inet", "host": "127.0.0.1", "port": "0", "ipv6": False})
@@ -68,12 +70,12 @@ class VNCServer:
 
     @rpc
     async def stop(self) -> None:
-        """Close it; nothing, if it is off.
+        """Stop listening, if it listens.
 
         Raises:
             MonitorError, VMNotRunningError: See `start()`.
         """
-        await self._turns.take(self._stop)
+        await self._commands.take(self._stop)
 
     async def _stop(self) -> None:
         if self._url is not None:
@@ -85,5 +87,5 @@ class VNCServer:
 
     @rpc
     async def url(self) -> str | None:
-        """Where it listens, with the password; `None` while it is off."""
+        """Return the URL with the password; `None` while it does not listen."""
         return self._url

@@ -1,4 +1,4 @@
-"""What a run starts from, once it is there: the opened files, the filled directory, the keys."""
+"""Prepare a run: open the image, fill the VM's directory, make or load the SSH keys."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ T = TypeVar("T")
 
 
 class PreparedVM(NamedTuple):
-    """What QEMU is started with.
+    """The files and programs that a VM starts from.
 
     Attributes:
-        image: Open until QEMU has it, and so is `direct_boot`.
-        tools: The host's, with UEFI firmware if the image needs it.
-        login: `None` if nobody logs in to this guest.
+        image: The base image, open until QEMU has inherited it.
+        tools: The programs, and UEFI firmware if the image needs it.
+        direct_boot: The kernel, open likewise; `None` if the image has a boot loader.
+        login: The SSH keys; `None` if nobody logs in to this guest.
     """
 
     source: Source
@@ -46,20 +47,20 @@ class PreparedVM(NamedTuple):
 async def prepare(
     plan: Plan, state: VMDirectory, machine: Machine | None, stack: ExitStack
 ) -> PreparedVM:
-    """Find and open what the VM starts from, and fill its directory.
+    """Find and open the files that the VM starts from, and fill its directory.
 
     Args:
-        machine: That of a kept VM which has run before.
-        stack: Closes what was opened.
+        machine: The machine of a kept VM that has run before; `None` for other VMs.
+        stack: Closes the files.
 
     Raises:
-        ConfigError, HostError, CommandError: If something cannot be used, or built.
+        ConfigError, HostError, CommandError: If the image cannot be used, or built.
         OSError: If the directory cannot be filled.
     """
     source = machine.source if machine is not None else None
     source = source or await find_source(plan, stack)
     image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
-    try_lock(image.fd, shared=True)  # QEMU inherits it: while that lives, the cache keeps the file
+    try_lock(image.fd, shared=True)  # inherited by QEMU: the cache keeps the file while it runs
     direct_boot = await _open_kernel(stack, source)
     tools = plan.tools
     if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):
@@ -69,7 +70,7 @@ async def prepare(
 
 
 async def look_at_disk(plan: Plan, source: Source) -> bool | None:
-    """Whether a boot loader for a BIOS is on the disk; `None` if it does not matter.
+    """Return whether the disk has a boot loader for a BIOS; `None` if that does not matter.
 
     Raises:
         ImageError, CommandError: If the disk cannot be read.
@@ -82,7 +83,7 @@ async def look_at_disk(plan: Plan, source: Source) -> bool | None:
 
 
 def _starts_by_itself(plan: Plan, source: Source) -> bool:
-    """Whether it is the disk that decides for a BIOS or for UEFI."""
+    """Return whether the disk decides between BIOS and UEFI."""
     return plan.config.profile.firmware == "image" and source.kernel is None
 
 
@@ -99,7 +100,7 @@ async def _fill(
     image: BaseImage,
     tools: HostTools,
 ) -> Login | None:
-    """Fill the directory; that of a kept VM has everything since its first run."""
+    """Fill the directory. The directory of a kept VM is complete since its first run."""
     has_login = config.profile.login != "none"
     template = tools.firmware.vars_template if tools.firmware is not None else None
     parts = Parts(template, directories(config.profile))
@@ -142,7 +143,7 @@ async def _open(
 def _check_unchanged(image: BaseImage, machine: Machine) -> None:
     if (image.size, image.mtime_ns) != (machine.image_size, machine.image_mtime_ns):
         raise ImageError(
-            f"image {str(image.path)!r} was changed after this VM was made from it, and the VM "
-            "keeps only what differs from it: its disk would be corrupt. Put the image back as "
-            "it was, or delete() the VM."
+            f"image {str(image.path)!r} was changed after this VM was made from it. The VM stores "
+            "only the differences from the image, so its disk would be corrupt. Restore the "
+            "image, or delete() the VM."
         )

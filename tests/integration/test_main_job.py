@@ -118,7 +118,7 @@ async def test_a_guest_without_an_agent_that_ignores_the_power_button(data_dir: 
     vm = await machine("stand_in.agent=off", "stand_in.power_button=ignore", data_dir=data_dir)
     async with vm:
         ready = await vm.wait_for("ready")
-        assert "no guest agent; the disk has rested" in ready.evidence
+        assert "no guest agent; the disk was idle" in ready.evidence
         assert "STAND-IN: ready" in vm.console_log()
         report = await vm.stop(timeout=2)
     assert report.rung is Rung.QUIT

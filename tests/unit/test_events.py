@@ -194,7 +194,7 @@ async def test_a_listener_too_far_behind_loses_the_oldest_and_the_log_says_so(
         hub.publish(numbered(BACKLOG))
         hub.close()
     assert len(caplog.records) == 1, "only the stream that lost something complains"
-    assert f"{BACKLOG} behind" in caplog.text
+    assert f"{BACKLOG} events behind" in caplog.text
     assert await read(stream) == [numbered(number) for number in range(1, BACKLOG + 1)]
     assert await read(other) == [numbered(number) for number in range(1, BACKLOG + 1)]
 

@@ -1,11 +1,13 @@
-"""Sidecars: the processes that run beside QEMU, one file for each.
+"""Sidecars: the processes that run beside QEMU, a file for each.
 
-To add a sidecar, write `NAME.py` in this folder, whose `SIDECAR` is an instance of a subclass of
-`Sidecar`, and put `NAME` into `sidecars` of the profile of each guest OS that needs it. Nothing
-else has to know it: this room asks the class, and the rooms that it must import from, not be
-imported by, are told. `host` is given the programs to look for, `state` the directories to make;
-the names of a sidecar's files follow from its name (`state.names.SIDECARS`), since a VM's
-directory is also read where nothing knows which guest OS is in it.
+To add a sidecar, write `NAME.py` in this folder, with an instance of a subclass of `Sidecar` as its
+`SIDECAR`, and add `NAME` to `sidecars` in the profile of each guest OS that needs it. No other file
+changes:
+
+- This room and the rooms below it in the order of imports ask the class.
+- `host` and `state` must not import this room. `host` is passed the programs to look for, and
+  `state` the directories to make. The names of all other files follow from `NAME`, since a VM's
+  directory is also listed and pruned where its guest OS is not known.
 """
 
 from __future__ import annotations

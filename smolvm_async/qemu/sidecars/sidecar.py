@@ -1,4 +1,4 @@
-"""The base class of sidecars: everything that the other modules have to know of one."""
+"""The base class of sidecars: everything that other modules ask a sidecar for."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Sidecar(ABC):
     reach each other over inherited sockets, so neither waits for a file to appear.
 
     Attributes:
-        program: The program, and the packages that have it. Its name is the sidecar's, too: in the
-            profiles of guests, in messages, and of its log, `NAME.log` in the VM's directory.
-        directory: The directory in the VM's own in which the sidecar keeps the state of a kept VM,
-            which is removed with an unkept VM's secrets. It is `NAME`, or None if there is no such
-            state. All its other files in the VM's directory must begin with `NAME.`.
-        device: The device that it gives the guest, as a check of the doctor is named.
+        program: The program, and the packages that have it. The name of the program is also the
+            name of the sidecar: in profiles and messages, and of its log, `NAME.log`.
+        directory: The subdirectory of the VM's directory for the sidecar's state, called `NAME`. A
+            kept VM keeps it; otherwise it is removed when the VM stops. `None` if there is no
+            state. All other files of the sidecar must begin with `NAME.`.
+        device: The device that the sidecar provides; also the name of a check of the doctor.
     """
 
     program: ClassVar[Program]
@@ -58,10 +58,9 @@ class Sidecar(ABC):
 
     @contextmanager
     def open(self, program: Path, config: VMConfig) -> Iterator[Attachment]:
-        """Connect for the time of the block, in which QEMU and the sidecar are spawned.
+        """Connect, and close all sockets at the end of the block, in which both are spawned.
 
-        All sockets are closed at its end: QEMU does not see the end of a sidecar, nor a sidecar
-        that of QEMU, while this process has a copy of the other's socket.
+        While this process has a copy of one's socket, the other does not see that it has ended.
         """
         attachment = self.connect(program, config)
         try:
@@ -72,7 +71,7 @@ class Sidecar(ABC):
 
     @abstractmethod
     async def try_out(self, program: Path, directory: Path) -> str:
-        """Run the program without QEMU and return a few words on what it did, for the doctor.
+        """Run the program without QEMU, and return a few words on the result, for the doctor.
 
         Args:
             program: The program.

@@ -14,7 +14,6 @@ from smolvm_async.host.distribution import Program
 from smolvm_async.qemu.sidecars.sidecar import Attachment, Sidecar
 from smolvm_async.state.names import TPM, log_name
 
-# `--terminate`: it ends when QEMU closes its end.
 SOCKET = ("socket", "--tpm2", "--tpmstate", f"dir={TPM},mode=0600")
 
 ANSWER = 10.0  # seconds until the doctor's question has to be answered
@@ -33,7 +32,7 @@ class Swtpm(Sidecar):
     device = "tpm"
 
     def connect(self, program: Path, config: VMConfig) -> Attachment:
-        """Make the socketpair for swtpm's control channel, which carries its data channel, too."""
+        """Make the socketpair for the control channel; QEMU sends the data channel through it."""
         ours, qemus = socketpair()
         return Attachment(
             command=[
@@ -59,14 +58,8 @@ class Swtpm(Sidecar):
         with ours, theirs:
             ours.setblocking(False)
             fd = theirs.fileno()
-            argv = [
-                str(program),
-                *SOCKET,
-                "--fd",
-                str(fd),
-                "--flags",
-                "not-need-init,startup-clear",
-            ]
+            channel = ("--fd", str(fd), "--flags", "not-need-init,startup-clear")
+            argv = [str(program), *SOCKET, *channel]
             log = directory / log_name(name)
             child = await spawn(name, argv, cwd=directory, log=log, fds=[fd])
             try:
