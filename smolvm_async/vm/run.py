@@ -1,20 +1,20 @@
 """One run of a VM, from its launch until all its processes are reaped.
 
-One task, the owner's, executes `VMRun.run()`, and every process and every background task of the
-run lives inside of that call: when it returns or raises, nothing of the run is left. No other task
-touches the processes. It can only ask: `stop()` for the shutdown ladder, `abort()` for an end at
-once; both return immediately, and the caller waits for the task of `run()`.
+One task executes `VMRun.run()`, and owns every process and every background task of the run: when
+the call returns or raises, none of them is left. Other tasks never end a process themselves. They
+ask: `stop()` asks for the shutdown ladder, `abort()` for an immediate end. Both return at once, and
+the caller then waits for the task of `run()`.
 
-The task sleeps until something happens that may be the end (`_until_end`): a process has ended,
-QEMU has reported a panic or a pause, or `stop()` was called. When one process has ended, all have
-to end. `_judge` then decides whether this was a crash, since no single sign tells. It is one if
+That task sleeps until something happens that may be the end (`_until_end`): a process has ended,
+QEMU has reported a panic or a pause, or `stop()` was called. If one process has ended, the run is
+over for all. `_judge` then decides whether it was a crash. No single sign is enough for this
+decision. It is a crash if
 
-- the guest panicked, or the accelerator gave up on it;
-- a sidecar failed, or ended while QEMU still ran;
-- QEMU ended without announcing it (an event SHUTDOWN and exit status 0), or announced that neither
-  the guest nor this library was the cause (a signal from outside).
+- the guest panicked, or the accelerator gave up on the guest;
+- a sidecar failed, or ended before QEMU;
+- QEMU ended with an error, or without the event SHUTDOWN, or because of a signal from outside.
 
-It is not a crash if the guest shut itself down, or if a rung of the ladder did its work.
+It is not a crash if the guest powered itself down, or if a rung of the ladder ended QEMU.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class VMRun:
 
     Attributes:
         started: Done when the guest's processors run.
+        processes: QEMU and its sidecars.
         boot: The boot states.
         console: The serial console.
         peripherals: Screen, input devices, VNC server and ports.
@@ -91,7 +92,7 @@ class VMRun:
         self._commands = CommandQueue(self._monitor)
         self._scope = anyio.CancelScope()
         self._news = asyncio.Event()  # something happened that may be the end
-        self._processes = Processes(self._news.set)
+        self.processes = Processes(self._news.set)
         self._shutdown: Shutdown | None = None
         self._powerdown_timeout: float | None = None
         self._stop = asyncio.Event()
@@ -109,7 +110,7 @@ class VMRun:
     def abort(self) -> None:
         """Kill every process now; `run()` returns when they are reaped."""
         self.report = ShutdownReport(Rung.SIGKILL)
-        self._processes.kill()
+        self.processes.kill()
         self._scope.cancel()
 
     async def run(self, state: VMDirectory) -> None:
@@ -122,7 +123,7 @@ class VMRun:
         self._machine = state.record.machine
         try:
             with self._scope:
-                async with anyio.create_task_group() as group, self._processes:
+                async with anyio.create_task_group() as group, self.processes:
                     await self._run(group)
                     group.cancel_scope.cancel()
         except* Exception as errors:
@@ -139,7 +140,7 @@ class VMRun:
 
     def resident(self) -> int:
         """Return how much of the processes is in memory, in MiB."""
-        return sum(resident(child.identity.pid) for child in self._processes.children)
+        return sum(resident(child.identity.pid) for child in self.processes.children)
 
     async def guest_status(self) -> str:
         """Return QEMU's run state of the guest; empty if QEMU has ended."""
@@ -168,13 +169,13 @@ class VMRun:
             return
         except SmolVMError as error:
             image = self._source.image if self._source else None
-            self.failure = await self._processes.explain(error, config.vm_id, image)
+            self.failure = await self.processes.explain(error, config.vm_id, image)
             return
         probe = self._probe if self._login is not None else None
         group.start_soon(self.boot.watch, self._monitor, probe)
         self.started.set_result(None)
         await self._until_end()
-        if self._processes.qemu.returncode is not None:
+        if self.processes.qemu.returncode is not None:
             await self._monitor.last_words()
         if not self._scope.cancel_called:  # the signals of abort() would look like a crash
             self.failure = self._judge()
@@ -197,7 +198,7 @@ class VMRun:
                 direct_boot=prepared.direct_boot,
             )
             await launch(
-                self._processes,
+                self.processes,
                 spec,
                 self._state.path,
                 self._monitor,
@@ -255,7 +256,7 @@ class VMRun:
         return Machine(name, image.size, image.mtime_ns, self._source)
 
     async def _record_running(self, machine: Machine | None) -> None:
-        processes = {child.name: child.identity for child in self._processes.children}
+        processes = {child.name: child.identity for child in self.processes.children}
         await self._record(status=Status.RUNNING, processes=processes, machine=machine)
 
     async def _record(self, **update: object) -> None:
@@ -271,7 +272,7 @@ class VMRun:
 
     async def _until_end(self) -> None:
         """Wait until a process has ended, the guest has crashed, or the ladder has ended QEMU."""
-        qemu, ended = self._processes.qemu, self._processes.ended
+        qemu, ended = self.processes.qemu, self.processes.ended
         while not (ended or self._crash or self._stop.is_set()):
             self._news.clear()
             await self._news.wait()
@@ -320,12 +321,12 @@ class VMRun:
     def _judge(self) -> VMCrashedError | None:
         """Return the error if the end of the run was a crash. The module's docstring has the rules.
 
-        It is called before this side kills anything, so every exit status is of the others' making.
+        Call it before this library kills any process: an exit status then shows another cause.
         """
-        qemu = self._processes.qemu
+        qemu = self.processes.qemu
         if self._crash:
             return self._crashed(self._crash, qemu, process="guest")
-        for sidecar in self._processes.sidecars:
+        for sidecar in self.processes.sidecars:
             if sidecar.returncode or (sidecar.returncode == 0 and qemu.returncode is None):
                 return self._crashed(sidecar.report(), sidecar)
         if self.report.rung not in (Rung.GUEST, Rung.POWERDOWN):

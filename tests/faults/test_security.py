@@ -319,7 +319,7 @@ async def test_a_flood_of_the_log_is_bounded_on_disk_and_in_memory(
     fake("qemu-system-x86_64", f'{flood} exec $REAL "$@"')
     async with vm_in(data_dir, blank_image) as vm:
         log = data_dir / vm.vm_id / "qemu.log"
-        qemu_child = run_of(vm)._processes.qemu
+        qemu_child = run_of(vm).processes.qemu
         async with asyncio.timeout(60):
             while not qemu_child.log.text().endswith("done\n"):
                 assert log.stat().st_size <= 2 * 256 * 1024
