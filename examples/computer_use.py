@@ -122,9 +122,8 @@ class Computer:
             raise ValueError(
                 f"scroll_direction={direction!r} is wrong: use up, down, left or right."
             )
-        sideways = (
-            "shift" if direction in ("left", "right") else None
-        )  # most programs scroll sideways with Shift
+        # Most programs scroll sideways with Shift.
+        sideways = "shift" if direction in ("left", "right") else None
         if "coordinate" in action:
             await self.vm.mouse.move(*action["coordinate"])
         async with self._held(action.get("text")), self._held(sideways):

@@ -154,9 +154,7 @@ class _Decompression:
                 f"{self._uri} holds {self._written} bytes, but its manifest says {self._size}: "
                 "publish it again."
             )
-        os.ftruncate(
-            self._fd, self._size
-        )  # creates a hole at the end, if the content ends in zeros
+        os.ftruncate(self._fd, self._size)  # the content may end in zeros, which were not written
 
     def close(self) -> None:
         os.close(self._fd)
