@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def complete_vm_id(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """Return the ids of the VMs in the data directory that begin so, each with its status."""
+    """Return the ids in the data directory that begin with `incomplete`, each with its status."""
     try:
         infos = asyncio.run(AsyncSmolVM.list(data_dir=context.params.get("data_dir")))
     except (SmolVMError, OSError):
