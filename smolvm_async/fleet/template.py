@@ -16,7 +16,7 @@ from smolvm_async.vm.prepare import look_at_disk
 from smolvm_async.vm.vm import AsyncSmolVM
 
 OWN = {  # arguments that two VMs cannot share, and the alternative
-    "vm_id": "each VM gets its own id, and fleet.status() shows the ids",
+    "vm_id": "each VM gets an id of its own, and fleet.status() shows it",
     "keep": "a fleet deletes its VMs; to keep a VM, use AsyncSmolVM(keep=True)",
 }
 
