@@ -27,41 +27,41 @@ FEATURES: dict[FeatureName, Feature] = {
     "commands": Feature(
         ("run", "run_stream", "ssh_access"),
         (),
-        "install the program as a service or a scheduled task in the image.",
+        "Install the program as a service or a scheduled task in the image.",
     ),
     "files": Feature(
         ("upload_file", "download_file"),
         (),
-        "put the files into the image, or let the guest fetch and send them over its network "
+        "Put the files into the image, or let the guest fetch and send them over its network "
         "(the host is 10.0.2.2 there).",
     ),
     "variables": Feature(
         ("set_env_vars", "unset_env_vars", "list_env_vars"),
         ("env",),
-        "set the variables inside the image.",
+        "Set the variables inside the image.",
     ),
-    "user": Feature((), ("user",), "the image has users of its own; leave user= out."),
+    "user": Feature((), ("user",), "Leave user= out: the image has users of its own."),
     "kernel": Feature(
         (),
         ("kernel", "initrd", "boot_args"),
-        "the image's own boot loader starts the guest; pass image= alone.",
+        "Pass image= alone: the image's own boot loader starts the guest.",
     ),
     "mounts": Feature(
         (),
         ("mounts", "writable_mounts"),
-        "put the files into the image, or let the guest fetch them over its network "
+        "Put the files into the image, or let the guest fetch them over its network "
         "(the host is 10.0.2.2 there).",
     ),
     "internet_settings": Feature(
         (),
         ("internet_settings",),
-        "use the firewall or proxy settings of the guest OS inside the image, or filter on the "
+        "Use the firewall or proxy settings of the guest OS inside the image, or filter on the "
         "host.",
     ),
     "snapshots": Feature(
         ("snapshot", "from_snapshot"),
         (),
-        "shut the guest down and keep a copy of its qcow2; image= never writes to a qcow2, so any "
+        "Shut the guest down and keep a copy of its qcow2; image= never writes to a qcow2, so any "
         "number of VMs can start from the copy.",
     ),
 }

@@ -28,10 +28,10 @@ LINUX = GuestProfile(
     features=frozenset({"commands", "files", "variables", "user", "kernel"}),
     planned=frozenset({"mounts", "internet_settings", "snapshots"}),
     instead={
-        "mounts": "use upload_file() instead.",
-        "internet_settings": "use the guest's own firewall (nftables), or filter on the host.",
+        "mounts": "Use upload_file() instead.",
+        "internet_settings": "Use the guest's own firewall (nftables), or filter on the host.",
         "snapshots": (
-            "pass keep=True, and the VM keeps its disk when it stops (from_id() finds the VM "
+            "Pass keep=True, and the VM keeps its disk when it stops (from_id() finds the VM "
             "again); or start a new VM with image= from a qcow2 in the state you want."
         ),
     },

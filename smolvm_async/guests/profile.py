@@ -78,4 +78,4 @@ class GuestProfile(NamedTuple):
         spelled = f"{name}=" if name in FEATURES[feature].arguments else f"{name}()"
         how = "in this version yet" if feature in self.planned else "available"
         instead = self.instead.get(feature, FEATURES[feature].instead)
-        return UnsupportedError(f"{spelled} is not {how} for {self.title} guests: {instead}")
+        return UnsupportedError(f"{spelled} is not {how} for {self.title} guests.", hint=instead)

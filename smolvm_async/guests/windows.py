@@ -45,14 +45,5 @@ WINDOWS = GuestProfile(
     accelerator_globals={"kvm": ("kvm-pit.lost_tick_policy=discard",)},
     rtc="base=localtime,driftfix=slew",  # Windows keeps local time in the clock
     sidecars=("swtpm",),
-    instead={
-        "variables": "set the variables inside the image (setx NAME VALUE).",
-        "internet_settings": (
-            "use Windows' own firewall or proxy settings inside the image, or filter on the host."
-        ),
-        "snapshots": (
-            "shut Windows down and keep a copy of its qcow2; image= never writes to a qcow2, so "
-            "any number of VMs can start from the copy."
-        ),
-    },
+    instead={"variables": "Set the variables inside the image (setx NAME VALUE)."},
 )
