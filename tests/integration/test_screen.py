@@ -271,7 +271,7 @@ async def test_vnc_takes_its_password_and_listens_nowhere_else(
     blank_image: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     async with vm_in(data_dir, blank_image, vnc="loopback") as vm:
-        qemu = child_named("qemu")
+        qemu = child_named("qemu", vm.vm_id)
         url = urlsplit(await vm.vnc.url())
         assert (url.scheme, url.hostname) == ("vnc", "127.0.0.1")
         assert url.port
@@ -317,7 +317,7 @@ async def test_vnc_is_off_unless_asked_for(blank_image: Path, data_dir: Path) ->
     async with vm_in(data_dir, blank_image) as vm:
         with pytest.raises(ConfigError, match="is off"):
             await vm.vnc.url()
-        assert not listening(child_named("qemu"))
+        assert not listening(child_named("qemu", vm.vm_id))
         with pytest.raises(ConfigError, match="kind='tcp' is wrong"):
             await vm.vnc.start("tcp")  # type: ignore[arg-type]
         await vm.stop(timeout=0)
