@@ -52,21 +52,21 @@ def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Comma
     Raises:
         OSError: No descriptors are left.
     """
+    boot = spec.direct_boot.descriptors if spec.direct_boot is not None else []
+    fds = [*descriptors, spec.base_image, *boot]
+    options: list[str] = []
+    sidecars: list[Command] = []
     with ExitStack() as ends:
-        attachments = {
-            name: ends.enter_context(SIDECARS[name].open(spec.tools.sidecars[name], spec.config))
-            for name in spec.sidecars
-        }
-        options = [word for attached in attachments.values() for word in attached.options]
-        sockets = [sock.fileno() for attached in attachments.values() for sock in attached.sockets]
-        boot = spec.direct_boot.descriptors if spec.direct_boot is not None else []
+        for name in spec.sidecars:
+            attached = SIDECARS[name].connect(spec.tools.sidecars[name], spec.config)
+            for end in (*attached.own_sockets, *attached.sockets):
+                ends.enter_context(end)
+            options += attached.options
+            fds += [end.fileno() for end in attached.sockets]
+            inherited = [end.fileno() for end in attached.own_sockets]
+            sidecars.append(Command(name, attached.command, log_name(name), inherited))
         argv = qemu_arguments(spec, descriptors, options)
-        fds = [*descriptors, spec.base_image, *boot, *sockets]
-        made = [Command("QEMU", argv, log_name("qemu"), fds)]
-        for name, attached in attachments.items():
-            fds = [sock.fileno() for sock in attached.own_sockets]
-            made.append(Command(name, attached.command, log_name(name), fds))
-        yield made
+        yield [Command("QEMU", argv, log_name("qemu"), fds), *sidecars]
 
 
 class Processes:

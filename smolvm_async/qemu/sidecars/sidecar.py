@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
 from typing import ClassVar, NamedTuple
@@ -50,24 +48,11 @@ class Sidecar(ABC):
 
     @abstractmethod
     def connect(self, program: Path, config: VMConfig) -> Attachment:
-        """Make the sockets and the command lines for one run of a VM.
+        """Make the sockets and the command lines for one run. The caller closes the sockets.
 
         Raises:
             OSError: There are no descriptors left.
         """
-
-    @contextmanager
-    def open(self, program: Path, config: VMConfig) -> Iterator[Attachment]:
-        """Connect, and close all sockets at the end of the block, in which both are spawned.
-
-        While this process has a copy of one's socket, the other does not see that it has ended.
-        """
-        attachment = self.connect(program, config)
-        try:
-            yield attachment
-        finally:
-            for end in (*attachment.own_sockets, *attachment.sockets):
-                end.close()
 
     @abstractmethod
     async def try_out(self, program: Path, directory: Path) -> str:
