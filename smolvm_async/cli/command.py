@@ -65,11 +65,7 @@ Timeout = Annotated[
 async def find_vm(
     vm_id: str, data_dir: str | None, on_progress: ProgressCallback | None = None
 ) -> AsyncSmolVM:
-    """Return `AsyncSmolVM.from_id()`, with an error that names a command to try.
-
-    Raises:
-        VMNotFoundError: No VM has this id.
-    """
+    """Return `AsyncSmolVM.from_id()`, with an error that names a command to try."""
     try:
         return await AsyncSmolVM.from_id(vm_id, data_dir=data_dir, on_progress=on_progress)
     except VMNotFoundError:
@@ -78,12 +74,7 @@ async def find_vm(
 
 @asynccontextmanager
 async def running_vm(vm_id: str, data_dir: str | None) -> AsyncIterator[AsyncSmolVM]:
-    """Attach to a running VM for the length of a block.
-
-    Raises:
-        VMNotFoundError: No VM has this id.
-        VMNotRunningError: The VM does not run.
-    """
+    """Attach to a running VM for the length of a block."""
     vm = await find_vm(vm_id, data_dir)
     if vm.status not in ACTIVE:
         raise VMNotRunningError(f"{vm_id} does not run, it is {vm.status}: start it first.")
@@ -155,15 +146,7 @@ def execute(
 def fail(
     kind: str, message: str, code: int, *, json: bool, data: Mapping[str, object] | None = None
 ) -> NoReturn:
-    """Write an error, and exit.
-
-    Args:
-        kind: The class of the error.
-        message: The whole text, with the hint.
-        code: The exit code.
-        json: Whether to write JSON.
-        data: The fields of the error, for the JSON.
-    """
+    """Write an error, with the fields `data` as JSON, and exit; `message` contains the hint."""
     if json:
         write_json({"error": {**(data or {}), "type": kind, "message": message}})
     else:

@@ -1,4 +1,7 @@
-"""Checks of single arguments. Each error names the argument, the problem and the solution."""
+"""Checks of single arguments.
+
+Each raises a `ConfigError` that names the argument, the problem and the solution.
+"""
 
 from __future__ import annotations
 
@@ -67,14 +70,11 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def check_integer(argument: str, value: object, least: int, most: int | None, advice: str) -> int:
-    """Check an argument that is a whole number.
+    """Check an argument that is a whole number from `least` to `most`.
 
     Args:
         most: `None` is no upper bound.
         advice: The end of the message, after "pass": the values that are allowed.
-
-    Raises:
-        ConfigError: If the value is not a whole number from `least` to `most`.
     """
     if is_integer(value) and least <= value and (most is None or value <= most):
         return value
@@ -82,32 +82,20 @@ def check_integer(argument: str, value: object, least: int, most: int | None, ad
 
 
 def check_boolean(argument: str, value: object) -> bool:
-    """Check an argument that is `True` or `False`.
-
-    Raises:
-        ConfigError: If the value is something else.
-    """
+    """Check an argument that is `True` or `False`."""
     if isinstance(value, bool):
         return value
     raise ConfigError(f"{argument}={shown(value)} is wrong: pass True or False.")
 
 
 def check_timeout(timeout: object) -> None:
-    """Check the `timeout=` of a method; `None` is the method's default.
-
-    Raises:
-        ConfigError: If the value is not a number of seconds, 0 or more.
-    """
+    """Check the `timeout=` of a method; `None` is the method's default."""
     if timeout is not None:
         check_seconds("timeout", timeout)
 
 
 def check_seconds(argument: str, seconds: object) -> None:
-    """Check an argument that is a duration in seconds.
-
-    Raises:
-        ConfigError: If the value is not a number of seconds, 0 or more.
-    """
+    """Check an argument that is a duration in seconds, 0 or more."""
     if (
         not isinstance(seconds, int | float)
         or isinstance(seconds, bool)
@@ -117,11 +105,7 @@ def check_seconds(argument: str, seconds: object) -> None:
 
 
 def check_vm_id(vm_id: object) -> str:
-    """Check the id of a VM.
-
-    Raises:
-        ConfigError: If the id does not match `VM_ID`.
-    """
+    """Check the id of a VM against `VM_ID`."""
     if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
         raise ConfigError(
             f"vm_id={vm_id!r} is wrong: pass 1 to 63 lower-case letters, digits and hyphens, "
@@ -135,9 +119,6 @@ def check_path(path: object, argument: str, kind: str) -> Path:
 
     Args:
         kind: The kind of file at the path, for the message: "a directory".
-
-    Raises:
-        ConfigError: If the value cannot be a path.
     """
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
@@ -151,11 +132,7 @@ def check_path(path: object, argument: str, kind: str) -> Path:
 
 
 def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
-    """Check where the VNC server listens: a unix socket, a loopback port, or nowhere (`None`).
-
-    Raises:
-        ConfigError: If the value is something else.
-    """
+    """Check where the VNC server listens: a unix socket, a loopback port, or nowhere (`None`)."""
     if kind is None or kind is False:
         return None
     if kind is True or kind == "loopback":
@@ -169,11 +146,7 @@ def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
 
 
 def check_display(display: object, head: object) -> None:
-    """Check the id of a display adapter and the number of one of its outputs.
-
-    Raises:
-        ConfigError: If an adapter cannot have this id, or this output.
-    """
+    """Check the id of a display adapter and the number of one of its outputs."""
     if display is not None and not (
         isinstance(display, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,127}", display)
     ):
@@ -185,21 +158,13 @@ def check_display(display: object, head: object) -> None:
 
 
 def check_cpus(cpus: object) -> int:
-    """Check the number of cores.
-
-    Raises:
-        ConfigError: If it is wrong.
-    """
+    """Check the number of cores."""
     advice = f"a whole number of cores from 1 to {MAX_CPUS}"
     return check_integer("cpus", cpus, 1, MAX_CPUS, advice)
 
 
 def check_accel(accel: object) -> AccelName:
-    """Check the name of an accelerator; `auto` is allowed.
-
-    Raises:
-        ConfigError: If it is wrong.
-    """
+    """Check the name of an accelerator; `auto` is allowed."""
     names: tuple[AccelName, ...] = ("auto", "kvm", "tcg")
     for name in names:
         if accel == name:
@@ -208,11 +173,7 @@ def check_accel(accel: object) -> AccelName:
 
 
 def check_resolution(resolution: object) -> tuple[int, int]:
-    """Return the screen's width and height in pixels; `None` is 1280x800, which suits agents.
-
-    Raises:
-        ConfigError: If it is wrong.
-    """
+    """Return the screen's width and height in pixels; `None` is 1280x800, which suits agents."""
     if resolution is None:
         return (1280, 800)
     parts = resolution
@@ -235,11 +196,7 @@ def check_resolution(resolution: object) -> tuple[int, int]:
 
 
 def check_env(env: object, argument: str = "env") -> dict[str, str]:
-    """Return environment variables by name.
-
-    Raises:
-        ConfigError: If `env` is not a mapping, or if a name or a value is not allowed.
-    """
+    """Return environment variables by name."""
     if env is None:
         return {}
     if not isinstance(env, Mapping):
@@ -270,20 +227,12 @@ def encoded(text: str) -> bytes | None:
 
 
 def check_port(argument: str, port: object) -> int:
-    """Check a TCP port.
-
-    Raises:
-        ConfigError: If the value is not a TCP port.
-    """
+    """Check a TCP port."""
     return check_integer(argument, port, 1, 65535, "a TCP port from 1 to 65535")
 
 
 def check_port_forwards(forwards: object) -> tuple[PortForward, ...]:
-    """Return the ports to forward from the start.
-
-    Raises:
-        ConfigError: If a port is wrong, or if a port of the host is used twice.
-    """
+    """Return the ports to forward from the start; no port of the host may be used twice."""
     if isinstance(forwards, Mapping):
         forwards = list(forwards.items())
     if isinstance(forwards, str | bytes) or not isinstance(forwards, Iterable):

@@ -104,12 +104,7 @@ def with_signature(init: F) -> F:
 
 
 def make_config(**options: Unpack[VMOptions]) -> VMConfig:
-    """Check the arguments of `AsyncSmolVM`, and return them as a configuration.
-
-    Raises:
-        ConfigError: An argument is wrong; the message says how to correct it.
-        TypeError: An argument is unknown.
-    """
+    """Check the arguments of `AsyncSmolVM`, and return them as a configuration."""
     for name in options:
         if name not in VMOptions.__annotations__:
             raise TypeError(f"AsyncSmolVM.__init__() got an unexpected keyword argument {name!r}")
@@ -155,9 +150,6 @@ def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) ->
         os: The guest OS that the manifest names.
         memory: MiB that the manifest recommends, for users who chose no memory.
         cpus: Cores, likewise.
-
-    Raises:
-        ConfigError: If an argument does not suit this guest OS.
     """
     profile = find_profile(os, config.origin)
     for name, given in (("env", config.env), ("user", config.user != "root")):
@@ -183,22 +175,14 @@ def default_data_dir() -> Path:
 
 
 def make_data_dir(data_dir: object) -> Path:
-    """Return the data directory as an absolute path; by default `default_data_dir()`.
-
-    Raises:
-        ConfigError: If `data_dir` is not the path of a directory.
-    """
+    """Return the data directory as an absolute path; by default `default_data_dir()`."""
     if data_dir is None:
         return default_data_dir()
     return check_path(data_dir, "data_dir", "a directory")
 
 
 def check_progress(on_progress: object) -> None:
-    """Check a callback for progress; `None` is no callback.
-
-    Raises:
-        ConfigError: If it cannot be called.
-    """
+    """Check a callback for progress; `None` is no callback."""
     if on_progress is not None and not callable(on_progress):
         raise ConfigError(f"on_progress={shown(on_progress)} is wrong: pass a function.")
 

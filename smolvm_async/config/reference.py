@@ -18,10 +18,6 @@ def local_path(image: str) -> Path:
     """Return the absolute path that `image` names.
 
     `image` is an absolute path, a relative path, one that begins with `~`, or a `file://` URI.
-
-    Raises:
-        ImageError: If `image` is another kind of URI or a malformed one, or cannot be a file's
-            path.
     """
     match = re.match(SCHEME, image, re.IGNORECASE)
     if match is not None and (match[1] or match[2]).lower() != "file":

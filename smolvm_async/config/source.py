@@ -16,30 +16,19 @@ class BuiltInImage:
 
 @dataclass(frozen=True)
 class LocalDisk:
-    """A qcow2 of the user's, and the kernel if QEMU is to load one; all paths are absolute.
-
-    Attributes:
-        path: The qcow2.
-        kernel: A Linux kernel, instead of the image's boot loader.
-        initrd: The kernel's initramfs.
-        boot_args: The kernel's command line; `None` is the default of this library.
-    """
+    """A qcow2 of the user's, and the kernel if QEMU is to load one; all paths are absolute."""
 
     path: Path
-    kernel: Path | None = None
+    kernel: Path | None = None  # instead of the image's boot loader
     initrd: Path | None = None
-    boot_args: str | None = None
+    boot_args: str | None = None  # the kernel's command line; `None` is this library's default
 
 
 @dataclass(frozen=True)
 class PublishedImage:
-    """An image in S3. Its manifest, which is read at the start, tells the guest OS.
+    """An image in S3. Its manifest, which is read at the start, tells the guest OS."""
 
-    Attributes:
-        uri: The URI of the manifest.
-    """
-
-    uri: str
+    uri: str  # of the manifest
 
 
 Origin = BuiltInImage | LocalDisk | PublishedImage
@@ -48,12 +37,10 @@ Origin = BuiltInImage | LocalDisk | PublishedImage
 def make_origin(
     image: str, kernel: str = "", initrd: str = "", boot_args: str | None = None
 ) -> Origin:
-    """Return the origin that a VM's record describes.
+    """Return the origin that a VM's record describes; absent values are empty.
 
     Args:
         image: Empty, an absolute path, or the URI of a manifest.
-        kernel: An absolute path, or empty.
-        initrd: Likewise.
     """
     if not image:
         return BuiltInImage()
@@ -68,18 +55,15 @@ def make_origin(
 
 
 class Source(NamedTuple):
-    """The files that a guest starts from, as absolute paths. They exist.
+    """The files that a guest starts from, as absolute paths. They exist."""
 
-    Attributes:
-        image: The disk.
-        kernel: The kernel that QEMU loads; `None` if the image has a boot loader.
-        initrd: The kernel's initramfs, or `None`.
-        boot_args: The kernel's command line.
-        format: The disk's format: `qcow2`, or `raw` if the manifest of a published image says so.
-    """
-
-    image: Path
-    kernel: Path | None = None
+    image: Path  # the disk
+    kernel: Path | None = None  # for QEMU to load; `None` if the image has a boot loader
     initrd: Path | None = None
-    boot_args: str = ""
-    format: str = "qcow2"
+    boot_args: str = ""  # the kernel's command line
+    format: str = "qcow2"  # of the disk; `raw` if the manifest of a published image says so
+
+    @property
+    def paths(self) -> list[Path]:
+        """Return the paths of all files."""
+        return [path for path in (self.image, self.kernel, self.initrd) if path is not None]

@@ -19,15 +19,10 @@ def is_published(image: str) -> bool:
 
 
 class Location(NamedTuple):
-    """The place of a published image.
-
-    Attributes:
-        bucket: The bucket.
-        key: The key of the manifest.
-    """
+    """The place of a published image."""
 
     bucket: str
-    key: str
+    key: str  # of the manifest
 
     @property
     def uri(self) -> str:
@@ -40,11 +35,7 @@ class Location(NamedTuple):
 
 
 def parse_uri(uri: object, argument: str = "image") -> Location:
-    """Parse an `s3://` URI: a prefix with a manifest under it, or the manifest itself.
-
-    Raises:
-        ImageError: If the URI is malformed.
-    """
+    """Parse an `s3://` URI: a prefix with a manifest under it, or the manifest itself."""
     expected = f"pass s3://BUCKET/PREFIX/, which contains a {MANIFEST}, or s3://BUCKET/NAME.json"
     if not isinstance(uri, str) or not is_published(uri):
         raise ImageError(f"{argument}={shown(uri)} is not an s3:// URI: {expected}.")

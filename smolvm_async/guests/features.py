@@ -10,17 +10,11 @@ FeatureName = Literal[
 
 
 class Feature(NamedTuple):
-    """One feature.
-
-    Attributes:
-        methods: The methods of a VM that need it, by name.
-        arguments: The arguments of `AsyncSmolVM` that need it, by name.
-        instead: Advice for users of a guest OS without the feature.
-    """
+    """The methods of a VM and the arguments of `AsyncSmolVM` that need the feature, by name."""
 
     methods: tuple[str, ...]
     arguments: tuple[str, ...]
-    instead: str
+    instead: str  # advice for users of a guest OS without the feature
 
 
 FEATURES: dict[FeatureName, Feature] = {

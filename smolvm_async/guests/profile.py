@@ -11,64 +11,39 @@ from smolvm_async.guests.features import FEATURES, NEEDED, FeatureName
 
 
 class GuestProfile(NamedTuple):
-    """One guest OS. A new one is a file in this folder and its name in `GUESTS`.
+    """One guest OS. A new one is a file in this folder and its name in `GUESTS`."""
 
-    Attributes:
-        name: The value of `os=`.
-        title: The name in messages, as in "Windows guests".
-        default_memory: MiB.
-        minimum_memory: MiB; the OS does not run with less.
-        default_cpus: Cores of the one socket.
-        hosts: Values of `sys.platform` under which the guest runs.
-        firmware: Whether UEFI starts the guest: `always`, `never` (SeaBIOS, or a kernel that QEMU
-            itself loads), or `image` if that depends on the image.
-        firmware_features: Features that QEMU's firmware descriptor must list (firmware.json).
-        machine_type: QEMU's machine type; a kept VM stays with the version it was made with.
-        machine_options: Options of `-machine`.
-        cpu: Value of `-cpu`, by accelerator.
-        globals: Values of `-global`, for every accelerator.
-        accelerator_globals: Further values of `-global`, by accelerator.
-        rtc: Value of `-rtc`.
-        sidecars: Names in `smolvm_async.qemu.sidecars.SIDECARS`.
-        devices: Values of further `-device` options.
-        disk_bus: The bus of the disk: `scsi` (virtio-scsi) or `virtio` (virtio-blk, `/dev/vda`).
-        login: The way the guest gets its SSH keys: from a `nocloud` seed for cloud-init,
-            from `fw_cfg` (the image that this library builds), or `none`: nobody logs in.
-        usb: Whether there is a USB controller, with the tablet that serves as the mouse.
-        features: The features that this guest OS has. All others are refused.
-        planned: Features that the guest lacks in this version alone; their refusal says so.
-        instead: Advice for features that the guest lacks, where `FEATURES` does not fit.
-    """
-
-    name: str
-    title: str
-    default_memory: int
-    minimum_memory: int
-    default_cpus: int
-    hosts: tuple[str, ...]
+    name: str  # the value of `os=`
+    title: str  # the name in messages, as in "Windows guests"
+    default_memory: int  # MiB
+    minimum_memory: int  # MiB; the OS does not run with less
+    default_cpus: int  # cores of the one socket
+    hosts: tuple[str, ...]  # values of `sys.platform` under which the guest runs
+    # UEFI starts the guest `always`, `never` (SeaBIOS does, or QEMU itself loads a kernel), or if
+    # the `image` needs it.
     firmware: Literal["always", "image", "never"]
-    firmware_features: frozenset[str]
-    machine_type: str
-    machine_options: str
-    cpu: Mapping[str, str]
-    globals: tuple[str, ...]
-    rtc: str
+    firmware_features: frozenset[str]  # that QEMU's firmware descriptor must list (firmware.json)
+    machine_type: str  # QEMU's; a kept VM stays with the version it was made with
+    machine_options: str  # of `-machine`
+    cpu: Mapping[str, str]  # the value of `-cpu`, by accelerator
+    globals: tuple[str, ...]  # values of `-global`, for every accelerator
+    rtc: str  # the value of `-rtc`
+    # Further values of `-global`, by accelerator.
     accelerator_globals: Mapping[str, tuple[str, ...]] = MappingProxyType({})
-    sidecars: tuple[str, ...] = ()
-    devices: tuple[str, ...] = ()
-    disk_bus: Literal["scsi", "virtio"] = "scsi"
+    sidecars: tuple[str, ...] = ()  # names in `smolvm_async.qemu.sidecars.SIDECARS`
+    devices: tuple[str, ...] = ()  # values of further `-device` options
+    disk_bus: Literal["scsi", "virtio"] = "scsi"  # virtio-scsi, or virtio-blk (`/dev/vda`)
+    # The guest gets its SSH keys from a `nocloud` seed for cloud-init, or from `fw_cfg` (the image
+    # that this library builds); `none`: nobody logs in.
     login: Literal["none", "nocloud", "fw_cfg"] = "none"
-    usb: bool = True
-    features: frozenset[FeatureName] = frozenset()
-    planned: frozenset[FeatureName] = frozenset()
+    usb: bool = True  # a USB controller, with the tablet that serves as the mouse
+    features: frozenset[FeatureName] = frozenset()  # all others are refused
+    planned: frozenset[FeatureName] = frozenset()  # lacking in this version alone, as errors say
+    # Advice for features that the guest lacks, where that of `FEATURES` does not fit.
     instead: Mapping[FeatureName, str] = MappingProxyType({})
 
     def require(self, name: str) -> None:
-        """Check that the guest OS has the feature behind a method or an argument.
-
-        Raises:
-            UnsupportedError: It names the method or the argument and the workaround.
-        """
+        """Raise an `UnsupportedError` if the guest OS lacks what a method or an argument needs."""
         if NEEDED[name] not in self.features:
             raise self.refusal(name)
 

@@ -23,33 +23,21 @@ SETTLED = 1_000_000_000  # nanoseconds since the last change after which a file'
 
 
 class BaseImage(NamedTuple):
-    """An open, checked base image.
-
-    Attributes:
-        path: The file.
-        fd: Open for reading only; QEMU inherits it and never opens the path itself.
-        virtual_size: Bytes of the disk that the guest sees.
-        size: Bytes of the file.
-        mtime_ns: Time of the last change, in nanoseconds since the epoch.
-    """
+    """An open, checked base image."""
 
     path: Path
-    fd: int
-    virtual_size: int
-    size: int
-    mtime_ns: int
+    fd: int  # open for reading only; QEMU inherits it and never opens the path itself
+    virtual_size: int  # bytes of the disk that the guest sees
+    size: int  # bytes of the file
+    mtime_ns: int  # time of the last change, in nanoseconds since the epoch
 
 
 @contextmanager
 def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
-    """Open and check a base image.
+    """Open and check a base image (see `smolvm_async.images.qcow2`).
 
     Args:
         disk_format: `raw` if the image's manifest says so: a raw disk has no header to check.
-
-    Raises:
-        ImageError: If the file is missing, not a plain file, unreadable, or a qcow2 that QEMU must
-            not open (see `smolvm_async.images.qcow2`).
     """
     with open_plain(path, "image", "a qcow2 file") as fd:
         status = os.fstat(fd)
@@ -87,9 +75,6 @@ def open_plain(path: Path, argument: str, wanted: str) -> Iterator[int]:
     Args:
         argument: The name of the user's argument, for messages.
         wanted: The kind of file that the argument takes, for messages: "a qcow2 file".
-
-    Raises:
-        ImageError: If the file is missing, not a plain file or unreadable.
     """
     named = f"{argument} {str(path)!r}"
     try:

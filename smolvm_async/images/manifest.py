@@ -173,9 +173,6 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
     Args:
         where: The manifest's URI or path, for messages.
-
-    Raises:
-        ImageError: If the manifest cannot be used; the message gives the reason.
     """
     try:
         if len(content) > MAX_MANIFEST:

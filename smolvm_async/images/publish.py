@@ -46,12 +46,7 @@ LEVEL = 9  # of zstd; its window is within the 8 MiB that downloads accept
 
 
 class _Upload(NamedTuple):
-    """A file to upload.
-
-    Attributes:
-        fd: The open file.
-        entry: The file's entry in the manifest.
-    """
+    """A file to upload, which is open, and its entry in the manifest."""
 
     fd: int
     entry: dict[str, Any]

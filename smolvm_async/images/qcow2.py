@@ -85,11 +85,7 @@ class Header(NamedTuple):
 
 
 def check(fd: int) -> Header:
-    """Read and check the header of the open file `fd`; write nothing, open no other file.
-
-    Raises:
-        Qcow2Error: If QEMU must not open this file.
-    """
+    """Read and check the header of the open file `fd`; write nothing, open no other file."""
     size = os.fstat(fd).st_size
     head = os.pread(fd, 512, 0)
     header = parse(head, size)
@@ -119,11 +115,7 @@ def first_sector(fd: int) -> bytes | None:
 
 
 def parse(head: bytes, file_size: int) -> Header:
-    """Parse the first 512 bytes of a file of `file_size` bytes.
-
-    Raises:
-        Qcow2Error: If the header cannot be used.
-    """
+    """Parse the first 512 bytes of a file of `file_size` bytes."""
     if file_size == 0:
         raise Qcow2Error("is empty (0 bytes); the download or copy of it failed")
     if not head.startswith(MAGIC):

@@ -22,11 +22,7 @@ BOOT_CODE = 440  # bytes of the first sector; UEFI leaves them at 0
 
 
 def own_source(disk: LocalDisk) -> Source:
-    """Return the files of the user's arguments, checked.
-
-    Raises:
-        ImageError: If one of the files cannot be used.
-    """
+    """Return the files of the user's arguments, checked."""
     source = Source(disk.path)
     if disk.kernel is not None:
         boot_args = ROOT_DISK if disk.boot_args is None else disk.boot_args
@@ -43,11 +39,7 @@ def own_source(disk: LocalDisk) -> Source:
 
 @contextmanager
 def open_kernel(path: Path) -> Iterator[int]:
-    """Open a Linux kernel for QEMU; yields the descriptor.
-
-    Raises:
-        ImageError: If the file is missing, unreadable or not a kernel.
-    """
+    """Open a Linux kernel for QEMU; yields the descriptor."""
     with open_plain(path, "kernel", "a Linux kernel") as fd:
         begin = os.pread(fd, BZIMAGE_AT + len(BZIMAGE), 0)
         if not begin.startswith(ELF) and begin[BZIMAGE_AT:] != BZIMAGE:
@@ -59,11 +51,7 @@ def open_kernel(path: Path) -> Iterator[int]:
 
 
 def open_initrd(path: Path) -> AbstractContextManager[int]:
-    """Open an initramfs for QEMU.
-
-    Raises:
-        ImageError: If the file is missing or unreadable.
-    """
+    """Open an initramfs for QEMU."""
     return open_plain(path, "initrd", "an initramfs")
 
 

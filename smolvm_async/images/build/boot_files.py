@@ -39,11 +39,7 @@ def reset_modes(tree: Path) -> None:
 
 
 def find_file(unpacked: Path, names: Sequence[str]) -> Path:
-    """Return a file with the first of `names` (or patterns) that exists.
-
-    Raises:
-        HostError: If there is no such file.
-    """
+    """Return a file with the first of `names` (or patterns) that exists."""
     for name in names:
         for path in sorted(unpacked.rglob(name)):
             if path.is_file() and not path.is_symlink():

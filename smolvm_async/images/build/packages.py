@@ -54,9 +54,6 @@ async def update(cache: Path) -> None:
     """Update the package lists in `cache`.
 
     A source that does not answer is not an error if another one answers.
-
-    Raises:
-        CommandError: If no source answers; the message quotes apt-get.
     """
     async with exclusive(cache):
         for name in ("lists/partial", "archives/partial"):
@@ -69,11 +66,7 @@ async def update(cache: Path) -> None:
 
 
 async def dependencies(names: Sequence[str], cache: Path) -> list[str]:
-    """Return `names` and all their dependencies, with every alternative, sorted.
-
-    Raises:
-        CommandError: If a name is unknown.
-    """
+    """Return `names` and all their dependencies, with every alternative, sorted."""
     flags = ("--recurse", "--important", "--no-pre-depends")
     output = await _apt("apt-cache", cache, "depends", *flags, *names)
     return sorted(set(filter(_NAME.fullmatch, output.splitlines())))
@@ -84,9 +77,6 @@ async def installation(names: Sequence[str], cache: Path) -> list[str]:
 
     Args:
         names: Names of packages, or patterns (apt-patterns(7)) such as `?essential`.
-
-    Raises:
-        CommandError: If a name is unknown.
     """
     flags = ("--simulate", "--no-install-recommends", "--yes")
     output = await _apt("apt-get", cache, "install", *flags, *names)
@@ -94,15 +84,9 @@ async def installation(names: Sequence[str], cache: Path) -> list[str]:
 
 
 async def fetch(names: Sequence[str], cache: Path, meter: Meter | None = None) -> list[Path]:
-    """Download the newest versions of `names`, without their dependencies, into `cache`.
+    """Download the newest versions of `names`, without their dependencies; return the `.deb` files.
 
     A file that is there and undamaged is not downloaded again. apt-get verifies its downloads.
-
-    Returns:
-        The `.deb` files, sorted.
-
-    Raises:
-        CommandError: If a name is unknown or a download fails.
     """
     archives = cache / "archives"
     async with exclusive(cache):

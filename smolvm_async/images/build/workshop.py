@@ -62,9 +62,6 @@ def distribution(image: str) -> str:
 
     Args:
         image: The image to build, for messages: "the stand-in".
-
-    Raises:
-        HostError: If it is neither.
     """
     for name in release():
         if name in CLOUD_KERNELS and platform.machine() == "x86_64":
@@ -78,15 +75,12 @@ def search_path() -> str:
 
 
 def check_programs(image: str, packages: Mapping[str, str], hint: str = "") -> None:
-    """Check that the host can build an image.
+    """Check that the host is a Debian or Ubuntu with the programs that build an image.
 
     Args:
         image: The image, for messages: "the stand-in".
         packages: The packages of the programs that the build runs, by program.
         hint: Another way out, besides installing the programs.
-
-    Raises:
-        HostError: If the host is not Debian or Ubuntu, or lacks a program.
     """
     distribution(image)
     path = search_path()

@@ -43,16 +43,10 @@ _downloads = Slots(AT_ONCE)
 
 
 class MissingFile(NamedTuple):
-    """A file of an image that is not in the cache.
+    """A file of an image that is not in the cache."""
 
-    Attributes:
-        part: `rootfs`, `kernel` or `initrd`.
-        file: The file's entry in the manifest.
-        remote: The object to download.
-    """
-
-    part: str
-    file: ImageFile
+    part: str  # `rootfs`, `kernel` or `initrd`
+    file: ImageFile  # the file's entry in the manifest
     remote: RemoteFile
 
 
@@ -191,11 +185,7 @@ def _finish(layout: Layout, missing: MissingFile, verifier: Verifier, path: Path
 
 
 def check_disk(path: Path, part: str, file: ImageFile, uri: str) -> None:
-    """Check the header of a qcow2 disk; other files pass.
-
-    Raises:
-        WrongContentError: If QEMU must not open the disk.
-    """
+    """Raise a `WrongContentError` if the file is a disk that QEMU must not open."""
     if part != "rootfs" or file.format == "raw":
         return
     with path.open("rb") as disk:

@@ -396,12 +396,11 @@ def _note_use(layout: Layout, published: Published) -> None:
 
 def _lock_files(source: Source, stack: ExitStack) -> bool:
     """Open and lock the files that a guest starts from; return false if one was just removed."""
-    for path in (source.image, source.kernel, source.initrd):
-        if path is not None:
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return False
-            stack.callback(os.close, fd)
-            try_lock(fd, shared=True)
+    for path in source.paths:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        stack.callback(os.close, fd)
+        try_lock(fd, shared=True)
     return True

@@ -19,8 +19,8 @@ import json
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,47 +35,28 @@ from smolvm_async.images.manifest import ImageFile, Manifest
 logger = get_logger(__name__)
 
 VARIABLE = "SMOLVM_IMAGE_DIR"
-MTIME = (
-    1_000_000_000  # seconds since the epoch: the time of each cached file; a later write changes it
-)
+MTIME = 1_000_000_000  # seconds since the epoch: the time of a cached file until a write changes it
 
 
 class Published(NamedTuple):
-    """A published image.
+    """A published image."""
 
-    Attributes:
-        uri: The URI of the manifest.
-        endpoint: The URL of the S3 server; empty for AWS.
-        manifest: The manifest.
-    """
-
-    uri: str
-    endpoint: str
+    uri: str  # of the manifest
+    endpoint: str  # the URL of the S3 server; empty for AWS
     manifest: Manifest
 
 
 class ImageRecord(NamedTuple):
-    """The record of an image that was pulled.
+    """The record of an image that was pulled. Times are in seconds since the epoch."""
 
-    Attributes:
-        path: The file of the record.
-        published: The image at its last pull.
-        pulled: Time of the pull, in seconds since the epoch.
-        used: Time of the last pull or boot: the time of the record's file.
-    """
-
-    path: Path
-    published: Published
+    path: Path  # of the record
+    published: Published  # as of the last pull
     pulled: float
-    used: float
+    used: float  # the last pull or boot: the time of the record's file
 
 
 def cache_root(data_dir: object = None) -> Path:
-    """Return the cache's directory: `data_dir`, else `$SMOLVM_IMAGE_DIR`, else in XDG's cache.
-
-    Raises:
-        ConfigError: If that is not a path.
-    """
+    """Return the cache's directory: `data_dir`, else `$SMOLVM_IMAGE_DIR`, else in XDG's cache."""
     if data_dir is None and (named := os.environ.get(VARIABLE)):
         return check_path(named, VARIABLE, "a directory")
     if data_dir is None:
@@ -94,12 +75,7 @@ class Layout:
         self.data_dirs = root / "data-dirs"
 
     def make(self) -> None:
-        """Create the directories that are missing.
-
-        Raises:
-            OSError: If that fails.
-            HostError: If other users could write to the cache.
-        """
+        """Create the directories that are missing; refuse a cache that other users can write to."""
         for directory in (self.root, self.files, self.images, self.arriving, self.data_dirs):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self.root.stat()
@@ -112,11 +88,7 @@ class Layout:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Create the directories that are missing, and explain an `OSError` of the block.
-
-        Raises:
-            HostError: If the disk is full, or the cache cannot be read or written.
-        """
+        """Create the missing directories; raise a `HostError` for an `OSError` of the block."""
         try:
             self.make()
             yield
@@ -141,11 +113,9 @@ class Layout:
         unchanged = stat.S_ISREG(status.st_mode) and status.st_mtime_ns == MTIME * 10**9
         return unchanged and file.cached_size in (None, status.st_size)
 
-    @asynccontextmanager
-    async def locked(self) -> AsyncIterator[None]:
+    def locked(self) -> AbstractAsyncContextManager[None]:
         """Hold the cache's lock in the block, which must be short."""
-        async with LockFile(self.root / "lock").hold():
-            yield
+        return LockFile(self.root / "lock").hold()
 
     def record_path(self, uri: str, endpoint: str) -> Path:
         """Return the path of a URI's record."""

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from smolvm_async.errors import ImageError
 from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.images.cache.layout import MTIME, ImageRecord, Layout
-from smolvm_async.state.record import ACTIVE, Record
+from smolvm_async.state.record import ACTIVE
 from smolvm_async.state.registry import survey
 
 PULLING = ".pulling"  # suffix of the record of an image that is being downloaded
@@ -58,11 +58,7 @@ def is_whole(layout: Layout, image: ImageRecord) -> bool:
 
 
 def find_images(layout: Layout, name_or_uri: str) -> list[ImageRecord]:
-    """Return the images with that name or URI.
-
-    Raises:
-        ImageError: If there is no such image.
-    """
+    """Return the images with that name or URI."""
     images = list(layout.records())
     matches = [
         image
@@ -81,8 +77,7 @@ def find_images(layout: Layout, name_or_uri: str) -> list[ImageRecord]:
 def remove_images(layout: Layout, images: Collection[ImageRecord]) -> None:
     """Remove images, and their files that no other image has.
 
-    Raises:
-        ImageError: If a VM needs one of the images; then none was removed.
+    If a VM needs one of the images, raise an `ImageError` and remove none.
     """
     using = uses(layout)
     for image in images:
@@ -137,16 +132,13 @@ def _pulling(layout: Layout) -> Iterator[ImageRecord]:
 def remove_old(
     layout: Layout, max_bytes: int | None, unused_since: float | None
 ) -> list[ImageRecord]:
-    """Remove old images, then the longest unused ones until the rest is small enough.
+    """Remove old images, then the longest unused ones until the rest is small enough; return them.
 
     Images that a VM needs stay. Files of no image and partial downloads are removed, too.
 
     Args:
         max_bytes: Bytes that all files may have together.
         unused_since: Time before which an image counts as old, in seconds since the epoch.
-
-    Returns:
-        The removed images.
     """
     using = uses(layout)
     _remove_unneeded(layout, using)
@@ -180,11 +172,7 @@ def _remove_unneeded(layout: Layout, using: list[VMUse]) -> None:
 
 
 def files_of(layout: Layout, name_or_uri: str | None) -> list[Path]:
-    """Return the files of an image, or of all images.
-
-    Raises:
-        ImageError: If there is no such image.
-    """
+    """Return the files of an image, or of all images."""
     images = list(layout.records()) if name_or_uri is None else find_images(layout, name_or_uri)
     return sorted({path for image in images for path in paths_of(layout, image)})
 
@@ -217,17 +205,11 @@ def remove_damaged(layout: Layout, path: Path, actual: str) -> Damage:
 
 
 class VMUse(NamedTuple):
-    """A VM that needs files of the cache.
-
-    Attributes:
-        vm_id: The VM's id.
-        paths: The files that its record names.
-        uri: The URI of its image while it runs; empty for a stopped VM.
-    """
+    """A VM that needs files of the cache."""
 
     vm_id: str
-    paths: frozenset[Path]
-    uri: str
+    paths: set[Path]  # the files that its record names
+    uri: str  # of its image while it runs; empty for a stopped VM
 
 
 def uses(layout: Layout) -> list[VMUse]:
@@ -238,14 +220,10 @@ def uses(layout: Layout) -> list[VMUse]:
             running = held and record.status in ACTIVE
             if running or record.machine is not None:
                 uri = record.config.image if running else ""
-                found.append(VMUse(record.config.vm_id, frozenset(_sources(record)), uri))
+                source = record.machine.source if record.machine is not None else None
+                paths = set(source.paths) if source is not None else set()
+                found.append(VMUse(record.config.vm_id, paths, uri))
     return found
-
-
-def _sources(record: Record) -> Iterator[Path]:
-    if record.machine is not None and record.machine.source is not None:
-        source = record.machine.source
-        yield from (path for path in (source.image, source.kernel, source.initrd) if path)
 
 
 def users_of(paths: set[Path], uri: str, found: list[VMUse]) -> list[str]:

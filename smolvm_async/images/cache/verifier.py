@@ -55,12 +55,7 @@ class Verifier:
                 raise
 
     def read_to(self, end: int) -> None:
-        """Read up to `end`.
-
-        Raises:
-            WrongContentError: If the file cannot be decompressed.
-            OSError: If the disk is full.
-        """
+        """Read up to `end`, and decompress."""
         while self.at < end and not self.abandoned:
             piece = os.pread(self._fd, min(PIECE, end - self.at), self.at)
             if not piece:

@@ -29,10 +29,7 @@ KEY_ID, SECRET = "SMOLVM_S3_ACCESS_KEY_ID", "SMOLVM_S3_SECRET_ACCESS_KEY"
 CONNECTIONS = 8  # of one client at a time
 ATTEMPTS = 5  # of the client library, for each request
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; READ_TIMEOUT: between two pieces of an answer
-CONNECT_TIMEOUT_HURRIED, READ_TIMEOUT_HURRIED = (
-    3,
-    10,
-)  # seconds, if a cached image can be used instead
+CONNECT_TIMEOUT_HURRIED, READ_TIMEOUT_HURRIED = 3, 10  # seconds, for callers with a cached image
 MAX_ERROR_BODY = 1 << 20  # bytes that are read of an error's body
 
 
@@ -47,10 +44,6 @@ async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
 
     Args:
         hurried: Give up soon if the endpoint does not answer; for callers with a cached image.
-
-    Raises:
-        ImageError: If the settings are wrong.
-        ConfigError: If only one of this library's own two variables for credentials is set.
     """
     options = {**_own_credentials(), "endpoint_url": endpoint() or None}
     try:
@@ -69,16 +62,11 @@ async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
 
 
 async def read_at_most(body: Any, size: int) -> bytes:
-    """Read a body, up to `size` bytes.
-
-    Raises:
-        TimeoutError: If that takes more than 60 s.
-    """
-    content: bytes = b""
+    """Read a body, up to `size` bytes, in at most 60 s."""
+    content = b""
     try:
-        async with asyncio.timeout(
-            2 * READ_TIMEOUT
-        ):  # after a malformed chunk aiohttp's timeout does not work
+        # After a malformed chunk aiohttp's own timeout does not work.
+        async with asyncio.timeout(2 * READ_TIMEOUT):
             while len(content) < size and (more := await body.read(1 << 16)):
                 content += more
     except TimeoutError:

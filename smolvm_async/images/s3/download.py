@@ -51,21 +51,13 @@ class BrokenAnswerError(Exception):
 
 
 class RemoteFile(NamedTuple):
-    """An S3 object to download.
-
-    Attributes:
-        bucket: The bucket.
-        key: The key.
-        uri: Bucket and key, for messages.
-        size: Bytes that the object must have; `None` if only the server knows.
-        largest: Bytes that the object may have at most.
-    """
+    """An S3 object to download."""
 
     bucket: str
     key: str
-    uri: str
-    size: int | None
-    largest: int
+    uri: str  # for messages
+    size: int | None  # bytes that the object must have; `None` if only the server knows
+    largest: int  # bytes that the object may have at most
 
 
 class Part:
@@ -95,23 +87,13 @@ class Download:
 
         Args:
             extra_space: Bytes that the disk must have room for, besides the object.
-
-        Raises:
-            ImageError: If there is no such object, or its size is not the one in the manifest.
-            HostError: If it does not fit on the disk.
-            OSError: If the file cannot be created.
         """
         await self._partial.begin(*await self._size_and_etag())
         needed = sum(end - start for start, end in self._partial.missing) + extra_space
         _check_space(self._partial.path, self._remote.uri, needed)
 
     async def transfer(self) -> None:
-        """Download the missing ranges of the object, after `begin()`.
-
-        Raises:
-            ImageError: If the object cannot be downloaded; the parts of it that have arrived stay.
-            OSError: If the file cannot be written.
-        """
+        """Download the missing ranges, after `begin()`; after a failure, the bytes stay."""
         partial = self._partial
         step = max(SMALLEST_PART, min(LARGEST_PART, partial.size // (2 * CONNECTIONS)))
         parts = deque(
@@ -197,12 +179,7 @@ class Download:
                 await asyncio.sleep(longest * random.uniform(0.5, 1.0))
 
     async def _stream(self, part: Part, file: Any) -> None:
-        """Request a part, and write it in pieces; the bytes that arrive before a failure count.
-
-        Raises:
-            BrokenAnswerError: If the answer breaks off.
-            ImageError: If the server refuses.
-        """
+        """Request a part, and write it in pieces; the bytes that arrive before a failure count."""
         body = await self._request(part)
         held = bytearray()
         try:

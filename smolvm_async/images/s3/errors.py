@@ -57,8 +57,7 @@ NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRe
 def explain(error: Exception, subject: str) -> Exception:
     """Return the `ImageError` that explains an error of the client; other errors unchanged.
 
-    Args:
-        subject: The URI, or another beginning of a sentence.
+    The message begins with `subject`, such as the URI.
     """
     if isinstance(error, SmolVMError):
         return error
@@ -111,9 +110,7 @@ def _explanation(error: Exception) -> str | None:
         return "the server redirects endlessly between regions; set AWS_REGION"
     if "BotoCoreError" in kinds:
         return f"this configuration does not work ({error}); check SMOLVM_S3_ENDPOINT_URL and AWS_*"
-    if isinstance(
-        error, ValueError | LookupError | TypeError
-    ):  # raised by the client, or by this library, on a malformed answer
+    if isinstance(error, ValueError | LookupError | TypeError):  # on a malformed answer
         return f"the server's answer cannot be used ({type(error).__name__}: {error})"
     return None
 

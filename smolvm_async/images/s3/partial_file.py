@@ -94,11 +94,7 @@ class PartialFile:
         self._grown = asyncio.Event()
 
     async def begin(self, size: int, etag: str) -> None:
-        """Create the file, or resume the one of an earlier process if the object is the same.
-
-        Raises:
-            OSError: If the file cannot be created.
-        """
+        """Create the file, or resume the one of an earlier process if the object is the same."""
         self.size, self.etag = size, etag
         old_etag, ranges = await in_background(read_journal, self.journal, size)
         existed = await in_background(_create, self.path, size)
@@ -128,11 +124,7 @@ class PartialFile:
         return self._ranges.prefix
 
     async def save(self) -> None:
-        """Write the journal.
-
-        Raises:
-            OSError: If the disk is full.
-        """
+        """Write the journal."""
         ranges = Ranges(self._ranges.to_list())
         await in_background(write_journal, self.journal, self.etag, self.size, ranges)
 
@@ -155,11 +147,7 @@ def _create(path: Path, size: int) -> bool:
 
 
 def write_journal(path: Path, etag: str, size: int, ranges: Ranges) -> None:
-    """Replace the journal atomically.
-
-    Raises:
-        OSError: If the disk is full.
-    """
+    """Replace the journal atomically."""
     content = json.dumps({"etag": etag, "size": size, "ranges": ranges.to_list()})
     replace_file(path, content.encode(), temporary=path.with_suffix(".new"))
 

@@ -18,22 +18,16 @@ logger = get_logger(__name__)
 PART = 5 << 20  # bytes: S3's minimum; signing a larger part would block the event loop too long
 MAX_PARTS = 9_000  # S3 takes 10,000
 WORKERS = 4
-DIGEST = (
-    "sha256"  # a key of the object's metadata; an object with the same digest is not sent again
-)
+DIGEST = "sha256"  # key of the metadata: an object with the same digest is not sent again
 
 
 async def upload(
     client: Any, bucket: str, key: str, fd: int, digest: str, on_bytes: Callable[[int], None]
 ) -> None:
-    """Upload the open file `fd`, unless the object exists with the same content.
+    """Upload the open file `fd`, whose SHA-256 is `digest`; skip an object with the same content.
 
     Args:
-        digest: The file's SHA-256.
         on_bytes: Called with the bytes that were sent so far.
-
-    Raises:
-        ImageError: If the upload fails; no part of it is left on the server.
     """
     size = os.fstat(fd).st_size
     try:

@@ -61,19 +61,12 @@ BOOT_ARGS = (
 
 
 class DebianImage(NamedTuple):
-    """A built image; the paths are absolute.
+    """A built image; the paths are absolute."""
 
-    Attributes:
-        disk: The qcow2, read-only.
-        kernel: The kernel that QEMU loads.
-        initrd: The initramfs.
-        boot_args: The kernel's command line.
-    """
-
-    disk: Path
+    disk: Path  # a read-only qcow2
     kernel: Path
     initrd: Path
-    boot_args: str
+    boot_args: str  # the kernel's command line
 
 
 async def build_debian(
@@ -86,12 +79,6 @@ async def build_debian(
 
     Args:
         cache_dir: The directory for images and packages; by default `~/.cache/smolvm-async`.
-        on_progress: Called with each step.
-
-    Raises:
-        HostError: If the host is not Debian or Ubuntu, lacks a program, or the cache cannot be
-            written.
-        CommandError: If a package cannot be downloaded, or a program fails.
     """
     builder = Builder(_cache(cache_dir), on_progress)
     try:
@@ -112,11 +99,7 @@ def find_debian(cache_dir: Path | None = None) -> DebianImage | None:
 
 
 def check_host() -> None:
-    """Check that this host can build the image.
-
-    Raises:
-        HostError: If the host is not Debian or Ubuntu, or lacks a program.
-    """
+    """Check that this host is a Debian or Ubuntu with the programs that build the image."""
     other = ". Or pass image= with the path of a qcow2, and os=."
     check_programs("the built-in Linux", PROGRAMS, other)
 
@@ -146,11 +129,7 @@ class Builder:
         )
 
     async def build(self) -> DebianImage:
-        """Build the image, or wait for the process that is already building it.
-
-        Raises:
-            HostError: If the build takes longer than 30 minutes.
-        """
+        """Build the image, or wait for the process that is already building it."""
         self._steps.report("waiting for other builds", 0)
         async with packages.exclusive(self._store):
             if (found := self.find()) is not None:

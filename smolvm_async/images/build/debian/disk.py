@@ -31,11 +31,7 @@ async def make(work: Path) -> None:
 
 
 async def configure(work: Path, boot_args: str, packages: int, meter: Meter) -> None:
-    """Boot the file system once; dpkg configures its packages there.
-
-    Raises:
-        CommandError: If that fails; the message quotes the end of the guest's console.
-    """
+    """Boot the file system once; dpkg configures its packages there."""
     accelerator, _ = choose_accelerator("auto", smm=False)
     cpu = DEBIAN.cpu[accelerator.name]
     watching = asyncio.create_task(_watch(work / "console", packages, meter))

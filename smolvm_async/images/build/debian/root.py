@@ -79,11 +79,7 @@ async def unpack(debs: Sequence[Path], work: Path) -> Path:
 
 
 async def arrange(tree: Path, work: Path) -> None:
-    """Prepare the tree for the boot that configures it; make `image/kernel` and `image/initrd`.
-
-    Raises:
-        HostError: If the packages lack an expected file.
-    """
+    """Prepare the tree for the boot that configures it; make `image/kernel` and `image/initrd`."""
     drivers = await modules(tree / "usr/lib/modules", DRIVERS)
     await in_background(_make_initrd, tree, work, drivers)
     await in_background(_make_kernel, tree, work)
@@ -139,7 +135,7 @@ def _make_database(tree: Path, work: Path) -> None:
         state = "installed" if re.match(CONFIGURED, control.name) else "unpacked"
         status = text.replace("\n", f"\nStatus: install ok {state}\n", 1)
         stanzas.append(f"{status}\n{conffiles}")
-    (database / "status").write_text("\n".join(f"{stanza}" for stanza in stanzas))
+    (database / "status").write_text("\n".join(stanzas))
     (tree / OWN).mkdir()
     (tree / OWN / "modes").write_text("".join(modes))
 
@@ -157,11 +153,8 @@ def _entries(listing: str) -> Iterator[tuple[str, str, str]]:
         permissions, owner, path = match[1], match[2], match[3].rstrip("/")
         mode = _octal(permissions) if re.search("[sStT]", permissions) else ""
         other = owner.replace("/", ":") if owner not in ("root/root", "0/0") else ""
-        yield (
-            (mode or (other and _octal(permissions))),
-            other or (mode and "root:root"),
-            f"/{path or '.'}",
-        )
+        mode = mode or (other and _octal(permissions))
+        yield mode, other or (mode and "root:root"), f"/{path or '.'}"
 
 
 def _octal(permissions: str) -> str:
@@ -228,7 +221,5 @@ def _sources() -> Iterator[Path]:
 
 
 def _is_own(text: str) -> bool:
-    return (
-        re.search(r"(?m)^[^#]*(debian|ubuntu)[^#]*\bmain\b|^URIs:.*(debian|ubuntu)", text)
-        is not None
-    )
+    own = r"(?m)^[^#]*(debian|ubuntu)[^#]*\bmain\b|^URIs:.*(debian|ubuntu)"
+    return re.search(own, text) is not None
