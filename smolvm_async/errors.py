@@ -45,33 +45,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smolvm_async.controls.ssh.commands import CommandResult
 
-__all__ = [
-    "AcceleratorWarning",
-    "CommandError",
-    "CommandFailedError",
-    "CommandTimeoutError",
-    "ConfigError",
-    "ConnectionLostError",
-    "FileTransferError",
-    "FleetError",
-    "HostError",
-    "ImageError",
-    "JobFailedError",
-    "LaunchError",
-    "MemberFailedError",
-    "MonitorError",
-    "PictureError",
-    "RemoteError",
-    "SmolVMError",
-    "UnsupportedError",
-    "VMAlreadyExistsError",
-    "VMCrashedError",
-    "VMNotFoundError",
-    "VMNotRunningError",
-    "VMTimeoutError",
-    "WorkerLostError",
-]
-
 # Each dataclass has eq=False and repr=False: exceptions compare by identity, with Exception's repr.
 
 

@@ -8,7 +8,8 @@ attached to the owner (`vm/attach/client.py`): both have the attributes and meth
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from smolvm_async.config.vm_config import VMConfig
@@ -19,21 +20,26 @@ from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tail import Tail
 from smolvm_async.qemu.boot import BootStates
 from smolvm_async.qemu.events import EventHub
+from smolvm_async.qemu.input import InputEvent, released
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.record import Status
 
 
 class Run(Protocol):
-    """One run of a VM, from its launch until its last process has ended."""
+    """One run of a VM, from its launch until its last process has ended.
 
-    @property
-    def peripherals(self) -> Peripherals:
-        """Screen, input devices, VNC server and ports."""
+    Attributes:
+        peripherals: Screen, input devices, VNC server and ports.
+        link: The SSH connection to the guest.
+        failure: Why the run could not begin, or how it crashed; `None` if it did neither.
+        report: How the run ended.
+    """
 
-    @property
-    def link(self) -> Link:
-        """The SSH connection to the guest."""
+    peripherals: Peripherals
+    link: Link
+    failure: Exception | None
+    report: ShutdownReport
 
     @property
     def boot(self) -> BootStates:
@@ -42,14 +48,6 @@ class Run(Protocol):
     @property
     def console(self) -> Tail:
         """The end of the serial console."""
-
-    @property
-    def failure(self) -> Exception | None:
-        """Why the run could not begin, or how it crashed; `None` if it did neither."""
-
-    @property
-    def report(self) -> ShutdownReport:
-        """The way in which the run ended."""
 
     @rpc
     async def ssh_access(self) -> Access:
@@ -158,17 +156,23 @@ class Control:
         return running(self.vm)
 
     def taking_input(self) -> Run:
-        """Return the VM's run, if the guest is not paused: QEMU drops the input of a paused guest.
-
-        Raises:
-            VMNotRunningError: The VM is not running, or it is paused.
-        """
+        """Return the VM's run, if the guest is not paused: QEMU drops a paused guest's input."""
         run = self.running()
         if self.vm.status is Status.PAUSED:
             raise VMNotRunningError(
                 f"{self.vm.config.vm_id} is paused, and takes no input: resume() it first."
             )
         return run
+
+    @contextmanager
+    def releasing(self, events: Sequence[InputEvent]) -> Iterator[None]:
+        """Release the keys and buttons that `events` press if the block fails or is cancelled."""
+        try:
+            yield
+        except BaseException:
+            if self.vm.run is not None:
+                self.vm.run.peripherals.input.post(released(events))
+            raise
 
 
 def ended(vm_id: str, run: Run) -> Exception:

@@ -34,7 +34,11 @@ VALUES: dict[object, Any] = {
     object: "an item",
     CommandResult[Any]: CommandResult("false", 1, b"\xfe", b"", 0.25),
 }
-CLASSES = [getattr(errors, name) for name in errors.__all__ if name != "AcceleratorWarning"]
+CLASSES: list[type[SmolVMError]] = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, SmolVMError)
+]
 
 
 def through_json(error: Exception) -> Exception:

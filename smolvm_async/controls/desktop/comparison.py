@@ -50,9 +50,11 @@ class Comparison:
         max_different: float = 0.0,
     ) -> None:
         self._region = None if region is None else _check_box(region, "region")
-        self._ignored = check_ignore(ignore)
-        self._tolerance = check_tolerance(tolerance)
-        self._max_different = check_max_different(max_different)
+        self._ignored = _check_ignored(ignore)
+        self._tolerance = check_integer(
+            "tolerance", tolerance, 0, 255, "a whole number from 0 to 255"
+        )
+        self._max_different = _check_share(max_different)
 
     def parts(self, width: int, height: int) -> list[Region]:
         """Return the parts to compare in pictures of this size; they do not overlap.
@@ -69,20 +71,12 @@ class Comparison:
         return parts
 
     def differs(self, one: Screenshot, other: Screenshot) -> bool:
-        """Return whether two pictures differ. Pictures of different sizes do.
-
-        Raises:
-            ConfigError: See `parts()`.
-        """
+        """Return whether two pictures differ. Pictures of different sizes do."""
         parts = self.parts(*one.size)
         return one.size != other.size or self._differ(parts, one, other)
 
     def matches(self, screen: Screenshot, reference: Screenshot) -> bool:
-        """Return whether the screen, or its `region`, looks like the reference.
-
-        Raises:
-            ConfigError: The reference has neither size; see also `parts()`.
-        """
+        """Return whether the screen, or its `region`, looks like the reference."""
         self.check(screen.size, reference)
         parts, region = self.parts(*screen.size), self._looked_at(*screen.size)
         if reference.size == screen.size:
@@ -93,7 +87,7 @@ class Comparison:
         """Check that the regions are within a screen of this size, and that the reference fits.
 
         Raises:
-            ConfigError: See `matches()`.
+            ConfigError: A region is outside, or the reference has neither size.
         """
         self.parts(*size)
         region = self._looked_at(*size)
@@ -173,11 +167,7 @@ def _without(whole: Region, hole: Region) -> list[Region]:
 
 
 def check_region(region: object, width: int, height: int, argument: str = "region") -> Region:
-    """Check that a region lies within a picture of this size.
-
-    Raises:
-        ConfigError: It is not a region, or not within the picture; names `argument`.
-    """
+    """Check that a region lies within a picture of this size."""
     box = _check_box(region, argument)
     right, bottom = box.left + box.width, box.top + box.height
     if right > width or bottom > height:
@@ -204,14 +194,8 @@ def _check_box(box: object, argument: str) -> Region:
     return Region(*numbers)
 
 
-def check_ignore(ignore: object) -> dict[str, Region]:
-    """Check regions to ignore; return them by the name that a message gives each.
-
-    Whether they are within the picture is not checked.
-
-    Raises:
-        ConfigError: One of them is not a region.
-    """
+def _check_ignored(ignore: object) -> dict[str, Region]:
+    """Return the regions to ignore, by the names for messages; they may be outside the picture."""
     if not isinstance(ignore, Mapping | tuple | list):
         raise ConfigError(
             f"ignore={shown(ignore)} is wrong: pass a list of regions (left, top, width, height), "
@@ -222,21 +206,7 @@ def check_ignore(ignore: object) -> dict[str, Region]:
     return {argument: _check_box(box, argument) for argument, box in arguments.items()}
 
 
-def check_tolerance(tolerance: object) -> int:
-    """Check by how much a channel may differ.
-
-    Raises:
-        ConfigError: It is not a whole number from 0 to 255.
-    """
-    return check_integer("tolerance", tolerance, 0, 255, "a whole number from 0 to 255")
-
-
-def check_max_different(max_different: object) -> float:
-    """Check the share of the pixels that may differ.
-
-    Raises:
-        ConfigError: It is not a number from 0 to 1.
-    """
+def _check_share(max_different: object) -> float:
     if (
         not (is_integer(max_different) or isinstance(max_different, float))
         or not 0 <= max_different <= 1

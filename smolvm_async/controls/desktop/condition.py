@@ -16,9 +16,6 @@ class ScreenCondition:
     Args:
         resolution: The size that the screen is expected to get. While it has another size, a
             region or reference that fits only the expected size is not an error.
-
-    Raises:
-        ConfigError: An argument is wrong.
     """
 
     def __init__(

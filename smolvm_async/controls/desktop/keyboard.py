@@ -80,41 +80,31 @@ class Keyboard(Control):
             VMTimeoutError, VMNotRunningError: See `type()`.
         """
         check_seconds("hold", hold)
-        downs = _down(chord(keys, self._layout if layout is None else layout))
+        downs = self._chord(keys, layout)
         async with self._turn:
-            try:
+            with self.releasing(downs):
                 for down in downs:
                     await self._send([down])
                 await asyncio.sleep(hold)
                 for up in released(downs):
                     await self._send([up])
-            except BaseException:
-                self._release(downs)
-                raise
 
     async def down(self, keys: str, *, layout: str | None = None) -> None:
         """Press keys and leave them down; QEMU's keyboard does not repeat. See `press()`."""
-        downs = _down(chord(keys, self._layout if layout is None else layout))
+        downs = self._chord(keys, layout)
         async with self._turn:
-            try:
+            with self.releasing(downs):
                 await self._send(downs)
-            except BaseException:
-                self._release(downs)
-                raise
 
     async def up(self, keys: str, *, layout: str | None = None) -> None:
         """Release keys, the last one first. See `press()`."""
-        downs = _down(chord(keys, self._layout if layout is None else layout))
-        try:
+        downs = self._chord(keys, layout)
+        with self.releasing(downs):
             async with self._turn:
                 await self._send(released(downs))
-        except BaseException:
-            self._release(downs)
-            raise
 
-    def _release(self, downs: Sequence[InputEvent]) -> None:
-        if self.vm.run is not None:
-            self.vm.run.peripherals.input.post(released(downs))
+    def _chord(self, keys: str, layout: str | None) -> list[InputEvent]:
+        return _down(chord(keys, self._layout if layout is None else layout))
 
     async def _send(self, events: Sequence[InputEvent]) -> None:
         patience = self.vm.config.timeouts.input

@@ -175,14 +175,10 @@ def simplified(name: str) -> str:
     return name.casefold().replace("_", "").replace(" ", "")
 
 
-def _index() -> dict[str, Key]:
-    """Return the keys by name. One character is not a name: the layout says which key types it."""
-    return {
-        simplified(name): key for key in KEYS for name in (key.qcode, *key.names) if len(name) > 1
-    }
-
-
-_BY_NAME = _index()
+# One character is not a name: the layout says which key types it.
+_BY_NAME = {
+    simplified(name): key for key in KEYS for name in (key.qcode, *key.names) if len(name) > 1
+}
 _NOWHERE = {simplified(name) for name in _ABSENT.split()} | {f"f{n}" for n in range(13, 36)}
 
 

@@ -172,11 +172,7 @@ def _character(part: str, layout: str, text: str, commanding: bool) -> Stroke:
 
 
 def check_layout(layout: str) -> str:
-    """Check the name of a layout and return it.
-
-    Raises:
-        ConfigError: There is no such layout.
-    """
+    """Check the name of a layout and return it."""
     if isinstance(layout, str) and layout in LAYOUTS:
         return layout
     near = difflib.get_close_matches(str(layout).lower()[:20], LAYOUTS) if layout else []
@@ -207,11 +203,8 @@ def _alternative(char: str) -> str:
 
 
 @functools.cache
-def _data() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        Path(__file__).with_name("layouts.json").read_text(encoding="utf-8")
-    )
-    return found
+def _data() -> Any:
+    return json.loads(Path(__file__).with_name("layouts.json").read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -96,21 +96,15 @@ class Mouse(Control):
         """Press a button and leave it down."""
         press = _press(button)
         async with self._taken():
-            try:
+            with self.releasing([press]):
                 await self._send(press)
-            except BaseException:
-                self._release(press)
-                raise
 
     async def up(self, *, button: Button = "left") -> None:
         """Release a button."""
         press = _press(button)
-        try:
+        with self.releasing([press]):
             async with self._taken():
                 await self._send(*released([press]))
-        except BaseException:
-            self._release(press)
-            raise
 
     async def drag(
         self,
@@ -219,22 +213,15 @@ class Mouse(Control):
     @contextlib.asynccontextmanager
     async def _held(self, press: InputEvent) -> AsyncIterator[None]:
         """Hold a button down during the block; release it afterwards, however the block ends."""
-        try:
+        with self.releasing([press]):
             await self._send(press)
             await asyncio.sleep(PACE)
             yield
             await self._send(*released([press]))
             await asyncio.sleep(PACE)
-        except BaseException:
-            self._release(press)
-            raise
 
     async def _send(self, *events: InputEvent) -> None:
         await self.taking_input().peripherals.input.send(events)
-
-    def _release(self, press: InputEvent) -> None:
-        if self.vm.run is not None:
-            self.vm.run.peripherals.input.post(released([press]))
 
 
 def _press(button: str) -> InputEvent:

@@ -167,35 +167,29 @@ class Screenshot:
         return hash((self.size, self.pixels))
 
 
-def load_picture(reference: Reference, argument: str = "like") -> Screenshot:
-    """Return a picture to compare with. Transparent pixels have their stored colour.
-
-    Raises:
-        ConfigError: It is not a picture, or its file cannot be read; names `argument`.
-    """
+def load_picture(reference: Reference) -> Screenshot:
+    """Return a picture to compare with. Transparent pixels have their stored colour."""
     if isinstance(reference, Screenshot):
         return reference
     from PIL import Image
 
     try:
-        if isinstance(reference, bytes | Image.Image):
-            image = _decode(reference)
-        else:
-            image = _decode(_read(reference, argument))
+        loaded = reference if isinstance(reference, bytes | Image.Image) else _read(reference)
+        image = _decode(loaded)
     except PictureError as error:
-        raise PictureError(f"{argument}={shown(reference)} is wrong: {error}") from error
+        raise PictureError(f"like={shown(reference)} is wrong: {error}") from error
     return Screenshot(*image.size, 0.0, 0.0, {"pixels": image.tobytes()})
 
 
-def _read(path: object, argument: str) -> bytes:
-    file = check_path(path, argument, "a picture, or the picture itself")
+def _read(path: object) -> bytes:
+    file = check_path(path, "like", "a picture, or the picture itself")
     try:
         reason = "is not a file" if not file.is_file() else ""  # reading a FIFO could take for ever
         if not reason:
             return file.read_bytes()
     except OSError as error:
         reason = f"cannot be read ({error.strerror})"
-    raise ConfigError(f"{argument}={str(file)!r} {reason}: check the path.")
+    raise ConfigError(f"like={str(file)!r} {reason}: check the path.")
 
 
 def _decode(source: bytes | Image.Image) -> Image.Image:

@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter
+
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.interface import VM, Run
 from smolvm_async.controls.ssh.link import Link
@@ -45,7 +47,6 @@ from smolvm_async.vm.attach.messages import (
     decode,
     encode,
     error_from_json,
-    report_from_json,
     version,
 )
 from smolvm_async.vm.attach.proxy import make_peripherals, make_proxy
@@ -235,7 +236,7 @@ class AttachedVM:
     def _on_ended(self, params: Mapping[str, Any]) -> None:
         self._told_end = True
         self.status = Status.CRASHED if params["failure"] else Status.STOPPED
-        self.report = report_from_json(params["report"])
+        self.report = TypeAdapter(ShutdownReport).validate_python(params["report"])
         if params["failure"] is not None:
             self.failure = error_from_json(params["failure"])
 

@@ -17,7 +17,6 @@ from smolvm_async import errors
 from smolvm_async.controls.ssh.commands import CommandResult
 from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.rpc import to_json
-from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.names import CONTROL
 
 PROTOCOL = 2  # the version of the messages; a client refuses an owner with another one
@@ -68,9 +67,8 @@ def error_from_json(values: Mapping[str, Any]) -> SmolVMError:
     The other process may have another version of this library, or be an impostor: only fields
     that the class has here, with values of the declared types, are taken over.
     """
-    name = values.get("data")
-    kind: type[SmolVMError] = getattr(errors, name) if name in errors.__all__ else SmolVMError
-    if not issubclass(kind, SmolVMError):
+    kind = getattr(errors, str(values.get("data")), None)
+    if not (isinstance(kind, type) and issubclass(kind, SmolVMError)):
         kind = SmolVMError
     sent = {"message": str(values.get("message"))}
     if isinstance(values.get("fields"), dict):
@@ -91,8 +89,3 @@ def restore(value: Any) -> Any:
             return base64.b64decode(str(value["base64"]))
         return {name: restore(part) for name, part in value.items()}
     return [restore(part) for part in value] if isinstance(value, list) else value
-
-
-def report_from_json(values: Any) -> ShutdownReport:
-    """Return the shutdown report that a message holds."""
-    return TypeAdapter(ShutdownReport).validate_python(values)
