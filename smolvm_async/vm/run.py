@@ -30,7 +30,7 @@ from anyio.abc import TaskGroup
 
 from smolvm_async.config.source import Source
 from smolvm_async.controls.interface import console_tail, unprepared
-from smolvm_async.controls.ssh.environment import Environment
+from smolvm_async.controls.ssh.environment import set_variables
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, Login
 from smolvm_async.errors import SmolVMError, VMCrashedError
@@ -235,16 +235,13 @@ class VMRun:
         assert self._login is not None
         return self._login.access(await self.peripherals.ports.ssh())
 
-    async def _reach(self) -> Link:
-        return self.link
-
     async def _probe(self) -> str | None:
         """Log in and set the VM's variables; return the evidence that the guest is ready."""
         try:
             if not await self.link.connect():
                 return None
             if env := self._plan.config.env:
-                await Environment(self._reach).set(env)
+                await set_variables(self.link, env)
         except SmolVMError as error:
             logger.warning("the guest is not ready yet: %s", error)
             return None

@@ -111,7 +111,6 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         self._block = Block()
         self._on_progress = on_progress
         self._make_controls(handle)
-        self._make_shell()
         self._attach(handle)
 
     @classmethod

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from smolvm_async import CommandTimeoutError, ConfigError, ConnectionLostError
-from smolvm_async.controls.ssh.commands import Commands, Reach
+from smolvm_async.controls.ssh.commands import Commands
 from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, make_key_pair
@@ -81,15 +81,17 @@ def link_with(access: Access) -> Link:
     return Link("host", known)
 
 
-def reaching(link: Link) -> Reach:
-    async def reach() -> Link:
-        return link
+class Guest(Commands, Files):
+    """The host, as if it were a guest."""
 
-    return reach
+    def __init__(self, link: Link) -> None:
+        self._link = link
 
+    async def _reach(self) -> Link:
+        return self._link
 
-def commands(link: Link) -> Commands:
-    return Commands(reaching(link))
+    def _require(self, feature: str) -> None:
+        pass
 
 
 async def test_only_the_known_host_key_is_accepted(start_server: Callable[[int], Access]) -> None:
@@ -98,7 +100,7 @@ async def test_only_the_known_host_key_is_accepted(start_server: Callable[[int],
         link_with(expected)
         for expected in (access, access._replace(host_key=make_key_pair().public))
     )
-    await commands(link).run("true")  # the server listens
+    await Guest(link).run("true")  # the server listens
     assert await link.connect() is True
     assert await wary.connect() is False
     link.close()
@@ -108,7 +110,7 @@ async def test_only_the_known_host_key_is_accepted(start_server: Callable[[int],
 @pytest.mark.parametrize("sessions", [1, 10])
 async def test_a_servers_bound_on_sessions_is_learnt(serve: Serve, sessions: int) -> None:
     link = serve(sessions)
-    guest = commands(link)
+    guest = Guest(link)
     results = await asyncio.gather(*(guest.run(f"echo {n}", timeout=60) for n in range(60)))
     assert [result.stdout for result in results] == [f"{number}\n" for number in range(60)]
     link.close()
@@ -117,7 +119,7 @@ async def test_a_servers_bound_on_sessions_is_learnt(serve: Serve, sessions: int
 async def test_a_server_that_allows_none_is_told(serve: Serve) -> None:
     link = serve(0)
     with pytest.raises(ConnectionLostError, match="refuses sessions"):
-        await commands(link).run("true")
+        await Guest(link).run("true")
     link.close()
 
 
@@ -126,7 +128,7 @@ async def test_a_cancelled_command_is_killed_and_gives_its_session_back(
     serve: Serve, sessions: int
 ) -> None:
     link = serve(sessions)
-    guest = commands(link)
+    guest = Guest(link)
     await guest.run("true")
     for steps in range(40):  # the session is being opened, or open
         running = asyncio.ensure_future(guest.run(f"exec sleep 471{sessions}", timeout=None))
@@ -144,7 +146,7 @@ async def test_a_command_is_killed_in_time_though_all_sessions_are_taken(
     serve: Serve, sessions: int
 ) -> None:
     link = serve(sessions)
-    guest = commands(link)
+    guest = Guest(link)
     running = [
         asyncio.ensure_future(guest.run(f"echo begun; exec sleep 472{sessions}", timeout=1.5))
         for _ in range(sessions + 2)
@@ -159,15 +161,15 @@ async def test_a_command_is_killed_in_time_though_all_sessions_are_taken(
 
 async def test_the_time_of_a_stream_begins_with_its_session(serve: Serve) -> None:
     link = serve(1)
-    guest = commands(link)
+    guest = Guest(link)
     first = asyncio.ensure_future(guest.run("sleep 1.5"))
     while (await guest.run("true")).exit_code:
         pass  # the first has its session
-    async with guest.stream("sleep 0.5; echo in time", timeout=1.2) as lines:
+    async with guest.run_stream("sleep 0.5; echo in time", timeout=1.2) as lines:
         assert [line.text async for line in lines] == ["in time"]
     await first
     with pytest.raises(CommandTimeoutError):
-        async with guest.stream("echo x; sleep 4713", timeout=0.5) as lines:
+        async with guest.run_stream("echo x; sleep 4713", timeout=0.5) as lines:
             assert [line.text async for line in lines] == ["x"]
     link.close()
 
@@ -182,31 +184,29 @@ async def test_the_time_of_a_stream_begins_with_its_session(serve: Serve) -> Non
 )
 async def test_what_cannot_be_sent_is_refused_at_once(serve: Serve, arguments: Any) -> None:
     with pytest.raises(ConfigError, match="lone surrogate"):
-        await commands(serve(1)).run(**arguments)
+        await Guest(serve(1)).run(**arguments)
 
 
 async def test_bytes_of_file_names_arrive_as_they_were(serve: Serve) -> None:
     link = serve(1)
     odd = os.fsdecode(b"\xff\xfe")
-    result = await commands(link).run(
-        "cat; printf %s $ODD", env={"ODD": odd}, input=odd, text=False
-    )
+    result = await Guest(link).run("cat; printf %s $ODD", env={"ODD": odd}, input=odd, text=False)
     assert result.stdout == b"\xff\xfe\xff\xfe"
     link.close()
 
 
 async def test_a_big_file_and_a_big_tree_go_and_come_the_same(serve: Serve, tmp_path: Path) -> None:
     link = serve(10)
-    files = Files(reaching(link))
+    files = Guest(link)
     big = tmp_path / "big"
     big.write_bytes(os.urandom(1 << 20) * 200 + b"end")
     make_tree(tmp_path / "tree", 5000)
-    await files.upload(big, f"{tmp_path}/there/")
-    await files.download(f"{tmp_path}/there/big", tmp_path / "back")
+    await files.upload_file(big, f"{tmp_path}/there/")
+    await files.download_file(f"{tmp_path}/there/big", tmp_path / "back")
     assert filecmp.cmp(big, tmp_path / "there" / "big", shallow=False)
     assert filecmp.cmp(big, tmp_path / "back", shallow=False)
-    await files.upload(tmp_path / "tree", f"{tmp_path}/there/tree")
-    await files.download(f"{tmp_path}/there/tree", tmp_path / "came")
+    await files.upload_file(tmp_path / "tree", f"{tmp_path}/there/tree")
+    await files.download_file(f"{tmp_path}/there/tree", tmp_path / "came")
     wanted = digest_tree(tmp_path / "tree")
     assert digest_tree(tmp_path / "there" / "tree") == wanted
     assert digest_tree(tmp_path / "came") == wanted
@@ -215,7 +215,7 @@ async def test_a_big_file_and_a_big_tree_go_and_come_the_same(serve: Serve, tmp_
 
 async def test_a_file_that_does_not_tell_its_size_comes_whole(serve: Serve, tmp_path: Path) -> None:
     link = serve(10)
-    await Files(reaching(link)).download("/proc/self/limits", tmp_path / "limits")
+    await Guest(link).download_file("/proc/self/limits", tmp_path / "limits")
     assert "Max open files" in (tmp_path / "limits").read_text()
     link.close()
 
@@ -225,13 +225,13 @@ async def test_a_transfer_cancelled_anywhere_leaves_nothing(
     serve: Serve, tmp_path: Path, down: bool
 ) -> None:
     link = serve(10)
-    files = Files(reaching(link))
+    files = Guest(link)
     source, target = tmp_path / "source", tmp_path / "target"
     make_tree(source / "tree", 40)
     (source / "big").write_bytes(os.urandom(3 << 20))
     target.mkdir()
-    await files.upload(source / "big", f"{tmp_path}/connected")
-    transfer = files.download if down else files.upload
+    await files.upload_file(source / "big", f"{tmp_path}/connected")
+    transfer = files.download_file if down else files.upload_file
     for steps in itertools.count(0, 11):
         copying = asyncio.ensure_future(transfer(str(source), f"{target}/copy"))
         for _ in range(steps):

@@ -13,7 +13,7 @@ import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, ImageError, PortForward, UnsupportedError
 from smolvm_async.config.options import make_config
-from smolvm_async.controls.ssh.login import make_key_pair, make_seed
+from smolvm_async.controls.ssh.login import Login, make_key_pair, make_seed
 from smolvm_async.guests import BUILT_IN, GUESTS
 from smolvm_async.host import find_tools
 from smolvm_async.host.accelerator import TCG
@@ -119,7 +119,7 @@ def test_an_image_of_ones_own_gets_a_seed() -> None:
 def test_the_seed_holds_what_cloud_init_reads(user: str) -> None:
     key, host_key = make_key_pair(), make_key_pair()
     iso = pycdlib.PyCdlib()
-    iso.open_fp(io.BytesIO(make_seed("guest-1", user, key, host_key)))
+    iso.open_fp(io.BytesIO(make_seed("guest-1", Login(user, key, host_key))))
     assert iso.pvd.volume_identifier.decode().strip() == "cidata"
 
     def read(path: str) -> str:

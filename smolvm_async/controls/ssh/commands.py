@@ -6,15 +6,15 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, AnyStr, Generic, Literal
+from typing import Any, AnyStr, Generic, Literal, overload
 
 from smolvm_async.config.checks import check_boolean, check_env, check_timeout, encoded, shown
 from smolvm_async.controls.ssh.execution import Execution, Stream, executing
-from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.link import OverSSH
 from smolvm_async.controls.ssh.script import check_command, script
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
 from smolvm_async.foundation.tasks import in_background
@@ -24,7 +24,6 @@ QUOTED = 2000  # characters of stderr in an error message
 MAX_LINE = 1 << 20  # bytes; a longer line comes in pieces
 BEHIND = 1 << 20  # bytes that may wait here before the guest has to wait
 
-Reach = Callable[[], Awaitable[Link]]  # waits until the guest is ready, and returns its link
 ShellKind = Literal["raw", "login"]
 
 
@@ -72,9 +71,9 @@ class LineStream:
         exit_code: The exit code as of `subprocess`; `None` until the lines have ended.
     """
 
-    def __init__(self, command: str, lost: Callable[[], Exception]) -> None:
+    def __init__(self, command: str, timeout: float | None, lost: Callable[[], Exception]) -> None:
         self._command = command
-        self._timeout: float | None = None
+        self._timeout = timeout
         self._deadline: float | None = None
         self._lost = lost
         self._execution: Execution | None = None
@@ -89,12 +88,12 @@ class LineStream:
         """See the class."""
         return self._execution.exit_code if self._execution else None
 
-    def follow(self, execution: Execution, timeout: float | None, deadline: float | None) -> None:
-        """Note that the command was started; it has `timeout` seconds until `deadline` (loop time).
+    def follow(self, execution: Execution, deadline: float | None) -> None:
+        """Note that the command was started; it has until `deadline` in the event loop's time.
 
         Output may have come before.
         """
-        self._execution, self._timeout, self._deadline = execution, timeout, deadline
+        self._execution, self._deadline = execution, deadline
         execution.ended.add_done_callback(lambda _: self._end())
         self._throttle()
 
@@ -117,11 +116,11 @@ class LineStream:
         self._lines.append((Line(line.decode(errors="replace"), stream), len(line) + 1))
         self._waiting += len(line) + 1
 
-    def timed_out(self, timeout: float | None) -> CommandTimeoutError:
+    def timed_out(self) -> CommandTimeoutError:
         """Return the error for a command that did not end in time."""
         return CommandTimeoutError(
-            f"{shown(self._command)} did not end within {timeout:g} s, and is killed.",
-            seconds=timeout or 0.0,
+            f"{shown(self._command)} did not end within {self._timeout:g} s, and is killed.",
+            seconds=self._timeout or 0.0,
         )
 
     def _end(self) -> None:
@@ -157,18 +156,40 @@ class LineStream:
                 async with asyncio.timeout_at(self._deadline):
                     await self._news.wait()
             except TimeoutError:
-                raise self.timed_out(self._timeout) from None
+                raise self.timed_out() from None
         line, size = self._lines.popleft()
         self._waiting -= size
         self._throttle()
         return line
 
 
-class Commands:
-    """The commands of one guest."""
+class Commands(OverSSH):
+    """`AsyncSmolVM`'s commands."""
 
-    def __init__(self, reach: Reach) -> None:
-        self._reach = reach
+    @overload
+    async def run(
+        self,
+        command: str,
+        timeout: float | None = 30,
+        env: Mapping[str, str] | None = None,
+        shell: ShellKind = "raw",
+        input: str | bytes | None = None,
+        check: bool = False,
+        text: Literal[True] = True,
+    ) -> CommandResult[str]: ...
+
+    @overload
+    async def run(
+        self,
+        command: str,
+        timeout: float | None = 30,
+        env: Mapping[str, str] | None = None,
+        shell: ShellKind = "raw",
+        input: str | bytes | None = None,
+        check: bool = False,
+        *,
+        text: Literal[False],
+    ) -> CommandResult[bytes]: ...
 
     async def run(
         self,
@@ -180,14 +201,36 @@ class Commands:
         check: bool = False,
         text: bool = True,
     ) -> CommandResult[Any]:
-        """See `AsyncSmolVM.run()`."""
-        check_command(command, shell)
-        check_timeout(timeout)
-        content, variables = _input(input), check_env(env)
+        """Run a command in the guest over SSH, and wait for its end.
+
+        Cancelling the call kills the command and the rest of its process group in the guest.
+
+        Args:
+            command: A command for the user's shell.
+            timeout: Seconds from the start of the command until it is killed; `None` for no limit.
+            env: Variables for this command, in addition to those of `set_env_vars()`. They never
+                appear on a command line.
+            shell: `"raw"`: the user's shell runs the command as it is. `"login"`: a login shell,
+                which reads the user's profile first, runs it.
+            input: The standard input of the command; empty by default.
+            check: Whether an exit code other than 0 is an error.
+            text: Whether the output is text (invalid UTF-8 becomes U+FFFD) or bytes.
+
+        Returns:
+            Exit code, output and duration.
+
+        Raises:
+            CommandTimeoutError: The command took too long and was killed; has its output so far.
+            CommandFailedError: `check` is true, and the exit code is not 0.
+            ConnectionLostError: The guest or its SSH server was reset, or ended.
+            VMTimeoutError: The guest was not ready within `Timeouts.boot`.
+            VMNotRunningError: The VM is not running.
+            ConfigError: An argument is wrong, or the guest is Windows (a `ValueError`).
+        """
+        self._require("run")
+        mark, line, content = _prepare(command, timeout, env, shell, input)
         for name, value in (("check", check), ("text", text)):
             check_boolean(name, value)
-        mark = secrets.token_hex(8)
-        line, first = script(command, shell, variables, mark)
         link = await self._reach()
         output = Output(text)
         began = time.monotonic()
@@ -195,7 +238,7 @@ class Commands:
             async with asyncio.timeout(None) as bound:
                 start = partial(_bound, bound, timeout)
                 async with executing(link, line, mark, output.receive, start) as execution:
-                    await execution.write(first + content)
+                    await execution.write(content)
                     await asyncio.wait([execution.ended])
         except TimeoutError:
             stdout, stderr = await output.collected()
@@ -218,23 +261,49 @@ class Commands:
             )
         return result
 
-    @asynccontextmanager
-    async def stream(
+    def run_stream(
         self,
         command: str,
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         shell: ShellKind = "raw",
         input: str | bytes | None = None,
+    ) -> AbstractAsyncContextManager[LineStream]:
+        """Run a command and read its output line by line, as the command prints it.
+
+        ::
+
+            async with vm.run_stream("apt-get install -y ffmpeg") as lines:
+                async for line in lines:
+                    print(line.stream, line.text)
+            print(lines.exit_code)
+
+        Leaving the block kills the command if it is still running. A slow reader slows the command
+        down: no output is lost, and at most a few MiB are kept in memory. A line of more than 1 MiB
+        comes in pieces.
+
+        Args:
+            command, timeout, env, shell, input: See `run()`; there is no timeout by default.
+
+        Raises:
+            CommandTimeoutError, ConnectionLostError: During the iteration; see `run()`.
+            VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
+        """
+        self._require("run_stream")
+        return self._stream(command, timeout, env, shell, input)
+
+    @asynccontextmanager
+    async def _stream(
+        self,
+        command: str,
+        timeout: float | None,
+        env: Mapping[str, str] | None,
+        shell: ShellKind,
+        input: str | bytes | None,
     ) -> AsyncIterator[LineStream]:
-        """See `AsyncSmolVM.run_stream()`."""
-        check_command(command, shell)
-        check_timeout(timeout)
-        content, variables = _input(input), check_env(env)
-        mark = secrets.token_hex(8)
-        line, first = script(command, shell, variables, mark)
+        mark, line, content = _prepare(command, timeout, env, shell, input)
         link = await self._reach()
-        lines = LineStream(command, link.lost)
+        lines = LineStream(command, timeout, link.lost)
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(None) as bound:
@@ -242,13 +311,29 @@ class Commands:
                     session = executing(link, line, mark, lines.receive, start)
                     execution = await stack.enter_async_context(session)
             except TimeoutError:
-                raise lines.timed_out(timeout) from None
-            lines.follow(execution, timeout, bound.when())
-            writing = asyncio.ensure_future(execution.write(first + content))
+                raise lines.timed_out() from None
+            lines.follow(execution, bound.when())
+            writing = asyncio.ensure_future(execution.write(content))
             try:
                 yield lines
             finally:
                 writing.cancel()
+
+
+def _prepare(
+    command: str,
+    timeout: float | None,
+    env: Mapping[str, str] | None,
+    shell: ShellKind,
+    input: str | bytes | None,
+) -> tuple[str, str, bytes]:
+    """Check the arguments; return the mark, the script and the standard input of the command."""
+    check_command(command, shell)
+    check_timeout(timeout)
+    content, variables = _input(input), check_env(env)
+    mark = secrets.token_hex(8)
+    line, first = script(command, shell, variables, mark)
+    return mark, line, first + content
 
 
 def _bound(bound: asyncio.Timeout, timeout: float | None, turn: bool) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from smolvm_async.config.checks import check_env, shown
-from smolvm_async.controls.ssh.commands import Reach
 from smolvm_async.controls.ssh.files import explained
+from smolvm_async.controls.ssh.link import Link, OverSSH
 from smolvm_async.controls.ssh.script import ENV_FILE, exports, parse_exports
 from smolvm_async.errors import ConfigError, FileTransferError
 
@@ -19,40 +18,67 @@ if TYPE_CHECKING:
 FILE = f"the variables in ~/{ENV_FILE}"  # for messages
 
 
-class Environment:
-    """The variables of every later command. They last as long as the guest's disk."""
+class Environment(OverSSH):
+    """`AsyncSmolVM`'s variables of every later command. They last as long as the guest's disk."""
 
-    def __init__(self, reach: Reach) -> None:
-        self._reach = reach
-        self._turn = asyncio.Lock()
+    async def set_env_vars(self, env_vars: Mapping[str, str], *, merge: bool = True) -> list[str]:
+        """Set environment variables for all later commands.
 
-    async def set(self, env: Mapping[str, str], *, merge: bool = True) -> list[str]:
-        """See `AsyncSmolVM.set_env_vars()`."""
-        wanted = check_env(env, "env_vars")
-        link = await self._reach()
-        async with self._turn, explained(link, FILE), link.sftp() as sftp:
-            known = await _read(sftp) if merge else {}
-            await _write(sftp, {**known, **wanted})
-        return sorted({**known, **wanted})
+        They are stored in the guest, in `~/.smolvm_env.sh`, which only this user can read.
 
-    async def unset(self, names: Iterable[str]) -> dict[str, str]:
-        """See `AsyncSmolVM.unset_env_vars()`."""
+        Args:
+            env_vars: The values, by name.
+            merge: Whether to keep the variables that were set before.
+
+        Returns:
+            The names of all variables that are set now, sorted.
+
+        Raises:
+            FileTransferError, ConnectionLostError, ...: See `upload_file()`.
+        """
+        self._require("set_env_vars")
+        checked = check_env(env_vars, "env_vars")
+        return await set_variables(await self._reach(), checked, merge=merge)
+
+    async def unset_env_vars(self, names: Iterable[str]) -> dict[str, str]:
+        """Remove environment variables that `set_env_vars()` has set.
+
+        Returns:
+            The variables that were removed, with their values.
+
+        Raises:
+            FileTransferError, ConnectionLostError, ...: See `upload_file()`.
+        """
+        self._require("unset_env_vars")
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise ConfigError(f"names={shown(names)} is wrong: pass a list of variable names.")
         wanted = list(check_env(dict.fromkeys(names, ""), "names"))
         link = await self._reach()
-        async with self._turn, explained(link, FILE), link.sftp() as sftp:
+        async with link.env_turn, explained(link, FILE), link.sftp() as sftp:
             known = await _read(sftp)
             removed = {name: known.pop(name) for name in wanted if name in known}
             if removed:
                 await _write(sftp, known)
         return removed
 
-    async def list(self) -> dict[str, str]:
-        """See `AsyncSmolVM.list_env_vars()`."""
+    async def list_env_vars(self) -> dict[str, str]:
+        """Return the environment variables that `env=` and `set_env_vars()` have set.
+
+        Raises:
+            FileTransferError, ConnectionLostError, ...: See `upload_file()`.
+        """
+        self._require("list_env_vars")
         link = await self._reach()
         async with explained(link, FILE), link.sftp() as sftp:
             return await _read(sftp)
+
+
+async def set_variables(link: Link, env: Mapping[str, str], *, merge: bool = True) -> list[str]:
+    """Set variables; return the names of all variables that are set now, sorted."""
+    async with link.env_turn, explained(link, FILE), link.sftp() as sftp:
+        known = await _read(sftp) if merge else {}
+        await _write(sftp, {**known, **env})
+    return sorted({**known, **env})
 
 
 async def _read(sftp: SFTPClient) -> dict[str, str]:

@@ -6,7 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.script import killer
@@ -123,9 +123,8 @@ def _opener(
     command: str, receive: Callable[[Stream, bytes], None]
 ) -> Callable[[SSHClientConnection], Awaitable[Execution]]:
     async def opener(connection: SSHClientConnection) -> Execution:
-        session: Any = Execution(receive)
-        await connection.create_session(lambda: session, command, encoding=None)
-        execution: Execution = session
+        execution = Execution(receive)
+        await connection.create_session(lambda: cast(Any, execution), command, encoding=None)
         return execution
 
     return opener
@@ -137,16 +136,13 @@ async def executing(
     command: str,
     mark: str,
     receive: Callable[[Stream, bytes], None],
-    on_turn: Callable[[bool], None] = lambda _: None,
+    on_turn: Callable[[bool], None],
 ) -> AsyncIterator[Execution]:
     """Run a command during the block; if it still runs at the end of the block, kill it.
 
     Args:
         mark: The mark of the command's processes; see `script()`.
         on_turn: See `Link.open()`.
-
-    Raises:
-        ConnectionLostError: If the guest cannot be reached.
     """
 
     async def kill(execution: Execution) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from smolvm_async.config.checks import check_integer, check_path, shown
-from smolvm_async.controls.ssh.commands import Reach
-from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.link import Link, OverSSH
 from smolvm_async.controls.ssh.transfer import (
     Entry,
     FromGuest,
@@ -32,21 +31,37 @@ if TYPE_CHECKING:
 CLEANING = 10.0  # seconds to remove the rest of a failed transfer
 
 
-class Files:
-    """The transfers into one guest and out of it."""
+class Files(OverSSH):
+    """`AsyncSmolVM`'s uploads and downloads."""
 
-    def __init__(self, reach: Reach) -> None:
-        self._reach = reach
-
-    async def upload(
+    async def upload_file(
         self,
-        local_path: object,
-        guest_path: object,
+        local_path: str | os.PathLike[str],
+        guest_path: str,
         *,
         make_dirs: bool = True,
         on_progress: ProgressCallback | None = None,
     ) -> str:
-        """See `AsyncSmolVM.upload_file()`."""
+        """Copy a file, or a directory with its contents, into the guest.
+
+        The copy has a temporary name beside the final one until it is complete. A directory that
+        exists is merged with. Modes and times are kept, links stay links.
+
+        Args:
+            local_path: The file or directory to copy; `~` is expanded.
+            guest_path: The absolute path to copy to. If it is a directory, or ends with a slash,
+                the name of the copied file or directory is added.
+            make_dirs: Whether to make missing directories above `guest_path`.
+            on_progress: Called with a `Progress` in bytes, about ten times a second.
+
+        Returns:
+            The path in the guest.
+
+        Raises:
+            FileTransferError: The copy failed: a disk is full, a permission is missing, ...
+            ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
+        """
+        self._require("upload_file")
         source = check_path(local_path, "local_path", "a file or directory")
         target = _guest_path(guest_path)
         tree = await in_background(_local_source, source)
@@ -62,16 +77,33 @@ class Files:
             meter.tell()
         return target
 
-    async def download(
+    async def download_file(
         self,
-        guest_path: object,
-        local_path: object,
+        guest_path: str,
+        local_path: str | os.PathLike[str],
         *,
         make_dirs: bool = True,
         max_bytes: int | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> Path:
-        """See `AsyncSmolVM.download_file()`."""
+        """Copy a file or a directory out of the guest. See `upload_file()`.
+
+        No name or link from the guest can lead out of `local_path`; set-user-id bits are dropped.
+
+        Args:
+            guest_path: The absolute path of the file or directory to copy.
+            local_path: The path to copy to; see `guest_path` of `upload_file()`.
+            make_dirs: Whether to make missing directories above `local_path`.
+            max_bytes: Fail if there are more bytes than this.
+            on_progress: See `upload_file()`.
+
+        Returns:
+            The path on the host.
+
+        Raises:
+            FileTransferError, ConnectionLostError, ...: See `upload_file()`.
+        """
+        self._require("download_file")
         source = _guest_path(guest_path).rstrip("/") or "/"
         target = check_path(local_path, "local_path", "a file or directory")
         if max_bytes is not None:
@@ -90,7 +122,7 @@ class Files:
             if max_bytes is not None and size > max_bytes:
                 raise FileTransferError(f"{size} bytes are more than max_bytes={max_bytes}")
             if make_dirs:
-                await in_background(_make_directory, target.parent)
+                await in_background(os.makedirs, target.parent, 0o777, True)
             meter = TransferMeter(on_progress, f"downloading {name}", size)
             await _carry_out(FromGuest(sftp, source, target, meter), tree)
             meter.tell()
@@ -105,11 +137,7 @@ async def _carry_out(
 ) -> None:
     """Copy and publish; after a failure or a cancellation, remove the temporary name.
 
-    Args:
-        transfer: The transfer.
-        tree: The entries of the source.
-        sftp: Of an upload: where to ask, after a failure, whether the guest's disk is full.
-        directory: The guest's directory that is written to.
+    With the `sftp` and the guest's `directory` of an upload, a failure is explained by a full disk.
     """
     full = False
     try:
@@ -136,12 +164,7 @@ async def _clean(transfer: ToGuest | FromGuest) -> None:
 
 @asynccontextmanager
 async def explained(link: Link, subject: str) -> AsyncIterator[None]:
-    """Turn the errors of SSH and of this host into `FileTransferError` or `ConnectionLostError`.
-
-    Args:
-        link: The connection.
-        subject: The files that are transferred, for messages.
-    """
+    """Turn the errors of SSH and of this host into `FileTransferError` or `ConnectionLostError`."""
     try:
         yield
     except Exception as error:
@@ -207,10 +230,6 @@ def _local_source(source: Path) -> list[Entry]:
         ) from None
     except OSError as error:
         raise ConfigError(f"local_path={str(source)!r} cannot be read: {error}.") from error
-
-
-def _make_directory(path: Path) -> None:
-    path.mkdir(parents=True, exist_ok=True)
 
 
 def _size(tree: list[Entry]) -> int:

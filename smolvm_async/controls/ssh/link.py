@@ -149,6 +149,7 @@ class Link:
         self._endings: set[asyncio.Task[None]] = set()
         self._closed = False
         self._greeting = GREETING
+        self.env_turn = asyncio.Lock()  # of the writers of the guest's environment variables
 
     async def connect(self) -> bool:
         """Connect if the guest's server answers by now; return whether it does.
@@ -271,9 +272,6 @@ class Link:
         """Open a session at once, without a place in the queue.
 
         If the server refuses it on the shared connection, a second connection is made for it.
-
-        Raises:
-            ConnectionLostError: If the guest does not answer.
         """
         connection, second = await self._patiently_connected(), None
         from asyncssh import ChannelOpenError
@@ -293,11 +291,7 @@ class Link:
 
     @asynccontextmanager
     async def sftp(self) -> AsyncIterator[SFTPClient]:
-        """Open a session for files.
-
-        Raises:
-            ConnectionLostError: If the guest does not answer.
-        """
+        """Open a session for files."""
         client = await self.open(lambda connection: connection.start_sftp_client(), _exit)
         try:
             yield client
@@ -363,6 +357,18 @@ class Link:
         return self._lost(
             "the connection was lost; the guest was reset or has ended, or its SSH server died"
         )
+
+
+class OverSSH:
+    """Base class of the controls that need a connection to the guest."""
+
+    async def _reach(self) -> Link:
+        """Wait until the guest is ready, and return the connection."""
+        raise NotImplementedError
+
+    def _require(self, feature: str) -> None:
+        """Check that the guest can have this feature, and that it runs."""
+        raise NotImplementedError
 
 
 async def greeted(port: int, timeout: float) -> socket.socket | None:

@@ -35,15 +35,10 @@ class Access(NamedTuple):
 
 
 class KeyPair(NamedTuple):
-    """An Ed25519 key pair.
+    """An Ed25519 key pair."""
 
-    Attributes:
-        private: The private key as a file of ssh-keygen, without a passphrase.
-        public: The public key as a line of `authorized_keys`.
-    """
-
-    private: bytes
-    public: str
+    private: bytes  # a file of ssh-keygen, without a passphrase
+    public: str  # a line of `authorized_keys`
 
 
 def make_key_pair() -> KeyPair:
@@ -55,11 +50,7 @@ def make_key_pair() -> KeyPair:
 
 
 def load_key_pair(private: bytes) -> KeyPair:
-    """Return the key pair of a private key.
-
-    Raises:
-        ValueError: If it is not an Ed25519 key.
-    """
+    """Return the key pair of a private key."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
@@ -83,13 +74,7 @@ def _pair(key: Ed25519PrivateKey) -> KeyPair:
 
 
 class Login(NamedTuple):
-    """The user of a VM and the VM's two key pairs.
-
-    Attributes:
-        user: The user to log in as.
-        key: The user's key pair.
-        host_key: The key pair of the guest's SSH server.
-    """
+    """The user of a VM, the user's key pair and that of the guest's SSH server."""
 
     user: str
     key: KeyPair
@@ -107,7 +92,7 @@ class Login(NamedTuple):
             AUTHORIZED_KEYS: f"{self.key.public}\n".encode(),
         }
         if config.profile.login == "nocloud":
-            files[SEED] = make_seed(config.vm_id, self.user, self.key, self.host_key)
+            files[SEED] = make_seed(config.vm_id, self)
         return files
 
 
@@ -117,11 +102,7 @@ def new_login(config: VMConfig) -> Login:
 
 
 def kept_login(config: VMConfig, directory: Path) -> Login:
-    """Read the login of a kept VM from its directory.
-
-    Raises:
-        OSError: If its keys cannot be read.
-    """
+    """Read the login of a kept VM from its directory."""
     key, host_key = (load_key_pair((directory / name).read_bytes()) for name in (SSH_KEY, HOST_KEY))
     return Login(config.user, key, host_key)
 
@@ -133,41 +114,36 @@ SSHD = {
 }
 
 
-def cloud_config(hostname: str, user: str, key: KeyPair, host_key: KeyPair) -> dict[str, Any]:
+def cloud_config(hostname: str, login: Login) -> dict[str, Any]:
     """Return the configuration for cloud-init (cloudinit.readthedocs.io, "Cloud config")."""
     config: dict[str, Any] = {
         "hostname": hostname,
         "manage_etc_hosts": "localhost",
         "ssh_pwauth": False,
         "ssh_keys": {
-            "ed25519_private": host_key.private.decode(),
-            "ed25519_public": host_key.public,
+            "ed25519_private": login.host_key.private.decode(),
+            "ed25519_public": login.host_key.public,
         },
         "write_files": [SSHD],
     }
-    if user == "root":
-        return {**config, "disable_root": False, "ssh_authorized_keys": [key.public]}
+    keys = [login.key.public]
+    if login.user == "root":
+        return {**config, "disable_root": False, "ssh_authorized_keys": keys}
     sudo = "ALL=(ALL) NOPASSWD:ALL"
-    account = {"name": user, "sudo": sudo, "ssh_authorized_keys": [key.public]}
+    account = {"name": login.user, "sudo": sudo, "ssh_authorized_keys": keys}
     # The image's own default user gets this name; its shell and groups stay.
     return {**config, "user": account, "users": ["default"]}
 
 
-def make_seed(hostname: str, user: str, key: KeyPair, host_key: KeyPair) -> bytes:
+def make_seed(hostname: str, login: Login) -> bytes:
     """Make a NoCloud seed: a small disk from which cloud-init takes user, keys and host name.
 
-    Args:
-        hostname: The guest's host name, and the instance's id: cloud-init acts once for each id.
-        user: `root`, or the name of a user that cloud-init makes, with sudo.
-        key: The user's key pair.
-        host_key: The key pair of the guest's SSH server.
-
-    Returns:
-        The image of the disk: an ISO 9660 file system named `cidata`.
+    The disk has an ISO 9660 file system named `cidata`. A user other than `root` is made, with
+    sudo. The host name is the instance's id, too: cloud-init acts once for each id.
     """
     import pycdlib
 
-    config = json.dumps(cloud_config(hostname, user, key, host_key))  # JSON is YAML, too
+    config = json.dumps(cloud_config(hostname, login))  # JSON is YAML, too
     files = {
         "meta-data": json.dumps({"instance-id": hostname, "local-hostname": hostname}),
         "user-data": f"#cloud-config\n{config}",

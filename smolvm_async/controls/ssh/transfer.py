@@ -37,7 +37,7 @@ from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import acquired, in_background
 
 if TYPE_CHECKING:
-    from asyncssh import SFTPClient, SFTPClientFile
+    from asyncssh import SFTPAttrs, SFTPClient, SFTPClientFile
 
 
 class Entry(NamedTuple):
@@ -72,12 +72,7 @@ class Entry(NamedTuple):
 
 
 def local_tree(root: Path) -> list[Entry]:
-    """List a file or a directory of this host; a directory comes before its contents.
-
-    Raises:
-        FileTransferError: If it holds a socket, a FIFO or a device.
-        OSError: If a part cannot be read.
-    """
+    """List a file or a directory of this host; a directory comes before its contents."""
     status = root.stat()  # the source itself may be a link
     top = Entry("", status.st_mode, status.st_size, status.st_mtime)
     below = _below(root, "") if top.is_directory else ()
@@ -96,14 +91,8 @@ def _below(root: Path, directory: str) -> Iterator[Entry]:
 
 
 async def guest_tree(sftp: SFTPClient, root: str) -> list[Entry]:
-    """List a file or a directory of the guest, as `local_tree()` does.
-
-    Raises:
-        FileTransferError: If a name could lead out of the tree, or it holds a socket, a FIFO or a
-            device.
-        asyncssh.SFTPError: If a part cannot be read.
-    """
-    tree = [await _guest_entry(sftp, root)]
+    """List a file or a directory of the guest; refuse names that could lead out of the tree."""
+    tree = [_guest_entry("", await sftp.stat(root), root)]
     pending = [""] if tree[0].is_directory else []
     seen = {""}
     while pending:
@@ -116,19 +105,15 @@ async def guest_tree(sftp: SFTPClient, root: str) -> list[Entry]:
             if not name or "/" in name or "\0" in name or path in seen:
                 raise FileTransferError(f"the guest reports an unsafe file name: {name!r}")
             seen.add(path)
-            attrs = found.attrs
-            mode, size = attrs.permissions or 0, attrs.size or 0
-            entry = _checked(Entry(path, mode, size, attrs.mtime or 0), f"{root}/{path}")
+            entry = _guest_entry(path, found.attrs, f"{root}/{path}")
             tree.append(entry)
             if entry.is_directory:
                 pending.append(path)
     return tree
 
 
-async def _guest_entry(sftp: SFTPClient, root: str) -> Entry:
-    attrs = await sftp.stat(root)
-    entry = Entry("", attrs.permissions or 0, attrs.size or 0, attrs.mtime or 0)
-    return _checked(entry, root)
+def _guest_entry(path: str, attrs: SFTPAttrs, shown: str) -> Entry:
+    return _checked(Entry(path, attrs.permissions or 0, attrs.size or 0, attrs.mtime or 0), shown)
 
 
 def _checked(entry: Entry, shown: str) -> Entry:
@@ -202,14 +187,7 @@ async def copy_blocks(
 ) -> None:
     """Copy a file of `size` bytes in blocks.
 
-    Args:
-        size: The size of the file in bytes, as it was listed.
-        block: The size of a block in bytes.
-        copy: Called with an offset and a count of bytes; copies at most as many, and returns how
-            many it copied.
-
-    Raises:
-        FileTransferError: If the file has become shorter.
+    `copy` is called with an offset and a count of bytes, and returns how many of them it copied.
     """
 
     async def whole(offset: int) -> None:
