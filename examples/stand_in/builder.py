@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from smolvm_async.foundation import process
 from smolvm_async.foundation.files import replace_file, seal
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
@@ -74,7 +75,8 @@ class Builder:
     async def _build_base(self, digests: Digests, work: Path, base: Path) -> None:
         self._steps.report("unpacking packages", 2)
         (work / "unpacked").mkdir()
-        await packages.unpack([self._archives / name for name in digests], work / "unpacked")
+        for name in digests:  # without running the packages' scripts
+            await process.run(["dpkg-deb", "--extract", self._archives / name, work / "unpacked"])
         self._steps.report("arranging the guest's files", 3)
         await system.arrange(work / "unpacked", work, self._flavour)
         self._steps.report("making the file systems", 4)

@@ -27,9 +27,8 @@ from smolvm_async.config.checks import (
     is_integer,
     shown,
 )
-from smolvm_async.config.reference import local_path
 from smolvm_async.config.source import LocalDisk, Origin, PublishedImage, make_origin
-from smolvm_async.config.uri import is_published, parse_uri
+from smolvm_async.config.uri import is_published, local_path, parse_uri
 from smolvm_async.config.vm_config import Limits, StrictModel, Timeouts, VMConfig, find_profile
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.paths import xdg_home
@@ -169,15 +168,10 @@ def new_vm_id() -> str:
     return f"vm-{os_module.urandom(4).hex()}"
 
 
-def default_data_dir() -> Path:
-    """Return `$XDG_STATE_HOME/smolvm-async`, by default `~/.local/state/smolvm-async`."""
-    return xdg_home("XDG_STATE_HOME", ".local/state") / "smolvm-async"
-
-
 def make_data_dir(data_dir: object) -> Path:
-    """Return the data directory as an absolute path; by default `default_data_dir()`."""
+    """Return the data directory as an absolute path; by default, the one in XDG's state home."""
     if data_dir is None:
-        return default_data_dir()
+        return xdg_home("XDG_STATE_HOME", ".local/state") / "smolvm-async"
     return check_path(data_dir, "data_dir", "a directory")
 
 

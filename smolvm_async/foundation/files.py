@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def replace_file(
         with contextlib.suppress(OSError):
             os.unlink(new, dir_fd=dir_fd)
         raise
+
+
+def sha256_of(file: Path | int) -> str:
+    """Return the SHA-256 of a file, or of an open file from its position on, in hexadecimal."""
+    with open(file, "rb", closefd=not isinstance(file, int)) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def seal(path: Path, mode: int) -> None:

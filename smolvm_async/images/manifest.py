@@ -28,7 +28,6 @@ SCHEMA_VERSION = 1
 MAX_MANIFEST = 1 << 20  # bytes
 MAX_NAME, MAX_UNKNOWN = 200, 20  # characters of a name; names in a message
 LARGEST = {"rootfs": 1 << 40, "kernel": 256 << 20, "initrd": 1 << 30}  # bytes
-DISK_FORMATS = ("qcow2", "raw")
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=LARGEST["rootfs"])]
@@ -265,7 +264,7 @@ def _check_own(manifest: Manifest) -> None:
         if file.size is None:
             raise ValueError(f"{part} has no size")
     if manifest.rootfs.format is None:
-        raise ValueError(f"rootfs has no format: add {' or '.join(DISK_FORMATS)}")
+        raise ValueError("rootfs has no format: add qcow2 or raw")
 
 
 def _complaints(error: ValidationError) -> Iterator[str]:

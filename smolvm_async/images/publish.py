@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 from smolvm_async.config.checks import check_path, shown
 from smolvm_async.config.uri import MANIFEST, Location, parse_uri
 from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.files import sha256_of
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.guests import CHOICES
 from smolvm_async.images.cache.layout import Layout, cache_root
-from smolvm_async.images.local import open_image
+from smolvm_async.images.local import open_image, open_initrd, open_kernel
 from smolvm_async.images.manifest import Manifest, parse_manifest
 from smolvm_async.images.s3.client import open_client
 from smolvm_async.images.s3.errors import explain
 from smolvm_async.images.s3.upload import upload
-from smolvm_async.images.source import open_initrd, open_kernel
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -195,7 +195,7 @@ def _prepare(
         entry |= {"name": f"{path.name}.zst", "compression": "zstd"}
         entry |= _compress(fd, packed)
         return _Upload(packed, entry)
-    return _Upload(fd, {**entry, "sha256": _digest(fd), "size": os.fstat(fd).st_size})
+    return _Upload(fd, {**entry, "sha256": sha256_of(fd), "size": os.fstat(fd).st_size})
 
 
 @contextmanager
@@ -203,11 +203,6 @@ def _temporary_file() -> Iterator[int]:
     """Open a file without a name, which ends with the process."""
     with tempfile.TemporaryFile(dir=Layout(cache_root()).arriving) as file:
         yield file.fileno()
-
-
-def _digest(fd: int) -> str:
-    with open(fd, "rb", closefd=False) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _compress(fd: int, packed: int) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 The format is QEMU's docs/interop/qcow2.txt; every number is big-endian.
 
 Why the header is checked. A qcow2 may name a second file: a backing file (its offset is in bytes 8
-to 15), or an external data file (bit 2 of the incompatible
-features). QEMU opens that file as well, with the rights of the user, and the guest can read it: an
-image whose backing file is /etc/passwd boots, and shows /etc/passwd to the guest. So the library
-reads the header itself, before QEMU or qemu-img sees the file, and refuses:
+to 15), or an external data file (bit 2 of the incompatible features). QEMU opens that file as well,
+with the rights of the user, and the guest can read it: an image whose backing file is /etc/passwd
+boots, and shows /etc/passwd to the guest. So the library reads the header itself, before QEMU or
+qemu-img sees the file, and refuses:
 
 - an image with a second file, whichever it is;
 - an encrypted image, an image marked corrupt, and an image with features that this module does not
@@ -29,6 +29,7 @@ import itertools
 import os
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 MAGIC = b"QFI\xfb"
@@ -87,8 +88,7 @@ class Header(NamedTuple):
 def check(fd: int) -> Header:
     """Read and check the header of the open file `fd`; write nothing, open no other file."""
     size = os.fstat(fd).st_size
-    head = os.pread(fd, 512, 0)
-    header = parse(head, size)
+    header = parse(os.pread(fd, 512, 0), size)
     _check_tables(header, size)
     _check_length(fd, header, size)
     return header
@@ -100,13 +100,10 @@ def first_sector(fd: int) -> bytes | None:
     `None` means that the sector is compressed, or has an extended L2 entry, and qemu-img has to
     read the sector. That takes as long as QEMU itself takes to start.
     """
-    head = os.pread(fd, HEADER_V3.size, 0)
-    l1_offset, features = HEADER_V2.unpack_from(head)[8], 0
-    if head[7] == 3:
-        features = HEADER_V3.unpack(head)[13]
-    if features & EXTENDED_L2:
+    header = parse(os.pread(fd, 512, 0), os.fstat(fd).st_size)
+    if header.features & EXTENDED_L2:
         return None
-    l2_offset = int.from_bytes(os.pread(fd, 8, l1_offset), "big") & OFFSET_MASK
+    l2_offset = int.from_bytes(os.pread(fd, 8, header.l1_offset), "big") & OFFSET_MASK
     entry = int.from_bytes(os.pread(fd, 8, l2_offset), "big") if l2_offset else 0
     if entry & COMPRESSED:
         return None
@@ -160,6 +157,12 @@ def parse(head: bytes, file_size: int) -> Header:
         snapshots_offset=fields[12],
         features=features,
     )
+
+
+def detect_format(path: Path) -> str:
+    """Return `qcow2` or `raw`, by the first bytes of a file."""
+    with path.open("rb") as file:
+        return "qcow2" if file.read(len(MAGIC)) == MAGIC else "raw"
 
 
 def _kind(head: bytes, kinds: Mapping[bytes, str]) -> str | None:

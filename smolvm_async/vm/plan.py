@@ -14,7 +14,7 @@ from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host import Accelerator, HostTools, choose_accelerator, find_tools
-from smolvm_async.images.source import own_source
+from smolvm_async.images.local import own_source
 from smolvm_async.qemu.sidecars import programs
 from smolvm_async.state.directory import check_data_dir
 from smolvm_async.vm.limits import scope_prefix

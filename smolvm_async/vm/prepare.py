@@ -16,8 +16,13 @@ from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.tasks import in_background, in_thread
 from smolvm_async.host import HostTools, find_plain_uefi
 from smolvm_async.images import qcow2
-from smolvm_async.images.local import BaseImage, open_image
-from smolvm_async.images.source import open_initrd, open_kernel, starts_by_bios
+from smolvm_async.images.local import (
+    BaseImage,
+    open_image,
+    open_initrd,
+    open_kernel,
+    starts_by_bios,
+)
 from smolvm_async.qemu.arguments import DirectBoot
 from smolvm_async.qemu.sidecars import directories
 from smolvm_async.state.directory import Parts, VMDirectory

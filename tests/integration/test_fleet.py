@@ -209,7 +209,7 @@ async def test_what_all_have_in_common_is_looked_at_once(
         return checked(fd)
 
     checked = qcow2.check
-    monkeypatch.setattr("smolvm_async.images.source.run", run)
+    monkeypatch.setattr("smolvm_async.images.local.run", run)
     monkeypatch.setattr("smolvm_async.images.qcow2.check", check)
     monkeypatch.setattr("smolvm_async.images.local.SETTLED", 0)
     async with Fleet({**blank, "image": image}, size=3, until="firmware") as fleet:

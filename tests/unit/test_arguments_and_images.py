@@ -33,7 +33,7 @@ from smolvm_async import (
     Timeouts,
     UnsupportedError,
 )
-from smolvm_async.config.options import default_data_dir, make_config
+from smolvm_async.config.options import make_config, make_data_dir
 from smolvm_async.config.vm_config import VMConfig
 
 NOBODY = 65534
@@ -608,7 +608,7 @@ def test_the_default_data_dir_follows_the_xdg_rules(
     home: Path, monkeypatch: pytest.MonkeyPatch, state_home: str, expected: str
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", state_home)
-    assert str(default_data_dir()) == expected.format(home=home) + "/smolvm-async"
+    assert str(make_data_dir(None)) == expected.format(home=home) + "/smolvm-async"
 
 
 @pytest.mark.parametrize("on_progress", ["print", 1, []])

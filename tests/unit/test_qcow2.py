@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 
 from smolvm_async.errors import ImageError
 from smolvm_async.images import local
-from smolvm_async.images.local import open_image
+from smolvm_async.images.local import open_image, starts_by_bios
 from smolvm_async.images.qcow2 import Header, Qcow2Error, check, empty, first_sector
-from smolvm_async.images.source import starts_by_bios
 
 KIB, MIB, GIB, TIB, PIB = (1 << shift for shift in (10, 20, 30, 40, 50))
 

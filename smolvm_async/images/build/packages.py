@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from smolvm_async.errors import CommandError
 from smolvm_async.foundation import process
+from smolvm_async.foundation.files import sha256_of
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.progress import Meter
 from smolvm_async.foundation.tasks import in_background
@@ -37,17 +37,13 @@ async def exclusive(directory: Path) -> AsyncIterator[None]:
     Other tasks and processes wait. The lock is on the directory itself, so it needs no file, and it
     ends with the process.
     """
-    descriptor = _open(directory)
+    os.makedirs(directory, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         await poll(partial(try_lock, descriptor))
         yield
     finally:
         os.close(descriptor)
-
-
-def _open(directory: Path) -> int:
-    directory.mkdir(parents=True, exist_ok=True)
-    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 async def update(cache: Path) -> None:
@@ -112,15 +108,11 @@ async def fetch(names: Sequence[str], cache: Path, meter: Meter | None = None) -
 
 def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """Return the SHA-256 of each file in `directory`, in hexadecimal; "" for a missing file."""
-    return {name: _digest(directory / name) for name in names}
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return ""
+    found = dict.fromkeys(names, "")
+    for name in found:
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = sha256_of(directory / name)
+    return found
 
 
 async def _download(sizes: dict[str, int], cache: Path, meter: Meter) -> None:
@@ -151,16 +143,6 @@ def _size(directory: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # apt-get has just renamed it
             size += path.stat().st_size
     return size
-
-
-async def unpack(debs: Sequence[Path], root: Path) -> None:
-    """Unpack the files of all `debs` into `root`, without running their scripts.
-
-    Raises:
-        CommandError: If a package is damaged.
-    """
-    for deb in debs:
-        await process.run(["dpkg-deb", "--extract", deb, root])
 
 
 async def _apt(program: str, cache: Path, *words: str, cwd: Path | None = None) -> str:

@@ -186,11 +186,9 @@ def _finish(layout: Layout, missing: MissingFile, verifier: Verifier, path: Path
 
 def check_disk(path: Path, part: str, file: ImageFile, uri: str) -> None:
     """Raise a `WrongContentError` if the file is a disk that QEMU must not open."""
-    if part != "rootfs" or file.format == "raw":
-        return
+    if part != "rootfs" or (file.format or qcow2.detect_format(path)) == "raw":
+        return  # there is no header to check
     with path.open("rb") as disk:
-        if file.format is None and not disk.read(4).startswith(qcow2.MAGIC):
-            return  # a raw disk, published by the synchronous package
         try:
             qcow2.check(disk.fileno())
         except qcow2.Qcow2Error as error:

@@ -36,7 +36,6 @@ from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import Shared, in_background
-from smolvm_async.images import qcow2
 from smolvm_async.images.cache.fetching import (
     DownloadMeter,
     check_disk,
@@ -56,10 +55,11 @@ from smolvm_async.images.cache.tidying import (
     remove_old,
 )
 from smolvm_async.images.cache.verifier import WrongContentError
+from smolvm_async.images.local import ROOT_DISK
 from smolvm_async.images.manifest import MAX_MANIFEST, ImageFile, parse_manifest
+from smolvm_async.images.qcow2 import detect_format
 from smolvm_async.images.s3.client import endpoint, open_client, read_at_most
 from smolvm_async.images.s3.errors import explain, is_offline
-from smolvm_async.images.source import ROOT_DISK
 
 logger = get_logger(__name__)
 
@@ -364,17 +364,12 @@ def _source(layout: Layout, published: Published) -> Source:
     """Return the files that a guest starts from."""
     manifest = published.manifest
     rootfs = layout.path_of(manifest.rootfs)
-    disk_format = manifest.rootfs.format or _detect_format(rootfs)
+    disk_format = manifest.rootfs.format or detect_format(rootfs)
     if manifest.kernel is None:
         return Source(rootfs, format=disk_format)
     initrd = layout.path_of(manifest.initrd) if manifest.initrd is not None else None
     boot_args = ROOT_DISK if manifest.boot_args is None else manifest.boot_args
     return Source(rootfs, layout.path_of(manifest.kernel), initrd, boot_args, disk_format)
-
-
-def _detect_format(path: Path) -> str:
-    with path.open("rb") as file:
-        return "qcow2" if file.read(len(qcow2.MAGIC)) == qcow2.MAGIC else "raw"
 
 
 def _note_use(layout: Layout, published: Published) -> None:

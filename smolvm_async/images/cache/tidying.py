@@ -13,7 +13,6 @@ Every function runs in a thread. The caller holds the cache's lock, so no VM sta
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import ImageError
+from smolvm_async.foundation.files import sha256_of
 from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.images.cache.layout import MTIME, ImageRecord, Layout
 from smolvm_async.state.record import ACTIVE
@@ -183,8 +183,7 @@ def actual_digest(path: Path) -> str:
     If only the time of the file is wrong, this sets it right.
     """
     try:
-        with path.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        actual = sha256_of(path)
     except FileNotFoundError:
         return ""
     if actual == path.name:

@@ -80,7 +80,7 @@ async def build_debian(
     Args:
         cache_dir: The directory for images and packages; by default `~/.cache/smolvm-async`.
     """
-    builder = Builder(_cache(cache_dir), on_progress)
+    builder = Builder(cache_dir, on_progress)
     try:
         found = await in_background(builder.find)
         if found is None:
@@ -88,14 +88,14 @@ async def build_debian(
             found = await builder.build()
     except OSError as error:
         raise HostError(
-            f"The built-in Linux cannot be built in {_cache(cache_dir)}: {error}"
+            f"The built-in Linux cannot be built in {builder.cache}: {error}"
         ) from error
     return found
 
 
 def find_debian(cache_dir: Path | None = None) -> DebianImage | None:
     """Return the image if it was built before; this takes milliseconds."""
-    return Builder(_cache(cache_dir), None).find()
+    return Builder(cache_dir).find()
 
 
 def check_host() -> None:
@@ -104,16 +104,13 @@ def check_host() -> None:
     check_programs("the built-in Linux", PROGRAMS, other)
 
 
-def _cache(cache_dir: Path | None) -> Path:
-    return (cache_dir or xdg_home("XDG_CACHE_HOME", ".cache") / "smolvm-async").absolute()
-
-
 class Builder:
     """Builds the image in one cache directory."""
 
-    def __init__(self, cache: Path, on_progress: ProgressCallback | None) -> None:
-        self._store = cache / "debian"
-        self._packages = cache / "packages"
+    def __init__(self, cache_dir: Path | None, on_progress: ProgressCallback | None = None) -> None:
+        self.cache = (cache_dir or xdg_home("XDG_CACHE_HOME", ".cache") / "smolvm-async").absolute()
+        self._store = self.cache / "debian"
+        self._packages = self.cache / "packages"
         self._steps = Meter(on_progress, "image", STEPS)
         self._current = self._store / f"current-{_recipe()}"
 
