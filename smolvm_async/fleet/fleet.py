@@ -4,16 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Callable,
-    Iterable,
-    Sequence,
-    Sized,
-)
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence, Sized
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -156,12 +148,7 @@ class Fleet:
         self._members = [self._make(self._on_member_over) for _ in range(self._size)]
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         self._over = True
         failures = self.failures if self._on_error == "raise" else []
         message = f"{len(failures)} of {self._size} VMs failed"
@@ -314,14 +301,11 @@ class Fleet:
                 "map() was called by a job of the same fleet, which holds a VM: the two could "
                 "deadlock. Use another Fleet, or call map() outside of the job."
             )
-        taken = [
-            member
-            for member in members
-            if member.taken_by == "caller" and member.vm.status in ACTIVE
-        ]
-        if len(taken) >= self._max_live:
+        taken = [member.vm for member in members if member.taken_by == "caller"]
+        in_use = sum(vm.status in ACTIVE for vm in taken)
+        if in_use >= self._max_live:
             raise ConfigError(
-                f"map() cannot start a VM: all {len(taken)} allowed by max_live are in use by the "
+                f"map() cannot start a VM: all {in_use} allowed by max_live are in use by the "
                 "caller. delete() some of them, or pass a larger max_live=."
             )
 

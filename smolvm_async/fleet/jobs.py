@@ -26,15 +26,11 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from smolvm_async.config.checks import check_boolean, check_integer, shown, told
-from smolvm_async.errors import (
-    ConfigError,
-    JobFailedError,
-    MemberFailedError,
-    VMNotRunningError,
-)
+from smolvm_async.errors import ConfigError, JobFailedError, MemberFailedError, VMNotRunningError
+from smolvm_async.fleet.member import Member
 from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 from smolvm_async.vm.vm import AsyncSmolVM
 
@@ -49,34 +45,6 @@ READ_AHEAD = 4  # unread results for each job that can run at once
 IDLE = 0.2  # seconds that a worker without a job keeps its VM while other VMs wait
 GRACE = 2.0  # seconds that a cancelled job may go on using its VM, to clean up
 FLEET_OVER = "the fleet's block ended before all results were read: iterate inside the block."
-
-
-class JobMember(Protocol):
-    """A member of a fleet, as the worker loop sees it; see `smolvm_async.fleet.member.Member`."""
-
-    vm: AsyncSmolVM
-    error: MemberFailedError | None
-
-    @property
-    def ready(self) -> asyncio.Future[AsyncSmolVM]:
-        """Done when the VM can be used; an exception says why it never will."""
-
-    @property
-    def over(self) -> asyncio.Future[None]:
-        """Done when the VM is gone."""
-
-    @property
-    def others_wait(self) -> bool:
-        """True if another VM waits for the place or the memory of this VM."""
-
-    async def usable(self) -> bool:
-        """Return whether the VM can run another job."""
-
-    async def delete(self) -> None:
-        """Delete the VM; it is gone on return, also if the caller is cancelled."""
-
-    def delete_soon(self) -> None:
-        """Start to delete the VM."""
 
 
 def check_count(argument: str, value: object, least: int = 1) -> int:
@@ -96,28 +64,19 @@ def check_work(job: object, items: object, **switches: object) -> None:
     """Check the job, the items and the boolean arguments of a `map()`."""
     if not callable(job) or inspect.isgeneratorfunction(job) or inspect.isasyncgenfunction(job):
         raise ConfigError(f"job={shown(job)} is wrong: pass an async function of (vm, item).")
-    if reason := _why_not_callable(job):
+    try:
+        inspect.signature(job).bind(None, None)
+    except ValueError:
+        pass  # a built-in function may have no signature
+    except TypeError as error:
         raise ConfigError(
-            f"job={shown(job)} cannot be called with a VM and an item ({reason}): pass an async "
+            f"job={shown(job)} cannot be called with a VM and an item ({error}): pass an async "
             "function of (vm, item)."
-        )
+        ) from None
     if not isinstance(items, Iterable | AsyncIterable):
         raise ConfigError(f"items={shown(items)} is wrong: pass an iterable or async iterable.")
     for name, value in switches.items():
         check_boolean(name, value)
-
-
-def _why_not_callable(job: Callable[..., object]) -> str:
-    """Return why `job` cannot be called with two arguments; empty if it can, or is unknown."""
-    try:
-        signature = inspect.signature(job)
-    except (TypeError, ValueError):
-        return ""
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        return str(error)
-    return ""
 
 
 @dataclass(frozen=True)
@@ -265,14 +224,12 @@ class LocalMapCall(MapCall[T, R]):
     Args:
         check: Raises a `ConfigError` if no VM can ever be had for a job.
         take: Returns a VM, which may still have to boot.
-        retries: How often a failed job is tried again, on another VM.
-        reuse: Whether a VM runs one job after another.
     """
 
     def __init__(
         self,
         check: Callable[[], object],
-        take: Callable[[], JobMember],
+        take: Callable[[], Member],
         job: Job[T, R],
         items: NumberedItems[T],
         retries: int,
@@ -286,7 +243,7 @@ class LocalMapCall(MapCall[T, R]):
         self._reuse = reuse
 
     async def _work(self) -> None:
-        member: JobMember | None = None
+        member: Member | None = None
         try:
             while True:
                 getting = asyncio.ensure_future(self._next(len(self._workers)))
@@ -306,7 +263,7 @@ class LocalMapCall(MapCall[T, R]):
             if member is not None:
                 await member.delete()
 
-    async def _do(self, index: int, item: T, member: JobMember | None) -> JobMember | None:
+    async def _do(self, index: int, item: T, member: Member | None) -> Member | None:
         """Run the job of one item, with retries; return the VM if it can be used again."""
         if member is not None and not await member.usable():
             await member.delete()
@@ -335,7 +292,7 @@ class LocalMapCall(MapCall[T, R]):
         return member
 
 
-async def attempt_job(member: JobMember, job: Job[T, R], item: T) -> R:
+async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
     """Wait for the VM and run the job; cancel the job if the VM crashes."""
     running = asyncio.ensure_future(_call(job, await asyncio.shield(member.ready), item))
     either: list[asyncio.Future[Any]] = [running, member.over]
@@ -355,11 +312,7 @@ async def attempt_job(member: JobMember, job: Job[T, R], item: T) -> R:
 
 
 async def awaited(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
-    """Call the job and await its result.
-
-    Raises:
-        ConfigError: The job is not an async function.
-    """
+    """Call the job and await its result; check that it is an async function."""
     work = job(vm, item)
     if not inspect.isawaitable(work):
         raise ConfigError(
@@ -378,7 +331,7 @@ async def _call(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
         raise RuntimeError(f"the job has raised {shown(error)}") from error
 
 
-async def _end(running: asyncio.Task[Any], member: JobMember) -> None:
+async def _end(running: asyncio.Task[Any], member: Member) -> None:
     """Wait for a cancelled job; delete the VM of a job that ignores its cancellation."""
     _, ignoring = await asyncio.wait([running], timeout=GRACE)
     if ignoring:

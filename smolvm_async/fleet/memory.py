@@ -74,21 +74,13 @@ class MemoryPromises:
         return bool(self._queue)
 
     def room(self) -> int:
-        """Return how many MiB can be promised now.
-
-        Raises:
-            OSError: The kernel does not tell.
-        """
+        """Return how many MiB can be promised now."""
         memory = self._look()
         unused = sum(promise.unused() for promise in list(self._promises))
         return int(memory.available - memory.total * HEADROOM) - unused
 
     def capacity(self) -> int:
-        """Return how many MiB could be promised if all promises were given back.
-
-        Raises:
-            OSError: The kernel does not tell.
-        """
+        """Return how many MiB could be promised if all promises were given back."""
         return self.room() + sum(promise.size for promise in list(self._promises))
 
     @asynccontextmanager

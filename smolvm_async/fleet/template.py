@@ -22,11 +22,7 @@ OWN = {  # arguments that two VMs cannot share, and the alternative
 
 
 class Template:
-    """The arguments of `AsyncSmolVM` for every VM of a fleet.
-
-    Raises:
-        ConfigError, HostError: See `AsyncSmolVM`.
-    """
+    """The arguments of `AsyncSmolVM` for every VM of a fleet."""
 
     def __init__(self, arguments: object) -> None:
         self._pattern = AsyncSmolVM(**_checked(arguments))
@@ -36,11 +32,7 @@ class Template:
         weakref.finalize(self, self._held.close)  # Dask workers drop a template without close()
 
     async def look(self) -> Plan:
-        """Return the plan that all VMs share; build or download their image, once.
-
-        Raises:
-            ConfigError, HostError, CommandError: See `AsyncSmolVM`.
-        """
+        """Return the plan that all VMs share; build or download their image, once."""
         if self._plan is None:
             plan = await self._pattern._planned()
             source = await find_source(plan, self._held)
@@ -73,11 +65,7 @@ class Template:
 
 
 def configure(arguments: object) -> VMConfig:
-    """Return the configuration of VMs that other hosts start; do not look at this host.
-
-    Raises:
-        ConfigError: See `AsyncSmolVM`.
-    """
+    """Return the configuration of VMs that other hosts start; do not look at this host."""
     options = _checked(arguments)
     if options.get("on_progress") is not None:
         raise ConfigError(

@@ -109,7 +109,8 @@ class FakeVMs:
     ) -> AsyncIterator[Any]:
         check_work(job, items, reuse=reuse, in_order=in_order)
         numbered: Any = NumberedItems(items)
-        call = LocalMapCall(lambda: None, self.take, job, numbered, retries, reuse)
+        take: Any = self.take
+        call = LocalMapCall(lambda: None, take, job, numbered, retries, reuse)
         self.calls.append(call)
         return call.results(workers, in_order, on_error)
 
@@ -140,7 +141,10 @@ class FakeDask(FakeVMs):
     async def _perform(self, request: JobRequest) -> JobReply:
         vm = self.take()
         try:
-            value = await attempt_job(vm, _without_exit(loads(request.job)), loads(request.item))
+            member: Any = vm
+            value = await attempt_job(
+                member, _without_exit(loads(request.job)), loads(request.item)
+            )
             return JobReply(vm.vm.vm_id, dumps(value))
         except Exception as error:
             return JobReply(vm.vm.vm_id, errors=pack(error, "a worker"))

@@ -6,7 +6,7 @@ Each attempt of a job is a Dask task of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -41,11 +41,7 @@ V = TypeVar("V")
 
 
 async def check_versions(client: Any) -> None:
-    """Check that the scheduler and all workers have this client's version of the package.
-
-    Raises:
-        HostError: One has another version, or none.
-    """
+    """Check that the scheduler and all workers have this client's version of the package."""
     asker = version_asker()
     check_version(VERSION, await client.run_on_scheduler(asker), "scheduler")
     for worker, version in (await client.run(asker, on_error="ignore")).items():
@@ -138,7 +134,7 @@ class Workers:
     async def _ask(self, worker: str, function: Callable[..., Any], arguments: Any) -> None:
         """Run a function on a worker, or until it is lost: Dask would try to connect for 30 s."""
         run = self.client.run(function, *arguments, workers=[worker], on_error="ignore")
-        asking = self.start(_awaited(run))
+        asking = self.start(run)
         gone = self.start(self._gone.setdefault(worker, asyncio.Event()).wait())
         try:
             await asyncio.wait([asking, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -216,7 +212,6 @@ class DaskMapCall(MapCall[T, R]):
     Args:
         request: The request for each attempt, without `key` and `item`.
         need: MiB that a VM takes.
-        retries: How often a failed job is tried again.
     """
 
     def __init__(
@@ -317,10 +312,6 @@ class DaskMapCall(MapCall[T, R]):
             else:
                 self._abandoned |= not getting.done()
                 future.release()  # Dask cancels the task if it is not done; then `getting` ends
-
-
-async def _awaited(work: Awaitable[V]) -> V:
-    return await work
 
 
 async def _result(future: Any) -> JobReply:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
@@ -13,6 +12,7 @@ from smolvm_async.config.checks import shown
 from smolvm_async.config.options import VMOptions
 from smolvm_async.errors import ConfigError, HostError
 from smolvm_async.fleet.jobs import (
+    MAX_COUNT,
     Job,
     NumberedItems,
     OnError,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from smolvm_async.fleet.dask.client import DaskMapCall, Workers
 
 logger = get_logger(__name__)
-
-UNLIMITED = 100_000  # VMs at once: the workers' memory and threads are the limit
 
 
 class DaskFleet:
@@ -104,7 +102,8 @@ class DaskFleet:
         self._need = memory + TCG.overhead(memory)  # the workers may have no KVM
         self._template = dict(template or {})
         self._until = check_until(until)
-        self._most = UNLIMITED if max_live is None else check_count("max_live", max_live)
+        # Without max_live=, the workers' memory and threads are the limit.
+        self._most = MAX_COUNT if max_live is None else check_count("max_live", max_live)
         self._on_error = check_on_error(on_error)
         self._id = uuid.uuid4().hex
         self._calls: WeakSet[DaskMapCall[Any, Any]] = WeakSet()
@@ -130,12 +129,7 @@ class DaskFleet:
         self._workers = workers
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         workers, self._workers, self._over = self._workers, None, True
         assert workers is not None
         await settle(self._end(workers))

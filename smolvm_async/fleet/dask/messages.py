@@ -84,11 +84,7 @@ class JobReply:
 
 
 def check_version(client: str, other: str, where: str) -> None:
-    """Compare the client's version with that of the scheduler or a worker.
-
-    Raises:
-        HostError: They differ; the message names both.
-    """
+    """Check that the scheduler or a worker has the client's version."""
     if client != other:
         raise HostError(
             f"the client has smolvm-async {client or '(not installed)'}, but the Dask {where} has "
@@ -115,11 +111,7 @@ def loads(data: bytes) -> Any:
 
 @contextmanager
 def no_exit(action: str) -> Iterator[None]:
-    """Keep a job, or an object of the user's, from ending the process.
-
-    Raises:
-        RemoteError: The block raised `SystemExit` or `KeyboardInterrupt`.
-    """
+    """Turn an attempt of the user's code to end the process into a `RemoteError`."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:

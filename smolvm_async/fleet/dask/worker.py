@@ -46,7 +46,7 @@ from smolvm_async.fleet.dask.messages import (
     no_exit,
     pack,
 )
-from smolvm_async.fleet.jobs import Job, R, T, attempt_job, awaited
+from smolvm_async.fleet.jobs import MAX_COUNT, Job, R, T, attempt_job, awaited
 from smolvm_async.fleet.member import Member, Places
 from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.fleet.template import Template
@@ -57,7 +57,6 @@ from smolvm_async.vm.vm import AsyncSmolVM
 logger = get_logger(__name__)
 
 MIB = 1 << 20
-UNLIMITED = 100_000  # VMs at once: the worker's memory and threads are the limit
 REMEMBERED = 256  # ended calls of map(); tasks of theirs that arrive late are not begun
 NOT_WANTED = ("cancelled", "released", "forgotten", "error")  # states of a task, for Dask
 
@@ -78,7 +77,7 @@ class WorkerFleet:
             if not self._open:
                 await self.template.look()
                 most = self.template.most
-                live = UNLIMITED if most is None else max(1, most)
+                live = MAX_COUNT if most is None else max(1, most)
                 self.places = Places(live, len(os.sched_getaffinity(0)))
                 await AsyncSmolVM.prune(data_dir=self._arguments.get("data_dir"))
                 self._open = True
