@@ -18,14 +18,7 @@ from smolvm_async.host.accelerator import Accelerator, Problem
 from smolvm_async.host.distribution import OVMF, QEMU, QEMU_IMG, SETPRIV, Program, how_to_install
 from smolvm_async.host.firmware import Firmware
 
-__all__ = [
-    "Accelerator",
-    "Firmware",
-    "HostTools",
-    "choose_accelerator",
-    "find_plain_uefi",
-    "find_tools",
-]
+__all__ = ["Accelerator", "Firmware"]  # other rooms import them from here
 
 
 class HostTools(NamedTuple):
@@ -46,13 +39,11 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
     """Find every program that a guest of `profile` needs, and its firmware.
 
     Args:
-        profile: The guest OS.
         sidecars: The programs of its sidecars: `qemu.sidecars.programs(profile)`. The file of each
             sidecar describes them, and is in a room that this one must not import.
 
     Raises:
-        HostError: If any is missing: it names all that are missing, the command that installs
-            them, and the places searched.
+        HostError: Names all that are missing, how to install them, and the places searched.
     """
     if sys.platform not in profile.hosts:
         raise HostError(
@@ -62,23 +53,18 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
         )
     search_path = os.environ.get("PATH", os.defpath)
     features = profile.firmware_features if profile.firmware == "always" else None
-    return _find_tools(tuple(sidecars), features, search_path, _descriptor_directories())
+    directories = firmware.descriptor_directories(os.environ)
+    return _find_tools(tuple(sidecars), features, search_path, directories)
 
 
 def find_plain_uefi() -> Firmware:
-    """Find UEFI firmware without Secure Boot.
-
-    Raises:
-        HostError: If it is missing; with the command that installs it, and the places searched.
-    """
-    return _find_plain_uefi(_descriptor_directories())
+    """Find UEFI firmware without Secure Boot."""
+    return _find_plain_uefi(firmware.descriptor_directories(os.environ))
 
 
-@functools.lru_cache(
-    maxsize=8
-)  # or each VM of a fleet would read the descriptors, on the event loop
-def _find_plain_uefi(found_in: tuple[Path, ...]) -> Firmware:
-    directories = list(found_in)
+# Without the cache, each VM of a fleet would read the descriptors, on the event loop.
+@functools.lru_cache(maxsize=8)
+def _find_plain_uefi(directories: tuple[Path, ...]) -> Firmware:
     smm = frozenset({"requires-smm"})
     found = firmware.find_firmware(frozenset(), directories, firmware.PLAIN_PAIRS, without=smm)
     if found is None:
@@ -91,10 +77,6 @@ def _find_plain_uefi(found_in: tuple[Path, ...]) -> Firmware:
     return found
 
 
-def _descriptor_directories() -> tuple[Path, ...]:
-    return tuple(firmware.descriptor_directories(os.environ))
-
-
 @functools.lru_cache(maxsize=8)  # exceptions are not cached, so a program installed later is found
 def _find_tools(
     sidecars: tuple[Program, ...],
@@ -104,12 +86,12 @@ def _find_tools(
 ) -> HostTools:
     programs = (QEMU, QEMU_IMG, *sidecars, SETPRIV)
     found = {program: shutil.which(program.name, path=search_path) for program in programs}
-    pair = None if features is None else firmware.find_firmware(features, list(directories))
+    pair = None if features is None else firmware.find_firmware(features, directories)
     missing = [program for program, path in found.items() if path is None]
     looked = [f"PATH ({search_path})"] if missing else []
     if features is not None and pair is None:
         missing.append(OVMF)
-        looked += firmware.places(list(directories))
+        looked += firmware.places(directories)
     if missing:
         named = [
             "UEFI firmware with Secure Boot (OVMF)" if program is OVMF else program.name

@@ -66,10 +66,7 @@ def probe_kvm(
     This takes under 2 ms and no process. To create a VM would not tell more: on a host that is
     itself a VM without nested virtualization, that may succeed, and the guest hang later.
 
-    Args:
-        device: KVM's device.
-        cpuinfo: The kernel's list of processors.
-        smm: Whether the guest needs System Management Mode, as Secure Boot does.
+    `smm` says whether the guest needs System Management Mode, as Secure Boot does.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return Problem(

@@ -69,10 +69,7 @@ def this_distribution() -> Distribution | None:
     except OSError:
         return None
     names = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
-    return next(
-        (known for name in names for known in DISTRIBUTIONS if name in known.ids),
-        None,
-    )
+    return next((known for name in names for known in DISTRIBUTIONS if name in known.ids), None)
 
 
 def how_to_install(needed: Iterable[Program]) -> str:

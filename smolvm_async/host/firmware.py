@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,21 +56,18 @@ PLAIN_PAIRS = (
 )
 
 
-def descriptor_directories(environ: Mapping[str, str]) -> list[Path]:
+def descriptor_directories(environ: Mapping[str, str]) -> tuple[Path, ...]:
     """Return the directories of descriptors, the least specific first."""
     config_home = environ.get("XDG_CONFIG_HOME") or os.path.join(
         environ.get("HOME", "/nonexistent"), ".config"
     )
-    return [
-        Path("/usr/share/qemu/firmware"),
-        Path("/etc/qemu/firmware"),
-        Path(config_home) / "qemu" / "firmware",
-    ]
+    qemu = (Path("/usr/share/qemu"), Path("/etc/qemu"), Path(config_home) / "qemu")
+    return tuple(directory / "firmware" for directory in qemu)
 
 
 def find_firmware(
     features: frozenset[str],
-    directories: list[Path],
+    directories: Iterable[Path],
     pairs: tuple[tuple[str, str], ...] = KNOWN_PAIRS,
     without: frozenset[str] = frozenset(),
 ) -> Firmware | None:
@@ -94,12 +91,14 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def places(directories: list[Path], pairs: tuple[tuple[str, str], ...] = KNOWN_PAIRS) -> list[str]:
+def places(
+    directories: Iterable[Path], pairs: tuple[tuple[str, str], ...] = KNOWN_PAIRS
+) -> list[str]:
     """Return the places that `find_firmware` searches, for an error message."""
     return [f"{directory}/*.json" for directory in directories] + [code for code, _ in pairs]
 
 
-def _descriptors(directories: list[Path]) -> Iterator[Any]:
+def _descriptors(directories: Iterable[Path]) -> Iterator[Any]:
     by_name: dict[str, Path] = {}
     for directory in directories:
         with contextlib.suppress(OSError):  # missing, or not for this user

@@ -38,11 +38,7 @@ VERSION_2 = Files("", "memory.max", "memory.current", "inactive_file")
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """Return the host's memory, or that of the tightest cgroup of this process.
-
-    Raises:
-        OSError: If /proc/meminfo cannot be read.
-    """
+    """Return the host's memory, or that of the tightest cgroup of this process."""
     host = parse_meminfo((proc / "meminfo").read_text())
     try:
         memberships = (proc / "self" / "cgroup").read_text()

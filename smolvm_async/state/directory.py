@@ -18,12 +18,14 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
+from smolvm_async.foundation.files import replace_file
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.names import (
     MARKS,
     NEW_RECORD,
     OVERLAY,
+    RECORD,
     REQUIRED,
     SCRATCH,
     SECRETS,
@@ -32,7 +34,7 @@ from smolvm_async.state.names import (
     is_ours,
 )
 from smolvm_async.state.orphans import end_orphans, killed_orphan
-from smolvm_async.state.record import Record, read_record, write_record
+from smolvm_async.state.record import Record, read_record
 
 NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # nothing there, a file, a link
 BUSY = 10.0  # seconds for which list(), prune() or a start that fails may hold the lock
@@ -54,11 +56,8 @@ class Parts(NamedTuple):
     @property
     def names(self) -> list[str]:
         """The names of all parts."""
-        return [
-            *([VARS] if self.vars_template is not None else []),
-            *self.directories,
-            *self.files,
-        ]
+        uefi = [VARS] if self.vars_template is not None else []
+        return [*uefi, *self.directories, *self.files]
 
 
 # How a directory is held. The lock is an flock(2) on the open directory itself, so no lock file can
@@ -158,8 +157,7 @@ class VMDirectory:
     async def hold(self, *, create: bool) -> None:
         """Lock the directory, and end the processes that a dead owner left running in it.
 
-        Args:
-            create: Whether to make the directory if it does not exist.
+        If `create` is true, make the directory if it does not exist.
 
         Raises:
             VMAlreadyExistsError: If a living process, this one included, holds it.
@@ -186,11 +184,7 @@ class VMDirectory:
             raise
 
     def try_hold(self, create: bool) -> bool:
-        """Lock the directory and read its record; return false if another process has locked it.
-
-        Raises:
-            VMNotFoundError, ConfigError: See `hold()`.
-        """
+        """Lock the directory and read its record; return false if another process has locked it."""
         if create:
             _make(self.path.parent)
         while True:
@@ -223,48 +217,29 @@ class VMDirectory:
             return locked
 
     async def end_orphans(self) -> None:
-        """End the processes that a dead owner left running in the directory.
-
-        Raises:
-            TimeoutError: If a process does not end.
-        """
+        """End the processes that a dead owner left running in the directory."""
         if self.record is not None:
             await end_orphans(self.record.processes.values(), self.fd)
 
     def write(self, record: Record) -> None:
-        """Replace the record.
-
-        Raises:
-            OSError: If the disk is full.
-        """
+        """Replace the record."""
         with self._spare_descriptor():
-            write_record(record, self.fd)
+            content = record.to_json()
+            replace_file(RECORD, content, temporary=NEW_RECORD, mode=0o600, dir_fd=self.fd)
         self.record = record
 
     async def prepare(self, overlay: bytes, parts: Parts) -> None:
-        """Write the VM's disk, `overlay`, and the other parts.
-
-        Raises:
-            OSError: If the disk is full or a template cannot be read.
-        """
-        files = {OVERLAY: overlay, **parts.files}
-        await in_thread(self._fill, files, parts)
+        """Write the VM's disk, `overlay`, and the other parts."""
+        await in_thread(self._fill, {OVERLAY: overlay, **parts.files}, parts)
 
     def check_kept(self, parts: Parts) -> None:
-        """Check that a kept VM's disk and these parts of it exist.
-
-        Raises:
-            ConfigError: If one does not exist, or is a symbolic link.
-        """
+        """Check that a kept VM's disk and these parts of it exist, and are not symbolic links."""
         for name in (*REQUIRED, *parts.names):
-            is_kind = stat.S_ISDIR if name in parts.directories else stat.S_ISREG
-            try:
-                good = is_kind((self.path / name).lstat().st_mode)
-            except FileNotFoundError:
-                good = False
-            if not good:
+            path = self.path / name
+            is_kind = path.is_dir if name in parts.directories else path.is_file
+            if path.is_symlink() or not is_kind():
                 raise ConfigError(
-                    f"{str(self.path / name)!r} is missing, or is not what was kept: this VM "
+                    f"{str(path)!r} is missing, or is not what was kept: this VM "
                     "cannot be started again. Put it back, or delete() the VM."
                 )
 
@@ -381,11 +356,7 @@ def _empty(directory: Path, keep: Container[str] = ()) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a file or a directory.
-
-    Raises:
-        FileNotFoundError: If it does not exist.
-    """
+    """Remove a file or a directory."""
     if stat.S_ISDIR(path.lstat().st_mode):
         _empty(path)
         path.rmdir()
@@ -394,12 +365,7 @@ def _discard(path: Path) -> None:
 
 
 def check_data_dir(data_dir: Path) -> None:
-    """Check that VMs can have their directories in `data_dir`, without making it.
-
-    Raises:
-        ConfigError: If it can neither be used nor made, or if other users of this machine could
-            change it.
-    """
+    """Check, without making it, that `data_dir` can hold VMs and only this user can change it."""
     try:
         existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
     except OSError as error:
@@ -436,12 +402,7 @@ def _unusable(data_dir: Path, reason: str) -> ConfigError:
 
 
 def find_directory(path: Path) -> int:
-    """Open a VM's directory; the caller closes it.
-
-    Raises:
-        VMNotFoundError: If it does not exist.
-        ConfigError: If it cannot be opened now.
-    """
+    """Open the directory of a VM that a user has named; the caller closes it."""
     try:
         return open_directory(path)
     except OSError as error:
@@ -451,11 +412,7 @@ def find_directory(path: Path) -> int:
 
 
 def open_directory(path: Path) -> int:
-    """Open a VM's directory; the caller closes it.
-
-    Raises:
-        OSError: If it does not exist, or is a file or a symbolic link.
-    """
+    """Open a VM's directory, which is not a symbolic link; the caller closes it."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 

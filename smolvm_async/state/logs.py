@@ -28,14 +28,8 @@ async def read_log(
 ) -> AsyncIterator[str]:
     """Yield the end of a process's stdout and stderr as text, at most 512 KiB.
 
-    Args:
-        vm_id: The VM's id.
-        process: One of `PROCESSES`, such as `"qemu"` or `"swtpm"`.
-        data_dir: See `AsyncSmolVM`.
-        follow: Whether to yield new text, too, until no process holds the VM any more.
-
-    Raises:
-        VMNotFoundError: No VM has this id (a `ValueError`).
+    `process` is one of `PROCESSES`. If `follow` is true, also yield new text, until no process
+    holds the VM any more.
     """
     path = make_data_dir(data_dir) / check_vm_id(vm_id)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

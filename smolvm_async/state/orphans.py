@@ -28,11 +28,7 @@ KILLED = 10.0  # seconds in which the kernel has to end a process after SIGKILL
 
 
 async def end_orphans(identities: Iterable[Identity], dir_fd: int) -> None:
-    """Kill the processes that still run in the directory `dir_fd`, and wait until they have ended.
-
-    Raises:
-        TimeoutError: If the kernel does not end a process within 10 s.
-    """
+    """Kill the processes that still run in the directory `dir_fd`, and wait for their ends."""
     for identity in identities:
         with killed_orphan(identity, dir_fd) as pidfd:
             if pidfd is not None:

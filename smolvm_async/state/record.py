@@ -15,9 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
-from smolvm_async.foundation.files import replace_file
 from smolvm_async.foundation.process import Identity
-from smolvm_async.state.names import NEW_RECORD, RECORD
+from smolvm_async.state.names import RECORD
 
 SCHEMA_VERSION = 1
 MAX_SIZE = 1 << 20  # bytes
@@ -42,12 +41,8 @@ class Status(StrEnum):
     DELETED = "deleted"
 
 
-ACTIVE = (  # the VM has processes, or may have
-    Status.STARTING,
-    Status.RUNNING,
-    Status.PAUSED,
-    Status.STOPPING,
-)
+# The VM has processes, or may have.
+ACTIVE = (Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING)
 
 
 class Machine(NamedTuple):
@@ -98,20 +93,15 @@ class Record(BaseModel):
 
 
 def read_record(directory: Path, dir_fd: int) -> Record | None:
-    """Read the record in the open directory `dir_fd`; return `None` if there is no record.
-
-    Args:
-        directory: The path of the directory.
-        dir_fd: The open directory.
+    """Read the record in `directory`, open as `dir_fd`; return `None` if there is no record.
 
     Raises:
         ConfigError: If it is damaged.
         OSError: If it cannot be read now.
     """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(
-            RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=dir_fd
-        )
+        fd = os.open(RECORD, flags, dir_fd=dir_fd)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -135,15 +125,6 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
         if isinstance(error, ConfigError) and RECORD in str(error):
             raise
         raise _unreadable(directory, "it is damaged") from error
-
-
-def write_record(record: Record, dir_fd: int) -> None:
-    """Replace the record as a whole.
-
-    Raises:
-        OSError: If the disk is full.
-    """
-    replace_file(RECORD, record.to_json(), temporary=NEW_RECORD, mode=0o600, dir_fd=dir_fd)
 
 
 def _unreadable(directory: Path, reason: str) -> ConfigError:

@@ -95,12 +95,9 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
 
 
 async def prune_vms(data_dir: Path) -> list[VMInfo]:
-    """Remove the VMs of dead owners from `data_dir`; kept VMs stay and become `stopped`.
+    """Remove the VMs of dead owners from `data_dir`; return them, as they were before.
 
-    Processes that still run are ended. The VMs of living processes are left alone.
-
-    Returns:
-        The VMs of dead owners, as they were before.
+    Kept VMs stay and become `stopped`. Processes of dead owners that still run are ended.
     """
     await in_thread(_remove_stale_lock, data_dir / LOCK)
     pruned = []
