@@ -26,10 +26,6 @@ def replace_file(
         temporary: The temporary name, for a caller that removes it after a crash; by default a
             hidden name that no other process uses.
         mode: The file's permissions, less the umask.
-        dir_fd: An open directory.
-
-    Raises:
-        OSError: If the file cannot be written.
     """
     new = temporary or Path(path).with_name(f".{os.urandom(8).hex()}.new")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -67,11 +67,7 @@ class LockFile:
         self.fd = -1
 
     def try_lock(self) -> bool:
-        """Make the file and lock it, unless it is locked.
-
-        Raises:
-            OSError: If the file cannot be made.
-        """
+        """Make the file and lock it, unless it is locked."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self._path, flags, 0o600)
         if try_lock(fd):

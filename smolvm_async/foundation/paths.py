@@ -11,11 +11,7 @@ class PathError(ValueError):
 
 
 def expand(text: str) -> str:
-    """Replace `~` or `~user` at the beginning of `text`.
-
-    Raises:
-        PathError: If the user does not exist, or `text` cannot be a path.
-    """
+    """Replace `~` or `~user` at the beginning of `text`; raise `PathError` if it is wrong."""
     expanded = os.path.expanduser(_possible(text))
     if expanded.startswith("~"):
         raise PathError("names a user who does not exist")

@@ -35,16 +35,8 @@ logger = get_logger(__name__)
 LOG_LIMIT = 256 * 1024  # bytes of output that are kept for each process
 
 # The owner's environment variables that a VM's processes get: others may hold secrets.
-ENVIRONMENT = (
-    "PATH",
-    "HOME",
-    "TMPDIR",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "LD_LIBRARY_PATH",
-    "XDG_RUNTIME_DIR",
-)
+LOCALE = ("LANG", "LC_ALL", "TZ")
+ENVIRONMENT = ("PATH", "HOME", "TMPDIR", *LOCALE, "LD_LIBRARY_PATH", "XDG_RUNTIME_DIR")
 
 
 def die_with_owner() -> list[str]:
@@ -72,15 +64,14 @@ class Identity(NamedTuple):
     @property
     def remains(self) -> bool:
         """True while any part of it exists: a zombie's other threads may still hold its files."""
-        return _identify(self.pid, but="X") == self
+        return identify(self.pid, but="X") == self
 
 
-def identify(pid: int) -> Identity | None:
-    """Return the identity of a running process; `None` if it does not exist or is a zombie."""
-    return _identify(pid, but="ZX")
+def identify(pid: int, *, but: str = "ZX") -> Identity | None:
+    """Return the identity of a process; `None` if it is in a state of `but`, or does not exist.
 
-
-def _identify(pid: int, but: str) -> Identity | None:
+    States are letters, see proc(5): `Z` is a zombie, and `X` is dead.
+    """
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -103,10 +94,8 @@ class Child:
     """A child process in a session of its own, so Ctrl-C does not reach it; it logs to a file.
 
     Attributes:
-        name: Its name in messages, such as `QEMU`.
         argv: Its command line, without `die_with_owner()` in front.
         log: The end of its stdout and stderr.
-        identity: See `Identity`.
         exited: A future of its exit status, negative for a signal. Never cancel it.
     """
 
@@ -217,22 +206,12 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
 
 
 async def run(
-    argv: Sequence[str | Path],
-    *,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
+    argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> str:
     """Run a command of the host to its end, and return its stdout and stderr as one text.
 
-    If the caller is cancelled, the command and its children are killed.
-
-    Args:
-        argv: The command and its arguments.
-        cwd: Its working directory.
-        env: Variables to add to this process's own.
-
-    Raises:
-        CommandError: If it cannot be started, or its exit status is not 0.
+    If the caller is cancelled, the command and its children are killed. A `CommandError` says that
+    it cannot be started, or that its exit status is not 0. `env` is added to the owner's variables.
     """
     words = [str(word) for word in argv]
     logger.debug("%s", shlex.join(words))

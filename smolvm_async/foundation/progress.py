@@ -47,13 +47,7 @@ def report(callback: ProgressCallback | None, progress: Progress) -> None:
 
 
 class Meter:
-    """Reports the progress of one piece of work, which begins now.
-
-    Args:
-        callback: The user's `on_progress=`.
-        stage: See `Progress`.
-        total: How much there is to do; `None` if unknown.
-    """
+    """Reports the progress of one piece of work, which begins now; see `Progress`."""
 
     def __init__(
         self, callback: ProgressCallback | None, stage: str, total: int | None = None

@@ -47,11 +47,7 @@ def rpc_methods(kind: type) -> Mapping[str, Method]:
 def arguments_by_name(
     method: Method, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
-    """Return the arguments of a call, without `self`, by name.
-
-    Raises:
-        TypeError: The method does not take these arguments.
-    """
+    """Return the arguments of a call, without `self`, by name; raise `TypeError` if wrong."""
     arguments = _signature(method).bind(None, *args, **kwargs).arguments
     del arguments["self"]
     return arguments
@@ -63,11 +59,7 @@ def to_json(message: Mapping[str, Any]) -> bytes:
 
 
 def arguments_from_json(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a message holds, with the types that the method is annotated with.
-
-    Raises:
-        ConfigError: An argument is wrong, missing or unknown.
-    """
+    """Return the arguments that a message holds, with the types of the method's annotations."""
     try:
         arguments: dict[str, Any] = _validator(method)(None, **values)
     except (ValidationError, TypeError) as error:
@@ -76,11 +68,7 @@ def arguments_from_json(method: Method, values: Mapping[str, Any]) -> dict[str, 
 
 
 def result_from_json(method: Method, values: object) -> Any:
-    """Return the result that a message holds, with the type that the method is annotated with.
-
-    Raises:
-        pydantic.ValidationError: The result is not of this type.
-    """
+    """Return the result that a message holds, with the type of the method's annotation."""
     return _result(method).validate_python(values)
 
 

@@ -190,13 +190,10 @@ def first_of(errors: BaseExceptionGroup[Exception]) -> Exception:
 
 
 class Slots:
-    """A semaphore for each event loop.
+    """A semaphore for each event loop, which `count` tasks may hold at the same time.
 
     It is anyio's: a semaphore of asyncio's that a task has waited for keeps a reference to its
     loop, which would never be freed.
-
-    Args:
-        count: How many tasks of one loop may hold it at the same time.
     """
 
     def __init__(self, count: int) -> None:
@@ -240,8 +237,7 @@ class Shared(Generic[T]):
     ) -> T:
         """Return the work's result, or raise its exception; `make` starts it if it is not running.
 
-        Args:
-            on_progress: Receives the progress of the work while this caller waits.
+        `on_progress` receives the progress of the work while this caller waits.
         """
         running = self._running.setdefault(asyncio.get_running_loop(), {})
         shared = running.get(key)
