@@ -5,30 +5,29 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import VMNotRunningError
 from smolvm_async.foundation.locking import is_locked
+from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.directory import cannot_use, find_directory, not_found
 from smolvm_async.state.record import Record, Status, read_record
 from smolvm_async.vm.attach import AttachedVM
 from smolvm_async.vm.owner import OwnedVM
-from smolvm_async.vm.plan import Plan
+from smolvm_async.vm.plan import Plan, make_plan
 
 ANSWER = 5.0  # seconds for an owner that is busy with starting or stopping the VM
 POLL = 0.01  # seconds between two attempts
 
 
-async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> OwnedVM | AttachedVM:
+async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | AttachedVM:
     """Return the VM whose directory is `path`.
 
     Raises:
-        VMNotFoundError: If no VM is there.
-        VMNotRunningError: If the owner is alive and does not answer.
-        ConfigError: If the VM's record cannot be read.
+        VMNotFoundError: No VM is there.
+        VMNotRunningError: The owner is alive and does not answer.
+        ConfigError: The VM's record cannot be read.
     """
     deadline = time.monotonic() + ANSWER
     while True:
@@ -42,7 +41,7 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> OwnedVM | A
             if record is None and not held:
                 raise not_found(path)
             if record is not None and not held:
-                return _at_rest(record, make_plan)
+                return _at_rest(record, on_progress)
             if record is not None:
                 _refuse_if_over(record)
                 try:
@@ -60,9 +59,12 @@ async def find(path: Path, make_plan: Callable[[VMConfig], Plan]) -> OwnedVM | A
         await asyncio.sleep(POLL)
 
 
-def _at_rest(record: Record, make_plan: Callable[[VMConfig], Plan]) -> OwnedVM:
+def _at_rest(record: Record, on_progress: ProgressCallback | None) -> OwnedVM:
+    async def plan() -> Plan:  # by start(), since the image may be gone
+        return make_plan(record.config, on_progress)
+
     record = record.model_copy(update={"status": record.status_seen(held=False)})
-    return OwnedVM(record.config, lambda: make_plan(record.config), record)
+    return OwnedVM(record.config, plan, record)
 
 
 def _refuse_if_over(record: Record) -> None:

@@ -17,18 +17,12 @@ _launches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[Launch]] = (
 
 
 class Launch:
-    """The launch of one VM, among all launches of its event loop.
+    """The launch of one VM, among all launches of its event loop."""
 
-    Args:
-        under_way: Whether the launch has begun.
-    """
-
-    def __init__(self, *, under_way: bool = False) -> None:
+    def __init__(self) -> None:
         self._under_way = _launches.setdefault(asyncio.get_running_loop(), set())
         self._over = asyncio.Event()
         self._began = 0.0
-        if under_way:
-            self.begin()
 
     def begin(self) -> None:
         """Note that the launch has begun, if it had not."""

@@ -9,8 +9,8 @@ These attributes make up the state. Each has few writers:
 
 - `run` and `over`: the current run, or the last one, and its task. Only `start()` sets them, and
   only if no run goes on. So two calls of `start()` are one start, and the second waits, too.
-- `_reading`: the task that reads the manifest of a published image, before its first run. Nothing
-  exists on disk then, so stopping the VM just cancels the task.
+- `_reading`: the task that makes the plan before the first run; for a published image, it reads the
+  manifest. Nothing exists on disk then, so stopping the VM just cancels the task.
 - `_stopping`: `stop()` has asked the current run to end; `start()` first waits until it has.
 - `_deleted`: final, unless the directory turns out to belong to another process by then.
 - `_directory`: the VM's directory while this process holds its lock. `_run()` sets it (in
@@ -43,7 +43,7 @@ from smolvm_async.errors import (
 )
 from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.process import identify
-from smolvm_async.foundation.tasks import end_tasks, in_thread, settle
+from smolvm_async.foundation.tasks import end_tasks, in_thread, settle, take_exception
 from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.state.directory import VMDirectory
@@ -66,19 +66,17 @@ class OwnedVM:
     def __init__(
         self,
         config: VMConfig,
-        make_plan: Callable[[], Plan],
+        plan: Plan | Callable[[], Coroutine[Any, Any, Plan]],
         record: Record | None = None,
-        find_plan: Callable[[], Coroutine[Any, Any, Plan]] | None = None,
     ) -> None:
         self.config = config
         self.hub = EventHub()
         self.on_crash: Callable[[], None] = lambda: None
         self.run: VMRun | None = None
         self.over: asyncio.Task[None] | None = None
-        self._make_plan = make_plan
-        self._find_plan = find_plan  # for a published image: reads its manifest first
+        self._plan = plan if isinstance(plan, Plan) else None
+        self._find_plan = plan if not isinstance(plan, Plan) else None
         self._reading: asyncio.Task[Plan] | None = None
-        self._plan: Plan | None = None
         self._created = record.created if record else None
         self._recorded_status = record.status if record else Status.CREATED  # until our first run
         self._directory: VMDirectory | None = None
@@ -110,36 +108,39 @@ class OwnedVM:
         """The accelerator that QEMU uses; empty before that is known."""
         return self._plan.accelerator.name if self._plan else ""
 
-    def plan(self) -> Plan:
-        """Return the plan; look at the image and the host the first time.
-
-        Raises:
-            ImageError, HostError: They cannot be used.
-        """
-        if self._plan is None:
-            self._plan = self._make_plan()
-        return self._plan
-
     async def planned(self) -> Plan:
-        """Return the plan; read the manifest of a published image the first time.
+        """Return the plan; the first time, look at the image and the host.
 
-        Raises:
-            ImageError, HostError: See `plan()`.
+        Nothing exists on disk yet, so stop() only has to cancel the task that does so.
         """
-        if self._find_plan is not None and self._plan is None:
-            await self._read_manifest(self._find_plan)
-        return self.plan()
+        if self._plan is not None:
+            return self._plan
+        if self._reading is None:
+            assert self._find_plan is not None
+            self._reading = asyncio.ensure_future(self._find_plan())
+            self._reading.add_done_callback(take_exception)  # all callers may be cancelled
+        reading = self._reading
+        self._starters += 1
+        try:
+            await asyncio.wait([reading])
+        finally:
+            self._starters -= 1
+            if not self._starters:
+                await self._stop_reading()
+        if reading.cancelled():
+            raise VMNotRunningError(f"{self.config.vm_id} was stopped while it started.")
+        self._plan = reading.result()
+        self.config = self._plan.config
+        return self._plan
 
     async def start(self) -> None:
         """See `AsyncSmolVM.start()`."""
         if self._stopping and self.over is not None:
             await asyncio.wait([self.over])
-        if self._find_plan is not None and self._plan is None and not self._deleted:
-            await self._read_manifest(self._find_plan)
-        if self._deleted:
+        plan = None if self._deleted else await self.planned()
+        if plan is None or self._deleted:
             raise VMNotRunningError(f"{self.config.vm_id} was deleted: make a new AsyncSmolVM.")
         if self.run is None or self.over is None or self.over.done():
-            plan = self.plan()
             self._stopping = False
             self.run = VMRun(plan, self.hub)
             self.over = asyncio.ensure_future(self._run(plan, self.run))
@@ -162,26 +163,6 @@ class OwnedVM:
         if not run.started.done():
             await self._discard()
             raise run.failure or VMNotRunningError(f"{self.config.vm_id} was stopped meanwhile.")
-
-    async def _read_manifest(self, find_plan: Callable[[], Coroutine[Any, Any, Plan]]) -> None:
-        """Read the manifest and make the plan.
-
-        Nothing exists on disk yet, so stop() only has to cancel this task.
-        """
-        if self._reading is None:
-            self._reading = asyncio.ensure_future(find_plan())
-        reading = self._reading
-        self._starters += 1
-        try:
-            await asyncio.wait([reading])
-        finally:
-            self._starters -= 1
-            if not self._starters:
-                await self._stop_reading()
-        if reading.cancelled():
-            raise VMNotRunningError(f"{self.config.vm_id} was stopped while it started.")
-        self._plan = reading.result()
-        self.config = self._plan.config
 
     async def _stop_reading(self) -> None:
         reading, self._reading = self._reading, None
@@ -232,8 +213,7 @@ class OwnedVM:
     async def leave(self, *, graceful: bool) -> None:
         """End the VM, however often this is cancelled: a kept VM stays on disk, others go.
 
-        Args:
-            graceful: Whether to power the guest down first, as long as nobody cancels that.
+        With `graceful`, the guest is powered down first, unless a caller cancels that.
         """
         try:
             if graceful:
@@ -311,9 +291,8 @@ class OwnedVM:
             )
 
     def _write_record(self, directory: VMDirectory) -> None:
-        machine = (
-            directory.record.machine if directory.record and self._created is not None else None
-        )
+        kept = directory.record if self._created is not None else None
+        machine = kept.machine if kept else None
         created = self._created or time.time_ns()
         owner = identify(os.getpid())
         record = Record(config=self.config, created=created, owner=owner, machine=machine)

@@ -52,12 +52,7 @@ def make_plan(
     on_progress: ProgressCallback | None,
     published: Published | None = None,
 ) -> Plan:
-    """Check the image, the data directory and the host. Nothing is created.
-
-    Raises:
-        ConfigError: If the image or the data directory cannot be used.
-        HostError: If the host lacks something.
-    """
+    """Check the image, the data directory and the host. Nothing is created."""
     origin = config.origin
     # Checked now, so that the caller hears of errors early; the launch checks again.
     source = own_source(origin) if isinstance(origin, LocalDisk) else None
@@ -77,24 +72,14 @@ def make_plan(
 
 
 def check_early(config: VMConfig) -> None:
-    """Check the needs of a published image's VM that do not depend on its guest OS.
-
-    Raises:
-        ConfigError: If the data directory cannot be used.
-        HostError: If the host lacks something that every guest needs.
-    """
+    """Check the needs of a published image's VM that do not depend on its guest OS."""
     check_data_dir(config.data_dir)
     find_tools(config.profile, programs(config.profile))
     scope_prefix(config)
 
 
 async def find_plan(config: VMConfig, on_progress: ProgressCallback | None) -> Plan:
-    """Read the manifest of a published image, and make the plan.
-
-    Raises:
-        ImageError: If the image cannot be fetched or used.
-        ConfigError, HostError: If an argument or the host does not suit the guest OS.
-    """
+    """Read the manifest of a published image, and make the plan."""
     from smolvm_async.images.cache import ImageStore
 
     report(on_progress, Progress("image", f"reading the manifest of {config.image}", 0.0))
@@ -109,9 +94,6 @@ async def find_source(plan: Plan, stack: ExitStack) -> Source:
 
     Args:
         stack: Keeps downloaded files in the cache until it is closed.
-
-    Raises:
-        HostError, CommandError, ImageError: If the files cannot be built, fetched or used.
     """
     if plan.source is not None:
         return plan.source

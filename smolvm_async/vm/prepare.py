@@ -57,10 +57,6 @@ async def prepare(
     Args:
         machine: The machine of a kept VM that has run before; `None` for other VMs.
         stack: Closes the files.
-
-    Raises:
-        ConfigError, HostError, CommandError: If the image cannot be used, or built.
-        OSError: If the directory cannot be filled.
     """
     source = machine.source if machine is not None else None
     source = source or await find_source(plan, stack)
@@ -75,11 +71,7 @@ async def prepare(
 
 
 async def look_at_disk(plan: Plan, source: Source) -> bool | None:
-    """Return whether the disk has a boot loader for a BIOS; `None` if that does not matter.
-
-    Raises:
-        ImageError, CommandError: If the disk cannot be read.
-    """
+    """Return whether the disk has a boot loader for a BIOS; `None` if that does not matter."""
     if not _starts_by_itself(plan, source):
         return None
     with ExitStack() as stack:
@@ -115,24 +107,17 @@ async def _fill(
         return await in_thread(kept_login, config, state.path) if has_login else None
     login = None
     if has_login:
-        login, files = await in_background(_new_login, config)
-        parts = parts._replace(files=files)
+        login = await in_background(new_login, config)
+        parts = parts._replace(files=await in_background(login.files, config))
     await state.prepare(qcow2.empty(image.virtual_size), parts)
     return login
-
-
-def _new_login(config: VMConfig) -> tuple[Login, dict[str, bytes]]:
-    login = new_login(config)
-    return login, login.files(config)
 
 
 async def _open_kernel(stack: ExitStack, source: Source) -> DirectBoot | None:
     if source.kernel is None:
         return None
     kernel = await _open(stack, open_kernel, source.kernel)
-    initrd = None
-    if source.initrd is not None:
-        initrd = await _open(stack, open_initrd, source.initrd)
+    initrd = await _open(stack, open_initrd, source.initrd) if source.initrd else None
     return DirectBoot(kernel, initrd, source.boot_args)
 
 

@@ -60,16 +60,10 @@ logger = get_logger(__name__)
 class VMRun:
     """One run of a VM. The owner's task executes `run()`; other tasks ask it to end.
 
-    Attributes:
+    Attributes: those of `smolvm_async.controls.interface.Run`, and:
         started: Done when the guest's processors run.
         processes: QEMU and its sidecars.
-        boot: The boot states.
-        console: The serial console.
-        peripherals: Screen, input devices, VNC server and ports.
-        link: The SSH connection to the guest.
         paused: Whether the guest's processors stand still.
-        failure: Why the run could not start, or how it crashed; `None` if neither.
-        report: How the run ended.
     """
 
     def __init__(self, plan: Plan, hub: EventHub) -> None:
@@ -78,7 +72,9 @@ class VMRun:
         self.console = Console()
         self.failure: Exception | None = None
         self.report = ShutdownReport(Rung.NONE)
-        self.launch = Launch(under_way=plan.source is not None)  # the image may have to be built
+        self.launch = Launch()
+        if plan.source is not None:  # otherwise the image may have to be built first
+            self.launch.begin()
         self._plan = plan
         self._state: VMDirectory
         self._machine: Machine | None = None  # of a kept VM that has run before
@@ -227,11 +223,7 @@ class VMRun:
             await self.peripherals.ports.expose(*forward)
 
     async def ssh_access(self) -> Access:
-        """Return how to log in to the guest.
-
-        Raises:
-            VMNotRunningError: QEMU has ended.
-        """
+        """Return how to log in to the guest."""
         assert self._login is not None
         return self._login.access(await self.peripherals.ports.ssh())
 
@@ -343,10 +335,8 @@ class VMRun:
         """Note that the run crashed, and return the error.
 
         Args:
-            reason: The reason, for the message.
             child: The process whose log explains it.
             process: The part that died, if it is not `child`.
-            hint: The fix, if there is one.
         """
         self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os as os_module
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self, Unpack
@@ -18,7 +19,6 @@ from smolvm_async.config.options import (
     with_signature,
 )
 from smolvm_async.config.source import PublishedImage
-from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.desktop.desktop import Desktop
 from smolvm_async.controls.interface import VM, running
 from smolvm_async.controls.ports import PortForwarding
@@ -100,11 +100,10 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     def __init__(self, **options: Unpack[VMOptions]) -> None:
         config, on_progress = make_config(**options), options.get("on_progress")
         if isinstance(config.origin, PublishedImage):
-            owned = _published(config, on_progress)
+            check_early(config)  # start() reads the manifest: the network is not used before
+            owned = OwnedVM(config, partial(find_plan, config, on_progress))
         else:
-            plan = make_plan(config, on_progress)
-            owned = OwnedVM(config, lambda: plan)
-            owned.plan()
+            owned = OwnedVM(config, make_plan(config, on_progress))
         self._hold(owned, on_progress)
 
     def _hold(self, handle: OwnedVM | AttachedVM, on_progress: ProgressCallback | None) -> None:
@@ -117,7 +116,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     def _of_plan(cls, plan: Plan) -> Self:
         """Return a VM from a plan that was made before, for fleets."""
         vm = cls.__new__(cls)
-        vm._hold(OwnedVM(plan.config, lambda: plan), plan.on_progress)
+        vm._hold(OwnedVM(plan.config, plan), plan.on_progress)
         return vm
 
     async def _planned(self) -> Plan:
@@ -162,7 +161,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         check_progress(on_progress)
         path = _known_data_dir(data_dir) / check_vm_id(vm_id)
         vm = cls.__new__(cls)
-        vm._hold(await find(path, lambda config: make_plan(config, on_progress)), on_progress)
+        vm._hold(await find(path, on_progress), on_progress)
         return vm
 
     @classmethod
@@ -254,10 +253,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         """
         if isinstance(self._vm, AttachedVM) and self._vm.over.done():
             config = self._vm.config
-            handle = await find(
-                config.data_dir / config.vm_id, lambda found: make_plan(found, self._on_progress)
-            )
-            self._attach(handle)
+            self._attach(await find(config.data_dir / config.vm_id, self._on_progress))
 
     async def stop(self, timeout: float | None = None) -> ShutdownReport:
         """Power the guest down; if it does not, climb the shutdown ladder up to SIGKILL.
@@ -329,16 +325,6 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     async def from_snapshot(cls, name: str, **options: object) -> NoReturn:
         """Raise `UnsupportedError`: snapshots are not in this version."""
         raise GUESTS.get(str(options.get("os")), DEFAULT).refusal("from_snapshot")
-
-
-def _published(config: VMConfig, on_progress: ProgressCallback | None) -> OwnedVM:
-    """Return the VM of a published image. The network is not used before start()."""
-    check_early(config)
-
-    def make_plan_now() -> NoReturn:
-        raise AssertionError("start() reads the manifest first")
-
-    return OwnedVM(config, make_plan_now, find_plan=lambda: find_plan(config, on_progress))
 
 
 def _known_data_dir(data_dir: object) -> Path:

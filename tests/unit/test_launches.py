@@ -13,7 +13,8 @@ pytestmark = pytest.mark.anyio
 
 async def under_way(seconds: float = 60) -> Launch:
     """Return a launch that began so many seconds ago."""
-    launch = Launch(under_way=True)
+    launch = Launch()
+    launch.begin()
     launch._began -= seconds
     return launch
 

@@ -135,11 +135,7 @@ class AttachedVM:
             raise
 
     async def delete(self) -> None:
-        """Ask the owner to delete the VM, and wait until its directory is gone.
-
-        Raises:
-            VMNotRunningError: The owner has died, or does not delete the VM.
-        """
+        """Ask the owner to delete the VM, and wait until its directory is gone."""
         try:
             await self._delete()
         except VMNotRunningError:

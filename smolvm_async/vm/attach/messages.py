@@ -44,11 +44,7 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """Return the message that a line holds.
-
-    Raises:
-        ValueError: The line is not a message.
-    """
+    """Return the message that a line holds; a `ValueError` if it holds none."""
     message = json.loads(line)
     if not isinstance(message, dict):
         raise ValueError("a JSON-RPC message is an object")

@@ -74,11 +74,7 @@ class ControlServer:
         self._over = False
 
     async def start(self, dir_fd: int) -> None:
-        """Listen on the socket in an open directory; only this user can connect to it.
-
-        Raises:
-            OSError: The socket cannot be made.
-        """
+        """Listen on the socket in an open directory; only this user can connect to it."""
         listener = socket.socket(socket.AF_UNIX)
         try:
             os.fchmod(listener.fileno(), 0o600)  # the mode of the socket's file
@@ -148,7 +144,8 @@ class ControlServer:
                     self._notify(writer, "status", {"status": told})
                 await writer.drain()
                 if over:
-                    self._notify(writer, "ended", self._end())
+                    failure = self._run.failure and error_to_json(self._run.failure)
+                    self._notify(writer, "ended", {"report": self._run.report, "failure": failure})
                     await writer.drain()
                     return
                 await news.wait()
@@ -163,13 +160,6 @@ class ControlServer:
         if text := console.since(read):
             self._notify(writer, "console", {"text": text.decode("latin-1")})
         return console.count
-
-    def _end(self) -> dict[str, Any]:
-        failure = self._run.failure
-        return {
-            "report": self._run.report,
-            "failure": error_to_json(failure) if failure else None,
-        }
 
     async def _read_requests(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -231,11 +221,7 @@ class ControlServer:
             writer.write(content)
 
     def _find(self, request: Mapping[str, Any]) -> tuple[MethodType, dict[str, Any]]:
-        """Return the method that a client asks for, and its validated arguments.
-
-        Raises:
-            ConfigError: A client cannot call such a method, or an argument is wrong.
-        """
+        """Return the method that a client asks for, and its validated arguments."""
         name = request.get("method")
         method = self._methods.get(name) if isinstance(name, str) else None
         if method is None:
