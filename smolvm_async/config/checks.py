@@ -180,11 +180,7 @@ def check_resolution(resolution: object) -> tuple[int, int]:
     if isinstance(resolution, str):
         match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", resolution)
         parts = tuple(int(part) for part in match.groups()) if match else ()
-    if (
-        isinstance(parts, tuple | list)
-        and len(parts) == 2
-        and all(is_integer(part) for part in parts)
-    ):
+    if isinstance(parts, tuple | list) and len(parts) == 2 and all(map(is_integer, parts)):
         (least_x, least_y), (most_x, most_y) = MIN_RESOLUTION, MAX_RESOLUTION
         # The adapter's registers take the width in steps of 8 pixels.
         if least_x <= parts[0] <= most_x and least_y <= parts[1] <= most_y and not parts[0] % 8:

@@ -90,14 +90,8 @@ def with_signature(init: F) -> F:
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     for name, hint in VMOptions.__annotations__.items():
         annotation = hint.__forward_arg__.replace("GuestName", f"Literal[{names}]")
-        parameters.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=DEFAULTS.get(name),
-                annotation=annotation,
-            )
-        )
+        kind, default = inspect.Parameter.KEYWORD_ONLY, DEFAULTS.get(name)
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
     init.__dict__["__signature__"] = inspect.Signature(parameters, return_annotation="None")
     return init
 

@@ -25,19 +25,19 @@ def is_published(image: str) -> bool:
 
 
 class Location(NamedTuple):
-    """The place of a published image."""
+    """The place of an object in S3."""
 
     bucket: str
-    key: str  # of the manifest
+    key: str
 
     @property
     def uri(self) -> str:
-        """Return the URI of the manifest: the same for every spelling of the image's URI."""
+        """Return the object's URI: for a manifest, the same for each spelling of the image's."""
         return f"{S3}{self.bucket}/{self.key}"
 
-    def beside(self, name: str) -> str:
-        """Return the key of a file of the image."""
-        return f"{self.key.rpartition('/')[0]}/{name}".lstrip("/")
+    def beside(self, name: str) -> Location:
+        """Return the place of a file of the image whose manifest is here."""
+        return Location(self.bucket, f"{self.key.rpartition('/')[0]}/{name}".lstrip("/"))
 
 
 def parse_uri(uri: object, argument: str = "image") -> Location:

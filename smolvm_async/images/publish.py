@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from smolvm_async.config.checks import check_path, shown
 from smolvm_async.config.uri import MANIFEST, Location, parse_uri
@@ -43,13 +43,6 @@ PATTERNS = {  # patterns that recognize the files of a directory without a manif
 BOOT_ARGS = "boot_args"  # the file with the kernel's command line; the built-in Debian has one
 PIECE = 1 << 20  # bytes
 LEVEL = 9  # of zstd; its window is within the 8 MiB that downloads accept
-
-
-class _Upload(NamedTuple):
-    """A file to upload, which is open, and its entry in the manifest."""
-
-    fd: int
-    entry: dict[str, Any]
 
 
 async def push_image(
@@ -101,23 +94,22 @@ async def push_image(
                 part: await in_background(_prepare, stack, part, path, values, compress)
                 for part, path in paths.items()
             }
-        for part, file in uploads.items():
-            values[part] = file.entry
+        for part, (_, entry) in uploads.items():
+            values[part] = entry
         content, where = json.dumps(values).encode(), f"the new manifest {location.uri}"
         manifest = await in_background(parse_manifest, content, where)
-        total = sum(file.entry["size"] for file in uploads.values())
+        total = sum(entry["size"] for _, entry in uploads.values())
         before = 0
         message = f"uploading {manifest.name}"
         async with open_client() as client:
-            for file in uploads.values():
-                key = location.beside(file.entry["name"])
-                digest = file.entry["sha256"]
+            for fd, entry in uploads.values():
+                place = location.beside(entry["name"])
 
                 def on_bytes(sent: int, before: int = before) -> None:
                     meter.report(message, before + sent, total, copied=before + sent)
 
-                await upload(client, location.bucket, key, file.fd, digest, on_bytes)
-                before += file.entry["size"]
+                await upload(client, place, fd, entry["sha256"], on_bytes)
+                before += entry["size"]
             await _put_manifest(client, location, manifest)
     return manifest
 
@@ -181,8 +173,12 @@ def _recognized(directory: Path, names: list[str]) -> dict[str, Path]:
 
 def _prepare(
     stack: ExitStack, part: str, path: Path, values: dict[str, Any], compress: str | None
-) -> _Upload:
-    """Check a file, compress it if it is the disk and `compress` is set, and compute its digest."""
+) -> tuple[int, dict[str, Any]]:
+    """Check a file, and compress it if it is the disk and `compress` is set.
+
+    Returns:
+        The open file to upload, and its entry in the manifest.
+    """
     entry: dict[str, Any] = {"name": path.name}
     if part == "rootfs":
         old = values.get("rootfs", {})
@@ -194,8 +190,8 @@ def _prepare(
         packed = stack.enter_context(_temporary_file())
         entry |= {"name": f"{path.name}.zst", "compression": "zstd"}
         entry |= _compress(fd, packed)
-        return _Upload(packed, entry)
-    return _Upload(fd, {**entry, "sha256": sha256_of(fd), "size": os.fstat(fd).st_size})
+        return packed, entry
+    return fd, {**entry, "sha256": sha256_of(fd), "size": os.fstat(fd).st_size}
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def test_hostile_bytes_are_refused(content: bytes) -> None:
 def test_a_uri_means_a_manifest(uri: str, key: str) -> None:
     location = parse_uri(uri)
     assert (location.bucket, location.key) == ("bucket", key)
-    assert location.beside("disk") == f"{key.rpartition('/')[0]}/disk".lstrip("/")
+    assert location.beside("disk").key == f"{key.rpartition('/')[0]}/disk".lstrip("/")
 
 
 @pytest.mark.parametrize(

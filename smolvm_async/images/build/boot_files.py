@@ -56,7 +56,7 @@ async def modules(unpacked: Path, names: Iterable[str]) -> list[Path]:
     Modules that are built into this kernel, or do not exist in it, are left out.
     """
     paths = await asyncio.to_thread(lambda: list(unpacked.rglob("*.ko*")))
-    available = {_module_name(path): path for path in paths}
+    available = {path.name.partition(".")[0].replace("-", "_"): path for path in paths}
     order: dict[str, Path] = {}
 
     async def add(name: str) -> None:
@@ -69,10 +69,6 @@ async def modules(unpacked: Path, names: Iterable[str]) -> list[Path]:
     for name in names:
         await add(name)
     return list(order.values())
-
-
-def _module_name(path: Path) -> str:
-    return path.name.partition(".")[0].replace("-", "_")
 
 
 def _needs(module: Path) -> list[str]:

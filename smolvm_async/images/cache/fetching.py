@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import anyio
 
-from smolvm_async.config.uri import S3, parse_uri
+from smolvm_async.config.uri import Location, parse_uri
 from smolvm_async.errors import HostError, ImageError
 from smolvm_async.foundation.files import seal
 from smolvm_async.foundation.locking import LockFile
@@ -31,7 +31,7 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.cache.layout import MTIME, Layout, Published
 from smolvm_async.images.cache.verifier import Verifier, WrongContentError
 from smolvm_async.images.manifest import LARGEST, ImageFile
-from smolvm_async.images.s3.download import Download, RemoteFile
+from smolvm_async.images.s3.download import Download
 from smolvm_async.images.s3.partial_file import PartialFile
 
 logger = get_logger(__name__)
@@ -47,7 +47,7 @@ class MissingFile(NamedTuple):
 
     part: str  # `rootfs`, `kernel` or `initrd`
     file: ImageFile  # the file's entry in the manifest
-    remote: RemoteFile
+    place: Location
 
 
 def missing_files(published: Published, layout: Layout) -> list[MissingFile]:
@@ -56,10 +56,7 @@ def missing_files(published: Published, layout: Layout) -> list[MissingFile]:
     found = []
     for part, file in published.manifest.files.items():
         if not layout.holds(file):
-            key = location.beside(file.name)
-            uri = f"{S3}{location.bucket}/{key}"
-            remote = RemoteFile(location.bucket, key, uri, file.size, LARGEST[part])
-            found.append(MissingFile(part, file, remote))
+            found.append(MissingFile(part, file, location.beside(file.name)))
     return found
 
 
@@ -143,14 +140,15 @@ async def _download(
 ) -> None:
     """Download and verify at the same time, then give the file its name in the cache."""
     content = partial.path.with_suffix(".content")
-    download = Download(client, missing.remote, partial)
-    await download.begin(extra_space=missing.file.content_size or 0)
-    verifier = Verifier(partial.path, missing.file, content, missing.remote.uri)
+    file, uri = missing.file, missing.place.uri
+    download = Download(client, missing.place, file.size, LARGEST[missing.part], partial)
+    await download.begin(extra_space=file.content_size or 0)
+    verifier = Verifier(partial.path, file, content, uri)
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(download.transfer)
             await _follow(verifier, partial)
-        whole = partial.path if missing.file.compression is None else content
+        whole = partial.path if file.compression is None else content
         await in_background(_finish, layout, missing, verifier, whole)
     except* Exception as errors:
         raise first_of(errors) from None
@@ -178,7 +176,7 @@ async def _follow(verifier: Verifier, partial: PartialFile) -> None:
 def _finish(layout: Layout, missing: MissingFile, verifier: Verifier, path: Path) -> None:
     """Check the file and give it its name: from then on it is in the cache."""
     verifier.check()
-    check_disk(path, missing.part, missing.file, missing.remote.uri)
+    check_disk(path, missing.part, missing.file, missing.place.uri)
     os.utime(path, (MTIME, MTIME))
     seal(path, 0o400)
     os.replace(path, layout.path_of(missing.file))

@@ -17,11 +17,10 @@ How an image comes, stays and goes:
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -65,7 +64,6 @@ logger = get_logger(__name__)
 
 T = TypeVar("T")
 
-_numbers = itertools.count()  # distinguish the pulls of this process
 _lookups: Shared[Published] = Shared()
 _fetches: Shared[None] = Shared()
 
@@ -260,7 +258,7 @@ class ImageStore:
                     "VM."
                 )
             record = layout.record_path(published.uri, published.endpoint)
-            pulling = record.with_suffix(f".{os.getpid()}-{next(_numbers)}{PULLING}")
+            pulling = record.with_suffix(f".{os.urandom(8).hex()}{PULLING}")
             sizes = [file.file.size for file in missing]
             total = None if None in sizes else sum(size or 0 for size in sizes)
             meter = DownloadMeter(published.manifest.name, total, on_progress)
@@ -305,10 +303,8 @@ class ImageStore:
 async def _read_manifest(client: Any, location: Location) -> bytes:
     try:
         answer = await client.get_object(Bucket=location.bucket, Key=location.key)
-        try:
-            return await read_at_most(answer["Body"], MAX_MANIFEST + 1)
-        finally:
-            answer["Body"].close()
+        with closing(answer["Body"]) as body:
+            return await read_at_most(body, MAX_MANIFEST + 1)
     except Exception as error:
         raise explain(error, location.uri) from error
 

@@ -13,16 +13,11 @@ import os
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smolvm_async.errors import ConfigError, ImageError
 from smolvm_async.foundation.tasks import in_background, no_collection, settle
 from smolvm_async.images.s3.errors import explain
-
-if TYPE_CHECKING:
-    from aiobotocore.awsrequest import AioAWSResponse
-    from aiobotocore.httpsession import AIOHTTPSession
-    from botocore.loaders import Loader
 
 ENDPOINT = "SMOLVM_S3_ENDPOINT_URL"
 KEY_ID, SECRET = "SMOLVM_S3_ACCESS_KEY_ID", "SMOLVM_S3_SECRET_ACCESS_KEY"
@@ -125,7 +120,7 @@ def _create_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _loader() -> Loader:
+def _loader() -> Any:
     """Return the process's one loader of botocore's models, which take 10 MB."""
     from botocore.loaders import JSONFileLoader, Loader
 
@@ -147,7 +142,7 @@ def _loader() -> Loader:
 
 
 @functools.cache
-def _session_class() -> type[AIOHTTPSession]:
+def _session_class() -> type[Any]:
     """Return aiobotocore's HTTP session class, changed in two ways.
 
     It loads certificates when it is created, which happens in a thread; and it reads at most
@@ -165,17 +160,16 @@ def _session_class() -> type[AIOHTTPSession]:
                 self._prepared = create_urllib3_context()
                 self._prepared.load_verify_locations(get_cert_path(verify))
 
-        async def send(self, request: Any) -> AioAWSResponse:
-            response: AioAWSResponse = await super().send(request)
+        async def send(self, request: Any) -> Any:
+            response = await super().send(request)
             if response.status_code >= 300 and response._content is None:
                 response._content = await read_at_most(response.raw.content, MAX_ERROR_BODY)
                 response.raw.release()
             return response
 
-        def _create_connector(self, proxy_url: str | None) -> aiohttp.TCPConnector:
+        def _create_connector(self, proxy_url: str | None) -> Any:
             if proxy_url or self._cert_file:
-                connector: aiohttp.TCPConnector = super()._create_connector(proxy_url)
-                return connector
+                return super()._create_connector(proxy_url)
             connections, options = self._max_pool_connections, self._connector_args
             return aiohttp.TCPConnector(limit=connections, ssl=self._prepared or False, **options)
 

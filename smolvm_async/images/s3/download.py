@@ -26,10 +26,11 @@ import time
 from collections import deque
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import anyio
 
+from smolvm_async.config.uri import Location
 from smolvm_async.errors import HostError, ImageError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import Slots, acquired, first_of, settle
@@ -50,16 +51,6 @@ class BrokenAnswerError(Exception):
     """An answer that breaks off or cannot be used; the request is repeated."""
 
 
-class RemoteFile(NamedTuple):
-    """An S3 object to download."""
-
-    bucket: str
-    key: str
-    uri: str  # for messages
-    size: int | None  # bytes that the object must have; `None` if only the server knows
-    largest: int  # bytes that the object may have at most
-
-
 class Part:
     """A range of bytes of the object; `at` is the first byte that has not arrived."""
 
@@ -74,13 +65,21 @@ _slots = Slots(CONNECTIONS)
 
 
 class Download:
-    """The download of one object into one partial file."""
+    """The download of one object into one partial file.
 
-    def __init__(self, client: Any, remote: RemoteFile, partial: PartialFile) -> None:
+    Args:
+        size: Bytes that the object must have; `None` if only the server knows.
+        largest: Bytes that the object may have at most.
+    """
+
+    def __init__(
+        self, client: Any, place: Location, size: int | None, largest: int, partial: PartialFile
+    ) -> None:
         self._client = client
-        self._remote = remote
+        self._where = {"Bucket": place.bucket, "Key": place.key}
+        self._uri = place.uri
+        self._size, self._largest = size, largest
         self._partial = partial
-        self._where = {"Bucket": remote.bucket, "Key": remote.key}
 
     async def begin(self, *, extra_space: int = 0) -> None:
         """Ask for the object's size and ETag, and create or resume the file.
@@ -90,7 +89,7 @@ class Download:
         """
         await self._partial.begin(*await self._size_and_etag())
         needed = sum(end - start for start, end in self._partial.missing) + extra_space
-        _check_space(self._partial.path, self._remote.uri, needed)
+        _check_space(self._partial.path, self._uri, needed)
 
     async def transfer(self) -> None:
         """Download the missing ranges, after `begin()`; after a failure, the bytes stay."""
@@ -121,7 +120,7 @@ class Download:
             logger.warning("the journal of %s could not be written: %s", self._partial.path, error)
 
     async def _size_and_etag(self) -> tuple[int, str]:
-        client, remote = self._client, self._remote
+        client = self._client
         try:
             try:
                 head = await client.head_object(**self._where)
@@ -132,15 +131,15 @@ class Download:
                 raise
             size, etag = int(head["ContentLength"]), str(head.get("ETag", ""))
         except Exception as error:
-            raise explain(error, remote.uri) from error
-        if remote.size is not None and size != remote.size:
+            raise explain(error, self._uri) from error
+        if self._size is not None and size != self._size:
             raise ImageError(
-                f"{remote.uri} has {size} bytes, but its manifest says {remote.size}: the file was "
+                f"{self._uri} has {size} bytes, but its manifest says {self._size}: the file was "
                 "changed or cut off after it was published; publish it again."
             )
-        if not 0 < size <= remote.largest:
+        if not 0 < size <= self._largest:
             raise ImageError(
-                f"{remote.uri} has {size} bytes; only 1 to {remote.largest} are supported: publish "
+                f"{self._uri} has {size} bytes; only 1 to {self._largest} are supported: publish "
                 "another file."
             )
         return size, etag
@@ -157,7 +156,7 @@ class Download:
 
     async def _download(self, part: Part, file: Any) -> None:
         """Download a part; repeat the request from the first missing byte if an answer breaks."""
-        uri = self._remote.uri
+        uri = self._uri
         failures, since = 0, time.monotonic()
         while part.at < part.end:
             before = part.at
@@ -212,7 +211,7 @@ class Download:
         try:
             answer = await self._client.get_object(**self._where, Range=span, **options)
         except Exception as error:
-            explained = explain(error, self._remote.uri)
+            explained = explain(error, self._uri)
             if is_temporary(error):
                 raise BrokenAnswerError(str(explained)) from error
             raise explained from error
@@ -224,7 +223,7 @@ class Download:
         return answer["Body"]
 
     def _check_answer(self, answer: Any, part: Part) -> None:
-        uri, size, etag = self._remote.uri, self._partial.size, self._partial.etag
+        uri, size, etag = self._uri, self._partial.size, self._partial.etag
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         if status != 206 and (part.at, part.end) != (0, size):
             raise ImageError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 
+from smolvm_async.config.uri import Location
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import acquired, first_of, in_background
 from smolvm_async.images.s3.errors import explain
@@ -22,7 +23,7 @@ DIGEST = "sha256"  # key of the metadata: an object with the same digest is not 
 
 
 async def upload(
-    client: Any, bucket: str, key: str, fd: int, digest: str, on_bytes: Callable[[int], None]
+    client: Any, place: Location, fd: int, digest: str, on_bytes: Callable[[int], None]
 ) -> None:
     """Upload the open file `fd`, whose SHA-256 is `digest`; skip an object with the same content.
 
@@ -30,9 +31,9 @@ async def upload(
         on_bytes: Called with the bytes that were sent so far.
     """
     size = os.fstat(fd).st_size
+    where = {"Bucket": place.bucket, "Key": place.key}
     try:
-        if not await _exists(client, bucket, key, size, digest):
-            where = {"Bucket": bucket, "Key": key}
+        if not await _exists(client, where, size, digest):
             metadata = {DIGEST: digest}
             if size <= PART:
                 body = await in_background(os.pread, fd, size, 0)
@@ -40,13 +41,13 @@ async def upload(
             else:
                 await _upload_parts(client, where, metadata, fd, size, on_bytes)
     except Exception as error:
-        raise explain(error, f"s3://{bucket}/{key}") from error
+        raise explain(error, place.uri) from error
     on_bytes(size)
 
 
-async def _exists(client: Any, bucket: str, key: str, size: int, digest: str) -> bool:
+async def _exists(client: Any, where: dict[str, str], size: int, digest: str) -> bool:
     try:
-        head = await client.head_object(Bucket=bucket, Key=key)
+        head = await client.head_object(**where)
     except client.exceptions.ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
             raise
