@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from smolvm_async import AsyncSmolVM
+from smolvm_async import AsyncSmolVM, Timeouts
 from smolvm_async.images.build.debian import DebianImage, build_debian
 
 FakeProgram = Callable[[str, str], None]
@@ -118,6 +118,12 @@ def vm_in(data_dir: Path, image: Path, **options: Any) -> AsyncSmolVM:
     """A VM on `image`, under TCG, as small as can be unless `options` say otherwise."""
     settings = {"memory": 2048, "accel": "tcg", **options}
     return AsyncSmolVM(os="windows", image=image, data_dir=data_dir, **settings)
+
+
+def each_rung(seconds: float) -> dict[str, float]:
+    """Return timeouts that give each rung of the shutdown ladder so many seconds."""
+    others = ("launch", "boot", "input")
+    return {name: seconds for name in Timeouts.model_fields if name not in others}
 
 
 def run_of(vm: AsyncSmolVM) -> Any:

@@ -131,20 +131,17 @@ class Child:
         tail = self.log.quote() or "(empty)"
         return f"{self.name} {status}.\nLog:\n{tail}\nCommand: {shlex.join(self.argv)}"
 
-    def terminate(self) -> None:
-        """Send SIGTERM, if it still runs."""
-        self._signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """Send SIGKILL, if it still runs."""
-        self._signal(signal.SIGKILL)
+        self.signal(signal.SIGKILL)
 
     async def reap(self) -> None:
         """Kill it and wait until it has ended, even if cancelled. See `settle`."""
         self.kill()
         await settle(self.exited)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, if the process still runs."""
         if not self.exited.done():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)

@@ -25,8 +25,9 @@ class BootState(StrEnum):
         reset leads back to this state.
     OPERATING_SYSTEM: an operating system has enabled the chipset's ACPI events (PM1_EN is not 0,
         as it is while firmware and boot loader run), or the guest agent has opened its port.
-    READY: the SSH server of a Linux guest answers and accepts our login. The agent of a Windows
-        guest has opened its port; or, without an agent, the disk was idle for a while.
+    READY: the SSH server of the guest answers and accepts our login. If the library cannot log in
+        to the guest OS, the guest agent has opened its port; or, without an agent, the disk was
+        idle for a while.
         `BootStateChanged.evidence` says which.
     """
 

@@ -1,16 +1,19 @@
 """The shutdown ladder: power button, `quit`, SIGTERM, SIGKILL.
 
-Each rung but the last has a deadline, after which the next one is tried. To add a rung, add its
-`Rung`, its ending, a function and a row in `shut_down` here, and its deadline to `Timeouts`.
+Each rung but the last has a deadline, after which the next rung is tried. To add a rung, add its
+`Rung` in the ladder's order, its ending, and a row in `shut_down` with the function that acts; and
+add its deadline to `Timeouts`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from smolvm_async.config.vm_config import Timeouts
@@ -26,6 +29,9 @@ logger = get_logger(__name__)
 PRESS_AGAIN = 5.0  # seconds; a press is lost if nothing in the guest listens to the button yet
 EXIT = 1.0  # seconds from the end of the monitor's connection to QEMU's exit
 POLL = 0.1  # seconds between two looks whether the guest listens
+
+
+Act = Callable[[Child, Monitor], Coroutine[Any, Any, str]]
 
 
 class Rung(StrEnum):
@@ -91,10 +97,10 @@ async def shut_down(
     """Climb the ladder until QEMU has ended. A rung whose deadline is 0 is left out."""
     began = time.monotonic()
     meter = Meter(on_progress, "stop")
-    ladder = [
+    ladder: list[tuple[Rung, Act, float]] = [
         (Rung.POWERDOWN, _power_down, timeouts.powerdown),
         (Rung.QUIT, _quit, timeouts.quit),
-        (Rung.SIGTERM, _terminate, timeouts.terminate),
+        (Rung.SIGTERM, partial(_signal, signal.SIGTERM), timeouts.terminate),
     ]
     steps: list[Step] = []
     for rung, act, deadline in ladder:
@@ -160,8 +166,8 @@ async def _quit(qemu: Child, monitor: Monitor) -> str:
     return ""
 
 
-async def _terminate(qemu: Child, monitor: Monitor) -> str:
-    qemu.terminate()
+async def _signal(number: signal.Signals, qemu: Child, monitor: Monitor) -> str:
+    qemu.signal(number)
     await asyncio.wait([qemu.exited])
     return ""
 

@@ -68,13 +68,13 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         boot_args: The kernel's command line; by default `console=ttyS0 root=/dev/vda rw`.
         user: The user that `run()` and file transfer log in as in a Linux image: `"root"`, the
             default, or a user with sudo that cloud-init creates.
-        memory: MiB. For Windows at least 2048, by default 4096; for Linux at least 128, by default
-            512.
-        cpus: Cores, which the guest sees in one socket; by default 1, for Windows 2.
+        memory: MiB. The guest OS sets the minimum and the default (for Linux 128 and 512).
+        cpus: Cores, which the guest sees in one socket. The guest OS sets the default (Linux: 1).
         vm_id: Lower-case letters, digits and hyphens; by default `vm-` and 8 hex digits.
         accel: `"auto"` uses KVM if it works, else TCG with a warning. `"kvm"` and `"tcg"` use
             nothing else.
-        env: Environment variables of all commands, set before the VM is `ready`. Not for Windows.
+        env: Environment variables of all commands, set before the VM is `ready`, for guests
+            that can `run()`.
         port_forwards: Ports that `expose_local()` forwards from the start: guest ports, or
             `(guest_port, host_port)`.
         keep: Whether the VM outlives its block and its process: its disk, UEFI variables, TPM and
@@ -83,7 +83,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             3840x2160; by default 1280x800. The guest may choose another.
         vnc: `"loopback"` or `"unix"` turns on the VNC server; see `VNC`.
         limits: Limits on the host's resources: a `Limits`, or a mapping of its names.
-        mounts: Not for Windows guests, and not yet for Linux guests.
+        mounts: No guest has this yet.
         writable_mounts: Likewise.
         internet_settings: Likewise.
         timeouts: Deadlines in seconds: a `Timeouts`, or a mapping of its names.
@@ -304,7 +304,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Raises:
             VMNotRunningError: The VM does not run.
-            UnsupportedError: This is a Windows guest.
+            UnsupportedError: The library cannot log in to this guest OS.
         """
         self._vm.config.profile.require("ssh_access")
         return await running(self._vm).ssh_access()

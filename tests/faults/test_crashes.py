@@ -19,7 +19,7 @@ from smolvm_async import (
     VMCrashedError,
     VMNotRunningError,
 )
-from tests.conftest import FakeProgram, child_named
+from tests.conftest import FakeProgram, child_named, each_rung
 
 pytestmark = pytest.mark.anyio
 
@@ -199,7 +199,7 @@ async def test_what_fails_to_start_is_told_with_status_command_and_log(
 
 
 async def test_a_qemu_that_ignores_everything_is_killed(blank_image: Path, data_dir: Path) -> None:
-    timeouts = {"powerdown": 0.2, "quit": 0.2, "terminate": 0.2}
+    timeouts = each_rung(0.2)
     vm = AsyncSmolVM(
         os="windows", image=blank_image, data_dir=data_dir, accel="tcg", timeouts=timeouts
     )
@@ -207,5 +207,6 @@ async def test_a_qemu_that_ignores_everything_is_killed(blank_image: Path, data_
     os.kill(child_named("qemu"), signal.SIGSTOP)  # SIGKILL is all that a stopped process takes
     report = await vm.stop()
     assert report.rung is Rung.SIGKILL
-    assert [step.rung for step in report.steps] == list(Rung)[:4]
+    every_rung = list(Rung)[: list(Rung).index(Rung.SIGKILL) + 1]
+    assert [step.rung for step in report.steps] == every_rung
     await vm.delete()

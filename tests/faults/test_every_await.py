@@ -25,13 +25,13 @@ from typing import Any
 import pytest
 
 from smolvm_async import AsyncSmolVM, HostError, LaunchError, SmolVMError, Status, VMTimeoutError
-from tests.conftest import descriptors, fill_up
+from tests.conftest import descriptors, each_rung, fill_up
 from tests.faults.injection import PROGRAMS, Fault, Run, run_once
 
 QEMU, SWTPM = PROGRAMS
 MOMENT = 0.005  # seconds
 UNREAD = {"input": 0.01}  # the firmware reads no key yet, and never has a use for the tablet
-IMPATIENT = {"launch": 0.5, "powerdown": 0.1, "quit": 0.1, "terminate": 0.1, **UNREAD}
+IMPATIENT = {"launch": 0.5, **each_rung(0.1), **UNREAD}
 
 
 Story = Callable[["World"], Coroutine[Any, Any, None]]

@@ -28,7 +28,7 @@ def test_the_signature_shows_every_argument_with_its_default() -> None:
         "mounts": (),
         "writable_mounts": False,
     }
-    assert parameters["os"].annotation == "Literal['windows', 'linux'] | None"
+    assert parameters["os"].annotation == f"Literal[{', '.join(map(repr, GUESTS))}] | None"
 
 
 def test_an_unknown_argument_is_a_type_error_as_in_python() -> None:
