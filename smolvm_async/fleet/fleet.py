@@ -14,7 +14,6 @@ from smolvm_async.errors import ConfigError, HostError, MemberFailedError
 from smolvm_async.fleet.jobs import (
     Job,
     LocalMapCall,
-    NumberedItems,
     OnError,
     R,
     T,
@@ -235,13 +234,12 @@ class Fleet:
                 all VMs that may run; or the caller is a job of this fleet.
         """
         self._check_map_possible()
-        check_work(job, items, reuse=reuse, in_order=in_order)
-        check_count("retries", retries, least=0)
+        check_work(job, items, retries, reuse=reuse, in_order=in_order)
         workers = min(self._size or self._max_live, self._max_live)
         if isinstance(items, Sized):
             workers = min(workers, len(items))
-        marked, numbered = self._marked(job), NumberedItems(items)
-        call = LocalMapCall(self._check_map_possible, self._take, marked, numbered, retries, reuse)
+        check, marked = self._check_map_possible, self._marked(job)
+        call = LocalMapCall(check, self._take, marked, items, retries, reuse)
         self._calls.add(call)
         how = self._on_error if on_error is None else check_on_error(on_error)
         return call.results(max(1, workers), in_order, how)

@@ -60,8 +60,8 @@ def check_on_error(on_error: object) -> OnError:
     return on_error
 
 
-def check_work(job: object, items: object, **switches: object) -> None:
-    """Check the job, the items and the boolean arguments of a `map()`."""
+def check_work(job: object, items: object, retries: object = 0, **switches: object) -> None:
+    """Check the job, the items, the retries and the boolean arguments of a `map()`."""
     if not callable(job) or inspect.isgeneratorfunction(job) or inspect.isasyncgenfunction(job):
         raise ConfigError(f"job={shown(job)} is wrong: pass an async function of (vm, item).")
     try:
@@ -77,6 +77,7 @@ def check_work(job: object, items: object, **switches: object) -> None:
         raise ConfigError(f"items={shown(items)} is wrong: pass an iterable or async iterable.")
     for name, value in switches.items():
         check_boolean(name, value)
+    check_count("retries", retries, least=0)
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ class NumberedItems(Generic[T]):
 class MapCall(Generic[T, R]):
     """One call of `map()`: its workers, and the results that they queue."""
 
-    def __init__(self, items: NumberedItems[T]) -> None:
-        self._items = items
+    def __init__(self, items: Iterable[T] | AsyncIterable[T], retries: int) -> None:
+        self._items = NumberedItems(items)
+        self._retries = retries
         self._outcomes: asyncio.Queue[Outcome[R] | None] = asyncio.Queue()
         self._workers: list[asyncio.Task[None]] = []
         self._unread = 0  # queued outcomes that the caller has not reached yet
@@ -231,15 +233,14 @@ class LocalMapCall(MapCall[T, R]):
         check: Callable[[], object],
         take: Callable[[], Member],
         job: Job[T, R],
-        items: NumberedItems[T],
+        items: Iterable[T] | AsyncIterable[T],
         retries: int,
         reuse: bool,
     ) -> None:
-        super().__init__(items)
+        super().__init__(items, retries)
         self._check = check
         self._take = take
         self._job = job
-        self._retries = retries
         self._reuse = reuse
 
     async def _work(self) -> None:

@@ -186,11 +186,7 @@ class Member:
             await settle(self.vm.delete())
 
     async def _until_over(self) -> None:
-        """Wait until the VM is to be deleted, or has ended: by itself, or because it was told to.
-
-        Raises:
-            VMCrashedError: The VM crashed.
-        """
+        """Wait until the VM is to be deleted or has stopped; raise an exception if it crashed."""
         stopped = asyncio.ensure_future(self.vm.wait_stopped())
         deleting = asyncio.ensure_future(self._deleting.wait())
         try:

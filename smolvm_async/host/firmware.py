@@ -41,10 +41,7 @@ KNOWN_PAIRS = (
         "/opt/homebrew/share/qemu/edk2-x86_64-secure-code.fd",
         "/opt/homebrew/share/qemu/edk2-i386-vars.fd",
     ),
-    (
-        "/usr/local/share/qemu/edk2-x86_64-secure-code.fd",
-        "/usr/local/share/qemu/edk2-i386-vars.fd",
-    ),
+    ("/usr/local/share/qemu/edk2-x86_64-secure-code.fd", "/usr/local/share/qemu/edk2-i386-vars.fd"),
 )
 
 # The same without Secure Boot; it runs without System Management Mode (SMM).

@@ -21,7 +21,6 @@ from smolvm_async.fleet.jobs import (
     READ_AHEAD,
     LocalMapCall,
     MapCall,
-    NumberedItems,
     attempt_job,
     check_work,
 )
@@ -108,9 +107,8 @@ class FakeVMs:
         on_error: Any = "raise",
     ) -> AsyncIterator[Any]:
         check_work(job, items, reuse=reuse, in_order=in_order)
-        numbered: Any = NumberedItems(items)
         take: Any = self.take
-        call = LocalMapCall(lambda: None, take, job, numbered, retries, reuse)
+        call = LocalMapCall(lambda: None, take, job, items, retries, reuse)
         self.calls.append(call)
         return call.results(workers, in_order, on_error)
 
@@ -121,6 +119,7 @@ class FakeDask(FakeVMs):
     def __init__(self, places: int = 100) -> None:
         super().__init__(places)
         self.window = JobWindow(100)
+        self.need = 128
         self.client = self
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -164,9 +163,8 @@ class FakeDask(FakeVMs):
     ) -> AsyncIterator[Any]:
         self.window.resize(workers)
         dask: Any = self
-        numbered: Any = NumberedItems(items)
         request = JobRequest("fleet", "call", b"", dumps(job), BootState.READY, rerun=True)
-        call: DaskMapCall[Any, Any] = DaskMapCall(dask, request, 128, numbered, retries)
+        call: DaskMapCall[Any, Any] = DaskMapCall(dask, request, items, retries)
         return call.results(1, in_order, on_error)
 
 

@@ -6,7 +6,7 @@ Each attempt of a job is a Dask task of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -29,9 +29,9 @@ from smolvm_async.fleet.dask.messages import (
     version_asker,
 )
 from smolvm_async.fleet.dask.worker import end_call, perform, prune
-from smolvm_async.fleet.jobs import MapCall, NumberedItems, Outcome, R, T, job_failure
+from smolvm_async.fleet.jobs import MapCall, Outcome, R, T, job_failure
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.tasks import settle, take_exception
+from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 
 logger = get_logger(__name__)
 
@@ -93,7 +93,7 @@ class Workers:
         self.client = client
         self.window = JobWindow(most)
         self.largest = self.count = 0  # MiB of the largest worker; workers
-        self._need = need
+        self.need = need
         self._lost = False
         self._gone: dict[str, asyncio.Event] = {}  # by address; set once the worker is lost
         self._watched: dict[str, asyncio.Future[str]] = {}  # by the task's key
@@ -111,10 +111,7 @@ class Workers:
         if self._lost:
             await self.everywhere(prune, template)
         self.client.unsubscribe_topic("all")
-        tasks = [*self._tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
 
     async def everywhere(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Run a function on each worker, for `ENDING` seconds at most."""
@@ -177,7 +174,7 @@ class Workers:
         offers = [int(worker["resources"].get(RESOURCE, 0)) for worker in workers]
         self.count, self.largest = len(offers), max(offers, default=0)
         places = (
-            min(int(worker["nthreads"]), offer // self._need)
+            min(int(worker["nthreads"]), offer // self.need)
             for worker, offer in zip(workers, offers, strict=True)
         )
         self.window.resize(sum(places))
@@ -211,22 +208,18 @@ class DaskMapCall(MapCall[T, R]):
 
     Args:
         request: The request for each attempt, without `key` and `item`.
-        need: MiB that a VM takes.
     """
 
     def __init__(
         self,
         workers: Workers,
         request: JobRequest,
-        need: int,
-        items: NumberedItems[T],
+        items: Iterable[T] | AsyncIterable[T],
         retries: int,
     ) -> None:
-        super().__init__(items)
+        super().__init__(items, retries)
         self._dask = workers
         self._request = request
-        self._need = need
-        self._retries = retries
         self._abandoned = False  # whether a task was released before it was done
 
     async def _work(self) -> None:
@@ -295,7 +288,7 @@ class DaskMapCall(MapCall[T, R]):
         request = replace(self._request, key=key, item=item)
         lost = self._dask.watch_task(key)
         future = self._dask.client.submit(
-            perform, request, key=key, resources={RESOURCE: self._need}, pure=False
+            perform, request, key=key, resources={RESOURCE: self._dask.need}, pure=False
         )
         getting = self._dask.start(_result(future))
         either: list[asyncio.Future[Any]] = [getting, lost]

@@ -14,7 +14,6 @@ from smolvm_async.errors import ConfigError, HostError
 from smolvm_async.fleet.jobs import (
     MAX_COUNT,
     Job,
-    NumberedItems,
     OnError,
     R,
     T,
@@ -169,7 +168,7 @@ class DaskFleet:
         """
         if self._workers is None:
             raise ConfigError("the fleet does not run: use async with DaskFleet(...) as fleet.")
-        check_work(job, items, rerun=rerun, in_order=in_order)
+        check_work(job, items, retries, rerun=rerun, in_order=in_order)
         from smolvm_async.fleet.dask.client import DaskMapCall
         from smolvm_async.fleet.dask.messages import JobRequest, dumps
 
@@ -180,13 +179,10 @@ class DaskFleet:
                 f"job={shown(job)} cannot be sent to the workers: {error}. Pass a function that "
                 "can be pickled, with everything it refers to."
             ) from error
-        check_count("retries", retries, least=0)
         how = self._on_error if on_error is None else check_on_error(on_error)
         template, call_id = self._pickled, f"smolvm-{uuid.uuid4().hex}"
         request = JobRequest(self._id, call_id, template, pickled, self._until, rerun)
-        call: DaskMapCall[T, R] = DaskMapCall(
-            self._workers, request, self._need, NumberedItems(items), retries
-        )
+        call: DaskMapCall[T, R] = DaskMapCall(self._workers, request, items, retries)
         self._calls.add(call)
         return call.results(1, in_order, how)
 
