@@ -116,45 +116,28 @@ class Notebook:
         self._causes: dict[str, list[str]] = {}
 
     async def run(self, checks: Iterable[Check], guest: str | None = None) -> None:
-        """Run checks and note their verdicts, or what went wrong.
-
-        Args:
-            checks: The checks.
-            guest: The guest OS that they concern; `None` if all.
-        """
+        """Run checks and note their verdicts; `guest` is the guest OS that they concern."""
         for check in checks:
+            seconds = 0.0
             causes = [cause for need in check.needs for cause in self._causes.get(need, ())]
             if causes:
                 self._causes[check.name] = causes = [*dict.fromkeys(causes)]
-                because = f"not checked, because of {' and '.join(causes)}"
-                self._note(check, skipped(because), guest)
-                continue
-            started = time.monotonic()
-            about = f"{check.name} ({guest})" if guest else check.name
-            report(self._on_progress, Progress("doctor", about, started - self._started))
-            verdict = await _conclude(check)
-            if verdict.status is Outcome.FAILED:
-                self._causes[check.name] = [check.name]
-            self._note(check, verdict, guest, time.monotonic() - started)
+                verdict = skipped(f"not checked, because of {' and '.join(causes)}")
+            else:
+                started = time.monotonic()
+                about = f"{check.name} ({guest})" if guest else check.name
+                report(self._on_progress, Progress("doctor", about, started - self._started))
+                verdict = await _conclude(check)
+                seconds = round(time.monotonic() - started, 3)
+                if verdict.status is Outcome.FAILED:
+                    self._causes[check.name] = [check.name]
+            self.findings.append(
+                Finding(check=check.name, guest=guest, seconds=seconds, **verdict._asdict())
+            )
 
     def passed(self, name: str) -> bool:
         """Return whether a check neither failed nor depended on one that failed."""
         return name not in self._causes
-
-    def _note(
-        self, check: Check, verdict: Verdict, guest: str | None, seconds: float = 0.0
-    ) -> None:
-        status, detail, cure = verdict
-        self.findings.append(
-            Finding(
-                check=check.name,
-                guest=guest,
-                status=status,
-                detail=detail,
-                cure=cure,
-                seconds=round(seconds, 3),
-            )
-        )
 
 
 async def _conclude(check: Check) -> Verdict:

@@ -80,11 +80,7 @@ async def scratch(data_dir: Path) -> AsyncIterator[VMDirectory]:
 
 
 async def make_disk(qemu_img: Path, directory: Path) -> None:
-    """Make the unsigned disk in `directory` as a qcow2.
-
-    Raises:
-        CommandError: If qemu-img fails.
-    """
+    """Make the unsigned disk in `directory` as a qcow2."""
     await in_thread((directory / RAW).write_bytes, unsigned_disk())
     words = ("convert", "-f", "raw", "-O", "qcow2", RAW, DISK)
     await run([qemu_img, *words], cwd=directory)
@@ -96,11 +92,7 @@ def probe_deadline(accelerator: Accelerator, parts: frozenset[str]) -> float:
 
 
 async def probe(machine: ProbeMachine, data_dir: Path) -> Sighting:
-    """Boot the firmware, without the parts of the machine that QEMU refuses.
-
-    Raises:
-        SmolVMError: If the probe cannot be prepared.
-    """
+    """Boot the firmware, without the parts of the machine that QEMU refuses."""
     refusals: dict[frozenset[str], str] = {}
     for left_out in _subsets(machine.parts):
         try:
@@ -202,6 +194,7 @@ async def _watch(
     """Observe the guest until it has shown everything, or ends, or a deadline passes."""
     name = machine.accelerator.name
     deadline = started + BOOT[name]
+    capture = state.path / CAPTURE
     tried = False
     while True:
         failure = await _failure(qemu, monitor)
@@ -209,7 +202,7 @@ async def _watch(
         sighting = Sighting(
             name,
             console.text(),
-            offered_address(_read(state.path / CAPTURE)),
+            offered_address(capture.read_bytes() if capture.exists() else b""),
             failure,
             seconds=time.monotonic() - started,
         )
@@ -219,10 +212,6 @@ async def _watch(
         if done or failure or time.monotonic() > deadline:
             return sighting
         await asyncio.sleep(POLL)
-
-
-def _read(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
 
 
 async def _failure(qemu: Child, monitor: Monitor) -> str:

@@ -21,11 +21,6 @@ SECTORS, FAT_SECTORS, ROOT_ENTRIES = 2880, 9, 224
 HARD_DISK, END_OF_CHAIN, DIRECTORY, ARCHIVE = 0xF8, 0xFFF, 0x10, 0x20
 
 
-def unsigned_disk() -> bytes:
-    """Return a raw disk with the application at the default path, `/EFI/BOOT/BOOTX64.EFI`."""
-    return _fat12(unsigned_application())
-
-
 def unsigned_application() -> bytes:
     """Return the application: PE32+ with a section of code and an empty one of relocations."""
     code = _machine_code().ljust(SECTOR, b"\0")
@@ -58,8 +53,12 @@ def _machine_code() -> bytes:
     return port + write + leave
 
 
-def _fat12(content: bytes) -> bytes:
-    """Return a file system whose clusters hold `/EFI`, `/EFI/BOOT`, then the file."""
+def unsigned_disk() -> bytes:
+    """Return a raw disk with the application at the default path, `/EFI/BOOT/BOOTX64.EFI`.
+
+    Its clusters hold `/EFI`, `/EFI/BOOT`, then the file.
+    """
+    content = unsigned_application()
     boot = struct.pack(
         "<3s8sHBHBHHBHHHII", b"\xeb\x3c\x90", b"SMOLVM  ", SECTOR, 1, 1, 2, ROOT_ENTRIES, SECTORS,
         *(HARD_DISK, FAT_SECTORS, 18, 2, 0, 0),

@@ -91,10 +91,9 @@ class Sighting(NamedTuple):
 
 
 def offered_address(capture: bytes) -> str:
-    """Return the first address that a DHCP server offered in a capture; empty if none did.
+    """Return the first address that a DHCP server offered; empty if none did.
 
-    Args:
-        capture: A pcap file, which QEMU may still be writing.
+    QEMU may still be writing the pcap file.
     """
     position = PCAP_HEADER
     while position + PCAP_RECORD.size <= len(capture):
@@ -202,12 +201,9 @@ def sidecar_verdict(sighting: Sighting, sidecar: Sidecar) -> Verdict:
 
 
 def kvm_verdict(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdict:
-    """Conclude whether KVM runs guests.
+    """Conclude whether KVM runs guests. There is no `sighting` if KVM cannot be opened.
 
-    Args:
-        accel: The accelerator that VMs would ask for.
-        sighting: The observations of a boot under KVM; `None` if KVM cannot be opened.
-        problem: Why accel='auto' does not choose KVM; `None` if it does.
+    The `problem` is the reason why accel='auto' does not choose KVM; `None` if it does.
     """
     if accel == "tcg":
         return skipped("accel='tcg' was asked for")

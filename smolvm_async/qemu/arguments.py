@@ -24,6 +24,7 @@ AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE
 DISPLAY = "display"  # the display adapter
 NETWORK = "network"  # the network's backend
 SCREEN = "/dev/fdset/2"  # the file that `screendump` writes
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _NAMESPACE = uuid.UUID("6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10")
 
 
@@ -48,19 +49,12 @@ class DirectBoot(NamedTuple):
     initrd: int | None
     arguments: str
 
-    @property
-    def descriptors(self) -> list[int]:
-        """The descriptors that QEMU inherits."""
-        return [fd for fd in (self.kernel, self.initrd) if fd is not None]
-
 
 class MachineSpec(NamedTuple):
     """Everything that decides how the machine of one VM is built.
 
     Attributes:
-        config: The arguments of the VM.
         tools: QEMU, the programs of its sidecars, and the firmware (`None` means SeaBIOS).
-        accelerator: What runs the guest's processors.
         base_image: The open base image: a descriptor that QEMU inherits.
         sidecars: The names of the processes that run beside QEMU.
         disk_format: The format of the base image: `qcow2` or `raw`.
@@ -113,9 +107,11 @@ def qemu_arguments(
         *("-m", f"size={config.memory}M"),
         *("-rtc", profile.rtc),
         *(word for option in global_options for word in ("-global", option)),
-        *_sandbox(),
-        *_monitor(descriptors.monitor),
-        *_console(descriptors.console),
+        *("-sandbox", SANDBOX),
+        *("-chardev", f"socket,id=monitor,fd={descriptors.monitor}"),
+        *("-mon", "chardev=monitor,mode=control"),
+        *("-chardev", f"socket,id=console,fd={descriptors.console}"),
+        *("-serial", "chardev:console"),
         *_firmware(tools, keep=config.keep),
         *(_direct_boot(direct_boot) if direct_boot is not None else ()),
         *_disk(spec.base_image, spec.disk_format, profile.disk_bus, keep=config.keep),
@@ -126,25 +122,6 @@ def qemu_arguments(
         *("-device", "pvpanic"),  # a guest's panic becomes GUEST_PANICKED
         *(word for device in profile.devices for word in ("-device", device)),
         *sidecar_options,
-    ]
-
-
-def _sandbox() -> list[str]:
-    denied = "obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-    return ["-sandbox", f"on,{denied}"]
-
-
-def _monitor(fd: int) -> list[str]:
-    return [
-        *("-chardev", f"socket,id=monitor,fd={fd}"),
-        *("-mon", "chardev=monitor,mode=control"),
-    ]
-
-
-def _console(fd: int) -> list[str]:
-    return [
-        *("-chardev", f"socket,id=console,fd={fd}"),
-        *("-serial", "chardev:console"),
     ]
 
 

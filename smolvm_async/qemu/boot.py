@@ -40,7 +40,8 @@ EARLY = 10.0  # seconds after which a guest is probed although no operating syst
 PROBE = 0.05  # seconds between two probes of a guest that is not ready
 IDLE = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
 
-# Returns the evidence that the guest is ready; `None` if it is not ready yet.
+# Returns the evidence that the guest is ready; `None` if it is not ready yet. Without a probe, the
+# guest's agent or its disk shows it.
 Probe = Callable[[], Awaitable[str | None]]
 
 
@@ -116,11 +117,7 @@ class BootTracker(BootStates):
             self._become_ready("the guest agent opened its port (VSERPORT_CHANGE)")
 
     async def watch(self, monitor: Monitor, probe: Probe | None) -> None:
-        """Poll for the states that QEMU has no event for, until cancelled or QEMU has ended.
-
-        Args:
-            probe: Finds out whether the guest is ready; without it, its agent or disk shows it.
-        """
+        """Poll for the states that QEMU has no event for, until cancelled or QEMU has ended."""
         self._probe = probe
         async with anyio.create_task_group() as group:
             if probe is not None:
@@ -170,8 +167,7 @@ class BootTracker(BootStates):
 
     async def _look_at_disk(self, monitor: Monitor) -> None:
         entered = self.last
-        in_state = time.monotonic() - self._started - entered.elapsed
-        if in_state < IDLE:
+        if time.monotonic() - self._started - entered.elapsed < IDLE:
             return
         idle = _idle_seconds(await monitor.execute("query-blockstats"))
         if idle >= IDLE and self.last is entered:

@@ -6,7 +6,7 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -129,13 +129,8 @@ def parse_event(message: Mapping[str, Any]) -> Event:
     return TYPES.get(name, Event)(name, timestamp, message.get("data", {}))
 
 
-def event_to_json(event: Event) -> dict[str, Any]:
-    """Return all values of an event, for `event_from_json`."""
-    return asdict(event)
-
-
 def event_from_json(values: Mapping[str, Any]) -> Event:
-    """Return the event that `event_to_json` was called with."""
+    """Return the event that `dataclasses.asdict` was called with."""
     if values["name"] == BootStateChanged.NAME:
         return BootStateChanged(**{**values, "state": BootState(values["state"])})
     return TYPES.get(values["name"], Event)(**values)

@@ -75,12 +75,7 @@ class Input:
 
     @rpc
     async def send(self, events: Sequence[InputEvent]) -> None:
-        """Send input events, which the guest's devices get immediately and together.
-
-        Raises:
-            MonitorError: If QEMU refuses the events.
-            VMNotRunningError: If QEMU has ended, or the guest is paused.
-        """
+        """Send input events, which the guest's devices get immediately and together."""
         try:
             await self._monitor.execute("input-send-event", {"events": [*events]})
         except MonitorError as error:
@@ -95,15 +90,11 @@ class Input:
         """Send keyboard events, and wait until the guest has read them.
 
         The keyboard holds 16 bytes, about five keys, and drops events while it is full. So each
-        stroke, from any process, waits until the guest has read the one before.
-
-        Args:
-            events: At most 16 bytes' worth: three keys, down and up.
-            patience: Seconds for the guest to read the keyboard.
+        stroke, from any process, waits until the guest has read the one before. A stroke is at
+        most 16 bytes: three keys, down and up.
 
         Raises:
-            VMTimeoutError: If it does not read the keyboard in time.
-            MonitorError, VMNotRunningError: See `send()`.
+            VMTimeoutError: If the guest does not read the keyboard within `patience` seconds.
         """
         async with self._stroke:
             await self._wait_read(patience)

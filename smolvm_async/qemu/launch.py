@@ -28,14 +28,7 @@ IMAGE_IN_USE = 'Failed to get shared "write" lock'  # QEMU's words
 
 
 class Command(NamedTuple):
-    """A process that has to be spawned in the VM's directory.
-
-    Attributes:
-        name: Its name in messages and in the VM's record.
-        argv: Its command line.
-        log: The name of its log.
-        fds: The descriptors that it inherits.
-    """
+    """A process to spawn in the VM's directory. `log` is a file's name; `fds` are inherited."""
 
     name: str
     argv: list[str]
@@ -48,12 +41,10 @@ def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Comma
     """Connect QEMU to its sidecars, and yield the command of each process, QEMU's first.
 
     The block has to spawn the processes: the sockets between them are closed at its end.
-
-    Raises:
-        OSError: No descriptors are left.
     """
-    boot = spec.direct_boot.descriptors if spec.direct_boot is not None else []
-    fds = [*descriptors, spec.base_image, *boot]
+    fds = [*descriptors, spec.base_image]
+    if (boot := spec.direct_boot) is not None:
+        fds += [fd for fd in (boot.kernel, boot.initrd) if fd is not None]
     options: list[str] = []
     sidecars: list[Command] = []
     with ExitStack() as ends:
@@ -95,11 +86,6 @@ class Processes:
         """QEMU, once it was spawned."""
         return self.children[0]
 
-    @property
-    def sidecars(self) -> list[Child]:
-        """The processes beside QEMU."""
-        return self.children[1:]
-
     def add(self, child: Child) -> None:
         """Own a process from now on."""
 
@@ -122,11 +108,6 @@ class Processes:
         cause: when QEMU refuses the machine, its sidecars end, too, with status 0; when a sidecar
         fails, QEMU ends with an error that does not mention the sidecar. So all processes get a
         moment to end. The report is of those with an error; a sidecar's comes before QEMU's.
-
-        Args:
-            error: The error that ended the launch.
-            vm_id: The VM, for the message.
-            image: The image that it starts from, for the message.
         """
         if isinstance(error, LaunchError) and isinstance(error.__cause__, OSError):
             self.kill()  # a process could not be spawned: the others are not the cause
@@ -167,15 +148,8 @@ async def launch(
     """Spawn QEMU and its sidecars, and connect the monitor. The guest does not run yet.
 
     The processes start up concurrently: all are spawned before the first wait. QEMU is spawned
-    first, since it takes longest.
-
-    Args:
-        processes: The owner of the processes.
-        spec: The machine.
-        directory: The VM's directory, already filled.
-        monitor: The monitor, not open yet; likewise the console and the screen.
-        timeout: Seconds for QEMU's first answer.
-        amend: Changes QEMU's command line.
+    first, since it takes longest. The directory has been filled; monitor, console and screen are
+    not open yet. QEMU has `timeout` seconds for its first answer; `amend` changes its command line.
 
     Raises:
         LaunchError: A process could not be spawned (its cause is then an `OSError`) or ended, or

@@ -80,12 +80,8 @@ class Monitor:
     async def connect(self, ends: Iterable[asyncio.Future[Any]], timeout: float) -> None:
         """Wait for QEMU's greeting and its answer to the first command.
 
-        Args:
-            ends: Futures that end the attempt, such as the exit of a process.
-            timeout: Seconds.
-
         Raises:
-            LaunchError: If there is no answer in time, or a future is done before.
+            LaunchError: If there is no answer in time, or one of the futures `ends` is done before.
         """
         assert self._socket is not None
         connecting = asyncio.ensure_future(self._client.connect(self._socket))
@@ -145,10 +141,7 @@ class Monitor:
                     await self._client.runstate_changed()
 
     async def disconnect(self) -> None:
-        """End the session, and wait for its background tasks.
-
-        No error of the connection is raised: QEMU may have ended at any time.
-        """
+        """End the session, whose errors are ignored, and wait for its background tasks."""
         if self._socket is not None:
             await settle(self._disconnect(self._socket))
 
@@ -177,11 +170,7 @@ class CommandQueue:
         self._turn = asyncio.Lock()
 
     async def take(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run some work, which has to use `Monitor.complete()`.
-
-        Raises:
-            MonitorError, VMNotRunningError: See `Monitor.execute()`.
-        """
+        """Run some work, which has to use `Monitor.complete()`. It raises as `execute()` does."""
         try:
             async with asyncio.timeout(ANSWER):
                 await self._turn.acquire()

@@ -30,11 +30,7 @@ class Ports:
         self._ssh: int | None = None
 
     async def ssh(self) -> int:
-        """Return the host's port that leads to the guest's SSH server.
-
-        Raises:
-            MonitorError: If QEMU forwards no such port.
-        """
+        """Return the host's port that leads to the guest's SSH server."""
         if self._ssh is None:
             forwards = await self._read()
             found = [forward.host_port for forward in forwards if forward.guest_port == SSH]
@@ -51,12 +47,7 @@ class Ports:
 
     @rpc
     async def expose(self, guest_port: int, host_port: int | None) -> int:
-        """Forward a port of 127.0.0.1, and return its number.
-
-        Raises:
-            ConfigError: If the port is taken.
-            MonitorError, VMNotRunningError: See `Monitor.execute()`.
-        """
+        """Forward a port of 127.0.0.1, and return its number."""
         return await self._commands.take(partial(self._expose, guest_port, host_port))
 
     async def _expose(self, guest_port: int, host_port: int | None) -> int:
@@ -75,12 +66,7 @@ class Ports:
 
     @rpc
     async def unexpose(self, host_port: int) -> None:
-        """End a forward. Its open connections stay open.
-
-        Raises:
-            ConfigError: If the port is not forwarded.
-            MonitorError, VMNotRunningError: See `Monitor.execute()`.
-        """
+        """End a forward. Its open connections stay open."""
         await self._commands.take(partial(self._unexpose, host_port))
 
     async def _unexpose(self, host_port: int) -> None:

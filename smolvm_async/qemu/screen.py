@@ -18,12 +18,7 @@ PIXEL = 4  # bytes, at most, in a picture
 
 
 class Screen:
-    """A memfd that QEMU inherits for writing, and this process reads.
-
-    Args:
-        monitor: QEMU's.
-        resolution: The width and height that the guest is offered.
-    """
+    """A memfd that QEMU inherits for writing, and this process reads."""
 
     def __init__(self, monitor: Monitor, resolution: tuple[int, int]) -> None:
         self._monitor = monitor
@@ -48,22 +43,15 @@ class Screen:
 
     @rpc
     async def dump(self, image_format: str, device: str | None, head: int) -> bytes:
-        """Have QEMU write a picture, after the pictures that were asked for before.
-
-        Args:
-            image_format: `png` or `ppm`.
-            device: The display adapter's id on QEMU's command line; `None` for the VM's own.
-            head: The number of the adapter's head.
+        """Return a picture, `png` or `ppm`, after the pictures that were asked for before.
 
         Raises:
             ConfigError: If no display can have this name or head.
             HostError: If there is no memory for the picture.
-            MonitorError: If QEMU refuses, or does not answer within 30 s.
-            VMNotRunningError: If QEMU has ended.
+            MonitorError, VMNotRunningError: See `Monitor.execute()`.
         """
-        check_display(
-            device, head
-        )  # half a surrogate pair would make QEMU's parser end the session
+        # Half a surrogate pair in the name would make QEMU's parser end the session.
+        check_display(device, head)
         return await self._commands.take(partial(self._dump, image_format, device or DISPLAY, head))
 
     async def _dump(self, image_format: str, device: str, head: int) -> bytes:

@@ -136,10 +136,9 @@ async def _climb(rung: Rung, act: Coroutine[Any, Any, str], deadline: float, qem
 
 
 async def _power_down(qemu: Child, monitor: Monitor) -> str:
-    """Press the power button until the guest has powered down.
+    """Press the power button until the guest has powered down, and return a remark.
 
-    Returns:
-        A remark, also if the guest cannot power down: the next rung is then tried at once.
+    If the guest cannot power down, return at once: the next rung is then tried.
     """
     status = await monitor.execute("query-status")
     if status["status"] == "paused":  # the guest would not notice the button

@@ -30,13 +30,7 @@ class VNCServer:
 
     @rpc
     async def start(self, kind: VNCKind) -> str:
-        """Listen with a new random password, and no longer where it listened before.
-
-        Args:
-            kind: `unix`, a socket in the VM's directory, or `loopback`, a port of 127.0.0.1.
-
-        Returns:
-            The URL.
+        """Listen with a new random password, no longer where it did before, and return the URL.
 
         Raises:
             ConfigError: If the path of the socket would be too long.
@@ -57,9 +51,8 @@ class VNCServer:
         await self._stop()
         await self._monitor.complete("set_password", {"protocol": "vnc", "password": password})
         if kind == "unix":
-            await self._listen(
-                {"type": "unix", "path": VNC}
-            )  # relative to QEMU's working directory
+            # The path is relative to QEMU's working directory.
+            await self._listen({"type": "unix", "path": VNC})
             self._url = f"vnc+unix://:{password}@{quote(os.fsencode(path))}"
         else:
             await self._listen({"type": "inet", "host": "127.0.0.1", "port": "0", "ipv6": False})
@@ -70,11 +63,7 @@ class VNCServer:
 
     @rpc
     async def stop(self) -> None:
-        """Stop listening, if it listens.
-
-        Raises:
-            MonitorError, VMNotRunningError: See `start()`.
-        """
+        """Stop listening, if it listens."""
         await self._commands.take(self._stop)
 
     async def _stop(self) -> None:

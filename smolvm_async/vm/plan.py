@@ -92,8 +92,7 @@ async def find_plan(config: VMConfig, on_progress: ProgressCallback | None) -> P
 async def find_source(plan: Plan, stack: ExitStack) -> Source:
     """Return the files that a VM starts from; first build or download them if necessary.
 
-    Args:
-        stack: Keeps downloaded files in the cache until it is closed.
+    The cache keeps downloaded files until `stack` is closed.
     """
     if plan.source is not None:
         return plan.source

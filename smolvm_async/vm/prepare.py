@@ -35,11 +35,8 @@ T = TypeVar("T")
 class PreparedVM(NamedTuple):
     """The files and programs that a VM starts from.
 
-    Attributes:
-        image: The base image, open until QEMU has inherited it.
-        tools: The programs, and UEFI firmware if the image needs it.
-        direct_boot: The kernel, open likewise; `None` if the image has a boot loader.
-        login: The SSH keys; `None` if nobody logs in to this guest.
+    The image and the kernel are open until QEMU has inherited them. There is no `direct_boot` if
+    the image has a boot loader, and no `login` if nobody logs in to this guest.
     """
 
     source: Source
@@ -54,12 +51,9 @@ async def prepare(
 ) -> PreparedVM:
     """Find and open the files that the VM starts from, and fill its directory.
 
-    Args:
-        machine: The machine of a kept VM that has run before; `None` for other VMs.
-        stack: Closes the files.
+    The `machine` is that of a kept VM that has run before. The `stack` closes the files.
     """
-    source = machine.source if machine is not None else None
-    source = source or await find_source(plan, stack)
+    source = (machine and machine.source) or await find_source(plan, stack)
     image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
     try_lock(image.fd, shared=True)  # inherited by QEMU: the cache keeps the file while it runs
     direct_boot = await _open_kernel(stack, source)

@@ -62,7 +62,6 @@ class VMRun:
 
     Attributes: those of `smolvm_async.controls.interface.Run`, and:
         started: Done when the guest's processors run.
-        processes: QEMU and its sidecars.
         paused: Whether the guest's processors stand still.
     """
 
@@ -315,7 +314,7 @@ class VMRun:
         qemu = self.processes.qemu
         if self._crash:
             return self._crashed(self._crash, qemu, process="guest")
-        for sidecar in self.processes.sidecars:
+        for sidecar in self.processes.children[1:]:
             if sidecar.returncode or (sidecar.returncode == 0 and qemu.returncode is None):
                 return self._crashed(sidecar.report(), sidecar)
         if self.report.rung not in (Rung.GUEST, Rung.POWERDOWN):
@@ -332,7 +331,7 @@ class VMRun:
     def _crashed(
         self, reason: str, child: Child, *, process: str = "", hint: str = ""
     ) -> VMCrashedError:
-        """Note that the run crashed, and return the error.
+        """Note that the run crashed, and return the error, with the log of `child`.
 
         Args:
             child: The process whose log explains it.

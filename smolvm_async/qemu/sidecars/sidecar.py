@@ -48,21 +48,12 @@ class Sidecar(ABC):
 
     @abstractmethod
     def connect(self, program: Path, config: VMConfig) -> Attachment:
-        """Make the sockets and the command lines for one run. The caller closes the sockets.
-
-        Raises:
-            OSError: There are no descriptors left.
-        """
+        """Make the sockets and the command lines for one run. The caller closes the sockets."""
 
     @abstractmethod
     async def try_out(self, program: Path, directory: Path) -> str:
-        """Run the program without QEMU, and return a few words on the result, for the doctor.
+        """Run the program in an empty directory, without QEMU, for the doctor.
 
-        Args:
-            program: The program.
-            directory: An empty directory to run it in.
-
-        Raises:
-            CommandError: It does not work; with its log.
-            LaunchError: It cannot be started.
+        Return a few words on the result. A `CommandError` has the log of a program that does not
+        work.
         """

@@ -24,6 +24,7 @@ import inspect
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MethodType
 from typing import Any
 
@@ -31,7 +32,7 @@ from smolvm_async.controls.interface import VM, Run
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.rpc import arguments_from_json, rpc_methods
-from smolvm_async.qemu.events import EventStream, event_to_json
+from smolvm_async.qemu.events import EventStream
 from smolvm_async.qemu.input import InputEvent, pressed, released
 from smolvm_async.vm.attach.messages import (
     MAX_MESSAGE,
@@ -132,7 +133,7 @@ class ControlServer:
                 "protocol": PROTOCOL,
                 "version": version(),
                 "accelerator": self._vm.accelerator,
-                "boot": event_to_json(self._run.boot.last),
+                "boot": asdict(self._run.boot.last),
             }
             self._notify(writer, "hello", hello)
             told, read = "", max(0, console.count - console.limit)
@@ -155,7 +156,7 @@ class ControlServer:
 
     def _send_news(self, writer: asyncio.StreamWriter, events: EventStream, read: int) -> int:
         for event in events.pending():
-            self._notify(writer, "event", event_to_json(event))
+            self._notify(writer, "event", asdict(event))
         console = self._run.console
         if text := console.since(read):
             self._notify(writer, "console", {"text": text.decode("latin-1")})
