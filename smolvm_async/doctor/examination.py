@@ -13,21 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from smolvm_async.config.options import make_config
+from smolvm_async.doctor import verdicts
 from smolvm_async.doctor.checks import find_pair, guest_checks, host_checks
 from smolvm_async.doctor.findings import Check, Notebook, Report, Verdict, failed
 from smolvm_async.doctor.probe import ProbeMachine, probe, probe_deadline
-from smolvm_async.doctor.verdicts import (
-    NETWORK,
-    Sighting,
-    accelerator_verdict,
-    boot_verdict,
-    disk_verdict,
-    kvm_verdict,
-    network_verdict,
-    secure_boot_verdict,
-    sidecar_verdict,
-    smm_verdict,
-)
+from smolvm_async.doctor.verdicts import NETWORK, Sighting
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import GUESTS, GuestProfile
 from smolvm_async.host import Accelerator, Firmware, HostTools
@@ -102,10 +92,10 @@ class Boots:
             Check("kvm", self._kvm, needs, probe_deadline(KVM, self._parts)),
             Check("boot", self._boot, needs, probe_deadline(TCG, self._parts)),
             Check("accelerator", self._accelerator, needs),
-            Check("smm", lambda: smm_verdict(self._sighting, self._profile), needs),
-            Check("virtio-scsi", lambda: disk_verdict(self._sighting), needs),
+            Check("smm", lambda: verdicts.smm(self._sighting, self._profile), needs),
+            Check("virtio-scsi", lambda: verdicts.disk(self._sighting), needs),
             Check("secure-boot", self._secure_boot, needs),
-            Check(NETWORK, lambda: network_verdict(self._sighting), needs),
+            Check(NETWORK, lambda: verdicts.network(self._sighting), needs),
             *(self._sidecar(name, needs) for name in self._profile.sidecars),
         ]
 
@@ -115,24 +105,24 @@ class Boots:
             self._problem = probe_kvm()
             if os.access(DEVICE, os.R_OK | os.W_OK):
                 self._seen = await self._probe(KVM)
-        return kvm_verdict(self._accel, self._seen, self._problem)
+        return verdicts.kvm(self._accel, self._seen, self._problem)
 
     async def _boot(self) -> Verdict:
         """Boot under TCG, unless the boot under KVM has shown everything."""
         if not self._kvm_works:
             self._seen = await self._probe(TCG)
-        return boot_verdict(self._sighting)
+        return verdicts.boot(self._sighting)
 
     def _accelerator(self) -> Verdict:
-        return accelerator_verdict(self._accel, self._kvm_works, self._problem)
+        return verdicts.accelerator(self._accel, self._kvm_works, self._problem)
 
     def _secure_boot(self) -> Verdict:
-        return secure_boot_verdict(self._sighting, self._profile, self._firmware)
+        return verdicts.secure_boot(self._sighting, self._profile, self._firmware)
 
     def _sidecar(self, name: str, needs: tuple[str, ...]) -> Check:
         sidecar = SIDECARS[name]
         return Check(
-            sidecar.device, lambda: sidecar_verdict(self._sighting, sidecar), (*needs, name)
+            sidecar.device, lambda: verdicts.sidecar(self._sighting, sidecar), (*needs, name)
         )
 
     @property

@@ -45,8 +45,6 @@ class Sighting(NamedTuple):
     """The observations of one boot.
 
     Attributes:
-        accelerator: The accelerator that QEMU used.
-        console: The output of the serial console.
         offered: The address that QEMU's DHCP server offered the guest; empty if none.
         failure: Why the boot ended by itself, in QEMU's words; empty if it went on.
         refused: The parts of the machine that QEMU refused, and its words about each.
@@ -110,7 +108,7 @@ def offered_address(capture: bytes) -> str:
     return ""
 
 
-def boot_verdict(sighting: Sighting) -> Verdict:
+def boot(sighting: Sighting) -> Verdict:
     """Conclude whether the machine runs its firmware at all."""
     accelerator = sighting.accelerator.upper()
     if sighting.booted:
@@ -122,7 +120,7 @@ def boot_verdict(sighting: Sighting) -> Verdict:
     )
 
 
-def smm_verdict(sighting: Sighting, profile: GuestProfile) -> Verdict:
+def smm(sighting: Sighting, profile: GuestProfile) -> Verdict:
     """Conclude whether System Management Mode works, which Secure Boot depends on."""
     if "requires-smm" not in profile.firmware_features:
         return skipped(f"{profile.title} guests do not need it")
@@ -131,7 +129,7 @@ def smm_verdict(sighting: Sighting, profile: GuestProfile) -> Verdict:
     return skipped("the firmware did not boot")
 
 
-def disk_verdict(sighting: Sighting) -> Verdict:
+def disk(sighting: Sighting) -> Verdict:
     """Conclude whether the firmware read the disk on the virtio-scsi controller."""
     if not sighting.booted:
         return skipped("the firmware did not boot")
@@ -147,7 +145,7 @@ def disk_verdict(sighting: Sighting) -> Verdict:
     return failed(found, cure)
 
 
-def secure_boot_verdict(sighting: Sighting, profile: GuestProfile, firmware: Firmware) -> Verdict:
+def secure_boot(sighting: Sighting, profile: GuestProfile, firmware: Firmware) -> Verdict:
     """Conclude whether Secure Boot refuses an unsigned program."""
     if "secure-boot" not in profile.firmware_features:
         return skipped(f"{profile.title} guests do not need it")
@@ -164,7 +162,7 @@ def secure_boot_verdict(sighting: Sighting, profile: GuestProfile, firmware: Fir
     return skipped("the firmware did not get as far as the unsigned program")
 
 
-def network_verdict(sighting: Sighting) -> Verdict:
+def network(sighting: Sighting) -> Verdict:
     """Conclude whether QEMU's user-mode network answers the guest."""
     if words := sighting.refused.get(NETWORK):
         return failed(
@@ -186,7 +184,7 @@ def network_verdict(sighting: Sighting) -> Verdict:
     )
 
 
-def sidecar_verdict(sighting: Sighting, sidecar: Sidecar) -> Verdict:
+def sidecar(sighting: Sighting, sidecar: Sidecar) -> Verdict:
     """Conclude whether QEMU works with a sidecar."""
     name = sidecar.program.name
     if words := sighting.refused.get(name):
@@ -200,7 +198,7 @@ def sidecar_verdict(sighting: Sighting, sidecar: Sidecar) -> Verdict:
     return skipped("the firmware did not boot")
 
 
-def kvm_verdict(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdict:
+def kvm(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdict:
     """Conclude whether KVM runs guests. There is no `sighting` if KVM cannot be opened.
 
     The `problem` is the reason why accel='auto' does not choose KVM; `None` if it does.
@@ -222,7 +220,7 @@ def kvm_verdict(accel: str, sighting: Sighting | None, problem: Problem | None) 
     return (failed if accel == "kvm" or problem is None else warning)(found, cure)
 
 
-def accelerator_verdict(accel: str, kvm_works: bool, problem: Problem | None) -> Verdict:
+def accelerator(accel: str, kvm_works: bool, problem: Problem | None) -> Verdict:
     """Conclude which accelerator guests get if they ask for `accel`, and whether it works."""
     try:
         chosen, _ = choose_accelerator(accel)

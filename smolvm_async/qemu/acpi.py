@@ -8,8 +8,6 @@ only while PWRBTN_EN is set. (SCI_EN in PM1_CNT shows nothing: OVMF with SMM set
 
 from __future__ import annotations
 
-import re
-
 from smolvm_async.qemu.monitor import Monitor
 
 PM1_EN = 0x602  # OVMF and SeaBIOS place the ICH9's ACPI registers at 0x600
@@ -28,9 +26,5 @@ async def power_button_enabled(monitor: Monitor) -> bool:
 
 
 async def _pm1_enable(monitor: Monitor) -> int:
-    """Read PM1_EN. QMP itself has no command that reads an I/O port."""
-    command = {"command-line": f"i /h {PM1_EN:#x}"}
-    answer = await monitor.execute("human-monitor-command", command)
-    match = re.search(r"= 0x([0-9a-fA-F]+)", str(answer))
-    value = int(match[1], 16) if match else NOT_DECODED
+    value = await monitor.read_port(f"i /h {PM1_EN:#x}")
     return 0 if value == NOT_DECODED else value

@@ -141,13 +141,7 @@ class Input:
 
     async def _keyboard_idle(self) -> bool:
         """Return whether the guest has read everything that the keyboard's controller held."""
-        line = f"i/b {STATUS_PORT:#x}"
-        answer = await self._monitor.execute("human-monitor-command", {"command-line": line})
-        try:
-            status = int(answer.split("=")[1], 16)
-        except (IndexError, ValueError):
-            message = f"QEMU did not understand {line!r}: {answer!r}"
-            raise MonitorError(message, command="human-monitor-command") from None
+        status = await self._monitor.read_port(f"i/b {STATUS_PORT:#x}")
         return not status & OUTPUT_FULL or bool(status & FROM_MOUSE)
 
     @rpc

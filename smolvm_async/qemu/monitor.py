@@ -122,6 +122,15 @@ class Monitor:
         except QMPError as error:
             raise VMNotRunningError(f"QEMU has ended; {command} was not executed") from error
 
+    async def read_port(self, line: str) -> int:
+        """Read an I/O port by a line of the human monitor: QMP itself has no command for this."""
+        answer = await self.execute("human-monitor-command", {"command-line": line})
+        try:
+            return int(answer.split("=")[1], 16)
+        except (IndexError, ValueError):
+            message = f"QEMU did not understand {line!r}: {answer!r}"
+            raise MonitorError(message, command="human-monitor-command") from None
+
     def start_task(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start a background task that lasts at most as long as the QMP session."""
         task = asyncio.ensure_future(work)

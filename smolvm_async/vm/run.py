@@ -333,9 +333,7 @@ class VMRun:
     ) -> VMCrashedError:
         """Note that the run crashed, and return the error, with the log of `child`.
 
-        Args:
-            child: The process whose log explains it.
-            process: The part that died, if it is not `child`.
+        `process` is the part that died, if it is not `child`.
         """
         self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)

@@ -19,19 +19,7 @@ from smolvm_async.doctor import Finding, Outcome, Report, verdicts
 from smolvm_async.doctor.findings import Check, Notebook, Verdict, failed, ok, warning
 from smolvm_async.doctor.probe import _failure, _subsets
 from smolvm_async.doctor.unsigned import MARKER, unsigned_application, unsigned_disk
-from smolvm_async.doctor.verdicts import (
-    NETWORK,
-    Sighting,
-    accelerator_verdict,
-    boot_verdict,
-    disk_verdict,
-    kvm_verdict,
-    network_verdict,
-    offered_address,
-    secure_boot_verdict,
-    sidecar_verdict,
-    smm_verdict,
-)
+from smolvm_async.doctor.verdicts import NETWORK, Sighting, offered_address
 from smolvm_async.guests import GUESTS
 from smolvm_async.host import Accelerator, Firmware
 from smolvm_async.host.accelerator import KVM, TCG, Problem
@@ -64,42 +52,42 @@ def seen(console: str = "", **more: Any) -> Sighting:
 
 def test_a_good_boot() -> None:
     good = seen(REFUSED + PXE, offered="10.0.2.15", seconds=4.0)
-    verdicts = [
-        boot_verdict(good),
-        smm_verdict(good, WINDOWS),
-        disk_verdict(good),
-        secure_boot_verdict(good, WINDOWS, FIRMWARE),
-        network_verdict(good),
-        sidecar_verdict(good, SWTPM),
+    found = [
+        verdicts.boot(good),
+        verdicts.smm(good, WINDOWS),
+        verdicts.disk(good),
+        verdicts.secure_boot(good, WINDOWS, FIRMWARE),
+        verdicts.network(good),
+        verdicts.sidecar(good, SWTPM),
     ]
-    assert all(verdict.status is Outcome.OK and not verdict.cure for verdict in verdicts)
-    assert verdicts[0].detail == "the firmware booted under TCG in 4.0 s"
-    assert "Access Denied" in verdicts[3].detail
-    assert "10.0.2.15" in verdicts[4].detail
+    assert all(verdict.status is Outcome.OK and not verdict.cure for verdict in found)
+    assert found[0].detail == "the firmware booted under TCG in 4.0 s"
+    assert "Access Denied" in found[3].detail
+    assert "10.0.2.15" in found[4].detail
 
 
 def test_an_unsigned_program_that_runs_is_found_out() -> None:
-    verdict = secure_boot_verdict(seen(RAN), WINDOWS, FIRMWARE)
+    verdict = verdicts.secure_boot(seen(RAN), WINDOWS, FIRMWARE)
     assert verdict.status is Outcome.FAILED
     assert "not enforced" in verdict.detail
     assert "/f/vars" in verdict.detail
     assert "firmware descriptor" in verdict.cure
-    assert disk_verdict(seen(RAN)).status is Outcome.OK
+    assert verdicts.disk(seen(RAN)).status is Outcome.OK
 
 
 @pytest.mark.parametrize(
     "console", [LOADING, NO_DISK, REFUSED.replace("Access Denied", "Not Found")]
 )
 def test_a_disk_that_was_not_read_is_no_proof(console: str) -> None:
-    assert disk_verdict(seen(console)).status is Outcome.FAILED
-    assert secure_boot_verdict(seen(console), WINDOWS, FIRMWARE).status is Outcome.SKIPPED
+    assert verdicts.disk(seen(console)).status is Outcome.FAILED
+    assert verdicts.secure_boot(seen(console), WINDOWS, FIRMWARE).status is Outcome.SKIPPED
 
 
 @pytest.mark.parametrize("status", ["Access Denied", "Security Violation"])
 @pytest.mark.parametrize("verb", ["load", "start"])
 def test_both_ways_to_refuse(status: str, verb: str) -> None:
     console = f"{LOADING}BdsDxe: failed to {verb} {DISK}: {status}\r\n"
-    assert secure_boot_verdict(seen(console), WINDOWS, FIRMWARE).status is Outcome.OK
+    assert verdicts.secure_boot(seen(console), WINDOWS, FIRMWARE).status is Outcome.OK
 
 
 def test_the_refusal_of_something_else_is_none() -> None:
@@ -113,32 +101,32 @@ def test_a_boot_that_failed_says_why_and_leaves_the_rest_open() -> None:
         (seen(seconds=90), "within 90 s; its serial console stayed empty"),
         (seen("\x1b[2Jhello", seconds=20), "its console ends with 'hello'"),
     ]:
-        verdict = boot_verdict(failed_boot)
+        verdict = verdicts.boot(failed_boot)
         assert verdict.status is Outcome.FAILED
         assert why in verdict.detail
         assert verdict.cure
         for other in (
-            smm_verdict(failed_boot, WINDOWS),
-            disk_verdict(failed_boot),
-            secure_boot_verdict(failed_boot, WINDOWS, FIRMWARE),
-            network_verdict(failed_boot),
-            sidecar_verdict(failed_boot, SWTPM),
+            verdicts.smm(failed_boot, WINDOWS),
+            verdicts.disk(failed_boot),
+            verdicts.secure_boot(failed_boot, WINDOWS, FIRMWARE),
+            verdicts.network(failed_boot),
+            verdicts.sidecar(failed_boot, SWTPM),
         ):
             assert other.status is Outcome.SKIPPED
 
 
 def test_what_a_guest_does_not_need_is_skipped() -> None:
-    assert smm_verdict(seen(REFUSED), PLAIN).status is Outcome.SKIPPED
-    assert secure_boot_verdict(seen(RAN), PLAIN, FIRMWARE).status is Outcome.SKIPPED
+    assert verdicts.smm(seen(REFUSED), PLAIN).status is Outcome.SKIPPED
+    assert verdicts.secure_boot(seen(RAN), PLAIN, FIRMWARE).status is Outcome.SKIPPED
 
 
 def test_the_network_in_each_case() -> None:
-    assert network_verdict(seen(REFUSED + PXE)).status is Outcome.FAILED
-    assert network_verdict(seen(REFUSED)).status is Outcome.WARNING
-    lacking = network_verdict(seen(REFUSED, refused={NETWORK: "not compiled in"}))
+    assert verdicts.network(seen(REFUSED + PXE)).status is Outcome.FAILED
+    assert verdicts.network(seen(REFUSED)).status is Outcome.WARNING
+    lacking = verdicts.network(seen(REFUSED, refused={NETWORK: "not compiled in"}))
     assert lacking.status is Outcome.FAILED
     assert "not compiled in" in lacking.detail
-    lacking = sidecar_verdict(seen(REFUSED, refused={"swtpm": "no tpm-crb"}), SWTPM)
+    lacking = verdicts.sidecar(seen(REFUSED, refused={"swtpm": "no tpm-crb"}), SWTPM)
     assert lacking.status is Outcome.FAILED
     assert "no tpm-crb" in lacking.detail
 
@@ -215,7 +203,7 @@ GOOD, BAD = Sighting("kvm", REFUSED), Sighting("kvm", failure="failed to set MSR
 def test_kvm(
     accel: str, sighting: Sighting | None, problem: Problem | None, status: Outcome
 ) -> None:
-    verdict = kvm_verdict(accel, sighting, problem)
+    verdict = verdicts.kvm(accel, sighting, problem)
     assert verdict.status is status
     assert bool(verdict.cure) == (status in (Outcome.WARNING, Outcome.FAILED))
     if sighting is BAD:
@@ -252,7 +240,7 @@ def test_the_accelerator(
     status: Outcome,
 ) -> None:
     chooses(monkeypatch, chosen)
-    verdict = accelerator_verdict(accel, kvm_works, NO_FLAGS if chosen is TCG else None)
+    verdict = verdicts.accelerator(accel, kvm_works, NO_FLAGS if chosen is TCG else None)
     assert verdict.status is status
     if status is Outcome.FAILED:
         assert "accel='tcg'" in verdict.cure
