@@ -77,11 +77,6 @@ def machine_uuid(vm_id: str) -> uuid.UUID:
     return uuid.uuid5(_NAMESPACE, vm_id)
 
 
-def mac_address(vm_id: str) -> str:
-    """Return the network card's address, in QEMU's own range 52:54:00."""
-    return ":".join(["52", "54", "00", *(f"{byte:02x}" for byte in machine_uuid(vm_id).bytes[:3])])
-
-
 def qemu_arguments(
     spec: MachineSpec, descriptors: Descriptors, sidecar_options: Sequence[str]
 ) -> list[str]:
@@ -172,9 +167,10 @@ def _network(vm_id: str, *, ssh: bool) -> list[str]:
     # Without a boot ROM (romfile=), or the firmware would try the network before the disk.
     # The kernel chooses the host's port, so two VMs never choose the same.
     forward = ",hostfwd=tcp:127.0.0.1:0-:22" if ssh else ""
+    mac = "52:54:00:" + machine_uuid(vm_id).bytes[:3].hex(":")  # in QEMU's own range
     return [
         *("-netdev", f"user,id={NETWORK}{forward}"),
-        *("-device", f"virtio-net-pci,netdev={NETWORK},mac={mac_address(vm_id)},romfile="),
+        *("-device", f"virtio-net-pci,netdev={NETWORK},mac={mac},romfile="),
     ]
 
 
