@@ -21,7 +21,6 @@ class ScreenCondition:
     def __init__(
         self,
         comparison: Comparison,
-        *,
         changed: bool | Screenshot,
         stable: float | None,
         like: Reference | None,

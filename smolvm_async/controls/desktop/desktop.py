@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from smolvm_async.controls.desktop.comparison import Box, Boxes, Comparison
 from smolvm_async.controls.desktop.condition import ScreenCondition
 from smolvm_async.controls.desktop.keyboard import Keyboard
@@ -93,14 +91,5 @@ class Desktop:
         )
         resolution = self._vm.config.resolution
         # In a thread, because a reference may have to be read and decoded.
-        wanted = await in_thread(
-            partial(
-                ScreenCondition,
-                comparison,
-                changed=changed,
-                stable=stable,
-                like=like,
-                resolution=resolution,
-            )
-        )
+        wanted = await in_thread(ScreenCondition, comparison, changed, stable, like, resolution)
         return await self._screen.wait(wanted, timeout=timeout, interval=interval)

@@ -127,7 +127,6 @@ class LineStream:
         for stream, rest in self._partial.items():
             if rest:
                 self._add(stream, rest)
-        self._partial = {"stdout": bytearray(), "stderr": bytearray()}
         self._news.set()
 
     def _throttle(self) -> None:

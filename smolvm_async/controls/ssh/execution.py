@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from smolvm_async.controls.ssh.link import Link
@@ -114,20 +115,17 @@ class Execution:
 
 async def _kill(link: Link, mark: str) -> bool:
     """Kill the processes with this mark; return false if the guest did not answer."""
-    async with link.apart(_opener(killer(mark), lambda _, __: None)) as killing:
+    async with link.apart(partial(_open, killer(mark), lambda _, __: None)) as killing:
         await asyncio.wait([killing.ended])
         return killing.exit_code is not None
 
 
-def _opener(
-    command: str, receive: Callable[[Stream, bytes], None]
-) -> Callable[[SSHClientConnection], Awaitable[Execution]]:
-    async def opener(connection: SSHClientConnection) -> Execution:
-        execution = Execution(receive)
-        await connection.create_session(lambda: cast(Any, execution), command, encoding=None)
-        return execution
-
-    return opener
+async def _open(
+    command: str, receive: Callable[[Stream, bytes], None], connection: SSHClientConnection
+) -> Execution:
+    execution = Execution(receive)
+    await connection.create_session(lambda: cast(Any, execution), command, encoding=None)
+    return execution
 
 
 @asynccontextmanager
@@ -148,7 +146,7 @@ async def executing(
     async def kill(execution: Execution) -> None:
         await execution.kill(link, mark)
 
-    execution = await link.open(_opener(command, receive), kill, on_turn)
+    execution = await link.open(partial(_open, command, receive), kill, on_turn)
     try:
         yield execution
     finally:

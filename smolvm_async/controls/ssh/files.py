@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
+from stat import S_IFREG
 from typing import TYPE_CHECKING
 
 from smolvm_async.config.checks import check_integer, check_path, shown
@@ -233,4 +234,4 @@ def _local_source(source: Path) -> list[Entry]:
 
 
 def _size(tree: list[Entry]) -> int:
-    return sum(entry.size for entry in tree if entry.is_file)
+    return sum(entry.size for entry in tree if entry.kind == S_IFREG)

@@ -28,6 +28,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path, PurePosixPath
+from stat import S_IFDIR, S_IFLNK, S_IFREG
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import anyio
@@ -56,26 +57,16 @@ class Entry(NamedTuple):
     mtime: float
 
     @property
-    def is_directory(self) -> bool:
-        """Return whether this is a directory."""
-        return stat.S_ISDIR(self.mode)
-
-    @property
-    def is_link(self) -> bool:
-        """Return whether this is a symbolic link."""
-        return stat.S_ISLNK(self.mode)
-
-    @property
-    def is_file(self) -> bool:
-        """Return whether this is a regular file."""
-        return stat.S_ISREG(self.mode)
+    def kind(self) -> int:
+        """The type of the file, as of stat(2), such as `S_IFDIR`."""
+        return stat.S_IFMT(self.mode)
 
 
 def local_tree(root: Path) -> list[Entry]:
     """List a file or a directory of this host; a directory comes before its contents."""
     status = root.stat()  # the source itself may be a link
     top = Entry("", status.st_mode, status.st_size, status.st_mtime)
-    below = _below(root, "") if top.is_directory else ()
+    below = _below(root, "") if top.kind == S_IFDIR else ()
     return [_checked(top, str(root)), *below]
 
 
@@ -93,7 +84,7 @@ def _below(root: Path, directory: str) -> Iterator[Entry]:
 async def guest_tree(sftp: SFTPClient, root: str) -> list[Entry]:
     """List a file or a directory of the guest; refuse names that could lead out of the tree."""
     tree = [_guest_entry("", await sftp.stat(root), root)]
-    pending = [""] if tree[0].is_directory else []
+    pending = [""] if tree[0].kind == S_IFDIR else []
     seen = {""}
     while pending:
         directory = pending.pop()
@@ -107,7 +98,7 @@ async def guest_tree(sftp: SFTPClient, root: str) -> list[Entry]:
             seen.add(path)
             entry = _guest_entry(path, found.attrs, f"{root}/{path}")
             tree.append(entry)
-            if entry.is_directory:
+            if entry.kind == S_IFDIR:
                 pending.append(path)
     return tree
 
@@ -117,7 +108,7 @@ def _guest_entry(path: str, attrs: SFTPAttrs, shown: str) -> Entry:
 
 
 def _checked(entry: Entry, shown: str) -> Entry:
-    if not (entry.is_directory or entry.is_file or entry.is_link):
+    if entry.kind not in (S_IFDIR, S_IFREG, S_IFLNK):
         raise FileTransferError(
             f"{shown!r} cannot be copied: it is not a file, directory or link, but a socket, FIFO "
             "or device; remove it, or copy the files beside it one by one"
@@ -220,12 +211,12 @@ class ToGuest:
         """Copy everything under the temporary name."""
         from asyncssh import SFTPAttrs
 
-        directories = [entry for entry in tree if entry.is_directory]
+        directories = [entry for entry in tree if entry.kind == S_IFDIR]
         for entry in directories:
             await self._sftp.mkdir(self._at(entry), SFTPAttrs(permissions=0o700))
-        await each([entry for entry in tree if entry.is_file], self._file)
+        await each([entry for entry in tree if entry.kind == S_IFREG], self._file)
         for entry in tree:
-            if entry.is_link:
+            if entry.kind == S_IFLNK:
                 link = await in_background(os.readlink, self._source / entry.path)
                 await self._sftp.symlink(link, self._at(entry))
         for entry in reversed(directories):
@@ -289,12 +280,12 @@ class FromGuest:
 
     async def copy(self, tree: Sequence[Entry]) -> None:
         """Copy everything under the temporary name."""
-        directories = [entry for entry in tree if entry.is_directory]
+        directories = [entry for entry in tree if entry.kind == S_IFDIR]
         for entry in directories:
             await in_background(self._at(entry).mkdir, 0o700)
-        await each([entry for entry in tree if entry.is_file], self._file)
+        await each([entry for entry in tree if entry.kind == S_IFREG], self._file)
         for entry in tree:
-            if entry.is_link:
+            if entry.kind == S_IFLNK:
                 link = await self._sftp.readlink(f"{self._source}/{entry.path}")
                 await in_background(os.symlink, link, self._at(entry))
         for entry in reversed(directories):
