@@ -138,8 +138,8 @@ def cloud_config(hostname: str, login: Login) -> dict[str, Any]:
 def make_seed(hostname: str, login: Login) -> bytes:
     """Make a NoCloud seed: a small disk from which cloud-init takes user, keys and host name.
 
-    The disk has an ISO 9660 file system named `cidata`. A user other than `root` is made, with
-    sudo. The host name is the instance's id, too: cloud-init acts once for each id.
+    The disk has an ISO 9660 file system named `cidata`. cloud-init creates a user other than
+    `root`, with sudo. The host name is the instance's id, too: cloud-init acts once for each id.
     """
     import pycdlib
 
