@@ -39,11 +39,8 @@ from smolvm_async.cli.output import (
 
 AGES = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 LEFT, RIGHT = {"no_wrap": True}, {"no_wrap": True, "justify": "right"}
-STYLES: dict[str, dict[str, Any]] = {  # of the columns of `list` that are not like LEFT
+STYLES: dict[str, dict[str, Any]] = {  # of columns of `list`; others are aligned by their type
     "vm_id": {"no_wrap": True, "min_width": 8},
-    "owner": RIGHT,
-    "age": RIGHT,
-    "memory": RIGHT,
     "image": {"overflow": "fold"},
 }
 
@@ -54,10 +51,15 @@ def list_vms(data_dir: DataDir = None, json: Json = False) -> None:
     if json:
         write_json([asdict(info) for info in infos])
     elif infos:
-        # A column for each field of VMInfo: a new field is shown without a change here.
-        names = [field.name for field in fields(VMInfo)]
-        columns = {name.removeprefix("vm_").upper(): STYLES.get(name, LEFT) for name in names}
-        show_table(columns, [[_cell(info, name) for name in names] for info in infos])
+        # A column for each field of VMInfo, numbers on the right: a new field needs no change here.
+        columns = {
+            field.name.removeprefix("vm_").upper(): STYLES.get(
+                field.name, RIGHT if str(field.type).startswith(("int", "float")) else LEFT
+            )
+            for field in fields(VMInfo)
+        }
+        rows = [[_cell(info, field.name) for field in fields(VMInfo)] for info in infos]
+        show_table(columns, rows)
     else:
         say("There are no VMs.")
 

@@ -51,7 +51,7 @@ async def examine(
     notebook = Notebook(on_progress)
     await notebook.run(host_checks(config.data_dir))
     for profile in GUESTS.values():
-        # A guest that needs UEFI firmware needs everything that the other guests need, and more.
+        # Today a guest that needs UEFI firmware needs everything that the other guests need.
         if profile.firmware == "always":
             await examine_guest(notebook, profile, config.data_dir, accel)
     return Report(findings=tuple(notebook.findings))

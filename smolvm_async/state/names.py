@@ -1,7 +1,8 @@
 """The names in a VM's directory: one row for each.
 
-To add a file to a VM's directory, add a row here, and write the file where it is made. By default,
-a kept VM keeps the file, and the file is deleted with the VM.
+To add a file to a VM's directory, add a row here, and give its content to `Parts.files` in
+`vm/prepare.py`. By default, a kept VM keeps the file, and the file is deleted with the VM. A new
+required file makes the kept VMs of earlier versions unstartable.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ class Row(NamedTuple):
     """The rules for one file, directory or socket.
 
     Attributes:
-        required: A kept VM does not start without it, whatever its guest is.
-        secret: It is removed when an unkept VM stops; its directory stays until delete().
-        of_run: It is a socket of one run: it is removed after the run and before the next.
-        mark: It says whose directory this is, so it is removed last.
+        required: A kept VM does not start without it, whatever its guest is. `Parts` requires the
+            files that only some guests have.
+        secret: Removed when an unkept VM stops, although the VM's directory stays until delete().
+        of_run: A socket of one run: removed after the run and before the next.
+        mark: Shows that the directory is this library's. Removed last, so that a half-deleted
+            directory is still recognized.
     """
 
     required: bool = False
@@ -37,7 +40,7 @@ def _row(name: str, **rules: bool) -> str:
 
 RECORD = _row("vm.json", mark=True)
 NEW_RECORD = _row("vm.json.new")  # the record, while it is written
-SCRATCH = _row("scratch", mark=True)  # an empty file: this directory is not a VM's, and can go
+SCRATCH = _row("scratch", mark=True)  # no VM uses the directory, and anybody may remove it
 
 OVERLAY = _row("overlay.qcow2", required=True)  # the VM's disk
 VARS = _row("vars.fd", secret=True)  # UEFI variables
@@ -59,8 +62,8 @@ def log_name(process: str) -> str:
 _row(log_name("qemu"))
 
 # The processes that may run beside QEMU. Each is described in a room that this one must not import,
-# so its files follow from its name: they are `NAME` or begin with `NAME.`, as its log does. The
-# TPM's state has a row of its own: as the UEFI variables, it is the machine's, not a process's.
+# so the names of its files follow from its name: its directory is `NAME`, other files begin with
+# `NAME.`. Only swtpm's directory has a row, since it is called `tpm` in the VMs of all versions.
 SIDECARS = frozenset(
     name for guest in (*GUESTS.values(), *BUILT_IN.values()) for name in guest.sidecars
 )

@@ -381,6 +381,6 @@ def _retire(directory: VMDirectory, record: Record) -> None:
     try:
         directory.clear_secrets()
     except OSError as error:
-        logger.warning("the TPM's state stays on disk until the VM is deleted: %s", error)
+        logger.warning("the VM's secrets stay on disk until the VM is deleted: %s", error)
     with suppress(OSError):  # a full disk; the directory is about to go
         directory.write(record)

@@ -1,13 +1,15 @@
 """Sidecars: the processes that run beside QEMU, a file for each.
 
 To add a sidecar, write `NAME.py` in this folder, with an instance of a subclass of `Sidecar` as its
-`SIDECAR`, and add `NAME` to `sidecars` in the profile of each guest OS that needs it. No other file
-changes:
+`SIDECAR`, and add `NAME` to `sidecars` in the profile of each guest OS that needs it. Nothing else
+has to change, because everything else asks the class:
 
-- This room and the rooms below it in the order of imports ask the class.
-- `host` and `state` must not import this room. `host` is passed the programs to look for, and
-  `state` the directories to make. The names of all other files follow from `NAME`, since a VM's
-  directory is also listed and pruned where its guest OS is not known.
+- `host` and `state` must not import this room: callers pass the programs to `host` and the
+  directories to `state`. A sidecar's directory is `NAME`, and its other files begin with `NAME.`,
+  since a VM's directory is also listed and pruned where the guest OS is not known.
+- The doctor tries out the sidecars of the guests that it examines: those with UEFI firmware.
+
+Add the packages of the program to `examples/setup.sh`, which installs what the tests need.
 """
 
 from __future__ import annotations
