@@ -1,4 +1,4 @@
-"""The cache of published images: each file stored once, and never removed while a VM needs it."""
+"""The cache of published images. It stores each file once, and keeps a file while a VM needs it."""
 
 from __future__ import annotations
 

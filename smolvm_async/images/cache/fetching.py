@@ -1,14 +1,14 @@
-"""Fetch one file of an image into the cache, once, and only if its content is right.
+"""Fetch one file of an image into the cache: download it once, and verify its content.
 
-Each file of the cache is named by its SHA-256, and has that name only when it is complete and
-verified. Until then it is a partial file in `arriving/`, under a lock, so that one task of one
-process downloads it and all others wait for that task.
+A file of the cache is named by its SHA-256. It gets this name only when it is complete and
+verified. Until then it is a partial file in `arriving/`. A lock ensures that only one task of one
+process downloads the file; all other tasks and processes wait for that task.
 
-Downloading and verifying run at the same time. `s3.download` writes parts of the file in parallel;
-a `Verifier` in a thread follows from the front, as far as the file has no gap, and computes the
-digest and decompresses. When the digest is wrong, the file is removed. If an earlier process had
-begun the file, its part may be the damaged one: then the download is repeated once from the
-beginning.
+The file is downloaded and verified at the same time. `s3.download` writes parts of the file in
+parallel. A `Verifier` in a thread reads the file from the front up to the first gap, computes the
+digest, and decompresses the content. If the digest is wrong, the file is removed. If an earlier
+process began the file, its bytes may be the damaged ones, so the download is repeated once from
+the beginning.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from smolvm_async.images.s3.partial_file import PartialFile
 
 logger = get_logger(__name__)
 
-STRIDE = 32 << 20  # bytes that the verifier reads in one call of its thread
-AT_ONCE = 2  # downloads at a time: each has buffers, and zstd's window
+STRIDE = 32 << 20  # bytes that the verifier reads per call in its thread
+AT_ONCE = 2  # downloads at a time; each needs memory for buffers and zstd's window
 
 _downloads = Slots(AT_ONCE)
 
@@ -61,17 +61,17 @@ def missing_files(published: Published, layout: Layout) -> list[MissingFile]:
 
 
 class DownloadMeter(Meter):
-    """Reports the bytes of all files that have arrived, and the rate, at most every 0.1 s."""
+    """The progress of an image's download: reports bytes and rate, at most every 0.1 s."""
 
     def __init__(self, name: str, total: int | None, callback: ProgressCallback | None) -> None:
         super().__init__(callback, "image", total)
         self._message = f"downloading {name}"
         self._finished = 0  # bytes of the files that are complete
-        self._done: int | None = None  # bytes of the current file
+        self._done: int | None = None  # bytes of the current file; `None` between two files
         self._old = 0  # bytes that earlier processes downloaded
 
     def on_bytes(self, done: int, size: int) -> None:
-        """Note that `done` bytes of the current file are there, and report if it is time to."""
+        """Note that `done` bytes of the current file have arrived; report them if due."""
         first = self._done is None
         if first:
             self._old += done
@@ -85,7 +85,7 @@ class DownloadMeter(Meter):
         self._done = None
 
     def tell(self, message: str) -> None:
-        """Report the current state with another message."""
+        """Report the current bytes with another message."""
         done = self._finished + (self._done or 0)
         self.report(message, done, copied=done - self._old)
 
@@ -97,8 +97,8 @@ async def fetch_file(
 
     Raises:
         ImageError: If the download fails, or the content is wrong; wrong content is removed.
-        HostError: If the disk has no room; a file that this call began is removed.
-        OSError: If the file cannot be written; it is removed.
+        HostError: If the disk has no room; the file is removed if this call began it.
+        OSError: If the file cannot be written; the partial file is removed.
     """
     lock = layout.arriving / f"{missing.file.digest}.lock"
     if lock.exists():
@@ -138,7 +138,7 @@ async def _fetch(layout: Layout, missing: MissingFile, client: Any, meter: Downl
 async def _download(
     layout: Layout, missing: MissingFile, client: Any, partial: PartialFile
 ) -> None:
-    """Download and verify at the same time, then give the file its name in the cache."""
+    """Download and verify the file at the same time, then give it its name in the cache."""
     content = partial.path.with_suffix(".content")
     file, uri = missing.file, missing.place.uri
     download = Download(client, missing.place, file.size, LARGEST[missing.part], partial)
@@ -165,7 +165,7 @@ async def _follow(verifier: Verifier, partial: PartialFile) -> None:
         verifying = asyncio.ensure_future(work)
         try:
             await asyncio.wait([verifying])
-        except asyncio.CancelledError:  # do not wait until the thread has decompressed everything
+        except asyncio.CancelledError:  # let the thread stop before it has read everything
             verifier.abandoned = True
             await settle(asyncio.wait([verifying]))
             take_exception(verifying)
@@ -174,7 +174,7 @@ async def _follow(verifier: Verifier, partial: PartialFile) -> None:
 
 
 def _finish(layout: Layout, missing: MissingFile, verifier: Verifier, path: Path) -> None:
-    """Check the file and give it its name: from then on it is in the cache."""
+    """Check the file, then add it to the cache by giving it its name there."""
     verifier.check()
     check_disk(path, missing.part, missing.file, missing.place.uri)
     os.utime(path, (MTIME, MTIME))
@@ -185,7 +185,7 @@ def _finish(layout: Layout, missing: MissingFile, verifier: Verifier, path: Path
 def check_disk(path: Path, part: str, file: ImageFile, uri: str) -> None:
     """Raise a `WrongContentError` if the file is a disk that QEMU must not open."""
     if part != "rootfs" or (file.format or qcow2.detect_format(path)) == "raw":
-        return  # there is no header to check
+        return  # only a qcow2 has a header to check
     with path.open("rb") as disk:
         try:
             qcow2.check(disk.fileno())

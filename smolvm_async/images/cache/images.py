@@ -1,17 +1,17 @@
 """`ImageStore`, the cache of published images on this machine.
 
-How an image comes, stays and goes:
+The cache adds, protects and removes images as follows:
 
-- `look()` reads the manifest from S3, or takes the one of the last pull if S3 cannot be reached.
-- `fetch()` downloads the missing files (see `fetching`), then writes a record: the URI, its
-  manifest, the time. While files are missing, a temporary record, with the suffix `.pulling`,
+- `look()` reads the manifest from S3, or from the record of the last pull if S3 is unreachable.
+- `fetch()` downloads the missing files (see `fetching`), then writes a record of the URI, the
+  manifest and the time. While files are missing, a temporary record with the suffix `.pulling`
   protects the files that have already arrived.
-- `hold()` is for a VM that starts. While it holds the cache's lock, it opens the files and takes a
-  shared lock on each, so no removal can happen between the two. These locks last until QEMU has
-  opened the files and holds locks of its own.
-- A kept VM that is stopped holds no lock. Its record names its files, and the cache remembers the
-  data directories of its VMs in `data-dirs/`, so removals find these records.
-- `remove()`, `prune()` and `verify()` hold the cache's lock, and spare each file that a lock or a
+- `hold()` protects the files of a VM that is starting. It takes the cache's lock, opens the files,
+  and takes a shared lock on each file, so no file can be removed in between. The shared locks last
+  until QEMU has opened the files and holds its own locks.
+- A kept VM that is stopped holds no lock. Its record names its files. The cache lists the data
+  directories of its VMs in `data-dirs/`, so that a removal finds these records.
+- `remove()`, `prune()` and `verify()` take the cache's lock, and keep each file that a lock or a
   VM's record protects (see `tidying`).
 """
 
@@ -79,9 +79,9 @@ class CachedImage:
         size: Bytes of its files, which other images may share.
         pulled: Time of the download, in seconds since the epoch.
         used: Time of the last pull or boot, in seconds since the epoch.
-        disk: The disk's file.
-        kernel: The kernel's file, if the image has one.
-        initrd: The initramfs's file, if the image has one.
+        disk: The path of the disk.
+        kernel: The path of the kernel, if the image has a kernel.
+        initrd: The path of the initramfs, if the image has an initramfs.
     """
 
     uri: str
@@ -117,14 +117,14 @@ class ImageStore:
         return self._layout.root
 
     async def pull(self, uri: str, *, on_progress: ProgressCallback | None = None) -> CachedImage:
-        """Download an image, or those of its files that are missing.
+        """Download the files of an image that are not in the cache yet.
 
         Args:
             uri: `s3://BUCKET/PREFIX/`, or the URI of the manifest itself.
-            on_progress: Called with bytes, total and rate.
+            on_progress: Called with the bytes so far, their total, and the rate.
 
         Raises:
-            ImageError: The download failed, or a file is not the one that the manifest describes.
+            ImageError: The download failed, or a file does not match the manifest.
             HostError: The image does not fit on the disk, or the cache cannot be written.
         """
         layout = self._layout
@@ -142,13 +142,13 @@ class ImageStore:
         )
 
     async def remove(self, name_or_uri: str) -> Sequence[CachedImage]:
-        """Remove an image, and its files that no other image has.
+        """Remove an image, and those of its files that no other image uses.
 
         Returns:
-            The removed images: all with that name, or the one with that URI.
+            The removed images: all images with that name, or the image with that URI.
 
         Raises:
-            ImageError: There is no such image, or a VM needs it: a running one, or a kept one.
+            ImageError: No image has that name or URI, or a running or kept VM needs the image.
         """
         wanted = _canonical(name_or_uri)
 
@@ -163,12 +163,12 @@ class ImageStore:
     async def prune(
         self, *, max_bytes: int | None = None, unused_since: datetime | None = None
     ) -> Sequence[CachedImage]:
-        """Remove images that were not used for long, or that take too much space.
+        """Remove images that have not been used for a long time, or that take too much space.
 
-        Images that a VM needs stay. Files of no image, such as partial downloads, are removed, too.
+        Images that a VM needs are kept. Partial downloads and unneeded files are removed as well.
 
         Args:
-            max_bytes: Remove the longest unused images until all files together are that small.
+            max_bytes: Remove the least recently used images until all files fit into this size.
             unused_since: Remove images that were last pulled or booted before this time.
 
         Returns:
@@ -186,7 +186,7 @@ class ImageStore:
             )
         try:
             since = unused_since.timestamp() if unused_since is not None else None
-        except (ValueError, OverflowError):  # earlier than a timestamp can be
+        except (ValueError, OverflowError):  # before the earliest possible timestamp
             since = 0.0
 
         def prune() -> list[CachedImage]:
@@ -196,13 +196,13 @@ class ImageStore:
         return await self._locked(prune)
 
     async def verify(self, name_or_uri: str | None = None) -> Sequence[Damage]:
-        """Read every file of an image, or of all images, and compare its digest.
+        """Read every file of an image, or of all images, and check its digest.
 
         Returns:
-            The damaged files, which were removed unless a VM needs them, and the missing ones.
+            The damaged and missing files. A damaged file was removed unless a VM needs it.
 
         Raises:
-            ImageError: There is no such image.
+            ImageError: No image has that name or URI.
         """
         layout = self._layout
         if name_or_uri is not None:
@@ -215,7 +215,7 @@ class ImageStore:
             ]
 
     async def look(self, uri: str) -> Published:
-        """Read an image's manifest; if S3 cannot be reached, the manifest of the last pull.
+        """Return an image's manifest from S3; if S3 is unreachable, return that of the last pull.
 
         Raises:
             ImageError: The manifest cannot be read, or is not valid.
@@ -239,7 +239,7 @@ class ImageStore:
         return Published(location.uri, endpoint(), manifest)
 
     async def fetch(self, published: Published, on_progress: ProgressCallback | None) -> Source:
-        """Download the files of an image that are missing; return what a VM starts from.
+        """Download the missing files of an image; return the files that a VM boots from.
 
         Raises:
             ImageError, HostError: See `pull()`.
@@ -282,7 +282,7 @@ class ImageStore:
         on_progress: ProgressCallback | None,
         stack: ExitStack,
     ) -> Source:
-        """Fetch an image for a VM in `data_dir`; protect it from removal until `stack` is closed.
+        """Fetch an image for a VM in `data_dir`; keep the image until `stack` is closed.
 
         Raises:
             ImageError, HostError: See `pull()`.
@@ -337,7 +337,7 @@ def _size_of(path: Path) -> int:
 
 
 def _cached(layout: Layout, uri: str) -> ImageRecord | None:
-    """Return the URI's complete image, pulled from this endpoint or else from another one."""
+    """Return the URI's complete image, preferably pulled from the current endpoint."""
     known = [image for image in layout.records() if image.published.uri == uri]
     known.sort(key=lambda image: image.published.endpoint != endpoint())
     return next((image for image in known if is_whole(layout, image)), None)
@@ -350,14 +350,14 @@ def _canonical(name_or_uri: object) -> str:
 
 
 def _recorded(layout: Layout, published: Published) -> ImageRecord:
-    """Return the record of an image that was just fetched; a new one if it was removed since."""
+    """Return the record of an image just fetched, or a new one if the record was removed since."""
     path = layout.record_path(published.uri, published.endpoint)
     now = time.time()
     return layout.read_record(path) or ImageRecord(path, published, now, now)
 
 
 def _source(layout: Layout, published: Published) -> Source:
-    """Return the files that a guest starts from."""
+    """Return the files that a guest boots from."""
     manifest = published.manifest
     rootfs = layout.path_of(manifest.rootfs)
     disk_format = manifest.rootfs.format or detect_format(rootfs)
@@ -369,7 +369,7 @@ def _source(layout: Layout, published: Published) -> Source:
 
 
 def _note_use(layout: Layout, published: Published) -> None:
-    """Write the image's record, or note in the record that the image was used again."""
+    """Write the image's record; if it is up to date, only set its time to now."""
     path = layout.record_path(published.uri, published.endpoint)
     known = layout.read_record(path)
     if known is not None and known.published == published:
@@ -378,7 +378,7 @@ def _note_use(layout: Layout, published: Published) -> None:
     else:
         disk = published.manifest.rootfs
         try:
-            # The file may have been here already, as a raw disk or a kernel of another image.
+            # The cache may have had the file already, as a kernel or raw disk of another image.
             check_disk(layout.path_of(disk), "rootfs", disk, published.uri)
         except WrongContentError as error:
             raise ImageError(str(error)) from None
@@ -386,7 +386,7 @@ def _note_use(layout: Layout, published: Published) -> None:
 
 
 def _lock_files(source: Source, stack: ExitStack) -> bool:
-    """Open and lock the files that a guest starts from; return false if one was just removed."""
+    """Open and lock the files that a guest boots from; return false if a file was just removed."""
     for path in source.paths:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

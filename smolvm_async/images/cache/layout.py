@@ -2,12 +2,12 @@
 
 ::
 
-    lock                 held by a process that changes the cache, for a moment
-    sha256/DIGEST        a file, named by its content, read-only; complete and verified
-    images/KEY.json      a record: the manifest of a URI at its last pull, and the time
-    images/KEY.*.pulling the same, while files of the image are missing
+    lock                 a process locks this file for a moment to change the cache
+    sha256/DIGEST        a complete, verified, read-only file, named by its SHA-256
+    images/KEY.json      a record: a URI, its manifest at the last pull, and the time
+    images/KEY.*.pulling a temporary record, while files of the image are missing
     arriving/DIGEST.*    a download: the partial file, its journal, its lock
-    data-dirs/KEY        a data directory with VMs that were made from images of this cache
+    data-dirs/KEY        the path of a data directory with VMs made from images of this cache
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from smolvm_async.images.manifest import ImageFile, Manifest
 logger = get_logger(__name__)
 
 VARIABLE = "SMOLVM_IMAGE_DIR"
-MTIME = 1_000_000_000  # seconds since the epoch: the time of a cached file until a write changes it
+MTIME = 1_000_000_000  # seconds since the epoch; a cached file with another mtime was changed
 
 
 class Published(NamedTuple):
     """A published image."""
 
-    uri: str  # of the manifest
+    uri: str  # the URI of the manifest
     endpoint: str  # the URL of the S3 server; empty for AWS
     manifest: Manifest
 
@@ -49,10 +49,10 @@ class Published(NamedTuple):
 class ImageRecord(NamedTuple):
     """The record of an image that was pulled. Times are in seconds since the epoch."""
 
-    path: Path  # of the record
+    path: Path  # the record's file
     published: Published  # as of the last pull
     pulled: float
-    used: float  # the last pull or boot: the time of the record's file
+    used: float  # the last pull or boot: the mtime of the record's file
 
 
 def cache_root(data_dir: object = None) -> Path:
@@ -75,7 +75,7 @@ class Layout:
         self.data_dirs = root / "data-dirs"
 
     def make(self) -> None:
-        """Create the directories that are missing; refuse a cache that other users can write to."""
+        """Create the missing directories; raise if other users can write to the cache."""
         for directory in (self.root, self.files, self.images, self.arriving, self.data_dirs):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self.root.stat()
@@ -88,7 +88,7 @@ class Layout:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Create the missing directories; raise a `HostError` for an `OSError` of the block."""
+        """Create the missing directories; turn an `OSError` of the block into a `HostError`."""
         try:
             self.make()
             yield
@@ -101,11 +101,11 @@ class Layout:
             ) from error
 
     def path_of(self, file: ImageFile) -> Path:
-        """Return the path of a file in the cache, whether it is there or not."""
+        """Return the path that a file has in the cache, even if the file is missing."""
         return self.files / file.digest
 
     def holds(self, file: ImageFile) -> bool:
-        """Return whether a file is there and unchanged, judged by kind, size and time alone."""
+        """Return whether a file is in the cache with unchanged kind, size and time."""
         try:
             status = self.path_of(file).lstat()
         except OSError:
@@ -114,7 +114,7 @@ class Layout:
         return unchanged and file.cached_size in (None, status.st_size)
 
     def locked(self) -> AbstractAsyncContextManager[None]:
-        """Hold the cache's lock in the block, which must be short."""
+        """Hold the cache's lock in the block. Keep the block short."""
         return LockFile(self.root / "lock").hold()
 
     def record_path(self, uri: str, endpoint: str) -> Path:
@@ -150,13 +150,13 @@ class Layout:
         yield from sorted((record for record in found if record), key=lambda record: -record.used)
 
     def note_data_dir(self, data_dir: Path) -> None:
-        """Note the data directory of a VM that is made from an image of this cache."""
+        """Remember the data directory of a VM that is made from an image of this cache."""
         path = self.data_dirs / key_of(str(data_dir))
         if not path.exists():
             replace_file(path, os.fsencode(data_dir))
 
     def known_data_dirs(self) -> Iterator[Path]:
-        """Yield the data directories that exist and have, or had, VMs made from this cache."""
+        """Yield the existing data directories that have, or had, VMs made from this cache."""
         for path in self.data_dirs.iterdir() if self.data_dirs.is_dir() else ():
             directory = Path(os.fsdecode(path.read_bytes()))
             if directory.is_dir():
@@ -166,5 +166,5 @@ class Layout:
 
 
 def key_of(*parts: str) -> str:
-    """Return a file name that stands for these texts."""
+    """Return a hash of these texts, to use as a file name."""
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]

@@ -1,13 +1,13 @@
-"""Remove images from the cache: by name, by age, by size, damaged ones, and files of no image.
+"""Remove images from the cache by name, age or size, and remove damaged or unneeded files.
 
-A file stays as long as something needs it:
+A file is kept while something needs it:
 
 - an image whose record is in the cache, or an image that is being downloaded (`.pulling`);
 - a VM that is starting or running: it holds a shared lock on the file;
 - a kept VM that is stopped: its record, in a data directory that the cache knows, names the file.
 
-Every function runs in a thread. The caller holds the cache's lock, so no VM starts meanwhile; only
-`files_of()` and `actual_digest()`, which take long, do not need the lock.
+Every function runs in a thread. The caller holds the cache's lock, so no VM can start meanwhile.
+Only `files_of()` and `actual_digest()` do not need the lock; they may take long.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from smolvm_async.state.record import ACTIVE
 from smolvm_async.state.registry import survey
 
 PULLING = ".pulling"  # suffix of the record of an image that is being downloaded
-LONGEST_PULL = 86_400.0  # seconds after which such a record counts as left by a dead process
+LONGEST_PULL = 86_400.0  # seconds; an older record was left by a process that died
 
 
 class Damage(NamedTuple):
@@ -37,8 +37,8 @@ class Damage(NamedTuple):
         path: The file.
         expected: The SHA-256 that it should have.
         actual: The SHA-256 that it has; "" if the file is missing.
-        removed: Whether it was removed, so that the next pull downloads it again. A file that a VM
-            needs stays.
+        removed: Whether the file was removed; if so, the next pull downloads it again. A file that
+            a VM needs is kept.
     """
 
     path: Path
@@ -53,12 +53,12 @@ def paths_of(layout: Layout, image: ImageRecord) -> set[Path]:
 
 
 def is_whole(layout: Layout, image: ImageRecord) -> bool:
-    """Return whether all files of an image are there."""
+    """Return whether all files of an image are in the cache."""
     return all(layout.holds(file) for file in image.published.manifest.files.values())
 
 
 def find_images(layout: Layout, name_or_uri: str) -> list[ImageRecord]:
-    """Return the images with that name or URI."""
+    """Return the images with that name or URI; raise if none exists."""
     images = list(layout.records())
     matches = [
         image
@@ -75,9 +75,9 @@ def find_images(layout: Layout, name_or_uri: str) -> list[ImageRecord]:
 
 
 def remove_images(layout: Layout, images: Collection[ImageRecord]) -> None:
-    """Remove images, and their files that no other image has.
+    """Remove images, and those of their files that no other image uses.
 
-    If a VM needs one of the images, raise an `ImageError` and remove none.
+    If a VM needs one of the images, raise an `ImageError` and remove nothing.
     """
     using = uses(layout)
     for image in images:
@@ -93,7 +93,7 @@ def remove_images(layout: Layout, images: Collection[ImageRecord]) -> None:
 def _users(
     layout: Layout, image: ImageRecord, removing: Collection[ImageRecord], using: list[VMUse]
 ) -> list[str]:
-    """Return the VMs that need an image, or a file that only the images to remove have."""
+    """Return the VMs that need an image, or one of its files that no remaining image uses."""
     records = {other.path for other in removing}
     staying = {
         path
@@ -115,7 +115,7 @@ def _remove(layout: Layout, image: ImageRecord) -> None:
 
 
 def _needed(layout: Layout) -> set[Path]:
-    """Return the files of all images, complete ones and ones that are being downloaded."""
+    """Return the files of all images, including images that are being downloaded."""
     images = [*layout.records(), *_pulling(layout)]
     return {path for image in images for path in paths_of(layout, image)}
 
@@ -132,18 +132,19 @@ def _pulling(layout: Layout) -> Iterator[ImageRecord]:
 def remove_old(
     layout: Layout, max_bytes: int | None, unused_since: float | None
 ) -> list[ImageRecord]:
-    """Remove old images, then the longest unused ones until the rest is small enough; return them.
+    """Remove old images, then the least recently used images until the rest is small enough.
 
-    Images that a VM needs stay. Files of no image and partial downloads are removed, too.
+    Return the removed images. Images that a VM needs are kept. Unneeded files and partial
+    downloads are removed as well.
 
     Args:
-        max_bytes: Bytes that all files may have together.
-        unused_since: Time before which an image counts as old, in seconds since the epoch.
+        max_bytes: The total size, in bytes, that all files may have.
+        unused_since: An image last used before this time is old; in seconds since the epoch.
     """
     using = uses(layout)
     _remove_unneeded(layout, using)
     removed = []
-    for image in reversed(list(layout.records())):  # the longest unused first
+    for image in reversed(list(layout.records())):  # the least recently used first
         old = unused_since is not None and image.used < unused_since
         large = max_bytes is not None and _size(layout) > max_bytes
         if (old or large) and not _users(layout, image, [image], using):
@@ -180,7 +181,7 @@ def files_of(layout: Layout, name_or_uri: str | None) -> list[Path]:
 def actual_digest(path: Path) -> str:
     """Return the SHA-256 of a file, or "" if it is missing.
 
-    If only the time of the file is wrong, this sets it right.
+    If the digest is right, also correct the file's time, which may be wrong.
     """
     try:
         actual = sha256_of(path)
@@ -193,7 +194,7 @@ def actual_digest(path: Path) -> str:
 
 
 def remove_damaged(layout: Layout, path: Path, actual: str) -> Damage:
-    """Remove a file whose digest is wrong, unless a VM needs it; return a description."""
+    """Remove a file with a wrong digest, unless a VM needs it; describe the damage."""
     in_use = bool(users_of({path}, "", uses(layout))) or is_held(path)
     if not in_use:
         path.unlink(missing_ok=True)
@@ -208,11 +209,11 @@ class VMUse(NamedTuple):
 
     vm_id: str
     paths: set[Path]  # the files that its record names
-    uri: str  # of its image while it runs; empty for a stopped VM
+    uri: str  # the URI of a running VM's image; empty for a stopped VM
 
 
 def uses(layout: Layout) -> list[VMUse]:
-    """Return the VMs, in all data directories that the cache knows, that need files of it."""
+    """Return the VMs that need files of the cache, from all data directories that it knows."""
     found = []
     for data_dir in layout.known_data_dirs():
         for record, held in survey(data_dir):
@@ -226,7 +227,7 @@ def uses(layout: Layout) -> list[VMUse]:
 
 
 def users_of(paths: set[Path], uri: str, found: list[VMUse]) -> list[str]:
-    """Return the ids of the VMs that need one of the files, or run from the URI."""
+    """Return the ids of the VMs that need one of the files, or run the image of the URI."""
     return sorted({use.vm_id for use in found if use.paths & paths or use.uri == uri})
 
 

@@ -15,22 +15,22 @@ else:
     from backports import zstd
 
 PIECE = 256 << 10  # bytes
-WINDOW_LOG = 23  # 8 MiB: the window of zstd's levels up to 19; a larger one takes more memory
-SLICE = 16 << 10  # bytes to decompress at a time; all bytes after a frame's end are copied
-HOLE = bytes(1 << 16)  # zeros, which are not written: a hole takes no space on the disk
+WINDOW_LOG = 23  # 8 MiB, enough for zstd's levels up to 19; a larger window takes more memory
+SLICE = 16 << 10  # bytes to decompress at a time; zstd copies the rest when a frame ends
+HOLE = bytes(1 << 16)  # zeros; they are not written, so they take no space on the disk
 
 
 class WrongContentError(Exception):
-    """The file is not the one that its manifest describes, or cannot be used."""
+    """The file does not match its manifest, or cannot be used."""
 
 
 class Verifier:
-    """Reads a growing file from the front, for its digest; decompresses it if it is compressed.
+    """Reads a growing file from the front to compute its digest; decompresses a compressed file.
 
     Every method runs in a thread.
 
     Attributes:
-        at: How many bytes were read.
+        at: Number of bytes read so far.
         abandoned: Set by the caller, from another thread, to make `read_to()` return early.
 
     Args:
@@ -55,7 +55,7 @@ class Verifier:
                 raise
 
     def read_to(self, end: int) -> None:
-        """Read up to `end`, and decompress."""
+        """Read the file up to byte `end`, and decompress a compressed file."""
         while self.at < end and not self.abandoned:
             piece = os.pread(self._fd, min(PIECE, end - self.at), self.at)
             if not piece:
@@ -73,10 +73,10 @@ class Verifier:
                 content.add(piece[start : start + SLICE])
 
     def check(self) -> None:
-        """Compare the digests, after the last byte.
+        """Compare the digests, and the content's size, after the last byte was read.
 
         Raises:
-            WrongContentError: If a digest or a size is wrong; the message names both.
+            WrongContentError: If a digest or a size is wrong; the message names both values.
         """
         _compare(self._uri, self._expected.sha256, self._digest.hexdigest())
         if self._content is not None:
@@ -90,7 +90,7 @@ class Verifier:
 
 
 class _Decompression:
-    """The content of a compressed file, written to a file of its own."""
+    """Decompresses a file into another file, and checks the content."""
 
     def __init__(self, path: Path, expected: ImageFile, uri: str) -> None:
         assert expected.content_size is not None
@@ -114,7 +114,7 @@ class _Decompression:
 
     def _decompress(self, piece: bytes) -> None:
         while True:
-            if self._decompressor.eof:  # another frame may follow
+            if self._decompressor.eof:  # the frame has ended; another frame may follow
                 if not piece:
                     return
                 self._decompressor = _decompressor()
