@@ -1,1 +1,1 @@
-"""S3: URIs, the client, its errors, downloads and uploads."""
+"""S3: the client, its errors, downloads and uploads."""

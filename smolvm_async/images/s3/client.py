@@ -1,7 +1,7 @@
-"""The S3 client: aioboto3's, with boto3's own settings, created without blocking the event loop.
+"""The S3 client: aioboto3's client with boto3's settings, created without blocking the event loop.
 
-The first client takes half a second, for imports and megabytes of JSON. That happens in a thread;
-requests run in the event loop as usual.
+Creating the first client takes half a second, to import modules and parse megabytes of JSON. This
+happens in a thread; requests run in the event loop as usual.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from smolvm_async.images.s3.errors import explain
 
 ENDPOINT = "SMOLVM_S3_ENDPOINT_URL"
 KEY_ID, SECRET = "SMOLVM_S3_ACCESS_KEY_ID", "SMOLVM_S3_SECRET_ACCESS_KEY"
-CONNECTIONS = 8  # of one client at a time
-ATTEMPTS = 5  # of the client library, for each request
-CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; READ_TIMEOUT: between two pieces of an answer
+CONNECTIONS = 8  # connections that the downloads of one event loop use at a time
+ATTEMPTS = 5  # tries of the client library for each request
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 30  # seconds; READ_TIMEOUT limits the wait for each piece
 CONNECT_TIMEOUT_HURRIED, READ_TIMEOUT_HURRIED = 3, 10  # seconds, for callers with a cached image
-MAX_ERROR_BODY = 1 << 20  # bytes that are read of an error's body
+MAX_ERROR_BODY = 1 << 20  # bytes of an error's body to read at most
 
 
 def endpoint() -> str:
@@ -38,7 +38,7 @@ async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
     """Open an S3 client with boto3's settings: environment, configuration files, profile, role.
 
     Args:
-        hurried: Give up soon if the endpoint does not answer; for callers with a cached image.
+        hurried: Give up early if the endpoint does not answer; for callers with a cached image.
     """
     options = {**_own_credentials(), "endpoint_url": endpoint() or None}
     try:
@@ -57,10 +57,10 @@ async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
 
 
 async def read_at_most(body: Any, size: int) -> bytes:
-    """Read a body, up to `size` bytes, in at most 60 s."""
+    """Read at most `size` bytes of a body, in at most 60 s."""
     content = b""
     try:
-        # After a malformed chunk aiohttp's own timeout does not work.
+        # aiohttp's own timeout does not work after a malformed chunk.
         async with asyncio.timeout(2 * READ_TIMEOUT):
             while len(content) < size and (more := await body.read(1 << 16)):
                 content += more
@@ -80,7 +80,8 @@ def _own_credentials() -> dict[str, str]:
 
 def _create(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     """Create a client in this thread; its first request binds it to an event loop."""
-    # The first client creates many objects that stay; those of the next clients are garbage later.
+    # Do not collect garbage for the first client, which creates many objects that stay. Objects of
+    # later clients become garbage.
     first = _loader.cache_info().currsize == 0
     with no_collection() if first else nullcontext():
         return _create_now(options, hurried)
@@ -88,7 +89,7 @@ def _create(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
 
 def _create_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     import aioboto3
-    import aiofiles  # noqa: F401 (the download needs it, and its import would block the loop)
+    import aiofiles  # noqa: F401 (import it now; an import during a download would block the loop)
     from aiobotocore.config import AioConfig
 
     session = aioboto3.Session()
@@ -100,7 +101,7 @@ def _create_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
         retries={"mode": "standard", "total_max_attempts": 2 if hurried else ATTEMPTS},
         max_pool_connections=CONNECTIONS + 2,
         http_session_cls=_session_class(),
-        # The digests of the manifest verify the content, for any server.
+        # The manifest's digests verify the content from any server.
         response_checksum_validation="when_required",
         request_checksum_calculation="when_required",
     )
@@ -109,7 +110,7 @@ def _create_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
         context = session.client("s3", region_name=region, config=config, **options)
         client = await context.__aenter__()
         try:
-            # Load now what the first request would load in the loop: endpoint rules, signer.
+            # Load endpoint rules and signer now; the first request would load them in the loop.
             await client.generate_presigned_url("get_object", {"Bucket": "none", "Key": "none"})
         except BaseException:
             await context.__aexit__(None, None, None)
@@ -121,12 +122,13 @@ def _create_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
 
 @functools.cache
 def _loader() -> Any:
-    """Return the process's one loader of botocore's models, which take 10 MB."""
+    """Return the loader of botocore's models, which the process shares: the models take 10 MB."""
     from botocore.loaders import JSONFileLoader, Loader
 
     def in_order(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # A Python function lets other threads run between two objects. And the garbage collector,
-        # which stops all threads, visits fewer objects than with botocore's OrderedDicts.
+        # This Python function lets other threads run between two JSON objects. The garbage
+        # collector stops all threads; dicts give it fewer objects to visit than OrderedDicts, which
+        # botocore uses.
         return dict(pairs)
 
     class CooperativeLoader(JSONFileLoader):  # type: ignore[misc]
@@ -143,10 +145,10 @@ def _loader() -> Any:
 
 @functools.cache
 def _session_class() -> type[Any]:
-    """Return aiobotocore's HTTP session class, changed in two ways.
+    """Return a subclass of aiobotocore's HTTP session.
 
-    It loads certificates when it is created, which happens in a thread; and it reads at most
-    `MAX_ERROR_BODY` bytes of an error.
+    A session loads the certificates when it is created, which happens in a thread. It reads at most
+    `MAX_ERROR_BODY` bytes of an error's body.
     """
     import aiohttp
     from aiobotocore.httpsession import AIOHTTPSession

@@ -1,20 +1,20 @@
-"""Download one S3 object into one file: in parallel parts, resumed where a part broke off.
+"""Download one S3 object into one file, in parallel parts; resume a part where it broke off.
 
-How a download works:
+A download works as follows:
 
-1. `begin()` asks the server for size and ETag, and creates a sparse file of that size, or resumes
-   the partial file that an earlier process left, by its journal (see `partial_file`).
+1. `begin()` asks the server for size and ETag. It creates a sparse file of that size, or uses the
+   journal of an earlier process to resume its partial file (see `partial_file`).
 2. `transfer()` cuts the missing ranges into parts of 8 to 64 MiB. Eight workers each take the next
-   part and stream it to its place in the file in pieces of 384 KiB. So the memory is bounded,
-   however large the object is.
-3. The `PartialFile` notes each piece. Twice a second, and at the end, its journal goes to the
-   disk: a process that is killed, or gives up, loses half a second of work.
-4. The client library retries a request until its answer begins. If an answer breaks off later, the
-   worker repeats the request, from the first missing byte on. It gives up after 5 failures in a
-   row, or 120 s, without a single byte.
-5. Every request carries the ETag (If-Match): parts of two versions of an object are never mixed.
-6. Meanwhile `images.cache.fetching` reads the file from the front, as far as it has no gap,
-   computes the digest and decompresses. When the last byte arrives, little is left to verify.
+   part and stream it to its place in the file in pieces of 384 KiB. So a larger object does not
+   need more memory.
+3. The `PartialFile` notes each piece. It writes its journal to the disk twice a second, and at the
+   end. So a process that is killed or gives up loses half a second of work.
+4. The client library retries a request until its answer begins. If the answer breaks off later, the
+   worker repeats the request from the first missing byte. The worker retries up to 5 failures in a
+   row without a byte between them; after 120 s without a byte, the next failure is the last.
+5. Every request sends the ETag (If-Match), so that parts of two versions of an object never mix.
+6. Meanwhile, `images.cache.fetching` reads the file from the front up to the first gap, computes
+   the digest, and decompresses. When the last byte arrives, little is left to verify.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from smolvm_async.images.s3.partial_file import PartialFile
 logger = get_logger(__name__)
 
 SMALLEST_PART, LARGEST_PART = 8 << 20, 64 << 20  # bytes
-PIECE = 384 << 10  # bytes that a worker holds before they are written
-PATIENCE = 5  # failures in a row, without a byte between them, that a part survives
-BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds before the first retry, doubled each time
-SILENCE = 120.0  # seconds without a byte after which a part fails, however few failures it had
+PIECE = 384 << 10  # bytes that a worker collects before it writes them
+PATIENCE = 5  # failures in a row, without a byte between them, that a worker retries
+BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds; each retry doubles the delay, up to the maximum
+SILENCE = 120.0  # seconds without a byte; after this time, the next failure is not retried
 
 
 class BrokenAnswerError(Exception):
-    """An answer that breaks off or cannot be used; the request is repeated."""
+    """An answer broke off or cannot be used; the request is repeated."""
 
 
 class Part:
@@ -59,8 +59,8 @@ class Part:
         self.end = end
 
 
-# All downloads of an event loop share these connections: each has a buffer, and all write to one
-# disk.
+# All downloads of an event loop share these connections, since each connection needs a buffer, and
+# all of them write to the same disk.
 _slots = Slots(CONNECTIONS)
 
 
@@ -68,8 +68,8 @@ class Download:
     """The download of one object into one partial file.
 
     Args:
-        size: Bytes that the object must have; `None` if only the server knows.
-        largest: Bytes that the object may have at most.
+        size: The size that the object must have, in bytes; `None` if only the server knows it.
+        largest: The largest size that the object may have, in bytes.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Download:
         """Ask for the object's size and ETag, and create or resume the file.
 
         Args:
-            extra_space: Bytes that the disk must have room for, besides the object.
+            extra_space: Free bytes that the disk must have in addition to the object's size.
         """
         await self._partial.begin(*await self._size_and_etag())
         needed = sum(end - start for start, end in self._partial.missing) + extra_space
         _check_space(self._partial.path, self._uri, needed)
 
     async def transfer(self) -> None:
-        """Download the missing ranges, after `begin()`; after a failure, the bytes stay."""
+        """Download the missing ranges, after `begin()`. A failure does not remove any bytes."""
         partial = self._partial
         step = max(SMALLEST_PART, min(LARGEST_PART, partial.size // (2 * CONNECTIONS)))
         parts = deque(
@@ -106,7 +106,7 @@ class Download:
                 async with anyio.create_task_group() as workers:
                     for _ in range(min(CONNECTIONS, len(parts))):
                         workers.start_soon(self._work, parts)
-                        await asyncio.sleep(0)  # signing all requests at once blocks the loop
+                        await asyncio.sleep(0)  # signing all requests at once would block the loop
                 group.cancel_scope.cancel()
         except* Exception as errors:
             raise first_of(errors) from None
@@ -116,7 +116,7 @@ class Download:
     async def _save(self) -> None:
         try:
             await self._partial.save()
-        except OSError as error:  # a full disk: the next try downloads more than it would have to
+        except OSError as error:  # the disk is full: the next try repeats some of the download
             logger.warning("the journal of %s could not be written: %s", self._partial.path, error)
 
     async def _size_and_etag(self) -> tuple[int, str]:
@@ -125,7 +125,7 @@ class Download:
             try:
                 head = await client.head_object(**self._where)
             except client.exceptions.ClientError:
-                # An error to HEAD has no body that gives the reason; an error to GET has one.
+                # The reason is in the body of an error; an error for a HEAD request has no body.
                 answer = await client.get_object(**self._where, Range="bytes=0-0")
                 answer["Body"].close()
                 raise
@@ -155,7 +155,7 @@ class Download:
                 await self._download(part, file)
 
     async def _download(self, part: Part, file: Any) -> None:
-        """Download a part; repeat the request from the first missing byte if an answer breaks."""
+        """Download a part; repeat the request from the first missing byte if an answer fails."""
         uri = self._uri
         failures, since = 0, time.monotonic()
         while part.at < part.end:
@@ -178,7 +178,7 @@ class Download:
                 await asyncio.sleep(longest * random.uniform(0.5, 1.0))
 
     async def _stream(self, part: Part, file: Any) -> None:
-        """Request a part, and write it in pieces; the bytes that arrive before a failure count."""
+        """Request a part, and write it in pieces; after a failure, keep the bytes that arrived."""
         body = await self._request(part)
         held = bytearray()
         try:
@@ -195,11 +195,11 @@ class Download:
                 await self._write(part, file, held)
             raise
         finally:
-            body.close()  # unless all has arrived, this closes the connection, too
+            body.close()  # if bytes are missing, this also closes the connection
 
     async def _write(self, part: Part, file: Any, data: bytearray) -> None:
         view = memoryview(data)
-        while view:  # write() may take only a part
+        while view:  # write() may write only a part of the data
             view = view[await settle(file.write(view)) :]
         self._partial.add(part.at, part.at + len(data))
         part.at += len(data)
@@ -240,7 +240,7 @@ class Download:
 
 async def _read(body: Any) -> bytes:
     try:
-        async with asyncio.timeout(READ_TIMEOUT + 5):  # after a malformed chunk aiohttp hangs
+        async with asyncio.timeout(READ_TIMEOUT + 5):  # aiohttp hangs after a malformed chunk
             data: bytes = await body.read(PIECE)
     except Exception as error:
         raise BrokenAnswerError(f"{type(error).__name__}: {error}") from error

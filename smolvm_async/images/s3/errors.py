@@ -1,6 +1,6 @@
-"""Errors of botocore and aiohttp, turned into sentences that say what to do.
+"""Turn errors of botocore and aiohttp into messages that tell the user what to do.
 
-The classes are compared by name, so that neither library is imported before it is used.
+Error classes are compared by name, so that neither library is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -55,25 +55,25 @@ NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRe
 
 
 def explain(error: Exception, subject: str) -> Exception:
-    """Return the `ImageError` that explains an error of the client; other errors unchanged.
+    """Return an `ImageError` that explains an error of the client; return other errors unchanged.
 
     The message begins with `subject`, such as the URI.
     """
     if isinstance(error, SmolVMError):
         return error
-    explanation = _explanation(error)  # first, since botocore's timeouts are OSErrors, too
+    explanation = _explanation(error)
     return error if explanation is None else ImageError(f"{subject}: {explanation}.")
 
 
 def is_offline(error: BaseException | None) -> bool:
-    """Return whether the server was not reached, so that the cached image may be used."""
+    """Return whether the server could not be reached, so that a cached image may be used."""
     while error is not None and not _kinds(error) & {*UNREACHABLE, *NO_CREDENTIALS, "SSLError"}:
         error = error.__cause__
     return error is not None
 
 
 def is_temporary(error: Exception) -> bool:
-    """Return whether the same request may succeed a little later."""
+    """Return whether the same request may succeed if it is repeated a little later."""
     if _kinds(error) & set(UNREACHABLE):
         return True
     metadata = getattr(error, "response", {}).get("ResponseMetadata", {})
@@ -106,17 +106,17 @@ def _explanation(error: Exception) -> str | None:
             f"the endpoint cannot be reached ({error}); check the network, AWS_REGION and "
             "SMOLVM_S3_ENDPOINT_URL"
         )
-    if isinstance(error, RecursionError):  # botocore follows each redirection
+    if isinstance(error, RecursionError):  # botocore follows every redirection
         return "the server redirects endlessly between regions; set AWS_REGION"
     if "BotoCoreError" in kinds:
         return f"this configuration does not work ({error}); check SMOLVM_S3_ENDPOINT_URL and AWS_*"
-    if isinstance(error, ValueError | LookupError | TypeError):  # on a malformed answer
+    if isinstance(error, ValueError | LookupError | TypeError):  # for a malformed answer
         return f"the server's answer cannot be used ({type(error).__name__}: {error})"
     return None
 
 
 def _of_response(response: dict[str, Any]) -> str:
-    """Return the meaning of an error that the server sent."""
+    """Return an explanation of an error that the server sent."""
     error, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
     status = str(metadata.get("HTTPStatusCode", ""))
     code, message = str(error.get("Code", "")), str(error.get("Message", ""))[:300]

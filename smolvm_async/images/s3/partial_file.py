@@ -1,13 +1,13 @@
-"""A file that is being downloaded: which bytes have arrived, and the journal that a resume reads.
+"""A file that is being downloaded, the bytes that have arrived, and a journal to resume from.
 
 Parts of the object arrive in parallel, so the file grows in several places at once. `Ranges` holds
-what is there. The journal, a small JSON file beside the partial file, holds the same ranges, and
-the object's ETag and size, for a later process.
+the ranges that have arrived. The journal, a small JSON file beside the partial file, holds the same
+ranges, and the object's ETag and size, for a later process.
 
-The journal is written after the bytes that it lists. A process that is killed between the two
-leaves a journal that lists too little, never too much, and the missing ranges are downloaded
-again. After a crash of the host the journal may list bytes that the disk has lost; so the journal
-is only a hint, and the digest of the whole file decides.
+The journal is written after the bytes that it lists. If a process is killed in between, its journal
+lists too few bytes, never too many, and the ranges that it lacks are downloaded again. If the host
+crashes, the journal may list bytes that the disk has lost. So the journal is only a hint; the
+digest of the whole file decides.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAVE_INTERVAL = 0.5  # seconds between two journals
 
 
 class Ranges:
-    """Disjoint ranges of bytes, `(start, end)` without the end, in order."""
+    """Sorted, disjoint ranges of bytes, `(start, end)`; the end is exclusive."""
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         self._ranges: list[tuple[int, int]] = []
@@ -47,16 +47,16 @@ class Ranges:
 
     @property
     def prefix(self) -> int:
-        """Return how many bytes are there from the beginning, up to the first gap."""
+        """Return the number of bytes from the beginning of the file to the first gap."""
         return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
 
     @property
     def total(self) -> int:
-        """Return how many bytes are there."""
+        """Return the number of bytes in all ranges."""
         return sum(end - start for start, end in self._ranges)
 
     def gaps(self, size: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges that are missing of a file of `size` bytes."""
+        """Yield the missing ranges of a file of `size` bytes."""
         at = 0
         for start, end in self._ranges:
             if at < start:
@@ -75,12 +75,12 @@ class PartialFile:
 
     Attributes:
         path: The file; its journal is beside it.
-        size: Bytes of the complete file; 0 until that is known.
+        size: Bytes of the complete file; 0 until the size is known.
         etag: The object's ETag when the download began.
-        resumed: Whether an earlier process downloaded some of it.
+        resumed: Whether an earlier process downloaded a part of the file.
 
     Args:
-        on_bytes: Called with the bytes that are there and the size, after each change.
+        on_bytes: Called after each change, with the number of bytes that have arrived and the size.
     """
 
     def __init__(self, path: Path, on_bytes: Callable[[int, int], None]) -> None:
@@ -94,7 +94,7 @@ class PartialFile:
         self._grown = asyncio.Event()
 
     async def begin(self, size: int, etag: str) -> None:
-        """Create the file, or resume the one of an earlier process if the object is the same."""
+        """Create the file, or resume an earlier process's file if the object is still the same."""
         self.size, self.etag = size, etag
         old_etag, ranges = await in_background(read_journal, self.journal, size)
         existed = await in_background(_create, self.path, size)
@@ -108,7 +108,7 @@ class PartialFile:
         return list(self._ranges.gaps(self.size))
 
     def add(self, start: int, end: int) -> None:
-        """Note that these bytes are in the file."""
+        """Note that the bytes from `start` to `end` are in the file."""
         self._ranges.add(start, end)
         self._notify()
 
@@ -117,7 +117,7 @@ class PartialFile:
         self._on_bytes(self._ranges.total, self.size)
 
     async def wait_beyond(self, at: int) -> int:
-        """Wait until more than the first `at` bytes are there without a gap; return how many."""
+        """Wait until more than `at` bytes have arrived without a gap; return their number."""
         while self._ranges.prefix <= at:
             self._grown.clear()
             await self._grown.wait()
@@ -136,7 +136,7 @@ class PartialFile:
 
 
 def _create(path: Path, size: int) -> bool:
-    """Create the file, sparse and of its full size, unless it exists; return whether it did."""
+    """Create a sparse file of the full size, unless the file exists; return whether it existed."""
     if path.is_symlink():
         path.unlink()
     exists = path.exists() and path.stat().st_size == size
@@ -153,7 +153,7 @@ def write_journal(path: Path, etag: str, size: int, ranges: Ranges) -> None:
 
 
 def read_journal(path: Path, size: int) -> tuple[str, Ranges]:
-    """Return the ETag and the ranges; both empty if there is no journal of a file of that size."""
+    """Return a journal's ETag and ranges; both are empty if no journal for this size exists."""
     try:
         values: Any = json.loads(path.read_bytes())
         ranges = [(int(start), int(end)) for start, end in values["ranges"]]

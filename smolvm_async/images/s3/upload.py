@@ -1,4 +1,4 @@
-"""Upload one file as one S3 object: in parallel parts if it is large, and never half of it."""
+"""Upload a file as an S3 object, in parallel parts if it is large; never leave half an object."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from smolvm_async.images.s3.errors import explain
 
 logger = get_logger(__name__)
 
-PART = 5 << 20  # bytes: S3's minimum; signing a larger part would block the event loop too long
-MAX_PARTS = 9_000  # S3 takes 10,000
+PART = 5 << 20  # bytes: S3's minimum; signing a larger part blocks the event loop too long
+MAX_PARTS = 9_000  # S3 allows 10,000 parts for an upload
 WORKERS = 4
-DIGEST = "sha256"  # key of the metadata: an object with the same digest is not sent again
+DIGEST = "sha256"  # key of the metadata; an object with the same digest is not uploaded again
 
 
 async def upload(
     client: Any, place: Location, fd: int, digest: str, on_bytes: Callable[[int], None]
 ) -> None:
-    """Upload the open file `fd`, whose SHA-256 is `digest`; skip an object with the same content.
+    """Upload the open file `fd`, whose SHA-256 is `digest`, unless the object already has it.
 
     Args:
-        on_bytes: Called with the bytes that were sent so far.
+        on_bytes: Called with the number of bytes sent so far.
     """
     size = os.fstat(fd).st_size
     where = {"Bucket": place.bucket, "Key": place.key}
@@ -51,7 +51,7 @@ async def _exists(client: Any, where: dict[str, str], size: int, digest: str) ->
     except client.exceptions.ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
             raise
-        return False  # missing, or not readable with these credentials: try to write it
+        return False  # the object is missing, or these credentials cannot read it: try to write it
     return bool(head["ContentLength"] == size and head.get("Metadata", {}).get(DIGEST) == digest)
 
 
@@ -80,7 +80,7 @@ async def _upload_parts(
             on_bytes(sent)
 
     async def abort(begun: dict[str, str]) -> None:
-        # The server would keep the parts, and charge for them, though nobody could see them.
+        # Otherwise the server keeps the parts, hides them, and charges for them.
         if not complete:
             try:
                 await client.abort_multipart_upload(**where, UploadId=begun["UploadId"])
