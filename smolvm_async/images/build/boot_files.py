@@ -1,4 +1,4 @@
-"""The boot files of Linux guests that are built here: kernel, modules, initramfs."""
+"""Boot files of the Linux guests that the library builds: kernel, modules, initramfs."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ ELF = b"\x7fELF"
 
 
 def install(source: Path, target: Path, mode: int = 0o644) -> None:
-    """Copy a file, and create the directories above it."""
+    """Copy a file, and create its parent directories."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     target.chmod(mode)
 
 
 def install_drivers(drivers: Sequence[Path], directory: Path) -> None:
-    """Copy modules, and write their names to a file `order`, in the order to load them."""
+    """Copy modules, and list their names in a file `order`, in the order in which to load them."""
     for driver in drivers:
         install(driver, directory / driver.name)
     (directory / "order").write_text("".join(f"{driver.name}\n" for driver in drivers))
 
 
 def reset_modes(tree: Path) -> None:
-    """Set the modes of a tree to 755 and 644, whatever the builder's umask is."""
+    """Set the modes of a tree to 755 and 644, so that the builder's umask does not matter."""
     for path in [tree, *tree.rglob("*")]:
         if not path.is_symlink():
             path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
 
 
 def find_file(unpacked: Path, names: Sequence[str]) -> Path:
-    """Return a file with the first of `names` (or patterns) that exists."""
+    """Return the first file that matches one of `names` (names or patterns, tried in order)."""
     for name in names:
         for path in sorted(unpacked.rglob(name)):
             if path.is_file() and not path.is_symlink():
@@ -53,7 +53,7 @@ def find_file(unpacked: Path, names: Sequence[str]) -> Path:
 async def modules(unpacked: Path, names: Iterable[str]) -> list[Path]:
     """Return the modules `names` and their dependencies, uncompressed, in the order to load them.
 
-    Modules that are built into this kernel, or do not exist in it, are left out.
+    Leave out modules that are built into this kernel, or do not exist in it.
     """
     paths = await asyncio.to_thread(lambda: list(unpacked.rglob("*.ko*")))
     available = {path.name.partition(".")[0].replace("-", "_"): path for path in paths}
@@ -72,14 +72,14 @@ async def modules(unpacked: Path, names: Iterable[str]) -> list[Path]:
 
 
 def _needs(module: Path) -> list[str]:
-    """Return the names in the module's `depends=`; the packages contain no modules.dep."""
+    """Return the names in the module's `depends=`, since the packages contain no modules.dep."""
     match = re.search(rb"\0depends=([^\0]*)\0", module.read_bytes())
     names = match[1].decode().split(",") if match else []
     return [name.replace("-", "_") for name in names if name]
 
 
 async def _uncompressed(module: Path) -> Path:
-    """Return the module as a plain `.ko` file; busybox's insmod cannot decompress."""
+    """Return the module as a plain `.ko` file, since busybox's insmod cannot decompress it."""
     plain = module.with_suffix("")
     if module.suffix == ".ko":
         return module
@@ -90,10 +90,10 @@ async def _uncompressed(module: Path) -> Path:
 
 
 def decompress_kernel(bzimage: bytes) -> bytes:
-    """Return the vmlinux in a bzImage (Documentation/arch/x86/boot.rst), or `bzimage` itself.
+    """Return the vmlinux in a bzImage (Documentation/arch/x86/boot.rst), else `bzimage` itself.
 
-    QEMU starts a vmlinux soonest: by its PVH note. Under TCG the guest would need half a second to
-    decompress the kernel at each boot.
+    A vmlinux boots fastest, since QEMU starts it by its PVH note. Under TCG, the guest would take
+    half a second to decompress a bzImage at each boot.
     """
     if bzimage[0x202:0x206] != b"HdrS":
         return bzimage
@@ -113,7 +113,7 @@ def _decompress(payload: bytes) -> bytes:
         return lzma.LZMADecompressor().decompress(payload)
     if payload.startswith(b"\x1f\x8b"):
         return zlib.decompressobj(wbits=31).decompress(payload)
-    return b""  # zstd, lz4: not in the standard library, so the guest decompresses
+    return b""  # the standard library lacks zstd and lz4, so the guest decompresses the kernel
 
 
 def pack_initramfs(tree: Path) -> bytes:
@@ -125,7 +125,7 @@ def _cpio_entries(tree: Path) -> Iterator[bytes]:
     for path in sorted(tree.rglob("*")):
         data = path.read_bytes() if path.is_file() else b""
         yield _cpio_entry(str(path.relative_to(tree)), path.stat().st_mode, data)
-    # stdin, stdout and stderr of /init
+    # The kernel opens this device as stdin, stdout and stderr of /init.
     yield _cpio_entry("dev/console", 0o020600, b"", major=5, minor=1)
     yield _cpio_entry("TRAILER!!!", 0, b"")
 

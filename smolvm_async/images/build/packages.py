@@ -1,8 +1,8 @@
-"""Packages of Debian or Ubuntu, downloaded without root.
+"""Download packages of Debian or Ubuntu without root.
 
-`apt-get` does the work, with the host's own sources, keys and proxies. Its lists and archives are
-in a directory of the library, and it sees an empty package database. So it needs neither root nor
-the host's database, and its answers do not depend on the packages that the host has.
+`apt-get` runs with the host's own sources, keys and proxies, but with lists and archives in a
+directory of the library, and with an empty package database. So apt-get needs neither root nor the
+host's database, and its results do not depend on the packages that the host has installed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _URI = re.compile(r"'[^']*' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<digest>\w+)")
 async def exclusive(directory: Path) -> AsyncIterator[None]:
     """Hold a lock on `directory` in the block; create the directory if it is missing.
 
-    Other tasks and processes wait. The lock is on the directory itself, so it needs no file, and it
-    ends with the process.
+    Other tasks and processes wait. The lock is on the directory itself, so no lock file is needed.
+    The kernel releases the lock when the process ends.
     """
     os.makedirs(directory, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -49,7 +49,7 @@ async def exclusive(directory: Path) -> AsyncIterator[None]:
 async def update(cache: Path) -> None:
     """Update the package lists in `cache`.
 
-    A source that does not answer is not an error if another one answers.
+    A missing answer of one source is not an error if another source answers.
     """
     async with exclusive(cache):
         for name in ("lists/partial", "archives/partial"):
@@ -62,14 +62,14 @@ async def update(cache: Path) -> None:
 
 
 async def dependencies(names: Sequence[str], cache: Path) -> list[str]:
-    """Return `names` and all their dependencies, with every alternative, sorted."""
+    """Return `names` and all their dependencies, including all alternatives, sorted."""
     flags = ("--recurse", "--important", "--no-pre-depends")
     output = await _apt("apt-cache", cache, "depends", *flags, *names)
     return sorted(set(filter(_NAME.fullmatch, output.splitlines())))
 
 
 async def installation(names: Sequence[str], cache: Path) -> list[str]:
-    """Return the packages that apt-get would install, on an empty system, for `names`; sorted.
+    """Return the sorted packages that apt-get would install for `names` on an empty system.
 
     Args:
         names: Names of packages, or patterns (apt-patterns(7)) such as `?essential`.
@@ -82,7 +82,7 @@ async def installation(names: Sequence[str], cache: Path) -> list[str]:
 async def fetch(names: Sequence[str], cache: Path, meter: Meter | None = None) -> list[Path]:
     """Download the newest versions of `names`, without their dependencies; return the `.deb` files.
 
-    A file that is there and undamaged is not downloaded again. apt-get verifies its downloads.
+    Do not download existing, undamaged files again. apt-get verifies its downloads.
     """
     archives = cache / "archives"
     async with exclusive(cache):
@@ -116,7 +116,7 @@ def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 async def _download(sizes: dict[str, int], cache: Path, meter: Meter) -> None:
-    """Download into a directory of its own, then move: files in `archives` are always complete."""
+    """Download into another directory, then move the files: `archives` has only complete files."""
     arriving = cache / "arriving"
     shutil.rmtree(arriving, ignore_errors=True)
     arriving.mkdir()
@@ -140,7 +140,7 @@ async def _watch(directory: Path, total: int, meter: Meter) -> None:
 def _size(directory: Path) -> int:
     size = 0
     for path in directory.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # apt-get has just renamed it
+        with contextlib.suppress(FileNotFoundError):  # apt-get has just renamed the file
             size += path.stat().st_size
     return size
 
@@ -152,7 +152,7 @@ async def _apt(program: str, cache: Path, *words: str, cwd: Path | None = None) 
         "Dir::State::status": cache / "status",
         "Dir::Cache": cache,
         "Dir::Cache::archives": cache / "archives",
-        "APT::Sandbox::User": "root",  # as root, apt would use a user without access to `cache`
+        "APT::Sandbox::User": "root",  # as root, apt switches to a user without access to `cache`
         "Acquire::Languages": "none",
         "Acquire::ForceHash": "SHA256",
     }

@@ -1,4 +1,4 @@
-"""Parts that all builders of images share: a work directory, keys, checks of the host."""
+"""Helpers that all image builders share: a work directory, keys, checks of the host."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pathlib import Path
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.tasks import in_background
 
-# Kernels with drivers for virtual machines only, by distribution.
+# Packages of kernels that have only drivers for virtual machines, by distribution.
 CLOUD_KERNELS = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
 
-# Replaces the host's /etc/mke2fs.conf, which differs between releases.
+# Replaces the host's /etc/mke2fs.conf, whose content differs between releases.
 MKE2FS_CONF = """\
 [defaults]
 blocksize = 4096
@@ -32,9 +32,9 @@ ext4 = {
 
 @asynccontextmanager
 async def work_directory(store: Path) -> AsyncIterator[Path]:
-    """Create a work directory in `store`, which the caller has locked; remove it at the end."""
+    """Create a work directory in the locked `store`; remove the directory after the block."""
     work = store / "building"
-    if work.exists():  # left by a builder that was killed, since the caller holds the lock
+    if work.exists():  # a killed builder left it: only the caller holds the lock
         await in_background(shutil.rmtree, work)
     work.mkdir()
     try:
@@ -44,7 +44,7 @@ async def work_directory(store: Path) -> AsyncIterator[Path]:
 
 
 def key_of(*parts: object) -> str:
-    """Return a name that stands for these parts."""
+    """Return a hash of these parts, to use as a name."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -58,10 +58,10 @@ def release() -> list[str]:
 
 
 def distribution(image: str) -> str:
-    """Return `debian` or `ubuntu`: the one that this host is, or descends from.
+    """Return the host's distribution, or the one that it derives from: `debian` or `ubuntu`.
 
     Args:
-        image: The image to build, for messages: "the stand-in".
+        image: The image to build, for messages, such as "the stand-in".
     """
     for name in release():
         if name in CLOUD_KERNELS and platform.machine() == "x86_64":
@@ -70,17 +70,17 @@ def distribution(image: str) -> str:
 
 
 def search_path() -> str:
-    """Return PATH with the directories of sfdisk and mke2fs, which a user's PATH may lack."""
+    """Return PATH plus the directories of sfdisk and mke2fs, which a user's PATH may lack."""
     return os.pathsep.join(filter(None, [os.environ.get("PATH"), "/usr/sbin", "/sbin"]))
 
 
 def check_programs(image: str, packages: Mapping[str, str], hint: str = "") -> None:
-    """Check that the host is a Debian or Ubuntu with the programs that build an image.
+    """Check that the host is a Debian or Ubuntu, and has the programs that build an image.
 
     Args:
-        image: The image, for messages: "the stand-in".
-        packages: The packages of the programs that the build runs, by program.
-        hint: Another way out, besides installing the programs.
+        image: The image, for messages, such as "the stand-in".
+        packages: The programs that the build runs, and the package of each program.
+        hint: An alternative to installing the programs, appended to the error's hint.
     """
     distribution(image)
     path = search_path()

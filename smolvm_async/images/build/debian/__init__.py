@@ -1,22 +1,22 @@
 """The built-in Linux: a Debian or Ubuntu, built once from the host's package sources, without root.
 
-Why a guest configures the packages. A package is installed in two steps: its files are unpacked,
-then its maintainer scripts configure it. The scripts need root and a running system of their own
-(they create users, run programs from the package, call systemd's and dpkg's tools), and a builder
-without root has neither. So the build goes like this:
+A guest configures the packages, since the builder does not have root. A package is installed in two
+steps: its files are unpacked, then its maintainer scripts configure it. The scripts need root and
+their own running system: they create users, run programs from the package, and call tools of
+systemd and dpkg. So the image is built as follows:
 
 1. `apt-get` downloads the packages (`packages`).
-2. `tar` unpacks them into a directory, without root (`root`). Owners and special modes, which only
-   root can set, are written to a list instead.
-3. dpkg's database is written as if dpkg had unpacked the packages itself (`root`).
+2. `tar` unpacks them into a directory, without root (`root`). Only root can set owners and special
+   modes, so the builder writes them to a list instead.
+3. The builder writes dpkg's database as if dpkg itself had unpacked the packages (`root`).
 4. `mke2fs -d` makes a file system from the directory, without mounting it (`disk`).
-5. QEMU boots that file system once. Process 1 is `guest/configure.sh`, which is root there: it runs
+5. QEMU boots this file system once. Process 1 is `guest/configure.sh`. As root, it runs
    `dpkg --configure -a`, then sets the owners and modes from the list (`disk`).
-6. The result becomes a read-only qcow2 in a directory named by a key of its packages and its recipe
-   (`builder`).
+6. The builder converts the file system to a read-only qcow2 in a directory whose name is a hash of
+   its packages and its recipe (`builder`).
 
-VMs boot the disk with a kernel that QEMU loads, and with a small init, `guest/init.sh`, that starts
-an SSH server and little else.
+For a VM with this disk, QEMU loads the kernel. Process 1 is a small init, `guest/init.sh`, which
+starts an SSH server and little else.
 """
 
 from __future__ import annotations

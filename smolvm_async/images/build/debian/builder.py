@@ -6,7 +6,7 @@
     debian/
         current-RECIPE   the name of the image that this version of the library uses
         KEY/             an image: disk.qcow2, kernel, initrd, boot_args
-        building/        the work directory of the build that is running
+        building/        the work directory of the current build
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from smolvm_async.images.build import packages
 from smolvm_async.images.build.debian import disk, root
 from smolvm_async.images.build.workshop import check_programs, key_of, release, work_directory
 
-PROGRAMS = {  # that the build runs, and their packages
+PROGRAMS = {  # the programs that the build runs, and their packages
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "tar": "tar",
@@ -37,12 +37,12 @@ PROGRAMS = {  # that the build runs, and their packages
 STEPS = 7
 DEADLINE = 1800.0  # seconds for a build; under TCG, on two slow processors, a build takes 2 minutes
 
-# Increase this when the builder, the guest's scripts or BOOT_ARGS change the content of the image:
-# every user's image is then built anew. Other changes, such as a comment's, keep the number.
+# Increase this if a change of the builder, the guest's scripts or BOOT_ARGS changes the content of
+# the image. Every user's image is then rebuilt, so do not increase it for, say, a new comment.
 RECIPE = 1
 
-# The names of recipe 1, by distribution. They were hashes of the builder's source once; with these
-# names, images from that time stay valid.
+# The names of recipe 1, by distribution. Earlier versions hashed the builder's source to make these
+# names. They are kept so that the images of those versions stay valid.
 FIRST_RECIPE = {
     "debian 12": "9ce6eaa4a2e90ee9",
     "debian 13": "b63c1fe323d3dda6",
@@ -52,8 +52,8 @@ FIRST_RECIPE = {
     "ubuntu debian 26.04": "912bb27cf8dae97c",
 }
 
-# Each of these saves time in a boot under TCG. The mitigations protect against flaws of real
-# processors, which an emulated one does not have.
+# These arguments make a boot under TCG faster. The mitigations are off, since they protect against
+# flaws of real processors, which an emulated processor does not have.
 BOOT_ARGS = (
     "console=ttyS0 quiet root=/dev/vda rw nokaslr mitigations=off 8250.nr_uarts=1 audit=0 "
     "nowatchdog cryptomgr.notests ima_appraise=off random.trust_cpu=on panic=-1"
@@ -74,8 +74,8 @@ async def build_debian(
 ) -> DebianImage:
     """Build the image, or find it in the cache.
 
-    The first build downloads some 100 MB of packages. Delete the cache only while no VM exists that
-    was made from it.
+    The first build downloads some 100 MB of packages. Do not delete the cache while a VM exists
+    that uses an image in the cache.
 
     Args:
         cache_dir: The directory for images and packages; by default `~/.cache/smolvm-async`.
@@ -94,7 +94,7 @@ async def build_debian(
 
 
 def find_debian(cache_dir: Path | None = None) -> DebianImage | None:
-    """Return the image if it was built before; this takes milliseconds."""
+    """Return the image, or `None` if it was not built yet; this takes milliseconds."""
     return Builder(cache_dir).find()
 
 
@@ -115,7 +115,7 @@ class Builder:
         self._current = self._store / f"current-{_recipe()}"
 
     def find(self) -> DebianImage | None:
-        """Return the image if it was built before."""
+        """Return the image, or `None` if it was not built yet."""
         try:
             directory = self._store / self._current.read_text()
             boot_args = (directory / "boot_args").read_text()
@@ -163,18 +163,18 @@ class Builder:
         await in_background(self._keep, work, key_of(_recipe(), [deb.name for deb in debs]))
 
     def _keep(self, work: Path, name: str) -> None:
-        """Make the image read-only, give it its name, then make it the current one."""
+        """Make the image read-only, move it to its final name, and make it the current image."""
         (work / "image" / "boot_args").write_text(BOOT_ARGS)
         for path in (work / "image").iterdir():
             seal(path, 0o444)
         target = self._store / name
         if target.exists():
-            shutil.rmtree(target)  # no `current` file refers to it, or find() would have found it
+            shutil.rmtree(target)  # no `current` file names it, else find() would have found it
         os.replace(work / "image", target)
         replace_file(self._current, name.encode(), temporary=work / "current")
 
 
 def _recipe() -> str:
-    """Return a name for all that the image depends on, besides its packages."""
+    """Return a name for everything that the image depends on, except its packages."""
     first = FIRST_RECIPE.get(" ".join(release()), "") if RECIPE == 1 else ""
     return first or key_of(release(), BOOT_ARGS, RECIPE)

@@ -1,4 +1,4 @@
-"""Make the file system, boot it once to configure its packages, and make the disk from it."""
+"""Make the file system, boot it once to configure its packages, and convert it to the disk."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from smolvm_async.images.build.workshop import MKE2FS_CONF, search_path
 SIZE = "10G"  # sparse: unused blocks take no space
 MEMORY = 1024  # MiB
 DONE = "SMOLVM: configured"
-TAIL = 3000  # characters of the console in an error
-POLL = 0.5  # seconds between two looks at dpkg's output
+TAIL = 3000  # characters of the console's output to show in an error
+POLL = 0.5  # seconds between two reads of dpkg's output
 
 
 async def make(work: Path) -> None:
@@ -31,7 +31,7 @@ async def make(work: Path) -> None:
 
 
 async def configure(work: Path, boot_args: str, packages: int, meter: Meter) -> None:
-    """Boot the file system once; dpkg configures its packages there."""
+    """Boot the file system once, so that dpkg configures its packages in the guest."""
     accelerator, _ = choose_accelerator("auto", smm=False)
     cpu = DEBIAN.cpu[accelerator.name]
     watching = asyncio.create_task(_watch(work / "console", packages, meter))

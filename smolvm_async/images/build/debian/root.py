@@ -26,27 +26,27 @@ from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution
 GUEST = Path(__file__).parent / "guest"
 OWN = "usr/lib/smolvm"  # the directory of the library's own files in the guest
 
-# usr-is-merged instead of usrmerge: the builder merges the directories, and usrmerge would bring
-# Perl's modules to do it.
+# usr-is-merged replaces usrmerge: the builder merges the directories itself, and usrmerge would
+# install Perl's modules to merge them.
 WANTED = (
     *("?essential", "?priority(required)", "usr-is-merged", "apt", "ca-certificates", "curl"),
     *("git", "iproute2", "iputils-ping", "kmod", "less", "netbase", "openssh-client"),
     *("openssh-server", "procps", "python3", "sudo", "tzdata", "unzip", "xz-utils"),
 )
-# dpkg does not configure these: QEMU loads the kernel, so no boot loader needs it, and the builder
-# has merged the directories that usr-is-merged checks.
+# dpkg does not configure these packages: QEMU loads the kernel, so the disk needs no boot loader,
+# and the builder has already merged the directories that usr-is-merged would check.
 CONFIGURED = "linux-|usr-is-merged"
 MERGED = ("bin", "sbin", "lib", "lib64")
 NOT_UNPACKED = (
     *("usr/share/man/*", "usr/share/info/*", "usr/share/locale/*", "usr/share/lintian/*"),
-    "usr/share/doc/*/[!c]*",  # all but the copyright
+    "usr/share/doc/*/[!c]*",  # all files except the copyright
 )
 DRIVERS = (
     *("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "virtio_net", "af_packet"),
     *("virtio_rng", "qemu_fw_cfg", "button", "evdev", "pvpanic", "pvpanic_pci"),
 )
 
-# Unpacks the package $1 and its control files; lists its files as `tar -tv` does.
+# Unpack the package $1 and its control files; list its files in the format of `tar -tv`.
 UNPACK = """
 set -eu
 name=$(dpkg-deb --field "$1" Package)
@@ -57,7 +57,7 @@ dpkg-deb --fsys-tarfile "$1" | tar --extract --directory=tree --preserve-permiss
 
 
 async def package_names(cache: Path) -> list[str]:
-    """Return the packages to download; the lists must be in `cache`."""
+    """Return the packages to download; the package lists must be in `cache`."""
     kernel = CLOUD_KERNELS[distribution("the built-in Linux")]
     needed = await packages.dependencies([kernel], cache)
     images = [name for name in needed if re.match(r"linux-(image|modules)-\d", name)]
@@ -109,7 +109,7 @@ def _make_kernel(tree: Path, work: Path) -> None:
 
 
 def _make_database(tree: Path, work: Path) -> None:
-    """Write dpkg's database as if dpkg had unpacked the packages, so that it configures them."""
+    """Write dpkg's database as if dpkg had unpacked the packages, so that dpkg configures them."""
     database = tree / "var/lib/dpkg"
     (database / "info").mkdir(parents=True, exist_ok=True)
     for name in ("updates", "triggers", "parts", "alternatives"):
@@ -141,10 +141,10 @@ def _make_database(tree: Path, work: Path) -> None:
 
 
 def _entries(listing: str) -> Iterator[tuple[str, str, str]]:
-    """Yield mode and owner (empty if ordinary) and path for each line that tar printed.
+    """Yield mode, owner and path of each file that tar listed; empty for an ordinary mode or owner.
 
-    A mode is listed if it has a special bit, or if the owner is not root: a change of the owner
-    clears special bits, so mode and owner are set together.
+    Yield the mode and the owner if the mode has a special bit, or if the owner is not root. The
+    guest must set both together, since a change of the owner clears the special bits.
     """
     for line in listing.splitlines():
         match = re.fullmatch(r"(\S{10}) +(\S+) +\S+ \S+ \S+ \./(.*?)( -> .*| link to .*)?", line)
@@ -196,7 +196,7 @@ def _add_own_files(tree: Path, work: Path) -> None:
 
 
 def _copy_sources(tree: Path) -> None:
-    """Give the guest's apt those package sources of the host that are the distribution's own."""
+    """Copy the package sources of the host's own distribution to the guest, with their keyrings."""
     apt = tree / "etc/apt"
     (apt / "sources.list.d").mkdir(parents=True, exist_ok=True)
     own = [path for path in _sources() if _is_own(path.read_text())]

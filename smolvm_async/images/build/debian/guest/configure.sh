@@ -1,6 +1,6 @@
 #!/bin/sh
-# Process 1 of the boot in which dpkg configures the packages. The root file system is mounted, and
-# has the files of the packages, but nothing that maintainer scripts create.
+# Process 1 of the boot in which dpkg configures the packages. The mounted root file system has the
+# files of the packages, but no files that maintainer scripts create.
 
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
 export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true DEBCONF_NOWARNINGS=yes
@@ -14,7 +14,7 @@ end() {
     "$own/busybox" poweroff -f
 }
 
-disable() { # replace programs by /bin/true: emulated, they are slow, and their work is not needed
+disable() { # replace programs by /bin/true: they are slow under TCG, and not needed
     for program in "$@"; do
         mv "$program" "$program.real"
         ln -s /bin/true "$program"
@@ -27,7 +27,7 @@ enable() {
     done
 }
 
-owners() { # set what the builder, without root, could not: owners and special modes
+owners() { # set owners and special modes, which the builder could not set without root
     while read -r mode owner path; do
         [ -e "$path" ] && [ ! -h "$path" ] || continue
         chown "$owner" "$path"
@@ -35,7 +35,7 @@ owners() { # set what the builder, without root, could not: owners and special m
     done <"$own/modes"
 }
 
-certificates() { # the work of update-ca-certificates, which starts a thousand programs
+certificates() { # replaces update-ca-certificates, which would start a thousand programs
     cd /usr/share/ca-certificates/mozilla || return
     cat ./*.crt >/etc/ssl/certs/ca-certificates.crt
     for name in *.crt; do

@@ -1,5 +1,5 @@
 #!/bin/sh
-# poweroff, halt, reboot and shutdown: send the signal that process 1 acts on.
+# Replaces poweroff, halt, reboot and shutdown: sends process 1 the signal to shut down or reboot.
 
 case "${0##*/} $*" in
 reboot* | *" -r"* | *" --reboot"*) kill -TERM 1 ;;

@@ -1,5 +1,6 @@
 #!/usr/lib/smolvm/busybox sh
-# Process 1: starts network, SSH server and power button. The initramfs has loaded the drivers.
+# Process 1: starts the network and the SSH server, and watches the power button. The initramfs has
+# already loaded the drivers.
 
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 own=/usr/lib/smolvm
@@ -39,7 +40,7 @@ watch_power_buttons() {
         read -r label <"$name" || continue
         [ "$label" = "Power Button" ] || continue
         event=${name#/sys/class/input/}
-        exec 3<"/dev/input/${event%%/*}" # open it now, so that no press is lost
+        exec 3<"/dev/input/${event%%/*}" # open the device now, so that no press is lost
         watch_power_button <&3 &
         exec 3<&-
     done
@@ -54,7 +55,7 @@ start_network() { # QEMU's user network has the same addresses in every VM
 }
 
 set_identity() {
-    read -r name <$config/hostname/raw # fails even so, since the file ends without a newline
+    read -r name <$config/hostname/raw # sets name, but fails: the file has no final newline
     [ "$name" ] || name=debian
     echo "$name" >/proc/sys/kernel/hostname
     echo "$name" >/etc/hostname
@@ -66,7 +67,7 @@ set_identity() {
     umask 022
 }
 
-keep_sshd() { # restart sshd when it dies: there is no other way to log in
+keep_sshd() { # restart sshd if it ends: there is no other way to log in
     while :; do
         /usr/sbin/sshd -D -f $own/sshd_config </dev/null >/dev/console 2>&1
         $b usleep 100000
