@@ -1,1 +1,1 @@
-"""Disks that VMs start from: local files, published images, images built here."""
+"""Disks that VMs boot from: local files, published images, and images that the library builds."""

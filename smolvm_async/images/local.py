@@ -1,7 +1,7 @@
-"""Files of this machine that a VM boots from: open, check, and look into them.
+"""Local files that a VM boots from: open, check and inspect them.
 
-A base image is opened once. The descriptor that was checked is the one that QEMU inherits, so
-nobody can exchange the file between the check and its use.
+A base image is opened once. QEMU inherits the descriptor that was checked, so nobody can exchange
+the file between the check and its use.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from smolvm_async.foundation.process import run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.images import qcow2
 
-ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # the default arguments of a kernel
+ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # the default command line of a kernel
 
-ELF = b"\x7fELF"  # an uncompressed kernel, which QEMU starts at its PVH note
-BZIMAGE, BZIMAGE_AT = b"HdrS", 0x202  # Documentation/arch/x86/boot.rst
-BOOT_CODE = 440  # bytes of the first sector; UEFI leaves them at 0
+ELF = b"\x7fELF"  # magic of an uncompressed kernel; QEMU starts it by its PVH note
+BZIMAGE, BZIMAGE_AT = b"HdrS", 0x202  # magic and its offset: Documentation/arch/x86/boot.rst
+BOOT_CODE = 440  # bytes of BIOS code in the first sector; a disk for UEFI has zeros there
 SECTOR = 512  # bytes
-MAX_CHECKED = 64  # images whose virtual sizes are remembered
-SETTLED = 1_000_000_000  # nanoseconds since the last change after which a file's times are reliable
+MAX_CHECKED = 64  # images whose virtual sizes are cached
+SETTLED = 1_000_000_000  # nanoseconds; two changes further apart always have different times
 
 
 class BaseImage(NamedTuple):
     """An open, checked base image."""
 
     path: Path
-    fd: int  # open for reading only; QEMU inherits it and never opens the path itself
+    fd: int  # read-only; QEMU inherits the descriptor and never opens the path itself
     virtual_size: int  # bytes of the disk that the guest sees
     size: int  # bytes of the file
     mtime_ns: int  # time of the last change, in nanoseconds since the epoch
@@ -45,7 +45,7 @@ def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
     """Open and check a base image (see `smolvm_async.images.qcow2`).
 
     Args:
-        disk_format: `raw` if the image's manifest says so: a raw disk has no header to check.
+        disk_format: `qcow2`, or `raw` if the manifest says so; a raw disk has no header to check.
     """
     with open_plain(path, "image", "a qcow2 file") as fd:
         status = os.fstat(fd)
@@ -60,12 +60,12 @@ def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
         yield BaseImage(path, fd, size, status.st_size, status.st_mtime_ns)
 
 
-# Virtual sizes of checked images, by file and last change: the VMs of a fleet share one check.
+# Virtual sizes of checked images, by file and last change: a fleet checks its image only once.
 _checked: dict[tuple[int, ...], int] = {}
 
 
 def _virtual_size(fd: int, status: os.stat_result) -> int:
-    if time.time_ns() - status.st_ctime_ns < SETTLED:  # the next change may show the same time
+    if time.time_ns() - status.st_ctime_ns < SETTLED:  # another change could get the same time
         return qcow2.check(fd).virtual_size
     times = (status.st_mtime_ns, status.st_ctime_ns)
     key = (status.st_dev, status.st_ino, status.st_size, *times)
@@ -78,15 +78,15 @@ def _virtual_size(fd: int, status: os.stat_result) -> int:
 
 @contextmanager
 def open_plain(path: Path, argument: str, wanted: str) -> Iterator[int]:
-    """Open a plain file for reading, and yield the descriptor.
+    """Open a plain file for reading, and yield its descriptor.
 
     Args:
         argument: The name of the user's argument, for messages.
-        wanted: The kind of file that the argument takes, for messages: "a qcow2 file".
+        wanted: The kind of file to pass, for messages, such as "a qcow2 file".
     """
     named = f"{argument} {str(path)!r}"
     try:
-        # Without O_NONBLOCK the open of a FIFO would hang.
+        # Without O_NONBLOCK, opening a FIFO would hang.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ImageError(f"{named} does not exist: check the path.") from None
@@ -112,7 +112,7 @@ def open_plain(path: Path, argument: str, wanted: str) -> Iterator[int]:
 
 
 def own_source(disk: LocalDisk) -> Source:
-    """Return the files of the user's arguments, checked."""
+    """Check the files that the user passed, and return them."""
     source = Source(disk.path)
     if disk.kernel is not None:
         boot_args = ROOT_DISK if disk.boot_args is None else disk.boot_args
@@ -129,7 +129,7 @@ def own_source(disk: LocalDisk) -> Source:
 
 @contextmanager
 def open_kernel(path: Path) -> Iterator[int]:
-    """Open a Linux kernel for QEMU; yields the descriptor."""
+    """Open a Linux kernel for QEMU, check its magic, and yield the descriptor."""
     with open_plain(path, "kernel", "a Linux kernel") as fd:
         begin = os.pread(fd, BZIMAGE_AT + len(BZIMAGE), 0)
         if not begin.startswith(ELF) and begin[BZIMAGE_AT:] != BZIMAGE:
@@ -146,7 +146,7 @@ def open_initrd(path: Path) -> AbstractContextManager[int]:
 
 
 async def starts_by_bios(qemu_img: Path, fd: int, disk_format: str) -> bool:
-    """Return whether the first sector of an open disk has code for a BIOS; if not, UEFI boots."""
+    """Return whether the first sector of an open disk has BIOS boot code; if not, UEFI boots it."""
     if disk_format == "qcow2":
         sector = await in_thread(qcow2.first_sector, fd)
     else:

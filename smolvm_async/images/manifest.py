@@ -1,7 +1,8 @@
-"""The manifest of a published image, `smolvm-image.json`, which may be hostile.
+"""The manifest of a published image, `smolvm-image.json`.
 
-Two schemas are read into one `Manifest`: this library's own, which has a `schema_version`, and the
-one of the synchronous `smolvm` package, which has none, and whose images are always Linux.
+An attacker may have written the manifest, so every field is checked. A `Manifest` is read from one
+of two schemas: the library's own schema, or that of the synchronous `smolvm` package, which has no
+`schema_version`, and describes only Linux images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ logger = get_logger(__name__)
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST = 1 << 20  # bytes
-MAX_NAME, MAX_UNKNOWN = 200, 20  # characters of a name; names in a message
+MAX_NAME, MAX_UNKNOWN = 200, 20  # characters of a name; unknown fields in a warning
 LARGEST = {"rootfs": 1 << 40, "kernel": 256 << 20, "initrd": 1 << 30}  # bytes
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -46,7 +47,7 @@ class ImageFile(_StrictModel):
         name: Path relative to the manifest, with `/` between its parts.
         sha256: SHA-256 of the published file, in lower-case hexadecimal.
         size: Bytes of the published file; `None` in manifests of the synchronous package.
-        format: `qcow2` or `raw`, for a disk; `None` if the file's first bytes have to tell.
+        format: `qcow2` or `raw`, for a disk; `None` if the file's first bytes decide.
         compression: `zstd` if the file is decompressed during the download.
         content_sha256: SHA-256 of the decompressed file.
         content_size: Bytes of the decompressed file.
@@ -62,12 +63,12 @@ class ImageFile(_StrictModel):
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the file in the cache, where it is decompressed."""
+        """Return the SHA-256 of the file in the cache, which is always decompressed."""
         return self.content_sha256 or self.sha256
 
     @property
     def cached_size(self) -> int | None:
-        """Return the bytes of the file in the cache; `None` if the manifest does not say."""
+        """Return the file's size in the cache, in bytes; `None` if the manifest does not say."""
         return self.content_size or self.size
 
     @model_validator(mode="after")
@@ -85,11 +86,11 @@ class Manifest(_StrictModel):
     """The manifest of a published image.
 
     Attributes:
-        name: The image's name, for people.
+        name: The image's name, shown to users.
         os: The guest OS: a name in `GUESTS`.
         rootfs: The disk.
         kernel: The kernel that QEMU loads, for a guest without a boot loader.
-        initrd: The initramfs that goes with the kernel.
+        initrd: The initramfs that QEMU loads with the kernel.
         boot_args: The kernel's command line; `None` means this library's default.
         memory: Recommended memory in MiB; `None` means the guest OS's default.
         cpus: Recommended number of cores; `None` means the guest OS's default.
@@ -107,7 +108,7 @@ class Manifest(_StrictModel):
 
     @property
     def files(self) -> dict[str, ImageFile]:
-        """Return the files by part: `kernel`, `initrd`, and last the largest, `rootfs`."""
+        """Return the files by part: `kernel`, `initrd`, `rootfs`; the largest comes last."""
         parts = {"kernel": self.kernel, "initrd": self.initrd, "rootfs": self.rootfs}
         return {part: file for part, file in parts.items() if file is not None}
 
@@ -224,7 +225,7 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
-    """Return the number, unless it is infinite; Python reads `Infinity` and `1e999` as infinite."""
+    """Return the number; raise if it is infinite, since Python accepts `Infinity` and `1e999`."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"it has the number {shown(text)}, which JSON does not allow")
     return number
@@ -249,7 +250,7 @@ def _from_synchronous(values: dict[str, Any]) -> dict[str, Any]:
             )
         if isinstance(name, str):
             _check_name(name)
-            name = PurePosixPath(name).name  # as the synchronous package does
+            name = PurePosixPath(name).name  # the synchronous package does the same
         converted[part] = {"name": name, "sha256": digest}
     if "kernel" not in converted:
         raise ValueError(

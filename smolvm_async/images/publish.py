@@ -35,14 +35,14 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-PATTERNS = {  # patterns that recognize the files of a directory without a manifest
+PATTERNS = {  # patterns of file names, for a directory without a manifest
     "rootfs": r".*\.qcow2|rootfs.*|disk.*",
     "kernel": r"vmlinu[xz].*|bzImage.*|kernel.*",
     "initrd": r"initrd.*|initramfs.*",
 }
-BOOT_ARGS = "boot_args"  # the file with the kernel's command line; the built-in Debian has one
+BOOT_ARGS = "boot_args"  # the file with the kernel's command line; the built-in Debian has it, too
 PIECE = 1 << 20  # bytes
-LEVEL = 9  # of zstd; its window is within the 8 MiB that downloads accept
+LEVEL = 9  # zstd's level; its window fits into the 8 MiB that downloads accept
 
 
 async def push_image(
@@ -57,27 +57,27 @@ async def push_image(
     compress: str | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Manifest:
-    """Publish the image in a directory: a qcow2, and a kernel and an initramfs if there are any.
+    """Publish the image in a directory: a qcow2, optionally with a kernel and an initramfs.
 
-    A `smolvm-image.json` in the directory names these files, and gives the values that are not
-    passed here. Without one the files are recognized by their names.
+    If the directory has a `smolvm-image.json`, it names these files, and supplies the values that
+    are not passed here. Otherwise, the files are recognized by their names.
 
     Args:
         uri: `s3://BUCKET/PREFIX/`, or the URI of the manifest itself.
         name: The image's name; by default the last part of the prefix.
-        os: The guest OS; by default `linux`, if there is a kernel.
+        os: The guest OS; by default `linux` if the directory has a kernel.
         memory: Recommended memory in MiB.
         cpus: Recommended number of cores.
         boot_args: The kernel's command line; by default the content of the file `boot_args`.
-        compress: `zstd` compresses the disk.
-        on_progress: Called with bytes, total and rate.
+        compress: Pass `zstd` to compress the disk.
+        on_progress: Called with the bytes so far, their total, and the rate.
 
     Returns:
         The published manifest.
 
     Raises:
         ConfigError: An argument is wrong, or the directory contains no usable image.
-        HostError: There is no space for the compressed disk.
+        HostError: The cache's disk has no space for the compressed disk.
         ImageError: The upload failed.
     """
     location = parse_uri(uri, "uri")
@@ -117,7 +117,7 @@ async def push_image(
 def _read_directory(
     directory: Path, location: Location, given: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Return the manifest's values apart from the files, and the files by part."""
+    """Return the manifest's values except the files, and the paths of the files by part."""
     try:
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_file())
     except OSError as error:
@@ -196,7 +196,7 @@ def _prepare(
 
 @contextmanager
 def _temporary_file() -> Iterator[int]:
-    """Open a file without a name, which ends with the process."""
+    """Open a file without a name; the kernel deletes it when the process ends."""
     with tempfile.TemporaryFile(dir=Layout(cache_root()).arriving) as file:
         yield file.fileno()
 

@@ -1,26 +1,26 @@
-"""The qcow2 header: checked before QEMU opens a file, and written for an empty overlay.
+"""Check the qcow2 header of a file before QEMU opens the file, and write an empty overlay.
 
-The format is QEMU's docs/interop/qcow2.txt; every number is big-endian.
+QEMU's docs/interop/qcow2.txt describes the format; every number is big-endian.
 
-Why the header is checked. A qcow2 may name a second file: a backing file (its offset is in bytes 8
-to 15), or an external data file (bit 2 of the incompatible features). QEMU opens that file as well,
-with the rights of the user, and the guest can read it: an image whose backing file is /etc/passwd
-boots, and shows /etc/passwd to the guest. So the library reads the header itself, before QEMU or
-qemu-img sees the file, and refuses:
+The check protects the host's files. A qcow2 may name a second file: a backing file (its offset is
+in bytes 8 to 15), or an external data file (bit 2 of the incompatible features). QEMU also opens
+this file, with the rights of the user, and the guest can read it: if the backing file of an image
+is /etc/passwd, the image boots, and the guest can read /etc/passwd. So the library reads the header
+before QEMU or qemu-img opens the file, and refuses:
 
-- an image with a second file, whichever it is;
+- an image that names a backing file or an external data file;
 - an encrypted image, an image marked corrupt, and an image with features that this module does not
-  know, since an unknown feature may name a file, too;
-- tables that are out of range or outside the file, and a file shorter than the clusters that it
-  counts: QEMU would start, and the guest would meet an I/O error, or zeros, hours later.
+  know, since an unknown feature may also name a file;
+- tables that are out of range or outside the file, and a file that ends before its last cluster
+  with a reference count: the guest would boot, and get an I/O error, or zeros, hours later.
 
-The format is always passed to QEMU. A guessed format would let a guest that writes to a raw disk
-turn that disk into a qcow2 that names a file of the host.
+The library always tells QEMU the format. If QEMU guessed the format, a guest could turn its raw
+disk into a qcow2 that names a file of the host.
 
-A guest's writes go to an overlay, never to the base image. The overlay is written here, since
-`qemu-img create` takes a fifth of a launch. Its header does not name the backing file: QEMU gets
-the base image as an explicit node, by a descriptor. Each VM has an overlay of its own: if two QEMUs
-open one file for writing, the second fails with 'Failed to get "write" lock'.
+A guest writes to an overlay, never to the base image. This module writes the overlay, since
+`qemu-img create` takes a fifth of the time of a launch. The overlay's header does not name a
+backing file: QEMU gets the base image as an explicit node, by a descriptor. Each VM has its own
+overlay: if two QEMUs open a file for writing, the second fails with 'Failed to get "write" lock'.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00  # bits 9-55 of an L1, L2 or refcount table 
 ALL_ZEROS, COMPRESSED = 1, 1 << 62  # bits of an L2 table entry
 MAX_L1, MAX_REFCOUNT_TABLE = 32 << 20, 8 << 20  # bytes; QEMU's own limits (block/qcow2.h)
 MAX_SNAPSHOTS, SNAPSHOT_SIZE = 65536, 40  # entries of the table, and bytes of the smallest entry
-MAX_READ = 16 << 20  # bytes of reference counts that are read at most
+MAX_READ = 16 << 20  # bytes of reference counts to read at most
 OVERLAY_CLUSTER_BITS = 16
 
 OTHER_FORMATS = {
@@ -62,11 +62,11 @@ DAMAGED = "; download or copy it again"
 
 
 class Qcow2Error(ValueError):
-    """The reason why a file cannot be used: the rest of a sentence that begins with its name."""
+    """The file cannot be used. The message continues a sentence that begins with its name."""
 
 
 class Header(NamedTuple):
-    """The fields of a qcow2 header that this module uses; offsets and sizes in bytes."""
+    """The fields of a qcow2 header that this module uses; offsets and sizes are in bytes."""
 
     virtual_size: int
     cluster_bits: int
@@ -81,12 +81,12 @@ class Header(NamedTuple):
 
     @property
     def cluster_size(self) -> int:
-        """Return the bytes of a cluster."""
+        """Return the size of a cluster in bytes."""
         return 1 << self.cluster_bits
 
 
 def check(fd: int) -> Header:
-    """Read and check the header of the open file `fd`; write nothing, open no other file."""
+    """Check the header of the open file `fd` and return it; do not write, or open another file."""
     size = os.fstat(fd).st_size
     header = parse(os.pread(fd, 512, 0), size)
     _check_tables(header, size)
@@ -97,8 +97,8 @@ def check(fd: int) -> Header:
 def first_sector(fd: int) -> bytes | None:
     """Return the first 512 bytes of the disk in a file that has passed `check()`.
 
-    `None` means that the sector is compressed, or has an extended L2 entry, and qemu-img has to
-    read the sector. That takes as long as QEMU itself takes to start.
+    Return `None` if the sector is compressed, or has an extended L2 entry. Then only qemu-img can
+    read the sector, which takes as long as the start of QEMU itself.
     """
     header = parse(os.pread(fd, 512, 0), os.fstat(fd).st_size)
     if header.features & EXTENDED_L2:
@@ -112,7 +112,7 @@ def first_sector(fd: int) -> bytes | None:
 
 
 def parse(head: bytes, file_size: int) -> Header:
-    """Parse the first 512 bytes of a file of `file_size` bytes."""
+    """Parse the header in the first 512 bytes of a file of `file_size` bytes."""
     if file_size == 0:
         raise Qcow2Error("is empty (0 bytes); the download or copy of it failed")
     if not head.startswith(MAGIC):
@@ -160,7 +160,7 @@ def parse(head: bytes, file_size: int) -> Header:
 
 
 def detect_format(path: Path) -> str:
-    """Return `qcow2` or `raw`, by the first bytes of a file."""
+    """Return `qcow2` or `raw`, according to the first bytes of a file."""
     with path.open("rb") as file:
         return "qcow2" if file.read(len(MAGIC)) == MAGIC else "raw"
 
@@ -218,9 +218,9 @@ def _check_tables(header: Header, file_size: int) -> None:
 def _check_length(fd: int, header: Header, file_size: int) -> None:
     """Refuse a file that ends before the last cluster with a reference count.
 
-    The counts are read from the end backwards, so the first count that is not 0 decides. In an
-    image marked dirty the counts on disk may be older than the data: there, a missing end may go
-    unnoticed.
+    Read the counts backwards from the end: the first count that is not 0 belongs to the last
+    used cluster. If the image is marked dirty, the counts on disk may be older than the data, and a
+    missing end may stay unnoticed.
     """
     length = header.refcount_clusters << header.cluster_bits
     table = os.pread(fd, length, header.refcount_offset).rstrip(b"\0")
@@ -260,7 +260,7 @@ def _truncated(expected: int, actual: int) -> Qcow2Error:
 def empty(virtual_size: int) -> bytes:
     """Return the bytes of an empty qcow2 whose disk has `virtual_size` bytes.
 
-    Layout: header, refcount table, refcount blocks, L1 table; each begins on a new cluster.
+    Layout: header, refcount table, refcount blocks, L1 table; each part begins on a new cluster.
     """
     cluster_bits = OVERLAY_CLUSTER_BITS
     cluster = 1 << cluster_bits
