@@ -1,10 +1,10 @@
-"""A computer for computer-use models: it executes the actions of any such model in a VM.
+"""A computer for computer-use models: a VM that executes the actions of any such model.
 
-`Computer(vm)` takes actions in the form of the models' SDKs (mappings with `action`, `coordinate`,
-`text`, ...), and answers each with a screenshot. In an agent's loop:
+`Computer(vm)` takes actions in the models' SDK format (mappings with `action`, `coordinate`,
+`text`, ...), and returns a screenshot after each action. In an agent's loop:
 
     computer = Computer(vm)
-    for call in calls:  # the model's, in the SDK's own type
+    for call in calls:  # the model's tool calls, as objects of the SDK
         picture = await computer.act(call.input)
         result = base64.b64encode(picture.png).decode()  # an image of type image/png
 
@@ -28,9 +28,9 @@ from typing import Any, Literal
 
 from smolvm_async import AsyncSmolVM, Screenshot, SmolVMError, VMTimeoutError
 
-SETTLED = 1.0  # seconds without a change after which an action counts as done
-SETUP = (640, 480)  # pixels: OVMF's set-up
-PATIENCE = 5.0  # seconds to wait for that; some screens never stop changing
+SETTLED = 1.0  # seconds without a change of the screen, after which an action is done
+SETUP = (640, 480)  # the size of OVMF's set-up screens, in pixels
+PATIENCE = 5.0  # seconds to wait for a stable screen; some screens never stop changing
 
 Button = Literal["left", "middle", "right"]
 CLICKS: dict[str, tuple[Button, int]] = {
@@ -105,7 +105,7 @@ class Computer:
                 await self.vm.keyboard.press(key)
 
     async def _drag(self, start: tuple[int, int] | None, x: int, y: int) -> None:
-        """Drag from `start`; older models leave it out and mean the mouse's position."""
+        """Drag from `start`, or from the mouse's position, as older models omit `start`."""
         if start is not None:
             start_x, start_y = start
             await self.vm.mouse.drag(start_x, start_y, x, y)
@@ -122,7 +122,7 @@ class Computer:
             raise ValueError(
                 f"scroll_direction={direction!r} is wrong: use up, down, left or right."
             )
-        # Most programs scroll sideways with Shift.
+        # Most programs scroll sideways while Shift is held.
         sideways = "shift" if direction in ("left", "right") else None
         if "coordinate" in action:
             await self.vm.mouse.move(*action["coordinate"])
@@ -142,7 +142,7 @@ class Computer:
             await self.vm.keyboard.up(key)
 
 
-SCRIPT: tuple[dict[str, Any], ...] = (  # actions of a model in the firmware's set-up
+SCRIPT: tuple[dict[str, Any], ...] = (  # actions that a model might send for the firmware's set-up
     {"action": "screenshot"},
     {"action": "key", "text": "Down"},
     {"action": "key", "text": "Return"},
@@ -155,9 +155,9 @@ SCRIPT: tuple[dict[str, Any], ...] = (  # actions of a model in the firmware's s
 
 
 async def enter_setup(vm: AsyncSmolVM) -> None:
-    """Press Escape until the firmware shows its set-up, whose mode is smaller than the boot's."""
+    """Press Escape until the firmware shows its set-up, whose screen is smaller than at boot."""
     while (await vm.wait_for_screen(changed=True)).size == SETUP:
-        pass  # QEMU's screen has that size, too, until the firmware draws
+        pass  # QEMU's screen also has this size until the firmware draws
     while (shown := await vm.wait_for_screen(stable=SETTLED)).size != SETUP:
         await vm.keyboard.press("Escape")
         with contextlib.suppress(VMTimeoutError):
@@ -165,7 +165,7 @@ async def enter_setup(vm: AsyncSmolVM) -> None:
 
 
 async def look_around(image: Path, pictures: Path) -> None:
-    """Look through the set-up, and save the screenshots."""
+    """Execute the actions in the firmware's set-up, and save the screenshots."""
     async with AsyncSmolVM(os="windows", image=image) as vm:
         print("The firmware starts, and finds an empty disk.", flush=True)
         await enter_setup(vm)
@@ -179,7 +179,7 @@ async def look_around(image: Path, pictures: Path) -> None:
 
 
 def main(pictures: Path) -> None:
-    """Run the example with an empty disk, and a directory for the screenshots."""
+    """Create an empty disk and the directory for the screenshots, and run the example."""
     pictures.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         image = Path(directory) / "empty.qcow2"

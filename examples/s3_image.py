@@ -14,7 +14,7 @@ WIDTH = 30  # characters of the bar
 
 
 def show(progress: Progress) -> None:
-    """Draw a bar for a transfer, and print each other step."""
+    """Draw a progress bar for a transfer; print a line for any other step."""
     if progress.done is None or not progress.total:
         print(f"{progress.elapsed:7.2f} s  {progress.stage:<6} {progress.message}", flush=True)
         return
@@ -26,7 +26,7 @@ def show(progress: Progress) -> None:
 
 
 async def main(uri: str, directory: str | None) -> None:
-    """Publish the directory, if there is one; then pull the image and boot it."""
+    """Publish the directory if it is given; then pull the image and boot it."""
     if directory is not None:
         manifest = await push_image(directory, uri, on_progress=show)
         print(f"published {manifest.name} at {uri}")

@@ -1,11 +1,12 @@
 # Sets up a fresh Debian or Ubuntu machine: system packages, .venv, the package itself.
-# Sourced by examples/run.sh and tests/run.sh. Skips everything that is already installed.
+# examples/run.sh and tests/run.sh source this file. It skips everything that is already installed.
 
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # For the library: QEMU, its disk tool, the software TPM, the UEFI firmware. For the stand-in for
-# Windows: mtools, fdisk and e2fsprogs. The sourcing script may name more in `more_packages`.
+# Windows: mtools, fdisk and e2fsprogs. The script that sources this file can add more packages in
+# `more_packages`.
 packages=(qemu-system-x86 qemu-utils swtpm ovmf mtools fdisk e2fsprogs util-linux)
 packages+=(${more_packages[@]+"${more_packages[@]}"})
 

@@ -1,7 +1,7 @@
-"""Boot a sandbox with Secure Boot and a TPM, look at it, power it down.
+"""Boot a sandbox with Secure Boot and a TPM, inspect it, and power it down.
 
-Without --image the script builds and boots the stand-in for Windows, a small signed Linux disk, and
-prints the guest's report about its machine.
+Without --image, the script builds and boots the stand-in for Windows, a small signed Linux disk,
+and prints the guest's report about its machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def show(progress: Progress) -> None:
 
 
 async def read_report(vm: AsyncSmolVM) -> dict[str, str]:
-    """Return the stand-in's report, lines `STAND-IN: key=value` on its (slow) serial console."""
+    """Return the stand-in's report: lines `STAND-IN: key=value` on its slow serial console."""
     async with asyncio.timeout(60):
         while "STAND-IN: ready" not in vm.console_log():
             await asyncio.sleep(0.1)

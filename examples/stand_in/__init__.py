@@ -1,8 +1,8 @@
 """The stand-in: a small signed Linux disk that boots the way a Windows guest does.
 
 A Windows image cannot be shipped or built, so this disk tests the same machine: q35 with SMM, UEFI
-Secure Boot with Microsoft's keys (shim, GRUB and kernel are Debian's signed ones), TPM 2.0 and
-virtio-scsi. The guest reports its findings on the serial console, as `STAND-IN: key=value`.
+Secure Boot with Microsoft's keys (shim, GRUB and kernel are signed by Debian), TPM 2.0 and
+virtio-scsi. The guest describes its machine on the serial console, as `STAND-IN: key=value`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ["GUEST_OPTIONS", "build_stand_in"]
 
 # The kernel arguments `stand_in.NAME=VALUE` that init.sh understands.
 GUEST_OPTIONS = {
-    "power_button": ("ignore",),  # only report a press on the console
+    "power_button": ("ignore",),  # report a press on the console, and do nothing else
     "agent": ("off",),
-    "then": ("reboot", "panic", "poweroff"),  # once, after `ready`; reboot: on the first boot only
+    "then": ("reboot", "panic", "poweroff"),  # once, after `ready`; reboot only on the first boot
     "flood": (
         "serial",
         "agent",
     ),  # after `ready`, write endlessly to the serial console or the agent's port
 }
 
-PROGRAMS = {  # that the build runs, and their packages
+PROGRAMS = {  # the programs that the build runs, and their packages
     "apt-get": "apt",
     "apt-cache": "apt",
     "dpkg-deb": "dpkg",
@@ -55,23 +55,23 @@ async def build_stand_in(
 ) -> Path:
     """Build the stand-in, or find it in the cache.
 
-    The first build downloads 35 MB of packages, the first one with `desktop` 71 MB more. Variants
-    that differ only in kernel arguments share their base and take less than a second. The cache may
-    be deleted at any time. Tested on Debian 12; the names of Ubuntu's packages and files are in the
-    code, but untested.
+    The first build downloads 35 MB of packages; the first build with `desktop` downloads another
+    71 MB. Variants that differ only in kernel arguments share their base, and each takes less than
+    a second. You may delete the cache at any time. The build was tested on Debian 12. The names of
+    Ubuntu's packages and files are in the code, but untested.
 
     Args:
         cache_dir: The directory for disks and packages; by default `~/.cache/smolvm-async`.
-        desktop: Use screen, keyboard, mouse and tablet: typed text appears on the screen, and each
-            input event on the serial console (see guest/desktop.sh).
-        kernel_arguments: Added to the guest's kernel command line; see `GUEST_OPTIONS`.
+        desktop: Use screen, keyboard, mouse and tablet: show typed text on the screen, and report
+            each input event on the serial console (see guest/desktop.sh).
+        kernel_arguments: Arguments to add to the guest's kernel command line (`GUEST_OPTIONS`).
         on_progress: Called with each step.
 
     Returns:
-        A qcow2 file, read-only; its name depends on its content.
+        A read-only qcow2 file. Its name depends on its content.
 
     Raises:
-        ConfigError: If a kernel argument is unknown or cannot be passed on.
+        ConfigError: If a kernel argument is unknown or cannot be passed to the kernel.
         HostError: If the host is not Debian or Ubuntu, lacks a program, or the cache cannot be
             written.
         CommandError: If a package cannot be downloaded, or a program fails.

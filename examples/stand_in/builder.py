@@ -4,10 +4,10 @@
 
     packages/                  apt's lists and archives
     stand-in/
-        packages-RECIPE.json   the packages that this recipe was built with, and their digests
+        packages-RECIPE.json   the packages used to build this recipe, and their digests
         base-KEY.raw           the disk without grub.cfg, which all variants of a flavour share
         stand-in-KEY.qcow2     the finished disks
-        building/              the work directory of the build that is running
+        building/              the work directory of the current build
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from stand_in import disk, system
 
 STEPS = 6
 
-# Increase this when the builder or the guest's scripts change the content of the disk.
+# Increase this if a change of the builder or the guest's scripts changes the disk's content.
 RECIPE = 1
 
-Digests = dict[str, str]  # SHA-256 by file name of a package
+Digests = dict[str, str]  # the SHA-256 of each package, by file name
 
 
 class Builder:
@@ -51,13 +51,13 @@ class Builder:
         self._recipe = _recipe(flavour)
 
     def find(self) -> Path | None:
-        """Return the disk if it was built before; this takes milliseconds."""
+        """Return the disk, or `None` if it was not built yet; this takes milliseconds."""
         digests = self._last_packages()
         result = self._result(digests) if digests else None
         return result if result and result.exists() else None
 
     async def build(self) -> Path:
-        """Build what is missing, or wait for the process that is already building in this cache."""
+        """Build the missing files, or wait for the process that already builds in this cache."""
         self._steps.report("waiting for other builds", 0)
         async with packages.exclusive(self._store):
             digests = await self._known_packages() or await self._fetch_packages()
@@ -75,7 +75,7 @@ class Builder:
     async def _build_base(self, digests: Digests, work: Path, base: Path) -> None:
         self._steps.report("unpacking packages", 2)
         (work / "unpacked").mkdir()
-        for name in digests:  # without running the packages' scripts
+        for name in digests:  # extract the files only: do not run the packages' scripts
             await process.run(["dpkg-deb", "--extract", self._archives / name, work / "unpacked"])
         self._steps.report("arranging the guest's files", 3)
         await system.arrange(work / "unpacked", work, self._flavour)
@@ -86,7 +86,7 @@ class Builder:
     # Packages
 
     async def _known_packages(self) -> Digests | None:
-        """Return the packages of the last build if the base exists or can be made from them."""
+        """Return the packages of the last build if the base exists or can be built from them."""
         digests = self._last_packages()
         if digests is None or self._base(digests).exists():
             return digests
@@ -129,7 +129,7 @@ class Builder:
 
 
 def _recipe(flavour: system.Flavour) -> str:
-    """Return a name for all that the disk depends on, besides its packages."""
+    """Return a name for everything that the disk depends on, except its packages."""
     return key_of(release(), flavour.name, RECIPE)
 
 

@@ -1,8 +1,8 @@
 """Make the stand-in's disk from two directories, without root and without mounting anything.
 
-Everything that could differ from build to build is fixed: identifiers, times, owners, order. All
-programs run in the work directory with relative names, since some give a meaning to characters
-that a path may contain.
+Two builds make the same disk, since identifiers, times, owners and order are fixed. All programs
+run in the work directory with relative names, since some of them give a special meaning to
+characters that a path may contain.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SECTOR = 512
 
 DISK_ID = "5AFE0000-57A2-4D01-8000-000000000000"
 ESP_ID = "5AFE0000-57A2-4D01-8000-000000000001"
-ROOT_ID = "5afe0000-57a2-4d01-8000-000000000002"  # of the partition and of its file system
+ROOT_ID = "5afe0000-57a2-4d01-8000-000000000002"  # the UUID of the partition and of its file system
 
 GPT = f"""\
 label: gpt
@@ -86,7 +86,7 @@ async def _make_root(work: Path) -> None:
 
 
 def _reset_inode(path: str) -> str:
-    """Return debugfs commands that reset owner and times of an inode, which mke2fs copies."""
+    """Return debugfs commands that reset the owner and times that mke2fs copied to an inode."""
     fields = {"uid": "0", "gid": "0"}
     for time in ("atime", "ctime", "mtime", "crtime"):
         fields |= {time: f"@{EPOCH}", f"{time}_extra": "0"}
@@ -114,7 +114,7 @@ async def make_variant(base: Path, work: Path, kernel_arguments: Sequence[str]) 
 
 
 def grub_configuration(kernel_arguments: Sequence[str]) -> str:
-    """Return the content of grub.cfg; arguments must not contain a single quote."""
+    """Return the content of grub.cfg; the arguments must not contain single quotes."""
     arguments = ["console=ttyS0", "quiet", f"root=UUID={ROOT_ID}", *kernel_arguments]
     quoted = " ".join(f"'{argument}'" for argument in arguments)
     return f"set timeout=0\nlinux /vmlinuz {quoted}\ninitrd /initrd.img\nboot\n"

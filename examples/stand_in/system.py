@@ -1,4 +1,4 @@
-"""The stand-in's files: the packages they come from, and their places in the guest.
+"""The stand-in's files: the packages that contain them, and their places in the guest.
 
 The unpacked packages become two directories: `esp`, the EFI system partition without grub.cfg
 (which differs between variants), and `root`, the guest's root file system.
@@ -50,7 +50,7 @@ OTHER_DRIVERS = (
 
 
 class Flavour(NamedTuple):
-    """A flavour of the guest: its kernel by distribution, its own drivers and scripts."""
+    """A flavour of the guest: its kernel by distribution, its additional drivers and scripts."""
 
     name: str
     kernels: Mapping[str, str]
@@ -59,7 +59,7 @@ class Flavour(NamedTuple):
 
 
 PLAIN = Flavour("plain", CLOUD_KERNELS)
-DESKTOP = Flavour(  # cloud kernels have no USB
+DESKTOP = Flavour(  # needs USB, which cloud kernels do not support
     "desktop",
     {"debian": "linux-image-amd64", "ubuntu": "linux-image-generic"},
     drivers=("xhci_pci", "usbhid", "hid_generic", "psmouse"),
@@ -68,7 +68,7 @@ DESKTOP = Flavour(  # cloud kernels have no USB
 
 
 async def package_names(cache: Path, flavour: Flavour) -> list[str]:
-    """Return the packages to download; the lists must be in `cache`."""
+    """Return the packages to download; the package lists must be in `cache`."""
     agent = await packages.dependencies(["qemu-guest-agent"], cache)
     kernel = await packages.dependencies([flavour.kernels[distribution("the stand-in")]], cache)
     return [
@@ -114,7 +114,7 @@ def _arrange_root(
     for applet in applets:
         if applet != "busybox":
             (root / "bin" / applet).symlink_to("busybox")
-    (root / "bin/init").unlink(missing_ok=True)  # busybox has an init, too
+    (root / "bin/init").unlink(missing_ok=True)  # install() would write through the link to busybox
     for script in ("init", "shutdown", *scripts):
         install(GUEST_SCRIPTS / f"{script}.sh", root / "bin" / script, 0o755)
     install(GUEST_SCRIPTS / "network.sh", root / "etc/network.sh", 0o755)
@@ -141,7 +141,7 @@ def _arrange_esp(unpacked: Path, esp: Path, drivers: Sequence[Path]) -> None:
 
 
 async def _libraries(unpacked: Path) -> list[Path]:
-    """Return the libraries of qemu-ga, found by the packages' own loader; none is the host's."""
+    """Find qemu-ga's libraries with the packages' own loader; raise if one is the host's."""
     path = f"{unpacked}/lib/x86_64-linux-gnu:{unpacked}/usr/lib/x86_64-linux-gnu"
     loader = await asyncio.to_thread(find_file, unpacked, [LOADER])
     agent = await asyncio.to_thread(find_file, unpacked, ["qemu-ga"])

@@ -21,7 +21,7 @@ option() { # prints the value of the kernel argument stand_in.$1
 end() { # $1: a message; $2: poweroff or reboot
     trap '' USR1 USR2 TERM
     say "$1"
-    kill -KILL -1 # a process that writes would keep the disk from becoming read-only
+    kill -KILL -1 # the remount below fails while a process writes to the disk
     sync
     mount -o remount,ro /
     "$2" -f
@@ -52,7 +52,7 @@ watch_power_buttons() {
         read -r label <"$name"
         [ "$label" = "Power Button" ] || continue
         event=${name#/sys/class/input/}
-        exec 3<"/dev/input/${event%%/*}" # open it now, so that no press is lost
+        exec 3<"/dev/input/${event%%/*}" # open the device now, so that no press is lost
         watch_power_button <&3 &
         exec 3<&-
     done
@@ -199,7 +199,7 @@ and_then() {
 flood() {
     case $1 in
     serial) yes "STAND-IN: flood" & ;;
-    agent) yes flood >"$(agent_port)" & ;; # needs stand_in.agent=off: the port has one user
+    agent) yes flood >"$(agent_port)" & ;; # needs stand_in.agent=off: the port allows one process
     esac
 }
 

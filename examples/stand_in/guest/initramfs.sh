@@ -13,7 +13,7 @@ read -r arguments </proc/cmdline
 for argument in $arguments; do
     case $argument in root=*) wanted=${argument#root=} ;; esac
 done
-until root=$(busybox findfs "$wanted" 2>/dev/null); do # the SCSI bus is scanned slowly
+until root=$(busybox findfs "$wanted" 2>/dev/null); do # the kernel scans the SCSI bus slowly
     busybox sleep 0.02
 done
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# udhcpc runs this with the DHCP server's answer: $interface, $ip, $subnet, $router, $dns.
+# udhcpc runs this script with the DHCP server's answer: $interface, $ip, $subnet, $router, $dns.
 
 [ "$1" = bound ] || [ "$1" = renew ] || exit 0
 ifconfig "$interface" "$ip" netmask "$subnet"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# qemu-ga runs this for guest-shutdown: `shutdown -h -P|-H|-r +0 message`. Process 1 does the rest.
+# qemu-ga runs this script to shut down: `shutdown -h -P|-H|-r +0 message`. Process 1 does the rest.
 
 case " $* " in
 *" -r "*) reboot ;;
