@@ -131,7 +131,7 @@ class Computer:
 
     @contextlib.asynccontextmanager
     async def _held(self, key: str | None) -> AsyncIterator[None]:
-        """Hold a modifier key down in the block."""
+        """Hold a modifier key down during the block."""
         if not key:
             yield
             return

@@ -65,7 +65,7 @@ async def build_stand_in(
         desktop: Use screen, keyboard, mouse and tablet: show typed text on the screen, and report
             each input event on the serial console (see guest/desktop.sh).
         kernel_arguments: Arguments to add to the guest's kernel command line (`GUEST_OPTIONS`).
-        on_progress: Called with each step.
+        on_progress: Called for each step.
 
     Returns:
         A read-only qcow2 file. Its name depends on its content.

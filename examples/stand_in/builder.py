@@ -5,7 +5,7 @@
     packages/                  apt's lists and archives
     stand-in/
         packages-RECIPE.json   the packages used to build this recipe, and their digests
-        base-KEY.raw           the disk without grub.cfg, which all variants of a flavour share
+        base-KEY.raw           the disk without grub.cfg; all variants of a flavour share this file
         stand-in-KEY.qcow2     the finished disks
         building/              the work directory of the current build
 """

@@ -32,7 +32,7 @@ _URI = re.compile(r"'[^']*' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<digest>\w+)")
 
 @contextlib.asynccontextmanager
 async def exclusive(directory: Path) -> AsyncIterator[None]:
-    """Hold a lock on `directory` in the block; create the directory if it is missing.
+    """Hold a lock on `directory` during the block; create the directory if it is missing.
 
     Other tasks and processes wait. The lock is on the directory itself, so no lock file is needed.
     The kernel releases the lock when the process ends.

@@ -49,7 +49,7 @@ def key_of(*parts: object) -> str:
 
 
 def release() -> list[str]:
-    """Return this host's distribution, the distributions it descends from, and its version."""
+    """Return this host's distribution, the distributions that it derives from, and its version."""
     try:
         fields = platform.freedesktop_os_release()
     except OSError:

@@ -50,7 +50,7 @@ class ImageRecord(NamedTuple):
     """The record of an image that was pulled. Times are in seconds since the epoch."""
 
     path: Path  # the record's file
-    published: Published  # as of the last pull
+    published: Published  # its state at the last pull
     pulled: float
     used: float  # the last pull or boot: the mtime of the record's file
 
@@ -114,7 +114,7 @@ class Layout:
         return unchanged and file.cached_size in (None, status.st_size)
 
     def locked(self) -> AbstractAsyncContextManager[None]:
-        """Hold the cache's lock in the block. Keep the block short."""
+        """Hold the cache's lock during the block. Keep the block short."""
         return LockFile(self.root / "lock").hold()
 
     def record_path(self, uri: str, endpoint: str) -> Path:

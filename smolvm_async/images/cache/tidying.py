@@ -165,7 +165,7 @@ def _remove_unneeded(layout: Layout, using: list[VMUse]) -> None:
     for digest in {path.name.partition(".")[0] for path in layout.arriving.iterdir()}:
         name = f"{digest}.lock"
         lock = LockFile(layout.arriving / name)
-        if lock.try_lock():  # no process is downloading it
+        if lock.try_lock():  # no process is downloading this file
             for path in layout.arriving.glob(f"{digest}.*"):
                 if path.name != name:
                     path.unlink(missing_ok=True)
