@@ -1,11 +1,11 @@
-"""QEMU's command line: a pure function from values to a list of strings.
+"""Make QEMU's command line, in a pure function from values to a list of strings.
 
 No value of the user becomes part of an option's syntax: the base image is an inherited descriptor,
 every other file has a fixed name in the working directory, the firmware's paths are JSON, and a VM
-id has no character that has a meaning for QEMU.
+id contains no character that is special to QEMU.
 
-A device for every guest is a line in `qemu_arguments`. A device for one guest OS is an entry in
-`devices` of its profile.
+To add a device for every guest, add a line to `qemu_arguments`. To add a device for one guest OS,
+add an entry to `devices` of its profile.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from smolvm_async.host import Accelerator, HostTools
 from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, OVERLAY, SEED, VARS
 
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
-DISPLAY = "display"  # the display adapter
-NETWORK = "network"  # the network's backend
+DISPLAY = "display"  # the id of the display adapter
+NETWORK = "network"  # the id of the network's backend
 SCREEN = "/dev/fdset/2"  # the file that `screendump` writes
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _NAMESPACE = uuid.UUID("6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10")
 
 
 class Descriptors(NamedTuple):
-    """The descriptors through which this process reaches QEMU, and which QEMU inherits."""
+    """The descriptors that QEMU inherits to exchange data with this process."""
 
     monitor: int
     console: int
@@ -37,11 +37,11 @@ class Descriptors(NamedTuple):
 
 
 class DirectBoot(NamedTuple):
-    """A Linux kernel that QEMU loads itself.
+    """A Linux kernel that QEMU loads without a boot loader.
 
     Attributes:
-        kernel: A descriptor that QEMU inherits.
-        initrd: A second descriptor, or `None`.
+        kernel: The kernel's descriptor, which QEMU inherits.
+        initrd: The initramfs's descriptor, which QEMU inherits, or `None`.
         arguments: The kernel's command line.
     """
 
@@ -51,14 +51,14 @@ class DirectBoot(NamedTuple):
 
 
 class MachineSpec(NamedTuple):
-    """Everything that decides how the machine of one VM is built.
+    """The values that define the machine of one VM.
 
     Attributes:
         tools: QEMU, the programs of its sidecars, and the firmware (`None` means SeaBIOS).
         base_image: The open base image: a descriptor that QEMU inherits.
         sidecars: The names of the processes that run beside QEMU.
         disk_format: The format of the base image: `qcow2` or `raw`.
-        machine_type: The versioned type that a kept VM was made with; by default the newest.
+        machine_type: The versioned type that a kept VM was created with; by default the newest.
         direct_boot: The kernel, if the image has no boot loader of its own.
     """
 
@@ -73,7 +73,7 @@ class MachineSpec(NamedTuple):
 
 
 def machine_uuid(vm_id: str) -> uuid.UUID:
-    """Return the machine's UUID: the same for the same VM id."""
+    """Return the machine's UUID, which depends only on the VM id."""
     return uuid.uuid5(_NAMESPACE, vm_id)
 
 
@@ -94,7 +94,7 @@ def qemu_arguments(
         *("-uuid", str(machine_uuid(config.vm_id))),
         "-nodefaults",
         "-no-user-config",
-        "-S",  # `cont` follows when everything is attached
+        "-S",  # the guest waits for `cont`, until everything is attached
         *("-machine", machine),
         *("-accel", accelerator.option_for(config.memory)),
         *("-cpu", profile.cpu[accelerator.name]),
@@ -164,10 +164,10 @@ def _disk(base_image: int, disk_format: str, bus: str, *, keep: bool) -> list[st
 
 
 def _network(vm_id: str, *, ssh: bool) -> list[str]:
-    # Without a boot ROM (romfile=), or the firmware would try the network before the disk.
-    # The kernel chooses the host's port, so two VMs never choose the same.
+    # An empty romfile= leaves out the boot ROM, which would try the network before the disk.
+    # With host port 0 the kernel chooses a free port, so two VMs never get the same port.
     forward = ",hostfwd=tcp:127.0.0.1:0-:22" if ssh else ""
-    mac = "52:54:00:" + machine_uuid(vm_id).bytes[:3].hex(":")  # in QEMU's own range
+    mac = "52:54:00:" + machine_uuid(vm_id).bytes[:3].hex(":")  # QEMU's own range of addresses
     return [
         *("-netdev", f"user,id={NETWORK}{forward}"),
         *("-device", f"virtio-net-pci,netdev={NETWORK},mac={mac},romfile="),
@@ -175,7 +175,7 @@ def _network(vm_id: str, *, ssh: bool) -> list[str]:
 
 
 def _login(profile: GuestProfile, vm_id: str, direct_boot: DirectBoot | None) -> list[str]:
-    # A new guest has collected no entropy yet, and its first keys would wait for some.
+    # A new guest has collected no entropy yet, so generating its first keys would block.
     entropy = ["-device", "virtio-rng-pci"]
     own = [
         *("-fw_cfg", f"name=opt/smolvm/authorized_keys,file={AUTHORIZED_KEYS}"),
@@ -184,14 +184,14 @@ def _login(profile: GuestProfile, vm_id: str, direct_boot: DirectBoot | None) ->
     ]
     if profile.login == "nocloud":
         seed = _node("seed", "raw", SEED, read_only=True)
-        # A disk that QEMU starts with a kernel may have been built by this library.
+        # This library may have built the disk; such a guest boots a kernel and reads fw_cfg.
         both = own if direct_boot is not None else []
         return [*entropy, "-blockdev", seed, "-device", "virtio-blk-pci,drive=seed", *both]
     return [*entropy, *own] if profile.login == "fw_cfg" else []
 
 
 def _agent() -> list[str]:
-    # The port leads nowhere yet, but QEMU reports when the guest agent opens it.
+    # This library does not use the port, but QEMU reports when the guest agent opens it.
     return [
         *("-chardev", f"null,id={AGENT_PORT}"),
         *("-device", "virtio-serial-pci"),
@@ -204,12 +204,12 @@ def _agent() -> list[str]:
 
 def _display(resolution: tuple[int, int], screen: int, *, usb: bool) -> list[str]:
     width, height = resolution
-    # Firmware and guest read the resolution from the EDID. 4K fits into it with at most 50 Hz (in
-    # mHz here), and takes 32 MiB at 4 bytes a pixel.
+    # Firmware and guest read the resolution from the EDID, which can describe 4K only with at
+    # most 50 Hz (here in mHz). A 4K picture takes 32 MiB at 4 bytes per pixel.
     mode = f"edid=on,xres={width},yres={height},refresh_rate=50000,vgamem_mb=32"
     return [
         *("-display", "none"),
-        *("-vnc", "none,password=on,share=ignore"),  # listens when it is told to
+        *("-vnc", "none,password=on,share=ignore"),  # `vnc.py` makes it listen
         *("-add-fd", f"fd={screen},set=2"),
         *("-device", f"VGA,id={DISPLAY},{mode}"),
         # q35 has no USB controller of its own.
@@ -218,7 +218,7 @@ def _display(resolution: tuple[int, int], screen: int, *, usb: bool) -> list[str
 
 
 def _cache(*, keep: bool) -> dict[str, bool]:
-    # Without flushes, unless the VM is kept: its files are removed when it ends.
+    # Flush only for a kept VM: any other VM's files are removed when the VM ends.
     return {"direct": False, "no-flush": not keep}
 
 

@@ -1,14 +1,14 @@
-"""Boot states: when a VM enters each of them, and waiting for one. `events.BootState` lists them.
+"""Track the boot states of a VM, and wait for a boot state. `events.BootState` lists the states.
 
-QEMU has no event for most of them, so the tracker combines what it can see from outside:
+QEMU has no event for most boot states, so the tracker combines signs from outside the guest:
 
 - `cont` and QEMU's RESET start the firmware.
-- An operating system runs as soon as one has enabled ACPI events (`acpi.py`), which is polled.
-- The guest is ready when its SSH server accepts the login. Without SSH, it is ready when its agent
-  has opened its port; without an agent, when its disk has been idle for a while.
+- An operating system runs as soon as it has enabled ACPI events. The tracker polls `acpi.py`.
+- The guest is ready when its SSH server accepts the login. Without SSH, the guest is ready when its
+  agent has opened its port; without an agent, when its disk has been idle for 10 s.
 
-A reset may come at any time, also while a probe is under way: the answer then belongs to the boot
-before and is dropped.
+A reset may come at any time, even during a probe. The result of this probe describes the boot
+before the reset, so the tracker drops it.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from smolvm_async.qemu.events import (
 )
 from smolvm_async.qemu.monitor import Monitor
 
-POLL = 0.25  # seconds between two looks at a booting guest
-EARLY = 10.0  # seconds after which a guest is probed although no operating system was seen
+POLL = 0.25  # seconds between two polls of a booting guest
+EARLY = 10.0  # seconds until the first probe if no operating system was detected
 PROBE = 0.05  # seconds between two probes of a guest that is not ready
 IDLE = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
 
-# Returns the evidence that the guest is ready; `None` if it is not ready yet. Without a probe, the
-# guest's agent or its disk shows it.
+# Returns the evidence that the guest is ready; `None` if the guest is not ready yet. Without a
+# probe, the guest's agent or its disk shows that the guest is ready.
 Probe = Callable[[], Awaitable[str | None]]
 
 
 class BootStates:
-    """The boot states that a VM enters, and waiting for one.
+    """The latest boot state of a VM, and the tasks that wait for a boot state.
 
     Attributes:
-        last: The latest change.
+        last: The latest change of the boot state.
     """
 
     def __init__(self, hub: EventHub, first: BootStateChanged) -> None:
@@ -74,7 +74,7 @@ class BootStates:
                 future.set_result(None)
 
     async def wait_for(self, state: BootState) -> BootStateChanged | None:
-        """Wait until `state` or a later one is reached; `None` if the VM ended before."""
+        """Wait until the VM has reached `state` or a later state; `None` if the VM ended before."""
         if self.last.state.reaches(state):
             return self.last
         if self._ended:
@@ -88,7 +88,7 @@ class BootStates:
 
 
 class BootTracker(BootStates):
-    """Follows a VM through its boot states, from `start()` on. See the module's docstring."""
+    """A tracker of a VM's boot states from `start()` on. See the module's docstring."""
 
     def __init__(self, hub: EventHub, on_progress: ProgressCallback | None) -> None:
         self._on_progress = on_progress
@@ -109,7 +109,7 @@ class BootTracker(BootStates):
         self._changed = asyncio.Event()
 
     def on_event(self, event: Event) -> None:
-        """Enter the boot state that one of QEMU's events shows."""
+        """Enter a new boot state if an event of QEMU shows one."""
         if isinstance(event, Reset):
             self._resets += 1
             self.enter(BootState.FIRMWARE, f"the machine was reset ({event.reason})")
@@ -117,7 +117,7 @@ class BootTracker(BootStates):
             self._become_ready("the guest agent opened its port (VSERPORT_CHANGE)")
 
     async def watch(self, monitor: Monitor, probe: Probe | None) -> None:
-        """Poll for the states that QEMU has no event for, until cancelled or QEMU has ended."""
+        """Poll for the states without an event of QEMU, until cancelled or QEMU has ended."""
         self._probe = probe
         async with anyio.create_task_group() as group:
             if probe is not None:
@@ -136,11 +136,11 @@ class BootTracker(BootStates):
                 elif self.last.state is BootState.OPERATING_SYSTEM and self._probe is None:
                     await self._look_at_disk(monitor)
             except MonitorError:
-                pass  # QEMU is busy; the next look may succeed
+                pass  # QEMU is busy; the next poll may succeed
             except VMNotRunningError:
                 return
             if self.last.state is BootState.READY:
-                await self._changed.wait()  # for a reset
+                await self._changed.wait()  # until a reset
             else:
                 await asyncio.sleep(POLL)
 
@@ -149,7 +149,7 @@ class BootTracker(BootStates):
             if self.last.state is BootState.READY:
                 await self._changed.wait()
                 continue
-            if self.last.state is BootState.FIRMWARE:  # the SSH server does not run yet, probably
+            if self.last.state is BootState.FIRMWARE:  # the SSH server probably does not run yet
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(EARLY):
                         await self._changed.wait()

@@ -1,4 +1,4 @@
-"""The guest's serial console: the end of its output, kept in memory."""
+"""The guest's serial console. The last 256 KiB of its output stay in memory."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import socket
 
 from smolvm_async.foundation.tail import Reader, Tail
 
-LIMIT = 256 * 1024  # bytes that are kept, however much the guest writes
+LIMIT = 256 * 1024  # bytes of the output that stay in memory; the guest may write more
 
 
 class Console(Tail):
-    """Reads the serial console from a socketpair whose other end QEMU has inherited."""
+    """The console's last output, read from a socketpair. QEMU has inherited the other end."""
 
     def __init__(self) -> None:
         super().__init__(LIMIT)
         self._reader: Reader | None = None
 
     def open(self) -> socket.socket:
-        """Start reading and return QEMU's end, which the caller closes once QEMU has it."""
+        """Start reading and return QEMU's end. The caller closes it once QEMU has it."""
         ours, qemus = socket.socketpair()
         self._reader = Reader(ours.detach(), self)
         return qemus

@@ -1,4 +1,4 @@
-"""The events of a VM: QEMU's own, typed, and the changes of the boot state."""
+"""The events of a VM: QEMU's events as classes, and the changes of the boot state."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from smolvm_async.foundation.log import get_logger
 
 logger = get_logger(__name__)
 
-BACKLOG = 1024  # events that wait for a slow listener before the oldest are dropped
+BACKLOG = 1024  # events kept for a slow listener; further events replace the oldest
 
 
 class BootState(StrEnum):
     """The states of a booting guest, in this order.
 
     LAUNCHING: the host prepares the VM, until QEMU's `cont` lets the processors run.
-    FIRMWARE: the processors run the firmware, then the boot loader, or the start of the kernel. A
+    FIRMWARE: the processors run the firmware, then the boot loader or the start of the kernel. A
         reset leads back to this state.
-    OPERATING_SYSTEM: an operating system has enabled the chipset's ACPI events (PM1_EN is not 0,
-        as it is while firmware and boot loader run), or the guest agent has opened its port.
+    OPERATING_SYSTEM: an operating system has enabled the chipset's ACPI events (it has set PM1_EN,
+        which is 0 while firmware and boot loader run), or the guest agent has opened its port.
     READY: the SSH server of the guest answers and accepts our login. If the library cannot log in
-        to the guest OS, the guest agent has opened its port; or, without an agent, the disk was
-        idle for a while.
-        `BootStateChanged.evidence` says which.
+        to the guest OS, READY means that the guest agent has opened its port. Without an agent,
+        READY means that the disk was idle for 10 s. `BootStateChanged.evidence` names the reason.
     """
 
     LAUNCHING = "launching"
@@ -37,18 +36,18 @@ class BootState(StrEnum):
     READY = "ready"
 
     def reaches(self, other: BootState) -> bool:
-        """Return whether this state is `other` or a later one."""
+        """Return whether this state is `other` or a later state."""
         order = list(BootState)
         return order.index(self) >= order.index(other)
 
 
 @dataclass(frozen=True)
 class Event:
-    """One event.
+    """An event of a VM.
 
     Attributes:
-        name: QEMU's name for it, such as `SHUTDOWN`.
-        timestamp: Seconds since the epoch, as QEMU measured it.
+        name: QEMU's name of the event, such as `SHUTDOWN`.
+        timestamp: Seconds since the epoch, measured by QEMU.
         data: QEMU's data, unchanged.
     """
 
@@ -95,7 +94,7 @@ class GuestPanicked(Event):
 
     @property
     def action(self) -> str:
-        """QEMU's reaction."""
+        """QEMU's reaction to the panic."""
         return str(self.data.get("action", "unknown"))
 
 
@@ -122,7 +121,7 @@ TYPES: Mapping[str, type[Event]] = {
 
 
 def parse_event(message: Mapping[str, Any]) -> Event:
-    """Return the typed event of a QMP message; an event without a type here is an `Event`."""
+    """Return the event of a QMP message, as its class in `TYPES` or else as an `Event`."""
     name = str(message["event"])
     stamp = message.get("timestamp", {})
     timestamp = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
@@ -130,7 +129,7 @@ def parse_event(message: Mapping[str, Any]) -> Event:
 
 
 def event_from_json(values: Mapping[str, Any]) -> Event:
-    """Return the event that `dataclasses.asdict` was called with."""
+    """Return the event that `dataclasses.asdict` turned into `values`."""
     if values["name"] == BootStateChanged.NAME:
         return BootStateChanged(**{**values, "state": BootState(values["state"])})
     return TYPES.get(values["name"], Event)(**values)
@@ -140,7 +139,7 @@ class EventStream:
     """An async iterator over the events for one listener; it ends when the VM ends.
 
     Attributes:
-        listeners: Set at each new event and at the end.
+        listeners: The stream sets these `asyncio.Event`s at each new event and at its end.
     """
 
     def __init__(self) -> None:
@@ -162,7 +161,7 @@ class EventStream:
         return self._backlog.popleft()
 
     def put(self, event: Event) -> None:
-        """Add an event; if the listener is too far behind, the oldest event is dropped."""
+        """Add an event. If the listener is too far behind, drop its oldest event."""
         if self._closed:
             return
         if len(self._backlog) == BACKLOG and not self._behind:
@@ -174,12 +173,12 @@ class EventStream:
         self._wake()
 
     def close(self) -> None:
-        """End the stream after the events that it still holds."""
+        """End the stream once the listener has read the waiting events."""
         self._closed = True
         self._wake()
 
     def pending(self) -> list[Event]:
-        """Take all events that have arrived, without waiting."""
+        """Remove and return all events that have arrived, without waiting for more."""
         events = list(self._backlog)
         self._backlog.clear()
         return events
@@ -190,7 +189,7 @@ class EventStream:
 
 
 class EventHub:
-    """Passes every event to every stream that is still in use."""
+    """A hub that passes every event to every stream that is still in use."""
 
     def __init__(self) -> None:
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
@@ -207,6 +206,6 @@ class EventHub:
             stream.put(event)
 
     def close(self) -> None:
-        """End every stream after the events that it still holds."""
+        """End every stream once its listener has read the waiting events."""
         for stream in list(self._streams):
             stream.close()

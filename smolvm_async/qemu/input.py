@@ -1,4 +1,4 @@
-"""The guest's keyboard and tablet, as QEMU's input events."""
+"""Keyboard and tablet of the guest, driven by QEMU's input events."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from smolvm_async.qemu.monitor import Monitor
 
 InputEvent = dict[str, Any]  # QMP's InputEvent
 
-AXIS = 32767  # the end of QEMU's absolute axes (INPUT_EVENT_ABS_MAX in ui/input.h)
-FIRST_LOOK, LAST_LOOK = 0.0005, 0.02  # seconds between two looks whether the guest has read
+AXIS = 32767  # the maximum of QEMU's absolute axes (INPUT_EVENT_ABS_MAX in ui/input.h)
+FIRST_LOOK, LAST_LOOK = 0.0005, 0.02  # seconds between checks whether the guest has read the keys
 # Intel 8042: the status register, and its bits "data for the processor" and "from the mouse".
 STATUS_PORT, OUTPUT_FULL, FROM_MOUSE = 0x64, 0x01, 0x20
 
 
 def key(qcode: str, down: bool) -> InputEvent:
-    """Return the event that a key is pressed or released."""
+    """Return the event for pressing or releasing a key."""
     return {"type": "key", "data": {"down": down, "key": {"type": "qcode", "data": qcode}}}
 
 
 def button(name: str, down: bool) -> InputEvent:
-    """Return the event that a mouse button (or QEMU's wheel) is pressed or released."""
+    """Return the event for pressing or releasing a mouse button (or QEMU's wheel)."""
     return {"type": "btn", "data": {"down": down, "button": name}}
 
 
 def position(axis: Literal["x", "y"], value: int) -> InputEvent:
-    """Return the event that the tablet's pen is at a position from 0 to `AXIS`."""
+    """Return the event that moves the tablet's pen to a position from 0 to `AXIS`."""
     return {"type": "abs", "data": {"axis": axis, "value": value}}
 
 
@@ -47,12 +47,12 @@ def pressed(events: Iterable[InputEvent]) -> list[InputEvent]:
 
 
 def released(events: Sequence[InputEvent]) -> list[InputEvent]:
-    """Return the events that release all that `events` press, in reverse order."""
+    """Return the events that release the keys and buttons of `events`, in reverse order."""
     return [{**event, "data": {**event["data"], "down": False}} for event in reversed(events)]
 
 
 class Input:
-    """Sends input events over the monitor."""
+    """The guest's input devices, controlled over the monitor."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -62,7 +62,7 @@ class Input:
         self._resumed.set()
 
     def on_event(self, event: Event) -> None:
-        """Note one of QEMU's events. To be called with every event."""
+        """Note whether the guest is paused. Call this with every event of QEMU."""
         if event.name == "STOP":
             self._pauses += 1
             self._resumed.clear()
@@ -70,12 +70,12 @@ class Input:
             self._resumed.set()
 
     def close(self) -> None:
-        """End all waiting for the guest to be resumed, since the run is over."""
+        """Stop waiting for the guest to be resumed, because the run is over."""
         self._resumed.set()
 
     @rpc
     async def send(self, events: Sequence[InputEvent]) -> None:
-        """Send input events, which the guest's devices get immediately and together."""
+        """Send input events. The guest's devices get them immediately and together."""
         try:
             await self._monitor.execute("input-send-event", {"events": [*events]})
         except MonitorError as error:
@@ -90,8 +90,8 @@ class Input:
         """Send keyboard events, and wait until the guest has read them.
 
         The keyboard holds 16 bytes, about five keys, and drops events while it is full. So each
-        stroke, from any process, waits until the guest has read the one before. A stroke is at
-        most 16 bytes: three keys, down and up.
+        stroke, from any process, waits until the guest has read the previous stroke. A stroke has
+        at most 16 bytes: three keys, down and up.
 
         Raises:
             VMTimeoutError: If the guest does not read the keyboard within `patience` seconds.
@@ -125,9 +125,9 @@ class Input:
         self._monitor.start_task(self.deliver(events))
 
     async def deliver(self, events: Sequence[InputEvent]) -> None:
-        """Send input events after all earlier ones; to a paused guest, once it is resumed.
+        """Send input events after all earlier strokes. Wait first until a paused guest is resumed.
 
-        Nothing is raised if QEMU ends, or hangs.
+        Raise nothing if QEMU ends or hangs.
         """
         while True:
             pauses = self._pauses
@@ -140,12 +140,12 @@ class Input:
                     return
 
     async def _keyboard_idle(self) -> bool:
-        """Return whether the guest has read everything that the keyboard's controller held."""
+        """Return whether the guest has read all data of the keyboard from its controller."""
         status = await self._monitor.read_port(f"i/b {STATUS_PORT:#x}")
         return not status & OUTPUT_FULL or bool(status & FROM_MOUSE)
 
     @rpc
     async def tablet_taken(self) -> bool:
-        """Return whether the guest has a driver for the tablet; else QEMU drops its events."""
+        """Return whether the guest has a tablet driver; otherwise QEMU drops tablet events."""
         mice = await self._monitor.execute("query-mice")
         return any(mouse["current"] and mouse["absolute"] for mouse in mice)

@@ -1,8 +1,8 @@
-"""The launch of QEMU with its sidecars: for a VM, for the doctor's probe, and for the benchmarks.
+"""Launch QEMU with its sidecars: for a VM, for the doctor's probe, and for the benchmarks.
 
 `commands` connects the processes and makes their command lines. `launch` spawns the processes and
 connects the monitor. `Processes` owns the processes until they are reaped. The benchmarks' floor
-uses only `commands`: it measures the same processes without asyncio and without this library.
+uses only `commands`, to measure the same processes without asyncio and the rest of this library.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.sidecars import SIDECARS
 from smolvm_async.state.names import log_name
 
-SAME_END = 0.5  # seconds within which QEMU and a sidecar end if the end of one ends the other
-IMAGE_IN_USE = 'Failed to get shared "write" lock'  # QEMU's words
+SAME_END = 0.5  # seconds: QEMU ends this soon after its sidecar, or the sidecar after QEMU
+IMAGE_IN_USE = 'Failed to get shared "write" lock'  # a part of QEMU's error message
 
 
 class Command(NamedTuple):
-    """A process to spawn in the VM's directory. `log` is a file's name; `fds` are inherited."""
+    """A process to spawn in the VM's directory. It inherits `fds`; its log is the file `log`."""
 
     name: str
     argv: list[str]
@@ -40,7 +40,7 @@ class Command(NamedTuple):
 def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Command]]:
     """Connect QEMU to its sidecars, and yield the command of each process, QEMU's first.
 
-    The block has to spawn the processes: the sockets between them are closed at its end.
+    Spawn the processes inside the block: at its end, this process closes their sockets.
     """
     fds = [*descriptors, spec.base_image]
     if (boot := spec.direct_boot) is not None:
@@ -61,11 +61,11 @@ def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Comma
 
 
 class Processes:
-    """QEMU and its sidecars; at the end of the block they are killed and reaped, in any case.
+    """QEMU and its sidecars. The end of the `async with` block kills and reaps all of them.
 
     Attributes:
         children: All processes, QEMU first.
-        ended: The processes that have ended, in this order.
+        ended: The processes that have ended, in the order of their ends.
     """
 
     def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
@@ -83,11 +83,11 @@ class Processes:
 
     @property
     def qemu(self) -> Child:
-        """QEMU, once it was spawned."""
+        """QEMU's process, after it was spawned."""
         return self.children[0]
 
     def add(self, child: Child) -> None:
-        """Own a process from now on."""
+        """Take ownership of a process."""
 
         def note(_: asyncio.Future[int]) -> None:
             self.ended.append(child)
@@ -97,7 +97,7 @@ class Processes:
         child.exited.add_done_callback(note)
 
     def kill(self) -> None:
-        """Send SIGKILL to all processes that run."""
+        """Send SIGKILL to all running processes."""
         for child in self.children:
             child.kill()
 
@@ -105,12 +105,12 @@ class Processes:
         """Kill all processes after a failed launch, and return the error to raise.
 
         The error says which process failed, and how. The first process to end is not always the
-        cause: when QEMU refuses the machine, its sidecars end, too, with status 0; when a sidecar
-        fails, QEMU ends with an error that does not mention the sidecar. So all processes get a
-        moment to end. The report is of those with an error; a sidecar's comes before QEMU's.
+        cause: when QEMU refuses the machine, its sidecars also end, with status 0; when a sidecar
+        fails, QEMU ends with an error that does not mention the sidecar. So wait a moment for all
+        processes to end. Report the processes that ended with an error, sidecars before QEMU.
         """
         if isinstance(error, LaunchError) and isinstance(error.__cause__, OSError):
-            self.kill()  # a process could not be spawned: the others are not the cause
+            self.kill()  # a spawn failed: the other processes are not the cause
             return LaunchError(f"{vm_id} did not start: {error}", command=error.command)
         if self.children:
             await asyncio.wait([child.exited for child in self.children], timeout=SAME_END)
@@ -147,12 +147,13 @@ async def launch(
 ) -> None:
     """Spawn QEMU and its sidecars, and connect the monitor. The guest does not run yet.
 
-    The processes start up concurrently: all are spawned before the first wait. QEMU is spawned
-    first, since it takes longest. The directory has been filled; monitor, console and screen are
-    not open yet. QEMU has `timeout` seconds for its first answer; `amend` changes its command line.
+    The processes start up concurrently: spawn all of them before waiting for one. Spawn QEMU
+    first, because it takes longest. The caller has filled the directory, and has not opened
+    monitor, console and screen. QEMU has `timeout` seconds for its first answer; `amend` changes
+    QEMU's command line.
 
     Raises:
-        LaunchError: A process could not be spawned (its cause is then an `OSError`) or ended, or
+        LaunchError: A process could not be spawned (`__cause__` is then an `OSError`) or ended, or
             QEMU did not answer in time.
         OSError: No descriptors or no memory are left.
     """
@@ -165,5 +166,5 @@ async def launch(
         qemu, *sidecars = ends.enter_context(commands(spec, descriptors))
         for name, argv, log, fds in (qemu._replace(argv=amend(qemu.argv)), *sidecars):
             processes.add(await spawn(name, argv, cwd=directory, log=directory / log, fds=fds))
-    # This process has no copy of their ends any more, so the end of one shows as an end of file.
+    # Our copies of the children's sockets are closed, so the end of a child shows as end of file.
     await monitor.connect([child.exited for child in processes.children], timeout)

@@ -1,24 +1,24 @@
-"""QEMU's monitor: a QMP session. No other module imports `qemu.qmp`, QEMU's client.
+"""QEMU's monitor: a QMP session. Only this module imports `qemu.qmp`, QEMU's client.
 
-The client works well while a session is up. Eight facts about it explain the code below:
+The client works well while a session is up. Eight facts about the client explain this code:
 
-1. It accepts a connected socket. So the session runs over a socketpair whose other end QEMU
-   inherits: no socket file has to be waited for, has a path that is too long, or is left behind.
-   This process has to close its copy of QEMU's end at once, or the end of QEMU never shows.
-2. An anyio cancel scope around `connect()` wedges the client: it stays in DISCONNECTING and leaks a
+1. The client accepts a connected socket. So the session uses a socketpair, and QEMU inherits one
+   end. A socket file could have too long a path or stay behind, and we would have to wait for it.
+   This process closes its copy of QEMU's end at once; otherwise it never sees QEMU's end of file.
+2. An anyio cancel scope around `connect()` leaves the client in the state DISCONNECTING and leaks a
    future. The client's own tasks are outside every scope. So `connect()` and `disconnect()` run in
-   tasks of their own, which are always waited for; shutting the socket down ends a connect.
-3. After the end of file `execute()` raises, and so does `disconnect()`, even after a successful
-   `quit`. If nobody calls `disconnect()`, asyncio logs an exception that was never retrieved. So it
-   is always called, and its errors are ignored.
-4. `EventListener.get()` hangs forever after the end of file. It is not used.
-5. `client.events` keeps every event: 50,000 take 60 MB. So its filter passes each event on, and
-   keeps none.
-6. A reply of more than 10 MiB ends the session. No command here has such a reply.
-7. Cancelling `execute()` does not cancel the command in QEMU. Its late reply is ignored. Work that
-   must not overlap with such a command goes through a `CommandQueue`.
+   separate tasks, and we always wait for these tasks. We end a `connect()` by a socket shutdown.
+3. After the end of file, `execute()` and `disconnect()` raise, even after a successful `quit`. If
+   nobody calls `disconnect()`, asyncio logs an exception that was never retrieved. So we always
+   call `disconnect()` and ignore its errors.
+4. `EventListener.get()` hangs forever after the end of file. So we do not use it.
+5. `client.events` keeps every event: 50,000 events take 60 MB. So our event filter passes each
+   event on and tells the client not to keep the event.
+6. A reply of more than 10 MiB ends the session. No command here has such a large reply.
+7. Cancelling `execute()` does not cancel the command in QEMU. The client ignores the late reply.
+   Work that must not overlap with such a command runs in a `CommandQueue`.
 8. The client formats every message for its log, even if the log is off: 0.15 s for 1.4 MB.
-   `_Client` does so only if somebody reads the log.
+   `_Client` formats messages only if the log is on.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import settle, take_exception
 from smolvm_async.qemu.events import Event, parse_event
 
-# The client logs errors that are raised here, or expected. DEBUG shows every message.
+# This module raises or expects all errors that the client logs. DEBUG shows every message.
 wire = get_logger(f"{__name__}.wire")
 wire.setLevel(logging.CRITICAL)
 
-ANSWER = 30.0  # seconds that a caller waits for QEMU's answer; it usually takes 0.3 ms
-LAST_WORDS = 1.0  # seconds to read the last events of a QEMU that has ended
+ANSWER = 30.0  # seconds that a caller waits for QEMU's answer; usually, QEMU answers in 0.3 ms
+LAST_WORDS = 1.0  # seconds to read the last events after QEMU has ended
 
 T = TypeVar("T")
 
 
 class _Client(QMPClient):
-    """The client, which formats messages for its log only if somebody reads the log."""
+    """A QMP client that formats messages for its log only if the log is on."""
 
     def _cb_outbound(self, msg: Message) -> Message:
         return super()._cb_outbound(msg) if wire.isEnabledFor(logging.DEBUG) else msg
@@ -58,10 +58,10 @@ class _Client(QMPClient):
 
 
 class Monitor:
-    """A QMP session over a socketpair whose other end QEMU has inherited."""
+    """A QMP session over a socketpair. QEMU has inherited one end of it."""
 
     def __init__(self, on_event: Callable[[Event], None]) -> None:
-        self._client = _Client()  # a name would cost a logger that is never freed
+        self._client = _Client()  # unnamed: for each name, Python makes a logger and never frees it
         self._client.logger = wire
 
         def hand_on(message: Any) -> bool:
@@ -73,7 +73,7 @@ class Monitor:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def open(self) -> socket.socket:
-        """Make the socketpair and return QEMU's end, which the caller closes once QEMU has it."""
+        """Make the socketpair and return QEMU's end. The caller closes it once QEMU has it."""
         self._socket, qemus = socket.socketpair()
         return qemus
 
@@ -81,7 +81,7 @@ class Monitor:
         """Wait for QEMU's greeting and its answer to the first command.
 
         Raises:
-            LaunchError: If there is no answer in time, or one of the futures `ends` is done before.
+            LaunchError: If QEMU does not answer in time, or a future in `ends` is done first.
         """
         assert self._socket is not None
         connecting = asyncio.ensure_future(self._client.connect(self._socket))
@@ -92,7 +92,7 @@ class Monitor:
         finally:
             if not connecting.done():
                 with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)  # the end of file ends the attempt
+                    self._socket.shutdown(socket.SHUT_RDWR)  # the end of file ends connect()
             with contextlib.suppress(QMPError, AssertionError):  # QEMU has just died
                 await settle(connecting)
         if self._client.runstate is not Runstate.RUNNING:
@@ -102,7 +102,7 @@ class Monitor:
         """Execute a QMP command and return its result.
 
         Raises:
-            MonitorError: If QEMU refuses it, or does not answer within 30 s.
+            MonitorError: If QEMU refuses the command, or does not answer within 30 s.
             VMNotRunningError: If QEMU has ended.
         """
         try:
@@ -123,7 +123,7 @@ class Monitor:
             raise VMNotRunningError(f"QEMU has ended; {command} was not executed") from error
 
     async def read_port(self, line: str) -> int:
-        """Read an I/O port by a line of the human monitor: QMP itself has no command for this."""
+        """Read an I/O port with `line`, a human monitor command: QMP cannot read I/O ports."""
         answer = await self.execute("human-monitor-command", {"command-line": line})
         try:
             return int(answer.split("=")[1], 16)
@@ -143,14 +143,14 @@ class Monitor:
         take_exception(task)
 
     async def last_words(self) -> None:
-        """Once QEMU has ended, pass on the events that it still sent."""
+        """Pass on the last events of QEMU after QEMU has ended."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
                 while self._client.runstate is Runstate.RUNNING:
                     await self._client.runstate_changed()
 
     async def disconnect(self) -> None:
-        """End the session, whose errors are ignored, and wait for its background tasks."""
+        """End the session, ignore its errors, and wait for its background tasks."""
         if self._socket is not None:
             await settle(self._disconnect(self._socket))
 
@@ -167,11 +167,11 @@ class Monitor:
 
 
 class CommandQueue:
-    """Runs pieces of work of several commands each, one after another, each to its end.
+    """A queue for sequences of commands: each sequence runs to its end before the next one starts.
 
-    A caller that is cancelled, or has waited long enough, leaves at once. Its work goes on in the
-    background and keeps its turn: QEMU already has the command, and would execute it while the
-    next piece of work starts.
+    A caller that is cancelled or times out returns at once. Its sequence continues in the
+    background and keeps its turn: QEMU already has the current command, and would otherwise
+    execute it during the next sequence.
     """
 
     def __init__(self, monitor: Monitor) -> None:
@@ -179,7 +179,7 @@ class CommandQueue:
         self._turn = asyncio.Lock()
 
     async def take(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run some work, which has to use `Monitor.complete()`. It raises as `execute()` does."""
+        """Run `work`, which must use `Monitor.complete()`. Raise the same errors as `execute()`."""
         try:
             async with asyncio.timeout(ANSWER):
                 await self._turn.acquire()

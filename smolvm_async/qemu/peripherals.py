@@ -15,10 +15,10 @@ from smolvm_async.qemu.vnc import VNCServer
 
 @dataclass(frozen=True)
 class Peripherals:
-    """One object for each peripheral; in an attached process, a proxy of it.
+    """One object for each peripheral; in an attached process, a proxy of the object.
 
-    A process that is attached to the VM can call the methods that are marked with `@rpc`. A new
-    peripheral needs a field here and its object in `make()`, and nothing in `vm/attach/`.
+    A process that is attached to the VM can call the methods that are marked with `@rpc`. To add a
+    peripheral, add a field here and its object in `make()`; `vm/attach/` need not change.
     """
 
     screen: Screen
@@ -28,7 +28,7 @@ class Peripherals:
 
     @classmethod
     def make(cls, monitor: Monitor, config: VMConfig) -> Self:
-        """Make the peripherals of a VM; QEMU does not have to run yet."""
+        """Make the peripherals of a VM; QEMU need not run yet."""
         return cls(
             screen=Screen(monitor, config.resolution),
             input=Input(monitor),

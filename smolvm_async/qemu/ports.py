@@ -1,7 +1,7 @@
-"""Port forwards from 127.0.0.1 to the guest, by QEMU's user network (slirp).
+"""Port forwards from 127.0.0.1 to the guest, through QEMU's user network (slirp).
 
-QMP has no commands for them. `hostfwd_add`, `hostfwd_remove` and `info usernet` are commands of the
-human monitor, whose answers are text.
+QMP has no commands for port forwards. `hostfwd_add`, `hostfwd_remove` and `info usernet` are
+commands of the human monitor, which answers in text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FORWARD = re.compile(r"(?m)^\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)
 
 
 class Ports:
-    """Opens and closes forwards while the guest runs."""
+    """The port forwards of a running guest, controlled over the monitor."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -30,7 +30,7 @@ class Ports:
         self._ssh: int | None = None
 
     async def ssh(self) -> int:
-        """Return the host's port that leads to the guest's SSH server."""
+        """Return the host port that QEMU forwards to the guest's SSH server."""
         if self._ssh is None:
             forwards = await self._read()
             found = [forward.host_port for forward in forwards if forward.guest_port == SSH]
@@ -41,13 +41,13 @@ class Ports:
 
     @rpc
     async def forwards(self) -> list[PortForward]:
-        """Return the forwards, without the library's own to the SSH server."""
+        """Return the port forwards, without the library's own forward to the SSH server."""
         ours = await self.ssh() if self._ssh is not None else None
         return [forward for forward in await self._read() if forward.host_port != ours]
 
     @rpc
     async def expose(self, guest_port: int, host_port: int | None) -> int:
-        """Forward a port of 127.0.0.1, and return its number."""
+        """Forward a port of 127.0.0.1 to `guest_port`, and return the host port."""
         return await self._commands.take(partial(self._expose, guest_port, host_port))
 
     async def _expose(self, guest_port: int, host_port: int | None) -> int:
@@ -66,7 +66,7 @@ class Ports:
 
     @rpc
     async def unexpose(self, host_port: int) -> None:
-        """End a forward. Its open connections stay open."""
+        """Remove a port forward. Its open connections stay open."""
         await self._commands.take(partial(self._unexpose, host_port))
 
     async def _unexpose(self, host_port: int) -> None:

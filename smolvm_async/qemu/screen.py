@@ -1,4 +1,4 @@
-"""The guest's screen, as QEMU draws it: into memory, so that no picture is ever on a disk."""
+"""Screenshots of the guest. QEMU writes them into memory, so no picture reaches a disk."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.qemu.arguments import DISPLAY, SCREEN
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
 
-PIXEL = 4  # bytes, at most, in a picture
+PIXEL = 4  # bytes that a pixel of a picture takes, at most
 
 
 class Screen:
-    """A memfd that QEMU inherits for writing, and this process reads."""
+    """The memfd for screenshots: QEMU writes to it, this process reads."""
 
     def __init__(self, monitor: Monitor, resolution: tuple[int, int]) -> None:
         self._monitor = monitor
@@ -28,10 +28,10 @@ class Screen:
         self._read = self._write = -1
 
     def open(self) -> int:
-        """Make the memfd and return QEMU's descriptor, which `close()` closes."""
+        """Make the memfd and return QEMU's descriptor. `close()` closes the descriptor."""
         self._read = os.memfd_create("screen")
         self._files.callback(os.close, self._read)
-        # QEMU wants a descriptor that can only be written to. Both share the position.
+        # QEMU requires a write-only descriptor. QEMU's copy and ours share the file position.
         self._write = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_CLOEXEC)
         self._files.callback(os.close, self._write)
         return self._write
@@ -43,14 +43,14 @@ class Screen:
 
     @rpc
     async def dump(self, image_format: str, device: str | None, head: int) -> bytes:
-        """Return a picture, `png` or `ppm`, after the pictures that were asked for before.
+        """Take a screenshot after all earlier requests, and return it as `png` or `ppm`.
 
         Raises:
-            ConfigError: If no display can have this name or head.
-            HostError: If there is no memory for the picture.
+            ConfigError: If a display cannot have this name or this head.
+            HostError: If the host has no memory for the picture.
             MonitorError, VMNotRunningError: See `Monitor.execute()`.
         """
-        # Half a surrogate pair in the name would make QEMU's parser end the session.
+        # QEMU's parser would end the session if the name had half a surrogate pair.
         check_display(device, head)
         return await self._commands.take(partial(self._dump, image_format, device or DISPLAY, head))
 
@@ -66,7 +66,7 @@ class Screen:
             os.ftruncate(self._write, 0)
 
     def _reserve(self) -> None:
-        """Allocate the memory now: if it were missing, libpng would abort QEMU."""
+        """Allocate the memory first: if QEMU ran out of memory, libpng would abort QEMU."""
         try:
             os.posix_fallocate(self._write, 0, self._size)
         except OSError as error:

@@ -1,8 +1,8 @@
 """The shutdown ladder: power button, `quit`, SIGTERM, SIGKILL.
 
-Each rung but the last has a deadline, after which the next rung is tried. To add a rung, add its
-`Rung` in the ladder's order, its ending, and a row in `shut_down` with the function that acts; and
-add its deadline to `Timeouts`.
+Each rung except the last has a deadline; after it, `shut_down` tries the next rung. To add a rung,
+add a `Rung` in the ladder's order, its text in `ENDINGS`, a row in `shut_down` with the function
+that acts, and its deadline in `Timeouts`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from smolvm_async.qemu.monitor import Monitor
 
 logger = get_logger(__name__)
 
-PRESS_AGAIN = 5.0  # seconds; a press is lost if nothing in the guest listens to the button yet
-EXIT = 1.0  # seconds from the end of the monitor's connection to QEMU's exit
-POLL = 0.1  # seconds between two looks whether the guest listens
+PRESS_AGAIN = 5.0  # seconds; the guest loses a press if it does not listen to the button yet
+EXIT = 1.0  # seconds for QEMU to exit after the end of the monitor's connection
+POLL = 0.1  # seconds between two checks whether the guest listens to the button
 
 
 Act = Callable[[Child, Monitor], Coroutine[Any, Any, str]]
 
 
 class Rung(StrEnum):
-    """The cause of a VM's end: a rung of the shutdown ladder, in its order, or another cause.
+    """The cause of a VM's end: a rung of the shutdown ladder, in order, or another cause.
 
-    GUEST: the guest had powered itself down. CRASH: the VM had crashed. NONE: it was not running.
+    GUEST: the guest had powered itself down. CRASH: the VM had crashed. NONE: no VM was running.
     """
 
     POWERDOWN = "powerdown"
@@ -62,7 +62,7 @@ ENDINGS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One rung that was tried: its duration in seconds, and a remark on how it went."""
+    """A rung that `shut_down` tried: its duration in seconds, and a remark on the result."""
 
     rung: Rung
     seconds: float
@@ -75,9 +75,9 @@ class ShutdownReport:
 
     Attributes:
         rung: The cause of the end.
-        seconds: How long all rungs took together.
-        steps: Each rung that was tried, in order.
-        exit_status: QEMU's exit status, negative for a signal; `None` if it was not running.
+        seconds: The duration of all rungs together.
+        steps: The rungs that `shut_down` tried, in order.
+        exit_status: QEMU's exit status, negative for a signal; `None` if QEMU was not running.
     """
 
     rung: Rung
@@ -94,7 +94,7 @@ class ShutdownReport:
 async def shut_down(
     qemu: Child, monitor: Monitor, timeouts: Timeouts, on_progress: ProgressCallback | None
 ) -> ShutdownReport:
-    """Climb the ladder until QEMU has ended. A rung whose deadline is 0 is left out."""
+    """Try the rungs in order until QEMU has ended. Skip a rung whose deadline is 0."""
     began = time.monotonic()
     meter = Meter(on_progress, "stop")
     ladder: list[tuple[Rung, Act, float]] = [
@@ -128,7 +128,7 @@ async def _climb(rung: Rung, act: Coroutine[Any, Any, str], deadline: float, qem
     except MonitorError as error:
         note = str(error)
     except VMNotRunningError:
-        # The end of the monitor's connection comes just before QEMU's exit.
+        # QEMU closes the monitor's connection just before it exits.
         note = "" if await _ended_within(qemu, EXIT) else "its monitor is closed"
     step = Step(rung, time.monotonic() - began, note)
     logger.debug("%s: %.3f s %s", rung, step.seconds, note)
@@ -138,7 +138,7 @@ async def _climb(rung: Rung, act: Coroutine[Any, Any, str], deadline: float, qem
 async def _power_down(qemu: Child, monitor: Monitor) -> str:
     """Press the power button until the guest has powered down, and return a remark.
 
-    If the guest cannot power down, return at once: the next rung is then tried.
+    If the guest cannot power down, return at once, so that `shut_down` tries the next rung.
     """
     status = await monitor.execute("query-status")
     if status["status"] == "paused":  # the guest would not notice the button

@@ -15,12 +15,12 @@ from smolvm_async.foundation.rpc import rpc
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
 from smolvm_async.state.names import VNC
 
-MAX_PATH = 107  # bytes; unix(7)
-PASSWORD = 8  # characters; VNC's authentication (RFC 6143) ignores all further ones
+MAX_PATH = 107  # bytes in the path of a socket; unix(7)
+PASSWORD = 8  # characters; VNC's authentication (RFC 6143) ignores further characters
 
 
 class VNCServer:
-    """Turns the VNC server on and off over the monitor."""
+    """The VNC server of QEMU, turned on and off over the monitor."""
 
     def __init__(self, monitor: Monitor, directory: Path) -> None:
         self._monitor = monitor
@@ -30,11 +30,11 @@ class VNCServer:
 
     @rpc
     async def start(self, kind: VNCKind) -> str:
-        """Listen with a new random password, no longer where it did before, and return the URL.
+        """Replace an earlier listener: listen with a new random password, and return the URL.
 
         Raises:
             ConfigError: If the path of the socket would be too long.
-            MonitorError: If QEMU refuses, for example since it was built without VNC.
+            MonitorError: If QEMU refuses, for example because it was built without VNC.
             VMNotRunningError: If QEMU has ended.
         """
         return await self._commands.take(partial(self._start, kind))
@@ -63,7 +63,7 @@ class VNCServer:
 
     @rpc
     async def stop(self) -> None:
-        """Stop listening, if it listens."""
+        """Stop listening. Do nothing if the server does not listen."""
         await self._commands.take(self._stop)
 
     async def _stop(self) -> None:
@@ -76,5 +76,5 @@ class VNCServer:
 
     @rpc
     async def url(self) -> str | None:
-        """Return the URL with the password; `None` while it does not listen."""
+        """Return the URL with the password; `None` while the server does not listen."""
         return self._url

@@ -1,13 +1,13 @@
-"""Sidecars: the processes that run beside QEMU, a file for each.
+"""Sidecars: processes that run beside QEMU. Each sidecar has a file in this folder.
 
 To add a sidecar, write `NAME.py` in this folder, with an instance of a subclass of `Sidecar` as its
-`SIDECAR`, and add `NAME` to `sidecars` in the profile of each guest OS that needs it. Nothing else
-has to change, because everything else asks the class:
+`SIDECAR`, and add `NAME` to `sidecars` in the profile of each guest OS that needs it. All other
+code uses the class and need not change:
 
-- `host` and `state` must not import this room: callers pass the programs to `host` and the
+- `host` and `state` must not import this package: callers pass the programs to `host` and the
   directories to `state`. A sidecar's directory is `NAME`, and its other files begin with `NAME.`,
-  since a VM's directory is also listed and pruned where the guest OS is not known.
-- The doctor tries out the sidecars of the guests that it examines: those with UEFI firmware.
+  because the code that lists and prunes a VM's directory may not know the guest OS.
+- The doctor tests the sidecars of the guests that it examines: guests with UEFI firmware.
 
 Add the packages of the program to `examples/setup.sh`, which installs what the tests need.
 """

@@ -1,4 +1,4 @@
-"""The base class of sidecars: everything that other modules ask a sidecar for."""
+"""The base class of sidecars: the interface that all other modules use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Attachment(NamedTuple):
     Attributes:
         command: The sidecar's command line. The VM's directory is its working directory.
         own_sockets: The sockets that the sidecar inherits.
-        options: The options of QEMU's machine that use the sidecar.
+        options: The QEMU options that connect the machine to the sidecar.
         sockets: The sockets that QEMU inherits.
     """
 
@@ -30,16 +30,16 @@ class Attachment(NamedTuple):
 class Sidecar(ABC):
     """A process that runs beside QEMU from the launch to the end of a VM.
 
-    It is spawned right after QEMU and is ready long before QEMU needs it. QEMU and the sidecar
-    reach each other over inherited sockets, so neither waits for a file to appear.
+    `launch` spawns it right after QEMU, and it is ready long before QEMU needs it. QEMU and the
+    sidecar talk over inherited sockets, so neither waits for a socket file to appear.
 
     Attributes:
-        program: The program, and the packages that have it. The name of the program is also the
-            name of the sidecar: in profiles and messages, and of its log, `NAME.log`.
+        program: The program, and the packages that contain it. The program's name is also the
+            sidecar's name in profiles and messages; the sidecar's log is `NAME.log`.
         directory: The subdirectory of the VM's directory for the sidecar's state, called `NAME`. A
-            kept VM keeps it; otherwise it is removed when the VM stops. `None` if there is no
-            state. All other files of the sidecar must begin with `NAME.`.
-        device: The device that the sidecar provides; also the name of a check of the doctor.
+            kept VM keeps it; any other VM loses it when the VM stops. `None` if the sidecar has
+            no state. The names of the sidecar's other files must begin with `NAME.`.
+        device: The device that the sidecar provides. The doctor's check has the same name.
     """
 
     program: ClassVar[Program]
@@ -52,8 +52,8 @@ class Sidecar(ABC):
 
     @abstractmethod
     async def try_out(self, program: Path, directory: Path) -> str:
-        """Run the program in an empty directory, without QEMU, for the doctor.
+        """Run the program without QEMU in an empty directory, and describe the result.
 
-        Return a few words on the result. A `CommandError` has the log of a program that does not
-        work.
+        The doctor calls this. If the program does not work, raise a `CommandError` that has the
+        program's log.
         """

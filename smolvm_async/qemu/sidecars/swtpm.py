@@ -1,4 +1,4 @@
-"""swtpm: a TPM 2.0 in software, on a socketpair shared with QEMU."""
+"""swtpm: a TPM 2.0 in software, connected to QEMU by a socketpair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smolvm_async.state.names import TPM, log_name
 
 SOCKET = ("socket", "--tpm2", "--tpmstate", f"dir={TPM},mode=0600")
 
-ANSWER = 10.0  # seconds until the doctor's question has to be answered
+ANSWER = 10.0  # seconds that the doctor waits for an answer
 
 # TPM 2.0 Library, part 3: TPM2_GetRandom of 8 bytes, without a session.
 HEADER = struct.Struct(">HII")
@@ -32,14 +32,14 @@ class Swtpm(Sidecar):
     device = "tpm"
 
     def connect(self, program: Path, config: VMConfig) -> Attachment:
-        """Make the socketpair for the control channel; QEMU sends the data channel through it."""
+        """Make the socketpair of the control channel. QEMU sends the data channel through it."""
         ours, qemus = socketpair()
         return Attachment(
             command=[
                 str(program),
                 *SOCKET,
                 *("--ctrl", f"type=unixio,clientfd={ours.fileno()}"),
-                "--terminate",  # when QEMU's end closes
+                "--terminate",  # swtpm ends when QEMU's end of the socketpair closes
             ],
             own_sockets=(ours,),
             options=[
@@ -89,7 +89,7 @@ async def _exchange(connection: socket, command: bytes) -> bytes:
 
 
 def random_bytes(answer: bytes) -> bytes:
-    """Return the bytes in an answer to TPM2_GetRandom; empty if it is an error or not an answer."""
+    """Return the random bytes in an answer to TPM2_GetRandom; empty if the answer is not valid."""
     if len(answer) < HEADER.size + 2:
         return b""
     tag, size, code = HEADER.unpack_from(answer)
