@@ -1,4 +1,4 @@
-"""Examine the host by doing the same as a VM does, instead of looking at versions."""
+"""Examine the host: do the same as a VM does, instead of comparing versions."""
 
 from __future__ import annotations
 

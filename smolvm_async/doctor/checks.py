@@ -1,4 +1,4 @@
-"""The checks that need no guest: the kernel, programs, firmware, disk space and memory."""
+"""The checks that do not boot a guest: kernel, programs, firmware, disk space and memory."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ OLDEST_QEMU = (7, 1)
 TESTED_QEMU = "7.2"
 
 GIB = 1 << 30
-LITTLE, TOO_LITTLE = 10 * GIB, 1 * GIB  # of disk space
+LITTLE, TOO_LITTLE = 10 * GIB, 1 * GIB  # bytes of free disk space
 SAMPLE, BLOCK = "sample", bytes(1 << 20)
 
-# A program that prints its parent-death signal, which setpriv has to set; prctl(2).
+# Prints the parent-death signal of its own process, which setpriv must have set; prctl(2).
 SHOW_SIGNAL = """
 import ctypes
 signal = ctypes.c_int()
@@ -59,7 +59,7 @@ def host_checks(data_dir: Path) -> list[Check]:
 
 
 def guest_checks(profile: GuestProfile, data_dir: Path) -> list[Check]:
-    """Return the checks of everything that a guest OS needs, before its machine is booted."""
+    """Return the checks for one guest OS that do not boot its machine."""
     needs = ("setpriv", "data-dir", "disk")
     return [
         Check("memory", partial(check_memory, profile)),
@@ -77,7 +77,7 @@ def guest_checks(profile: GuestProfile, data_dir: Path) -> list[Check]:
 
 
 def check_kernel() -> Verdict:
-    """Check that pidfds work, by which the event loop watches children."""
+    """Check that pidfds work. The event loop watches child processes with pidfds."""
     release = platform.release()
     try:
         fd = os.pidfd_open(os.getpid())
@@ -99,11 +99,11 @@ def check_python() -> Verdict:
 
 
 async def check_setpriv() -> Verdict:
-    """Check the parent-death signal, without which QEMU would outlive a killed Python."""
+    """Check the parent-death signal. Without it, QEMU would outlive a killed Python."""
     if shutil.which(SETPRIV.name) is None:
         return _missing(SETPRIV)
     cure = f"Use util-linux 2.33 or newer. {how_to_install([SETPRIV])}."
-    try:  # `run` puts `setpriv --pdeathsig KILL --` in front
+    try:  # `run` itself prepends `setpriv --pdeathsig KILL --`
         shown = (await run([sys.executable, "-I", "-S", "-c", SHOW_SIGNAL])).strip()
     except CommandError as error:
         return failed(f"setpriv --pdeathsig does not work: {error}", cure)
@@ -148,7 +148,7 @@ async def check_qemu() -> Verdict:
 
 
 async def check_qemu_img(data_dir: Path) -> Verdict:
-    """Make a disk with qemu-img, and look at the disk."""
+    """Make a disk with qemu-img, and open the disk."""
     version = await _version(QEMU_IMG)
     if isinstance(version, Verdict):
         return version
@@ -163,7 +163,7 @@ async def check_qemu_img(data_dir: Path) -> Verdict:
 
 
 async def check_sidecar(sidecar: Sidecar, data_dir: Path) -> Verdict:
-    """Try out a sidecar's program without QEMU."""
+    """Test a sidecar's program without QEMU."""
     version = await _version(sidecar.program)
     if isinstance(version, Verdict):
         return version
@@ -187,12 +187,12 @@ def check_firmware(profile: GuestProfile) -> Verdict:
 
 
 def find_pair(profile: GuestProfile) -> Firmware | None:
-    """Return the firmware pair that a guest OS gets."""
+    """Return the firmware pair for a guest OS; `None` if the host has none."""
     return find_firmware(profile.firmware_features, descriptor_directories(os.environ))
 
 
 async def _version(program: Program) -> str | Verdict:
-    """Return the first line of the output of `--version`, or the reason why there is none."""
+    """Return the first line that `--version` prints, or the verdict if the program fails."""
     if shutil.which(program.name) is None:
         return _missing(program)
     try:
@@ -216,7 +216,7 @@ def _reinstall(program: Program) -> str:
 
 
 async def check_data_dir(data_dir: Path) -> Verdict:
-    """Make, lock, inspect and remove a VM's directory, with a socket in it."""
+    """Make, lock, inspect and remove a VM's directory that contains a socket."""
     try:
         async with scratch(data_dir) as state:
             problem = await in_thread(_problem, state.path)
@@ -231,7 +231,7 @@ async def check_data_dir(data_dir: Path) -> Verdict:
 
 
 def _problem(path: Path) -> str:
-    """Say what is wrong with a directory that was just made and locked; empty if nothing is."""
+    """Return the problem of a directory that was just made and locked; empty if it has none."""
     status = path.stat()
     if stat.S_IMODE(status.st_mode) != 0o700:
         mode = stat.S_IMODE(status.st_mode)
@@ -244,7 +244,8 @@ def _problem(path: Path) -> str:
         return f"locks do not work in {path.parent}: one directory was locked twice"
     fd = open_directory(path)
     try:
-        with socket.socket(socket.AF_UNIX) as listener:  # a path may have 107 bytes at most
+        with socket.socket(socket.AF_UNIX) as listener:
+            # A socket's path may have at most 107 bytes; a path through /proc is short.
             listener.bind(f"/proc/self/fd/{fd}/socket")
     except OSError as error:
         return f"no unix socket can be made in {path.parent}: {error.strerror}"
@@ -254,7 +255,7 @@ def _problem(path: Path) -> str:
 
 
 async def check_disk(data_dir: Path) -> Verdict:
-    """Measure the free disk space, and write a file that reaches the disk."""
+    """Measure the free disk space, and the time until a written file is on the disk."""
     cure = "Free some space, or pass a directory on another disk as data_dir=."
     try:
         async with scratch(data_dir) as state:

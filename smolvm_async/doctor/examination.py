@@ -1,7 +1,7 @@
-"""The examination: the order of the checks, and the boots of a guest's machine among them.
+"""The examination: all checks in order, including the checks that boot a guest's machine.
 
-To add a check, write a function that returns a `Verdict` and give it a row: in `checks.py` if the
-host alone shows it, in `Boots.checks` here if a boot of the firmware shows it.
+To add a check, write a function that returns a `Verdict` and add a row for it: in `Boots.checks`
+here if the check needs a boot of the firmware, otherwise in `checks.py`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ async def examine(
     accel: Literal["auto", "kvm", "tcg"] = "auto",
     on_progress: ProgressCallback | None = None,
 ) -> Report:
-    """Examine this host. It takes some seconds, and leaves nothing behind when cancelled.
+    """Examine this host. This takes some seconds. A cancelled call leaves no files or processes.
 
     Args:
-        data_dir: The directory where VMs would keep their files; by default, the VMs' default.
-        accel: The accelerator that VMs would ask for.
+        data_dir: The directory for the files of VMs; by default, the same as for a VM.
+        accel: The `accel=` of the VMs that are going to run on this host.
         on_progress: Called with a `Progress` for each check.
 
     Returns:
-        The findings. No check raises, whatever happens in it.
+        The findings. An error inside a check becomes a finding.
 
     Raises:
         ConfigError: An argument is wrong.
     """
-    config = make_config(accel=accel, data_dir=data_dir)  # checks both as a VM does
+    config = make_config(accel=accel, data_dir=data_dir)  # checks both arguments as a VM does
     notebook = Notebook(on_progress)
     await notebook.run(host_checks(config.data_dir))
     for profile in GUESTS.values():
-        # Today a guest that needs UEFI firmware needs everything that the other guests need.
+        # Skip the other guests: a guest with UEFI firmware needs everything that they need.
         if profile.firmware == "always":
             await examine_guest(notebook, profile, config.data_dir, accel)
     return Report(findings=tuple(notebook.findings))
@@ -86,7 +86,7 @@ class Boots:
         self._seen: Sighting | None = None
 
     def checks(self) -> list[Check]:
-        """Return the checks that boot, and those that draw conclusions from the boots."""
+        """Return the checks that boot the machine or draw conclusions from its boots."""
         needs = ("qemu", "qemu-img", "firmware")
         return [
             Check("kvm", self._kvm, needs, probe_deadline(KVM, self._parts)),
@@ -100,7 +100,7 @@ class Boots:
         ]
 
     async def _kvm(self) -> Verdict:
-        """Boot under KVM, unless it is ruled out or cannot be opened."""
+        """Boot under KVM, unless accel='tcg' rules KVM out or KVM cannot be opened."""
         if self._accel != "tcg":
             self._problem = probe_kvm()
             if os.access(DEVICE, os.R_OK | os.W_OK):
@@ -108,7 +108,7 @@ class Boots:
         return verdicts.kvm(self._accel, self._seen, self._problem)
 
     async def _boot(self) -> Verdict:
-        """Boot under TCG, unless the boot under KVM has shown everything."""
+        """Boot under TCG, unless the machine has booted under KVM."""
         if not self._kvm_works:
             self._seen = await self._probe(TCG)
         return verdicts.boot(self._sighting)

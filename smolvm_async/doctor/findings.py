@@ -17,7 +17,7 @@ DEADLINE = 20.0  # seconds for a check that sets no other deadline
 
 
 class Outcome(StrEnum):
-    """The result of a check; SKIPPED if it was not asked for, or something that it needs failed."""
+    """The result of a check. SKIPPED: it is unnecessary, or a check that it needs failed."""
 
     OK = "ok"
     WARNING = "warning"
@@ -26,7 +26,7 @@ class Outcome(StrEnum):
 
 
 class Verdict(NamedTuple):
-    """The conclusion of a check in plain English and, unless all is well, what to do."""
+    """The conclusion of a check in plain English, and the cure if there is a problem."""
 
     status: Outcome
     detail: str
@@ -44,7 +44,7 @@ def warning(detail: str, cure: str) -> Verdict:
 
 
 def failed(detail: str, cure: str) -> Verdict:
-    """Return the verdict that guests cannot run, or not safely."""
+    """Return the verdict that guests cannot run, or cannot run safely."""
     return Verdict(Outcome.FAILED, detail, cure)
 
 
@@ -54,13 +54,13 @@ def skipped(detail: str) -> Verdict:
 
 
 class Check(NamedTuple):
-    """One check.
+    """A check of the doctor.
 
     Attributes:
-        name: What is checked, such as `secure-boot`.
+        name: The name of the check, such as `secure-boot`.
         work: Returns the verdict, or an awaitable of it.
-        needs: The names of checks without which this one would fail, too: it is then skipped.
-        deadline: Seconds.
+        needs: The names of the checks that this check depends on. If one fails, skip this check.
+        deadline: The seconds that `work` may take.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Finding(BaseModel):
     """The finding of one check.
 
     Attributes:
-        check: What was checked, such as `secure-boot`.
-        guest: The guest OS that it concerns; `None` if all.
+        check: The name of the check, such as `secure-boot`.
+        guest: The guest OS that the check concerns; `None` if it concerns all.
         status: The result.
-        detail: What was found, with the values measured.
-        cure: What to do; empty if nothing.
-        seconds: How long the check took; 0 if the work of another check showed it.
+        detail: The observation, with the measured values.
+        cure: The action to take; empty if none is necessary.
+        seconds: The duration of the check; 0 if the result comes from the work of another check.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -106,7 +106,7 @@ class Report(BaseModel):
 
 
 class Notebook:
-    """Runs checks one after another and notes their findings."""
+    """A notebook that runs checks one after another and collects their findings."""
 
     def __init__(self, on_progress: ProgressCallback | None) -> None:
         self.findings: list[Finding] = []
@@ -136,7 +136,7 @@ class Notebook:
             )
 
     def passed(self, name: str) -> bool:
-        """Return whether a check neither failed nor depended on one that failed."""
+        """Return whether neither the check nor a check that it depends on has failed."""
         return name not in self._causes
 
 

@@ -1,7 +1,7 @@
-"""The firmware probe: boot a guest's machine with a disk that Secure Boot has to refuse.
+"""The firmware probe: boot a guest's machine with a disk that Secure Boot must refuse.
 
 One boot of a few seconds shows whether the accelerator runs a guest, and whether the firmware works
-(with SMM), reads a virtio-scsi disk and enforces Secure Boot. The firmware tries the network next,
+(with SMM), reads a virtio-scsi disk and enforces Secure Boot. Then the firmware tries the network,
 which shows whether QEMU's DHCP server answers.
 """
 
@@ -41,21 +41,21 @@ RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
 
 LAUNCH = 30.0  # seconds until QEMU's first answer
 BOOT = {"kvm": 20.0, "tcg": 90.0}  # seconds until the firmware has finished with the disk
-DHCP = 15.0  # seconds from then on until an address is offered
-EXIT = 1.0  # seconds from the end of the monitor's connection to QEMU's exit
-POLL = 0.1  # seconds between two looks
+DHCP = 15.0  # seconds from then until the DHCP server has offered an address
+EXIT = 1.0  # seconds for QEMU to exit after the end of the monitor's connection
+POLL = 0.1  # seconds between two observations
 
-# The network comes after the disk in the order of boot, and its packets are captured.
+# Boot from the network after the disk, and capture the packets in a file.
 NETWORK_OPTIONS = (
     *("-global", "virtio-net-pci.bootindex=2"),
     *("-object", f"filter-dump,id=capture,netdev=network,file={CAPTURE}"),
 )
 USER_NETWORK = "user,id=network"
-NO_NETWORK = "hubport,id=network,hubid=0"  # leads nowhere; every QEMU has it
+NO_NETWORK = "hubport,id=network,hubid=0"  # connected to nothing; every QEMU supports it
 
 
 class ProbeMachine(NamedTuple):
-    """A machine to probe; `parts` are its network and its sidecars, which QEMU may refuse."""
+    """A machine to probe. `parts` names the network and the sidecars; QEMU may refuse them."""
 
     profile: GuestProfile
     tools: HostTools
@@ -64,12 +64,12 @@ class ProbeMachine(NamedTuple):
 
 
 class _RefusedError(Exception):
-    """QEMU refused the machine; the message has its words."""
+    """QEMU refused the machine. The message quotes QEMU."""
 
 
 @asynccontextmanager
 async def scratch(data_dir: Path) -> AsyncIterator[VMDirectory]:
-    """Make a locked directory for the time of the block: `doctor-` and 8 hex digits."""
+    """Make a locked directory, `doctor-` and 8 hex digits, and remove it after the block."""
     state = VMDirectory(data_dir, f"doctor-{os.urandom(4).hex()}")
     try:
         await state.hold(create=True)
@@ -87,12 +87,12 @@ async def make_disk(qemu_img: Path, directory: Path) -> None:
 
 
 def probe_deadline(accelerator: Accelerator, parts: frozenset[str]) -> float:
-    """Return the seconds for `probe()`, which at worst launches QEMU with and without each part."""
+    """Return the deadline of `probe()`, which launches QEMU at most once per subset of `parts`."""
     return (1 << len(parts)) * LAUNCH + BOOT[accelerator.name] + DHCP
 
 
 async def probe(machine: ProbeMachine, data_dir: Path) -> Sighting:
-    """Boot the firmware, without the parts of the machine that QEMU refuses."""
+    """Boot the firmware. Leave out the parts of the machine that QEMU refuses."""
     refusals: dict[frozenset[str], str] = {}
     for left_out in _subsets(machine.parts):
         try:
@@ -114,10 +114,10 @@ def _subsets(parts: frozenset[str]) -> list[frozenset[str]]:
 
 
 async def _boot(machine: ProbeMachine, state: VMDirectory) -> Sighting:
-    """Launch the machine and observe it until it has shown everything.
+    """Launch the machine and observe it until all results are known.
 
     Raises:
-        _RefusedError: QEMU ended with an error. It may work without one of the parts.
+        _RefusedError: QEMU ended with an error. It may start without one of the parts.
         LaunchError: A process could not be spawned.
     """
     await make_disk(machine.tools.qemu_img, state.path)
@@ -167,7 +167,7 @@ async def _boot(machine: ProbeMachine, state: VMDirectory) -> Sighting:
 async def _prepare(
     machine: ProbeMachine, config: VMConfig, image: BaseImage, state: VMDirectory
 ) -> MachineSpec:
-    """Fill the directory as a VM's is filled."""
+    """Fill the directory like the directory of a VM, and return the machine."""
     profile, tools = machine.profile, machine.tools
     assert tools.firmware is not None
     parts = Parts(tools.firmware.vars_template, directories(profile))
@@ -177,7 +177,7 @@ async def _prepare(
 
 
 def _with_network(machine: ProbeMachine, argv: list[str]) -> list[str]:
-    """Change QEMU's command line so that the network is captured, or leads nowhere."""
+    """Make QEMU capture the network's packets; without a network, connect the card to nothing."""
     if NETWORK in machine.parts:
         return [*argv, *NETWORK_OPTIONS]
     return [NO_NETWORK if word.startswith(USER_NETWORK) else word for word in argv]
@@ -191,7 +191,7 @@ async def _watch(
     console: Console,
     started: float,
 ) -> Sighting:
-    """Observe the guest until it has shown everything, or ends, or a deadline passes."""
+    """Observe the guest until all results are known, the guest fails, or time is up."""
     name = machine.accelerator.name
     deadline = started + BOOT[name]
     capture = state.path / CAPTURE
@@ -215,7 +215,7 @@ async def _watch(
 
 
 async def _failure(qemu: Child, monitor: Monitor) -> str:
-    """Return why the guest does not run any more; empty if it does."""
+    """Return the reason why the guest no longer runs; empty if it runs."""
     try:
         status = (await monitor.execute("query-status"))["status"]
     except MonitorError as error:

@@ -1,8 +1,8 @@
-"""A disk that a firmware with Secure Boot refuses to boot: pure bytes.
+"""Make the bytes of a disk that a firmware with Secure Boot refuses to boot.
 
-An EFI application without a signature is on a FAT12 file system without partitions. The application
-uses no service of the firmware. It writes a line to the first serial port and returns
-EFI_NOT_FOUND, so the firmware goes on to the next boot entry.
+The disk has a FAT12 file system without partitions, with an unsigned EFI application on it. The
+application uses no service of the firmware. It writes a line to the first serial port and returns
+EFI_NOT_FOUND, so the firmware tries the next boot entry.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ COM1 = 0x3F8
 EFI_NOT_FOUND = 0x8000_0000_0000_000E
 SECTIONS_BASE = 0x1000  # the address of the code in memory, and the alignment of sections
 
-# A floppy disk's layout, with clusters of one sector.
+# The layout of a floppy disk, with one sector per cluster.
 SECTORS, FAT_SECTORS, ROOT_ENTRIES = 2880, 9, 224
 HARD_DISK, END_OF_CHAIN, DIRECTORY, ARCHIVE = 0xF8, 0xFFF, 0x10, 0x20
 
 
 def unsigned_application() -> bytes:
-    """Return the application: PE32+ with a section of code and an empty one of relocations."""
+    """Return the application: a PE32+ file with a code section and an empty .reloc section."""
     code = _machine_code().ljust(SECTOR, b"\0")
     relocations = struct.pack("<IIHH", SECTIONS_BASE, 12, 0, 0).ljust(SECTOR, b"\0")
     dos = b"MZ".ljust(60, b"\0") + struct.pack("<I", 64)
@@ -32,7 +32,7 @@ def unsigned_application() -> bytes:
     optional += struct.pack(
         "<QIIHHHHHHIIIIHHQQQQII",
         *(0x400000, SECTIONS_BASE, SECTOR, 0, 0, 0, 0, 0, 0, 0),
-        *(0x3000, SECTOR, 0, 10, 0),  # size in memory, of the headers; subsystem: EFI application
+        *(0x3000, SECTOR, 0, 10, 0),  # sizes in memory and of headers; 10: EFI application
         *(0x10000, 0x10000, 0x10000, 0x10000, 0, 16),
     )
     directories = [b"\0" * 8] * 16
@@ -56,7 +56,7 @@ def _machine_code() -> bytes:
 def unsigned_disk() -> bytes:
     """Return a raw disk with the application at the default path, `/EFI/BOOT/BOOTX64.EFI`.
 
-    Its clusters hold `/EFI`, `/EFI/BOOT`, then the file.
+    Its clusters hold `/EFI`, then `/EFI/BOOT`, then the file.
     """
     content = unsigned_application()
     boot = struct.pack(

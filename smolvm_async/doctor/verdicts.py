@@ -1,6 +1,6 @@
-"""The observations of one boot of the firmware, and the conclusions from them: pure functions.
+"""Draw conclusions from the observations of one boot of the firmware, in pure functions.
 
-The firmware writes to the serial console which boot entries it tries, and how each attempt ends.
+The firmware reports each boot entry that it tries, and the result, on the serial console.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smolvm_async.host.distribution import OVMF, QEMU, how_to_install
 from smolvm_async.host.firmware import Firmware
 from smolvm_async.qemu.sidecars import Sidecar
 
-NETWORK = "user-network"  # a part of the machine that QEMU may have been built without
+NETWORK = "user-network"  # a part of the machine that some builds of QEMU do not have
 DISK_ENTRY = r"BdsDxe: loading Boot\d+ [^\n]*Scsi\("
 REFUSAL = r"BdsDxe: failed to (?:load|start) Boot\d+ [^\n]*Scsi\([^\n]*: ([A-Z][A-Za-z ]+)"
 FORBIDDEN = ("Access Denied", "Security Violation")
@@ -45,10 +45,10 @@ class Sighting(NamedTuple):
     """The observations of one boot.
 
     Attributes:
-        offered: The address that QEMU's DHCP server offered the guest; empty if none.
-        failure: Why the boot ended by itself, in QEMU's words; empty if it went on.
-        refused: The parts of the machine that QEMU refused, and its words about each.
-        seconds: How long the boot was observed.
+        offered: The address that QEMU's DHCP server offered the guest; empty without an offer.
+        failure: The reason why the boot ended by itself, in QEMU's words; empty if it did not.
+        refused: The parts of the machine that QEMU refused, with the error message for each part.
+        seconds: The duration of the observation.
     """
 
     accelerator: str
@@ -70,17 +70,17 @@ class Sighting(NamedTuple):
 
     @property
     def disk_error(self) -> str:
-        """The error of the disk's boot entry; empty if it has not failed (yet)."""
+        """The error of the disk's boot entry; empty if the entry has not failed (yet)."""
         match = re.search(REFUSAL, self.console)
         return match[1].strip() if match else ""
 
     @property
     def disk_tried(self) -> bool:
-        """True if the firmware has finished with the disk."""
+        """True if the firmware has tried to boot from the disk."""
         return self.unsigned_ran or bool(self.disk_error)
 
     def why_not(self) -> str:
-        """Return why the machine is not `booted`, without a full stop."""
+        """Return the reason why the firmware has not `booted`, without a full stop."""
         if self.failure:
             return self.failure
         tail = printable(self.console)[-TAIL:].strip()
@@ -89,9 +89,9 @@ class Sighting(NamedTuple):
 
 
 def offered_address(capture: bytes) -> str:
-    """Return the first address that a DHCP server offered; empty if none did.
+    """Return the first address that a DHCP server offered; empty without an offer.
 
-    QEMU may still be writing the pcap file.
+    QEMU may still be writing the pcap file, so the last record may be incomplete.
     """
     position = PCAP_HEADER
     while position + PCAP_RECORD.size <= len(capture):
@@ -101,7 +101,7 @@ def offered_address(capture: bytes) -> str:
         position += length
         if match := IPV4_UDP.match(frame):
             udp = frame[14 + (match[1][0] & 15) * 4 :]
-            reply, address = udp[8:9] == b"\2", udp[24:28]  # of BOOTP: op and yiaddr
+            reply, address = udp[8:9] == b"\2", udp[24:28]  # BOOTP's op and yiaddr
             from_server = udp[:2] == BOOTPS.to_bytes(2, "big")
             if from_server and reply and len(address) == 4 and any(address):
                 return socket.inet_ntoa(address)
@@ -121,7 +121,7 @@ def boot(sighting: Sighting) -> Verdict:
 
 
 def smm(sighting: Sighting, profile: GuestProfile) -> Verdict:
-    """Conclude whether System Management Mode works, which Secure Boot depends on."""
+    """Conclude whether System Management Mode (SMM) works. Secure Boot depends on SMM."""
     if "requires-smm" not in profile.firmware_features:
         return skipped(f"{profile.title} guests do not need it")
     if sighting.booted:
@@ -199,9 +199,9 @@ def sidecar(sighting: Sighting, sidecar: Sidecar) -> Verdict:
 
 
 def kvm(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdict:
-    """Conclude whether KVM runs guests. There is no `sighting` if KVM cannot be opened.
+    """Conclude whether KVM runs guests. `sighting` is `None` if KVM cannot be opened.
 
-    The `problem` is the reason why accel='auto' does not choose KVM; `None` if it does.
+    `problem` is the reason why accel='auto' does not choose KVM; `None` if it chooses KVM.
     """
     if accel == "tcg":
         return skipped("accel='tcg' was asked for")
