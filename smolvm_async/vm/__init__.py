@@ -1,1 +1,1 @@
-"""`AsyncSmolVM` and its life: from the arguments to the end of its last process."""
+"""`AsyncSmolVM`: a VM's life from its arguments to the end of its last process."""

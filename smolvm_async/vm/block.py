@@ -1,17 +1,17 @@
 """The `async with` block around a VM or a fleet.
 
-When a VM crashes, the task inside the block may be waiting for anything, so the block cancels it.
-asyncio delivers a single `CancelledError`, however many callers cancelled the task. The task's
-counter tells them apart: each `Task.cancel()` adds 1 to `Task.cancelling()`, and `leave()` takes
-the block's own requests back with `Task.uncancel()`. If the counter is then back where it was on
-entering, only the block cancelled the task, and the failure replaces the `CancelledError`. If it is
-higher, somebody else (a timeout, a task group, an outer block) has cancelled the task too.
+When a VM crashes, the task inside the block may be waiting for anything, so the block cancels the
+task. asyncio delivers a single `CancelledError`, even if several callers cancelled the task. The
+task's counter shows who did: each `Task.cancel()` adds 1 to `Task.cancelling()`, and `leave()`
+subtracts the block's own requests with `Task.uncancel()`. If the counter is then as low as it was
+on entering, only the block cancelled the task, and the failure replaces the `CancelledError`. If
+the counter is higher, a timeout, a task group or an outer block has cancelled the task, too.
 
-So one exception leaves the block, the first of:
-1. the cancellation by somebody else, with the failure as a note;
-2. the failure, with the body's exception as its cause. `KeyboardInterrupt` and its like are
-   replaced only if the block had cancelled the body before;
-3. the body's own exception.
+So one exception leaves the block, the first of these that exists:
+1. The cancellation by another caller, with the failure as a note.
+2. The failure, with the body's exception as its cause. The failure replaces a `KeyboardInterrupt`
+   or a similar exception only if the block had cancelled the body before.
+3. The body's own exception.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ class Block:
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
-        self._others = 0  # requests to cancel the task that others had made when it entered
-        self._own = 0  # requests of this block
+        self._others = 0  # other callers' cancel requests from before the task entered
+        self._own = 0  # cancel requests of this block
 
     @property
     def entered(self) -> bool:
-        """True while a task is inside."""
+        """True while a task is inside the block."""
         return self._task is not None
 
     @property
     def cancelled(self) -> bool:
-        """True if the block has cancelled the task that is inside."""
+        """True if the block has cancelled the task inside the block."""
         return self._own > 0
 
     def enter(self) -> None:
-        """Note the current task as the one inside."""
+        """Note that the current task is inside the block."""
         self._task = asyncio.current_task()
         assert self._task is not None
         self._others = self._task.cancelling()
 
     def cancel(self) -> None:
-        """Cancel the task inside, if there is one, because of a failure."""
+        """Cancel the task inside the block, if any, because of a failure."""
         if self._task is not None and self._task.cancel():
             self._own += 1
 
@@ -56,12 +56,12 @@ class Block:
         error: BaseException | None,
         failure: Callable[[], Exception | None],
     ) -> None:
-        """End the VMs, and raise the exception that is to leave the block, if any.
+        """End the VMs, and raise the exception that must leave the block, if any.
 
         Args:
-            end: Ends the VMs; if it is cancelled, it first ends them all the same.
+            end: Ends the VMs, even if the awaiting task is cancelled.
             error: The exception that left the body, if any.
-            failure: Returns the failure, if any; called after `end`.
+            failure: Returns the failure, if any. `leave()` calls it after `end`.
         """
         task, own = self._task, self._own
         self._task, self._own = None, 0

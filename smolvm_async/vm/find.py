@@ -1,4 +1,4 @@
-"""Find a VM by its id: attach to its living owner, or become the owner of a VM at rest."""
+"""Find a VM by its id: attach to its owner, or become the owner of a VM that has none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smolvm_async.vm.attach import AttachedVM
 from smolvm_async.vm.owner import OwnedVM
 from smolvm_async.vm.plan import Plan, make_plan
 
-ANSWER = 5.0  # seconds for an owner that is busy with starting or stopping the VM
+ANSWER = 5.0  # seconds that an owner may need to start or stop the VM
 POLL = 0.01  # seconds between two attempts
 
 
@@ -25,8 +25,8 @@ async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | At
     """Return the VM whose directory is `path`.
 
     Raises:
-        VMNotFoundError: No VM is there.
-        VMNotRunningError: The owner is alive and does not answer.
+        VMNotFoundError: `path` is not the directory of a VM.
+        VMNotRunningError: The owner is alive but does not answer.
         ConfigError: The VM's record cannot be read.
     """
     deadline = time.monotonic() + ANSWER
@@ -60,7 +60,7 @@ async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | At
 
 
 def _at_rest(record: Record, on_progress: ProgressCallback | None) -> OwnedVM:
-    async def plan() -> Plan:  # by start(), since the image may be gone
+    async def plan() -> Plan:  # only start() calls this: other methods need no image
         return make_plan(record.config, on_progress)
 
     record = record.model_copy(update={"status": record.status_seen(held=False)})

@@ -1,7 +1,7 @@
-"""VMs that launch at the same time let their guests run only when all of them are launched.
+"""Hold the guests of VMs that launch at the same time until all these VMs are launched.
 
-A booting guest takes a whole processor, which the launches of other VMs would have to share with
-it: 32 small VMs on two processors took three times as long.
+A booting guest uses a whole processor, and so slows down the launches of other VMs: 32 small VMs
+on two processors took three times as long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Launch:
         self._began = 0.0
 
     def begin(self) -> None:
-        """Note that the launch has begun, if it had not."""
+        """Note that the launch has begun. Further calls do nothing."""
         if self not in self._under_way:
             self._began = time.monotonic()
             self._under_way.add(self)
@@ -36,10 +36,10 @@ class Launch:
         self._over.set()
 
     async def end_with_others(self) -> None:
-        """End this launch, and wait for the launches that are under way.
+        """End this launch, and wait for the other launches to end.
 
-        The wait for each is at most as long as this launch took: a launch that hangs, and may
-        belong to an unrelated caller, must not delay others by more.
+        Wait for each launch at most as long as this launch took: a launch that hangs may belong to
+        an unrelated caller, and must not delay this VM any longer.
         """
         self.end()
         took = time.monotonic() - self._began

@@ -1,4 +1,4 @@
-"""Limits of a VM on its host: whether its memory fits, and bounds for QEMU while it runs."""
+"""Limits of a VM: check that its memory fits into the host, and bound QEMU while it runs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from smolvm_async.state.directory import BUSY
 from smolvm_async.state.record import ACTIVE
 from smolvm_async.state.registry import LOCK, survey
 
-SYSTEM_RUNTIME = Path("/run")  # has the system manager's socket; a user's manager has its own
+SYSTEM_RUNTIME = Path("/run")  # for systemd's socket; each user's systemd has another directory
 
 
 @asynccontextmanager
 async def admission(config: VMConfig) -> AsyncIterator[None]:
-    """Refuse a starting VM that does not fit; its record is written inside the block.
+    """Refuse a VM that does not fit into the host. Write the VM's record inside the block.
 
-    The memory that running VMs do not use yet counts as available. With `Limits.max_memory`, all
-    of their memory counts as taken, and a lock makes VMs that start at once wait for each other.
+    Memory that running VMs do not use yet counts as available. With `Limits.max_memory`, the whole
+    memory of running VMs counts as used, and a lock admits only one VM at a time.
 
     Raises:
-        HostError: The VM does not fit; with the figures.
+        HostError: The VM does not fit. The message has the figures.
         OSError: The lock file cannot be made.
     """
     memory = await in_thread(available_memory)
@@ -71,17 +71,17 @@ def _check_sum(config: VMConfig, max_memory: int) -> None:
 
 
 def scope_prefix(config: VMConfig) -> tuple[str, ...]:
-    """Return the command that runs QEMU in a systemd scope with bounds, if there are any.
+    """Return the command that runs QEMU in a systemd scope with limits; empty without limits.
 
     See systemd.resource-control(5).
 
     Raises:
-        HostError: There are bounds, but no systemd that could make a scope.
+        HostError: The VM has limits, but the host has no systemd to make a scope.
     """
     limits = config.limits
     properties = []
     if limits.vm_memory is not None:
-        # No swap: a VM over its limit is to end, and not to slow the host down by swapping.
+        # No swap: a VM over its limit must end instead of slowing the host down by swapping.
         properties += [f"MemoryMax={limits.vm_memory}M", "MemorySwapMax=0"]
     if limits.vm_cpus is not None:
         properties.append(f"CPUQuota={limits.vm_cpus * 100:.0f}%")
@@ -106,7 +106,7 @@ def scope_prefix(config: VMConfig) -> tuple[str, ...]:
 
 
 def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
-    """Return how many processes the kernel's out-of-memory killer has ended since boot."""
+    """Return the number of processes that the out-of-memory killer has ended since boot."""
     try:
         lines = vmstat.read_text().splitlines()
     except OSError:
@@ -115,7 +115,7 @@ def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int:
 
 
 def oom_reason(before: int) -> str:
-    """Return a sentence if the out-of-memory killer has ended more than `before` processes."""
+    """Return a sentence if the out-of-memory killer has ended more processes than `before`."""
     kills = oom_kills() - before
     if not kills:
         return ""

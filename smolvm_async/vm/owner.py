@@ -1,25 +1,25 @@
 """A VM of this process: its directory and its runs, from the first start to its removal.
 
-`AsyncSmolVM` may be called from many tasks at once, and each call may be cancelled. So no caller
-changes a run itself. A run has one task, `_run()`, which alone takes the directory, spawns the
-processes, reaps them and gives the directory back. Callers ask the task to end, by
-`VMRun.stop()` or `VMRun.abort()`, and wait for it (`over`).
+Many tasks may call one `AsyncSmolVM` at once, and each call may be cancelled. So a caller never
+changes a run itself. Each run has one task, `_run()`. Only this task locks the directory, spawns
+the processes, reaps them and unlocks the directory. Callers ask the task to end, with
+`VMRun.stop()` or `VMRun.abort()`, and wait for the task (`over`).
 
-These attributes make up the state. Each has few writers:
+These attributes are the state. Few functions write each of them:
 
-- `run` and `over`: the current run, or the last one, and its task. Only `start()` sets them, and
-  only if no run goes on. So two calls of `start()` are one start, and the second waits, too.
+- `run` and `over`: the current or last run, and its task. Only `start()` sets them, and only while
+  no run is active. So two calls of `start()` start the VM once, and both calls wait.
 - `_reading`: the task that makes the plan before the first run; for a published image, it reads the
-  manifest. Nothing exists on disk then, so stopping the VM just cancels the task.
-- `_stopping`: `stop()` has asked the current run to end; `start()` first waits until it has.
-- `_deleted`: final, unless the directory turns out to belong to another process by then.
+  manifest. Nothing exists on disk yet, so `stop()` only cancels the task.
+- `_stopping`: `stop()` has asked the current run to end. `start()` first waits for the end.
+- `_deleted`: `delete()` was called. Final, unless another process has started the kept VM.
 - `_directory`: the VM's directory while this process holds its lock. `_run()` sets it (in
-  `_write_record`), and gives the directory of a kept VM back (in `_record_end`). `_discard()`
-  takes it to remove the directory, once no run goes on.
+  `_write_record`), and unlocks the directory of a kept VM (in `_record_end`). When no run is
+  active, `_discard()` removes the directory.
 - `_created`: identifies this VM in its directory's record. Another VM may have taken the same id
-  since, and must be neither started nor removed.
+  since then; this process must neither start nor remove the other VM.
 
-`status` is computed from these, and never stored.
+`status` is computed from these attributes, and never stored.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ logger = get_logger(__name__)
 
 
 class OwnedVM:
-    """A VM that this process owns, or will own once it is started; see the module.
+    """A VM that this process owns, or will own after the first start; see the module's docstring.
 
     Attributes: see `smolvm_async.controls.interface.VM`.
     """
@@ -78,10 +78,10 @@ class OwnedVM:
         self._find_plan = plan if not isinstance(plan, Plan) else None
         self._reading: asyncio.Task[Plan] | None = None
         self._created = record.created if record else None
-        self._recorded_status = record.status if record else Status.CREATED  # until our first run
+        self._recorded_status = record.status if record else Status.CREATED  # before our first run
         self._directory: VMDirectory | None = None
         self._server: ControlServer | None = None
-        self._starters = 0  # calls of start() that wait
+        self._starters = 0  # waiting calls of start()
         self._stopping = False
         self._deleted = False
         self._removal: asyncio.Task[None] | None = None
@@ -105,20 +105,20 @@ class OwnedVM:
 
     @property
     def accelerator(self) -> str:
-        """The accelerator that QEMU uses; empty before that is known."""
+        """The accelerator that QEMU uses; empty before it is known."""
         return self._plan.accelerator.name if self._plan else ""
 
     async def planned(self) -> Plan:
-        """Return the plan; the first time, look at the image and the host.
+        """Return the plan. The first call makes the plan from the image and the host.
 
-        Nothing exists on disk yet, so stop() only has to cancel the task that does so.
+        Nothing exists on disk yet, so stop() only has to cancel the task that makes the plan.
         """
         if self._plan is not None:
             return self._plan
         if self._reading is None:
             assert self._find_plan is not None
             self._reading = asyncio.ensure_future(self._find_plan())
-            self._reading.add_done_callback(take_exception)  # all callers may be cancelled
+            self._reading.add_done_callback(take_exception)  # in case all callers are cancelled
         reading = self._reading
         self._starters += 1
         try:
@@ -171,7 +171,7 @@ class OwnedVM:
 
     async def stop(self, timeout: float | None) -> ShutdownReport:
         """See `AsyncSmolVM.stop()`."""
-        check_timeout(timeout)  # an attached process's, too
+        check_timeout(timeout)  # an attached process may have sent it
         await self._stop_reading()
         if self.run is None or self.over is None:
             return ShutdownReport(Rung.NONE)
@@ -211,9 +211,9 @@ class OwnedVM:
                 raise
 
     async def leave(self, *, graceful: bool) -> None:
-        """End the VM, however often this is cancelled: a kept VM stays on disk, others go.
+        """End the VM, even if this call is cancelled. Then delete the VM unless it is a kept VM.
 
-        With `graceful`, the guest is powered down first, unless a caller cancels that.
+        With `graceful`, first power the guest down; a cancellation skips this step.
         """
         try:
             if graceful:
@@ -222,14 +222,14 @@ class OwnedVM:
             await (self._kill() if self.config.keep else self.delete())
 
     async def detach(self) -> None:
-        """Refuse: this process owns the VM."""
+        """Raise `ConfigError`: this process owns the VM."""
         raise ConfigError(
             f"{self.config.vm_id} belongs to this process: detach() is only for a running VM that "
             "from_id() attached to. To keep a VM after its block, pass keep=True."
         )
 
     async def _run(self, plan: Plan, run: VMRun) -> None:
-        """Run the VM once: from taking the directory until the last process is reaped."""
+        """Run the VM once, from locking its directory to reaping its last process."""
         current_vm.set(self.config.vm_id)
         server = ControlServer(self, run)
         try:
@@ -240,8 +240,8 @@ class OwnedVM:
         except Exception as error:
             if isinstance(error, OSError):
                 error = unprepared(self.config, error)
-            run.failure = run.failure or error  # for start() to raise
-        except asyncio.CancelledError:  # the event loop is closing: delete() will not be called
+            run.failure = run.failure or error  # start() raises this error
+        except asyncio.CancelledError:  # the event loop is closing: nobody will call delete()
             await self._record_end(run)
             await self._discard()
             raise
@@ -257,7 +257,7 @@ class OwnedVM:
                 await server.close()
 
     async def _take_directory(self) -> VMDirectory:
-        """Lock the directory, check that the VM may start, and write our record."""
+        """Lock the directory, check that the VM may start, and write the VM's record."""
         directory = self._directory
         if directory is None:
             directory = VMDirectory(self.config.data_dir, self.config.vm_id)
@@ -274,7 +274,7 @@ class OwnedVM:
         return directory
 
     def _check_not_taken(self, found: Record | None) -> None:
-        """Check that this VM may start, or replace, the VM that the directory holds.
+        """Check that the directory is empty, or holds this VM or a VM that is not kept.
 
         Raises:
             VMNotFoundError: This VM was deleted.
@@ -304,7 +304,7 @@ class OwnedVM:
             directory.remove_sockets()
 
     async def _record_end(self, run: VMRun) -> None:
-        """Record the end of a run; unlock the directory of a kept VM that ran at least once."""
+        """Record the end of a run. Unlock the directory of a kept VM that ran at least once."""
         directory = self._directory
         if directory is None or directory.record is None:
             return
@@ -318,7 +318,7 @@ class OwnedVM:
             await in_thread(_retire, directory, directory.record.model_copy(update=update))
 
     async def _kill(self) -> None:
-        """End a run at once; on return, even by a cancellation, its processes are reaped."""
+        """End a run at once, and reap its processes before returning, even if cancelled."""
         await self._stop_reading()
         if self.run is not None and self.over is not None:
             if not self.over.done():
@@ -326,7 +326,7 @@ class OwnedVM:
             await settle(asyncio.wait([self.over]))
 
     async def _discard(self) -> None:
-        """Remove the directory, if it is locked: that of a kept VM only is before its first run."""
+        """Remove the directory if it is locked. After a run, a kept VM's directory is unlocked."""
         if self._directory is not None:
             directory, created = self._directory, self._created
             self._directory = self._created = None
@@ -338,13 +338,13 @@ class OwnedVM:
         try:
             await in_thread(_dispose, directory)
         except OSError as error:
-            self._created = created  # delete() can be tried again
+            self._created = created  # so that the caller can retry delete()
             raise ConfigError(
                 f"{str(directory.path)!r} cannot be removed: {error.strerror}."
             ) from error
 
     async def _remove(self) -> None:
-        """Remove the directory, also that of a kept VM that is stopped."""
+        """Remove the directory. For a stopped kept VM, lock the directory first."""
         if self._directory is None and self._created is not None:
             directory = VMDirectory(self.config.data_dir, self.config.vm_id)
             with suppress(VMNotFoundError):
@@ -357,11 +357,11 @@ class OwnedVM:
 
 
 def _dispose(directory: VMDirectory) -> None:
-    """Remove a VM. If this process dies halfway, `prune()` removes the rest, as of an orphan."""
+    """Remove a VM's files. If this process dies halfway, `prune()` removes the rest."""
     record = directory.record
     if record is not None and record.config.keep:
         config = record.config.model_copy(update={"keep": False})
-        with suppress(OSError):  # a full disk
+        with suppress(OSError):  # the disk may be full
             directory.write(
                 record.model_copy(update={"config": config, "owner": identify(os.getpid())})
             )
@@ -382,5 +382,5 @@ def _retire(directory: VMDirectory, record: Record) -> None:
         directory.clear_secrets()
     except OSError as error:
         logger.warning("the VM's secrets stay on disk until the VM is deleted: %s", error)
-    with suppress(OSError):  # a full disk; the directory is about to go
+    with suppress(OSError):  # the disk may be full; the directory will soon be removed
         directory.write(record)

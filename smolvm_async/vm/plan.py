@@ -19,7 +19,7 @@ from smolvm_async.qemu.sidecars import programs
 from smolvm_async.state.directory import check_data_dir
 from smolvm_async.vm.limits import scope_prefix
 
-if TYPE_CHECKING:  # S3 and the builder are imported by the VMs that need them
+if TYPE_CHECKING:  # only VMs that need S3 or the builder import them
     from smolvm_async.images.cache import Published
 
 logger = get_logger(__name__)
@@ -29,12 +29,12 @@ class Plan(NamedTuple):
     """The plan of a VM's launch.
 
     Attributes:
-        source: The files of a local disk; `None` for the built-in image, which may have to be
-            built, and for a published image, which may have to be downloaded.
+        source: The files of a local disk; `None` for the built-in image, which the launch may have
+            to build, and for a published image, which the launch may have to download.
         prefix: The command that runs QEMU within its limits, if there are limits.
-        published: The published image, once its manifest has been read.
-        by_bios: Whether the disk has a boot loader for a BIOS; `None` if nobody has looked. A
-            fleet looks once for all its VMs.
+        published: The published image, after its manifest has been read.
+        by_bios: Whether the disk has a boot loader for a BIOS; `None` if this is not known yet.
+            A fleet looks at the disk once for all its VMs.
     """
 
     config: VMConfig
@@ -52,9 +52,9 @@ def make_plan(
     on_progress: ProgressCallback | None,
     published: Published | None = None,
 ) -> Plan:
-    """Check the image, the data directory and the host. Nothing is created."""
+    """Check the image, the data directory and the host, and return the plan. Create nothing."""
     origin = config.origin
-    # Checked now, so that the caller hears of errors early; the launch checks again.
+    # Check now, so that the caller gets errors early; the launch checks again.
     source = own_source(origin) if isinstance(origin, LocalDisk) else None
     check_data_dir(config.data_dir)
     tools = find_tools(config.profile, programs(config.profile))
@@ -72,14 +72,14 @@ def make_plan(
 
 
 def check_early(config: VMConfig) -> None:
-    """Check the needs of a published image's VM that do not depend on its guest OS."""
+    """Check the needs of a published image's VM that are the same for every guest OS."""
     check_data_dir(config.data_dir)
     find_tools(config.profile, programs(config.profile))
     scope_prefix(config)
 
 
 async def find_plan(config: VMConfig, on_progress: ProgressCallback | None) -> Plan:
-    """Read the manifest of a published image, and make the plan."""
+    """Read the manifest of a published image, and return the plan."""
     from smolvm_async.images.cache import ImageStore
 
     report(on_progress, Progress("image", f"reading the manifest of {config.image}", 0.0))

@@ -1,4 +1,4 @@
-"""Prepare a run: open the image, fill the VM's directory, make or load the SSH keys."""
+"""Prepare a run: open the image, fill the VM's directory, and make or load the SSH keys."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ T = TypeVar("T")
 class PreparedVM(NamedTuple):
     """The files and programs that a VM starts from.
 
-    The image and the kernel are open until QEMU has inherited them. There is no `direct_boot` if
-    the image has a boot loader, and no `login` if nobody logs in to this guest.
+    The image and the kernel stay open until QEMU has inherited them. `direct_boot` is `None` if the
+    image has a boot loader. `login` is `None` if the library cannot log in to the guest OS.
     """
 
     source: Source
@@ -51,11 +51,11 @@ async def prepare(
 ) -> PreparedVM:
     """Find and open the files that the VM starts from, and fill its directory.
 
-    The `machine` is that of a kept VM that has run before. The `stack` closes the files.
+    `machine` is the recorded machine of a kept VM that has run before. `stack` closes the files.
     """
     source = (machine and machine.source) or await find_source(plan, stack)
     image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
-    try_lock(image.fd, shared=True)  # inherited by QEMU: the cache keeps the file while it runs
+    try_lock(image.fd, shared=True)  # QEMU inherits the lock, so the cache keeps the image
     direct_boot = await _open_kernel(stack, source)
     tools = plan.tools
     if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):
@@ -65,7 +65,7 @@ async def prepare(
 
 
 async def look_at_disk(plan: Plan, source: Source) -> bool | None:
-    """Return whether the disk has a boot loader for a BIOS; `None` if that does not matter."""
+    """Return whether the disk has a boot loader for a BIOS; `None` if this does not matter."""
     if not _starts_by_itself(plan, source):
         return None
     with ExitStack() as stack:
@@ -91,7 +91,7 @@ async def _fill(
     image: BaseImage,
     tools: HostTools,
 ) -> Login | None:
-    """Fill the directory. The directory of a kept VM is complete since its first run."""
+    """Fill the directory, unless a kept VM's first run has filled it. Return the login."""
     has_login = config.profile.login != "none"
     template = tools.firmware.vars_template if tools.firmware is not None else None
     parts = Parts(template, directories(config.profile))

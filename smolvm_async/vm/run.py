@@ -1,20 +1,20 @@
 """One run of a VM, from its launch until all its processes are reaped.
 
-One task executes `VMRun.run()`, and owns every process and every background task of the run: when
-the call returns or raises, none of them is left. Other tasks never end a process themselves. They
-ask: `stop()` asks for the shutdown ladder, `abort()` for an immediate end. Both return at once, and
-the caller then waits for the task of `run()`.
+One task executes `VMRun.run()`, and owns every process and every background task of the run: all
+of them have ended when the call returns or raises. Other tasks only request the end: `stop()`
+requests the shutdown ladder, `abort()` requests an immediate end. Both return at once, and the
+caller then waits for the task of `run()`.
 
-That task sleeps until something happens that may be the end (`_until_end`): a process has ended,
-QEMU has reported a panic or a pause, or `stop()` was called. If one process has ended, the run is
-over for all. `_judge` then decides whether it was a crash. No single sign is enough for this
-decision. It is a crash if
+This task sleeps in `_until_end` until the run may be over: a process has ended, QEMU has reported a
+panic or a pause, or a caller has called `stop()`. The end of one process ends the run of all
+processes. Then `_judge` decides whether the run crashed. No single sign is enough for this
+decision. The run crashed if
 
 - the guest panicked, or the accelerator gave up on the guest;
 - a sidecar failed, or ended before QEMU;
 - QEMU ended with an error, or without the event SHUTDOWN, or because of a signal from outside.
 
-It is not a crash if the guest powered itself down, or if a rung of the ladder ended QEMU.
+The run did not crash if the guest powered itself down, or if a rung of the ladder ended QEMU.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ logger = get_logger(__name__)
 
 
 class VMRun:
-    """One run of a VM. The owner's task executes `run()`; other tasks ask it to end.
+    """One run of a VM. The owner's task executes `run()`; other tasks ask the run to end.
 
     Attributes: those of `smolvm_async.controls.interface.Run`, and:
         started: Done when the guest's processors run.
-        paused: Whether the guest's processors stand still.
+        paused: Whether the guest's processors are stopped.
     """
 
     def __init__(self, plan: Plan, hub: EventHub) -> None:
@@ -76,7 +76,7 @@ class VMRun:
             self.launch.begin()
         self._plan = plan
         self._state: VMDirectory
-        self._machine: Machine | None = None  # of a kept VM that has run before
+        self._machine: Machine | None = None  # only of a kept VM that has run before
         self._hub = hub
         self._monitor = Monitor(self._on_event)
         self.peripherals = Peripherals.make(self._monitor, plan.config)
@@ -86,32 +86,32 @@ class VMRun:
         self._login: Login | None = None
         self._commands = CommandQueue(self._monitor)
         self._scope = anyio.CancelScope()
-        self._news = asyncio.Event()  # something happened that may be the end
+        self._news = asyncio.Event()  # set when the run may be over
         self.processes = Processes(self._news.set)
         self._shutdown: Shutdown | None = None
         self._powerdown_timeout: float | None = None
         self._stop = asyncio.Event()
-        self._pause_unexplained = False  # `_until_end` has to ask QEMU for the reason
+        self._pause_unexplained = False  # `_until_end` must ask QEMU for the reason
         self._crash: str | None = None
         self._oom_kills = oom_kills()
 
     def stop(self, powerdown_timeout: float | None) -> None:
-        """Ask for the shutdown ladder. The deadline (seconds) of the first caller counts."""
+        """Request the shutdown ladder. Only the first call sets the deadline, in seconds."""
         if not self._stop.is_set():
             self._powerdown_timeout = powerdown_timeout
             self._stop.set()
             self._news.set()
 
     def abort(self) -> None:
-        """Kill every process now; `run()` returns when they are reaped."""
+        """Kill every process now. `run()` returns when all processes are reaped."""
         self.report = ShutdownReport(Rung.SIGKILL)
         self.processes.kill()
         self._scope.cancel()
 
     async def run(self, state: VMDirectory) -> None:
-        """Launch the VM in `state`, hold it until its end, and end it.
+        """Launch the VM in `state`, wait for its end, and reap its processes.
 
-        A failure is not raised but kept in `failure`.
+        Store a failure in `failure` instead of raising it.
         """
         self._state = state
         assert state.record is not None
@@ -134,7 +134,7 @@ class VMRun:
                 self.peripherals.screen.close()
 
     def resident(self) -> int:
-        """Return how much of the processes is in memory, in MiB."""
+        """Return the resident memory of all processes, in MiB."""
         return sum(resident(child.identity.pid) for child in self.processes.children)
 
     async def guest_status(self) -> str:
@@ -172,7 +172,7 @@ class VMRun:
         await self._until_end()
         if self.processes.qemu.returncode is not None:
             await self._monitor.last_words()
-        if not self._scope.cancel_called:  # the signals of abort() would look like a crash
+        if not self._scope.cancel_called:  # else the SIGKILL of abort() looks like a crash
             self.failure = self._judge()
 
     async def _launch(self, group: TaskGroup) -> None:
@@ -203,12 +203,12 @@ class VMRun:
                 amend=lambda argv: [*plan.prefix, *argv],
             )
         await self._open_ports()
-        if not plan.config.keep:  # now, before guests run and take the processors
+        if not plan.config.keep:  # before guests run and use the processors
             group.start_soon(self._record_running, None)
         await self.launch.end_with_others()
         await self._monitor.execute("cont")
         self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
-        if plan.config.keep:  # without a record the VM could not be started again
+        if plan.config.keep:  # start() needs this record to boot the VM again
             await self._record_running(await self._read_machine(prepared.image))
 
     async def _open_ports(self) -> None:
@@ -222,7 +222,7 @@ class VMRun:
             await self.peripherals.ports.expose(*forward)
 
     async def ssh_access(self) -> Access:
-        """Return how to log in to the guest."""
+        """Return the port, the user and the keys to log in to the guest."""
         assert self._login is not None
         return self._login.access(await self.peripherals.ports.ssh())
 
@@ -248,7 +248,7 @@ class VMRun:
         await self._record(status=Status.RUNNING, processes=processes, machine=machine)
 
     async def _record(self, **update: object) -> None:
-        """Update the record. A full disk is not a reason to end a VM that is not kept."""
+        """Update the record. A full disk must not end a VM that is not kept, so log the error."""
         record = self._state.record
         assert record is not None
         try:
@@ -289,7 +289,7 @@ class VMRun:
         elif isinstance(event, GuestPanicked):
             self._give_up("the guest panicked (GUEST_PANICKED)")
         elif isinstance(event, Reset):
-            self.link.abort()  # the guest has lost the connection, and nothing would show it
+            self.link.abort()  # the guest has lost the connection; no error would show this
         elif event.name == "STOP" and self._shutdown is None:
             self.paused = self._pause_unexplained = True
             self._news.set()
@@ -307,9 +307,9 @@ class VMRun:
         self._news.set()
 
     def _judge(self) -> VMCrashedError | None:
-        """Return the error if the end of the run was a crash. The module's docstring has the rules.
+        """Return an error if the run crashed. The module's docstring has the rules.
 
-        Call it before this library kills any process: an exit status then shows another cause.
+        Call this before this library kills any process: our signal would look like a crash.
         """
         qemu = self.processes.qemu
         if self._crash:
@@ -333,7 +333,7 @@ class VMRun:
     ) -> VMCrashedError:
         """Note that the run crashed, and return the error, with the log of `child`.
 
-        `process` is the part that died, if it is not `child`.
+        `process` names the part that died, if another part than `child` died.
         """
         self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)

@@ -40,7 +40,7 @@ from smolvm_async.vm.run import VMRun
 
 
 class AsyncSmolVM(Shell, Desktop, PortForwarding):
-    """A disposable computer.
+    """A disposable virtual machine.
 
     ::
 
@@ -50,8 +50,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         async with AsyncSmolVM(os="windows", image="~/win11.qcow2", memory=4096) as vm:
             await vm.wait_for("ready")
 
-    Leaving the block powers the guest down and deletes the VM (`keep=True` keeps it). Leaving it
-    by an exception or a cancellation kills the VM at once. If QEMU, swtpm or the guest crashes,
+    Leaving the block powers the guest down and deletes the VM (`keep=True` keeps the VM). An
+    exception or a cancellation kills the VM at once. If QEMU, swtpm or the guest crashes,
     the block is cancelled and raises `VMCrashedError`. Without `async with`, use `start()`,
     `stop()` and `delete()`.
 
@@ -59,34 +59,34 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         os: The guest OS: `"linux"` (the default without an image) or `"windows"`. Leave it out for
             an `s3://` image, whose manifest records the guest OS.
         image: The qcow2 to start from: a path or a `file://` URI; or `s3://BUCKET/PREFIX/`, a
-            published image, which is downloaded at the first start (see `ImageStore`). The image
-            is never written to, and any number of VMs can share it. A Linux image needs
+            published image, which the first start downloads (see `ImageStore`). A VM never
+            writes to its image, so any number of VMs can share an image. A Linux image needs
             cloud-init; without it, `run()` and file transfer do not work. By default, the built-in
-            Debian, which is built at its first use.
+            Debian, which the library builds at its first use.
         kernel: A Linux kernel for QEMU to load, instead of the image's boot loader.
         initrd: The kernel's initramfs.
         boot_args: The kernel's command line; by default `console=ttyS0 root=/dev/vda rw`.
-        user: The user that `run()` and file transfer log in as in a Linux image: `"root"`, the
+        user: The login user of `run()` and file transfer in a Linux image: `"root"`, the
             default, or a user with sudo that cloud-init creates.
-        memory: MiB. The guest OS sets the minimum and the default (for Linux 128 and 512).
-        cpus: Cores, which the guest sees in one socket. The guest OS sets the default (Linux: 1).
-        vm_id: Lower-case letters, digits and hyphens; by default `vm-` and 8 hex digits.
-        accel: `"auto"` uses KVM if it works, else TCG with a warning. `"kvm"` and `"tcg"` use
-            nothing else.
-        env: Environment variables of all commands, set before the VM is `ready`, for guests
-            that can `run()`.
-        port_forwards: Ports that `expose_local()` forwards from the start: guest ports, or
-            `(guest_port, host_port)`.
+        memory: Memory in MiB. The guest OS sets the minimum and the default (Linux: 128 and 512).
+        cpus: The number of cores, all in one socket. The guest OS sets the default (Linux: 1).
+        vm_id: The id: lower-case letters, digits, hyphens; by default `vm-` and 8 hex digits.
+        accel: `"auto"` uses KVM if it works, else TCG with a warning. `"kvm"` and `"tcg"` never
+            use the other accelerator.
+        env: Environment variables of all commands, set before the VM is `ready`. Only for guests
+            that support `run()`.
+        port_forwards: The ports to forward from the start, as `expose_local()` does: guest ports,
+            or `(guest_port, host_port)`.
         keep: Whether the VM outlives its block and its process: its disk, UEFI variables, TPM and
             keys stay together until `delete()`, and `from_id()` finds the VM again.
         resolution: Width and height of the screen in pixels, or `"WIDTHxHEIGHT"`, up to
-            3840x2160; by default 1280x800. The guest may choose another.
+            3840x2160; by default 1280x800. The guest may choose another resolution.
         vnc: `"loopback"` or `"unix"` turns on the VNC server; see `VNC`.
-        limits: Limits on the host's resources: a `Limits`, or a mapping of its names.
-        mounts: No guest has this yet.
-        writable_mounts: Likewise.
-        internet_settings: Likewise.
-        timeouts: Deadlines in seconds: a `Timeouts`, or a mapping of its names.
+        limits: Limits on the host's resources: a `Limits`, or a mapping with its field names.
+        mounts: No guest supports this yet.
+        writable_mounts: No guest supports this yet.
+        internet_settings: No guest supports this yet.
+        timeouts: Deadlines in seconds: a `Timeouts`, or a mapping with its field names.
         data_dir: The directory for the files of VMs; by default `$XDG_STATE_HOME/smolvm-async`
             (`~/.local/state/smolvm-async`).
         on_progress: Called with a `Progress` for each step.
@@ -100,7 +100,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     def __init__(self, **options: Unpack[VMOptions]) -> None:
         config, on_progress = make_config(**options), options.get("on_progress")
         if isinstance(config.origin, PublishedImage):
-            check_early(config)  # start() reads the manifest: the network is not used before
+            check_early(config)  # start() reads the manifest: nothing before it uses the network
             owned = OwnedVM(config, partial(find_plan, config, on_progress))
         else:
             owned = OwnedVM(config, make_plan(config, on_progress))
@@ -114,13 +114,13 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     @classmethod
     def _of_plan(cls, plan: Plan) -> Self:
-        """Return a VM from a plan that was made before, for fleets."""
+        """Return a VM that has this plan. Fleets make a plan once for many VMs."""
         vm = cls.__new__(cls)
         vm._hold(OwnedVM(plan.config, plan), plan.on_progress)
         return vm
 
     async def _planned(self) -> Plan:
-        """Return the plan; first read the manifest of a published image."""
+        """Return the plan. For a published image, read the manifest first."""
         assert isinstance(self._vm, OwnedVM)
         return await self._vm.planned()
 
@@ -143,20 +143,20 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         data_dir: str | os_module.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> Self:
-        """Find a VM by its id, from a later process or from a process beside the owner.
+        """Find a VM by its id, in a later process or in a process that runs beside the owner.
 
-        If another process runs the VM, attach to it: everything works as for the owner, and
-        `detach()`, or the end of an `async with` block, leaves the VM running. If a kept VM is at
-        rest, the caller becomes its owner: `start()` boots the same machine again.
+        If another process runs the VM, attach to the VM: everything works as for the owner, and
+        `detach()`, or the end of an `async with` block, leaves the VM running. If nobody runs a
+        kept VM, the caller becomes its owner: `start()` boots the same machine again.
 
         Args:
-            vm_id: The id; `list()` shows all.
+            vm_id: The VM's id; `list()` shows all ids.
             data_dir: See the class.
-            on_progress: See the class. Progress of an attached VM goes to its owner instead.
+            on_progress: See the class. For an attached VM, only the owner gets the progress.
 
         Raises:
             VMNotFoundError: No VM has this id (a `ValueError`).
-            VMNotRunningError: The owner is alive and does not answer.
+            VMNotRunningError: The owner is alive but does not answer.
         """
         check_progress(on_progress)
         path = _known_data_dir(data_dir) / check_vm_id(vm_id)
@@ -175,10 +175,10 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     async def prune(
         cls, *, data_dir: str | os_module.PathLike[str] | None = None
     ) -> Sequence[VMInfo]:
-        """Kill and remove the VMs whose owners died; kept VMs among them stay, `stopped`.
+        """Kill and remove the VMs whose owners died. A kept VM stays, with the status `stopped`.
 
         Returns:
-            These VMs, as they were before.
+            These VMs, with their status before the call.
         """
         return await prune_vms(_known_data_dir(data_dir))
 
@@ -192,7 +192,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     @property
     def status(self) -> Status:
-        """The VM's state, such as `running`."""
+        """The VM's status, such as `running`."""
         return self._vm.status
 
     @property
@@ -207,7 +207,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             )
         await self.start()
         self._block.enter()
-        if self.status is Status.CRASHED:  # it crashed before there was a block to cancel
+        if self.status is Status.CRASHED:  # the VM crashed before enter()
             await self._leave(None)
         return self
 
@@ -233,8 +233,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         """Start the VM, and return when the guest's processors run.
 
         A running VM stays as it is. A kept VM that was stopped boots again, with its disk, UEFI
-        variables and TPM; any other VM starts afresh from its image. A cancelled start leaves
-        nothing behind.
+        variables and TPM; any other VM starts from its image again. A cancelled start leaves
+        no files or processes.
 
         Raises:
             LaunchError: QEMU or swtpm did not start.
@@ -249,24 +249,24 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     async def _look_again(self) -> None:
         """Find the VM again if the connection to its owner has ended.
 
-        Another process may own the VM by now; if the VM is at rest, this process becomes its owner.
+        Another process may own the VM by now. If nobody does, this process becomes the owner.
         """
         if isinstance(self._vm, AttachedVM) and self._vm.over.done():
             config = self._vm.config
             self._attach(await find(config.data_dir / config.vm_id, self._on_progress))
 
     async def stop(self, timeout: float | None = None) -> ShutdownReport:
-        """Power the guest down; if it does not, climb the shutdown ladder up to SIGKILL.
+        """Power the guest down; if that fails, try the next rungs of the ladder, up to SIGKILL.
 
-        A kept VM can be started again. Any other VM loses its TPM's state and UEFI variables now,
-        and the rest of its files with `delete()`. A cancelled stop kills the VM at once.
+        You can start a kept VM again. Any other VM loses its TPM's state and UEFI variables now,
+        and its other files with `delete()`. A cancelled stop kills the VM at once.
 
         Args:
             timeout: Seconds for the guest to power down, instead of `Timeouts.powerdown`;
                 0 skips the power button.
 
         Returns:
-            The rung that ended the VM, and how long each rung took.
+            The rung that ended the VM, and the duration of each rung.
         """
         check_timeout(timeout)
         return await self._vm.stop(timeout)
@@ -281,7 +281,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         await self._vm.pause()
 
     async def resume(self) -> None:
-        """Let the guest's processors go on after `pause()`.
+        """Let the guest's processors run again after `pause()`.
 
         Raises:
             VMNotRunningError: The VM does not run.
@@ -290,12 +290,12 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         await self._vm.resume()
 
     async def delete(self) -> None:
-        """Delete the VM and all its files. A running VM is killed first.
+        """Delete the VM and all its files. If the VM runs, kill it first.
 
         Raises:
-            VMAlreadyExistsError: The VM was at rest, and another process has started it.
+            VMAlreadyExistsError: The VM was stopped, but another process has started it.
         """
-        with suppress(VMNotFoundError):  # another process has deleted it
+        with suppress(VMNotFoundError):  # another process has deleted the VM
             await self._look_again()
         await self._vm.delete()
 
@@ -310,7 +310,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         return await running(self._vm).ssh_access()
 
     async def detach(self) -> None:
-        """Disconnect from a VM that `from_id()` attached to. The VM goes on under its owner.
+        """Disconnect from a VM that `from_id()` attached to. The owner keeps the VM running.
 
         Raises:
             ConfigError: This process owns the VM.
@@ -318,12 +318,12 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         await self._vm.detach()
 
     async def snapshot(self, name: str | None = None) -> NoReturn:
-        """Raise `UnsupportedError`: snapshots are not in this version."""
+        """Raise `UnsupportedError`: this version does not support snapshots."""
         raise self._vm.config.profile.refusal("snapshot")
 
     @classmethod
     async def from_snapshot(cls, name: str, **options: object) -> NoReturn:
-        """Raise `UnsupportedError`: snapshots are not in this version."""
+        """Raise `UnsupportedError`: this version does not support snapshots."""
         raise GUESTS.get(str(options.get("os")), DEFAULT).refusal("from_snapshot")
 
 

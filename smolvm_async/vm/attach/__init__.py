@@ -1,9 +1,9 @@
 """A VM's control socket: the owner serves it, other processes of the same user attach to it.
 
-Messages are JSON-RPC 2.0, one on each line; a result of type `bytes` follows its line as it is. The
-client sends requests (`stop`, `screen.dump`, ...), whose methods are marked with `@rpc` where they
-are defined. The server sends notifications: `hello` first, then `event`, `status` and `console` as
-they come, and `ended`, with the failure and the shutdown report, before it closes.
+Each line is a JSON-RPC 2.0 message; the raw bytes of a `bytes` result follow its line. The client
+sends requests (`stop`, `screen.dump`, ...) for methods that are marked with `@rpc`. The server
+sends notifications: first `hello`, then `event`, `status` and `console` as they happen, and last
+`ended`, with the failure and the shutdown report. Then the server closes the connection.
 """
 
 from __future__ import annotations

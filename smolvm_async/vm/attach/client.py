@@ -1,18 +1,18 @@
 """The client's side of a control socket: a VM that another process owns.
 
-The life of a connection: `connect()` reads until the owner has told the VM's state, then a task
-reads the rest for as long as the connection lasts. It feeds events, console and boot states into
-the same objects that an owner has, and hands each answer to the call that waits for it. A call is
-a request with a number of its own, so calls may overlap; a posted request has no number and no
-answer. The connection ends in one of three ways, and each ends every call that still waits:
+`connect()` reads messages until it knows the VM's state. Then a task reads all further messages
+until the connection ends. The task feeds events, console output and boot states into the same
+objects that an owner has, and passes each answer to the call that waits for the answer. Each call
+is a request with a unique number, so calls may overlap. A posted request has no number and gets no
+answer. The connection ends in one of three ways, which also end all waiting calls:
 
-- The owner says `ended`: the VM has stopped or crashed, and the owner has told how.
-- The connection breaks without that: the owner has died, and QEMU with it. The VM is an orphan,
-  for `prune()`, and an `async with` block around it raises `VMCrashedError`.
-- This process detaches, or its event loop ends: the VM goes on. The owner releases the keys and
-  buttons that this process holds down.
+- The owner sends `ended`: the VM has stopped or crashed, and the message describes the end.
+- The connection breaks without `ended`: the owner has died, and so has QEMU. The VM is an orphan
+  for `prune()` to remove, and an `async with` block around the VM raises `VMCrashedError`.
+- This process detaches, or its event loop ends: the VM keeps running. The owner releases the keys
+  and buttons that this process holds down.
 
-A call that is cancelled here goes on in the owner; only its answer is ignored.
+If a call is cancelled, the owner still completes the request. This process ignores the answer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from smolvm_async.vm.attach.proxy import make_peripherals, make_proxy
 GREETING = 5.0  # seconds for the owner's event loop to answer
 REMOVED = 30.0  # seconds for the owner to remove the directory
 
-# asyncio itself refers to its tasks weakly, and events() may be all that a user holds.
+# asyncio has only weak references to tasks, and a user may have only the stream of events().
 _readings: set[asyncio.Task[None]] = set()
 
 
@@ -92,7 +92,7 @@ class AttachedVM:
         """Connect to the owner of the VM in the open directory `dir_fd`, which is at `path`.
 
         Raises:
-            OSError: No process listens (any more), or it does not answer within 5 s.
+            OSError: No process listens (any more), or the owner does not answer within 5 s.
             VMNotRunningError: The owner runs another version of smolvm_async.
         """
         vm = cls(path, record)
@@ -100,7 +100,7 @@ class AttachedVM:
         try:
             async with asyncio.timeout(GREETING):
                 method = ""
-                while method != "status":  # the last message about the VM's state so far
+                while method != "status":  # which completes the VM's state
                     line = await reader.readline()
                     if not line:
                         raise ConnectionResetError("the owner has closed the control socket")
@@ -126,7 +126,7 @@ class AttachedVM:
         return self._reading
 
     async def stop(self, timeout: float | None) -> ShutdownReport:
-        """Ask the owner to stop the VM. Cancelled, it stops waiting; the VM still stops."""
+        """Ask the owner to stop the VM. A cancelled call stops waiting; the VM still stops."""
         try:
             return await self._stop(timeout)
         except VMNotRunningError:
@@ -135,7 +135,7 @@ class AttachedVM:
             raise
 
     async def delete(self) -> None:
-        """Ask the owner to delete the VM, and wait until its directory is gone."""
+        """Ask the owner to delete the VM, and wait until the VM's directory is removed."""
         try:
             await self._delete()
         except VMNotRunningError:
@@ -149,11 +149,11 @@ class AttachedVM:
         self.status = Status.DELETED
 
     async def leave(self, *, graceful: bool) -> None:
-        """Detach: only its owner ends the VM."""
+        """Detach: only the owner ends the VM."""
         await self.detach()
 
     async def detach(self) -> None:
-        """Close the connection; the VM goes on."""
+        """Close the connection. The VM keeps running."""
         await end_tasks(self._reading)
 
     async def _request(self, method: str, params: Mapping[str, Any]) -> Any:
@@ -190,7 +190,7 @@ class AttachedVM:
 
     def _handle(self, message: Mapping[str, Any]) -> None:
         if "method" in message:
-            # Interned, or Python's cache of methods would keep each of these strings for a while.
+            # Intern the name: Python's method cache would keep a new string for each message.
             name = sys.intern(f"_on_{message['method']}")
             getattr(self, name, lambda _: None)(message["params"])
         else:
@@ -237,7 +237,7 @@ class AttachedVM:
             self.failure = error_from_json(params["failure"])
 
     def _end(self) -> None:
-        """End all that waits: the run or the owner has ended, or this process has detached."""
+        """End all waiting calls, because the run, the owner or the connection has ended."""
         self._writer.transport.abort()
         self.link.close()
         if not self._told_end and not self._detached:

@@ -1,4 +1,4 @@
-"""The messages on a control socket, and where the socket is."""
+"""The messages on a control socket, and the path of the socket."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.rpc import to_json
 from smolvm_async.state.names import CONTROL
 
-PROTOCOL = 2  # the version of the messages; a client refuses an owner with another one
-MAX_MESSAGE = 16 << 20  # bytes; the whole console, escaped, is under 2 MiB
-SERVER_ERROR = -32000  # JSON-RPC 2.0: the server's own errors begin here
+PROTOCOL = 2  # the version of the messages; a client refuses an owner with another version
+MAX_MESSAGE = 16 << 20  # bytes; the whole console, escaped, takes less than 2 MiB
+SERVER_ERROR = -32000  # JSON-RPC 2.0: a server's own errors begin with this code
 
 
 @functools.cache
@@ -29,22 +29,22 @@ def version() -> str:
     """Return the version of smolvm_async."""
     try:
         return metadata.version("smolvm-async")
-    except metadata.PackageNotFoundError:  # not installed: it runs from its sources
+    except metadata.PackageNotFoundError:  # not installed: the library runs from its sources
         return "unknown"
 
 
 def address(dir_fd: int) -> str:
-    """Return the path of the socket in an open directory; through /proc it is under 107 bytes."""
+    """Return the socket's path in an open directory. With /proc, it is under 107 bytes long."""
     return f"/proc/self/fd/{dir_fd}/{CONTROL}"
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """Return a message as a line."""
+    """Return a message as a line of JSON."""
     return to_json({"jsonrpc": "2.0", **message}) + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """Return the message that a line holds; a `ValueError` if it holds none."""
+    """Return the message in a line. Raise a `ValueError` if the line is not a message."""
     message = json.loads(line)
     if not isinstance(message, dict):
         raise ValueError("a JSON-RPC message is an object")
@@ -52,16 +52,16 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def error_to_json(error: Exception) -> dict[str, Any]:
-    """Return an exception as a JSON-RPC error, with the fields of one of this library's."""
+    """Return an exception as a JSON-RPC error, with all fields of a `SmolVMError`."""
     values = {"code": SERVER_ERROR, "message": str(error), "data": type(error).__name__}
     return {**values, "fields": error.to_json()} if isinstance(error, SmolVMError) else values
 
 
 def error_from_json(values: Mapping[str, Any]) -> SmolVMError:
-    """Return the exception that the other process had; an unknown class becomes a `SmolVMError`.
+    """Return the exception that the other process sent. An unknown class becomes a `SmolVMError`.
 
-    The other process may have another version of this library, or be an impostor: only fields
-    that the class has here, with values of the declared types, are taken over.
+    The other process may have another version of this library, or be an impostor. So accept only
+    fields that the class has here, with values of the declared types.
     """
     kind = getattr(errors, str(values.get("data")), None)
     if not (isinstance(kind, type) and issubclass(kind, SmolVMError)):
@@ -79,7 +79,7 @@ def error_from_json(values: Mapping[str, Any]) -> SmolVMError:
 
 
 def restore(value: Any) -> Any:
-    """Return a value of `SmolVMError.to_json()` with its bytes as bytes."""
+    """Return a value of `SmolVMError.to_json()` with base64 decoded to bytes."""
     if isinstance(value, dict):
         if [*value] == ["base64"]:
             return base64.b64decode(str(value["base64"]))

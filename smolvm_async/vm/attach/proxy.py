@@ -1,4 +1,4 @@
-"""The attached process's stand-in for an object of the owner."""
+"""The proxy through which an attached process uses an object of the owner."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def make_peripherals(request: Request, post: Post) -> Peripherals:
 
 
 def make_proxy(kind: type[T], prefix: str, request: Request, post: Post) -> T:
-    """Return an object that has the marked methods of `kind`, and forwards their calls.
+    """Return an object with the `@rpc` methods of `kind`. It forwards each call to the owner.
 
     Args:
         kind: The class of the owner's object.
-        prefix: Comes before the method's name in a request.
-        request: Sends a request; waits for its result.
+        prefix: The text before the method's name in a request.
+        request: Sends a request and waits for its result.
         post: Sends a request that gets no answer.
     """
     proxy = _Proxy(kind)

@@ -1,19 +1,18 @@
 """The owner's side of a control socket.
 
-The life of a connection: the server sends `hello`, then the events, the console and the status, as
-fast as the client reads them. A client that reads slowly misses the oldest events and the oldest
-console output; the owner never waits for a client. Meanwhile the client sends requests. A coroutine
-function runs in a task of its own, so that a slow request does not hold up the next one, and is
-answered when it is done. A plain function is called before the next request is read, and is not
-answered. At the end of the run the server sends `ended` and closes the connection.
+The server sends `hello`, then events, console output and status changes, as fast as the client
+reads. A client that reads slowly misses the oldest events and the oldest console output; the owner
+never waits for a client. Meanwhile the client sends requests. The server runs a coroutine function
+in a separate task, so that a slow request does not delay the next request, and then sends the
+answer. It calls a plain function before it reads the next request, and sends no answer. At the end
+of the run the server sends `ended` and closes the connection.
 
-A client that dies or detaches does not cancel its requests: a `stop` goes on. But the keys and
-buttons that it holds down would stay down, so the server releases them. If the owner dies, the
-kernel closes the socket and QEMU is killed: a connection that ends without `ended` means a crash.
+A client that dies or detaches does not cancel its requests: a `stop` still stops the VM. The server
+releases the keys and buttons that this client holds down. If the owner dies, the kernel closes the
+socket and kills QEMU, so a connection that ends without `ended` means a crash.
 
-A client can call the methods that are marked with `@rpc`, and nothing else: the server looks the
-name in a request up in a mapping of these methods. Another user cannot connect: the socket has the
-mode 0600.
+A client can call only methods that are marked with `@rpc`: the server looks up the name of each
+request in a mapping of these methods. Other users cannot connect: the socket has the mode 0600.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ FLUSH = 1.0  # seconds that a client may take to read the last messages
 
 
 def remote_methods(vm: VM, run: Run) -> dict[str, MethodType]:
-    """Return the methods that a client can call, by their names in a request."""
+    """Return the methods that a client can call, keyed by their names in requests."""
     objects: list[tuple[str, type, object]] = [("", VM, vm), ("", Run, run)]
     for name, peripheral in vars(run.peripherals).items():
         objects.append((f"{name}.", type(peripheral), peripheral))
@@ -75,7 +74,7 @@ class ControlServer:
         self._over = False
 
     async def start(self, dir_fd: int) -> None:
-        """Listen on the socket in an open directory; only this user can connect to it."""
+        """Listen on the socket in an open directory; only this user can connect."""
         listener = socket.socket(socket.AF_UNIX)
         try:
             os.fchmod(listener.fileno(), 0o600)  # the mode of the socket's file
@@ -88,12 +87,12 @@ class ControlServer:
             raise
 
     def tell_status(self) -> None:
-        """Tell every client that the VM's status may have changed."""
+        """Send every client the VM's status if it has changed."""
         for news in self._news:
             news.set()
 
     async def close(self) -> None:
-        """Send every client the rest of the news, and close."""
+        """Send every client the remaining messages, and close all connections."""
         self._over = True
         if self._server is not None:
             self._server.close()
@@ -122,7 +121,7 @@ class ControlServer:
                 writer.transport.abort()
 
     async def _tell(self, writer: asyncio.StreamWriter) -> None:
-        """Send the client events, console and status, as fast as the client reads."""
+        """Send events, console output and status to the client, as fast as the client reads."""
         news = asyncio.Event()
         events, console = self._vm.hub.subscribe(), self._run.console
         events.listeners.add(news)
@@ -165,7 +164,7 @@ class ControlServer:
     async def _read_requests(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        held: list[InputEvent] = []  # down since this client pressed them
+        held: list[InputEvent] = []  # keys and buttons that this client holds down
         try:
             while line := await reader.readline():
                 request = decode(line)
@@ -179,7 +178,7 @@ class ControlServer:
                 if not inspect.iscoroutinefunction(method):
                     method(**arguments)
                     continue
-                # The task is not the connection's: a request goes on after its client has left.
+                # The connection does not own the task: a request continues after its client has left.
                 task = asyncio.ensure_future(self._call(writer, request, method, arguments))
                 self._requests.add(task)
                 task.add_done_callback(self._requests.discard)
@@ -214,7 +213,7 @@ class ControlServer:
         answer: Mapping[str, Any],
         content: bytes = b"",
     ) -> None:
-        if writer.is_closing():  # the client has gone
+        if writer.is_closing():  # the client has disconnected
             return
         status = encode({"method": "status", "params": {"status": str(self._vm.status)}})
         with contextlib.suppress(OSError, RuntimeError):
@@ -222,7 +221,7 @@ class ControlServer:
             writer.write(content)
 
     def _find(self, request: Mapping[str, Any]) -> tuple[MethodType, dict[str, Any]]:
-        """Return the method that a client asks for, and its validated arguments."""
+        """Return the requested method and its validated arguments."""
         name = request.get("method")
         method = self._methods.get(name) if isinstance(name, str) else None
         if method is None:
