@@ -178,7 +178,7 @@ class ControlServer:
                 if not inspect.iscoroutinefunction(method):
                     method(**arguments)
                     continue
-                # The connection does not own the task: a request continues after its client has left.
+                # The connection must not own this task: it continues after the client has left.
                 task = asyncio.ensure_future(self._call(writer, request, method, arguments))
                 self._requests.add(task)
                 task.add_done_callback(self._requests.discard)
