@@ -1,1 +1,1 @@
-"""asyncio and the operating system: tasks, processes, locks, files, logs. None of it knows a VM."""
+"""Helpers for asyncio and the operating system, independent of VMs: tasks, processes, locks."""

@@ -1,4 +1,4 @@
-"""Files that appear at once and whole, whatever is killed meanwhile."""
+"""Atomic file writes: if the writer is killed, no partial file has the final name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def replace_file(
 ) -> None:
     """Write a file under a temporary name beside `path`, then rename it to `path`.
 
-    A reader sees the old content or the new one, never a part. This does not wait for the disk: if
-    the host itself crashes, the file may be empty. If it fails, the temporary file is removed.
+    A reader sees the whole old or the whole new content. This function does not wait for the disk:
+    if the host crashes, the file may be empty. On an error, it removes the temporary file.
 
     Args:
-        path: Relative to `dir_fd`, if that is given.
-        temporary: The temporary name, for a caller that removes it after a crash; by default a
-            hidden name that no other process uses.
-        mode: The file's permissions, less the umask.
+        path: The final name; relative to `dir_fd` if `dir_fd` is given.
+        temporary: The temporary name, if the caller wants to remove the file after a crash; by
+            default, a hidden name that no other process uses.
+        mode: The file's permissions before the umask is applied.
     """
     new = temporary or Path(path).with_name(f".{os.urandom(8).hex()}.new")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -40,15 +40,15 @@ def replace_file(
 
 
 def sha256_of(file: Path | int) -> str:
-    """Return the SHA-256 of a file, or of an open file from its position on, in hexadecimal."""
+    """Return a file's SHA-256 in hexadecimal; read an open file from its current position."""
     with open(file, "rb", closefd=not isinstance(file, int)) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def seal(path: Path, mode: int) -> None:
-    """Set a finished file's permissions and write it to the disk, before it gets its final name.
+    """Set a finished file's permissions and flush it to the disk; call this before renaming it.
 
-    Otherwise a crash of the host could leave the name without the content.
+    Otherwise, a crash of the host could leave an empty file under the final name.
     """
     with path.open("rb") as file:
         os.fchmod(file.fileno(), mode)

@@ -1,8 +1,8 @@
-"""Locks between processes: flock(2), which the kernel releases when the holder dies.
+"""Locks between processes, by flock(2): the kernel releases a lock when its process dies.
 
-flock has no way to wait that asyncio could use: a blocking call would take a thread for each
-waiter, and the thread could not be cancelled. So `poll` is the one place that waits for a lock, and
-for other changes that another process makes.
+asyncio cannot wait for flock: a blocking call would need a thread for each waiter, and the thread
+could not be cancelled. So `poll` tries again and again. All code that waits for a lock, or for
+another change that another process makes, uses `poll`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ POLL = 0.02  # seconds between two attempts
 
 
 async def poll(attempt: Callable[[], bool], timeout: float = math.inf) -> bool:
-    """Call `attempt` in the loop's thread until it returns true; return false after `timeout` s.
+    """Call `attempt` in the loop's worker thread until it returns true, or for `timeout` seconds.
 
-    A cancellation may arrive after `attempt` has taken a lock. So `attempt` stores the lock in an
-    object, and the caller releases it in a `finally` or `except`.
+    Return whether it returned true. A cancellation may arrive after `attempt` has taken a lock. So
+    `attempt` stores the lock in an object, and the caller releases it in `finally` or `except`.
     """
     deadline = time.monotonic() + timeout
     while not await in_thread(attempt):
@@ -36,9 +36,9 @@ async def poll(attempt: Callable[[], bool], timeout: float = math.inf) -> bool:
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Lock the open file or directory `fd`, unless it is locked; closing `fd` unlocks it.
+    """Try to lock the open file or directory `fd`, and return whether this succeeded.
 
-    Any number of processes can have a shared lock, while no process has an exclusive one.
+    Closing `fd` releases the lock. Processes can share a lock while no process locks exclusively.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -50,16 +50,16 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 def is_locked(fd: int) -> bool:
     """Return whether a process has locked `fd` exclusively.
 
-    If not, `fd` has a shared lock afterwards: close it soon.
+    If no process has, `fd` holds a shared lock after this call: close `fd` soon.
     """
     return not try_lock(fd, shared=True)
 
 
 class LockFile:
-    """A lock that is a file, for this user alone, which exists only while it is locked.
+    """A lock file, which exists only while it is locked and which only this user can open.
 
     Attributes:
-        fd: The open file, which is locked; -1 while it is not held.
+        fd: The descriptor of the locked file; -1 while this object does not hold the lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +67,7 @@ class LockFile:
         self.fd = -1
 
     def try_lock(self) -> bool:
-        """Make the file and lock it, unless it is locked."""
+        """Try to create the file and lock it, and return whether this succeeded."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self._path, flags, 0o600)
         if try_lock(fd):
@@ -75,11 +75,11 @@ class LockFile:
                 if os.path.samestat(os.fstat(fd), os.lstat(self._path)):
                     self.fd = fd
                     return True
-        os.close(fd)  # it is locked, or its last holder has just removed it
+        os.close(fd)  # another process holds the lock, or has just removed the file
         return False
 
     def unlock(self) -> None:
-        """Remove the file and release the lock; do nothing if it is not held."""
+        """Remove the file and release the lock; do nothing without the lock."""
         if self.fd >= 0:
             self._path.unlink(missing_ok=True)
             os.close(self.fd)
@@ -87,7 +87,7 @@ class LockFile:
 
     @contextlib.asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:
-        """Wait for the lock, and hold it in the block."""
+        """Wait for the lock, hold it during the block, then release it."""
         try:
             await poll(self.try_lock)
             yield

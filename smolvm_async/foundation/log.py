@@ -1,7 +1,7 @@
-"""One logger for each module; each record carries the id of its VM.
+"""Loggers, one for each module. Each log record carries the id of its VM.
 
-A handler may keep records for ever. So a record holds the text of an exception, not the exception:
-its traceback refers to the VM's event loop, which would then never be freed, nor its thread.
+A handler may keep records forever. So a record holds the text of an exception, not the exception:
+the traceback refers to the VM's event loop, so the loop and its thread would never be freed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ current_vm: ContextVar[str] = ContextVar("current_vm", default="")
 
 
 def _complete(record: logging.LogRecord) -> bool:
-    """Set the record's `vm_id`, put it before the message, and turn exceptions into text."""
+    """Set the record's `vm_id`, prefix the message with it, and turn exceptions into text."""
     vm_id = current_vm.get()
     record.__dict__["vm_id"] = vm_id
     if vm_id:
@@ -24,7 +24,7 @@ def _complete(record: logging.LogRecord) -> bool:
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger `name`; its records have the attribute `vm_id`, empty without a VM."""
+    """Return the logger `name`; its records have the attribute `vm_id`, empty if there is no VM."""
     logger = logging.getLogger(name)
     logger.addFilter(_complete)
     return logger

@@ -1,4 +1,4 @@
-"""Make absolute paths of a user's texts, and find the directories of the XDG specification."""
+"""Conversion of the user's text to absolute paths, and the XDG base directories."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 class PathError(ValueError):
-    """The reason why a text is not a path: the rest of a sentence that begins with the text."""
+    """Text cannot be a path. The message continues a sentence that begins with the text."""
 
 
 def expand(text: str) -> str:
-    """Replace `~` or `~user` at the beginning of `text`; raise `PathError` if it is wrong."""
+    """Expand `~` or `~user` at the beginning of `text`; raise `PathError` if that is impossible."""
     expanded = os.path.expanduser(_possible(text))
     if expanded.startswith("~"):
         raise PathError("names a user who does not exist")
@@ -19,10 +19,10 @@ def expand(text: str) -> str:
 
 
 def absolute(text: str) -> Path:
-    """Return the absolute path; `..` stays, since only the kernel knows symbolic links.
+    """Return `text` as an absolute path; keep `..`, since only the kernel knows symbolic links.
 
     Raises:
-        PathError: If `text` cannot be a path, or is relative to a working directory that is gone.
+        PathError: If `text` cannot be a path, or is relative to a deleted working directory.
     """
     try:
         return Path(_possible(text)).absolute()
@@ -40,9 +40,9 @@ def _possible(text: str) -> str:
 
 
 def xdg_home(variable: str, default: str) -> Path:
-    """Return the directory of an `XDG_*_HOME` variable; by default, `default` in the home.
+    """Return the directory in an `XDG_*_HOME` variable, or else `default` in the home directory.
 
-    A relative path is ignored, as the XDG Base Directory specification demands.
+    Ignore a relative path in the variable, as the XDG Base Directory specification requires.
     """
     value = os.environ.get(variable, "")
     return Path(value) if os.path.isabs(value) else Path.home() / default

@@ -1,9 +1,9 @@
 """The only module that spawns, signals and reaps processes.
 
-Every child dies with its owner, even if SIGKILL ends Python. `setpriv --pdeathsig KILL` asks the
-kernel for a SIGKILL when the parent dies. The parent may have died before that call, so a shell
-then checks its parent's id, and only then becomes the program. The kernel sends the signal when the
-*thread* that spawned the child ends: so the event loop's thread spawns.
+The kernel kills every child when its owner dies, even if SIGKILL ends Python: `setpriv --pdeathsig
+KILL` asks for a SIGKILL when the parent dies. The parent may have died before that call, so a shell
+first checks the id of its parent, and only then executes the program. The kernel sends the signal
+when the *thread* that spawned the child ends, so the event loop's thread spawns all children.
 
 The event loop watches a VM's children through pidfds. asyncio's own subprocess transport would use
 a thread for each child under Python 3.11. Its `kill()` polls first, and so can take the exit status
@@ -32,25 +32,25 @@ from smolvm_async.foundation.tasks import Slots, has_result, settle
 
 logger = get_logger(__name__)
 
-LOG_LIMIT = 256 * 1024  # bytes of output that are kept for each process
+LOG_LIMIT = 256 * 1024  # bytes of output to keep for each process
 
-# The owner's environment variables that a VM's processes get: others may hold secrets.
+# A VM's processes get only these environment variables of the owner: others may hold secrets.
 LOCALE = ("LANG", "LC_ALL", "TZ")
 ENVIRONMENT = ("PATH", "HOME", "TMPDIR", *LOCALE, "LD_LIBRARY_PATH", "XDG_RUNTIME_DIR")
 
 
 def die_with_owner() -> list[str]:
-    """Return the words to put before a command line, so that the process dies with this one."""
+    """Return a command prefix that makes the kernel kill the command when this process dies."""
     guard = '[ "$PPID" = "$0" ] && exec "$@"'
     return ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", guard, str(os.getpid())]
 
 
 class Identity(NamedTuple):
-    """The identity of a process: the kernel gives a process id again to later processes.
+    """The identity of a process. A process id is not enough: the kernel reuses process ids.
 
     Attributes:
         pid: The process id.
-        started: Its start time, in clock ticks since the host booted (proc(5), `starttime`).
+        started: The start time, in clock ticks since the host booted (proc(5), `starttime`).
     """
 
     pid: Annotated[int, Field(gt=0, lt=1 << 31)]
@@ -58,19 +58,19 @@ class Identity(NamedTuple):
 
     @property
     def alive(self) -> bool:
-        """True while this process runs."""
+        """True while the process runs."""
         return identify(self.pid) == self
 
     @property
     def remains(self) -> bool:
-        """True while any part of it exists: a zombie's other threads may still hold its files."""
+        """True while the process has a thread: threads of a zombie may still hold its files."""
         return identify(self.pid, but="X") == self
 
 
 def identify(pid: int, *, but: str = "ZX") -> Identity | None:
-    """Return the identity of a process; `None` if it is in a state of `but`, or does not exist.
+    """Return a process's identity; `None` if its state is in `but`, or if it does not exist.
 
-    States are letters, see proc(5): `Z` is a zombie, and `X` is dead.
+    `but` contains letters for states, see proc(5): `Z` is a zombie, and `X` is dead.
     """
     try:
         with open(f"/proc/{pid}/stat") as file:
@@ -81,7 +81,7 @@ def identify(pid: int, *, but: str = "ZX") -> Identity | None:
 
 
 def describe_exit(returncode: int) -> str:
-    """Return `exit status 1` or `killed by SIGKILL`, for example."""
+    """Return a text for an exit status, such as `exit status 1` or `killed by SIGKILL`."""
     if returncode >= 0:
         return f"exit status {returncode}"
     try:
@@ -91,12 +91,12 @@ def describe_exit(returncode: int) -> str:
 
 
 class Child:
-    """A child process in a session of its own, so Ctrl-C does not reach it; it logs to a file.
+    """A child process with a log file, in a session of its own, so Ctrl-C does not reach it.
 
     Attributes:
-        argv: Its command line, without `die_with_owner()` in front.
-        log: The end of its stdout and stderr.
-        exited: A future of its exit status, negative for a signal. Never cancel it.
+        argv: The command line, without the prefix of `die_with_owner()`.
+        log: The end of the child's stdout and stderr.
+        exited: A future for the exit status, negative for a signal. Never cancel this future.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Child:
         return self.exited.result() if self.exited.done() else None
 
     def report(self) -> str:
-        """Return name, exit status, the end of the log and the command, for an error message."""
+        """Return the name, exit status, end of the log and command, for an error message."""
         status = "still runs"
         if self.returncode is not None:
             status = f"ended: {describe_exit(self.returncode)}"
@@ -132,16 +132,16 @@ class Child:
         return f"{self.name} {status}.\nLog:\n{tail}\nCommand: {shlex.join(self.argv)}"
 
     def kill(self) -> None:
-        """Send SIGKILL, if it still runs."""
+        """Send SIGKILL if the process still runs."""
         self.signal(signal.SIGKILL)
 
     async def reap(self) -> None:
-        """Kill it and wait until it has ended, even if cancelled. See `settle`."""
+        """Kill the process and wait until it has ended, even if cancelled. See `settle`."""
         self.kill()
         await settle(self.exited)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, if the process still runs."""
+        """Send a signal if the process still runs."""
         if not self.exited.done():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -151,28 +151,28 @@ class Child:
         os.close(self._pidfd)
         self._reader.close()
         self.log.close()
-        self.exited.set_result(self._process.wait())  # the process has ended: wait() only reaps
+        self.exited.set_result(self._process.wait())  # does not block: it has ended
 
 
 async def spawn(
     name: str, argv: Sequence[str], *, cwd: Path, log: Path, fds: Sequence[int]
 ) -> Child:
-    """Start `argv` in `cwd`; it inherits `fds`, and the end of its output goes to the file `log`.
+    """Start `argv` in `cwd` with the descriptors `fds`; keep the end of its output in file `log`.
 
     Raises:
-        LaunchError: If the operating system refuses (no memory, no descriptors, no program).
+        LaunchError: If the operating system cannot start it (no memory, descriptors or program).
     """
     async with _turns.of_this_loop():
         await asyncio.sleep(0)
         return _spawn(name, argv, cwd, log, fds)
 
 
-# One spawn per turn of the loop: it blocks the loop for 1 to 3 ms, and many VMs may start at once.
+# Spawn once per loop iteration: a spawn blocks for 1 to 3 ms, and many VMs may start at once.
 _turns = Slots(1)
 
 
 def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[int]) -> Child:
-    if logger.isEnabledFor(logging.DEBUG):  # QEMU's command line takes most of a millisecond
+    if logger.isEnabledFor(logging.DEBUG):  # quoting QEMU's command line takes almost 1 ms
         logger.debug("%s: %s", name, shlex.join(argv))
     with contextlib.ExitStack() as undo:
         try:
@@ -189,7 +189,7 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
                     cwd=cwd,
                     env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
                     pass_fds=fds,
-                    umask=0o077,  # its files are for this user alone
+                    umask=0o077,  # only this user may access its files
                     start_new_session=True,
                 )
             undo.callback(process.wait)
@@ -205,10 +205,10 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
 async def run(
     argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> str:
-    """Run a command of the host to its end, and return its stdout and stderr as one text.
+    """Run a command on the host until it ends; return its stdout and stderr as one string.
 
-    If the caller is cancelled, the command and its children are killed. A `CommandError` says that
-    it cannot be started, or that its exit status is not 0. `env` is added to the owner's variables.
+    If the caller is cancelled, kill the command and its children. Raise a `CommandError` if the
+    command cannot be started or its exit status is not 0. Add `env` to the owner's variables.
     """
     words = [str(word) for word in argv]
     logger.debug("%s", shlex.join(words))

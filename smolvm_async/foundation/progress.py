@@ -1,4 +1,4 @@
-"""Progress of slow work: the value that `on_progress=` receives, and the meter that makes it."""
+"""Progress of slow work: the value that `on_progress=` receives, and the class that reports it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Progress:
         stage: The part that reports: `image`, `boot`, `stop`, `files` or `doctor`.
         message: The current step, in plain English.
         elapsed: Seconds since the work began.
-        done: How much is done; `None` if unknown.
-        total: How much there is to do; `None` if unknown.
-        rate: Bytes per second, of a download or upload of an image.
+        done: The amount of work that is done; `None` if unknown.
+        total: The amount of all work; `None` if unknown.
+        rate: Bytes per second, if the work is a download or an upload.
     """
 
     stage: str
@@ -38,7 +38,7 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def report(callback: ProgressCallback | None, progress: Progress) -> None:
-    """Call the user's callback; an error in it is logged and has no other effect."""
+    """Call the user's callback; if it raises an error, log the error and continue."""
     if callback is not None:
         try:
             callback(progress)
@@ -47,7 +47,7 @@ def report(callback: ProgressCallback | None, progress: Progress) -> None:
 
 
 class Meter:
-    """Reports the progress of one piece of work, which begins now; see `Progress`."""
+    """A reporter of the progress of one task, which begins now; see `Progress`."""
 
     def __init__(
         self, callback: ProgressCallback | None, stage: str, total: int | None = None
@@ -59,7 +59,7 @@ class Meter:
 
     @property
     def due(self) -> bool:
-        """True if the last report is 0.1 s old: more reports would only cost time."""
+        """True if the last report is at least 0.1 s old: more reports would only cost time."""
         return time.monotonic() - self._reported >= INTERVAL
 
     def report(
@@ -73,7 +73,7 @@ class Meter:
         """Report the current step.
 
         Args:
-            total: That of this step, if it counts something else than the whole work.
+            total: The total of this step, if it differs from the total of the whole work.
             copied: Bytes copied since the work began, for the rate.
         """
         self._reported = time.monotonic()

@@ -1,12 +1,12 @@
 """Remote procedure calls: `@rpc` marks the methods that another process may call.
 
-A marked method is written once, with its types. The process that has the object dispatches to its
-marked methods and to nothing else; another process has a proxy, which is made from the class. The
-arguments and the result travel as JSON and are validated by the method's annotations, so they must
-have types that pydantic can write as JSON and read back. A result of type `bytes` travels as it is.
+A marked method is written once, with its types. The process that owns the object accepts calls of
+marked methods only; other processes use a proxy, which is made from the class. Arguments and
+results are sent as JSON and validated against the method's annotations, so they must have types
+that pydantic can write as JSON and read back. A result of type `bytes` is sent unchanged.
 
-A coroutine function is called, and its result awaited. A plain function is only posted: its caller
-goes on at once and is not told of errors. Calls begin in the order in which they were made.
+The caller of a coroutine function waits for its result. The caller of a plain function continues
+as soon as the call is sent, and gets no errors. Calls begin in the order in which they were made.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from pydantic_core import to_jsonable_python
 from smolvm_async.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
-Method = Callable[..., Any]  # a function of a class
+Method = Callable[..., Any]  # a function of a class, not bound to an object
 
 _MARK = "__rpc__"
 _ENCODER = json.JSONEncoder(default=functools.partial(to_jsonable_python, bytes_mode="base64"))
 
 
 def rpc(method: F) -> F:
-    """Mark a method that another process may call."""
+    """Mark a method as callable from other processes."""
     setattr(method, _MARK, True)
     return method
 
 
 def rpc_methods(kind: type) -> Mapping[str, Method]:
-    """Return the marked methods of a class and of its parents, by name."""
+    """Return the marked methods of a class and its base classes, by name."""
     return {
         name: method
         for name, method in inspect.getmembers(kind, inspect.isfunction)
@@ -47,19 +47,19 @@ def rpc_methods(kind: type) -> Mapping[str, Method]:
 def arguments_by_name(
     method: Method, args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[str, Any]:
-    """Return the arguments of a call, without `self`, by name; raise `TypeError` if wrong."""
+    """Return a call's arguments by name, without `self`; raise `TypeError` if they do not fit."""
     arguments = _signature(method).bind(None, *args, **kwargs).arguments
     del arguments["self"]
     return arguments
 
 
 def to_json(message: Mapping[str, Any]) -> bytes:
-    """Return a message as JSON; pydantic writes what the json module cannot, bytes as base64."""
+    """Return a message as JSON; pydantic converts values that json cannot (bytes to base64)."""
     return _ENCODER.encode(message).encode()
 
 
 def arguments_from_json(method: Method, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a message holds, with the types of the method's annotations."""
+    """Return the arguments in a message, converted to the types of the method's annotations."""
     try:
         arguments: dict[str, Any] = _validator(method)(None, **values)
     except (ValidationError, TypeError) as error:
@@ -68,7 +68,7 @@ def arguments_from_json(method: Method, values: Mapping[str, Any]) -> dict[str, 
 
 
 def result_from_json(method: Method, values: object) -> Any:
-    """Return the result that a message holds, with the type of the method's annotation."""
+    """Return the result in a message, converted to the method's return type."""
     return _result(method).validate_python(values)
 
 
@@ -79,10 +79,10 @@ def _signature(method: Method) -> inspect.Signature:
 
 @functools.cache
 def _validator(method: Method) -> Callable[..., Any]:
-    """Return a function that takes the arguments of `method` and returns the validated ones."""
+    """Return a function that validates the arguments of `method` and returns them."""
 
     @validate_call(config=ConfigDict(val_json_bytes="base64"))
-    @functools.wraps(method)  # pydantic takes the types from the method's annotations
+    @functools.wraps(method)  # pydantic reads the types from the annotations
     def take(_self: None, **arguments: Any) -> dict[str, Any]:
         return arguments
 

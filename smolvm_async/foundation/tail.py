@@ -1,4 +1,4 @@
-"""The last part of a byte stream, such as a serial console or a log, however long it gets."""
+"""The last bytes of a stream of any length, such as a serial console or a log."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 CHUNK = 65536
-QUOTED = 4096  # bytes that an error quotes
+QUOTED = 4096  # bytes of a stream that an error message quotes
 CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]"
 
 
 def printable(text: str) -> str:
-    """Remove terminal control sequences from `text`: a guest may have chosen it."""
+    """Remove terminal control sequences from `text`: the guest may have written the text."""
     return re.sub(CONTROL, "", text)
 
 
@@ -24,7 +24,7 @@ class Tail:
     """The last `limit` bytes of a stream.
 
     Attributes:
-        count: The number of bytes of the whole stream so far.
+        count: The number of bytes in the whole stream so far.
         listeners: Events to set when bytes arrive.
     """
 
@@ -43,7 +43,7 @@ class Tail:
             listener.set()
 
     def since(self, count: int) -> bytes:
-        """Return the bytes after the first `count` of the stream, as far as they are still kept."""
+        """Return the kept bytes that follow the first `count` bytes of the stream."""
         return bytes(self._kept[-(self.count - count) :]) if count < self.count else b""
 
     async def follow(self, over: asyncio.Future[None]) -> AsyncIterator[str]:
@@ -67,18 +67,18 @@ class Tail:
             self.listeners.discard(news)
 
     def text(self, limit: int | None = None) -> str:
-        """Return the last `limit` bytes as text; by default all that are kept."""
+        """Return the last `limit` bytes as text; by default, all kept bytes."""
         return bytes(self._kept[-(limit or self.limit) :]).decode(errors="replace")
 
     def quote(self) -> str:
-        """Return the end of the stream for an error message: printable, and stripped."""
+        """Return the end of the stream for an error message, as printable and stripped text."""
         return printable(self.text(QUOTED)).strip()
 
 
 class LogFile(Tail):
-    """The end of the output of a process, in memory and in a file.
+    """The end of a process's output, in memory and in a file.
 
-    The file holds at most twice `limit` bytes. If the disk is full, only the file is incomplete.
+    The file holds at most twice `limit` bytes. On a full disk, only the copy in memory is complete.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
@@ -89,7 +89,7 @@ class LogFile(Tail):
         self._file = os.open(path, flags, 0o600)
 
     def feed(self, data: bytes) -> None:
-        """Append `data` here and to the file."""
+        """Append `data` in memory and to the file."""
         super().feed(data)
         with contextlib.suppress(OSError):
             if self._written + len(data) > 2 * self.limit:
@@ -100,14 +100,14 @@ class LogFile(Tail):
             self._written += len(data)
 
     def close(self) -> None:
-        """Close the file; the bytes in memory stay."""
+        """Close the file; keep the bytes in memory."""
         os.close(self._file)
 
 
 class Reader:
-    """The event loop's reader of a descriptor, which feeds a `Tail` until its end or `close()`.
+    """A reader that copies data from a descriptor to a `Tail` until end of file or `close()`.
 
-    It owns the descriptor and makes it non-blocking.
+    The reader runs on the event loop. It owns the descriptor, and makes it non-blocking.
     """
 
     def __init__(self, fd: int, tail: Tail) -> None:
@@ -118,13 +118,13 @@ class Reader:
         self._loop.add_reader(fd, self._read)
 
     def drain(self) -> None:
-        """Read the bytes that wait, at most 1 MiB: the writer may never stop."""
+        """Read the available bytes, but at most 1 MiB: the writer may never stop."""
         for _ in range(16):
             if self._fd < 0 or not self._read():
                 break
 
     def close(self) -> None:
-        """Read the bytes that wait, and stop reading."""
+        """Read the available bytes, then stop reading."""
         self.drain()
         self._stop()
 

@@ -1,4 +1,4 @@
-"""Tasks and threads: waiting that survives cancellation, and work that several tasks share."""
+"""Tasks and threads: waits that a cancellation does not end, and work that several tasks share."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from smolvm_async.errors import HostError
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 
 with contextlib.suppress(ImportError):
-    # anyio imports its backend at its first use, which would block the event loop for over 10 ms.
+    # Import anyio's backend now: on first use, it would block the event loop for over 10 ms.
     import anyio._backends._asyncio
 
 T = TypeVar("T")
 
 
 # Cleanup must run to its end: a process that is not reaped, or a file that is not removed, stays
-# behind. But a cancellation can arrive at any await, and two kinds of it exist:
+# behind. But a cancellation can arrive at any await, and there are two kinds of cancellation:
 #
 # - A cancelled anyio scope raises CancelledError at every await inside it, again and again. Without
 #   a shield, each wait of the cleanup would end at once.
 # - Task.cancel(), asyncio's own, raises CancelledError once per call, at the current await.
-#   anyio's shield does not stop it: a second Ctrl-C, or a caller's timeout, pierces the shield.
+#   anyio's shield does not stop it, so a second Ctrl-C or a caller's timeout ends a shielded wait.
 #
-# So a shield is not enough. `settle` runs the work in a task of its own, which nobody cancels, and
-# waits for this task, not with the task's own await, since a cancelled await cancels the awaited
-# task, but with asyncio.wait, which leaves it alone. Each Task.cancel() ends one wait; the loop
-# remembers it and waits again. The shield keeps anyio's scopes out meanwhile, or the loop would
-# spin. When the work has ended, the cancellation is raised: late, but never lost. The work's result
-# is then dropped, and its exception is taken, or asyncio would log it as "never retrieved".
+# So a shield is not enough. `settle` runs the work in a separate task, which nobody cancels. It
+# waits for this task with asyncio.wait: a cancellation of `await task` would cancel the task, too.
+# Each Task.cancel() ends one wait; the loop remembers the cancellation and waits again. The shield
+# keeps anyio's scopes from ending each new wait, or the loop would spin. When the work has ended,
+# `settle` raises the cancellation: late, but never lost. It drops the work's result and retrieves
+# its exception, or asyncio would log the exception as "never retrieved".
 
 
 async def settle(work: Awaitable[T]) -> T:
     """Wait until `work` has ended, even if the caller is cancelled once or many times.
 
     Args:
-        work: A future, or a coroutine, which gets a task of its own.
+        work: A future, or a coroutine, which then runs in a task of its own.
 
     Raises:
         asyncio.CancelledError: After `work` has ended, if the caller was cancelled meanwhile.
@@ -64,15 +64,15 @@ async def settle(work: Awaitable[T]) -> T:
 
 
 def take_exception(future: asyncio.Future[Any]) -> BaseException | None:
-    """Return the exception of a future that is done; `None` if cancelled or if it has a result.
+    """Return the exception of a done future; `None` if it was cancelled or has a result.
 
-    asyncio logs an exception that nobody takes. This is also a callback for `add_done_callback`.
+    asyncio logs exceptions that are never retrieved. Also use this with `add_done_callback`.
     """
     return None if future.cancelled() else future.exception()
 
 
 def has_result(future: asyncio.Future[Any]) -> bool:
-    """Return whether a future is done, was not cancelled and raised nothing."""
+    """Return whether a future is done with a result, not with an exception or a cancellation."""
     return future.done() and not future.cancelled() and future.exception() is None
 
 
@@ -86,19 +86,19 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
         take_exception(task)
 
 
-# An executor for each loop, not for each process: after a fork() the child's loops get threads of
-# their own; the parent's thread does not exist in the child. The thread ends once its loop is
-# garbage-collected.
+# Each loop has an executor with one thread, which ends once the loop is garbage-collected. One
+# executor for the whole process would not work after a fork(): the parent's thread does not exist
+# in the child.
 _workers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, ThreadPoolExecutor] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
-    """Run `function` in the loop's one worker thread, after everything submitted before.
+    """Run `function` in the loop's only worker thread, after all functions submitted before.
 
-    It runs to its end, whether or not a task waits. The executor's future is not a task: so
-    `asyncio.run`, which cancels all tasks at its end, cannot separate it from the thread.
+    The function runs to its end, even if no task waits for it. The returned future is not a task,
+    so `asyncio.run`, which cancels all tasks at its end, does not cancel the future.
 
     Raises:
         HostError: If the host cannot start a thread.
@@ -110,7 +110,7 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
     try:
         return _submit(worker, function, arguments)
     except RuntimeError as error:
-        del _workers[loop]  # and its queue: a later thread would still run the function
+        del _workers[loop]  # with its queue, or a later thread would run the function
         raise HostError(
             f"This host cannot start a thread: {error}.",
             hint="End other processes, or raise the limit of processes (ulimit -u).",
@@ -119,19 +119,20 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Run `function`, which must be short, in the loop's worker thread, to its end.
+    """Run a short `function` in the loop's worker thread; wait for its end, even if cancelled.
 
-    See `settle`. The loop has one such thread, however many VMs start at once.
+    See `settle`. The loop has only one worker thread, even if many VMs start at once.
     """
     return await settle(submit(function, *arguments))
 
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Suspend garbage collection in the block, which makes very many objects that stay.
+    """Suspend garbage collection during a block that makes very many permanent objects.
 
-    During an import of hundreds of modules the collector visits all objects of the process, and
-    stops every thread for 15 to 30 ms. Objects made in the block count as old afterwards.
+    During an import of hundreds of modules, the collector would visit all objects of the process
+    and stop every thread for 15 to 30 ms. After the block, the new objects are in the oldest
+    generation.
     """
     if not gc.isenabled() or gc.get_freeze_count():  # the user manages garbage collection
         yield
@@ -146,9 +147,9 @@ def no_collection() -> Iterator[None]:
 
 
 async def in_background(function: Callable[..., T], *arguments: object) -> T:
-    """Run `function`, which may take seconds, in a thread of the loop's default pool, to its end.
+    """Run a slow `function` in the loop's default pool; wait for its end, even if cancelled.
 
-    See `settle`. It does not delay the short functions of `in_thread`.
+    See `settle`. The function may take seconds: it does not delay the functions of `in_thread`.
     """
     return await settle(_submit(None, function, arguments))
 
@@ -163,12 +164,12 @@ def _submit(
 
 @contextlib.asynccontextmanager
 async def acquired(getting: Awaitable[T], give_up: Callable[[T], Any]) -> AsyncIterator[T]:
-    """Acquire a resource for the time of the block.
+    """Acquire a resource, and release it after the block.
 
     Args:
-        getting: Returns the resource; runs to its end, see `settle`.
-        give_up: Releases the resource at the end, also if the wait for it was cancelled. If it
-            returns an awaitable, this is awaited.
+        getting: An awaitable that returns the resource; it runs to its end, see `settle`.
+        give_up: A function that releases the resource, also if the wait for the resource was
+            cancelled. If it returns an awaitable, the awaitable is awaited.
     """
     future = asyncio.ensure_future(getting)
     try:
@@ -192,8 +193,8 @@ def first_of(errors: BaseExceptionGroup[Exception]) -> Exception:
 class Slots:
     """A semaphore for each event loop, which `count` tasks may hold at the same time.
 
-    It is anyio's: a semaphore of asyncio's that a task has waited for keeps a reference to its
-    loop, which would never be freed.
+    These are anyio's semaphores: once a task has waited for an asyncio semaphore, the semaphore
+    keeps a reference to its loop, so the loop would never be freed.
     """
 
     def __init__(self, count: int) -> None:
@@ -235,7 +236,7 @@ class Shared(Generic[T]):
         make: Callable[[ProgressCallback], Coroutine[Any, Any, T]],
         on_progress: ProgressCallback | None,
     ) -> T:
-        """Return the work's result, or raise its exception; `make` starts it if it is not running.
+        """Return the work's result, or raise its exception; `make` starts work that is not running.
 
         `on_progress` receives the progress of the work while this caller waits.
         """
