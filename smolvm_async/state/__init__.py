@@ -1,1 +1,1 @@
-"""VMs on disk: the directory of a VM, its lock and record, the list of all VMs, and the logs."""
+"""VMs on disk: a VM's directory with its lock, record and logs, and the list of all VMs."""

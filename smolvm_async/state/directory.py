@@ -1,7 +1,7 @@
-"""A VM's own directory: hold it under a lock, fill it, clear it, remove it.
+"""A VM's directory: lock it, fill it, clear it, remove it.
 
-The record is the first file to be written and the last to be removed, so a directory without a
-record never holds a VM.
+The record is the first file that is written and the last that is removed, so a directory without a
+record never contains a VM.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from smolvm_async.state.names import (
 from smolvm_async.state.orphans import end_orphans, killed_orphan
 from smolvm_async.state.record import Record, read_record
 
-NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # nothing there, a file, a link
-BUSY = 10.0  # seconds for which list(), prune() or a start that fails may hold the lock
+NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # missing, a file, or a link
+BUSY = 10.0  # seconds to wait while list(), prune() or a failing start holds the lock
 
 
 class Parts(NamedTuple):
     """The parts of a VM in its directory, besides the overlay of its disk.
 
     Attributes:
-        vars_template: The file to copy its UEFI variables from; `None` if it has no UEFI.
-        directories: The names of the directories in which its sidecars keep their state.
+        vars_template: The file to copy the UEFI variables from; `None` for a VM without UEFI.
+        directories: The names of the directories in which the VM's sidecars keep their state.
         files: The content of the other files, by name.
     """
 
@@ -60,21 +60,21 @@ class Parts(NamedTuple):
         return [*uefi, *self.directories, *self.files]
 
 
-# How a directory is held. The lock is an flock(2) on the open directory itself, so no lock file can
-# be left behind, and the kernel releases the lock when the owner dies. Five things make it hard:
+# The lock is an flock(2) on the open directory itself, so no lock file can stay behind, and the
+# kernel releases the lock when the owner dies. Five problems have to be solved:
 #
-# 1. Making, opening and locking are three calls, and the last owner may remove the directory
-#    between two of them. The lock would then be on a directory that no path leads to. So with the
-#    lock, `try_hold` compares the path with the open directory, and begins again if they differ.
-# 2. A lock that is taken does not mean that the VM is in use: list(), prune() and from_id() lock
-#    the directory for a moment. The record tells: if it names a living owner, `hold` fails at once,
-#    otherwise it tries again for BUSY seconds.
-# 3. The directory may be the user's own, under the name that the VM would have. Only a directory
-#    all of whose names are this library's is taken, or removed later.
-# 4. A dead owner's QEMU may still run for a moment and write to the disk. So `hold` ends with
+# 1. Creating, opening and locking the directory are three calls, and the last owner may remove the
+#    directory between two of them. The lock would then be on a deleted directory. So after locking,
+#    `try_hold` compares the path with the open directory, and starts again if they differ.
+# 2. A locked directory does not mean that the VM is in use: list(), prune() and from_id() lock the
+#    directory for a moment. So `hold` reads the record: if the record names a living owner, `hold`
+#    fails at once; otherwise, `hold` tries again for BUSY seconds.
+# 3. The user may have a directory with the name of the VM. So this library uses and removes a
+#    directory only if all names in it are names of this library's files.
+# 4. A dead owner's QEMU may run for a moment longer and write to the disk. So `hold` finally calls
 #    `end_orphans`.
-# 5. A child that the owner forks, as multiprocessing does, has a copy of the descriptor, and with
-#    it the lock. `_Lease` closes the copy in the child, or the owner's death would not release it.
+# 5. If the owner forks, as multiprocessing does, the child has a copy of the descriptor and so of
+#    the lock. `_Lease` closes the copy in the child, or the lock would outlast the owner.
 
 
 class _Lease:
@@ -83,7 +83,7 @@ class _Lease:
     Removing a directory needs a descriptor, and must not fail because the process has none left.
 
     Attributes:
-        fd: The open directory; closing it releases the lock. -1 afterwards.
+        fd: The descriptor of the open directory; -1 after `close()`.
     """
 
     def __init__(self, fd: int) -> None:
@@ -94,7 +94,7 @@ class _Lease:
 
     @contextlib.contextmanager
     def spare_descriptor(self) -> Iterator[None]:
-        """Close the spare descriptor for the time of the block, which can so open one itself."""
+        """Close the spare descriptor during the block, so that the block can open a descriptor."""
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1
@@ -129,12 +129,12 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class VMDirectory:
-    """The directory of one VM, 0700, its files 0600; this process's from `hold()` to `release()`.
+    """The directory (0700) of one VM and its files (0600), locked from `hold()` to `release()`.
 
     Attributes:
-        path: Its path. The VM's processes have it as their working directory, so a path of the
+        path: The directory's path. The VM's processes work in this directory, so a path of the
             user's never becomes part of their options.
-        record: The record in it; `None` if it has no record.
+        record: The record in the directory; `None` if there is no record.
     """
 
     def __init__(self, data_dir: Path, vm_id: str) -> None:
@@ -145,24 +145,24 @@ class VMDirectory:
 
     @property
     def fd(self) -> int:
-        """The open directory, which is locked; -1 while it is not held."""
+        """The descriptor of the locked directory; -1 while this object does not hold the lock."""
         return self._lease.fd if self._lease is not None else -1
 
     @property
     def owner_is_dead(self) -> bool:
-        """True if the record names an owner, and this process no longer runs."""
+        """True if the record names an owner process that no longer runs."""
         owner = self.record.owner if self.record else None
         return owner is not None and not owner.alive
 
     async def hold(self, *, create: bool) -> None:
-        """Lock the directory, and end the processes that a dead owner left running in it.
+        """Lock the directory, and kill the processes that a dead owner left running in it.
 
-        If `create` is true, make the directory if it does not exist.
+        If `create` is true, create the directory if it does not exist.
 
         Raises:
-            VMAlreadyExistsError: If a living process, this one included, holds it.
-            VMNotFoundError: If it does not exist, and `create` is false.
-            ConfigError: If it cannot be used, or is not a VM's.
+            VMAlreadyExistsError: If a living process (even this process) already holds the lock.
+            VMNotFoundError: If the directory does not exist, and `create` is false.
+            ConfigError: If the directory cannot be used, or is not a VM's directory.
         """
 
         def attempt() -> bool:
@@ -194,12 +194,12 @@ class VMDirectory:
                 lease = _Lease(open_directory(self.path))
             except FileNotFoundError:
                 if create:
-                    continue  # its last owner has just removed it
+                    continue  # the last owner has just removed it
                 raise not_found(self.path) from None
             except OSError as error:
                 if create:
                     with contextlib.suppress(OSError):
-                        self.path.rmdir()  # it is empty if this call has just made it
+                        self.path.rmdir()  # fails unless the directory is empty, as after mkdir()
                 raise cannot_use(self.path, error) from error
             locked = try_lock(lease.fd)
             if not _is_at(lease.fd, self.path):
@@ -217,7 +217,7 @@ class VMDirectory:
             return locked
 
     async def end_orphans(self) -> None:
-        """End the processes that a dead owner left running in the directory."""
+        """Kill the processes that a dead owner left running in the directory."""
         if self.record is not None:
             await end_orphans(self.record.processes.values(), self.fd)
 
@@ -229,11 +229,11 @@ class VMDirectory:
         self.record = record
 
     async def prepare(self, overlay: bytes, parts: Parts) -> None:
-        """Write the VM's disk, `overlay`, and the other parts."""
+        """Write `overlay`, which is the VM's disk, and the other parts."""
         await in_thread(self._fill, {OVERLAY: overlay, **parts.files}, parts)
 
     def check_kept(self, parts: Parts) -> None:
-        """Check that a kept VM's disk and these parts of it exist, and are not symbolic links."""
+        """Check that a kept VM's disk and `parts` exist and are not symbolic links."""
         for name in (*REQUIRED, *parts.names):
             path = self.path / name
             is_kind = path.is_dir if name in parts.directories else path.is_file
@@ -244,7 +244,7 @@ class VMDirectory:
                 )
 
     def clear_secrets(self) -> None:
-        """Remove the TPM's and other sidecars' state, the UEFI variables and the SSH keys."""
+        """Remove the state of the TPM and other sidecars, the UEFI variables and the SSH keys."""
         with self._spare_descriptor():
             for name in SECRETS:
                 with contextlib.suppress(FileNotFoundError):
@@ -264,7 +264,7 @@ class VMDirectory:
                 self.release()
 
     def abandon(self) -> None:
-        """Release the lock, and remove the directory if it does not hold a VM."""
+        """Release the lock, and remove the directory if it does not contain a VM."""
         try:
             if self.fd >= 0:
                 with self._spare_descriptor():
@@ -275,16 +275,16 @@ class VMDirectory:
             self.release()
 
     def mark_scratch(self) -> None:
-        """Mark the directory as not a VM's: a process that can lock it may remove it."""
+        """Mark the directory as unused: any process that can lock the directory may remove it."""
         self._write(SCRATCH, b"")
 
     def remove_sockets(self) -> None:
-        """Remove the sockets of a run."""
+        """Remove the sockets of the VM's last run."""
         for name in SOCKETS:
             (self.path / name).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Release the lock and leave the files; a second call does nothing."""
+        """Release the lock and keep the files; a second call does nothing."""
         if self._lease is not None and self._unless_released is not None:
             self._unless_released.detach()
             self._lease.close()
@@ -308,7 +308,7 @@ class VMDirectory:
             (self.path / name).mkdir(0o700)
 
     def _check_ours(self, fd: int) -> None:
-        names = os.listdir(fd)  # not by its path: a process that holds it may be removing it
+        names = os.listdir(fd)  # not self.path: its owner may be removing it just now
         if SCRATCH not in names and not all(map(is_ours, names)):
             raise ConfigError(
                 f"{str(self.path)!r} exists and is not a VM's directory: "
@@ -323,19 +323,19 @@ class VMDirectory:
 
 
 def _abandon(path: Path, lease: _Lease) -> None:
-    """Clean up for an owner that exits, or drops the VM, without ending its loop.
+    """Clean up if the owner exits, or drops the VM, without closing its event loop.
 
-    A Jupyter kernel does so. A kept VM then is an orphan, which its next start() repairs.
+    A Jupyter kernel does so. A kept VM then becomes an orphan, which its next start() repairs.
     """
     try:
         record = read_record(path, lease.fd)
         if record is not None and not record.config.keep:
             for identity in record.processes.values():
                 with killed_orphan(identity, lease.fd):
-                    pass  # the loop is gone: the end of the process cannot be awaited
+                    pass  # there is no loop to wait for the end of the process
             _remove(path, lease)
     except (ConfigError, OSError):
-        pass  # it is an orphan
+        pass  # the VM stays as an orphan
     finally:
         lease.close()
 
@@ -349,14 +349,14 @@ def _remove(path: Path, lease: _Lease) -> None:
 
 
 def _empty(directory: Path, keep: Container[str] = ()) -> None:
-    """Remove everything in a directory; this needs one descriptor, where `shutil` needs two."""
+    """Remove everything in a directory; this needs only one descriptor, `shutil` needs two."""
     for name in os.listdir(directory):
         if name not in keep:
             _discard(directory / name)
 
 
 def _discard(path: Path) -> None:
-    """Remove a file or a directory."""
+    """Remove a file, or a directory with its content."""
     if stat.S_ISDIR(path.lstat().st_mode):
         _empty(path)
         path.rmdir()
@@ -365,7 +365,7 @@ def _discard(path: Path) -> None:
 
 
 def check_data_dir(data_dir: Path) -> None:
-    """Check, without making it, that `data_dir` can hold VMs and only this user can change it."""
+    """Check that `data_dir` is usable and only this user can change it; do not create it."""
     try:
         existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
     except OSError as error:
@@ -402,7 +402,7 @@ def _unusable(data_dir: Path, reason: str) -> ConfigError:
 
 
 def find_directory(path: Path) -> int:
-    """Open the directory of a VM that a user has named; the caller closes it."""
+    """Open a VM's directory, or raise an error for the user; the caller closes the descriptor."""
     try:
         return open_directory(path)
     except OSError as error:
@@ -412,12 +412,12 @@ def find_directory(path: Path) -> int:
 
 
 def open_directory(path: Path) -> int:
-    """Open a VM's directory, which is not a symbolic link; the caller closes it."""
+    """Open a VM's directory, unless it is a symbolic link; the caller closes the descriptor."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def cannot_use(path: Path, error: OSError) -> ConfigError:
-    """Return the exception for a directory that the operating system refuses."""
+    """Return the exception for a directory that the operating system cannot use."""
     return ConfigError(f"{str(path)!r} cannot be used: {error.strerror or error}.")
 
 
@@ -430,7 +430,7 @@ def not_found(path: Path) -> VMNotFoundError:
 
 
 def _is_at(fd: int, path: Path) -> bool:
-    """Return whether `path` is still the directory that was opened as `fd`."""
+    """Return whether `path` still leads to the directory that was opened as `fd`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     return False

@@ -15,7 +15,7 @@ from smolvm_async.foundation.locking import is_locked
 from smolvm_async.state.directory import find_directory, open_directory
 from smolvm_async.state.names import SIDECARS, log_name
 
-PROCESSES = ("qemu", *sorted(SIDECARS))  # the processes of a VM that have a log
+PROCESSES = ("qemu", *sorted(SIDECARS))  # the processes of a VM that write a log
 POLL = 0.2  # seconds between two reads
 
 
@@ -28,8 +28,8 @@ async def read_log(
 ) -> AsyncIterator[str]:
     """Yield the end of a process's stdout and stderr as text, at most 512 KiB.
 
-    `process` is one of `PROCESSES`. If `follow` is true, also yield new text, until no process
-    holds the VM any more.
+    `process` is one of `PROCESSES`. If `follow` is true, also yield new text as long as a process
+    holds the lock on the VM's directory.
     """
     path = make_data_dir(data_dir) / check_vm_id(vm_id)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -37,7 +37,7 @@ async def read_log(
         while True:
             final = not (follow and _held(path))
             if os.fstat(file.fileno()).st_size < file.tell():
-                file.seek(0)  # the log was cut at its limit, or the VM was started again
+                file.seek(0)  # the writer emptied the full log, or the VM was started again
             if text := decoder.decode(file.read(), final):
                 yield text
             if final:

@@ -1,8 +1,8 @@
-"""The names in a VM's directory: one row for each.
+"""The names of the files in a VM's directory, with one row for each name.
 
-To add a file to a VM's directory, add a row here, and give its content to `Parts.files` in
-`vm/prepare.py`. By default, a kept VM keeps the file, and the file is deleted with the VM. A new
-required file makes the kept VMs of earlier versions unstartable.
+To add a file to a VM's directory, add a row here, and put the file's content into `Parts.files` in
+`vm/prepare.py`. By default, a kept VM keeps the file, and the file is deleted with the VM. If a new
+file is required, kept VMs of earlier versions cannot be started any more.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ class Row(NamedTuple):
     """The rules for one file, directory or socket.
 
     Attributes:
-        required: A kept VM does not start without it, whatever its guest is. `Parts` requires the
-            files that only some guests have.
-        secret: Removed when an unkept VM stops, although the VM's directory stays until delete().
-        of_run: A socket of one run: removed after the run and before the next.
-        mark: Shows that the directory is this library's. Removed last, so that a half-deleted
-            directory is still recognized.
+        required: A kept VM of any guest OS cannot start without this file. `Parts` lists the files
+            that only some guest OSes require.
+        secret: The file is removed when an unkept VM stops; the directory stays until delete().
+        of_run: This is a socket of one run; it is removed after the run and before the next run.
+        mark: The file marks the directory as this library's. It is removed last, so that a
+            half-deleted directory is still recognized.
     """
 
     required: bool = False
@@ -39,8 +39,8 @@ def _row(name: str, **rules: bool) -> str:
 
 
 RECORD = _row("vm.json", mark=True)
-NEW_RECORD = _row("vm.json.new")  # the record, while it is written
-SCRATCH = _row("scratch", mark=True)  # no VM uses the directory, and anybody may remove it
+NEW_RECORD = _row("vm.json.new")  # the temporary name of a new record
+SCRATCH = _row("scratch", mark=True)  # no VM uses the directory: any process may remove it
 
 OVERLAY = _row("overlay.qcow2", required=True)  # the VM's disk
 VARS = _row("vars.fd", secret=True)  # UEFI variables
@@ -50,7 +50,7 @@ SSH_KEY = _row("ssh_key", secret=True)
 HOST_KEY = _row("ssh_host_ed25519_key", secret=True)
 AUTHORIZED_KEYS = _row("authorized_keys", secret=True)
 
-CONTROL = _row("control.sock", of_run=True)  # other processes reach the owner by it
+CONTROL = _row("control.sock", of_run=True)  # the owner accepts calls of other processes here
 VNC = _row("vnc.sock", of_run=True)
 
 
@@ -61,9 +61,9 @@ def log_name(process: str) -> str:
 
 _row(log_name("qemu"))
 
-# The processes that may run beside QEMU. Each is described in a room that this one must not import,
-# so the names of its files follow from its name: its directory is `NAME`, other files begin with
-# `NAME.`. Only swtpm's directory has a row, since it is called `tpm` in the VMs of all versions.
+# The processes that may run beside QEMU. This folder must not import their descriptions, so the
+# names of a sidecar's files follow from its name: its directory is `NAME`, and its other files
+# begin with `NAME.`. Only swtpm's directory has a row: it is called `tpm` in VMs of all versions.
 SIDECARS = frozenset(
     name for guest in (*GUESTS.values(), *BUILT_IN.values()) for name in guest.sidecars
 )
@@ -75,5 +75,5 @@ MARKS = tuple(name for name, row in ROWS.items() if row.mark)
 
 
 def is_ours(name: str) -> bool:
-    """Return whether this library gives this name to a file in a VM's directory."""
+    """Return whether this library uses `name` for a file in a VM's directory."""
     return name in ROWS or name.partition(".")[0] in SIDECARS

@@ -1,14 +1,14 @@
 """Orphans: processes of a VM that still run although their owner is dead.
 
-Normally the kernel kills a VM's processes when their owner dies. But a dying process can survive
-its owner for a moment, and hold locks on the VM's files meanwhile. So the next process that gets
-the VM's directory ends them first. It knows them from the record, and must not kill a stranger:
+Normally, the kernel kills a VM's processes when their owner dies. But a dying process can survive
+its owner for a moment, and hold locks on the VM's files meanwhile. So the next process that locks
+the VM's directory kills the processes in the record. It must not kill any other process:
 
-1. A process id alone proves nothing: the kernel may have given it to a new process. So a pidfd is
-   opened first; from then on it means one process, and a signal sent through it reaches no other.
-2. Then the identity is compared: the record has the start time beside the id.
-3. Then the working directory, which is the VM's. The start time counts from the host's boot: after
-   a reboot, a stranger may have the same id and start time.
+1. The kernel may have given the process id to a new process. So this module first opens a pidfd: a
+   pidfd always refers to the same process, and a signal sent through it reaches no other process.
+2. Then it compares the start time of the process with the start time in the record.
+3. Then it compares the working directory of the process with the VM's directory. The start time
+   counts from the host's boot: after a reboot, another process may have the same id and start time.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from smolvm_async.foundation.process import Identity
 
 logger = get_logger(__name__)
 
-KILLED = 10.0  # seconds in which the kernel has to end a process after SIGKILL
+KILLED = 10.0  # seconds to wait for the end of a process after SIGKILL
 
 
 async def end_orphans(identities: Iterable[Identity], dir_fd: int) -> None:
-    """Kill the processes that still run in the directory `dir_fd`, and wait for their ends."""
+    """Kill the processes that still run in the directory `dir_fd`, and wait until they end."""
     for identity in identities:
         with killed_orphan(identity, dir_fd) as pidfd:
             if pidfd is not None:
@@ -39,7 +39,7 @@ async def end_orphans(identities: Iterable[Identity], dir_fd: int) -> None:
 
 @contextlib.contextmanager
 def killed_orphan(identity: Identity, dir_fd: int) -> Iterator[int | None]:
-    """Kill the process, if it still exists and works in `dir_fd`; yield its pidfd, or `None`."""
+    """Kill the process if it exists and works in `dir_fd`; yield its pidfd, or `None` if not."""
     try:
         pidfd = os.pidfd_open(identity.pid)
     except ProcessLookupError:
@@ -59,13 +59,13 @@ def _works_in(pid: int, dir_fd: int) -> bool:
     try:
         return os.path.samestat(os.stat(f"/proc/{pid}/cwd"), os.fstat(dir_fd))
     except FileNotFoundError:
-        return True  # it is dying and has left its directory; its last thread may still hold locks
+        return True  # a dying process has no directory, but its last thread may hold locks
     except OSError:
         return False
 
 
 async def _readable(pidfd: int) -> None:
-    """Wait until a process ends, which makes its pidfd readable."""
+    """Wait until a pidfd is readable: its process has then ended."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(pidfd, ended.set)

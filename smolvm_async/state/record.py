@@ -23,11 +23,11 @@ MAX_SIZE = 1 << 20  # bytes
 
 
 class Status(StrEnum):
-    """The state of a VM's life.
+    """The status of a VM.
 
-    PAUSED: the guest's processors are stopped, by `pause()` or because QEMU could not write its
-    disk. ORPHANED: its owner died without stopping it; `prune()`, or the next `start()` of its id,
-    removes its files, or makes a kept VM `stopped`.
+    PAUSED: `pause()` stopped the guest's processors, or QEMU did so when it could not write to the
+    disk. ORPHANED: the owner died without stopping the VM. `prune()`, or the next `start()` with
+    the VM's id, removes the VM's files; a kept VM becomes `stopped` instead.
     """
 
     CREATED = "created"
@@ -41,18 +41,18 @@ class Status(StrEnum):
     DELETED = "deleted"
 
 
-# The VM has processes, or may have.
+# In these states, the VM may have processes.
 ACTIVE = (Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING)
 
 
 class Machine(NamedTuple):
-    """The facts that must not change for a kept VM; its UUID and MAC address follow from its id.
+    """The facts that must not change for a kept VM. UUID and MAC address follow from the VM's id.
 
     Attributes:
         type: QEMU's versioned machine type.
-        image_size: Bytes of the image that the overlay belongs to.
-        image_mtime_ns: The image's last change: a later one would corrupt the VM's disk.
-        source: The image's files; a newer built-in image would be another disk.
+        image_size: The size in bytes of the image that the overlay is based on.
+        image_mtime_ns: The time of the image's last change: a later change would corrupt the disk.
+        source: The image's files: a newer built-in image would be a different disk.
     """
 
     type: str
@@ -62,15 +62,15 @@ class Machine(NamedTuple):
 
 
 class Record(BaseModel):
-    """One VM, as its directory describes it.
+    """The record of one VM, which is stored in the VM's directory.
 
     Attributes:
-        config: Its arguments.
-        created: Its creation, in nanoseconds since the epoch: tells VMs of the same id apart.
-        status: Its status as its owner last wrote it; see `status_seen`.
-        owner: The process that runs it; `None` while it is stopped.
-        processes: Its processes by name.
-        machine: Set once a kept VM has run.
+        config: The VM's arguments.
+        created: The creation time in nanoseconds since the epoch; distinguishes VMs with one id.
+        status: The status that the owner wrote last; see `status_seen`.
+        owner: The process that runs the VM; `None` while the VM is stopped.
+        processes: The VM's processes by name.
+        machine: The facts about the VM's machine; `None` until a kept VM has run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,11 +84,11 @@ class Record(BaseModel):
     machine: Machine | None = None
 
     def status_seen(self, *, held: bool) -> Status:
-        """Return the status, given whether a process holds the VM's directory."""
+        """Return the status; `held` tells whether a process has locked the VM's directory."""
         return Status.ORPHANED if self.owner is not None and not held else self.status
 
     def to_json(self) -> bytes:
-        """Return the content of the file; it is ASCII, since a path may not be UTF-8."""
+        """Return the record as JSON, in ASCII: a path may contain bytes that are not UTF-8."""
         return json.dumps(self.model_dump(), default=os.fspath, indent=1).encode()
 
 
@@ -96,8 +96,8 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
     """Read the record in `directory`, open as `dir_fd`; return `None` if there is no record.
 
     Raises:
-        ConfigError: If it is damaged.
-        OSError: If it cannot be read now.
+        ConfigError: If the record is damaged.
+        OSError: If the record cannot be read at the moment.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:

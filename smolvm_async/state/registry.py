@@ -1,4 +1,4 @@
-"""All VMs of a data directory: list them, and remove those of dead owners."""
+"""All VMs of a data directory: list the VMs, and remove the VMs of dead owners."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from smolvm_async.state.record import Record, Status, read_record
 
 logger = get_logger(__name__)
 
-DYING = 2.0  # seconds in which the last thread of a dead owner releases the lock
+DYING = 2.0  # seconds to wait until the last thread of a dead owner releases the lock
 LOCK = "max_memory.lock"  # in the data directory; a VM cannot have this id
 
 
 @dataclass(frozen=True)
 class VMInfo:
-    """One VM, as its directory describes it.
+    """Information about one VM, read from the VM's directory.
 
     Attributes:
-        vm_id: Its id.
+        vm_id: The VM's id.
         os: The guest OS.
         status: See `Status`; `orphaned` if its owner is dead.
-        owner: The process id of its owner; `None` without an owner, or if the owner is dead.
-        age: Seconds since its creation.
-        memory: MiB.
-        keep: Whether it stays when its owner ends.
-        image: The image that it was made from; empty for the built-in Linux.
+        owner: The owner's process id; `None` if the VM has no owner, or if the owner is dead.
+        age: Seconds since the VM was created.
+        memory: The guest's memory in MiB.
+        keep: Whether the VM stays when its owner ends.
+        image: The image that the VM was made from; empty for the built-in Linux.
     """
 
     vm_id: str
@@ -50,13 +50,13 @@ class VMInfo:
 
 
 async def list_vms(data_dir: Path) -> list[VMInfo]:
-    """Return every VM in `data_dir`, the oldest first, without disturbing any."""
+    """Return all VMs in `data_dir`, the oldest first, without disturbing them."""
     infos = await in_thread(lambda: [describe(*found) for found in survey(data_dir)])
     return sorted(infos, key=lambda info: -info.age)
 
 
 def describe(record: Record, held: bool) -> VMInfo:
-    """Return the information in a record, given whether a process holds the VM's directory."""
+    """Return the information in a record; `held` tells whether a process has locked the VM."""
     config = record.config
     return VMInfo(
         vm_id=config.vm_id,
@@ -71,13 +71,13 @@ def describe(record: Record, held: bool) -> VMInfo:
 
 
 def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
-    """Yield the record of every VM, and whether a process holds the VM's directory."""
+    """Yield the record of every VM, and whether a process has locked the VM's directory."""
     for path in _directories(data_dir):
         try:
             fd = open_directory(path)
         except OSError as error:
             if error.errno in (*NO_DIRECTORY, errno.EACCES):
-                continue  # removed meanwhile, or of another user
+                continue  # was removed meanwhile, or belongs to another user
             raise cannot_use(path, error) from error
         try:
             held = is_locked(fd)  # first: an owner writes the record before it releases the lock
@@ -90,14 +90,14 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
         finally:
             os.close(fd)
         if record is not None:
-            # The last thread of an owner that was killed may hold the lock for a moment longer.
+            # The last thread of a killed owner may hold the lock for a moment longer.
             yield record, held and (record.owner is None or record.owner.alive)
 
 
 async def prune_vms(data_dir: Path) -> list[VMInfo]:
-    """Remove the VMs of dead owners from `data_dir`; return them, as they were before.
+    """Remove the VMs of dead owners from `data_dir`; return their information from before.
 
-    Kept VMs stay and become `stopped`. Processes of dead owners that still run are ended.
+    Kept VMs stay and become `stopped`. Processes that dead owners left running are killed.
     """
     await in_thread(_remove_stale_lock, data_dir / LOCK)
     pruned = []
@@ -118,7 +118,7 @@ async def prune_vms(data_dir: Path) -> list[VMInfo]:
 
 async def _prune(state: VMDirectory) -> VMInfo | None:
     try:
-        # An owner that was killed holds the lock until its last thread has ended.
+        # A killed owner holds the lock until its last thread has ended.
         await poll(lambda: state.try_hold(False) or not state.owner_is_dead, DYING)
         if state.fd < 0:
             return None
@@ -143,7 +143,7 @@ def _remove_stale_lock(path: Path) -> None:
 
 
 def at_rest(record: Record, status: Status) -> Record:
-    """Return the record for a VM without owner and processes."""
+    """Return the record with a new status, and without owner and processes."""
     return record.model_copy(update={"status": status, "owner": None, "processes": {}})
 
 
