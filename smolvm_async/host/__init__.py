@@ -18,14 +18,14 @@ from smolvm_async.host.accelerator import Accelerator, Problem
 from smolvm_async.host.distribution import OVMF, QEMU, QEMU_IMG, SETPRIV, Program, how_to_install
 from smolvm_async.host.firmware import Firmware
 
-__all__ = ["Accelerator", "Firmware"]  # other rooms import them from here
+__all__ = ["Accelerator", "Firmware"]  # other folders import them from here
 
 
 class HostTools(NamedTuple):
     """The programs and the firmware that a guest OS needs, as absolute paths.
 
     Attributes:
-        firmware: UEFI firmware; `None` if the guest needs none.
+        firmware: UEFI firmware; `None` if the guest does not need UEFI.
         sidecars: The programs that run beside QEMU, by name.
     """
 
@@ -36,14 +36,15 @@ class HostTools(NamedTuple):
 
 
 def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
-    """Find every program that a guest of `profile` needs, and its firmware.
+    """Find all programs and the firmware that a guest of `profile` needs.
 
     Args:
-        sidecars: The programs of its sidecars: `qemu.sidecars.programs(profile)`. The file of each
-            sidecar describes them, and is in a room that this one must not import.
+        sidecars: The programs of the guest's sidecars: `qemu.sidecars.programs(profile)`. This is
+            an argument because this folder must not import `qemu`.
 
     Raises:
-        HostError: Names all that are missing, how to install them, and the places searched.
+        HostError: If something is missing; names all of it, how to install it, and where it was
+            searched.
     """
     if sys.platform not in profile.hosts:
         raise HostError(
@@ -62,7 +63,7 @@ def find_plain_uefi() -> Firmware:
     return _find_plain_uefi(firmware.descriptor_directories(os.environ))
 
 
-# Without the cache, each VM of a fleet would read the descriptors, on the event loop.
+# Without the cache, each VM of a fleet would read the descriptors and block the event loop.
 @functools.lru_cache(maxsize=8)
 def _find_plain_uefi(directories: tuple[Path, ...]) -> Firmware:
     smm = frozenset({"requires-smm"})
@@ -113,14 +114,14 @@ def _kvm_problem(smm: bool) -> Problem | None:
 
 
 def choose_accelerator(requested: str, *, smm: bool = True) -> tuple[Accelerator, str | None]:
-    """Choose the accelerator; return it, and a warning if `auto` has to fall back to TCG.
+    """Return the accelerator to use, and a warning if `auto` falls back to TCG.
 
     Args:
         requested: `auto`, `kvm` or `tcg`.
         smm: Whether the guest has Secure Boot, which needs System Management Mode.
 
     Raises:
-        HostError: If `kvm` is requested and cannot be used here.
+        HostError: If `kvm` is requested and this host cannot use KVM.
     """
     if requested == "tcg":
         return accelerator.TCG, None

@@ -1,4 +1,4 @@
-"""QEMU's accelerators, and the reason why KVM cannot be used here."""
+"""QEMU's accelerators, and a check of whether this host can use KVM."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ KVM_GET_API_VERSION, KVM_CHECK_EXTENSION = 0xAE00, 0xAE03
 KVM_CAP_X86_SMM = 117
 KVM_API_VERSION = 12
 
-LEAST_CODE, MOST_CODE = 128, 1024  # MiB of translated code; QEMU's own default is at most 1024
+LEAST_CODE, MOST_CODE = 128, 1024  # MiB of translated code; QEMU's default is at most 1024
 OVERHEAD = 128  # MiB besides the guest's memory; measured (PSS): QEMU 25 to 100, swtpm 1
 
 
 class Problem(NamedTuple):
-    """The reason why an accelerator cannot be used, without a full stop, and the cure."""
+    """The reason why an accelerator cannot be used (text without a period), and the fix."""
 
     reason: str
     cure: str
 
 
 class Accelerator(NamedTuple):
-    """One of QEMU's accelerators: its name and the value of `-accel`."""
+    """A QEMU accelerator: its name and the value of `-accel`."""
 
     name: str
     option: str
@@ -33,19 +33,19 @@ class Accelerator(NamedTuple):
     def option_for(self, memory: int) -> str:
         """Return the value of `-accel` for a guest with `memory` MiB.
 
-        TCG keeps translated code: by default up to 1 GiB, whatever the guest's size. Here the
-        limit is a quarter of the guest's memory, and at least 128 MiB. Measured on a guest with
-        256 MiB and many Python programs, this costs 5 % of the speed, and QEMU takes 345 MiB
-        instead of 613.
+        TCG keeps translated code: by default up to 1 GiB, even for a small guest. Here the limit
+        is a quarter of the guest's memory, but at least 128 MiB. In a measurement with a 256 MiB
+        guest and many Python programs, this limit made the guest 5 % slower, and QEMU used 345 MiB
+        instead of 613 MiB.
         """
         if self.name != "tcg":
             return self.option
         return f"{self.option},tb-size={_translated_code(memory)}"
 
     def overhead(self, memory: int) -> int:
-        """Return the MiB that QEMU and its sidecars may take besides the guest's `memory` MiB.
+        """Return the MiB that QEMU and its sidecars may use besides the guest's `memory` MiB.
 
-        Under TCG, the translated code fills its limit slowly.
+        Under TCG, the translated code grows slowly to its limit.
         """
         return OVERHEAD + (_translated_code(memory) - LEAST_CODE if self.name == "tcg" else 0)
 
@@ -61,10 +61,10 @@ TCG = Accelerator("tcg", "tcg,thread=multi")
 def probe_kvm(
     device: Path = Path("/dev/kvm"), cpuinfo: Path = Path("/proc/cpuinfo"), *, smm: bool = True
 ) -> Problem | None:
-    """Return the problem with KVM on this host; `None` if it can run a guest.
+    """Return the problem with KVM on this host; `None` if KVM can run a guest.
 
-    This takes under 2 ms and no process. To create a VM would not tell more: on a host that is
-    itself a VM without nested virtualization, that may succeed, and the guest hang later.
+    This takes under 2 ms and starts no process. Creating a VM would not prove more: on a host that
+    is itself a VM without nested virtualization, this may succeed although the guest hangs later.
 
     `smm` says whether the guest needs System Management Mode, as Secure Boot does.
     """

@@ -1,4 +1,4 @@
-"""This host's distribution, and the names of the packages to install."""
+"""This host's distribution, and the names of the packages to install on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 
 class Program(NamedTuple):
-    """A program (or the firmware), and the package that has it for each package manager."""
+    """A program (or the firmware), and the name of its package in each package manager."""
 
     name: str
     apt: str
@@ -31,12 +31,12 @@ SETPRIV = Program("setpriv", *("util-linux",) * 4)
 
 
 class Distribution(NamedTuple):
-    """One family of distributions.
+    """A family of Linux distributions, or Homebrew.
 
     Attributes:
-        name: Its name in messages.
+        name: The name in messages.
         ids: Values of `ID` or `ID_LIKE` in os-release(5).
-        manager: Its package manager: the field of `Program` that has its packages.
+        manager: The package manager, and the field of `Program` with the package's name in it.
         install: The command that installs packages.
     """
 
@@ -46,7 +46,7 @@ class Distribution(NamedTuple):
     install: str
 
     def install_command(self, needed: Iterable[Program]) -> str:
-        """Return one command that installs the packages of all of `needed`."""
+        """Return one command that installs the packages of all `needed` programs."""
         packages = dict.fromkeys(str(getattr(program, self.manager)) for program in needed)
         return f"{self.install} {' '.join(packages)}"
 
@@ -73,7 +73,7 @@ def this_distribution() -> Distribution | None:
 
 
 def how_to_install(needed: Iterable[Program]) -> str:
-    """Return a sentence that says how to install the packages of `needed` on this host."""
+    """Return a sentence that says how to install the `needed` programs on this host."""
     needed = list(needed)
     here = this_distribution()
     if here is not None:

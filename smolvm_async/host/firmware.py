@@ -1,8 +1,8 @@
-"""UEFI firmware, found by QEMU's firmware descriptors or else in the distributions' usual places.
+"""Search for UEFI firmware by QEMU's firmware descriptors, then in distributions' usual places.
 
-QEMU's docs/interop/firmware.json specifies the descriptors. Of files with the same name, the file
-in the most specific directory counts, and if it is empty, it hides the others. The first match in
-the order of names is taken.
+QEMU's docs/interop/firmware.json specifies the descriptors. If several files have the same name,
+only the file in the most specific directory counts; an empty file hides the other files. The first
+match in the order of the names is used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MACHINE = "pc-q35-7.2"  # any q35 will do: descriptors have patterns such as pc-q35-*
+MACHINE = "pc-q35-7.2"  # any q35 version matches: descriptors have patterns such as pc-q35-*
 
 
 class Firmware(NamedTuple):
-    """A pair of UEFI code and variable template, and the format of each (`raw` or `qcow2`)."""
+    """UEFI code and its variable template, with the format of each file (`raw` or `qcow2`)."""
 
     code: Path
     code_format: str
@@ -44,7 +44,7 @@ KNOWN_PAIRS = (
     ("/usr/local/share/qemu/edk2-x86_64-secure-code.fd", "/usr/local/share/qemu/edk2-i386-vars.fd"),
 )
 
-# The same without Secure Boot; it runs without System Management Mode (SMM).
+# (code, variables) without Secure Boot; this code runs without System Management Mode (SMM).
 PLAIN_PAIRS = (
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
     ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
@@ -54,7 +54,7 @@ PLAIN_PAIRS = (
 
 
 def descriptor_directories(environ: Mapping[str, str]) -> tuple[Path, ...]:
-    """Return the directories of descriptors, the least specific first."""
+    """Return the directories that contain descriptors, the least specific first."""
     config_home = environ.get("XDG_CONFIG_HOME") or os.path.join(
         environ.get("HOME", "/nonexistent"), ".config"
     )
@@ -84,7 +84,7 @@ def find_firmware(
 def _readable(path: Path) -> bool:
     try:
         return os.access(path, os.R_OK)
-    except ValueError:  # a NUL character
+    except ValueError:  # the path has a NUL character
         return False
 
 
@@ -98,13 +98,13 @@ def places(
 def _descriptors(directories: Iterable[Path]) -> Iterator[Any]:
     by_name: dict[str, Path] = {}
     for directory in directories:
-        with contextlib.suppress(OSError):  # missing, or not for this user
+        with contextlib.suppress(OSError):  # it is missing, or this user may not read it
             by_name.update((path.name, path) for path in directory.glob("*.json"))
     for _, path in sorted(by_name.items()):
         try:
             yield json.loads(path.read_bytes() or b"null")
         except (OSError, ValueError):
-            continue  # a broken file of another program must not stop this one
+            continue  # a broken descriptor must not hide the others
 
 
 def _match(descriptor: Any, features: frozenset[str], without: frozenset[str]) -> Firmware | None:

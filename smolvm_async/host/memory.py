@@ -1,7 +1,7 @@
 """The memory that this process can still use: the host's, or less if a cgroup limits it.
 
-A cgroup's usage includes cached files. The kernel drops the inactive ones on demand, so they count
-as free here, as in Kubernetes' "working set".
+A cgroup's usage includes cached files. The kernel drops inactive cached files on demand, so they
+count as available here, as in Kubernetes' "working set".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Memory(NamedTuple):
-    """Memory in MiB; `limit` is `host`, or `cgroup` and the path of the cgroup that limits it."""
+    """Memory in MiB; `limit` is `host`, or `cgroup` and the path of the limiting cgroup."""
 
     total: int
     available: int
@@ -25,7 +25,7 @@ class Memory(NamedTuple):
 
 
 class Files(NamedTuple):
-    """The files in which a version of cgroups shows the limit, the usage and the inactive files."""
+    """The names under which a version of cgroups shows the limit, usage and inactive files."""
 
     hierarchy: str
     limit: str
@@ -38,7 +38,7 @@ VERSION_2 = Files("", "memory.max", "memory.current", "inactive_file")
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """Return the host's memory, or that of the tightest cgroup of this process."""
+    """Return the memory of the host, or of the cgroup of this process with the least available."""
     host = parse_meminfo((proc / "meminfo").read_text())
     try:
         memberships = (proc / "self" / "cgroup").read_text()
@@ -49,7 +49,7 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
 
 
 def resident(pid: int, proc: Path = Path("/proc")) -> int:
-    """Return the MiB of a process that are in memory; 0 if it has ended."""
+    """Return the MiB of memory that a process uses (RSS); 0 if the process has ended."""
     try:
         pages = int((proc / str(pid) / "statm").read_text().split()[1])
     except (OSError, IndexError):
@@ -64,7 +64,7 @@ def parse_meminfo(text: str) -> Memory:
 
 
 def parse_cgroups(text: str) -> list[tuple[Files, PurePosixPath]]:
-    """Parse `/proc/self/cgroup` into this process's memory cgroups, of either version."""
+    """Parse `/proc/self/cgroup` into this process's memory cgroups of both versions."""
     found = []
     for line in text.splitlines():
         hierarchy, controllers, path = line.split(":", 2)
@@ -76,9 +76,9 @@ def parse_cgroups(text: str) -> list[tuple[Files, PurePosixPath]]:
 
 
 def _limits(memberships: list[tuple[Files, PurePosixPath]], cgroups: Path) -> Iterator[Memory]:
-    """Yield the limits of the cgroups and of all cgroups above them.
+    """Yield the memory of each cgroup that has a limit, and of the cgroups above it.
 
-    In a container, the path may be the host's: then only the root of it exists here.
+    In a container, the path may be the host's path; then only the root cgroup exists here.
     """
     for files, path in memberships:
         for cgroup in (path, *path.parents):
