@@ -1,4 +1,4 @@
-"""The guest operating systems, a file for each."""
+"""The guest operating systems, with one file for each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = [
 GuestName = Literal["windows", "linux"]  # the names in GUESTS, for type checkers
 GUESTS = {profile.name: profile for profile in (WINDOWS, LINUX)}
 BUILT_IN = {DEBIAN.name: DEBIAN}  # the guest OSes for which this library builds an image
-DEFAULT = LINUX  # without os= and image=
-CHOICES = " or ".join(f"os={name!r}" for name in GUESTS)  # for messages
+DEFAULT = LINUX  # if neither os= nor image= is given
+CHOICES = " or ".join(f"os={name!r}" for name in GUESTS)  # for error messages
 
-# The guest of a published image until its manifest tells the guest OS: no value is its default,
-# and every feature that some guest OS has is allowed.
+# The profile of a published image until its manifest, which names the guest OS, has been read. The
+# profile has no default memory or cores, and it allows every feature that any guest OS has.
 PUBLISHED = LINUX._replace(
     name="",
     title="s3://",

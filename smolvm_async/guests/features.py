@@ -1,4 +1,4 @@
-"""The features that a guest OS may lack: their names, and the workaround for each of them."""
+"""The features that a guest OS may lack, with a workaround for each feature."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FeatureName = Literal[
 
 
 class Feature(NamedTuple):
-    """The methods of a VM and the arguments of `AsyncSmolVM` that need the feature, by name."""
+    """The names of the VM methods and the `AsyncSmolVM` arguments that need a feature."""
 
     methods: tuple[str, ...]
     arguments: tuple[str, ...]
@@ -60,7 +60,7 @@ FEATURES: dict[FeatureName, Feature] = {
     ),
 }
 
-NEEDED: dict[str, FeatureName] = {  # the feature that a method or an argument needs, by its name
+NEEDED: dict[str, FeatureName] = {  # method or argument -> the feature that it needs
     name: feature for feature, row in FEATURES.items() for name in (*row.methods, *row.arguments)
 }
 ARGUMENTS = tuple(name for row in FEATURES.values() for name in row.arguments)

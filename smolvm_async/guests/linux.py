@@ -13,7 +13,7 @@ LINUX = GuestProfile(
     title="Linux",
     default_memory=512,
     minimum_memory=128,
-    default_cpus=1,  # under TCG, a second core makes the boot longer
+    default_cpus=1,  # under TCG, a second core makes the boot slower
     hosts=("linux",),
     firmware="image",
     firmware_features=frozenset(),
@@ -42,5 +42,5 @@ DEBIAN = LINUX._replace(
     machine_options="smbus=off,sata=off,vmport=off,hpet=off",
     cpu={"kvm": "host", "tcg": "qemu64,+rdrand"},
     login="fw_cfg",
-    usb=False,  # Debian's kernel for clouds has no USB driver
+    usb=False,  # Debian's cloud kernel has no USB driver
 )

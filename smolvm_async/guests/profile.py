@@ -1,4 +1,4 @@
-"""A guest operating system as pure data."""
+"""The description of a guest operating system, as pure data."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from smolvm_async.guests.features import FEATURES, NEEDED, FeatureName
 
 
 class GuestProfile(NamedTuple):
-    """One guest OS. A new one is a file in this folder and its name in `GUESTS`."""
+    """One guest OS. To add a guest OS, add a file to this folder and its profile to `GUESTS`."""
 
     name: str  # the value of `os=`
     title: str  # the name in messages, as in "Windows guests"
     default_memory: int  # MiB
     minimum_memory: int  # MiB; the OS does not run with less
-    default_cpus: int  # cores of the one socket
+    default_cpus: int  # cores, all in one socket
     hosts: tuple[str, ...]  # values of `sys.platform` under which the guest runs
-    # UEFI starts the guest `always`, `never` (SeaBIOS does, or QEMU itself loads a kernel), or if
-    # the `image` needs it.
+    # When UEFI starts the guest: `always`, `never` (SeaBIOS starts it, or QEMU loads a kernel), or
+    # only if the `image` needs UEFI.
     firmware: Literal["always", "image", "never"]
-    firmware_features: frozenset[str]  # that QEMU's firmware descriptor must list (firmware.json)
-    machine_type: str  # QEMU's; a kept VM stays with the version it was made with
-    machine_options: str  # of `-machine`
+    firmware_features: frozenset[str]  # the firmware's descriptor must list them (firmware.json)
+    machine_type: str  # QEMU's; a kept VM keeps the version that it was made with
+    machine_options: str  # further options of `-machine`
     cpu: Mapping[str, str]  # the value of `-cpu`, by accelerator
     globals: tuple[str, ...]  # values of `-global`, for every accelerator
     rtc: str  # the value of `-rtc`
@@ -33,22 +33,22 @@ class GuestProfile(NamedTuple):
     sidecars: tuple[str, ...] = ()  # names in `smolvm_async.qemu.sidecars.SIDECARS`
     devices: tuple[str, ...] = ()  # values of further `-device` options
     disk_bus: Literal["scsi", "virtio"] = "scsi"  # virtio-scsi, or virtio-blk (`/dev/vda`)
-    # The guest gets its SSH keys from a `nocloud` seed for cloud-init, or from `fw_cfg` (the image
-    # that this library builds); `none`: nobody logs in.
+    # The source of the guest's SSH keys: a `nocloud` seed for cloud-init, or `fw_cfg` for the image
+    # that this library builds. With `none`, SSH cannot be used.
     login: Literal["none", "nocloud", "fw_cfg"] = "none"
     usb: bool = True  # a USB controller, with the tablet that serves as the mouse
-    features: frozenset[FeatureName] = frozenset()  # all others are refused
-    planned: frozenset[FeatureName] = frozenset()  # lacking in this version alone, as errors say
-    # Advice for features that the guest lacks, where that of `FEATURES` does not fit.
+    features: frozenset[FeatureName] = frozenset()  # all other features raise an error
+    planned: frozenset[FeatureName] = frozenset()  # missing in this version; errors say so
+    # Advice for missing features, if the advice in `FEATURES` does not fit this guest OS.
     instead: Mapping[FeatureName, str] = MappingProxyType({})
 
     def require(self, name: str) -> None:
-        """Raise an `UnsupportedError` if the guest OS lacks what a method or an argument needs."""
+        """Raise an `UnsupportedError` if the guest OS does not support a method or an argument."""
         if NEEDED[name] not in self.features:
             raise self.refusal(name)
 
     def refusal(self, name: str) -> UnsupportedError:
-        """Return the error for a method or an argument that this guest OS lacks."""
+        """Return the error for a method or an argument that this guest OS does not support."""
         feature = NEEDED[name]
         spelled = f"{name}=" if name in FEATURES[feature].arguments else f"{name}()"
         how = "in this version yet" if feature in self.planned else "available"

@@ -1,12 +1,12 @@
-"""Windows 11: the machine that its setup program demands."""
+"""Windows 11: a machine that meets the requirements of the Windows setup program."""
 
 from __future__ import annotations
 
 from smolvm_async.guests.profile import GuestProfile
 
 # Enlightenments, as in QEMU's docs/system/i386/hyperv.rst, libvirt's win11 defaults and Proxmox's
-# ostype=win11; hv_crash turns a blue screen into QEMU's GUEST_PANICKED event. Only KVM has them:
-# under TCG, hv_vpindex alone ends QEMU.
+# ostype=win11; hv_crash turns a blue screen into QEMU's GUEST_PANICKED event. Only KVM supports
+# them: under TCG, QEMU exits if one of them, hv_vpindex, is set.
 HYPER_V = (
     "hv_relaxed",
     "hv_vapic",
@@ -32,18 +32,18 @@ WINDOWS = GuestProfile(
     hosts=("linux",),
     firmware="always",
     firmware_features=frozenset({"secure-boot", "enrolled-keys", "requires-smm"}),
-    # Without HPET: Windows prefers the Hyper-V clock, and polling a HPET costs time (libvirt
-    # leaves it out, too).
+    # No HPET: Windows prefers the Hyper-V clock, and polling an HPET costs time (libvirt leaves the
+    # HPET out, too).
     machine_type="q35",
     machine_options="smm=on,vmport=off,hpet=off",
     cpu={"kvm": ",".join(("host", *HYPER_V)), "tcg": "max"},
     globals=(
-        # Secure Boot holds only if SMM alone writes the variables, and S3 is off.
+        # Secure Boot is safe only if just SMM can write the variables, and S3 is off.
         "driver=cfi.pflash01,property=secure,value=on",
         "ICH9-LPC.disable_s3=1",
     ),
     accelerator_globals={"kvm": ("kvm-pit.lost_tick_policy=discard",)},
-    rtc="base=localtime,driftfix=slew",  # Windows keeps local time in the clock
+    rtc="base=localtime,driftfix=slew",  # Windows expects local time in the hardware clock
     sidecars=("swtpm",),
     instead={"variables": "Set the variables inside the image (setx NAME VALUE)."},
 )
