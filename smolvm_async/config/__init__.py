@@ -1,1 +1,1 @@
-"""The arguments of a VM, checked and frozen, and the image that the VM starts from."""
+"""The validated, immutable arguments of a VM, and the image that the VM starts from."""

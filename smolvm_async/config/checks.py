@@ -1,6 +1,6 @@
 """Checks of single arguments.
 
-Each raises a `ConfigError` that names the argument, the problem and the solution.
+Each check raises a `ConfigError` that names the argument, the problem and the solution.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ class PortForward(NamedTuple):
 AccelName = Literal["auto", "kvm", "tcg"]
 VNCKind = Literal["unix", "loopback"]
 
-ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"  # the names that a POSIX shell can export
+ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"  # names that a POSIX shell can export
 VM_ID = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-MAX_CPUS = 255  # the most that QEMU's q35 takes without an interrupt remapper
+MAX_CPUS = 255  # QEMU's q35 allows more only with an interrupt remapper
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
-MAX_HEAD = 15  # QEMU's adapters have at most 16
+MAX_HEAD = 15  # a QEMU display adapter has at most 16 heads, numbered from 0
 MAX_SECONDS = 1e9
-MAX_SHOWN = 200  # characters
+MAX_SHOWN = 200  # characters of a value in a message
 MIN_RESOLUTION, MAX_RESOLUTION = (640, 480), (3840, 2160)  # VGA's own mode, and 4K
 
 
 def shown(value: object) -> str:
-    """Return a value as messages show it, cut to `MAX_SHOWN` characters."""
+    """Return the `repr()` of a value for a message, cut to `MAX_SHOWN` characters."""
     try:
         text = repr(value)
-    except Exception:  # an int of over 4300 digits, or a faulty class of the user's
+    except Exception:  # an int of over 4300 digits, or a faulty class of the user
         return f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def told(error: BaseException) -> str:
-    """Return the first line of an error, to quote it in the message of another error."""
+    """Return the first line of an error, for the message of another error."""
     try:
         line = str(error).strip().partition("\n")[0]
     except Exception:  # a faulty class of the user's
@@ -65,7 +65,7 @@ def told(error: BaseException) -> str:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Return whether a value is a whole number. `True` and `False` are not."""
+    """Return whether a value is a whole number; `True` and `False` do not count as numbers."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -73,8 +73,8 @@ def check_integer(argument: str, value: object, least: int, most: int | None, ad
     """Check an argument that is a whole number from `least` to `most`.
 
     Args:
-        most: `None` is no upper bound.
-        advice: The end of the message, after "pass": the values that are allowed.
+        most: The upper bound; `None` means no upper bound.
+        advice: A description of the allowed values, for the end of the message, after "pass".
     """
     if is_integer(value) and least <= value and (most is None or value <= most):
         return value
@@ -89,7 +89,7 @@ def check_boolean(argument: str, value: object) -> bool:
 
 
 def check_timeout(timeout: object) -> None:
-    """Check the `timeout=` of a method; `None` is the method's default."""
+    """Check the `timeout=` of a method; `None` means the method's default."""
     if timeout is not None:
         check_seconds("timeout", timeout)
 
@@ -105,7 +105,7 @@ def check_seconds(argument: str, seconds: object) -> None:
 
 
 def check_vm_id(vm_id: object) -> str:
-    """Check the id of a VM against `VM_ID`."""
+    """Check the id of a VM against the pattern `VM_ID`, and return the id."""
     if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
         raise ConfigError(
             f"vm_id={vm_id!r} is wrong: pass 1 to 63 lower-case letters, digits and hyphens, "
@@ -115,7 +115,7 @@ def check_vm_id(vm_id: object) -> str:
 
 
 def check_path(path: object, argument: str, kind: str) -> Path:
-    """Return an argument that is a path as an absolute path, `~` expanded.
+    """Check an argument that is a path; return it as an absolute path with `~` expanded.
 
     Args:
         kind: The kind of file at the path, for the message: "a directory".
@@ -132,7 +132,7 @@ def check_path(path: object, argument: str, kind: str) -> Path:
 
 
 def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
-    """Check where the VNC server listens: a unix socket, a loopback port, or nowhere (`None`)."""
+    """Check the kind of VNC server: on a unix socket, on a loopback port, or no server (`None`)."""
     if kind is None or kind is False:
         return None
     if kind is True or kind == "loopback":
@@ -146,7 +146,7 @@ def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
 
 
 def check_display(display: object, head: object) -> None:
-    """Check the id of a display adapter and the number of one of its outputs."""
+    """Check the id of a display adapter, and the number of one of its heads (outputs)."""
     if display is not None and not (
         isinstance(display, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,127}", display)
     ):
@@ -164,7 +164,7 @@ def check_cpus(cpus: object) -> int:
 
 
 def check_accel(accel: object) -> AccelName:
-    """Check the name of an accelerator; `auto` is allowed."""
+    """Check the name of an accelerator, or `auto`."""
     names: tuple[AccelName, ...] = ("auto", "kvm", "tcg")
     for name in names:
         if accel == name:
@@ -173,7 +173,7 @@ def check_accel(accel: object) -> AccelName:
 
 
 def check_resolution(resolution: object) -> tuple[int, int]:
-    """Return the screen's width and height in pixels; `None` is 1280x800, which suits agents."""
+    """Check `resolution=`, and return width and height; 1280x800, the default, suits agents."""
     if resolution is None:
         return (1280, 800)
     parts = resolution
@@ -182,7 +182,7 @@ def check_resolution(resolution: object) -> tuple[int, int]:
         parts = tuple(int(part) for part in match.groups()) if match else ()
     if isinstance(parts, tuple | list) and len(parts) == 2 and all(map(is_integer, parts)):
         (least_x, least_y), (most_x, most_y) = MIN_RESOLUTION, MAX_RESOLUTION
-        # The adapter's registers take the width in steps of 8 pixels.
+        # The display adapter's registers store the width in units of 8 pixels.
         if least_x <= parts[0] <= most_x and least_y <= parts[1] <= most_y and not parts[0] % 8:
             return (parts[0], parts[1])
     raise ConfigError(
@@ -192,7 +192,7 @@ def check_resolution(resolution: object) -> tuple[int, int]:
 
 
 def check_env(env: object, argument: str = "env") -> dict[str, str]:
-    """Return environment variables by name."""
+    """Check environment variables, and return them by name."""
     if env is None:
         return {}
     if not isinstance(env, Mapping):
@@ -214,7 +214,7 @@ def check_env(env: object, argument: str = "env") -> dict[str, str]:
 def encoded(text: str) -> bytes | None:
     """Return text as UTF-8, or `None` if that is impossible.
 
-    Bytes of file names that `os.fsdecode()` turned into surrogates become the same bytes again.
+    If `os.fsdecode()` turned bytes of a file name into surrogates, restore the same bytes.
     """
     try:
         return text.encode(errors="surrogateescape")
@@ -228,7 +228,7 @@ def check_port(argument: str, port: object) -> int:
 
 
 def check_port_forwards(forwards: object) -> tuple[PortForward, ...]:
-    """Return the ports to forward from the start; no port of the host may be used twice."""
+    """Check and return the ports to forward from the start; each host port may occur only once."""
     if isinstance(forwards, Mapping):
         forwards = list(forwards.items())
     if isinstance(forwards, str | bytes) or not isinstance(forwards, Iterable):

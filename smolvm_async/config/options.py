@@ -1,7 +1,7 @@
-"""The arguments of `AsyncSmolVM`: their types, their defaults, and the configuration they make.
+"""The arguments of `AsyncSmolVM`: their types and defaults, and their conversion to a `VMConfig`.
 
-`VMOptions` is the one list of the arguments. The signature that `help()` shows, the templates of
-fleets and the command line follow from it. Nothing here looks at the host or at a file.
+`VMOptions` is the only list of the arguments. The signature that `help()` shows, the templates of
+fleets and the command line are derived from it. Nothing here reads a file or inspects the host.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ class VMOptions(TypedDict, total=False):
 
     os: GuestName | None  # the guest OS
     image: str | os_module.PathLike[str] | None  # a path, a file:// or an s3:// URI
-    kernel: str | os_module.PathLike[str] | None  # for QEMU to load
-    initrd: str | os_module.PathLike[str] | None  # the kernel's
+    kernel: str | os_module.PathLike[str] | None  # the kernel that QEMU loads
+    initrd: str | os_module.PathLike[str] | None  # the kernel's initramfs
     boot_args: str | None  # the kernel's command line
-    user: str | None  # for SSH
+    user: str | None  # the user name for SSH
     memory: int | None  # MiB
     cpus: int | None  # cores
     vm_id: str | None
     accel: Literal["auto", "kvm", "tcg"]
     env: Mapping[str, str] | None  # environment variables of all commands
     port_forwards: Iterable[int | tuple[int, int | None]] | Mapping[int, int | None]
-    keep: bool  # after the block and the process
+    keep: bool  # keep the VM after the block and the process end
     resolution: tuple[int, int] | str | None  # pixels
     vnc: Literal["loopback", "unix"] | bool | None
     limits: Limits | Mapping[str, float] | None
@@ -97,7 +97,7 @@ def with_signature(init: F) -> F:
 
 
 def make_config(**options: Unpack[VMOptions]) -> VMConfig:
-    """Check the arguments of `AsyncSmolVM`, and return them as a configuration."""
+    """Check the arguments of `AsyncSmolVM`, and return them as a `VMConfig`."""
     for name in options:
         if name not in VMOptions.__annotations__:
             raise TypeError(f"AsyncSmolVM.__init__() got an unexpected keyword argument {name!r}")
@@ -137,12 +137,12 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
 
 
 def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) -> VMConfig:
-    """Return the configuration of a published image's VM, once its manifest has been read.
+    """Complete the configuration of a published image's VM with values from the manifest.
 
     Args:
         os: The guest OS that the manifest names.
-        memory: MiB that the manifest recommends, for users who chose no memory.
-        cpus: Cores, likewise.
+        memory: MiB that the manifest recommends, in case the user chose no memory.
+        cpus: Cores that the manifest recommends, in case the user chose no cores.
     """
     profile = find_profile(os, config.origin)
     for name, given in (("env", config.env), ("user", config.user != "root")):
@@ -158,19 +158,19 @@ def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) ->
 
 
 def new_vm_id() -> str:
-    """Return `vm-` and 8 random hex digits."""
+    """Return a random VM id: `vm-` and 8 hexadecimal digits."""
     return f"vm-{os_module.urandom(4).hex()}"
 
 
 def make_data_dir(data_dir: object) -> Path:
-    """Return the data directory as an absolute path; by default, the one in XDG's state home."""
+    """Return the data directory as an absolute path; by default, use XDG's state home."""
     if data_dir is None:
         return xdg_home("XDG_STATE_HOME", ".local/state") / "smolvm-async"
     return check_path(data_dir, "data_dir", "a directory")
 
 
 def check_progress(on_progress: object) -> None:
-    """Check a callback for progress; `None` is no callback."""
+    """Check a callback for progress; `None` means no callback."""
     if on_progress is not None and not callable(on_progress):
         raise ConfigError(f"on_progress={shown(on_progress)} is wrong: pass a function.")
 
@@ -219,7 +219,7 @@ def _profile(os: object, image: object, origin: Origin) -> GuestProfile:
 
 
 def _direct_boot(origin: Origin, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the checked arguments for a kernel that QEMU itself loads."""
+    """Check the arguments for a kernel that QEMU itself loads, and return them by name."""
     kernel, initrd, boot_args = given["kernel"], given["initrd"], given["boot_args"]
     named = [name for name in ("kernel", "initrd", "boot_args") if given[name] is not None]
     if not named:
@@ -287,7 +287,7 @@ def _memory(memory: object, profile: GuestProfile) -> int:
 
 
 def _nested(model: type[M], argument: str, value: object) -> M:
-    """Return the model that an argument is, or that it gives as a mapping."""
+    """Return an argument as a model; the argument may be a mapping of the model's fields."""
     if value is None:
         return model()
     if isinstance(value, model):

@@ -1,4 +1,4 @@
-"""The origin of a VM's disk: as the arguments give it, and as files that QEMU can open."""
+"""The origin of a VM's disk in two forms: as in the arguments, and as files for QEMU."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from smolvm_async.config.uri import is_published
 
 @dataclass(frozen=True)
 class BuiltInImage:
-    """The image that this library builds itself, at its first use."""
+    """The image that this library builds itself, on first use."""
 
 
 @dataclass(frozen=True)
 class LocalDisk:
-    """A qcow2 of the user's, and the kernel if QEMU is to load one; all paths are absolute."""
+    """The user's qcow2, and a kernel if QEMU has to load it itself; all paths are absolute."""
 
     path: Path
     kernel: Path | None = None  # instead of the image's boot loader
     initrd: Path | None = None
-    boot_args: str | None = None  # the kernel's command line; `None` is this library's default
+    boot_args: str | None = None  # the kernel's command line; `None` means this library's default
 
 
 @dataclass(frozen=True)
 class PublishedImage:
-    """An image in S3. Its manifest, which is read at the start, tells the guest OS."""
+    """An image in S3. Its manifest names the guest OS, and is read when the VM starts."""
 
-    uri: str  # of the manifest
+    uri: str  # the manifest's URI
 
 
 Origin = BuiltInImage | LocalDisk | PublishedImage
@@ -37,7 +37,7 @@ Origin = BuiltInImage | LocalDisk | PublishedImage
 def make_origin(
     image: str, kernel: str = "", initrd: str = "", boot_args: str | None = None
 ) -> Origin:
-    """Return the origin that a VM's record describes; absent values are empty.
+    """Return the origin that a VM's record describes; missing values are empty.
 
     Args:
         image: Empty, an absolute path, or the URI of a manifest.
@@ -55,13 +55,13 @@ def make_origin(
 
 
 class Source(NamedTuple):
-    """The files that a guest starts from, as absolute paths. They exist."""
+    """The absolute paths of the files that a guest starts from. The files exist."""
 
     image: Path  # the disk
-    kernel: Path | None = None  # for QEMU to load; `None` if the image has a boot loader
+    kernel: Path | None = None  # QEMU loads it; `None` if the image has a boot loader
     initrd: Path | None = None
     boot_args: str = ""  # the kernel's command line
-    format: str = "qcow2"  # of the disk; `raw` if the manifest of a published image says so
+    format: str = "qcow2"  # the disk's format; a published image's manifest may say `raw`
 
     @property
     def paths(self) -> list[Path]:

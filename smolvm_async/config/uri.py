@@ -1,4 +1,4 @@
-"""Parse `image=`: the path of a local file, a `file://` URI, or an `s3://` URI of a manifest."""
+"""Parse `image=`: the path of a local file, a `file://` URI, or the `s3://` URI of a manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smolvm_async.foundation.paths import PathError, absolute, expand
 
 S3 = "s3://"
 MANIFEST = "smolvm-image.json"  # the name of the manifest under a prefix
-MAX_KEY = 1024  # bytes of UTF-8; S3's limit
+MAX_KEY = 1024  # bytes of UTF-8; the limit of S3
 SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://|(file):"
 FILE_URI = r"file:(?://(?P<host>[^/]*))?(?P<path>.*)"
 
@@ -25,23 +25,23 @@ def is_published(image: str) -> bool:
 
 
 class Location(NamedTuple):
-    """The place of an object in S3."""
+    """The location of an object in S3."""
 
     bucket: str
     key: str
 
     @property
     def uri(self) -> str:
-        """Return the object's URI: for a manifest, the same for each spelling of the image's."""
+        """Return the object's URI; all spellings of an image's URI give the same manifest URI."""
         return f"{S3}{self.bucket}/{self.key}"
 
     def beside(self, name: str) -> Location:
-        """Return the place of a file of the image whose manifest is here."""
+        """Return the location of another file of an image; `self` is the image's manifest."""
         return Location(self.bucket, f"{self.key.rpartition('/')[0]}/{name}".lstrip("/"))
 
 
 def parse_uri(uri: object, argument: str = "image") -> Location:
-    """Parse an `s3://` URI: a prefix with a manifest under it, or the manifest itself."""
+    """Parse the `s3://` URI of a manifest, or of a prefix with a manifest under it."""
     expected = f"pass s3://BUCKET/PREFIX/, which contains a {MANIFEST}, or s3://BUCKET/NAME.json"
     if not isinstance(uri, str) or not is_published(uri):
         raise ImageError(f"{argument}={shown(uri)} is not an s3:// URI: {expected}.")
@@ -68,7 +68,7 @@ def parse_uri(uri: object, argument: str = "image") -> Location:
 def local_path(image: str) -> Path:
     """Return the absolute path that `image` names.
 
-    `image` is an absolute path, a relative path, one that begins with `~`, or a `file://` URI.
+    `image` is an absolute path, a relative path, a path that begins with `~`, or a `file://` URI.
     """
     match = re.match(SCHEME, image, re.IGNORECASE)
     if match is not None and (match[1] or match[2]).lower() != "file":
@@ -113,4 +113,4 @@ def _path_of_uri(image: str) -> str:
     try:
         return os.fsdecode(unquote_to_bytes(parts["path"]))
     except UnicodeEncodeError:
-        return parts["path"]  # local_path() refuses it
+        return parts["path"]  # local_path() raises the error

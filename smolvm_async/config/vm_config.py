@@ -1,4 +1,4 @@
-"""The validated configuration of a VM: frozen, and stored in the VM's record."""
+"""The validated configuration of a VM: immutable, and stored in the VM's record."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DeadlineOrZero = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
 
 
 class StrictModel(BaseModel):
-    """A frozen, strict model, which turns pydantic's first complaint into a `ConfigError`."""
+    """A frozen, strict model, which raises pydantic's first validation error as a `ConfigError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    argument: ClassVar[str] = ""  # the constructor's argument, for the messages
+    argument: ClassVar[str] = ""  # the argument of `AsyncSmolVM`, for messages
     example: ClassVar[str] = ""
 
     def __init__(self, **values: object) -> None:
@@ -42,7 +42,7 @@ class Timeouts(StrictModel):
     Attributes:
         launch: From spawning QEMU until its first QMP answer.
         boot: The default of `wait_for()`.
-        input: For a guest that does not read the events of its keyboard or tablet.
+        input: For the guest to read the events of its keyboard or tablet.
         powerdown: For the guest to power down after the power button; 0 skips the button.
         quit: For QEMU to end after QMP's `quit`.
         terminate: For QEMU to end after SIGTERM; SIGKILL follows.
@@ -60,13 +60,13 @@ class Timeouts(StrictModel):
 
 
 class Limits(StrictModel):
-    """Limits on the host's resources that VMs may use; `None` is no limit.
+    """Limits on the host's resources that VMs may use; `None` means no limit.
 
     Attributes:
         max_memory: MiB that all running VMs of the data directory may have together.
         vm_memory: MiB that this VM's QEMU may use (`MemoryMax` of a systemd scope). QEMU itself
             needs some 100 MiB besides the guest's memory; above the limit, the kernel kills QEMU.
-        vm_cpus: The number of host processors that QEMU may use (`CPUQuota` of that scope).
+        vm_cpus: The number of host processors that QEMU may use (`CPUQuota` of the same scope).
     """
 
     argument = "limits: "
@@ -84,8 +84,8 @@ class VMConfig(StrictModel):
     been read: see `complete()`.
 
     Attributes:
-        image: Empty for the built-in image, an absolute path, or the URI of a manifest. Ask
-            `origin` instead, which has it as a type.
+        image: Empty for the built-in image, an absolute path, or the URI of a manifest. Use
+            `origin` instead: it has a type for each of the three.
     """
 
     os: str
@@ -101,7 +101,7 @@ class VMConfig(StrictModel):
     port_forwards: Annotated[tuple[PortForward, ...], Field(strict=False)] = ()
     accel: AccelName
     keep: bool
-    resolution: Annotated[tuple[int, int], Field(strict=False)] = (1280, 800)  # JSON has lists
+    resolution: Annotated[tuple[int, int], Field(strict=False)] = (1280, 800)  # JSON has no tuples
     vnc: VNCKind | None = None
     limits: Limits
     timeouts: Timeouts
@@ -109,12 +109,12 @@ class VMConfig(StrictModel):
 
     @property
     def origin(self) -> Origin:
-        """The origin of the VM's disk, as a type."""
+        """The origin of the VM's disk, as one of the three types of `Origin`."""
         return make_origin(self.image, self.kernel, self.initrd, self.boot_args)
 
     @property
     def profile(self) -> GuestProfile:
-        """The guest OS, or the built-in image of it."""
+        """The profile of the guest OS, or of its built-in image."""
         return find_profile(self.os, self.origin)
 
 
