@@ -117,8 +117,8 @@ __all__ = [
     "push_image",
 ]
 
-# A program with one VM needs no fleet and no S3, whose import costs as much as all the rest: these
-# names are imported when they are first used (PEP 562).
+# A program with one VM does not need fleets or S3, whose import takes as long as all other imports.
+# So these names are imported on first use (PEP 562).
 _ON_FIRST_USE = {
     "DaskFleet": "smolvm_async.fleet",
     "Fleet": "smolvm_async.fleet",
@@ -131,13 +131,13 @@ _ON_FIRST_USE = {
 }
 
 
-if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # a type checker would accept every name in this module
 
     def __getattr__(name: str) -> object:
         """Import a name on its first use.
 
         Raises:
-            AttributeError: The library has no such name.
+            AttributeError: If the library has no such name.
         """
         if name not in _ON_FIRST_USE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -147,5 +147,5 @@ if not TYPE_CHECKING:  # or a type checker would take any name for one of ours
 
 
 def __dir__() -> list[str]:
-    """Return the public names, for completion."""
+    """Return the public names, for tab completion."""
     return __all__

@@ -1,4 +1,4 @@
-"""`python -m smolvm_async` is the command line."""
+"""The command line, started with `python -m smolvm_async`."""
 
 from __future__ import annotations
 

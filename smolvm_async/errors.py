@@ -1,4 +1,4 @@
-"""Every exception of the library.
+"""All exceptions of the library.
 
 ::
 
@@ -20,7 +20,7 @@
     ├── ConnectionLostError              the guest cannot be reached over SSH (any more)
     ├── FileTransferError                a file could not be transferred
     ├── FleetError                       a part of a fleet failed
-    │   ├── MemberFailedError            one of its VMs
+    │   ├── MemberFailedError            a VM did not start, or crashed
     │   ├── JobFailedError               a job of map(), for one item
     │   ├── RemoteError                  an exception of another machine that cannot be loaded here
     │   └── WorkerLostError              a Dask worker was lost during a job
@@ -28,11 +28,11 @@
 
 and one warning, `AcceleratorWarning`.
 
-`str(error)` says everything to people: the message, then the hint. Programs read the attributes.
-Each attribute is a dataclass field with a default, and the fields are listed nowhere else:
-`to_json()` goes through them, and `__reduce__()` keeps them in pickles and copies, also those of a
-subclass with other arguments. Only `message` and the fields that an older version had can be passed
-by position.
+`str(error)` is for people: it contains the message, then the hint. The attributes are for programs.
+Each attribute is a dataclass field with a default, and no other list of the fields exists:
+`to_json()` iterates over them, and `__reduce__()` keeps them in pickles and copies, even the fields
+of a subclass with other arguments. Only `message` and the fields of older versions can be passed by
+position.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class SmolVMError(Exception):
 
     Attributes:
         message: The problem.
-        hint: The fix; empty if the message names it, or if there is none. With a hint, the message
-            ends with a period.
+        hint: The fix; empty if the message contains the fix, or if no fix is known. If there is a
+            hint, the message ends with a period.
     """
 
     message: str = ""
@@ -72,14 +72,14 @@ class SmolVMError(Exception):
         return f"{message}\n{self.hint}" if "\n" in message else f"{message} {self.hint}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own would call the class with `args`, which a subclass may not accept.
+        # Exception.__reduce__() calls the class with `args`, which a subclass may not accept.
         new = copyreg.__newobj__  # type: ignore[attr-defined]
         return new, (type(self),), {**vars(self), "args": self.args}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the name of the class as `type`, and every field, in JSON's types.
+        """Return the name of the class as `type`, and every field, in JSON types.
 
-        Bytes become `{"base64": ...}`; an object that JSON has no type for becomes its `repr()`.
+        Bytes become `{"base64": ...}`; an object without a JSON type becomes its `repr()`.
         """
         values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         return {"type": type(self).__name__, **values}
@@ -114,7 +114,7 @@ class UnsupportedError(ConfigError):
 
 
 class VMAlreadyExistsError(ConfigError):
-    """Another VM has this id: a running one, of this process or another one, or a kept one."""
+    """Another VM has this id: a running VM of this or another process, or a kept VM."""
 
 
 class VMNotFoundError(ConfigError):
@@ -127,7 +127,7 @@ class HostError(SmolVMError, ValueError):
 
     Attributes:
         missing: The names of the programs, packages, files or resources that the host lacks,
-            such as `swtpm`, `ovmf`, `kvm`, `memory` or `disk space`; empty if it cannot be named.
+            such as `swtpm`, `ovmf`, `kvm`, `memory` or `disk space`; empty if there is no name.
     """
 
     missing: tuple[str, ...] = ()
@@ -140,7 +140,7 @@ class CommandError(SmolVMError):
     Attributes:
         command: The program and its arguments.
         returncode: Its exit status, negative for a signal; `None` if it did not start.
-        output: All that it printed to stdout and stderr.
+        output: The whole output to stdout and stderr.
     """
 
     command: tuple[str, ...] = ()
@@ -168,10 +168,10 @@ class VMCrashedError(SmolVMError):
     """QEMU, a sidecar or the guest died.
 
     Attributes:
-        process: The part that died: `QEMU`, the name of a sidecar such as `swtpm`, `guest` (it
-            panicked, or the accelerator gave up on it), or `owner` (the process that had started
-            the VM).
-        returncode: Exit status of that process, negative for a signal; `None` if there is none.
+        process: The part that died: `QEMU`, the name of a sidecar such as `swtpm`, `guest` (the
+            guest panicked, or the accelerator could not run it any further), or `owner` (the
+            process that had started the VM).
+        returncode: The exit status of that process, negative for a signal; `None` if there is none.
         log: The end of QEMU's or the sidecar's output (at most 4 KiB).
         console: The end of the guest's serial console (at most 4 KiB).
     """
@@ -191,11 +191,11 @@ class VMTimeoutError(SmolVMError, TimeoutError):
     """A deadline passed; the message names the event that did not happen.
 
     Attributes:
-        seconds: How long was waited.
-        state: The boot state that the VM was in then (see `BootState`); empty if the wait was
-            for something other than a boot state.
-        console: The end of the guest's serial console (at most 4 KiB); likewise.
-        log: The end of QEMU's output (at most 4 KiB); likewise.
+        seconds: The duration of the wait.
+        state: The VM's boot state at the deadline (see `BootState`); empty if the wait was for
+            something other than a boot state.
+        console: The end of the guest's serial console (at most 4 KiB); may be empty likewise.
+        log: The end of QEMU's output (at most 4 KiB); may be empty likewise.
     """
 
     seconds: float = 0.0
@@ -209,8 +209,8 @@ class CommandTimeoutError(VMTimeoutError):
     """A command in the guest took too long and was killed.
 
     Attributes:
-        stdout: The output until then, as text or bytes, as the call asked for it.
-        stderr: Likewise.
+        stdout: The standard output until then: text or bytes, depending on the call's arguments.
+        stderr: The standard error until then, likewise.
     """
 
     stdout: str | bytes = ""
@@ -222,14 +222,14 @@ class CommandFailedError(SmolVMError):
     """A command in the guest ended with an exit code other than 0, and `check` was set.
 
     Attributes:
-        result: Its `CommandResult`.
+        result: The command's `CommandResult`.
     """
 
     result: CommandResult[Any] = None  # type: ignore[assignment]  # run() always passes it
 
 
 class ConnectionLostError(SmolVMError):
-    """The guest cannot be reached over SSH, or not any more: it was reset, or its server died."""
+    """SSH cannot reach the guest (any more): the guest was reset, or its SSH server died."""
 
 
 class FileTransferError(SmolVMError):
@@ -237,12 +237,12 @@ class FileTransferError(SmolVMError):
 
 
 class FleetError(SmolVMError):
-    """A part of a fleet failed; fleets raise an `ExceptionGroup` of these."""
+    """A part of a fleet failed; fleets raise an `ExceptionGroup` of these errors."""
 
 
 @dataclass(eq=False, repr=False)
 class MemberFailedError(FleetError):
-    """A VM of a fleet did not start, or crashed; `__cause__` says why.
+    """A VM of a fleet did not start, or crashed; `__cause__` is the reason.
 
     Attributes:
         vm_id: The VM's id.
@@ -256,10 +256,10 @@ class JobFailedError(FleetError):
     """A job of `map()` failed at every attempt; `__cause__` is the error of the last attempt.
 
     Attributes:
-        item: The item that the job was called with.
+        item: The item that was passed to the job.
         index: The item's position, from 0.
-        vm_id: The VM of the last attempt; empty if it had none.
-        attempts: How many attempts were made.
+        vm_id: The id of the last attempt's VM; empty if that attempt had no VM.
+        attempts: The number of attempts.
     """
 
     item: object = None
@@ -269,7 +269,7 @@ class JobFailedError(FleetError):
 
 
 class RemoteError(FleetError):
-    """An exception of another machine that cannot be loaded here; the message describes it."""
+    """An exception from another machine that cannot be loaded here; the message describes it."""
 
 
 class WorkerLostError(FleetError):
@@ -282,7 +282,7 @@ class MonitorError(SmolVMError):
 
     Attributes:
         command: The QMP command, such as `screendump`.
-        error_class: QMP's class of the error, such as `GenericError` or `CommandNotFound`; empty
+        error_class: The QMP error class, such as `GenericError` or `CommandNotFound`; empty
             if QEMU did not answer.
     """
 
