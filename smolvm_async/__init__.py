@@ -131,7 +131,7 @@ _ON_FIRST_USE = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker would accept every name in this module
+if not TYPE_CHECKING:  # otherwise, a type checker would accept every name in this module
 
     def __getattr__(name: str) -> object:
         """Import a name on its first use.

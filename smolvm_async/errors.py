@@ -21,7 +21,7 @@
     ├── FileTransferError                a file could not be transferred
     ├── FleetError                       a part of a fleet failed
     │   ├── MemberFailedError            a VM did not start, or crashed
-    │   ├── JobFailedError               a job of map(), for one item
+    │   ├── JobFailedError               a job of map() failed for an item
     │   ├── RemoteError                  an exception of another machine that cannot be loaded here
     │   └── WorkerLostError              a Dask worker was lost during a job
     └── MonitorError                     QEMU refused a QMP command
@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smolvm_async.controls.ssh.commands import CommandResult
 
-# Each dataclass has eq=False and repr=False: exceptions compare by identity, with Exception's repr.
+# eq=False and repr=False keep Exception's comparison by identity and its repr.
 
 
 @dataclass(eq=False, repr=False)
@@ -139,7 +139,7 @@ class CommandError(SmolVMError):
 
     Attributes:
         command: The program and its arguments.
-        returncode: Its exit status, negative for a signal; `None` if it did not start.
+        returncode: The exit status, negative for a signal; `None` if the program did not start.
         output: The whole output to stdout and stderr.
     """
 
@@ -154,8 +154,8 @@ class LaunchError(SmolVMError):
 
     Attributes:
         command: The program that failed and its arguments; empty if no program was started.
-        returncode: Its exit status, negative for a signal; `None` if it did not start or still ran.
-        log: The end of its output (at most 4 KiB).
+        returncode: Its exit status, negative for a signal; `None` if not started or still running.
+        log: The end of the program's output (at most 4 KiB).
     """
 
     command: tuple[str, ...] = ()
@@ -194,8 +194,8 @@ class VMTimeoutError(SmolVMError, TimeoutError):
         seconds: The duration of the wait.
         state: The VM's boot state at the deadline (see `BootState`); empty if the wait was for
             something other than a boot state.
-        console: The end of the guest's serial console (at most 4 KiB); may be empty likewise.
-        log: The end of QEMU's output (at most 4 KiB); may be empty likewise.
+        console: The end of the guest's serial console (at most 4 KiB); empty likewise.
+        log: The end of QEMU's output (at most 4 KiB); empty likewise.
     """
 
     seconds: float = 0.0
@@ -269,7 +269,7 @@ class JobFailedError(FleetError):
 
 
 class RemoteError(FleetError):
-    """An exception from another machine that cannot be loaded here; the message describes it."""
+    """Another machine raised an exception that cannot be loaded here; the message describes it."""
 
 
 class WorkerLostError(FleetError):

@@ -132,7 +132,7 @@ def check_path(path: object, argument: str, kind: str) -> Path:
 
 
 def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
-    """Check the kind of VNC server: on a unix socket, on a loopback port, or no server (`None`)."""
+    """Check the kind of VNC server: a `unix` socket, a `loopback` port, or no server (`None`)."""
     if kind is None or kind is False:
         return None
     if kind is True or kind == "loopback":
@@ -214,7 +214,7 @@ def check_env(env: object, argument: str = "env") -> dict[str, str]:
 def encoded(text: str) -> bytes | None:
     """Return text as UTF-8, or `None` if that is impossible.
 
-    If `os.fsdecode()` turned bytes of a file name into surrogates, restore the same bytes.
+    If `os.fsdecode()` turned bytes of a file name into surrogates, the result has the same bytes.
     """
     try:
         return text.encode(errors="surrogateescape")

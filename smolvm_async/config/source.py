@@ -58,7 +58,7 @@ class Source(NamedTuple):
     """The absolute paths of the files that a guest starts from. The files exist."""
 
     image: Path  # the disk
-    kernel: Path | None = None  # QEMU loads it; `None` if the image has a boot loader
+    kernel: Path | None = None  # QEMU loads this kernel; `None` if the image has a boot loader
     initrd: Path | None = None
     boot_args: str = ""  # the kernel's command line
     format: str = "qcow2"  # the disk's format; a published image's manifest may say `raw`

@@ -1,1 +1,1 @@
-"""Helpers for asyncio and the operating system, independent of VMs: tasks, processes, locks."""
+"""Helpers for tasks, processes, locks, files and logs. No helper depends on the code for VMs."""

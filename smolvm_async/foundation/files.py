@@ -1,4 +1,4 @@
-"""Atomic file writes: if the writer is killed, no partial file has the final name."""
+"""Atomic file writes: a killed process leaves no partial file under the final name."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ POLL = 0.02  # seconds between two attempts
 async def poll(attempt: Callable[[], bool], timeout: float = math.inf) -> bool:
     """Call `attempt` in the loop's worker thread until it returns true, or for `timeout` seconds.
 
-    Return whether it returned true. A cancellation may arrive after `attempt` has taken a lock. So
-    `attempt` stores the lock in an object, and the caller releases it in `finally` or `except`.
+    Return whether `attempt` returned true. A cancellation may arrive after `attempt` took a lock.
+    So `attempt` stores the lock in an object, and the caller releases it in `finally` or `except`.
     """
     deadline = time.monotonic() + timeout
     while not await in_thread(attempt):
@@ -38,7 +38,7 @@ async def poll(attempt: Callable[[], bool], timeout: float = math.inf) -> bool:
 def try_lock(fd: int, *, shared: bool = False) -> bool:
     """Try to lock the open file or directory `fd`, and return whether this succeeded.
 
-    Closing `fd` releases the lock. Processes can share a lock while no process locks exclusively.
+    Closing `fd` releases the lock. A shared lock prevents exclusive locks, but not shared locks.
     """
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -79,7 +79,7 @@ class LockFile:
         return False
 
     def unlock(self) -> None:
-        """Remove the file and release the lock; do nothing without the lock."""
+        """Remove the file and release the lock, if this object holds the lock."""
         if self.fd >= 0:
             self._path.unlink(missing_ok=True)
             os.close(self.fd)

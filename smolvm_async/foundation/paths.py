@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class PathError(ValueError):
-    """Text cannot be a path. The message continues a sentence that begins with the text."""
+    """The text cannot be a path. The message continues a sentence that begins with the text."""
 
 
 def expand(text: str) -> str:

@@ -157,10 +157,10 @@ class Child:
 async def spawn(
     name: str, argv: Sequence[str], *, cwd: Path, log: Path, fds: Sequence[int]
 ) -> Child:
-    """Start `argv` in `cwd` with the descriptors `fds`; keep the end of its output in file `log`.
+    """Start `argv` in `cwd`, pass it `fds`, and keep the end of its output in the file `log`.
 
     Raises:
-        LaunchError: If the operating system cannot start it (no memory, descriptors or program).
+        LaunchError: If the operating system cannot start `argv` (no memory, descriptor or program).
     """
     async with _turns.of_this_loop():
         await asyncio.sleep(0)

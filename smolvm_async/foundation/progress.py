@@ -47,7 +47,7 @@ def report(callback: ProgressCallback | None, progress: Progress) -> None:
 
 
 class Meter:
-    """A reporter of the progress of one task, which begins now; see `Progress`."""
+    """A reporter of progress, for work that begins when the reporter is made; see `Progress`."""
 
     def __init__(
         self, callback: ProgressCallback | None, stage: str, total: int | None = None

@@ -71,7 +71,7 @@ class Tail:
         return bytes(self._kept[-(limit or self.limit) :]).decode(errors="replace")
 
     def quote(self) -> str:
-        """Return the end of the stream for an error message, as printable and stripped text."""
+        """Return the end of the stream for an error message: only printable text, stripped."""
         return printable(self.text(QUOTED)).strip()
 
 

@@ -131,8 +131,7 @@ def no_collection() -> Iterator[None]:
     """Suspend garbage collection during a block that makes very many permanent objects.
 
     During an import of hundreds of modules, the collector would visit all objects of the process
-    and stop every thread for 15 to 30 ms. After the block, the new objects are in the oldest
-    generation.
+    and stop every thread for 15 to 30 ms. Objects made in the block count as old afterwards.
     """
     if not gc.isenabled() or gc.get_freeze_count():  # the user manages garbage collection
         yield
@@ -168,8 +167,8 @@ async def acquired(getting: Awaitable[T], give_up: Callable[[T], Any]) -> AsyncI
 
     Args:
         getting: An awaitable that returns the resource; it runs to its end, see `settle`.
-        give_up: A function that releases the resource, also if the wait for the resource was
-            cancelled. If it returns an awaitable, the awaitable is awaited.
+        give_up: Releases the resource, even if the wait for the resource was cancelled. If
+            `give_up` returns an awaitable, the awaitable is awaited.
     """
     future = asyncio.ensure_future(getting)
     try:

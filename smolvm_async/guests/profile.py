@@ -23,7 +23,7 @@ class GuestProfile(NamedTuple):
     # only if the `image` needs UEFI.
     firmware: Literal["always", "image", "never"]
     firmware_features: frozenset[str]  # the firmware's descriptor must list them (firmware.json)
-    machine_type: str  # QEMU's; a kept VM keeps the version that it was made with
+    machine_type: str  # QEMU's machine type; a kept VM always keeps its version
     machine_options: str  # further options of `-machine`
     cpu: Mapping[str, str]  # the value of `-cpu`, by accelerator
     globals: tuple[str, ...]  # values of `-global`, for every accelerator
@@ -37,8 +37,8 @@ class GuestProfile(NamedTuple):
     # that this library builds. With `none`, SSH cannot be used.
     login: Literal["none", "nocloud", "fw_cfg"] = "none"
     usb: bool = True  # a USB controller, with the tablet that serves as the mouse
-    features: frozenset[FeatureName] = frozenset()  # all other features raise an error
-    planned: frozenset[FeatureName] = frozenset()  # missing in this version; errors say so
+    features: frozenset[FeatureName] = frozenset()  # supported; using any other raises an error
+    planned: frozenset[FeatureName] = frozenset()  # not in this version yet; errors say so
     # Advice for missing features, if the advice in `FEATURES` does not fit this guest OS.
     instead: Mapping[FeatureName, str] = MappingProxyType({})
 

@@ -38,7 +38,7 @@ WINDOWS = GuestProfile(
     machine_options="smm=on,vmport=off,hpet=off",
     cpu={"kvm": ",".join(("host", *HYPER_V)), "tcg": "max"},
     globals=(
-        # Secure Boot is safe only if just SMM can write the variables, and S3 is off.
+        # Secure Boot is safe only if nothing but SMM can write the variables, and S3 is off.
         "driver=cfi.pflash01,property=secure,value=on",
         "ICH9-LPC.disable_s3=1",
     ),

@@ -43,8 +43,8 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
             an argument because this folder must not import `qemu`.
 
     Raises:
-        HostError: If something is missing; names all of it, how to install it, and where it was
-            searched.
+        HostError: If a program or the firmware is missing. The error lists everything that is
+            missing, how to install it, and the places searched.
     """
     if sys.platform not in profile.hosts:
         raise HostError(

@@ -36,7 +36,7 @@ class Distribution(NamedTuple):
     Attributes:
         name: The name in messages.
         ids: Values of `ID` or `ID_LIKE` in os-release(5).
-        manager: The package manager, and the field of `Program` with the package's name in it.
+        manager: The package manager, which is also the name of a field of `Program`.
         install: The command that installs packages.
     """
 

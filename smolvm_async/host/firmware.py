@@ -1,4 +1,4 @@
-"""Search for UEFI firmware by QEMU's firmware descriptors, then in distributions' usual places.
+"""Search for UEFI firmware in QEMU's firmware descriptors, then in distributions' usual places.
 
 QEMU's docs/interop/firmware.json specifies the descriptors. If several files have the same name,
 only the file in the most specific directory counts; an empty file hides the other files. The first

@@ -38,7 +38,7 @@ VERSION_2 = Files("", "memory.max", "memory.current", "inactive_file")
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """Return the memory of the host, or of the cgroup of this process with the least available."""
+    """Return the host's memory, or the memory of this process's most restrictive cgroup."""
     host = parse_meminfo((proc / "meminfo").read_text())
     try:
         memberships = (proc / "self" / "cgroup").read_text()
@@ -64,7 +64,7 @@ def parse_meminfo(text: str) -> Memory:
 
 
 def parse_cgroups(text: str) -> list[tuple[Files, PurePosixPath]]:
-    """Parse `/proc/self/cgroup` into this process's memory cgroups of both versions."""
+    """Parse `/proc/self/cgroup` into this process's memory cgroups, of version 1 or 2."""
     found = []
     for line in text.splitlines():
         hierarchy, controllers, path = line.split(":", 2)

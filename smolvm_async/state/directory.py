@@ -80,10 +80,10 @@ class Parts(NamedTuple):
 class _Lease:
     """The lock on a VM's directory, and a spare descriptor.
 
-    Removing a directory needs a descriptor, and must not fail because the process has none left.
+    Removing a directory needs a descriptor, and must not fail if the process has none left.
 
     Attributes:
-        fd: The descriptor of the open directory; -1 after `close()`.
+        fd: The descriptor of the open directory; closing it releases the lock. -1 after `close()`.
     """
 
     def __init__(self, fd: int) -> None:

@@ -19,7 +19,7 @@ class Row(NamedTuple):
         required: A kept VM of any guest OS cannot start without this file. `Parts` lists the files
             that only some guest OSes require.
         secret: The file is removed when an unkept VM stops; the directory stays until delete().
-        of_run: This is a socket of one run; it is removed after the run and before the next run.
+        of_run: A socket of one run; it is removed after the run and before the next run.
         mark: The file marks the directory as this library's. It is removed last, so that a
             half-deleted directory is still recognized.
     """
@@ -44,7 +44,7 @@ SCRATCH = _row("scratch", mark=True)  # no VM uses the directory: any process ma
 
 OVERLAY = _row("overlay.qcow2", required=True)  # the VM's disk
 VARS = _row("vars.fd", secret=True)  # UEFI variables
-TPM = _row("tpm", secret=True)  # swtpm's state, a directory
+TPM = _row("tpm", secret=True)  # a directory with swtpm's state
 SEED = _row("seed.iso", secret=True)  # cloud-init reads it
 SSH_KEY = _row("ssh_key", secret=True)
 HOST_KEY = _row("ssh_host_ed25519_key", secret=True)

@@ -66,7 +66,7 @@ class Record(BaseModel):
 
     Attributes:
         config: The VM's arguments.
-        created: The creation time in nanoseconds since the epoch; distinguishes VMs with one id.
+        created: The creation time, in ns since the epoch; distinguishes VMs with the same id.
         status: The status that the owner wrote last; see `status_seen`.
         owner: The process that runs the VM; `None` while the VM is stopped.
         processes: The VM's processes by name.
@@ -93,7 +93,7 @@ class Record(BaseModel):
 
 
 def read_record(directory: Path, dir_fd: int) -> Record | None:
-    """Read the record in `directory`, open as `dir_fd`; return `None` if there is no record.
+    """Read the record in `directory` (open as `dir_fd`); return `None` if there is no record.
 
     Raises:
         ConfigError: If the record is damaged.

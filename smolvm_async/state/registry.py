@@ -77,10 +77,10 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
             fd = open_directory(path)
         except OSError as error:
             if error.errno in (*NO_DIRECTORY, errno.EACCES):
-                continue  # was removed meanwhile, or belongs to another user
+                continue  # it was removed meanwhile, or belongs to another user
             raise cannot_use(path, error) from error
         try:
-            held = is_locked(fd)  # first: an owner writes the record before it releases the lock
+            held = is_locked(fd)  # before reading the record: an owner writes it, then unlocks
             record = read_record(path, fd)
         except ConfigError as error:
             logger.warning("%s", error)
