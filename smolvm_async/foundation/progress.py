@@ -23,7 +23,7 @@ class Progress:
         elapsed: Seconds since the work began.
         done: The amount of work that is done; `None` if unknown.
         total: The amount of all work; `None` if unknown.
-        rate: Bytes per second, if the work is a download or an upload.
+        rate: Bytes per second, if the work is a download or an upload of an image.
     """
 
     stage: str

@@ -5,8 +5,8 @@ marked methods only; other processes use a proxy, which is made from the class. 
 results are sent as JSON and validated against the method's annotations, so they must have types
 that pydantic can write as JSON and read back. A result of type `bytes` is sent unchanged.
 
-The caller of a coroutine function waits for its result. The caller of a plain function continues
-as soon as the call is sent, and gets no errors. Calls begin in the order in which they were made.
+The caller of a coroutine function waits for its result. A plain function is only posted: the caller
+continues at once and gets no errors. Calls begin in the order in which they were made.
 """
 
 from __future__ import annotations
