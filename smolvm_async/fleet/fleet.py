@@ -31,16 +31,17 @@ from smolvm_async.state.record import ACTIVE
 from smolvm_async.vm.block import Block
 from smolvm_async.vm.vm import AsyncSmolVM
 
-LIVE_PER_PROCESSOR = 16  # guests that mostly wait; 32 on two processors were measured
-BOOTING_PER_PROCESSOR = 1  # under TCG, more at once each take longer and are not done sooner
+LIVE_PER_PROCESSOR = 16  # for guests that are mostly idle; measured: 32 guests on two processors
+# Under TCG, booting more VMs at once makes each boot slower and the last VM no earlier.
+BOOTING_PER_PROCESSOR = 1
 
 
-# The fleets for which the current task runs a job of map().
+# The fleets whose map() runs its job in the current task.
 _fleets_of_job: ContextVar[tuple[Fleet, ...]] = ContextVar("_fleets_of_job", default=())
 
 
 class Fleet:
-    """Many VMs at once.
+    """A group of VMs on this host.
 
     ::
 
@@ -52,27 +53,27 @@ class Fleet:
             async for result in fleet.map(job, items):
                 ...
 
-    Entering the block starts `size` VMs, as many at a time as the host can take; leaving the
-    block, in any way, kills and deletes them. VMs start in the order they asked. Each waits until
-    its memory plus QEMU's overhead fits into the host's available memory, minus what this process
-    has promised to other fleet VMs but they do not use yet.
+    Entering the block starts `size` VMs, as many at a time as the host allows. Leaving the block,
+    in any way, kills and deletes all VMs. VMs start first come, first served. Each VM waits until
+    its memory plus QEMU's overhead fits into the host's available memory, minus the memory that
+    this process has promised to other fleet VMs but that they do not use yet.
 
     Args:
         template: The arguments of `AsyncSmolVM` for each VM, without `vm_id` and `keep`.
-        size: Number of VMs to start on entering, and the most that `map()` uses. Without it, only
-            `map()` starts VMs.
-        until: The boot state at which a VM is handed over: `"ready"`, `"operating_system"` or
-            `"firmware"`.
+        size: Number of VMs to start on entering, and the maximum that `map()` uses. Without
+            `size`, only `map()` starts VMs.
+        until: The boot state that a VM must reach before you or a job can use it: `"ready"`,
+            `"operating_system"` or `"firmware"`.
         max_booting: Number of VMs that may boot at once; by default the number of processors, or
             no limit if `until="firmware"`.
         max_live: Number of VMs that may run at once; by default 16 for each processor, or `size`
             if that is more.
         on_error: `"raise"`: a VM that fails cancels the block, which raises an `ExceptionGroup` of
-            `MemberFailedError`s. `"collect"`: the other VMs go on; `failures` lists the errors.
+            `MemberFailedError`s. `"collect"`: other VMs keep running; `failures` lists the errors.
 
     Raises:
-        ConfigError, HostError: An argument is wrong, or the host lacks something; see
-            `AsyncSmolVM`. Nothing was created.
+        ConfigError, HostError: An argument is wrong, or the host lacks something that a VM needs;
+            see `AsyncSmolVM`. No VM was created.
     """
 
     def __init__(
@@ -93,9 +94,9 @@ class Fleet:
         self._max_live = most if max_live is None else check_count("max_live", max_live)
         booting = BOOTING_PER_PROCESSOR * processors
         if self._until is BootState.FIRMWARE:
-            # A VM that was handed over goes on booting: with a limit, its turn would end when its
-            # work begins, and the next VM would start beside it. Without one, 16 VMs reach their
-            # firmware in a third of the time.
+            # A VM keeps booting after its firmware, where its turn to boot ends. So a limit would
+            # not keep the next VM from booting at the same time. Without a limit, 16 VMs reach
+            # their firmware in a third of the time.
             booting = self._max_live
         self._max_booting = (
             booting if max_booting is None else check_count("max_booting", max_booting)
@@ -104,7 +105,7 @@ class Fleet:
         self._places: Places
         self._members: list[Member] = []  # the VMs that the fleet started with
         self._map_members: set[Member] = set()  # VMs that map() has started and that still exist
-        self._map_deleted = self._map_failed = 0  # numbers of those that do not exist any more
+        self._map_deleted = self._map_failed = 0  # number of map() VMs that no longer exist
         self._calls: WeakSet[LocalMapCall[Any, Any]] = WeakSet()
         self._changed = asyncio.Event()
         self._block = Block()
@@ -112,7 +113,7 @@ class Fleet:
 
     @property
     def failures(self) -> Sequence[MemberFailedError]:
-        """Errors of VMs that did not start or have crashed; without those used by `map()`."""
+        """The errors of VMs that did not start or crashed, except the VMs that `map()` used."""
         return [
             member.error
             for member in self._members
@@ -120,7 +121,7 @@ class Fleet:
         ]
 
     def status(self) -> FleetStatus:
-        """Return how many VMs wait, boot and are ready, and the state of each."""
+        """Return the number of VMs that wait, boot and are ready, and the state of each VM."""
         members = [*self._members, *self._map_members]
         phases = [member.phase for member in members]
         return FleetStatus(
@@ -158,7 +159,7 @@ class Fleet:
             self._template.close()
 
     async def __aiter__(self) -> AsyncIterator[AsyncSmolVM]:
-        """Yield each VM once, as the VMs become ready."""
+        """Yield each VM once, as soon as the VM is ready."""
         while waiting := [member for member in self._entered() if member.taken_by is None]:
             self._changed.clear()
             member = next((member for member in waiting if member.phase == "ready"), None)
@@ -173,11 +174,11 @@ class Fleet:
     async def all_ready(self) -> Sequence[AsyncSmolVM]:
         """Wait until all VMs that the fleet started with are ready, and return them.
 
-        A VM that fails cancels the block, and so this call; see the class. If
-        `on_error="collect"`, the VM is left out.
+        A VM that fails cancels the block and this call; see the class. With
+        `on_error="collect"`, the result does not contain the VMs that failed.
 
         Raises:
-            ConfigError: `size` is more than may run at once, or the block has ended meanwhile.
+            ConfigError: `size` is larger than `max_live`, or the block ended during the call.
         """
         members = self._entered()
         if len(members) > self._max_live:
@@ -209,29 +210,30 @@ class Fleet:
     ) -> AsyncIterator[R]:
         """Run `await job(vm, item)` for each item, and yield the results.
 
-        A crash of its VM cancels a job, which counts as a failure. A cancelled job may use its VM
-        for 2 s more. If the caller stops iterating early, the rest runs until the fleet's block
-        ends, or until `aclose()`.
+        If a job's VM crashes, `map()` cancels the job, which counts as failed. A cancelled job may
+        use its VM for 2 s more. If you stop iterating early, the remaining jobs run until the
+        fleet's block ends, or until you call `aclose()`.
 
         Do not wait for a VM inside a job, or while you hold all `max_live` VMs: that deadlocks.
         `map()` detects this within one fleet, not across two.
 
         Args:
             job: An async function of a VM and an item.
-            items: Taken one by one, when a VM is free and results are read; they may be endless.
-            retries: How often a failed job is tried again, each time on a new VM.
-            reuse: Whether a VM that still runs does the next job, too. By default each job has a
+            items: The jobs' inputs, maybe endless. `map()` takes the next item when a VM is free
+                and you read the results.
+            retries: The maximum number of retries of a failed job, each on a new VM.
+            reuse: Whether a VM that still runs does the next job, too. By default each job gets a
                 new VM.
-            in_order: Whether results come in the order of the items. By default they come as they
-                are done.
+            in_order: Whether to yield results in the order of the items. By default `map()` yields
+                each result as soon as its job ends.
             on_error: `"raise"`: the first failure cancels the other jobs. `"collect"`: failures
                 are raised after all results. By default the fleet's `on_error`.
 
         Raises:
-            ExceptionGroup: Of `JobFailedError`s, from the iteration; with the exception that the
-                items raised, if they did.
-            ConfigError: An argument is wrong; the fleet's block was not entered; the caller uses
-                all VMs that may run; or the caller is a job of this fleet.
+            ExceptionGroup: During the iteration: jobs failed. The group has a `JobFailedError` for
+                each failed job, and the exception of the items if they raised one.
+            ConfigError: An argument is wrong; the fleet's block was not entered; the caller holds
+                all `max_live` VMs; or the caller is a job of this fleet.
         """
         self._check_map_possible()
         check_work(job, items, retries, reuse=reuse, in_order=in_order)
@@ -263,7 +265,7 @@ class Fleet:
         return member
 
     def _take(self) -> Member:
-        """Return a VM for a job: an unused one that the fleet started with, or a new one."""
+        """Return a VM for a job: an unused VM that the fleet started with, or a new VM."""
         for member in self._entered():
             if member.taken_by is None and not member.over.done():
                 member.taken_by = "map"
@@ -284,7 +286,7 @@ class Fleet:
         self._map_failed += member.error is not None
 
     def _marked(self, job: Job[T, R]) -> Job[T, R]:
-        """Return the job, which now notes that it runs for this fleet."""
+        """Wrap the job so that it notes in `_fleets_of_job` that it runs for this fleet."""
 
         async def marked(vm: AsyncSmolVM, item: T) -> R:
             _fleets_of_job.set((*_fleets_of_job.get(), self))
@@ -309,7 +311,7 @@ class Fleet:
 
     @property
     def _at_once(self) -> int:
-        """The number of VMs that the fleet is known to run at once."""
+        """The smallest number of VMs that the fleet must be able to run at once."""
         return max(1, min(self._size, self._max_live))
 
     def _check_limit(self, most: int | None) -> None:

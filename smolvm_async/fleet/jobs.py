@@ -2,22 +2,22 @@
 
 A call of `map()` is a `MapCall`: worker tasks take the items, run the jobs and queue an `Outcome`
 for each item; the generator `results()`, which the caller iterates over, reads the queue.
-`LocalMapCall` runs the jobs on VMs of this process; the one for Dask is in `fleet/dask/client.py`.
+`LocalMapCall` runs the jobs in this process, `DaskMapCall` of `fleet/dask/client.py` on workers.
 
-The worker loop of a `LocalMapCall`: one worker for each VM that `map()` may use at once repeats:
+A `LocalMapCall` has one worker for each VM that `map()` may use at once. Each worker repeats:
 
-1. Wait while too many results are unread, or a slow reader of endless items would fill the memory.
-2. Take the next item. The workers share the iterator, so one waits for the other here.
-   While a worker waits in step 1 or 2, it keeps its VM for the next job, if `reuse` is set. It
-   deletes the VM after `IDLE` seconds if another VM waits for its place or memory: perhaps the
-   reader, or the items, cannot go on without that other VM, as when a `map()` reads another one.
-3. Run the job, on the VM of the job before if it still runs, otherwise on a new VM. A crash of the
-   VM cancels the job. After a failure, try again on a new VM, `retries` times at most.
+1. Wait while too many results are unread: a slow reader of endless items would fill the memory.
+2. Take the next item. The workers share the iterator, so they take items one after the other.
+   With `reuse`, a worker that waits in step 1 or 2 keeps its VM for the next job. It deletes the VM
+   after `IDLE` seconds if another VM waits for a place or memory: the reader or the items may need
+   that other VM to continue, for example if one `map()` reads its items from another `map()`.
+3. Run the job: on the VM of the previous job if that VM still runs, otherwise on a new VM. A crash
+   of the VM cancels the job. After a failure, retry on a new VM, at most `retries` times.
 4. Queue the outcome: a value, or a `JobFailedError`.
 
-A worker ends when there are no more items, or with the exception that the items raised. Each end
-queues `None`, so `results()` knows when the last worker has ended. A worker that is cancelled first
-cancels its job, then deletes its VM, then ends: when `end()` returns, nothing is left of the call.
+A worker ends after the last item, or with the exception that the items raised. Each worker that
+ends queues `None`, so `results()` knows when the last worker has ended. A cancelled worker cancels
+its job, deletes its VM, then ends: when `end()` returns, no job and no VM of the call is left.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ R = TypeVar("R")
 Job = Callable[[AsyncSmolVM, T], Awaitable[R]]
 OnError = Literal["raise", "collect"]
 
-MAX_COUNT = 100_000  # of VMs, jobs or retries
-READ_AHEAD = 4  # unread results for each job that can run at once
+MAX_COUNT = 100_000  # the maximum of VMs, jobs or retries
+READ_AHEAD = 4  # the maximum of unread results for each job that can run at once
 IDLE = 0.2  # seconds that a worker without a job keeps its VM while other VMs wait
-GRACE = 2.0  # seconds that a cancelled job may go on using its VM, to clean up
+GRACE = 2.0  # seconds for which a cancelled job may still use its VM, to clean up
 FLEET_OVER = "the fleet's block ended before all results were read: iterate inside the block."
 
 
 def check_count(argument: str, value: object, least: int = 1) -> int:
-    """Check an argument of a fleet or a `map()` that is a whole number."""
+    """Check a whole number that was passed to a fleet or to `map()`, and return it."""
     advice = f"a whole number from {least} to {MAX_COUNT}"
     return check_integer(argument, value, least, MAX_COUNT, advice)
 
 
 def check_on_error(on_error: object) -> OnError:
-    """Check the `on_error=` of a fleet or a `map()`."""
+    """Check the argument `on_error` of a fleet or of `map()`, and return it."""
     if on_error not in ("raise", "collect"):
         raise ConfigError(f"on_error={shown(on_error)} is wrong: pass 'raise' or 'collect'.")
     return on_error
 
 
 def check_work(job: object, items: object, retries: object = 0, **switches: object) -> None:
-    """Check the job, the items, the retries and the boolean arguments of a `map()`."""
+    """Check the job, the items, the retries and the boolean arguments of `map()`."""
     if not callable(job) or inspect.isgeneratorfunction(job) or inspect.isasyncgenfunction(job):
         raise ConfigError(f"job={shown(job)} is wrong: pass an async function of (vm, item).")
     try:
@@ -90,7 +90,7 @@ class Outcome(Generic[R]):
 
 
 class NumberedItems(Generic[T]):
-    """The items of a `map()`, which several workers take one by one."""
+    """The items of a `map()` call, numbered; several workers share them."""
 
     def __init__(self, items: Iterable[T] | AsyncIterable[T]) -> None:
         self._items = items if isinstance(items, AsyncIterable) else iter(items)
@@ -99,7 +99,7 @@ class NumberedItems(Generic[T]):
         self._count = 0
 
     async def next(self) -> tuple[int, T] | None:
-        """Return the next item and its number; `None` after the last one."""
+        """Return the next item with its number, or `None` after the last item."""
         async with self._turn:
             if self._iterator is not None:
                 try:
@@ -113,7 +113,7 @@ class NumberedItems(Generic[T]):
                 except StopIteration:
                     return None
                 except (asyncio.CancelledError, StopAsyncIteration) as error:
-                    # asyncio would take these for a cancellation, or an end, of our own.
+                    # asyncio would mistake these for our own task's cancellation or end.
                     raise RuntimeError(f"the items have raised {error!r}") from error
             self._count += 1
             return self._count - 1, item
@@ -127,16 +127,16 @@ class MapCall(Generic[T, R]):
         self._retries = retries
         self._outcomes: asyncio.Queue[Outcome[R] | None] = asyncio.Queue()
         self._workers: list[asyncio.Task[None]] = []
-        self._unread = 0  # queued outcomes that the caller has not reached yet
+        self._unread = 0  # queued outcomes that the caller has not read yet
         self._was_read = asyncio.Event()
         self._over = False
         self._check: Callable[[], object] = lambda: None
         self._on_error: OnError = "raise"
 
     async def results(self, workers: int, in_order: bool, on_error: OnError) -> AsyncIterator[R]:
-        """Yield the results, then raise an `ExceptionGroup` of the failures, if there are any.
+        """Yield the results. If jobs failed, raise an `ExceptionGroup` of the failures at the end.
 
-        If `on_error` is `"raise"`, the first failure is raised at once.
+        With `on_error="raise"`, raise as soon as the first job fails.
         """
         if self._over:
             raise ConfigError(FLEET_OVER)
@@ -176,13 +176,13 @@ class MapCall(Generic[T, R]):
             raise ExceptionGroup(f"{len(failures)} of the jobs failed", failures)
 
     async def end(self) -> None:
-        """Cancel the workers and wait until they have ended, with their jobs and VMs."""
+        """Cancel the workers; wait until they, their jobs and their VMs have ended."""
         self._over = True
         self._was_read.set()
         await end_tasks(*self._workers)
 
     async def _until_done(self) -> AsyncIterator[Outcome[R]]:
-        """Yield the outcomes until all workers have ended, or the first one by an exception."""
+        """Yield outcomes until all workers have ended, or until the items raise an exception."""
         working = len(self._workers)
         while working:
             outcome = await self._outcomes.get()
@@ -201,15 +201,15 @@ class MapCall(Generic[T, R]):
         self._outcomes.put_nowait(outcome)
 
     async def _next(self, places: int) -> tuple[int, T] | None:
-        """Wait until a result for `places` jobs may be added; return the next item, if any."""
+        """Wait while too many results are unread for `places` jobs; return the next item."""
         while self._unread >= READ_AHEAD * places and not self._over:
             self._was_read.clear()
             await self._was_read.wait()
         numbered = None if self._over else await self._items.next()
-        return None if self._over else numbered  # the items may have swallowed our cancellation
+        return None if self._over else numbered  # the items may have suppressed our cancellation
 
     async def _work(self) -> None:
-        """Run the jobs of items until there are no more."""
+        """Run jobs until no item is left."""
         raise NotImplementedError
 
 
@@ -221,11 +221,11 @@ def _error_of(worker: asyncio.Task[None]) -> Exception | None:
 
 
 class LocalMapCall(MapCall[T, R]):
-    """A call of `map()` on VMs of this process; the module explains its worker loop.
+    """A call of `map()` on VMs of this process; the module's docstring explains the worker loop.
 
     Args:
-        check: Raises a `ConfigError` if no VM can ever be had for a job.
-        take: Returns a VM, which may still have to boot.
+        check: Raises a `ConfigError` if a job could never get a VM.
+        take: Returns a VM for a job; the VM may still be booting.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         crash = None if running.done() else member.error
-        if crash is None:  # the job may have ended the VM itself
+        if crash is None:  # the job itself may have stopped the VM
             await asyncio.wait([running])
     finally:
         running.cancel()
@@ -328,7 +328,7 @@ async def _call(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
         return await job(vm, item)
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # such as those of test frameworks
+    except BaseException as error:  # test frameworks raise such exceptions
         raise RuntimeError(f"the job has raised {shown(error)}") from error
 
 

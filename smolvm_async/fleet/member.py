@@ -1,4 +1,4 @@
-"""One VM of a fleet: it waits for its turn, boots, is used and is deleted."""
+"""One VM of a fleet, and its states from waiting for its turn to its deletion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAITING = ("a place", "memory", "a turn to boot")
 
 
 def check_until(state: object) -> BootState:
-    """Check the `until=` of a fleet: a boot state that can be waited for."""
+    """Check the argument `until` of a fleet, and return the boot state."""
     known = [str(name) for name in BootState if name is not BootState.LAUNCHING]
     if state not in known:
         raise ConfigError(f"until={shown(state)} is wrong: pass one of {', '.join(known)}.")
@@ -55,10 +55,10 @@ class FleetStatus:
     Attributes:
         waiting: Number of VMs that wait for a place, memory or their turn to boot.
         booting: Number of VMs that boot.
-        ready: Number of VMs that can be used, or are in use.
-        deleted: Number of VMs that are gone.
+        ready: Number of VMs that are ready or in use.
+        deleted: Number of VMs that were deleted.
         failed: Number of VMs that did not start, or crashed.
-        members: The VMs that the fleet started with, and those of `map()` that still exist.
+        members: The VMs that the fleet started with, and the VMs of `map()` that still exist.
     """
 
     waiting: int
@@ -70,7 +70,7 @@ class FleetStatus:
 
 
 class Places:
-    """The number of VMs of one fleet that may exist, and that may boot, at the same time."""
+    """The limits of one fleet: how many VMs may exist, and how many may boot, at once."""
 
     def __init__(self, max_live: int, max_booting: int) -> None:
         self._live = asyncio.Semaphore(max_live)
@@ -79,7 +79,7 @@ class Places:
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[None]:
-        """Wait for a place, and keep it for the time of the block."""
+        """Wait for a place, and hold the place during the block."""
         self.waiting += 1
         try:
             await self._live.acquire()
@@ -96,9 +96,9 @@ class Member:
 
     Attributes:
         vm: The VM; usable while `ready` has a result and `over` is not done.
-        ready: Done when the VM has reached the wanted boot state; an exception says why it never
-            will.
-        taken_by: The user of the VM: the caller of the fleet, or a `map()`.
+        ready: Done when the VM has reached the wanted boot state. If the VM failed before, the
+            exception says why.
+        taken_by: The user of the VM: the caller of the fleet, or `map()`.
         over: The task. Its exception, a `MemberFailedError`, says why the VM ended early.
     """
 
@@ -127,12 +127,12 @@ class Member:
         return MemberStatus(self.vm.vm_id, state, waits_for, seconds, error)
 
     async def delete(self) -> None:
-        """Delete the VM; it is gone on return, however often the caller is cancelled."""
+        """Delete the VM, and return only afterwards, even if the caller is cancelled."""
         self.delete_soon()
         await settle(asyncio.wait([self.over]))
 
     def delete_soon(self) -> None:
-        """Start to delete the VM."""
+        """Start to delete the VM; do not wait until it is deleted."""
         self._deleting.set()
         if not self.ready.done():
             self.over.cancel()
@@ -140,7 +140,7 @@ class Member:
     async def usable(self) -> bool:
         """Return whether the VM can run another job.
 
-        QEMU is asked, since the end of a process that was just killed may not be known yet.
+        This asks QEMU, since this process may not know yet that QEMU was just killed.
         """
         run = self.vm._run
         return run is not None and await run.guest_status() == "running" and not self.over.done()
@@ -186,7 +186,7 @@ class Member:
             await settle(self.vm.delete())
 
     async def _until_over(self) -> None:
-        """Wait until the VM is to be deleted or has stopped; raise an exception if it crashed."""
+        """Wait for a call of `delete()` or the VM's end; raise an exception if the VM crashed."""
         stopped = asyncio.ensure_future(self.vm.wait_stopped())
         deleting = asyncio.ensure_future(self._deleting.wait())
         try:

@@ -1,19 +1,20 @@
-"""The host's memory, promised to the VMs of this process's fleets, in the order of asking.
+"""Promises of the host's memory to the VMs of this process's fleets, first come, first served.
 
-QEMU takes its guest's memory from the host page by page, as the guest touches it. So a VM that has
-just started leaves nearly all of its memory available. A fleet that only looked at the host would
-start far too many VMs, and the kernel would kill some of them minutes later.
+QEMU takes its guest's memory from the host page by page, when the guest first uses a page. So just
+after a VM has started, the host still counts nearly all of the VM's memory as available. A fleet
+that only checked the host's memory would start far too many VMs, and the kernel would kill some of
+them minutes later.
 
-So each VM is promised its size, memory plus QEMU's overhead, before it starts. The host's available
-memory lacks the used part of a promise already; only the unused part has to be set aside:
+So each VM gets a promise of its size (memory plus QEMU's overhead) before it starts. The host does
+not count the used part of a promise as available, so only the unused part must be subtracted:
 
     room = available memory of the host - HEADROOM - the sum of the unused parts of all promises
 
 A VM waits until its size fits into the room. One queue serves all fleets and event loops of the
-process. No VM overtakes, or a large VM would wait for as long as small ones come. The first in the
-queue looks at the host: when it comes, when a promise ends, and every `LOOK_AGAIN` seconds, since
-other programs may have freed memory. One look serves all promises that fit. A VM that would not fit
-if all promises were given back is refused: it would hold up the queue forever.
+process. No VM overtakes another: small VMs could otherwise delay a large VM forever. The first VM
+of the queue checks the host's memory when it arrives, when a promise ends, and every `LOOK_AGAIN`
+seconds, since other programs may have freed memory. One check grants all promises that fit. If a VM
+would not fit even after all promises have ended, it gets an error, since it would block the queue.
 """
 
 from __future__ import annotations
@@ -29,44 +30,44 @@ from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.memory import Memory, available_memory
 
 HEADROOM = 0.05  # share of the host's memory that is never promised
-LOOK_AGAIN = 0.5  # seconds between two looks at the host's memory
+LOOK_AGAIN = 0.5  # seconds between two checks of the host's memory
 
 
 class Promise:
-    """The memory that one VM may use, once it is granted.
+    """The memory that one VM may use once the promise is granted.
 
     Attributes:
-        size: MiB, with QEMU's overhead.
-        used: Returns how many MiB are in use.
+        size: The promised MiB, including QEMU's overhead.
+        used: Returns how many MiB the VM uses now.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.used: Callable[[], int] = lambda: 0
         self.granted = self.looked = False
-        self.news = asyncio.Event()  # is set when the queue has moved
+        self.news = asyncio.Event()  # set when the queue has moved
         self._loop = asyncio.get_running_loop()
 
     def unused(self) -> int:
-        """Return how many MiB the VM may still come to use."""
+        """Return how many more MiB the VM may use."""
         return max(0, self.size - self.used())
 
     def wake(self) -> None:
         """Set `news`, from any thread."""
-        with suppress(RuntimeError):  # the event loop has been closed
+        with suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(self.news.set)
 
 
 class MemoryPromises:
-    """The promises of this process, and the queue for them; all its event loops share it."""
+    """The promises of this process and their queue; all event loops of the process share them."""
 
     def __init__(self, look: Callable[[], Memory] = available_memory) -> None:
         self._look = look
         self._lock = threading.Lock()
-        self._promises: set[Promise] = set()  # granted
+        self._promises: set[Promise] = set()  # granted promises
         self._queue: deque[Promise] = deque()
-        self._granted: list[Promise] = []  # granted, but not woken yet
-        self._granting = threading.Lock()  # held during a look at the host
+        self._granted: list[Promise] = []  # granted promises whose VMs were not woken yet
+        self._granting = threading.Lock()  # held while a thread checks the host's memory
 
     @property
     def wanted(self) -> bool:
@@ -80,15 +81,15 @@ class MemoryPromises:
         return int(memory.available - memory.total * HEADROOM) - unused
 
     def capacity(self) -> int:
-        """Return how many MiB could be promised if all promises were given back."""
+        """Return how many MiB could be promised if all promises had ended."""
         return self.room() + sum(promise.size for promise in list(self._promises))
 
     @asynccontextmanager
     async def promised(self, size: int) -> AsyncIterator[Promise]:
-        """Wait until `size` MiB can be promised, and promise them for the time of the block.
+        """Wait until `size` MiB can be promised, and promise them during the block.
 
         Raises:
-            HostError: The size would not fit even if all promises were given back.
+            HostError: The size would not fit even if all promises had ended.
         """
         promise = Promise(size)
         with self._lock:
@@ -109,7 +110,7 @@ class MemoryPromises:
                 try:
                     await in_thread(self._grant, promise)
                 finally:
-                    # This task goes on at once, and so before those of later promises.
+                    # This task continues at once, before the tasks that are woken here.
                     self._wake_granted()
             if not promise.granted:
                 with suppress(TimeoutError):
@@ -122,7 +123,7 @@ class MemoryPromises:
             return bool(self._queue) and self._queue[0] is promise
 
     def _grant(self, promise: Promise) -> None:
-        """Grant promises from the front of the queue while they fit: 32 take no longer than one."""
+        """Grant promises from the front of the queue while they fit: 32 are as fast as one."""
         with self._granting:
             room = self.room()
             with self._lock:
@@ -133,7 +134,7 @@ class MemoryPromises:
                     first.granted = True
                     self._granted.append(first)
                 capacity = room + sum(other.size for other in self._promises)
-                # After the first look, a shortage may pass: other programs free memory again.
+                # After the first check, accept a shortage: other programs may free memory.
                 hopeless = promise.size > capacity and not (promise.looked and self._promises)
                 promise.looked = True
                 if not promise.granted and hopeless:

@@ -1,4 +1,4 @@
-"""The arguments that all VMs of a fleet share: checked, and looked up on the host, once."""
+"""The arguments that all VMs of a fleet share, checked only once for all VMs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smolvm_async.vm.plan import Plan, find_source
 from smolvm_async.vm.prepare import look_at_disk
 from smolvm_async.vm.vm import AsyncSmolVM
 
-OWN = {  # arguments that two VMs cannot share, and the alternative
+OWN = {  # arguments that VMs cannot share, and what to do instead
     "vm_id": "each VM gets an id of its own, and fleet.status() shows it",
     "keep": "a fleet deletes its VMs; to keep a VM, use AsyncSmolVM(keep=True)",
 }
@@ -32,7 +32,7 @@ class Template:
         weakref.finalize(self, self._held.close)  # Dask workers drop a template without close()
 
     async def look(self) -> Plan:
-        """Return the plan that all VMs share; build or download their image, once."""
+        """Return the plan that all VMs share; the first call builds or downloads the image."""
         if self._plan is None:
             plan = await self._pattern._planned()
             source = await find_source(plan, self._held)
@@ -40,32 +40,32 @@ class Template:
         return self._plan
 
     def close(self) -> None:
-        """Let the cache remove the image again."""
+        """Release the image, so that the cache may remove it."""
         self._held.close()
 
     @property
     def memory(self) -> int:
-        """MiB that one VM may use, with QEMU's own memory; only after `look()`."""
+        """The MiB that one VM may use, including QEMU's overhead; call `look()` first."""
         assert self._plan is not None
         memory = self._plan.config.memory
         return memory + self._plan.accelerator.overhead(memory)
 
     @property
     def most(self) -> int | None:
-        """The number of VMs that `Limits.max_memory` allows at once; only after `look()`."""
+        """The number of VMs that `Limits.max_memory` allows at once; call `look()` first."""
         assert self._plan is not None
         limit = self._plan.config.limits.max_memory
         return None if limit is None else limit // self._plan.config.memory
 
     def make(self) -> AsyncSmolVM:
-        """Return another VM, which is not started; only after `look()`."""
+        """Return a new VM that is not started; call `look()` first."""
         assert self._plan is not None
         config = self._plan.config.model_copy(update={"vm_id": new_vm_id()})
         return AsyncSmolVM._of_plan(self._plan._replace(config=config))
 
 
 def configure(arguments: object) -> VMConfig:
-    """Return the configuration of VMs that other hosts start; do not look at this host."""
+    """Return the configuration of VMs that other hosts start, without checking this host."""
     options = _checked(arguments)
     if options.get("on_progress") is not None:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """The client's side of a `DaskFleet`: `map()` on Dask workers; needs `distributed`.
 
-Each attempt of a job is a Dask task of its own.
+Each attempt of a job is a separate Dask task.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 
 logger = get_logger(__name__)
 
-ENDING = 30.0  # seconds for the workers to end the VMs of cancelled jobs
-LOOK_AGAIN = 1.0  # seconds between two looks at the workers
+ENDING = 30.0  # seconds that the workers get to delete the VMs of cancelled jobs
+LOOK_AGAIN = 1.0  # seconds between two checks of the workers
 V = TypeVar("V")
 
 
@@ -49,7 +49,7 @@ async def check_versions(client: Any) -> None:
 
 
 class JobWindow:
-    """The limit of jobs that are submitted at once: as many as the workers can run, at least 1."""
+    """The limit of jobs submitted at once: the number that the workers can run, at least 1."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -59,7 +59,7 @@ class JobWindow:
 
     @property
     def size(self) -> int:
-        """The limit."""
+        """The number of jobs that may be submitted at once."""
         return max(1, min(self._capacity, self._most))
 
     async def enter(self) -> None:
@@ -81,18 +81,18 @@ class JobWindow:
 
 
 class Workers:
-    """The workers as the client sees them: how many jobs they can run, and which were lost.
+    """The client's view of the workers: how many jobs they can run, and which workers are lost.
 
     Args:
-        client: An asynchronous Dask client that nobody else uses.
-        need: MiB that a VM takes.
-        most: How many VMs may run at once.
+        client: An asynchronous Dask client that only this fleet uses.
+        need: The MiB that a VM needs.
+        most: The maximum number of VMs that run at once.
     """
 
     def __init__(self, client: Any, need: int, most: int) -> None:
         self.client = client
         self.window = JobWindow(most)
-        self.largest = self.count = 0  # MiB of the largest worker; workers
+        self.largest = self.count = 0  # MiB of the largest worker; number of workers
         self.need = need
         self._lost = False
         self._gone: dict[str, asyncio.Event] = {}  # by address; set once the worker is lost
@@ -101,20 +101,20 @@ class Workers:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def begin(self) -> None:
-        """Look at the workers, now and whenever some come or go."""
+        """Count the workers now, and again whenever a worker joins or leaves."""
         self.client.subscribe_topic("all", self._on_event)
         await self.look()
         self.start(self._watch())
 
     async def end(self, template: bytes) -> None:
-        """Stop looking; have the workers remove the VMs that lost workers left on their hosts."""
+        """Stop watching. If a worker was lost, ask the remaining workers to delete its VMs."""
         if self._lost:
             await self.everywhere(prune, template)
         self.client.unsubscribe_topic("all")
         await end_tasks(*self._tasks)
 
     async def everywhere(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Run a function on each worker, for `ENDING` seconds at most."""
+        """Run a function on each worker, for at most `ENDING` seconds."""
         try:
             async with asyncio.timeout(ENDING):
                 asking = [self._ask(worker, function, arguments) for worker in await self.look()]
@@ -125,11 +125,11 @@ class Workers:
                 "run for a while",
                 ENDING,
             )
-        except Exception as error:  # the scheduler is gone; then workers end themselves
+        except Exception as error:  # the scheduler is gone, so the workers exit
             logger.warning("the Dask workers cannot be reached: %s", error)
 
     async def _ask(self, worker: str, function: Callable[..., Any], arguments: Any) -> None:
-        """Run a function on a worker, or until it is lost: Dask would try to connect for 30 s."""
+        """Run a function on a worker; stop if the worker is lost: Dask would retry for 30 s."""
         run = self.client.run(function, *arguments, workers=[worker], on_error="ignore")
         asking = self.start(run)
         gone = self.start(self._gone.setdefault(worker, asyncio.Event()).wait())
@@ -164,7 +164,7 @@ class Workers:
                 async with asyncio.timeout(LOOK_AGAIN):
                     await self._changed.wait()
             self._changed.clear()
-            with suppress(Exception):  # if the scheduler is gone, Dask fails the tasks
+            with suppress(Exception):  # without a scheduler, Dask fails the tasks itself
                 await self.look()
 
     async def look(self) -> Sequence[str]:
@@ -196,7 +196,7 @@ class Workers:
 
     async def _give_up(self, key: str, worker: str) -> None:
         """Stop waiting for a task that a lost worker had begun: no other worker may run it."""
-        with suppress(OSError):  # the scheduler is gone too
+        with suppress(OSError):  # the scheduler may be lost, too
             begun = await self.client.scheduler.get_metadata(keys=[key, STARTED_BY], default="")
             lost = self._watched.get(key)
             if begun == worker and lost is not None and not lost.done():
@@ -239,7 +239,7 @@ class DaskMapCall(MapCall[T, R]):
                 except Exception as error:
                     if self._on_error == "raise":
                         raise
-                    broken = error  # jobs that have begun go on
+                    broken = error  # first wait for the jobs that have started
                     break
                 if numbered is None:
                     break
@@ -249,7 +249,7 @@ class DaskMapCall(MapCall[T, R]):
                 task.add_done_callback(finish)
             if doing:
                 await asyncio.wait(doing)
-            for task in doing:  # it ended without an outcome
+            for task in doing:  # these tasks raised an error instead of queueing an outcome
                 task.result()
             if broken is not None:
                 raise broken
@@ -273,7 +273,7 @@ class DaskMapCall(MapCall[T, R]):
             try:
                 reply = await self._try(f"{self._request.call}-{index}-{attempt}", dumps(item))
                 vm_id = reply.vm_id
-                again = again and reply.value is None  # a retry would not make it loadable
+                again = again and reply.value is None  # a retry cannot make a value loadable
                 outcome: Outcome[R] = Outcome(index, _value(reply), None)
             except Exception as error:
                 if again and not isinstance(error, WorkerLostError):
@@ -300,7 +300,7 @@ class DaskMapCall(MapCall[T, R]):
         finally:
             lost.cancel()
             if future.status == "finished" and not getting.done():
-                # Dask fetches results of several tasks together: to cancel one would cancel all.
+                # Dask fetches the results of several tasks together: cancelling one cancels all.
                 getting.add_done_callback(lambda _: future.release())
             else:
                 self._abandoned |= not getting.done()

@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 
 class DaskFleet:
-    """Many VMs on many machines: `map()` like that of `Fleet`, on Dask workers.
+    """A group of VMs on many hosts: `map()` works as in `Fleet`, but on Dask workers.
 
     ::
 
@@ -45,21 +45,21 @@ class DaskFleet:
             async for result in fleet.map(job, items):
                 ...
 
-    Each job has a new VM, on the worker that runs it. Install the same version of
-    `smolvm-async[dask]` on the scheduler, on the workers and here.
+    Each job gets a new VM, on the worker that runs the job. Install the same version of
+    `smolvm-async[dask]` on the scheduler, the workers and the client.
 
-    A worker runs as many jobs at once as it has threads (`--nthreads`) and memory for. The memory
-    is the resource `smolvm_memory`, in MiB; a VM takes its `memory` and 128 or more. A worker
+    A worker's threads (`--nthreads`) and memory limit how many jobs it runs at once. The memory is
+    the resource `smolvm_memory`, in MiB; a VM needs its `memory` plus 128 or more. A worker
     started without `--resources smolvm_memory=` offers the available memory of its host, or its
-    `--memory-limit` if that is less; several workers on one host need one of these options.
+    `--memory-limit` if that is less. Several workers on one host need one of these options.
 
     Args:
-        scheduler: The scheduler's address, or a connected `distributed.Client`. The fleet opens a
-            connection of its own.
-        template: The arguments of `AsyncSmolVM` for each VM. Paths are paths of the workers; a
-            missing file shows when a job runs.
-        until: The boot state at which a VM is handed over.
-        max_live: How many VMs may run at once, on all workers together.
+        scheduler: The scheduler's address, or a connected `distributed.Client`. The fleet opens
+            its own connection.
+        template: The arguments of `AsyncSmolVM` for each VM. Paths are paths on the workers' hosts;
+            if a file is missing there, the job fails.
+        until: The boot state that a VM must reach before its job starts.
+        max_live: The maximum number of VMs that run at once, on all workers together.
         on_error: See `map()`.
 
     Raises:
@@ -145,25 +145,26 @@ class DaskFleet:
     ) -> AsyncIterator[R]:
         """Run `await job(vm, item)` for each item, on a worker and a new VM; yield the results.
 
-        The job, the items and the results are pickled. Without workers, jobs wait. If the caller
-        stops iterating early, the rest runs until the fleet's block ends, or until `aclose()`.
-        Either of them, a failure or a cancellation first deletes the VMs on the workers.
+        The job, the items and the results are pickled. Jobs wait while there are no workers. If you
+        stop iterating early, the remaining jobs run until the block ends or you call `aclose()`.
+        The block's end, `aclose()`, a failure and a cancellation first delete the workers' VMs.
 
         Args:
             job: An async function of a VM and an item.
-            items: Taken one by one, when a worker is free and results are read; they may be
-                endless.
-            retries: How often a failed job is tried again.
-            rerun: Whether another worker runs a job again whose worker was lost, as often as
-                Dask's `allowed-failures` says. So a job may run twice, or only partly. If not,
-                the job has failed.
-            in_order: Whether results come in the order of the items.
+            items: The jobs' inputs, maybe endless. `map()` takes the next item when a worker is
+                free and you read the results.
+            retries: The maximum number of retries of a failed job.
+            rerun: Whether another worker runs the job again if its worker was lost, as often as
+                Dask's `allowed-failures` allows. So a job may run twice, or only partly. If false,
+                the job fails.
+            in_order: Whether to yield results in the order of the items.
             on_error: `"raise"`: the first failure cancels the other jobs. `"collect"`: failures
                 are raised after all results. By default the fleet's `on_error`.
 
         Raises:
-            ExceptionGroup: Of `JobFailedError`s, from the iteration. Their causes have the
-                worker's traceback as a note; the cause is a `WorkerLostError` for a lost worker.
+            ExceptionGroup: During the iteration: jobs failed. The group has a `JobFailedError` for
+                each failed job. Its cause has the worker's traceback as a note, or is a
+                `WorkerLostError` if the worker was lost.
             ConfigError: An argument is wrong, or the fleet's block was not entered.
         """
         if self._workers is None:
@@ -187,7 +188,7 @@ class DaskFleet:
         return call.results(1, in_order, how)
 
     async def _connect(self) -> Any:
-        """Open a connection of our own; the given client may belong to another event loop."""
+        """Open our own connection: the given client may belong to another event loop."""
         from distributed import Client
 
         from smolvm_async.fleet.dask.client import check_versions
@@ -199,7 +200,7 @@ class DaskFleet:
             if given.scheduler is None:
                 raise ConfigError("scheduler= is a client that is not connected: connect it first.")
             address, more = given.scheduler.address, {"security": given.security}
-        connecting: Any = Client  # its constructor is not typed
+        connecting: Any = Client  # its constructor has no type hints
         client = connecting(address, asynchronous=True, set_as_default=False, **more)
         problem = f"no Dask scheduler can be reached at {address!r}"
         try:

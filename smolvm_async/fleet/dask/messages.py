@@ -1,7 +1,7 @@
 """The messages between a `DaskFleet` and the Dask workers; needs `distributed`.
 
-Dask pickles them by the path of their module, so both ends need the same version of this package.
-`check_version()` turns a mismatch into an error that says so.
+Dask pickles the messages by their module's path, so client and workers need the same version of
+this package. `check_version()` raises an error that explains a mismatch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from smolvm_async.config.checks import told
 from smolvm_async.errors import HostError, RemoteError
 from smolvm_async.qemu.events import BootState
 
-RESOURCE = "smolvm_memory"  # MiB: of a worker, for all its VMs; of a job, for the job's VM
-STARTED_BY = "smolvm_worker"  # key of a task's metadata: address of the worker that has begun it
+RESOURCE = "smolvm_memory"  # MiB that a worker offers for all its VMs, or a job needs for its VM
+STARTED_BY = "smolvm_worker"  # key in a task's metadata: address of the worker that began the task
 
 
 def version_asker() -> Callable[[], str]:
-    """Return a function that returns the version installed where it runs; empty if there is none.
+    """Return a function that returns the package's version where it runs, or an empty string.
 
-    The function is nested, so it is pickled by value: it runs where this module does not exist.
+    The function is nested, so pickled by value: it also runs where this module is not installed.
     """
 
     def installed() -> str:
@@ -45,12 +45,12 @@ VERSION = version_asker()()
 
 @dataclass(frozen=True)
 class JobRequest:
-    """One attempt of one job.
+    """A request for one attempt of one job.
 
     Attributes:
-        fleet: The fleet's id; jobs of one fleet share a look at the worker's host.
+        fleet: The fleet's id; all jobs of a fleet share one check of the worker's host.
         call: The id of the call of `map()`.
-        template: The VM's arguments, pickled, as are the `job` and its `item`.
+        template: The VM's arguments, pickled; `job` and `item` are pickled, too.
         rerun: Whether another worker may run the job if this worker is lost.
         key: Dask's name of the task.
         version: The client's version of this package.
@@ -74,7 +74,7 @@ class JobReply:
     Attributes:
         value: The job's result, pickled; `None` if the attempt failed.
         errors: The error and its causes, see `pack()`.
-        lost: Address of the lost worker that had begun the job, which may not be run again.
+        lost: Address of the lost worker that began the job, if the job must not run again.
     """
 
     vm_id: str = ""
@@ -97,7 +97,7 @@ def check_version(client: str, other: str, where: str) -> None:
 
 def dumps(value: object) -> bytes:
     """Pickle a value; objects that cannot be imported elsewhere are pickled by value."""
-    dump: Any = pickle.dumps  # not typed
+    dump: Any = pickle.dumps  # has no type hints
     with no_exit("pickling"):
         return bytes(dump(value))
 
@@ -111,7 +111,7 @@ def loads(data: bytes) -> Any:
 
 @contextmanager
 def no_exit(action: str) -> Iterator[None]:
-    """Turn an attempt of the user's code to end the process into a `RemoteError`."""
+    """Raise a `RemoteError` if the user's code in the block tries to exit the process."""
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:
@@ -119,9 +119,9 @@ def no_exit(action: str) -> Iterator[None]:
 
 
 def pack(error: BaseException, where: str) -> Sequence[bytes | str]:
-    """Pickle an error, which gets its traceback as a note, and each of its causes.
+    """Pickle an error and each of its causes; add the error's traceback to it as a note.
 
-    An error that cannot be pickled, or that could not be loaded again, becomes text.
+    An error that cannot be pickled and loaded again becomes text.
     """
     text = "".join(traceback.format_exception(error))
     error.add_note(f"On {where}:\n{text.rstrip()}")
@@ -134,19 +134,19 @@ def pack(error: BaseException, where: str) -> Sequence[bytes | str]:
 
 
 def _pickled(error: BaseException) -> bytes | str:
-    # Without its causes and its traceback's frames, which may be impossible to pickle.
+    # Remove the causes and the traceback's frames: it may be impossible to pickle them.
     error.__cause__ = error.__context__ = error.__traceback__ = None
     try:
         data = dumps(error)
         if isinstance(loads(data), BaseException):
             return data
-    except Exception:  # anything: the class may be the user's
+    except Exception:  # any exception: the class may be the user's
         pass
     return "\n".join([told(error), *getattr(error, "__notes__", ())])
 
 
 def unpack(packed: Sequence[bytes | str]) -> BaseException:
-    """Return the error that `pack()` was given, with its causes."""
+    """Return the error that was passed to `pack()`, with its causes."""
     chain = [_unpickled(link) for link in packed]
     for error, cause in pairwise(chain):
         error.__cause__ = cause

@@ -2,20 +2,21 @@
 
 A worker has two event loops:
 
-- Dask's own loop, in the worker's main thread. It sends heartbeats and runs `perform()` as a task
-  for each job; a loop that a job blocks would miss its heartbeats, and the scheduler would take the
-  worker for dead.
-- Our loop, in a thread of its own, which runs the jobs and owns their VMs. The thread lives as long
-  as the worker, since the kernel kills a QEMU when the thread that spawned it ends (the
+- Dask's loop, in the worker's main thread. It sends heartbeats and runs `perform()` as a task for
+  each job. If a job blocked this loop, the worker would send no heartbeats, and the scheduler would
+  consider the worker dead.
+- Our loop, in a separate thread. It runs the jobs and owns their VMs. The thread runs as long as
+  the worker, since the kernel kills a QEMU process when the thread that spawned QEMU ends (the
   parent-death signal belongs to the thread, not to the process).
 
-`WorkerJobs` connects them. `perform()` makes a `concurrent.futures.Future`, asks our loop by
-`call_soon_threadsafe` to begin a task for the job, and waits for the future, which the end of the
-task sets. A cancellation reaches our loop in the same way. So each attribute of a `WorkerJobs`
-belongs to one loop: `_futures`, `_calls` and `_over` to Dask's; `_tasks` and `_fleets` to ours.
+`WorkerJobs` connects the loops. `perform()` makes a `concurrent.futures.Future`, starts a task for
+the job on our loop by `call_soon_threadsafe`, and waits for the future. Our loop sets the future
+when the task ends. A cancellation reaches our loop in the same way. Each attribute of `WorkerJobs`
+belongs to one loop: `_futures`, `_calls` and `_over` to Dask's, `_tasks` and `_fleets` to ours.
 
-However a job ends (done, failed, cancelled, released by the scheduler, its client gone, the worker
-closed), `perform()` ends only after the VM is gone: then Dask counts the VM's memory as free.
+A job may be done, fail, or be cancelled or released by the scheduler, its client may disconnect, or
+the worker may close. In every case `perform()` ends only after the VM is deleted, since Dask then
+counts the VM's memory as free.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ from smolvm_async.vm.vm import AsyncSmolVM
 logger = get_logger(__name__)
 
 MIB = 1 << 20
-REMEMBERED = 256  # ended calls of map(); tasks of theirs that arrive late are not begun
-NOT_WANTED = ("cancelled", "released", "forgotten", "error")  # states of a task, for Dask
+REMEMBERED = 256  # ended calls of map() to remember, so that their late tasks do not start
+NOT_WANTED = ("cancelled", "released", "forgotten", "error")  # Dask's states of unwanted tasks
 
 
 class WorkerFleet:
-    """The part of a fleet that its jobs on this worker share, as long as there are any."""
+    """The objects that a fleet's jobs on this worker share while at least one job runs."""
 
     def __init__(self, arguments: Any) -> None:
         self.template = Template(arguments)
@@ -72,7 +73,7 @@ class WorkerFleet:
         self._open = False
 
     async def open(self) -> None:
-        """Look at the host, and remove the VMs that dead workers left, once."""
+        """Check the host and remove the VMs that dead workers left; only the first call does."""
         async with self._opening:
             if not self._open:
                 await self.template.look()
@@ -84,9 +85,9 @@ class WorkerFleet:
 
 
 class WorkerJobs:
-    """The jobs of one worker, and the thread with their event loop; see the module.
+    """The jobs of one worker, and the thread with their event loop; see the module's docstring.
 
-    Its public methods are for Dask's event loop.
+    Call the public methods from Dask's event loop.
     """
 
     def __init__(self, address: str) -> None:
@@ -102,10 +103,10 @@ class WorkerJobs:
         self._thread.start()
 
     async def perform(self, request: JobRequest) -> JobReply:
-        """Run a job; its VM is gone when this ends, by return or by an exception.
+        """Run a job; delete its VM before this returns or raises an exception.
 
         Raises:
-            Reschedule: The job was cancelled; Dask begins it anew if somebody still wants it.
+            Reschedule: The job was cancelled; Dask starts it again if a client still wants it.
         """
         if request.call in self._over:
             return JobReply(errors=[f"the call {request.call} is over."])
@@ -126,12 +127,12 @@ class WorkerJobs:
             self._loop.call_soon_threadsafe(self._cancel, key)
 
     async def end(self, call: str) -> None:
-        """Cancel the jobs of a call of `map()`, and wait until their VMs are gone."""
+        """Cancel the jobs of a call of `map()`, and wait until their VMs are deleted."""
         self._over.append(call)
         await self._end(key for key, other in self._calls.items() if other == call)
 
     async def close(self) -> None:
-        """Cancel all jobs, wait until their VMs are gone, and end the thread."""
+        """Cancel all jobs, wait until their VMs are deleted, and end the thread."""
         await self._end(self._futures)
         self._closing = True
         with suppress(RuntimeError):  # the loop is closed already
@@ -142,7 +143,7 @@ class WorkerJobs:
         waiting = asyncio.wrap_future(done)
         try:
             return await asyncio.shield(waiting)
-        except asyncio.CancelledError:  # the worker closes
+        except asyncio.CancelledError:  # the worker is closing
             self.cancel(key)
             await settle(asyncio.wait([waiting]))
             raise
@@ -155,7 +156,7 @@ class WorkerJobs:
         if ending:
             await settle(asyncio.wait(ending))
 
-    # In our thread
+    # Our thread runs the methods below.
 
     def _live(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -163,7 +164,7 @@ class WorkerJobs:
             while not self._closing:
                 try:
                     self._loop.run_forever()
-                except (SystemExit, KeyboardInterrupt) as error:  # of a task that a job has made
+                except (SystemExit, KeyboardInterrupt) as error:  # of a task that a job made
                     logger.error("a task of a job on %s has raised %r", self._address, error)
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
@@ -209,7 +210,7 @@ class WorkerJobs:
 
 
 def _without_exit(job: Job[T, R]) -> Job[T, R]:
-    """Return the job, which now cannot end the worker."""
+    """Wrap the job so that it cannot exit the worker's process."""
 
     async def guarded(vm: AsyncSmolVM, item: T) -> R:
         with no_exit("the job"):
@@ -229,7 +230,7 @@ def _jobs_of(worker: Worker) -> WorkerJobs:
 
 
 async def perform(request: JobRequest) -> JobReply:
-    """Run a job: the task that Dask runs."""
+    """Run a job; Dask runs this function as a task."""
     worker = get_worker()
     try:
         check_version(request.version, VERSION, f"worker {worker.address}")
@@ -244,7 +245,7 @@ async def perform(request: JobRequest) -> JobReply:
 
 
 async def end_call(call: str, dask_worker: Worker) -> None:
-    """Cancel the jobs of a call of `map()` on this worker, and wait until their VMs are gone."""
+    """Cancel the jobs of a `map()` call on this worker, and wait until their VMs are deleted."""
     await _jobs_of(dask_worker).end(call)
 
 
@@ -254,9 +255,9 @@ async def prune(template: bytes) -> None:
 
 
 class JobsPlugin(WorkerPlugin):
-    """Offers a worker's memory as a resource, and ends jobs that nobody waits for any more.
+    """A plugin that offers a worker's memory as a resource, and cancels unwanted jobs.
 
-    It may be removed and installed again while jobs run: they belong to the worker, not to it.
+    You can remove and reinstall the plugin while jobs run: the jobs belong to the worker.
     """
 
     name = "smolvm_async"
@@ -267,12 +268,12 @@ class JobsPlugin(WorkerPlugin):
         return None if RESOURCE in worker.state.total_resources else self._offer(worker)
 
     def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
-        """End the job of a task that was cancelled, or whose client is gone."""
+        """Cancel the job of a task that was cancelled or whose client is gone."""
         if finish in NOT_WANTED and (jobs := _worker_jobs.get(self._worker)) is not None:
             jobs.cancel(key)
 
     def teardown(self, worker: Worker) -> Awaitable[None] | None:
-        """End all jobs, if the worker is closing."""
+        """Cancel all jobs if the worker is closing."""
         closing = worker.status not in (Status.running, Status.paused, Status.init)
         jobs = _worker_jobs.pop(worker, None) if closing else None
         return jobs.close() if jobs is not None else None
@@ -284,7 +285,7 @@ class JobsPlugin(WorkerPlugin):
         logger.info("%s offers %d MiB for VMs", worker.address, room)
         await worker.set_resources(**{RESOURCE: room})
         if worker.status is Status.running:
-            # The scheduler looks for tasks that a worker could run when the worker begins to run,
-            # not when it is given resources.
+            # The scheduler assigns waiting tasks to a worker when the worker's status becomes
+            # running, not when the worker gets resources.
             worker.status = Status.paused
             worker.status = Status.running
