@@ -1,1 +1,1 @@
-"""Screen, mouse, keyboard and VNC of any guest; nothing has to be installed in the guest."""
+"""Screen, mouse, keyboard and VNC of any guest; the guest needs no extra software."""

@@ -1,4 +1,4 @@
-"""Comparison of two screenshots: in which region, without which parts, with which tolerance."""
+"""Comparison of two screenshots, with a region, ignored parts and a tolerance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smolvm_async.errors import ConfigError
 if TYPE_CHECKING:
     from PIL import Image
 
-BAND = 64  # rows
+BAND = 64  # rows to compare at a time
 
 
 class Region(NamedTuple):
@@ -34,7 +34,7 @@ class Comparison:
     Args:
         region: The part to compare; `None` for the whole picture.
         ignore: Regions to leave out (a clock, a cursor), with or without names.
-        tolerance: Pixels count as equal if no channel differs by more than this, 0 to 255.
+        tolerance: Pixels count as equal if no channel differs by more than this value, 0 to 255.
         max_different: The share of the compared pixels that may differ, 0 to 1.
 
     Raises:
@@ -57,10 +57,10 @@ class Comparison:
         self._max_different = _check_share(max_different)
 
     def parts(self, width: int, height: int) -> list[Region]:
-        """Return the parts to compare in pictures of this size; they do not overlap.
+        """Return the parts to compare in pictures of this size; the parts do not overlap.
 
         Raises:
-            ConfigError: A region is not within such a picture, or nothing is left to compare.
+            ConfigError: A region is not within such a picture, or no part is left to compare.
         """
         parts = [self._looked_at(width, height)]
         for argument, box in self._ignored.items():
@@ -71,7 +71,7 @@ class Comparison:
         return parts
 
     def differs(self, one: Screenshot, other: Screenshot) -> bool:
-        """Return whether two pictures differ. Pictures of different sizes do."""
+        """Return whether two pictures differ. Pictures of different sizes always differ."""
         parts = self.parts(*one.size)
         return one.size != other.size or self._differ(parts, one, other)
 
@@ -87,7 +87,8 @@ class Comparison:
         """Check that the regions are within a screen of this size, and that the reference fits.
 
         Raises:
-            ConfigError: A region is outside, or the reference has neither size.
+            ConfigError: A region is outside of the screen, or the reference has neither the size
+                of the region nor the size of the screen.
         """
         self.parts(*size)
         region = self._looked_at(*size)
@@ -106,7 +107,7 @@ class Comparison:
     def _differ(
         self, parts: list[Region], one: Screenshot, other: Screenshot, left: int = 0, top: int = 0
     ) -> bool:
-        """Return whether these parts differ; `other` begins at `left` and `top` of `one`."""
+        """Return whether these parts differ; `other` lies at (`left`, `top`) of `one`."""
         if one.pixels == other.pixels:
             return False
         looked_at = sum(part.width * part.height for part in parts)
@@ -123,7 +124,7 @@ class Comparison:
         from PIL import Image, ImageChops
 
         difference = ImageChops.difference(one, other)
-        if not difference.getbbox():  # nothing differs; counting takes several times as long
+        if not difference.getbbox():  # nothing differs; counting would take several times as long
             return 0
         size = (difference.width // CHANNELS, difference.height)
         red, green, blue = Image.frombytes("RGB", size, difference.tobytes()).split()
@@ -132,7 +133,7 @@ class Comparison:
 
 
 def _bands(parts: list[Region]) -> Iterator[Region]:
-    """Yield the parts in pieces, which saves memory and finds a difference at the top early."""
+    """Yield the parts in bands, to save memory and to find a difference near the top early."""
     for part in parts:
         for done in range(0, part.height, BAND):
             height = min(BAND, part.height - done)
@@ -140,7 +141,7 @@ def _bands(parts: list[Region]) -> Iterator[Region]:
 
 
 def _channels(picture: Screenshot, part: Region) -> Image.Image:
-    """Return a part of a picture as an image of one byte a pixel; RGB takes longer to make."""
+    """Return a part of a picture as an image with a grey pixel per channel: faster than RGB."""
     from PIL import Image
 
     size = (picture.width * CHANNELS, picture.height)
@@ -195,7 +196,7 @@ def _check_box(box: object, argument: str) -> Region:
 
 
 def _check_ignored(ignore: object) -> dict[str, Region]:
-    """Return the regions to ignore, by the names for messages; they may be outside the picture."""
+    """Return the regions to ignore by their names in messages; do not check the picture's size."""
     if not isinstance(ignore, Mapping | tuple | list):
         raise ConfigError(
             f"ignore={shown(ignore)} is wrong: pass a list of regions (left, top, width, height), "

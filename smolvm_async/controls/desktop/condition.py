@@ -49,7 +49,7 @@ class ScreenCondition:
         """Return whether a screenshot, taken at `now` in seconds, meets all conditions.
 
         Raises:
-            ConfigError: Region, ignored regions or reference do not fit the screen.
+            ConfigError: The region, an ignored region or the reference does not fit the screen.
         """
         self._now = now
         if not self._fits(picture):
@@ -84,5 +84,5 @@ class ScreenCondition:
             yield "it does not look like the reference"
 
     def explain(self) -> str:
-        """Return which conditions the last screenshot did not meet."""
+        """Describe the conditions that the last screenshot did not meet."""
         return "; ".join(self._unmet).rstrip(".") + "."

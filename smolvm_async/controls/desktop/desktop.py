@@ -1,4 +1,4 @@
-"""Screen, mouse, keyboard and VNC. Nothing has to be installed in the guest."""
+"""Screen, mouse, keyboard and VNC. The guest needs no extra software."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ class Desktop:
         self.vnc = VNC(vm)
 
     def _control(self, vm: VM) -> None:
-        """Let every control use `vm`: after attaching again, the VM is another object."""
+        """Make every control use `vm`: attaching again makes a new object for the VM."""
         for control in vars(self).values():
             if isinstance(control, Control):
                 control.vm = vm
 
     async def screenshot(self, *, display: str | None = None, head: int = 0) -> Screenshot:
-        """Take a screenshot of firmware, boot loader or desktop; also while the guest is paused.
+        """Take a screenshot of firmware, boot loader or desktop, even while the guest is paused.
 
         Args:
             display: QEMU's id of a display adapter; by default the VM's own adapter.
             head: The number of an output of this display adapter.
 
         Raises:
-            ConfigError: There is no such display or head (a `ValueError`).
+            ConfigError: The display or the head does not exist (a `ValueError`).
             HostError: The host has no memory for the screenshot.
-            MonitorError: QEMU hangs: it has not answered within 30 s.
+            MonitorError: QEMU did not answer within 30 s.
             VMNotRunningError: The VM is not running.
         """
         return await self._screen.shoot(display=display, head=head)
@@ -64,16 +64,16 @@ class Desktop:
         timeout: float = 60.0,
         interval: float = 0.1,
     ) -> Screenshot:
-        """Wait until the screen meets all conditions that are passed, at the same time.
+        """Wait until the screen meets all passed conditions at the same time.
 
         Args:
             changed: The screen differs from this screenshot; `True`: from the current screen.
             stable: The screen has not changed for this many seconds.
             like: The screen looks like this reference: a screenshot, a PIL image, PNG bytes, or
-                the path of a picture; it has the size of `region` or of the screen.
+                the path of a picture. Its size must be the size of `region` or of the screen.
             region: Compare only this part: left, top, width, height in pixels.
             ignore: Parts to leave out, such as `{"clock": (1200, 770, 80, 30)}`.
-            tolerance: Pixels count as equal if no channel differs by more than this (0-255).
+            tolerance: Pixels count as equal if no channel differs by more than this value (0-255).
             max_different: The share (0-1) of the pixels that may differ.
             timeout: Seconds to wait.
             interval: Seconds between two screenshots.
@@ -83,13 +83,13 @@ class Desktop:
 
         Raises:
             ConfigError: An argument is wrong, or there is no condition (a `ValueError`).
-            VMTimeoutError: The screen did not meet the conditions in time; names the unmet ones.
+            VMTimeoutError: A timeout; the message lists the conditions that were not met.
             VMNotRunningError: The VM is not running, or stops during the wait.
         """
         comparison = Comparison(
             region=region, ignore=ignore, tolerance=tolerance, max_different=max_different
         )
         resolution = self._vm.config.resolution
-        # In a thread, because a reference may have to be read and decoded.
+        # Use a thread: reading and decoding a reference would block the event loop.
         wanted = await in_thread(ScreenCondition, comparison, changed, stable, like, resolution)
         return await self._screen.wait(wanted, timeout=timeout, interval=interval)

@@ -1,18 +1,18 @@
-"""The keyboard: a PS/2 keyboard, which every firmware and operating system has a driver for.
+"""The keyboard: a PS/2 keyboard, since every firmware and operating system has a driver for PS/2.
 
 QEMU's PS/2 keyboard holds 16 bytes, about five keys, and drops keys without an error when the guest
-does not read them fast enough. So typing is paced by the guest and not by a clock: each stroke
-waits until the guest has read the last one, sends its keys, and waits until the guest has read
-those (`Input.strike()`). A guest that reads nothing for `Timeouts.input` seconds is an error,
-because its keys would be lost.
+does not read them fast enough. So the guest sets the pace, not a clock: each stroke waits until the
+guest has read the previous stroke, sends its keys, and waits until the guest has read these keys
+(`Input.strike()`). If the guest reads nothing for `Timeouts.input` seconds, `strike()` raises an
+error, because the keys would be lost.
 
-A stroke of `type()` presses and releases its keys in one QMP message, so no other process's keys
-can come between. `press()` sends one message for each key, because the keys have to be down
-together and for a while. If it fails or is cancelled, the releases are posted (`Input.post()`),
-which needs no await.
+A stroke of `type()` presses and releases its keys in one QMP message, so no other process can press
+keys in between. `press()` sends one message for each key, because the keys must be down together
+for a while. If `press()` fails or is cancelled, it posts the releases by `Input.post()`, which
+needs no await.
 
-The order of strokes is kept within this object by a lock, and among the processes that are attached
-to a VM by QEMU's side, stroke by stroke.
+A lock of this object keeps its calls in order. A lock of `Input`, in the VM's owner, runs the
+strokes of all attached processes one after another.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from smolvm_async.qemu.input import InputEvent, key, released
 
 
 class Keyboard(Control):
-    """Types into the guest. The guest must have the same keyboard layout, and Caps Lock off.
+    """A keyboard to type into the guest, which must have the same layout, and Caps Lock off.
 
-    A call returns once the guest has read its keys. Calls are served one after another, but the
-    strokes of several processes may mix. A call that fails or is cancelled leaves no key down;
-    only `down()` does, until `up()`.
+    A call returns once the guest has read its keys. Calls run one after another, but strokes of
+    several processes may alternate. A call that fails or is cancelled leaves no key down. Only
+    `down()` leaves keys down, until `up()`.
     """
 
     def __init__(self, vm: VM) -> None:
@@ -57,7 +57,7 @@ class Keyboard(Control):
             layout: The guest's keyboard layout; by default `self.layout`.
 
         Raises:
-            ConfigError: The layout cannot type a character (a `ValueError`). Nothing was typed.
+            ConfigError: The layout cannot type a character (a `ValueError`). No key was pressed.
             VMTimeoutError: The guest does not read its keyboard (`Timeouts.input`).
             VMNotRunningError: The VM is not running, or is paused.
         """
@@ -76,7 +76,7 @@ class Keyboard(Control):
             layout: The guest's keyboard layout; by default `self.layout`.
 
         Raises:
-            ConfigError: There is no such key (a `ValueError`).
+            ConfigError: The key does not exist (a `ValueError`).
             VMTimeoutError, VMNotRunningError: See `type()`.
         """
         check_seconds("hold", hold)
@@ -90,14 +90,14 @@ class Keyboard(Control):
                     await self._send([up])
 
     async def down(self, keys: str, *, layout: str | None = None) -> None:
-        """Press keys and leave them down; QEMU's keyboard does not repeat. See `press()`."""
+        """Press keys and leave them down; QEMU's keyboard does not repeat keys. See `press()`."""
         downs = self._chord(keys, layout)
         async with self._turn:
             with self.releasing(downs):
                 await self._send(downs)
 
     async def up(self, keys: str, *, layout: str | None = None) -> None:
-        """Release keys, the last one first. See `press()`."""
+        """Release keys, the last key first. See `press()`."""
         downs = self._chord(keys, layout)
         with self.releasing(downs):
             async with self._turn:

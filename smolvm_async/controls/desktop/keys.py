@@ -1,7 +1,7 @@
 """The keys of the guest's keyboard: their QEMU names, Linux numbers and common names.
 
 The keyboard is q35's PS/2 keyboard. Each row was tested: the key was pressed in a Linux guest under
-QEMU 7.2, which reported the row's evdev number. A name means a key by its position on a US
+QEMU 7.2, and the guest reported the row's evdev number. A name means a key by its position on a US
 keyboard: `KeyQ` is the key right of Tab, whatever character it types. The module `layouts` knows
 which keys type a character.
 
@@ -9,7 +9,7 @@ Keys that did not reach the guest are left out, even if QEMU has a name for them
 has the names only since 8.0), the Korean Hangul and Hanja keys (`lang1`, `lang2`; a Korean keyboard
 has them in the positions of the right Alt and Ctrl), Katakana and Zenkaku/Hankaku as separate keys,
 Help, Undo, Copy and similar keys. QEMU's `menu` is left out for the same reason: the menu key
-beside the right Ctrl is QEMU's `compose`. Two QEMU names for one key are one row: `sysrq` is
+beside the right Ctrl is QEMU's `compose`. A key with two QEMU names has only one row: `sysrq` is
 `print`, and `asterisk` is `kp_multiply`.
 """
 
@@ -24,10 +24,10 @@ from smolvm_async.errors import ConfigError
 
 
 class Key(NamedTuple):
-    """One key.
+    """A key of the guest's keyboard.
 
     Attributes:
-        qcode: QEMU's QKeyCode, which `input-send-event` takes.
+        qcode: QEMU's QKeyCode, for `input-send-event`.
         evdev: The number in linux/input-event-codes.h, which a Linux guest reports.
         names: Other names: the DOM's `key` and `code`, X's keysym, common words.
     """
@@ -42,7 +42,7 @@ def _key(qcode: str, evdev: int, names: str) -> Key:
 
 
 def _run(first: int, qcodes: str, prefix: str) -> Iterator[Key]:
-    """Yield keys with consecutive numbers."""
+    """Yield keys with consecutive evdev numbers."""
     for offset, qcode in enumerate(qcodes):
         yield Key(qcode, first + offset, (f"{prefix}{qcode.upper()}",))
 
@@ -69,7 +69,7 @@ KEYS: tuple[Key, ...] = (
     _key("apostrophe", 40, "Quote apostrophe"),
     _key("backslash", 43, "Backslash IntlHash"),
     _key("shift", 42, "Shift ShiftLeft Shift_L left_shift lshift"),
-    _key("less", 86, "IntlBackslash 102nd OEM_102"),  # beside the left Shift; US keyboards lack it
+    _key("less", 86, "IntlBackslash 102nd OEM_102"),  # right of the left Shift; not on US keyboards
     *_run(44, "zxcvbnm", "Key"),
     _key("comma", 51, "Comma"),
     _key("dot", 52, "Period period"),
@@ -110,7 +110,7 @@ KEYS: tuple[Key, ...] = (
     _key("left", 105, "ArrowLeft Left left_arrow"),
     _key("down", 108, "ArrowDown Down down_arrow"),
     _key("right", 106, "ArrowRight Right right_arrow"),
-    # The numeric pad. Num Lock decides between two of these names.
+    # The numeric pad. If a key has two KP names, Num Lock decides which of them applies.
     _key("num_lock", 69, "NumLock Num_Lock"),
     _key("kp_divide", 98, "NumpadDivide KP_Divide divide"),
     _key("kp_multiply", 55, "NumpadMultiply KP_Multiply NumpadStar multiply"),
@@ -129,7 +129,7 @@ KEYS: tuple[Key, ...] = (
     _key("kp_8", 72, "Numpad8 num8 KP_8 KP_Up"),
     _key("kp_9", 73, "Numpad9 num9 KP_9 KP_Page_Up KP_Prior"),
     _key("kp_equals", 117, "NumpadEqual KP_Equal"),  # on few keyboards
-    _key("kp_comma", 121, "NumpadComma"),  # on Brazilian ones
+    _key("kp_comma", 121, "NumpadComma"),  # on Brazilian keyboards
     # Japanese and Brazilian keyboards.
     _key("ro", 89, "IntlRo"),  # Brazilian: / and ?
     _key("yen", 124, "IntlYen"),
@@ -160,7 +160,7 @@ KEYS: tuple[Key, ...] = (
     _key("stop", 128, "BrowserStop"),
 )
 
-# Keys of other keyboards: their names get an error message of their own.
+# Keys that only other keyboards have. For their names, `find_key()` has a special error message.
 _ABSENT = """
     lang1 lang2 lang3 lang5 hangul hanja hangul_mode hanja_mode hangul_hanja katakana zenkaku
     hankaku zenkaku_hankaku eisu eisu_toggle alphanumeric help undo redo again props front copy open
@@ -171,11 +171,11 @@ _ABSENT = """
 
 
 def simplified(name: str) -> str:
-    """Return a name as names are compared: without case, `_` and spaces."""
+    """Return a name in the form for comparison: without case, `_` and spaces."""
     return name.casefold().replace("_", "").replace(" ", "")
 
 
-# One character is not a name: the layout says which key types it.
+# A single character is not a name: the layout decides which key types the character.
 _BY_NAME = {
     simplified(name): key for key in KEYS for name in (key.qcode, *key.names) if len(name) > 1
 }
@@ -183,12 +183,12 @@ _NOWHERE = {simplified(name) for name in _ABSENT.split()} | {f"f{n}" for n in ra
 
 
 def find_key(name: str) -> Key:
-    """Return the key with this name: QEMU's, the DOM's, X's or a common one.
+    """Return the key with this name: QEMU's, the DOM's, X's or a common name.
 
     Case, `_` and spaces do not matter: `Page_Down`, `page down` and `PAGEDOWN` are the same.
 
     Raises:
-        ConfigError: No key has this name; the message has similar names.
+        ConfigError: No key has this name; the message suggests similar names.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"key={shown(name)} is wrong: pass the name of a key, such as 'Enter'.")

@@ -1,25 +1,25 @@
-"""The keys that type a text or make a chord, by the guest's keyboard layout.
+"""The keys for a text or a chord, by the guest's keyboard layout.
 
 A keyboard sends keys; the guest's layout turns them into characters. So the layout passed here must
 be the layout that is set in the guest, and Caps Lock must be off in the guest. Num Lock does not
 matter: the numeric pad is not used.
 
 The layouts are xkeyboard-config's (`tests/layouts/generate.py` derives layouts.json from it), so a
-Linux guest with the layout of the same name types exactly the text. Windows mostly agrees: letters,
-digits, characters with Shift, and the dead keys of a layout's own languages. Where Linux has two
-ways to an ASCII character, layouts.json has the way that is printed on Windows keyboards. (Nothing
-was tried in Windows.) The known differences:
+Linux guest with the layout of the same name types exactly this text. Windows mostly agrees: on
+letters, digits, characters with Shift, and the dead keys of a layout's own languages. If Linux can
+type an ASCII character in two ways, layouts.json has the way that Windows keyboards print. (We have
+not tested Windows.) The known differences:
 
-- With AltGr, xkeyboard-config has characters (arrows, fractions, ł, ð...) where Windows has none or
-  others. Some of them are dead keys in Windows, such as ~ and ` on `fr`, or ~ on `es`: Windows then
-  waits for the next character, and composes the two if it can.
-- Dead keys compose more characters in Linux (ć on `de`). Acute and diaeresis with a space are ' and
-  " in Linux, but the accents themselves in Windows. Here the accents take the dead key twice, which
-  types two accents in Windows.
-- `nl` is another layout in Windows, where the Dutch mostly use `us-intl`.
+- With AltGr, xkeyboard-config has characters (arrows, fractions, ł, ð...) where Windows has other
+  characters or none. Some are dead keys in Windows, such as ~ and ` on `fr`, or ~ on `es`: Windows
+  then waits for the next character, and composes the two characters if it can.
+- Dead keys compose more characters in Linux (ć on `de`). The dead keys acute and diaeresis before a
+  space type ' and " in Linux, but the accents themselves in Windows. Here, to type an accent means
+  to press its dead key twice, which types two accents in Windows.
+- `nl` is a different layout in Windows, where the Dutch mostly use `us-intl`.
 
-Every layout here types all printable ASCII. For a character that a layout lacks, `strokes()` raises
-an error that names the layouts that have it.
+Every layout here types all printable ASCII. For a character that the layout lacks, `strokes()`
+raises an error that lists the layouts with this character.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ _NAMES = """
 CHARACTERS = dict(zip(_NAMES.split(), string.punctuation, strict=True))
 CHARACTERS |= {"hyphen": "-", "dot": ".", "equals": "=", "backtick": "`"}  # common names
 
-# A name that the DOM or QEMU spells unlike X is a position: `BracketLeft`, `bracket_left`.
+# If the DOM or QEMU spells a name unlike X, the name is a position: `BracketLeft`, `bracket_left`.
 PLACES = frozenset(
     name for key in KEYS for name in (key.qcode, *key.names) if name != name.lower() or "_" in name
 )
 
-# With one of these, a capital letter is its key without Shift, as in menus: Ctrl+C.
+# With one of these keys, a capital letter means its key without Shift, as in menus: Ctrl+C.
 COMMANDING = frozenset({"ctrl", "ctrl_r", "alt", "meta_l", "meta_r"})
 
 _PART = re.compile(r" *(\+|[^+]+) *(\+|$)")
@@ -98,11 +98,11 @@ def strokes(text: str, layout: str) -> list[Stroke]:
 def chord(text: str, layout: str) -> Stroke:
     """Return the keys to press together for `ctrl+alt+delete` or `Control+Shift+KeyT`.
 
-    The parts between the `+` are names of keys (see `find_key()`) or characters, which may also
-    have their X names (`plus`, `bracketleft`). A name means a position on the keyboard. A character
-    means the key that types it on this layout, with Shift or AltGr if necessary: `A` is Shift and
-    the key of `a`. With Ctrl, Alt or Win, a capital letter is only its key: `Ctrl+C` is not
-    `Ctrl+Shift+C`.
+    The parts between the `+` are names of keys (see `find_key()`) or characters; X's names of
+    characters work, too (`plus`, `bracketleft`). A key's name means a position on the keyboard. A
+    character means the key that types it on this layout, with Shift or AltGr if necessary: `A` is
+    Shift and the key of `a`. With Ctrl, Alt or Win, a capital letter means its key without Shift:
+    `Ctrl+C` is not `Ctrl+Shift+C`.
 
     Raises:
         ConfigError: The layout or a key is unknown, a part is missing or occurs twice, or a
@@ -146,7 +146,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _name(part: str) -> Stroke:
-    """Return the key that a part names; empty if it is a character, or X's name of a character."""
+    """Return the key that a part names; empty for a character, or for X's name of a character."""
     if len(part) == 1 or (simplified(part) in CHARACTERS and part not in PLACES):
         return ()
     return (find_key(part).qcode,)
@@ -199,7 +199,7 @@ def _alternative(char: str) -> str:
     return f"set the guest to a layout that has it and pass that layout ({', '.join(able)})."
 
 
-# The data
+# The data of the layouts
 
 
 @functools.cache
@@ -216,7 +216,7 @@ def _table(layout: str) -> Mapping[str, tuple[Stroke, ...]]:
     table: dict[str, tuple[Stroke, ...]] = {"\n": (("ret",),), "\r": (("ret",),), "\t": (("tab",),)}
     for modifiers, line in lines.items():
         held = modifiers.split("+") if modifiers else []
-        for qcode, char in zip(qcodes, line, strict=False):  # a line ends with its last character
+        for qcode, char in zip(qcodes, line, strict=False):  # a line ends after its last character
             if char != NONE:
                 table[char] = ((*held, qcode),)
     single = {char: ways[0] for char, ways in table.items()}

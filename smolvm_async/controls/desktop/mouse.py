@@ -1,19 +1,19 @@
-"""The mouse: a USB tablet, which reports positions on the screen and not distances.
+"""The mouse: a USB tablet, which reports positions on the screen and not movements.
 
 Every call first waits until the guest has a driver for the tablet. Until then QEMU accepts the
-events and drops them without an error: firmware, boot loaders and an operating system that still
-starts do not read the tablet, so a click would be lost and the caller would not know. QEMU tells
-which device the guest reads (`query-mice`): the tablet is "current" and "absolute" once the driver
-has set it up. After a reset QEMU still tells the state from before; so the boot state also has to
-be `operating_system` or later. A guest that has no driver never takes the tablet, and the call
+events and drops them without an error: firmware, boot loaders and a starting operating system do
+not read the tablet, so a click would be lost and the caller would not know. QEMU reports which
+device the guest reads (`query-mice`): the tablet is "current" and "absolute" once the driver has
+set it up. After a reset QEMU still reports the state before the reset, so the boot state must be
+`operating_system` or later, too. A guest without a driver never reads the tablet, and the call
 raises `VMTimeoutError` after `Timeouts.input` seconds.
 
-The tablet holds 16 events, and the guest asks for them every 8 ms. So the calls pause between two
-changes, or a guest that is busy would lose some.
+The tablet holds 16 events, and the guest reads them every 8 ms. So the calls pause between two
+changes: without the pauses, a busy guest would lose events.
 
-A button that is down stays down in the guest if a call fails or is cancelled, or if the VM is
-paused at that moment. Every call therefore posts the release when it ends early: `Input.post()`
-needs no await, and sends the release once the guest runs again.
+If a call fails or is cancelled while a button is down, or if the VM is paused then, the button
+would stay down in the guest. So every call that ends early posts the release by `Input.post()`,
+which needs no await, and which sends the release once the guest runs again.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from smolvm_async.qemu.input import button as button_event
 logger = get_logger(__name__)
 
 Button = Literal["left", "middle", "right"]
-Point = tuple[int, ...]  # x and y in pixels; empty where the mouse is
+Point = tuple[int, ...]  # x and y in pixels; empty for the mouse's current position
 
 PACE = 0.02  # seconds between two changes
-POLL = 0.05  # seconds between two queries whether the guest has taken the tablet
-STEPS = 20  # of a drag: programs expect to see the mouse on its way
+POLL = 0.05  # seconds between two checks whether the guest reads the tablet
+STEPS = 20  # movements in a drag: programs expect to see the mouse on its way
 
 
 class Mouse(Control):
-    """Moves and clicks, in pixels of the last screenshot (of the screen, if there was none).
+    """A mouse. Positions are pixels of the last screenshot (of the screen, if there was none).
 
-    Calls are served one after another. A call that fails or is cancelled leaves no button down;
-    only `down()` does, until `up()`. Each call waits until the guest's operating system has a
-    driver for the tablet (`Timeouts.input`).
+    Calls run one after another. A call that fails or is cancelled leaves no button down. Only
+    `down()` leaves a button down, until `up()`. Each call waits until the guest's operating system
+    has a driver for the tablet (`Timeouts.input`).
 
     Every method raises:
         ConfigError: A position is outside the screen, or an argument is wrong (a `ValueError`).
-        VMTimeoutError: The guest has not taken the tablet in time: the click would be lost.
+        VMTimeoutError: The guest does not read the tablet in time: the click would be lost.
         VMNotRunningError: The VM is not running, or is paused.
     """
 
@@ -62,7 +62,7 @@ class Mouse(Control):
         self._turn = asyncio.Lock()
 
     async def move(self, x: int, y: int) -> None:
-        """Move to a position."""
+        """Move the mouse to a position."""
         point = self._point(x, y)
         async with self._taken():
             await self._move(point)
@@ -70,7 +70,7 @@ class Mouse(Control):
     async def click(
         self, x: int | None = None, y: int | None = None, *, button: Button = "left", count: int = 1
     ) -> None:
-        """Click at a position, or where the mouse is.
+        """Click at a position, or at the mouse's current position.
 
         Args:
             x: Pixels from the left edge; pass both `x` and `y`, or neither.
@@ -130,7 +130,7 @@ class Mouse(Control):
         check_seconds("duration", duration)
         start, end = self._point(start_x, start_y), self._point(end_x, end_y)
         async with self._taken():
-            await self._place(end)  # a wrong end is an error before anything moves
+            await self._place(end)  # check the end before the mouse moves
             await self._move(start)
             async with self._held(press):
                 for step in range(1, STEPS + 1):
@@ -141,10 +141,10 @@ class Mouse(Control):
                     await asyncio.sleep(duration / STEPS)
 
     async def scroll(self, clicks: int, *, x: int | None = None, y: int | None = None) -> None:
-        """Turn the wheel. QEMU's tablet has no horizontal wheel: hold Shift down instead.
+        """Turn the wheel. QEMU's tablet has no horizontal wheel: hold down Shift instead.
 
         Args:
-            clicks: Clicks of the wheel: positive scrolls down, negative up.
+            clicks: Clicks of the wheel: positive to scroll down, negative to scroll up.
             x: Move to this position first; pass both `x` and `y`, or neither.
             y: See `x`.
         """
@@ -160,7 +160,7 @@ class Mouse(Control):
 
     @contextlib.asynccontextmanager
     async def _taken(self) -> AsyncIterator[None]:
-        """Wait for this call's turn, and until the guest has taken the tablet."""
+        """Wait for this call's turn, then until the guest reads the tablet."""
         async with self._turn:
             await self._wait_taken()
             yield
@@ -186,12 +186,12 @@ class Mouse(Control):
 
     async def _is_taken(self) -> bool:
         run = self.taking_input()
-        # After a reset QEMU still tells the state from before.
+        # After a reset QEMU still reports the tablet's state before the reset.
         in_control = run.boot.last.state.reaches(BootState.OPERATING_SYSTEM)
         return in_control and await run.peripherals.input.tablet_taken()
 
     def _point(self, x: object, y: object, *, optional: bool = False) -> Point:
-        """Return a position, checked as far as possible before the guest has taken the tablet."""
+        """Check a position against the last screenshot, if there was one, and return it."""
         if optional and x is None and y is None:
             return ()
         point = tuple(_whole(name, value) for name, value in (("x", x), ("y", y)))
@@ -202,7 +202,7 @@ class Mouse(Control):
     async def _place(self, point: Point) -> list[InputEvent]:
         size = await self._screen.size()
         _check_within(point, size)
-        # The last pixel is the end of the axis, which a guest maps to its last pixel.
+        # The last pixel must be the end of the axis: the guest maps this end to its last pixel.
         x, y = (round(pixel * AXIS / (end - 1)) for pixel, end in zip(point, size, strict=True))
         return [position("x", x), position("y", y)]
 
@@ -232,7 +232,7 @@ def _press(button: str) -> InputEvent:
 
 
 def _whole(name: str, value: object) -> int:
-    """Return a number of pixels. Libraries pass NumPy's integers, and models write 100.0."""
+    """Check a number of pixels. Libraries pass NumPy's integers, and models write 100.0."""
     pixels = -1
     if isinstance(value, float) and value.is_integer():
         pixels = int(value)

@@ -1,7 +1,7 @@
-"""Screenshots as data: from QEMU or a file to pixels, PNG or a file. No VM is needed.
+"""Screenshots as data: read them from QEMU or a file, convert and save them, without a VM.
 
-Pillow is imported where it is used, so that only programs that take screenshots wait for it. No
-call here holds Python's global lock for long, so all this can run in a thread beside an event loop.
+Each function imports Pillow itself, so that only programs that take screenshots wait for Pillow. No
+call here holds Python's global lock for long, so a thread beside an event loop can run every call.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 PNG_START = re.compile(rb"\x89PNG\r\n\x1a\n.{4}IHDR(.{4})(.{4})", re.DOTALL)
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 PPM_HEADER = re.compile(rb"P6\s+(\d{1,6})\s+(\d{1,6})\s+255\s")
-PNG_LEVEL = 1  # zlib's; level 6 takes 2 to 4 times as long, and saves a fifth of the bytes
-CHANNELS = 3  # bytes of a pixel
+PNG_LEVEL = 1  # zlib's level; level 6 takes 2 to 4 times as long, and saves a fifth of the bytes
+CHANNELS = 3  # bytes per pixel
 
 Reference: TypeAlias = "Screenshot | Image.Image | bytes | str | os.PathLike[str]"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Screenshot:
-    """A picture of a screen. Two are equal if their pixels are, whenever they were taken.
+    """A picture of a screen. Two pictures are equal if their pixels are equal.
 
-    `png` and `pixels` are computed at their first use, unless the picture was made from them. A PNG
-    takes about 100 ms: `await asyncio.to_thread(picture.save, path)` keeps the event loop free.
+    `png` and `pixels` are computed on first use, unless the picture was made from them. Encoding a
+    PNG takes about 100 ms: `await asyncio.to_thread(picture.save, path)` keeps the event loop free.
 
     Attributes:
-        width: In pixels.
-        height: In pixels.
-        timestamp: When the picture was taken, in seconds since the epoch; 0 if unknown.
-        elapsed: How many seconds it took to take the picture.
+        width: The width in pixels.
+        height: The height in pixels.
+        timestamp: The time of the picture, in seconds since the epoch; 0 if unknown.
+        elapsed: The duration of the screenshot in seconds.
     """
 
     width: int
@@ -51,7 +51,7 @@ class Screenshot:
 
     @classmethod
     def from_png(cls, data: bytes, *, timestamp: float = 0.0, elapsed: float = 0.0) -> Screenshot:
-        """Make a screenshot from a PNG, which is not decoded yet.
+        """Make a screenshot from a PNG; do not decode the PNG yet.
 
         Raises:
             PictureError: The data is not a PNG, or only the beginning of a PNG.
@@ -93,7 +93,7 @@ class Screenshot:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height."""
+        """Width and height in pixels."""
         return self.width, self.height
 
     @property
@@ -126,7 +126,7 @@ class Screenshot:
         The file is replaced as a whole: no reader ever sees half a picture.
 
         Raises:
-            ConfigError: There is no such format, or the file cannot be written.
+            ConfigError: Pillow cannot write the format, or the file cannot be written.
         """
         file = check_path(path, "path", "a picture")
         content = self.png if file.suffix.lower() == ".png" else self._written(file)
@@ -139,7 +139,7 @@ class Screenshot:
             ) from error
 
     def _written(self, file: Path) -> bytes:
-        """Return the content of a file with this suffix."""
+        """Encode the picture in the format of the file's suffix."""
         from PIL import Image
 
         try:
@@ -151,7 +151,7 @@ class Screenshot:
             ) from error
 
     def _repr_png_(self) -> bytes:
-        """Return the picture that a notebook shows."""
+        """Return the PNG that a notebook shows."""
         return self.png
 
     def __repr__(self) -> str:
@@ -168,7 +168,7 @@ class Screenshot:
 
 
 def load_picture(reference: Reference) -> Screenshot:
-    """Return a picture to compare with. Transparent pixels have their stored colour."""
+    """Load a picture to compare with. Transparent pixels keep their stored colour."""
     if isinstance(reference, Screenshot):
         return reference
     from PIL import Image
@@ -184,7 +184,7 @@ def load_picture(reference: Reference) -> Screenshot:
 def _read(path: object) -> bytes:
     file = check_path(path, "like", "a picture, or the picture itself")
     try:
-        reason = "is not a file" if not file.is_file() else ""  # reading a FIFO could take for ever
+        reason = "is not a file" if not file.is_file() else ""  # reading a FIFO could block forever
         if not reason:
             return file.read_bytes()
     except OSError as error:
@@ -200,7 +200,7 @@ def _decode(source: bytes | Image.Image) -> Image.Image:
         return image.convert("RGB")
     except UnidentifiedImageError:
         raise PictureError("The data is not a picture that Pillow knows: pass a PNG.") from None
-    except Exception as error:  # each of Pillow's decoders has errors of its own
+    except Exception as error:  # each of Pillow's decoders raises its own errors
         raise PictureError(f"The picture cannot be read ({error}): make it again.") from error
 
 

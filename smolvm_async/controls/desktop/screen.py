@@ -13,18 +13,18 @@ from smolvm_async.controls.interface import VM, Control
 from smolvm_async.errors import ConfigError, MonitorError, VMTimeoutError
 from smolvm_async.foundation.tasks import in_background, in_thread
 
-LOOK = 1.0  # seconds for a screenshot, however little of the timeout is left
+LOOK = 1.0  # seconds that a screenshot may take, even if less of the timeout is left
 
 
 class Screen(Control):
-    """Takes screenshots of the guest, one after another."""
+    """The guest's screen, and the size of the last screenshot."""
 
     def __init__(self, vm: VM) -> None:
         super().__init__(vm)
-        self.last_size: tuple[int, int] | None = None  # of the screenshot that the user saw last
+        self.last_size: tuple[int, int] | None = None  # of the last screenshot that the user got
 
     async def size(self) -> tuple[int, int]:
-        """Return width and height of the last screenshot; take one if there was none."""
+        """Return width and height of the last screenshot; if there was none, take a screenshot."""
         if self.last_size is not None:
             return self.last_size
         return (await self._shoot("ppm", None, 0)).size

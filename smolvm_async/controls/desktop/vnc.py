@@ -8,10 +8,10 @@ from smolvm_async.errors import ConfigError
 
 
 class VNC(Control):
-    """QEMU's VNC server, which shows the guest from the firmware on; off unless `vnc=` is given."""
+    """QEMU's VNC server, which shows the guest from the firmware on; off by default, see `vnc=`."""
 
     async def url(self) -> str:
-        """Return where the VNC server listens, with the password.
+        """Return the URL of the VNC server, with the password.
 
         Returns:
             `vnc://:PASSWORD@127.0.0.1:PORT`, or `vnc+unix://:PASSWORD@/PATH` with the path of a
@@ -30,7 +30,7 @@ class VNC(Control):
         return url
 
     async def start(self, kind: VNCKind = "loopback") -> str:
-        """Listen, with a new random password. Where the server listened before is closed.
+        """Listen with a new random password, and close the previous port or socket.
 
         Args:
             kind: `"loopback"` for a port of 127.0.0.1 that the kernel chooses; `"unix"` for a
@@ -52,7 +52,7 @@ class VNC(Control):
         return await self.running().peripherals.vnc.start(checked)
 
     async def stop(self) -> None:
-        """Stop listening. Clients that are connected stay connected until they leave.
+        """Stop listening. Connected clients stay connected until they disconnect.
 
         Raises:
             VMNotRunningError: The VM is not running.
