@@ -1,1 +1,1 @@
-"""Commands and files in a guest, over SSH: nothing here knows how the guest was started."""
+"""Commands and files in a guest, over SSH. This code does not know how the guest was started."""

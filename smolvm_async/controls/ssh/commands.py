@@ -1,4 +1,4 @@
-"""Commands in a guest: run to their end, or read line by line."""
+"""Commands in a guest: wait for their end, or read their output line by line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from smolvm_async.controls.ssh.script import check_command, script
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
 from smolvm_async.foundation.tasks import in_background
 
-BIG = 1 << 20  # bytes; joining and decoding more takes long enough to need a thread
+BIG = 1 << 20  # bytes; a thread joins and decodes more output, so as not to block the event loop
 QUOTED = 2000  # characters of stderr in an error message
 MAX_LINE = 1 << 20  # bytes; a longer line comes in pieces
-BEHIND = 1 << 20  # bytes that may wait here before the guest has to wait
+BEHIND = 1 << 20  # unread bytes to keep here before the guest must wait
 
 ShellKind = Literal["raw", "login"]
 
@@ -33,9 +33,9 @@ class CommandResult(Generic[AnyStr]):
 
     Attributes:
         command: The command as it was passed.
-        exit_code: The exit code as of `subprocess`: -9 if the command was killed by SIGKILL.
-        stdout: The output, as text (invalid UTF-8 is shown as U+FFFD) or as bytes.
-        stderr: Likewise.
+        exit_code: The exit code as in `subprocess`: -9 if SIGKILL has killed the command.
+        stdout: The output, as text (invalid UTF-8 becomes U+FFFD) or as bytes.
+        stderr: The error output, in the same form.
         duration: Seconds from the command's start to its end, as seen from this process.
     """
 
@@ -56,7 +56,7 @@ class Line:
     """A line of a command's output.
 
     Attributes:
-        text: The line without its end; invalid UTF-8 is shown as U+FFFD.
+        text: The line without its newline; invalid UTF-8 becomes U+FFFD.
         stream: `stdout` or `stderr`.
     """
 
@@ -65,10 +65,10 @@ class Line:
 
 
 class LineStream:
-    """An async iterator of `Line`; it ends when the command does.
+    """An async iterator of `Line`s, which ends when the command ends.
 
     Attributes:
-        exit_code: The exit code as of `subprocess`; `None` until the lines have ended.
+        exit_code: The exit code as in `subprocess`; `None` until the lines have ended.
     """
 
     def __init__(self, command: str, timeout: float | None, lost: Callable[[], Exception]) -> None:
@@ -77,7 +77,7 @@ class LineStream:
         self._deadline: float | None = None
         self._lost = lost
         self._execution: Execution | None = None
-        self._lines: deque[tuple[Line, int]] = deque()  # each with its size in bytes
+        self._lines: deque[tuple[Line, int]] = deque()  # lines with their size in bytes
         self._waiting = 0  # bytes in `_lines`
         self._paused = False
         self._partial: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
@@ -89,9 +89,9 @@ class LineStream:
         return self._execution.exit_code if self._execution else None
 
     def follow(self, execution: Execution, deadline: float | None) -> None:
-        """Note that the command was started; it has until `deadline` in the event loop's time.
+        """Note that the command has started and must end by `deadline`, in the loop's time.
 
-        Output may have come before.
+        The guest may have sent output before this call.
         """
         self._execution, self._deadline = execution, deadline
         execution.ended.add_done_callback(lambda _: self._end())
@@ -130,7 +130,7 @@ class LineStream:
         self._news.set()
 
     def _throttle(self) -> None:
-        """Let the guest wait while too much waits here, so that a slow reader loses nothing."""
+        """Make the guest wait while too much output is unread, so that no output is lost."""
         if self._execution is None or self._execution.ended.done():
             return
         if not self._paused and self._waiting > BEHIND:
@@ -202,15 +202,15 @@ class Commands(OverSSH):
     ) -> CommandResult[Any]:
         """Run a command in the guest over SSH, and wait for its end.
 
-        Cancelling the call kills the command and the rest of its process group in the guest.
+        Cancelling the call kills the command and the processes that it started in the guest.
 
         Args:
             command: A command for the user's shell.
             timeout: Seconds from the start of the command until it is killed; `None` for no limit.
-            env: Variables for this command, in addition to those of `set_env_vars()`. They never
-                appear on a command line.
-            shell: `"raw"`: the user's shell runs the command as it is. `"login"`: a login shell,
-                which reads the user's profile first, runs it.
+            env: Variables for this command, in addition to the variables of `set_env_vars()`. They
+                never appear on a command line.
+            shell: `"raw"`: the user's shell runs the command as it is. `"login"`: a login shell
+                reads the user's profile first, then runs the command.
             input: The standard input of the command; empty by default.
             check: Whether an exit code other than 0 is an error.
             text: Whether the output is text (invalid UTF-8 becomes U+FFFD) or bytes.
@@ -219,9 +219,9 @@ class Commands(OverSSH):
             Exit code, output and duration.
 
         Raises:
-            CommandTimeoutError: The command took too long and was killed; has its output so far.
+            CommandTimeoutError: The command took too long and was killed; contains its output.
             CommandFailedError: `check` is true, and the exit code is not 0.
-            ConnectionLostError: The guest or its SSH server was reset, or ended.
+            ConnectionLostError: The guest or its SSH server was reset or has ended.
             VMTimeoutError: The guest was not ready within `Timeouts.boot`.
             VMNotRunningError: The VM is not running.
             ConfigError: An argument is wrong, or the guest is Windows (a `ValueError`).
@@ -277,9 +277,9 @@ class Commands(OverSSH):
                     print(line.stream, line.text)
             print(lines.exit_code)
 
-        Leaving the block kills the command if it is still running. A slow reader slows the command
-        down: no output is lost, and at most a few MiB are kept in memory. A line of more than 1 MiB
-        comes in pieces.
+        Leaving the block kills the command if it is still running. A slow reader slows down the
+        command: no output is lost, and at most a few MiB are kept in memory. A line of more than
+        1 MiB comes in pieces.
 
         Args:
             command, timeout, env, shell, input: See `run()`; there is no timeout by default.
@@ -336,13 +336,13 @@ def _prepare(
 
 
 def _bound(bound: asyncio.Timeout, timeout: float | None, turn: bool) -> None:
-    """Start the command's time when it need not wait for a session any more."""
+    """Start the command's timeout when its session opens; stop it if the session is refused."""
     if timeout is not None:
         bound.reschedule(asyncio.get_running_loop().time() + timeout if turn else None)
 
 
 class Output:
-    """The output of a command, collected."""
+    """The collected output of a command."""
 
     def __init__(self, text: bool) -> None:
         self._text = text

@@ -19,12 +19,12 @@ FILE = f"the variables in ~/{ENV_FILE}"  # for messages
 
 
 class Environment(OverSSH):
-    """`AsyncSmolVM`'s variables of every later command. They last as long as the guest's disk."""
+    """`AsyncSmolVM`'s environment variables for all later commands, kept on the guest's disk."""
 
     async def set_env_vars(self, env_vars: Mapping[str, str], *, merge: bool = True) -> list[str]:
         """Set environment variables for all later commands.
 
-        They are stored in the guest, in `~/.smolvm_env.sh`, which only this user can read.
+        The guest keeps the variables in `~/.smolvm_env.sh`, which only this user can read.
 
         Args:
             env_vars: The values, by name.

@@ -1,4 +1,4 @@
-"""One command that runs in the guest: its session, its end, and how it is killed."""
+"""One command in the guest: its SSH session, its exit code, and how to kill the command."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Stream = Literal["stdout", "stderr"]
 class Execution:
     """A running command.
 
-    It has the callbacks of `asyncssh.SSHClientSession`. To derive from that class, this module
-    would have to import asyncssh, which takes 0.3 s.
+    It has the callbacks of `asyncssh.SSHClientSession`, but does not derive from that class:
+    importing asyncssh takes 0.3 s.
 
     Attributes:
-        exit_code: The exit code as of `subprocess`: negative for a signal; `None` while the command
-            runs, and if the connection was lost before the guest reported its end.
+        exit_code: The exit code as in `subprocess`: negative for a signal; `None` while the command
+            runs, or if the connection was lost before the guest reported the exit code.
         ended: Done when the session is over.
     """
 
@@ -42,7 +42,7 @@ class Execution:
         self._writable.set()
 
     async def write(self, content: bytes) -> None:
-        """Write the command's whole standard input, as far as the command reads it."""
+        """Write all of the command's standard input; stop early if the command ends."""
         step = 1 << 16
         for start in range(0, len(content), step):
             await self._until_writable()
@@ -62,7 +62,7 @@ class Execution:
                 room.cancel()
 
     async def kill(self, link: Link, mark: str) -> None:
-        """Kill the command as soon as the guest can be reached, and wait for its end."""
+        """Kill the command as soon as the guest answers, and wait for the command's end."""
         killed = False
         while not killed and not self.ended.done():
             with suppress(ConnectionLostError):
@@ -73,17 +73,17 @@ class Execution:
             self.channel.abort()
         await asyncio.wait([self.ended])
 
-    # asyncssh's callbacks
+    # asyncssh calls the methods below.
 
     def connection_made(self, channel: SSHClientChannel[bytes]) -> None:
         """Keep the channel of the new session."""
         self.channel = channel
 
     def session_started(self) -> None:
-        """Do nothing: the command was started."""
+        """Do nothing: the command has started."""
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
-        """Hand on output; the only data type that SSH knows is stderr."""
+        """Pass on output. SSH's only data type is stderr; stdout has no data type."""
         self._receive("stdout" if datatype is None else "stderr", data)
 
     def eof_received(self) -> bool:
@@ -104,7 +104,7 @@ class Execution:
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        """Go on writing."""
+        """Continue to write."""
         self._writable.set()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -114,7 +114,7 @@ class Execution:
 
 
 async def _kill(link: Link, mark: str) -> bool:
-    """Kill the processes with this mark; return false if the guest did not answer."""
+    """Kill the processes with this mark; return whether the guest answered."""
     async with link.apart(partial(_open, killer(mark), lambda _, __: None)) as killing:
         await asyncio.wait([killing.ended])
         return killing.exit_code is not None
@@ -136,7 +136,7 @@ async def executing(
     receive: Callable[[Stream, bytes], None],
     on_turn: Callable[[bool], None],
 ) -> AsyncIterator[Execution]:
-    """Run a command during the block; if it still runs at the end of the block, kill it.
+    """Run a command during the block; kill the command if it still runs at the block's end.
 
     Args:
         mark: The mark of the command's processes; see `script()`.

@@ -1,4 +1,4 @@
-"""Uploads into a guest and downloads from it: arguments, cleaning up, and errors."""
+"""Uploads into a guest and downloads from it: check arguments, clean up, and explain errors."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Files(OverSSH):
     ) -> str:
         """Copy a file, or a directory with its contents, into the guest.
 
-        The copy has a temporary name beside the final one until it is complete. A directory that
-        exists is merged with. Modes and times are kept, links stay links.
+        Until the copy is complete, it has a temporary name in the same directory. A directory is
+        merged into an existing directory. Modes and times are kept; links stay links.
 
         Args:
             local_path: The file or directory to copy; `~` is expanded.
-            guest_path: The absolute path to copy to. If it is a directory, or ends with a slash,
-                the name of the copied file or directory is added.
+            guest_path: The absolute path to copy to. If the path is a directory or ends with a
+                slash, the copy goes into that directory under the source's name.
             make_dirs: Whether to make missing directories above `guest_path`.
             on_progress: Called with a `Progress` in bytes, about ten times a second.
 
@@ -89,13 +89,13 @@ class Files(OverSSH):
     ) -> Path:
         """Copy a file or a directory out of the guest. See `upload_file()`.
 
-        No name or link from the guest can lead out of `local_path`; set-user-id bits are dropped.
+        No name or link from the guest can lead out of `local_path`; set-user-id bits are removed.
 
         Args:
             guest_path: The absolute path of the file or directory to copy.
             local_path: The path to copy to; see `guest_path` of `upload_file()`.
             make_dirs: Whether to make missing directories above `local_path`.
-            max_bytes: Fail if there are more bytes than this.
+            max_bytes: The maximum number of bytes; more is an error. By default no limit.
             on_progress: See `upload_file()`.
 
         Returns:
@@ -136,9 +136,9 @@ async def _carry_out(
     sftp: SFTPClient | None = None,
     directory: str = "",
 ) -> None:
-    """Copy and publish; after a failure or a cancellation, remove the temporary name.
+    """Copy and publish; after a failure or a cancellation, remove the temporary copy.
 
-    With the `sftp` and the guest's `directory` of an upload, a failure is explained by a full disk.
+    For an upload, pass `sftp` and the guest's `directory`, to report a full disk as the reason.
     """
     full = False
     try:
@@ -155,7 +155,7 @@ async def _carry_out(
 
 
 async def _clean(transfer: ToGuest | FromGuest) -> None:
-    """Remove the rest of a failed transfer, unless the guest is gone, too."""
+    """Remove the temporary copy of a failed transfer, if the guest still answers."""
     import asyncssh
 
     with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
@@ -177,7 +177,7 @@ async def explained(link: Link, subject: str) -> AsyncIterator[None]:
 
 def _explanation(error: Exception, link: Link, subject: str) -> Exception | None:
     """Return the error to raise instead; `None` to raise `error` itself."""
-    import asyncssh  # at hand: the connection has imported it
+    import asyncssh  # takes no time: the connection has imported it
 
     lost = (asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost, asyncssh.DisconnectError)
     if isinstance(error, (*lost, asyncssh.ChannelOpenError, ConnectionError)):
@@ -194,7 +194,7 @@ def _explanation(error: Exception, link: Link, subject: str) -> Exception | None
 
 
 async def _is_full(sftp: SFTPClient, directory: str, error: BaseException) -> bool:
-    """Return whether a full disk of the guest is the reason: SFTP itself only says "Failure"."""
+    """Return whether a full disk in the guest is the reason: SFTP only reports "Failure"."""
     import asyncssh
 
     if not isinstance(error, asyncssh.SFTPError):

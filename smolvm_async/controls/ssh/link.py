@@ -1,26 +1,26 @@
 """The SSH connection of this process to a guest, and the sessions on it.
 
-A `Link` belongs to one run of a VM in one process: the owner has one, and every attached process
-has one of its own. It owns the connection; commands and transfers only borrow sessions on it.
+A `Link` belongs to one run of a VM in one process: the VM's owner and every attached process have
+their own `Link`. The link owns the connection; commands and transfers open sessions on it.
 
-Opening the connection takes some care:
+Opening the connection needs some care:
 
 - QEMU's network accepts a connection to a forwarded port before the guest's SSH server listens,
-  and then stays silent. So an accepted connection proves nothing; only the server's greeting does.
-- A connection from that time never gets a greeting, and to wait for its time-out would make a boot
-  look twice as long. So the link polls: it connects anew and waits a short time for the first
-  byte of the greeting, again and again, until the server answers.
-- A slow guest may need longer for its greeting than this short time. It would start over for each
-  new connection and never finish, so every time-out makes the next one longer.
-- asyncssh gets the socket when the server has begun to speak. The first byte is only peeked at, so
-  asyncssh reads the whole greeting. It needs no host name, since the socket is a TCP connection
-  (with a socketpair it would), and it accepts only the host key that the guest was given.
-- There is one attempt at a time, as a task that all callers wait for. A cancelled caller leaves the
-  task alone; `abort()` ends it. The socket is closed here unless asyncssh has taken it over.
-- `abort()` drops a connection when the guest was reset, since the guest's network would not tell;
-  the next caller connects again. `close()` does so for good, at the end of the run.
+  and then sends nothing. So only the server's greeting proves that the server answers.
+- A connection that QEMU accepted too early never gets a greeting. Waiting until it times out would
+  make a boot look twice as long. So the link polls: it connects, waits a short time for the first
+  byte of the greeting, and repeats both until the server answers.
+- A slow guest may need more than this short time to send its greeting. It would start over for each
+  new connection and never finish, so the link waits longer after each time-out.
+- The link peeks at the first byte of the greeting, then gives the socket to asyncssh, which reads
+  the whole greeting. asyncssh needs no host name, since the socket is a TCP connection (not a
+  socketpair), and accepts only the host key that we gave to the guest.
+- Only one attempt runs at a time, as a task that all callers wait for. Cancelling a caller does not
+  cancel the task; `abort()` does. The link closes the socket unless asyncssh has taken it over.
+- `abort()` drops the connection after a reset of the guest, since the network does not report the
+  reset; the next caller connects again. `close()` drops it for good, at the end of the run.
 
-asyncssh is imported for the first connection, in a thread, since that takes 0.3 s.
+The first connection imports asyncssh in a thread, since the import takes 0.3 s.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from smolvm_async.foundation.tasks import (
 if TYPE_CHECKING:
     from asyncssh import SFTPClient, SSHClientConnection
 
-MOST = 256  # sessions at a time; with more, they would only wait for each other in the guest
+MOST = 256  # sessions at a time; more sessions would only wait for each other in the guest
 GREETING, LONGEST_GREETING = 0.3, 10.0  # seconds to wait for the greeting, at first and at most
-LONGER = 1.5  # the factor between two such times
+LONGER = 1.5  # the factor by which the wait for the greeting grows after a time-out
 LOGIN = 30.0  # seconds from the greeting to the end of the key exchange and the login
 PATIENCE = 30.0  # seconds to connect again to a guest that was ready before
 RETRY = 0.05  # seconds between two attempts
 TRIES = 10  # attempts to open a session while no other session is open
 ENDING = 2.0  # seconds to wait for a session to end; after that it ends in the background
-KEEPALIVE = 15  # seconds without a sign of the guest, three times: the connection is dropped
+KEEPALIVE = 15  # seconds without data from the guest; asyncssh disconnects after 3 such periods
 
 # The ciphers of OpenSSH and of dropbear, the cheapest for an emulated processor first.
 CIPHERS = ["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes128-ctr"]
@@ -65,9 +65,9 @@ T = TypeVar("T")
 class Sessions:
     """The count of sessions on a connection, and the queue for them.
 
-    The server does not say how many sessions it allows (OpenSSH: 10, or `MaxSessions`). The limit
-    is learned when it refuses one: it is the number of sessions that are open then. A caller takes
-    a place with `enter()`, and gives it back with `leave()` or, without a session, `give_up()`.
+    The server does not report how many sessions it allows (OpenSSH: 10, or `MaxSessions`). When it
+    refuses a session, the limit becomes the number of sessions that are open. A caller takes a
+    place by `enter()`, and returns the place by `leave()` or, without a session, `give_up()`.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Sessions:
             except asyncio.CancelledError:
                 if turn in self._waiting:
                     self._waiting.remove(turn)
-                else:  # the place was given to this caller already
+                else:  # this caller already has the place
                     self.give_up()
                 raise
         else:
@@ -98,20 +98,20 @@ class Sessions:
         self._opened += 1
 
     def leave(self) -> None:
-        """Give back the place of a session that has ended."""
+        """Return the place of a session that has ended."""
         self._opened -= 1
         self.give_up()
 
     def give_up(self) -> None:
-        """Give back a place without a session."""
+        """Return the place of a caller that has no session."""
         self._entered -= 1
         self._admit()
 
     def refused(self, learned: int) -> bool:
         """Note that the server refused the session; return whether another session is open.
 
-        Of many refusals at once, only the first one tells the limit: before the later ones are
-        handled, some sessions have ended.
+        Of many refusals at once, only the first refusal shows the limit: some sessions have ended
+        before the later refusals are handled.
         """
         if self._opened and learned == self._learned:
             self._limit = min(self._limit, self._opened)
@@ -133,7 +133,7 @@ class Sessions:
 
 
 class Link:
-    """The connection: opened when it is needed, opened again after a loss, shared by all callers.
+    """The SSH connection, opened on demand, reopened after a loss, and shared by all callers.
 
     Args:
         vm_id: The VM's id, for messages.
@@ -149,12 +149,12 @@ class Link:
         self._endings: set[asyncio.Task[None]] = set()
         self._closed = False
         self._greeting = GREETING
-        self.env_turn = asyncio.Lock()  # of the writers of the guest's environment variables
+        self.env_turn = asyncio.Lock()  # for writers of the guest's environment variables
 
     async def connect(self) -> bool:
-        """Connect if the guest's server answers by now; return whether it does.
+        """Try once to connect; return whether the guest's server answered.
 
-        This is one attempt, for a caller that asks a booting guest again and again.
+        A caller that waits for a booting guest calls this repeatedly.
         """
         try:
             return await self._connected() is not None
@@ -182,16 +182,16 @@ class Link:
         end: Callable[[T], Coroutine[None, None, None]],
         on_turn: Callable[[bool], None] = lambda _: None,
     ) -> T:
-        """Open a session when the server has room for it; `release()` or `end()` gives it back.
+        """Open a session as soon as the server has room; return it by `release()` or `end()`.
 
         Args:
             opener: Opens the session on a connection.
             end: Ends a session that was opened although the caller was cancelled.
-            on_turn: Called with true when there is room, and with false if there was none after
-                all, so that the caller waits again.
+            on_turn: Called with true before the session is opened, and with false if the server
+                refused the session, so that the caller waits again.
 
         Raises:
-            ConnectionLostError: If the guest does not answer.
+            ConnectionLostError: The guest does not answer.
         """
         tries = 0
         while True:
@@ -226,13 +226,13 @@ class Link:
             self._sessions.opened()
 
     def release(self) -> None:
-        """Give back a session that has ended."""
+        """Return the place of a session that has ended; see `open()`."""
         self._sessions.leave()
 
     async def end(self, ending: Coroutine[None, None, None]) -> None:
-        """End a session by `ending`, and give it back.
+        """Run `ending`, which ends a session, and return the session's place.
 
-        The caller waits even if it is cancelled, but no longer than 2 s: if the guest hangs, the
+        This waits even if the caller is cancelled, but at most 2 s: if the guest hangs, the
         session ends in the background.
         """
         await self._wait_awhile(self._end(ending))
@@ -247,7 +247,7 @@ class Link:
         from asyncssh import Error
 
         try:
-            # After an error the connection is lost, and the session has ended with it.
+            # An error means that the connection is lost, so the session has ended, too.
             with suppress(ConnectionLostError, Error, OSError):
                 await ending
         finally:
@@ -269,9 +269,9 @@ class Link:
     async def apart(
         self, opener: Callable[[SSHClientConnection], Awaitable[T]]
     ) -> AsyncIterator[T]:
-        """Open a session at once, without a place in the queue.
+        """Open a session at once, without waiting in the queue.
 
-        If the server refuses it on the shared connection, a second connection is made for it.
+        If the server refuses the session on the shared connection, open a second connection.
         """
         connection, second = await self._patiently_connected(), None
         from asyncssh import ChannelOpenError
@@ -291,7 +291,7 @@ class Link:
 
     @asynccontextmanager
     async def sftp(self) -> AsyncIterator[SFTPClient]:
-        """Open a session for files."""
+        """Open an SFTP session for the block."""
         client = await self.open(lambda connection: connection.start_sftp_client(), _exit)
         try:
             yield client
@@ -307,7 +307,7 @@ class Link:
         return connection
 
     async def _connected(self) -> SSHClientConnection | None:
-        """Return the connection, if need be after one attempt that all callers share."""
+        """Return the connection; if there is none, make one attempt, shared by all callers."""
         if self._closed:
             raise self._lost("the VM has ended")
         if self._connection is not None and not self._connection.is_closed():
@@ -317,7 +317,7 @@ class Link:
             self._connecting.add_done_callback(self._attempted)
         attempt = self._connecting
         await asyncio.wait([attempt])
-        return None if attempt.cancelled() else attempt.result()  # abort() cancels it
+        return None if attempt.cancelled() else attempt.result()  # abort() has cancelled it
 
     def _attempted(self, attempt: asyncio.Task[Any]) -> None:
         self._connecting = None
@@ -331,7 +331,7 @@ class Link:
         return connection
 
     async def _log_in(self) -> SSHClientConnection | None:
-        """Return a new connection; `None` if no server answers by now."""
+        """Open a new connection and log in; return `None` if no server answers yet."""
         access = await self._access()
         try:
             ours = await greeted(access.port, self._greeting)
@@ -360,24 +360,24 @@ class Link:
 
 
 class OverSSH:
-    """Base class of the controls that need a connection to the guest."""
+    """Base class of the controls that need an SSH connection to the guest."""
 
     async def _reach(self) -> Link:
         """Wait until the guest is ready, and return the connection."""
         raise NotImplementedError
 
     def _require(self, feature: str) -> None:
-        """Check that the guest can have this feature, and that it runs."""
+        """Check that the guest supports this feature, and that the VM runs."""
         raise NotImplementedError
 
 
 async def greeted(port: int, timeout: float) -> socket.socket | None:
-    """Return a connection to a server that has begun to speak; `None` if no server listens.
+    """Connect and wait for the server's first byte; return `None` if no server listens.
 
-    The server's bytes are still unread.
+    Do not read the server's bytes: they stay in the socket.
 
     Raises:
-        TimeoutError: If the server has not spoken within `timeout` seconds.
+        TimeoutError: The server sent nothing within `timeout` seconds.
     """
     loop = asyncio.get_running_loop()
     ours = socket.socket()

@@ -1,6 +1,6 @@
-"""The keys of a VM, for its user and for its SSH server, and the seed that gives them to the guest.
+"""The key pairs of a VM's user and SSH server, and the seed disk that passes them to the guest.
 
-Both key pairs are made here before the guest boots, so the guest's host key is known before the
+This module makes both key pairs before the guest boots, so the guest's host key is known before the
 first connection. The built-in image reads its keys from fw_cfg, any other image from a seed disk.
 """
 
@@ -25,7 +25,7 @@ class Access(NamedTuple):
         port: The port on 127.0.0.1.
         user: The user to log in as.
         private_key: The user's private key, in OpenSSH's format.
-        host_key: The server's public key, as a line of `authorized_keys`; refuse any other.
+        host_key: The server's public key, as a line of `authorized_keys`; refuse any other key.
     """
 
     port: int
@@ -37,20 +37,20 @@ class Access(NamedTuple):
 class KeyPair(NamedTuple):
     """An Ed25519 key pair."""
 
-    private: bytes  # a file of ssh-keygen, without a passphrase
+    private: bytes  # in the format of ssh-keygen, without a passphrase
     public: str  # a line of `authorized_keys`
 
 
 def make_key_pair() -> KeyPair:
     """Make a new key pair."""
-    # Imported here: a Windows guest needs no key, and the import takes some 50 ms.
+    # Import it here: the import takes about 50 ms, and a Windows guest needs no key.
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     return _pair(Ed25519PrivateKey.generate())
 
 
 def load_key_pair(private: bytes) -> KeyPair:
-    """Return the key pair of a private key."""
+    """Load a private key, and return its key pair."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
@@ -74,14 +74,14 @@ def _pair(key: Ed25519PrivateKey) -> KeyPair:
 
 
 class Login(NamedTuple):
-    """The user of a VM, the user's key pair and that of the guest's SSH server."""
+    """The user of a VM, the user's key pair, and the key pair of the guest's SSH server."""
 
     user: str
     key: KeyPair
     host_key: KeyPair
 
     def access(self, port: int) -> Access:
-        """Return how to log in through a port of 127.0.0.1."""
+        """Return the address and the keys to log in through a port of 127.0.0.1."""
         return Access(port, self.user, self.key.private.decode(), self.host_key.public)
 
     def files(self, config: VMConfig) -> dict[str, bytes]:
@@ -107,7 +107,7 @@ def kept_login(config: VMConfig, directory: Path) -> Login:
     return Login(config.user, key, host_key)
 
 
-# In sshd_config.d the name that sorts first wins. A Link runs many commands over one connection.
+# A Link runs many commands over one connection. In sshd_config.d, the first file by name wins.
 SSHD = {
     "path": "/etc/ssh/sshd_config.d/10-smolvm.conf",
     "content": "MaxSessions 1000\nMaxStartups 1000\n",
@@ -131,19 +131,19 @@ def cloud_config(hostname: str, login: Login) -> dict[str, Any]:
         return {**config, "disable_root": False, "ssh_authorized_keys": keys}
     sudo = "ALL=(ALL) NOPASSWD:ALL"
     account = {"name": login.user, "sudo": sudo, "ssh_authorized_keys": keys}
-    # The image's own default user gets this name; its shell and groups stay.
+    # cloud-init gives this name to the image's default user, who keeps the shell and the groups.
     return {**config, "user": account, "users": ["default"]}
 
 
 def make_seed(hostname: str, login: Login) -> bytes:
-    """Make a NoCloud seed: a small disk from which cloud-init takes user, keys and host name.
+    """Make a NoCloud seed: a small disk from which cloud-init reads user, keys and host name.
 
-    The disk has an ISO 9660 file system named `cidata`. cloud-init creates a user other than
-    `root`, with sudo. The host name is the instance's id, too: cloud-init acts once for each id.
+    The disk has an ISO 9660 file system named `cidata`. cloud-init creates the user, with sudo,
+    unless it is `root`. The host name is also the instance id: cloud-init runs once for each id.
     """
     import pycdlib
 
-    config = json.dumps(cloud_config(hostname, login))  # JSON is YAML, too
+    config = json.dumps(cloud_config(hostname, login))  # JSON is valid YAML
     files = {
         "meta-data": json.dumps({"instance-id": hostname, "local-hostname": hostname}),
         "user-data": f"#cloud-config\n{config}",

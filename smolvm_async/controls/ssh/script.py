@@ -1,4 +1,4 @@
-"""The shell scripts for the guest: they set a command's variables and run it, or kill it."""
+"""The shell scripts for the guest: to run a command with its variables, and to kill a command."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def check_command(command: object, shell: object) -> None:
 
 
 def exports(env: Mapping[str, str]) -> str:
-    """Return a script for a POSIX shell that sets variables."""
+    """Return a POSIX shell script that sets variables."""
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
 
 
 def script(command: str, shell: str, env: Mapping[str, str], mark: str) -> tuple[str, bytes]:
     """Return the script for the SSH server, and the bytes to send first on its standard input.
 
-    Every process of the command has `mark` in its environment, so that `killer()` finds it.
+    Every process of the command has `mark` in its environment, so that `killer()` finds them all.
 
     The values of `env` are only on the input, since every user of the guest can read a command
-    line. The shell's `read` takes single bytes, so the rest of the input is left to the command.
+    line. The shell's `read` reads single bytes, so it leaves the rest of the input to the command.
     """
     if shell == "login":
         command = f'exec "$SHELL" -lc {shlex.quote(command)}'
@@ -68,23 +68,23 @@ def script(command: str, shell: str, env: Mapping[str, str], mark: str) -> tuple
 def killer(mark: str) -> str:
     """Return a script that kills every process of a `script()`.
 
-    SSH has a request for signals, but OpenSSH refuses it for root, and it would miss a process that
-    has left the command's process group. The shell itself has the mark only on its command line,
-    so that is searched too.
+    SSH can send signals, but OpenSSH refuses to do so for root, and the signal would not reach a
+    process that has left the command's process group. The first shell has the mark only on its
+    command line, so the script searches command lines, too.
     """
-    pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # does not match itself
+    pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # the brackets keep grep from finding itself
     places = "/proc/[0-9]*/environ /proc/[0-9]*/cmdline"
     find = f"grep -ls '{pattern}' {places} | cut -d/ -f3"
     own = f"for again in 1 2; do kill -KILL $({find}) 2>/dev/null; done"
     return f"{own}\n{_AS_ROOT} sudo -n sh -c {shlex.quote(_tree_killer(find))}"
 
 
-# Only root may kill the processes that a user started with sudo, and may read the mark of sudo.
+# Only root may kill processes that a user started with sudo, and read the mark of sudo itself.
 _AS_ROOT = '[ "$(id -u)" = 0 ] || ! grep -qsx sudo /proc/[0-9]*/comm ||'
 
 
 def _tree_killer(find: str) -> str:
-    """Return a script that also kills all descendants: sudo has cleared their environment."""
+    """Return a script that also kills all descendants: sudo removed the mark from them."""
     parents = "^PPid:.($(echo $next | tr ' ' '|'))\\$"
     return (
         f"all=; next=$({find})\n"
@@ -100,7 +100,7 @@ def parse_exports(text: str) -> dict[str, str]:
     """Return the variables that a script of `exports()` sets.
 
     Raises:
-        ValueError: If the text is not such a script.
+        ValueError: The text is not such a script.
     """
     words = shlex.split(text, posix=True)
     pairs = [word.partition("=") for word in words if word != "export"]

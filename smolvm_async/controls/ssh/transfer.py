@@ -4,17 +4,17 @@ A transfer has three steps, which are the same in both directions:
 
 1. List the source as `Entry` objects. Links are not followed, and the names that a guest reports
    are checked: a guest could report `../../etc/passwd`.
-2. Copy everything under a temporary name in the directory of the target. Directories come first,
-   with mode 0700, so that files can be made in them whatever their own mode is. Then the files are
-   copied, several at a time. Links are made after them, so that nothing is written through a link.
-   The directories get their own modes and times at the end.
-3. Publish: rename to the final name. Both names are in one directory, hence on one file system, and
-   the rename is atomic: a reader of the final name finds the old file or the whole new one, and
-   never a part. A directory that exists already may hold other files, so it is not replaced but
-   merged, with one rename for each file.
+2. Copy everything under a temporary name in the directory of the target. First make the directories
+   with mode 0700, so that even a read-only directory can receive its files. Then copy the files,
+   several at a time. Then make the links, so that no file is written through a link. At the end,
+   set the modes and times of the directories.
+3. Publish: rename to the final name. Both names are in one directory, so on one file system, and
+   the rename is atomic: a reader of the final name finds the old file or the whole new file, never
+   a part. An existing directory may hold other files, so it is not replaced: the copy is merged
+   into it, with one rename for each file.
 
-If a step fails or is cancelled, the caller removes the temporary name (`discard()`). Then no
-partial file is left; only files that a merge had already renamed stay.
+If a step fails or is cancelled, the caller removes the temporary copy (`discard()`). Then no
+partial file is left, only files that a merge has already renamed.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Entry(NamedTuple):
 
     Attributes:
         path: The path relative to the tree's root, with slashes; empty for the root itself.
-        mode: Type and permissions, as of stat(2).
-        size: Bytes.
-        mtime: When it was last modified, in seconds since the epoch.
+        mode: Type and permissions, as in stat(2).
+        size: The size in bytes.
+        mtime: The time of the last modification, in seconds since the epoch.
     """
 
     path: str
@@ -58,7 +58,7 @@ class Entry(NamedTuple):
 
     @property
     def kind(self) -> int:
-        """The type of the file, as of stat(2), such as `S_IFDIR`."""
+        """The type of the file, as in stat(2), such as `S_IFDIR`."""
         return stat.S_IFMT(self.mode)
 
 
@@ -116,15 +116,15 @@ def _checked(entry: Entry, shown: str) -> Entry:
     return entry
 
 
-AT_A_TIME = 16  # files, and blocks of each file
+AT_A_TIME = 16  # files to copy at a time, and blocks of each file
 LEAST_BLOCK, MOST_BLOCK = 16 << 10, 256 << 10  # bytes; the server reports its own limit
-ONE_BY_ONE = {"block_size": 0}  # asyncssh would go on with its own blocks after a cancellation
+ONE_BY_ONE = {"block_size": 0}  # asyncssh's own blocks would continue after a cancellation
 
 T = TypeVar("T")
 
 
 class TransferMeter(Meter):
-    """Reports how much of the files is copied."""
+    """A meter that reports how many bytes of the files are copied."""
 
     def __init__(self, callback: ProgressCallback | None, message: str, total: int) -> None:
         super().__init__(callback, "files", total)
@@ -138,7 +138,7 @@ class TransferMeter(Meter):
             self.tell()
 
     def tell(self) -> None:
-        """Report now."""
+        """Report the progress now."""
         self.report(self._message, self._done)
 
 
@@ -148,12 +148,12 @@ def temporary_name(name: str) -> str:
 
 
 def opened(path: Path, flags: int) -> AbstractAsyncContextManager[int]:
-    """Open a file of this host as a descriptor."""
+    """Open a file of this host for the block, and yield its descriptor."""
     return acquired(in_background(os.open, path, flags | os.O_CLOEXEC, 0o600), os.close)
 
 
 async def each(items: Iterable[T], work: Callable[[T], Coroutine[Any, Any, None]]) -> None:
-    """Call `work` with each item, several at a time; the first failure ends the others."""
+    """Call `work` with each item, several at a time; the first failure cancels all other calls."""
     pending = iter(items)
     failures: list[Exception] = []
 
@@ -178,7 +178,7 @@ async def copy_blocks(
 ) -> None:
     """Copy a file of `size` bytes in blocks.
 
-    `copy` is called with an offset and a count of bytes, and returns how many of them it copied.
+    `copy` gets an offset and a number of bytes, and returns the number of bytes that it copied.
     """
 
     async def whole(offset: int) -> None:
@@ -193,7 +193,7 @@ async def copy_blocks(
         await each(range(0, size, block), whole)
     elif size:
         await whole(0)
-    else:  # an empty file, or a file of /proc, which has no size
+    else:  # an empty file, or a file in /proc, whose size is always 0
         while count := await copy(size, block):
             size += count
 
