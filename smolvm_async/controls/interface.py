@@ -32,8 +32,8 @@ class Run(Protocol):
     Attributes:
         peripherals: Screen, input devices, VNC server and ports.
         link: The SSH connection to the guest.
-        failure: Why the run could not begin, or how it crashed; `None` if it did neither.
-        report: How the run ended.
+        failure: The error if the run could not start or crashed; otherwise `None`.
+        report: The report on the run's end.
     """
 
     peripherals: Peripherals
@@ -51,15 +51,15 @@ class Run(Protocol):
 
     @rpc
     async def ssh_access(self) -> Access:
-        """Return how to log in to the guest."""
+        """Return the address and the keys to log in to the guest."""
 
 
 class VM(Protocol):
-    """A VM.
+    """A VM that this process owns or is attached to.
 
     Attributes:
         config: The arguments of the VM.
-        hub: Hands out the events of the VM.
+        hub: Sends the events of the VM to all subscribers.
         on_crash: Called when the VM has crashed.
     """
 
@@ -77,11 +77,11 @@ class VM(Protocol):
 
     @property
     def run(self) -> Run | None:
-        """The current run or the last one; `None` before the first."""
+        """The current or the last run; `None` before the first run."""
 
     @property
     def over(self) -> asyncio.Future[None] | None:
-        """Done when `run` is over."""
+        """A future that is done when `run` has ended."""
 
     @rpc
     async def start(self) -> None:
@@ -104,7 +104,7 @@ class VM(Protocol):
         """See `AsyncSmolVM.delete()`."""
 
     async def leave(self, *, graceful: bool) -> None:
-        """Leave the `async with` block; not gracefully if an exception ended it."""
+        """Leave the `async with` block; `graceful` is false if an exception ended the block."""
 
     async def detach(self) -> None:
         """See `AsyncSmolVM.detach()`."""
@@ -116,7 +116,7 @@ def console_tail(console: Tail) -> str:
 
 
 def begun(vm: VM) -> tuple[Run, asyncio.Future[None]]:
-    """Return the current run or the last one, and the future that is done when that run is over.
+    """Return the current or the last run, and the future that is done when this run has ended.
 
     Raises:
         VMNotRunningError: The VM was never started.
@@ -145,7 +145,7 @@ class Control:
     """Base class of the controls: one group of actions on a running VM.
 
     Attributes:
-        vm: The VM as this process has it; it changes when the process attaches to the VM again.
+        vm: This process's object for the VM; attaching to the VM again replaces the object.
     """
 
     def __init__(self, vm: VM) -> None:
@@ -156,7 +156,7 @@ class Control:
         return running(self.vm)
 
     def taking_input(self) -> Run:
-        """Return the VM's run, if the guest is not paused: QEMU drops a paused guest's input."""
+        """Return the VM's run; raise an error if the guest is paused: QEMU would drop the input."""
         run = self.running()
         if self.vm.status is Status.PAUSED:
             raise VMNotRunningError(
@@ -166,7 +166,7 @@ class Control:
 
     @contextmanager
     def releasing(self, events: Sequence[InputEvent]) -> Iterator[None]:
-        """Release the keys and buttons that `events` press if the block fails or is cancelled."""
+        """If the block fails or is cancelled, release the keys and buttons that `events` press."""
         try:
             yield
         except BaseException:
@@ -183,6 +183,6 @@ def ended(vm_id: str, run: Run) -> Exception:
 
 
 def unprepared(config: VMConfig, error: OSError) -> LaunchError:
-    """Return the error of `start()` whose files cannot be written: a full disk, ..."""
+    """Return the error of `start()` for files that cannot be written, as on a full disk."""
     path = config.data_dir / config.vm_id
     return LaunchError(f"{config.vm_id} could not be prepared in {path}: {error}")

@@ -22,7 +22,7 @@ class Observation:
     _vm: VM
 
     async def wait_stopped(self) -> None:
-        """Wait until the VM has stopped, for whatever reason.
+        """Wait until the VM has stopped, for any reason.
 
         Raises:
             VMCrashedError: The VM crashed.
@@ -35,13 +35,13 @@ class Observation:
 
     @property
     def boot_state(self) -> BootState | None:
-        """The VM's boot state, or its last one if it has ended; `None` before `start()`."""
+        """The VM's boot state, or an ended VM's last boot state; `None` before `start()`."""
         return self._vm.run.boot.last.state if self._vm.run else None
 
     async def wait_for(
         self, state: BootState | str, timeout: float | None = None
     ) -> BootStateChanged:
-        """Wait until the VM has reached a boot state or a later one.
+        """Wait until the VM has reached a boot state or a later boot state.
 
         Args:
             state: `"firmware"`, `"operating_system"` or `"ready"`; see `BootState`.
@@ -51,10 +51,10 @@ class Observation:
             The last change of the boot state, with its evidence and the seconds since `start()`.
 
         Raises:
-            VMTimeoutError: The state was not reached in time.
-            VMCrashedError: The VM crashed before that.
-            VMNotRunningError: The VM was never started, or ended before that.
-            ConfigError: There is no such boot state (a `ValueError`).
+            VMTimeoutError: The VM did not reach the state in time.
+            VMCrashedError: The VM crashed before it reached the state.
+            VMNotRunningError: The VM was never started, or ended before it reached the state.
+            ConfigError: The boot state does not exist (a `ValueError`).
         """
         try:
             state = BootState(state)
@@ -79,10 +79,10 @@ class Observation:
         return reached
 
     def events(self) -> EventStream:
-        """Return the VM's events from this call on: QEMU's, and `BootStateChanged`.
+        """Return an iterator over the VM's events from now on: QEMU's and `BootStateChanged`.
 
-        May be called before `start()`. The iterator ends when the VM does. An iterator that is
-        more than 1024 events behind loses the oldest.
+        You can call this before `start()`. The iterator ends when the VM ends. An iterator that is
+        more than 1024 events behind loses the oldest events.
         """
         stream = self._vm.hub.subscribe()
         over = self._vm.over
@@ -107,7 +107,7 @@ class Observation:
 async def _timed_out(
     config: VMConfig, run: Run, state: BootState, seconds: float
 ) -> VMTimeoutError:
-    """Return the error for a boot state that was not reached within some seconds."""
+    """Return the error for a VM that did not reach `state` within `seconds`."""
     last = run.boot.last
     log = ""
     with suppress(ConfigError, OSError):  # the VM may have been deleted just now

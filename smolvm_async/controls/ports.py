@@ -16,13 +16,13 @@ class PortForwarding:
     async def expose_local(self, guest_port: int, host_port: int | None = None) -> int:
         """Forward a port of 127.0.0.1 to a TCP port of the guest, until the VM ends.
 
-        QEMU accepts connections from now on, even while no program listens in the guest: such
-        connections are closed again.
+        QEMU accepts connections from now on. While no program listens in the guest, QEMU closes
+        each connection again.
 
         Args:
             guest_port: The port that a program listens on in the guest, on any address of its
                 network card.
-            host_port: A port of 127.0.0.1; by default the kernel chooses a free one.
+            host_port: A port of 127.0.0.1; by default the kernel chooses a free port.
 
         Returns:
             The host's port.
@@ -37,7 +37,7 @@ class PortForwarding:
         return await running(self._vm).peripherals.ports.expose(guest_port, host_port)
 
     async def unexpose_local(self, host_port: int) -> None:
-        """Stop forwarding a port of the host. Connections that are open stay open.
+        """Stop forwarding a port of the host. Open connections stay open.
 
         Raises:
             ConfigError: The port is not forwarded (a `ValueError`).
