@@ -1,4 +1,4 @@
-"""The command line, `smolvm-async`: the library for a shell, with text or JSON as output.
+"""The command line `smolvm-async`: the library as shell commands, with text or JSON output.
 
 Exit codes:
 
@@ -11,7 +11,8 @@ Exit codes:
 128+n interrupted by signal n before the end: 130 by Ctrl-C; `run` has then killed its VM
 ===== ========================================================================================
 
-With `--json`, stdout is one JSON document, or one on each line for commands that go on over time
-(`run`, `logs --follow`). An error is the last document: `{"error": {"type": ..., "message": ...}}`;
-without `--json`, an error is text on stderr. Wrong usage is always text on stderr.
+With `--json`, stdout is one JSON document. Commands that report over time (`run`, `logs --follow`)
+write one document on each line. The last document may be an error:
+`{"error": {"type": ..., "message": ...}}`. Without `--json`, an error is text on stderr. Wrong
+usage is always text on stderr.
 """

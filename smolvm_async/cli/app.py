@@ -1,4 +1,4 @@
-"""`smolvm-async`: the program, made of its commands."""
+"""The program `smolvm-async`, with all its commands."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     try:
         app(prog_name=NAME)
-    except OSError as error:  # stdout cannot be written: the disk is full, ...
+    except OSError as error:  # stdout cannot be written, as on a full disk
         write_nowhere()
         complain("Error", f"stdout: {error.strerror}", "bold red")
         sys.exit(FAILED)

@@ -1,4 +1,4 @@
-"""The parts that all commands share: options, the VM of an id, signals, errors and exit codes."""
+"""The code that all commands share: options, finding a VM, signals, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Timeout = Annotated[
 async def find_vm(
     vm_id: str, data_dir: str | None, on_progress: ProgressCallback | None = None
 ) -> AsyncSmolVM:
-    """Return `AsyncSmolVM.from_id()`, with an error that names a command to try."""
+    """Find a VM by `AsyncSmolVM.from_id()`; raise an error that names a command to try."""
     try:
         return await AsyncSmolVM.from_id(vm_id, data_dir=data_dir, on_progress=on_progress)
     except VMNotFoundError:
@@ -74,7 +74,7 @@ async def find_vm(
 
 @asynccontextmanager
 async def running_vm(vm_id: str, data_dir: str | None) -> AsyncIterator[AsyncSmolVM]:
-    """Attach to a running VM for the length of a block."""
+    """Attach to a running VM during the block."""
     vm = await find_vm(vm_id, data_dir)
     if vm.status not in ACTIVE:
         raise VMNotRunningError(f"{vm_id} does not run, it is {vm.status}: start it first.")
@@ -85,7 +85,7 @@ async def running_vm(vm_id: str, data_dir: str | None) -> AsyncIterator[AsyncSmo
 
 
 def no_such_vm(vm_id: str) -> VMNotFoundError:
-    """Return the error for an id that no VM has."""
+    """Return the error for an unknown VM id."""
     return VMNotFoundError(
         f"there is no VM {vm_id!r}: smolvm-async list shows all VMs. If the VMs are not in the "
         "default directory, pass --data-dir."
@@ -95,8 +95,8 @@ def no_such_vm(vm_id: str) -> VMNotFoundError:
 class Interrupts:
     """The signals that cancel a command: SIGINT, SIGTERM and SIGHUP.
 
-    With `spare_first`, the first signal only sets `first`, and SIGHUP never cancels, since a
-    terminal that closes may send several.
+    With `spare_first`, the first signal only sets `first`, and SIGHUP never cancels the command,
+    since a closing terminal may send several SIGHUPs.
 
     Attributes:
         first: Set by the first signal.
@@ -109,12 +109,12 @@ class Interrupts:
         self._spare_first = spare_first
 
     async def during(self, command: Coroutine[Any, Any, T]) -> T:
-        """Run the command with handlers for the signals."""
+        """Run the command; let the signals cancel it."""
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup, or in the background
+            if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, or in the background
                 loop.add_signal_handler(number, self._on_signal, number, task)
         return await command
 
@@ -128,7 +128,7 @@ class Interrupts:
 def execute(
     command: Coroutine[Any, Any, T], *, json: bool, interrupts: Interrupts | None = None
 ) -> T:
-    """Run a command. Turn its errors into a message and an exit code."""
+    """Run a command; turn an error into a message and an exit code."""
     interrupts = interrupts or Interrupts()
     try:
         return asyncio.run(interrupts.during(command))
@@ -136,7 +136,7 @@ def execute(
         number = interrupts.number
         fail("Interrupted", f"interrupted by {number.name}", 128 + number, json=json)
     except BrokenPipeError:
-        raise typer.Exit(FAILED) from None  # nobody reads stdout any more
+        raise typer.Exit(FAILED) from None  # the reader of stdout is gone
     except (SmolVMError, OSError) as error:
         code = next((CODES[kind] for kind in CODES if isinstance(error, kind)), FAILED)
         data = error.to_json() if isinstance(error, SmolVMError) else {}
@@ -146,7 +146,7 @@ def execute(
 def fail(
     kind: str, message: str, code: int, *, json: bool, data: Mapping[str, object] | None = None
 ) -> NoReturn:
-    """Write an error, with the fields `data` as JSON, and exit; `message` contains the hint."""
+    """Write an error and exit. `message` contains the hint; `data` has more fields for JSON."""
     if json:
         write_json({"error": {**(data or {}), "type": kind, "message": message}})
     else:

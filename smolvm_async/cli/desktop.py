@@ -1,4 +1,4 @@
-"""`screenshot` and `vnc`: the desktop of a running VM of any process."""
+"""`screenshot` and `vnc`: commands for the desktop of any running VM of this user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`image`: publish images to S3, download them, and manage those on this machine."""
+"""`image`: publish images to S3, download them, and manage the images on this machine."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def push(
 ) -> None:
     """Publish the image in a directory.
 
-    A smolvm-image.json in it names its files. Without that, files are recognized by their names:
-    disk.qcow2 (or a single qcow2), vmlinuz or kernel, initrd, boot_args.
+    A smolvm-image.json in the directory names the image's files. Without this file, the names must
+    be disk.qcow2 (or a single qcow2), vmlinuz or kernel, initrd, boot_args.
     """
     with transfer(f"pushing {directory}", json=json) as show:
         push = push_image(
@@ -102,7 +102,7 @@ def push(
 
 @image.command()
 def pull(uri: Uri, image_dir: ImageDir = None, json: Json = False) -> None:
-    """Download a published image, or the missing files of it."""
+    """Download a published image, or only its missing files."""
     with transfer(f"pulling {uri}", json=json) as show:
         pulled = execute(ImageStore(image_dir).pull(uri, on_progress=show), json=json)
     if json:
@@ -149,7 +149,7 @@ def prune(
 ) -> None:
     """Remove leftovers, such as parts of cancelled downloads; with options, also old images.
 
-    Images that a VM needs stay.
+    Images that a VM needs are kept.
     """
     since = datetime.now() - timedelta(days=unused_days) if unused_days is not None else None
     store = ImageStore(image_dir)

@@ -32,7 +32,7 @@ def logs(
 ) -> None:
     """Show the end of a VM's serial console, or of the log of one of its processes.
 
-    On a terminal, control sequences of the guest are removed.
+    On a terminal, the guest's control sequences are removed.
     """
 
     def show(text: str) -> None:

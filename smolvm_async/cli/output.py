@@ -29,11 +29,11 @@ from smolvm_async.foundation import progress
 from smolvm_async.foundation.tail import printable
 from smolvm_async.qemu.shutdown import ENDINGS
 
-UNBOUNDED = 1 << 16  # columns, if stdout is not a terminal: nothing is cut off or wrapped
+UNBOUNDED = 1 << 16  # columns, if stdout is not a terminal, so that rich does not wrap lines
 
 
 class Screen(Console):
-    """A console that shows text unchanged, and raises an error when its reader has gone."""
+    """A console that shows text unchanged, and raises an error when its reader is gone."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         stream: TextIO | None = sys.stderr if stderr else sys.stdout  # None if the stream is closed
@@ -47,13 +47,13 @@ class Screen(Console):
         )
 
     def on_broken_pipe(self) -> None:
-        """Raise the error that is being handled, where rich itself would end the program."""
+        """Raise the current error again; without this method, rich would exit the program."""
         write_nowhere()
         raise
 
 
 def write_nowhere() -> None:
-    """Redirect stdout to /dev/null, with all that is still in its buffer."""
+    """Redirect stdout to /dev/null, including the output that is still in the buffer."""
     if sys.stdout is not None:
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -97,7 +97,7 @@ def show_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> Non
     """Write a table to stdout.
 
     Args:
-        columns: Titles, and for each the arguments of rich's `add_column()`.
+        columns: For each column's title, the arguments of rich's `add_column()`.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, arguments in columns.items():
@@ -109,7 +109,7 @@ def show_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> Non
 
 @contextmanager
 def busy(text: str, *, json: bool) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal a text and the time passed; yield a function that changes the text."""
+    """Show a text and the elapsed time on a terminal; yield a function that changes the text."""
     if json or not out.is_interactive:
         yield lambda text: None
         return
@@ -121,7 +121,7 @@ def busy(text: str, *, json: bool) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def transfer(text: str, *, json: bool) -> Iterator[progress.ProgressCallback]:
-    """Show on a terminal the progress of a transfer; yield a callback for the progress."""
+    """Show the progress of a transfer on a terminal; yield the callback for the progress."""
     if json or not out.is_interactive:
         yield lambda step: None
         return
@@ -148,5 +148,5 @@ def describe_ending(vm_id: str, report: ShutdownReport) -> str:
 
 
 def ending_fields(vm_id: str, report: ShutdownReport) -> dict[str, Any]:
-    """Return how a VM ended, with all rungs that were tried, as fields for JSON."""
+    """Return the fields for JSON that say how a VM ended, with all rungs that were tried."""
     return {"vm_id": vm_id, "graceful": report.graceful, **asdict(report)}

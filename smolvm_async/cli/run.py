@@ -1,4 +1,4 @@
-"""`run`: boot an image, keep the VM until a signal or its end, and show all that happens."""
+"""`run`: boot an image, run the VM until a signal or its end, and show every event."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from smolvm_async.config.options import VMOptions
 from smolvm_async.guests import GUESTS, GuestName
 from smolvm_async.state.record import ACTIVE
 
-MACHINE = ("memory", "cpus", "accel", "keep", "resolution", "vnc")  # fixed for a kept VM
+MACHINE = ("memory", "cpus", "accel", "keep", "resolution", "vnc")  # fixed in a kept VM
 
 
 def _defaults(field: str) -> str:
-    """Return the defaults that the guest OSes have for an option, for its help."""
+    """Return each guest OS's default for an option, for the option's help."""
     return ", ".join(f"{guest.title} {getattr(guest, field)}" for guest in GUESTS.values())
 
 
@@ -152,10 +152,10 @@ def run(
 
 
 class Feed(NamedTuple):
-    """The output of events as they happen. If nobody reads the output any more, the VM is stopped.
+    """The output of events as they happen. If the reader of the output is gone, stop the VM.
 
     Attributes:
-        tenths: For each download, the tenth that was shown last.
+        tenths: For each download, the last tenth that was shown.
     """
 
     json: bool
@@ -163,7 +163,7 @@ class Feed(NamedTuple):
     tenths: dict[str, int]
 
     def tell(self, event: str, text: str, **fields: object) -> None:
-        """Write one event: its text, or for JSON its name and fields."""
+        """Write an event: its text, or for JSON its name and fields."""
         try:
             if self.json:
                 write_json({"event": event, **fields})
@@ -174,9 +174,9 @@ class Feed(NamedTuple):
             self.interrupts.first.set()
 
     def on_progress(self, progress: Progress) -> None:
-        """Write a step. Boot states are left out: `tell_boot()` writes them with more detail.
+        """Write a progress step, except boot states: `tell_boot()` writes more details of these.
 
-        As text, a download is shown at each tenth.
+        In text output, write a download only at each tenth.
         """
         if not self.json and progress.done and progress.total and progress.rate:
             tenth = 10 * progress.done // progress.total

@@ -39,7 +39,7 @@ from smolvm_async.cli.output import (
 
 AGES = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 LEFT, RIGHT = {"no_wrap": True}, {"no_wrap": True, "justify": "right"}
-STYLES: dict[str, dict[str, Any]] = {  # of columns of `list`; others are aligned by their type
+STYLES: dict[str, dict[str, Any]] = {  # of columns; the type aligns other columns
     "vm_id": {"no_wrap": True, "min_width": 8},
     "image": {"overflow": "fold"},
 }
@@ -51,7 +51,7 @@ def list_vms(data_dir: DataDir = None, json: Json = False) -> None:
     if json:
         write_json([asdict(info) for info in infos])
     elif infos:
-        # A column for each field of VMInfo, numbers on the right: a new field needs no change here.
+        # Derive the columns from VMInfo, numbers on the right: a new field needs no change here.
         columns = {
             field.name.removeprefix("vm_").upper(): STYLES.get(
                 field.name, RIGHT if str(field.type).startswith(("int", "float")) else LEFT
@@ -76,7 +76,7 @@ def _cell(info: VMInfo, name: str) -> str:
 
 
 def _age(seconds: float) -> str:
-    """Return seconds in the largest unit that fits at least once."""
+    """Format seconds in the largest unit that fits at least once."""
     length, unit = next((unit for unit in AGES if seconds >= unit[0]), AGES[-1])
     return f"{seconds // length:.0f} {unit}"
 
@@ -84,7 +84,7 @@ def _age(seconds: float) -> str:
 def stop(
     vm_id: VMId, timeout: Timeout = None, data_dir: DataDir = None, json: Json = False
 ) -> None:
-    """Power a VM's guest down, from any process, and show how the VM ended."""
+    """Power down a VM of any process, and show how the VM ended."""
 
     async def work() -> ShutdownReport | None:
         vm = await find_vm(vm_id, data_dir)
@@ -116,7 +116,7 @@ def delete(
 ) -> None:
     """Delete VMs with all their files. Running VMs are killed first.
 
-    A question comes before kept VMs are deleted, unless --yes is given.
+    Without --yes, the command asks before it deletes kept VMs.
     """
     vm_ids = list(dict.fromkeys(vm_ids))
     infos = {info.vm_id: info for info in execute(AsyncSmolVM.list(data_dir=data_dir), json=json)}
@@ -145,7 +145,7 @@ def _confirm(names: str, json: bool) -> None:
 
 
 def prune(data_dir: DataDir = None, json: Json = False) -> None:
-    """Remove VMs whose owners have died. Kept VMs stay, stopped."""
+    """Remove VMs whose owners have died. Kept VMs stay and become stopped."""
     infos = execute(AsyncSmolVM.prune(data_dir=data_dir), json=json)
     if json:
         write_json([asdict(info) for info in infos])
