@@ -21,7 +21,7 @@ def doctor(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Check this host by doing the work of a VM. This takes some seconds and leaves no files."""
+    """Check this host by doing a VM's work. This takes some seconds and leaves nothing behind."""
     from smolvm_async.doctor import Finding, Outcome, examine  # only this command needs it
 
     marks = {

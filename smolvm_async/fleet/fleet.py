@@ -54,7 +54,7 @@ class Fleet:
                 ...
 
     Entering the block starts `size` VMs, as many at a time as the host allows. Leaving the block,
-    in any way, kills and deletes all VMs. VMs start first come, first served. Each VM waits until
+    in any way, kills and deletes all VMs. VMs start in the order they asked. Each VM waits until
     its memory plus QEMU's overhead fits into the host's available memory, minus the memory that
     this process has promised to other fleet VMs but that they do not use yet.
 

@@ -1,7 +1,7 @@
 """The messages between a `DaskFleet` and the Dask workers; needs `distributed`.
 
-Dask pickles the messages by their module's path, so client and workers need the same version of
-this package. `check_version()` raises an error that explains a mismatch.
+Dask pickles the messages by their module's path, so client, scheduler and workers need the same
+version of this package. `check_version()` raises an error that explains a mismatch.
 """
 
 from __future__ import annotations
