@@ -196,7 +196,7 @@ def _check_box(box: object, argument: str) -> Region:
 
 
 def _check_ignored(ignore: object) -> dict[str, Region]:
-    """Return the regions to ignore by their names in messages; do not check the picture's size."""
+    """Return the regions to ignore, keyed by name for messages; do not check the picture size."""
     if not isinstance(ignore, Mapping | tuple | list):
         raise ConfigError(
             f"ignore={shown(ignore)} is wrong: pass a list of regions (left, top, width, height), "

@@ -83,7 +83,7 @@ class Desktop:
 
         Raises:
             ConfigError: An argument is wrong, or there is no condition (a `ValueError`).
-            VMTimeoutError: A timeout; the message lists the conditions that were not met.
+            VMTimeoutError: The wait timed out; the message lists the unmet conditions.
             VMNotRunningError: The VM is not running, or stops during the wait.
         """
         comparison = Comparison(

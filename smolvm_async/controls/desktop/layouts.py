@@ -7,8 +7,8 @@ matter: the numeric pad is not used.
 The layouts are xkeyboard-config's (`tests/layouts/generate.py` derives layouts.json from it), so a
 Linux guest with the layout of the same name types exactly this text. Windows mostly agrees: on
 letters, digits, characters with Shift, and the dead keys of a layout's own languages. If Linux can
-type an ASCII character in two ways, layouts.json has the way that Windows keyboards print. (We have
-not tested Windows.) The known differences:
+type an ASCII character in two ways, layouts.json has the way that is printed on Windows keyboards.
+(We have not tested this in Windows.) The known differences:
 
 - With AltGr, xkeyboard-config has characters (arrows, fractions, ł, ð...) where Windows has other
   characters or none. Some are dead keys in Windows, such as ~ and ` on `fr`, or ~ on `es`: Windows

@@ -219,7 +219,7 @@ class Commands(OverSSH):
             Exit code, output and duration.
 
         Raises:
-            CommandTimeoutError: The command took too long and was killed; contains its output.
+            CommandTimeoutError: The command took too long and was killed; has its output so far.
             CommandFailedError: `check` is true, and the exit code is not 0.
             ConnectionLostError: The guest or its SSH server was reset or has ended.
             VMTimeoutError: The guest was not ready within `Timeouts.boot`.

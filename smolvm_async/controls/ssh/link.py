@@ -67,7 +67,7 @@ class Sessions:
 
     The server does not report how many sessions it allows (OpenSSH: 10, or `MaxSessions`). When it
     refuses a session, the limit becomes the number of sessions that are open. A caller takes a
-    place by `enter()`, and returns the place by `leave()` or, without a session, `give_up()`.
+    place by `enter()`, and releases the place by `leave()` or, without a session, `give_up()`.
     """
 
     def __init__(self) -> None:
@@ -98,12 +98,12 @@ class Sessions:
         self._opened += 1
 
     def leave(self) -> None:
-        """Return the place of a session that has ended."""
+        """Release the place of a session that has ended."""
         self._opened -= 1
         self.give_up()
 
     def give_up(self) -> None:
-        """Return the place of a caller that has no session."""
+        """Release the place of a caller that has no session."""
         self._entered -= 1
         self._admit()
 
@@ -182,7 +182,7 @@ class Link:
         end: Callable[[T], Coroutine[None, None, None]],
         on_turn: Callable[[bool], None] = lambda _: None,
     ) -> T:
-        """Open a session as soon as the server has room; return it by `release()` or `end()`.
+        """Open a session as soon as the server has room; `release()` or `end()` frees its place.
 
         Args:
             opener: Opens the session on a connection.
@@ -226,11 +226,11 @@ class Link:
             self._sessions.opened()
 
     def release(self) -> None:
-        """Return the place of a session that has ended; see `open()`."""
+        """Release the place of a session that has ended; see `open()`."""
         self._sessions.leave()
 
     async def end(self, ending: Coroutine[None, None, None]) -> None:
-        """Run `ending`, which ends a session, and return the session's place.
+        """Run `ending`, which ends a session, and release the session's place.
 
         This waits even if the caller is cancelled, but at most 2 s: if the guest hangs, the
         session ends in the background.
