@@ -108,8 +108,8 @@ def check_vm_id(vm_id: object) -> str:
     """Check the id of a VM against the pattern `VM_ID`, and return the id."""
     if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
         raise ConfigError(
-            f"vm_id={vm_id!r} is wrong: pass 1 to 63 lower-case letters, digits and hyphens, "
-            "with no hyphen at either end, such as vm_id='build-42'."
+            f"vm_id={vm_id!r} is wrong: pass an id of 1 to 63 lower-case letters, digits and "
+            "hyphens that does not begin or end with a hyphen, such as vm_id='build-42'."
         )
     return vm_id
 
@@ -140,8 +140,8 @@ def check_vnc_kind(kind: object, argument: str = "vnc") -> VNCKind | None:
     if kind == "unix":
         return "unix"
     raise ConfigError(
-        f"{argument}={shown(kind)} is wrong: pass 'loopback' (a port of 127.0.0.1; True is the "
-        "same), 'unix' (a socket in the VM's directory), or None."
+        f"{argument}={shown(kind)} is wrong: pass 'loopback' (a port on 127.0.0.1; True means "
+        "the same), 'unix' (a socket in the VM's directory), or None."
     )
 
 
@@ -205,8 +205,8 @@ def check_env(env: object, argument: str = "env") -> dict[str, str]:
             )
         if not isinstance(value, str) or "\0" in value or encoded(value) is None:
             raise ConfigError(
-                f"{argument}= gives {name} a value that is not a str, or that has a NUL character "
-                "or a lone surrogate: pass text, such as str(value)."
+                f"{argument}= is wrong: the value of {name} is not a str, or contains a NUL "
+                "character or a lone surrogate: pass a valid str, such as str(value)."
             )
     return dict(env)
 
@@ -251,6 +251,7 @@ def check_port_forwards(forwards: object) -> tuple[PortForward, ...]:
     for host_port in taken:
         if taken.count(host_port) > 1:
             raise ConfigError(
-                f"port_forwards= gives the host's port {host_port} to two forwards: choose another."
+                f"port_forwards= uses host port {host_port} more than once: choose a different "
+                "host port for each forward."
             )
     return tuple(checked)

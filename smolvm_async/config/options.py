@@ -110,7 +110,7 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
             profile.require(name)
     if not image and profile.name not in BUILT_IN:
         raise ConfigError(
-            f"image= is missing: this library builds no {profile.title} image; "
+            f"image= is missing: this library does not build {profile.title} images; "
             f"pass image= with the path of a qcow2 that has {profile.title} installed."
         )
     cpus, vm_id, on_progress = given["cpus"], given["vm_id"], given["on_progress"]
@@ -180,7 +180,8 @@ def _within_bound(config: VMConfig) -> VMConfig:
     if bound is not None and bound <= config.memory:
         raise ConfigError(
             f"limits: vm_memory={bound} is too small for memory={config.memory}: QEMU needs the "
-            "guest's memory and some 100 MiB for itself; pass more, or a smaller memory=."
+            "guest's memory and about 100 MiB for itself; pass a larger vm_memory= or a smaller "
+            "memory=."
         )
     return config
 
@@ -209,7 +210,7 @@ def _profile(os: object, image: object, origin: Origin) -> GuestProfile:
     if os is None:
         if isinstance(origin, LocalDisk):
             raise ConfigError(
-                f"os= is missing: a file does not tell which operating system is inside {image!r}; "
+                f"os= is missing: smolvm_async cannot detect the operating system in {image!r}; "
                 f"pass {CHOICES}."
             )
         os = DEFAULT.name
@@ -232,7 +233,7 @@ def _direct_boot(origin: Origin, given: Mapping[str, Any]) -> dict[str, Any]:
     if kernel is None:
         raise ConfigError(
             f"{named[0]}= needs kernel=, which is missing: without kernel=, the image's boot "
-            "loader decides how the guest starts. Pass kernel= too, or leave this out."
+            f"loader decides how the guest starts. Pass kernel= too, or leave {named[0]}= out."
         )
     if not isinstance(origin, LocalDisk):
         raise ConfigError("kernel= needs image=, which is missing: pass the root disk's qcow2.")
@@ -280,8 +281,8 @@ def _memory(memory: object, profile: GuestProfile) -> int:
         )
     if memory > MAX_MEMORY:
         raise ConfigError(
-            f"memory={shown(memory)} is more than QEMU can give a guest: "
-            f"pass MiB, at most memory={MAX_MEMORY}."
+            f"memory={shown(memory)} is more memory than QEMU can give a guest: "
+            f"pass at most memory={MAX_MEMORY} (MiB)."
         )
     return memory
 
@@ -296,9 +297,12 @@ def _nested(model: type[M], argument: str, value: object) -> M:
     if isinstance(value, Mapping):
         unknown = sorted(str(name) for name in value if name not in model.model_fields)
         if unknown:
-            raise ConfigError(f"{argument}= has no {', '.join(unknown)}; pass some of: {known}.")
+            raise ConfigError(
+                f"{argument}= has unknown fields: {', '.join(unknown)}; pass only these fields: "
+                f"{known}."
+            )
         return model(**value)
     raise ConfigError(
         f"{argument}={shown(value)} is wrong: pass {model.__name__}({model.example}) or a mapping "
-        f"of its names: {known}."
+        f"of its fields: {known}."
     )

@@ -48,8 +48,8 @@ def parse_uri(uri: object, argument: str = "image") -> Location:
     bucket, _, key = uri[len(S3) :].partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,253}[a-z0-9]", bucket):
         raise ImageError(
-            f"{argument}={shown(uri)} has no valid bucket name: 3 to 255 lower-case letters, "
-            f"digits, dots, hyphens and underscores; {expected}."
+            f"{argument}={shown(uri)} has an invalid bucket name (allowed: 3 to 255 lower-case "
+            f"letters, digits, dots, hyphens and underscores): {expected}."
         )
     if not key.isprintable() or re.search(r"(^|/)\.{1,2}(/|$)|[?#]", key):
         raise ImageError(
@@ -93,7 +93,7 @@ def _path_of_uri(image: str) -> str:
     assert parts is not None
     if (parts["host"] or "localhost").lower() != "localhost":
         raise ImageError(
-            f"image={image!r} names the host {parts['host']!r}: only files of this machine can be "
+            f"image={image!r} names the host {parts['host']!r}: only files on this machine can be "
             "used; write file:///absolute/path (three slashes)."
         )
     if bad := re.search(r"[?#\x00-\x1f\x7f]", image):
@@ -103,8 +103,8 @@ def _path_of_uri(image: str) -> str:
         )
     if re.search(r"%(?![0-9A-Fa-f]{2})", image):
         raise ImageError(
-            f"image={image!r}: a '%' in a URI is followed by two hex digits; "
-            "write a literal one as %25, or pass the plain path."
+            f"image={image!r}: a '%' in a URI must be followed by two hex digits; "
+            "write a literal '%' as %25, or pass the plain path."
         )
     if not parts["path"].startswith("/"):
         raise ImageError(

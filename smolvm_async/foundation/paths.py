@@ -27,7 +27,7 @@ def absolute(text: str) -> Path:
     try:
         return Path(_possible(text)).absolute()
     except FileNotFoundError:
-        raise PathError("is relative to a working directory that is gone") from None
+        raise PathError("is relative to a working directory that was deleted") from None
 
 
 def _possible(text: str) -> str:

@@ -125,7 +125,7 @@ class Child:
 
     def report(self) -> str:
         """Return the name, exit status, end of the log and command, for an error message."""
-        status = "still runs"
+        status = "is still running"
         if self.returncode is not None:
             status = f"ended: {describe_exit(self.returncode)}"
         tail = self.log.quote() or "(empty)"
@@ -196,7 +196,7 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
             undo.callback(process.kill)
             child = Child(name, argv, process, output, kept)
         except OSError as error:
-            message = f"{name} could not be started: {error}.\nCommand: {shlex.join(argv)}"
+            message = f"cannot start {name}: {error}.\nCommand: {shlex.join(argv)}"
             raise LaunchError(message, command=tuple(argv)) from error
         undo.pop_all()
         return child
@@ -228,7 +228,7 @@ async def run(
         process = await settle(starting)
         output, _ = await process.communicate()
     except OSError as error:
-        message = f"{shlex.join(words)} could not be started: {error}"
+        message = f"cannot start {shlex.join(words)}: {error}"
         raise CommandError(message, command=tuple(words)) from error
     except asyncio.CancelledError:
         if has_result(starting):

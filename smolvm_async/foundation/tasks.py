@@ -113,7 +113,7 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         del _workers[loop]  # with its queue, or a later thread would run the function
         raise HostError(
             f"This host cannot start a thread: {error}.",
-            hint="End other processes, or raise the limit of processes (ulimit -u).",
+            hint="Stop other processes, or raise the process limit (ulimit -u).",
             missing=("threads",),
         ) from error
 

@@ -27,24 +27,25 @@ FEATURES: dict[FeatureName, Feature] = {
         ("upload_file", "download_file"),
         (),
         "Put the files into the image, or let the guest fetch and send them over its network "
-        "(the host is 10.0.2.2 there).",
+        "(from the guest, the host's address is 10.0.2.2).",
     ),
     "variables": Feature(
         ("set_env_vars", "unset_env_vars", "list_env_vars"),
         ("env",),
         "Set the variables inside the image.",
     ),
-    "user": Feature((), ("user",), "Leave user= out: the image has users of its own."),
+    "user": Feature((), ("user",), "Leave user= out: the image defines its own users."),
     "kernel": Feature(
         (),
         ("kernel", "initrd", "boot_args"),
-        "Pass image= alone: the image's own boot loader starts the guest.",
+        "Pass only image=, without kernel=, initrd= and boot_args=: the image's boot loader starts "
+        "the guest.",
     ),
     "mounts": Feature(
         (),
         ("mounts", "writable_mounts"),
         "Put the files into the image, or let the guest fetch them over its network "
-        "(the host is 10.0.2.2 there).",
+        "(from the guest, the host's address is 10.0.2.2).",
     ),
     "internet_settings": Feature(
         (),

@@ -31,8 +31,8 @@ LINUX = GuestProfile(
         "mounts": "Use upload_file() instead.",
         "internet_settings": "Use the guest's own firewall (nftables), or filter on the host.",
         "snapshots": (
-            "Pass keep=True, and the VM keeps its disk when it stops (from_id() finds the VM "
-            "again); or start a new VM with image= from a qcow2 in the state you want."
+            "Pass keep=True to keep the VM's disk when the VM stops, and reopen the VM with "
+            "from_id(); or start a new VM from a qcow2 that is in the desired state (image=)."
         ),
     },
 )

@@ -48,7 +48,7 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
     """
     if sys.platform not in profile.hosts:
         raise HostError(
-            f"{profile.title} guests need a Linux host; this one is {sys.platform!r}.",
+            f"{profile.title} guests need a Linux host; this host is {sys.platform!r}.",
             hint="Run this on a Linux machine, or in a Linux VM with nested virtualization.",
             missing=("linux",),
         )
@@ -136,5 +136,5 @@ def choose_accelerator(requested: str, *, smm: bool = True) -> tuple[Accelerator
         )
     return accelerator.TCG, (
         f"KVM cannot be used: {problem.reason}. The guest runs under TCG (software emulation), "
-        f"many times slower. {problem.cure} accel='tcg' silences this warning."
+        f"many times slower. {problem.cure} Pass accel='tcg' to silence this warning."
     )

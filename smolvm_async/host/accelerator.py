@@ -75,26 +75,29 @@ def probe_kvm(
         )
     if not _has_virtualization(cpuinfo):
         return Problem(
-            "the processor shows neither VT-x (vmx) nor AMD-V (svm): they are switched off, or "
-            "this host is itself a VM without nested virtualization, where guests hang or die "
-            f"even if {device} opens",
-            "Switch virtualization on in the host's firmware set-up; for a VM, enable nested "
-            "virtualization on its own host.",
+            "the processor reports neither VT-x (vmx) nor AMD-V (svm): virtualization is switched "
+            "off, or this host is itself a VM without nested virtualization, where guests hang or "
+            f"die even if {device} can be opened",
+            "Enable virtualization in the host's firmware settings; if this host is a VM, enable "
+            "nested virtualization on the machine that runs it.",
         )
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return Problem(
             f"{device} does not exist",
-            "Load the kernel's module: sudo modprobe kvm_intel, or kvm_amd.",
+            "Load the module: sudo modprobe kvm_intel (Intel) or sudo modprobe kvm_amd (AMD).",
         )
     except PermissionError:
         return Problem(
-            f"{device} may not be opened by this user",
+            f"this user may not open {device}",
             "Run: sudo usermod -aG kvm $USER, and log in again.",
         )
     except OSError as error:
-        return Problem(f"{device} cannot be opened: {error.strerror}", "Load kvm_intel or kvm_amd.")
+        return Problem(
+            f"{device} cannot be opened: {error.strerror}",
+            "Load the module: sudo modprobe kvm_intel (Intel) or sudo modprobe kvm_amd (AMD).",
+        )
     try:
         return _probe(fd, device, smm)
     finally:
@@ -106,9 +109,16 @@ def _probe(fd: int, device: Path, smm: bool) -> Problem | None:
         version = fcntl.ioctl(fd, KVM_GET_API_VERSION)
         has_smm = fcntl.ioctl(fd, KVM_CHECK_EXTENSION, KVM_CAP_X86_SMM)
     except OSError as error:
-        return Problem(f"{device} does not answer as KVM: {error.strerror}", "Reload kvm.")
+        return Problem(
+            f"{device} does not answer as KVM: {error.strerror}",
+            "Reload the KVM module: sudo modprobe -r kvm_intel && sudo modprobe kvm_intel "
+            "(on AMD: kvm_amd).",
+        )
     if version != KVM_API_VERSION:
-        return Problem(f"{device} speaks KVM API {version}, not 12", "Update the host's kernel.")
+        return Problem(
+            f"{device} has KVM API version {version}; version {KVM_API_VERSION} is required",
+            "Update the host's kernel.",
+        )
     if smm and not has_smm:
         return Problem(
             "this KVM has no System Management Mode (SMM), which Secure Boot needs",

@@ -81,4 +81,7 @@ def how_to_install(needed: Iterable[Program]) -> str:
     commands = "; ".join(
         f"{known.install_command(needed)} ({known.name})" for known in DISTRIBUTIONS
     )
-    return f"This distribution is not known here; on others the command is: {commands}"
+    return (
+        "This distribution is unknown to smolvm_async. "
+        f"On the supported distributions, the commands are: {commands}"
+    )

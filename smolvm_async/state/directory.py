@@ -239,8 +239,8 @@ class VMDirectory:
             is_kind = path.is_dir if name in parts.directories else path.is_file
             if path.is_symlink() or not is_kind():
                 raise ConfigError(
-                    f"{str(path)!r} is missing, or is not what was kept: this VM "
-                    "cannot be started again. Put it back, or delete() the VM."
+                    f"{str(path)!r} is missing or was replaced, so this VM cannot start "
+                    "again. Restore the original file or directory, or delete() the VM."
                 )
 
     def clear_secrets(self) -> None:
@@ -312,13 +312,13 @@ class VMDirectory:
         if SCRATCH not in names and not all(map(is_ours, names)):
             raise ConfigError(
                 f"{str(self.path)!r} exists and is not a VM's directory: "
-                f"choose another vm_id= than {self.path.name!r}, or another data_dir=."
+                f"choose a vm_id= other than {self.path.name!r}, or another data_dir=."
             )
 
     def _in_use(self, by: str) -> VMAlreadyExistsError:
         return VMAlreadyExistsError(
-            f"vm_id={self.path.name!r} is taken by a VM that is in use by {by}: choose another "
-            "id, attach to that VM with AsyncSmolVM.from_id(), or delete() it first."
+            f"vm_id={self.path.name!r} belongs to a VM that {by} is using: choose another "
+            "id, attach to the VM with AsyncSmolVM.from_id(), or delete() it first."
         )
 
 
@@ -381,8 +381,8 @@ def check_data_dir(data_dir: Path) -> None:
         raise _unusable(data_dir, f"it belongs to another user (user id {status.st_uid})")
     if status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
         raise ConfigError(
-            f"data_dir={str(data_dir)!r} can be written to by other users of this machine: "
-            f"pass another one, or run: chmod go-w {str(data_dir)!r}"
+            f"Other users of this machine can write to data_dir={str(data_dir)!r}: "
+            f"pass another directory, or run: chmod go-w {str(data_dir)!r}"
         )
 
 
@@ -424,8 +424,8 @@ def cannot_use(path: Path, error: OSError) -> ConfigError:
 def not_found(path: Path) -> VMNotFoundError:
     """Return the exception for a path that is not a VM's directory."""
     return VMNotFoundError(
-        f"vm_id={path.name!r} is not a VM in {str(path.parent)!r}: AsyncSmolVM.list() shows the "
-        "VMs; pass data_dir= if the VM was made with one."
+        f"no VM with vm_id={path.name!r} exists in {str(path.parent)!r}: AsyncSmolVM.list() shows "
+        "the VMs; pass data_dir= if the VM was created with data_dir=."
     )
 
 

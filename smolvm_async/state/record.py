@@ -129,6 +129,6 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
 
 def _unreadable(directory: Path, reason: str) -> ConfigError:
     return ConfigError(
-        f"{str(directory / RECORD)!r} cannot be read as the record of a VM: {reason}. "
-        "Remove the directory if you do not need it."
+        f"The VM's record {str(directory / RECORD)!r} cannot be read: {reason}. "
+        "Remove the directory if you do not need the VM."
     )

@@ -251,10 +251,10 @@ async def test_a_record_that_is_none_is_told_and_touched_by_nobody(
     (directory / "vm.json").write_bytes(content)
     assert await AsyncSmolVM.list(data_dir=data_dir) == []
     assert await AsyncSmolVM.prune(data_dir=data_dir) == []
-    assert "cannot be read as the record of a VM" in caplog.text
-    with pytest.raises(ConfigError, match="cannot be read as the record"):
+    assert "The VM's record" in caplog.text
+    with pytest.raises(ConfigError, match=r"The VM's record .* cannot be read"):
         await AsyncSmolVM.from_id("strange", data_dir=data_dir)
-    with pytest.raises(ConfigError, match="cannot be read as the record"):
+    with pytest.raises(ConfigError, match=r"The VM's record .* cannot be read"):
         await vm_in(data_dir, blank_image, vm_id="strange").start()
     assert (directory / "vm.json").read_bytes() == content
     shutil.rmtree(directory)
@@ -285,7 +285,7 @@ async def test_a_record_that_is_no_file_is_told_every_time(
     for _ in range(3):
         assert await AsyncSmolVM.list(data_dir=data_dir) == []
         assert await AsyncSmolVM.prune(data_dir=data_dir) == []
-        with pytest.raises(ConfigError, match="cannot be read as the record"):
+        with pytest.raises(ConfigError, match=r"The VM's record .* cannot be read"):
             await AsyncSmolVM.from_id("strange", data_dir=data_dir)
     shutil.rmtree(record.parent)
 

@@ -303,7 +303,7 @@ def test_an_id_that_is_taken_is_told(run: Run, blank_image: Path, data_dir: Path
     arguments = ["--os", "windows", "--accel", "tcg", "--id", "one", "--data-dir", str(data_dir)]
     with run("--id", "one") as running:
         told = cli("run", f"file://{blank_image}", *arguments, code=2)
-        assert "vm_id='one' is taken by a VM that is in use" in told.stderr
+        assert "vm_id='one' belongs to a VM that" in told.stderr
         running.kill(signal.SIGINT)
         running.end()
 

@@ -233,7 +233,7 @@ async def test_a_data_dir_that_others_can_write_to(tmp_path: Path) -> None:
     shared.chmod(0o777)
     found = by_check(await examine(data_dir=shared))
     assert found["data-dir"].status is Outcome.FAILED
-    assert "can be written to by other users" in found["data-dir"].detail
+    assert "Other users of this machine can write to" in found["data-dir"].detail
     skipped = {"disk", *BOOTED}
     assert statuses(found, skipped) == dict.fromkeys(skipped, "skipped")
     assert not list(shared.iterdir())

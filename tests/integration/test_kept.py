@@ -200,7 +200,7 @@ async def test_what_is_not_complete_any_more_is_not_started(
     (data_dir / "kept" / name).rename(moved)
     if how == "link":
         (data_dir / "kept" / name).symlink_to(moved)
-    with pytest.raises(ConfigError, match=rf"{name}.* is missing, or is not what was kept"):
+    with pytest.raises(ConfigError, match=rf"{name}.* is missing or was replaced"):
         await vm.start()
     await vm.delete()
     assert moved.exists()

@@ -92,7 +92,7 @@ async def test_who_locks_the_data_directory_itself_is_not_waited_for(
         ({"vm_cpus": -1}, ["limits: vm_cpus=-1", "greater than 0"]),
         ({"vm_memory": 1.5}, ["limits: vm_memory=1.5"]),
         ({"vm_memory": 2048}, ["limits: vm_memory=2048", "too small for memory=2048"]),
-        ({"memory": 5}, ["limits= has no memory", "max_memory, vm_memory, vm_cpus"]),
+        ({"memory": 5}, ["limits= has unknown fields: memory", "max_memory, vm_memory, vm_cpus"]),
         (5, ["limits=5", "Limits(max_memory=16384)", "mapping"]),
     ],
 )

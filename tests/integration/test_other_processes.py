@@ -366,7 +366,7 @@ async def test_an_owner_with_another_protocol_is_told(
 
 
 async def test_an_unknown_id_is_told_and_a_wrong_one_refused(data_dir: Path) -> None:
-    with pytest.raises(VMNotFoundError, match="vm_id='nobody' is not a VM in"):
+    with pytest.raises(VMNotFoundError, match="no VM with vm_id='nobody' exists in"):
         await AsyncSmolVM.from_id("nobody", data_dir=data_dir)
     with pytest.raises(ConfigError, match="vm_id="):
         await AsyncSmolVM.from_id("../etc", data_dir=data_dir)

@@ -129,8 +129,11 @@ def config(**arguments: Any) -> VMConfig:
 @pytest.mark.parametrize(
     ("arguments", "phrases"),
     [
-        ({"image": None}, ["image= is missing", "builds no Windows image", "qcow2", "installed"]),
-        ({"os": None}, ["os= is missing", "does not tell", "pass os='windows'"]),
+        (
+            {"image": None},
+            ["image= is missing", "does not build Windows images", "qcow2", "installed"],
+        ),
+        ({"os": None}, ["os= is missing", "cannot detect", "pass os='windows'"]),
         ({"os": None, "image": "~/disk.qcow2"}, ["os= is missing", "'~/disk.qcow2'"]),
         ({"os": None, "image": "disk.qcow2"}, ["os= is missing", "'disk.qcow2'"]),
         ({"os": None, "image": "file:///disk.qcow2"}, ["os= is missing", "'file:///disk.qcow2'"]),
@@ -262,7 +265,7 @@ def test_an_image_is_found_under_every_form_of_its_path(
 
 
 REFERENCES = [
-    ("file://server/disk.qcow2", ["'server'", "only files of this machine", "file:///"]),
+    ("file://server/disk.qcow2", ["'server'", "only files on this machine", "file:///"]),
     ("file://localhost:80/disk.qcow2", ["'localhost:80'", "file:///"]),
     ("file://user@localhost/disk.qcow2", ["'user@localhost'", "file:///"]),
     ("file://[fe80::1/disk.qcow2", ["file:///"]),

@@ -62,7 +62,7 @@ def test_an_image_of_ones_own_is_no_built_in_one() -> None:
         ({"port_forwards": [0]}, ["guest_port=0", "1 to 65535"]),
         ({"port_forwards": [(80, 70000)]}, ["host_port=70000"]),
         ({"port_forwards": [(80, 81, 82)]}, ["(80, 81, 82)"]),
-        ({"port_forwards": [(80, 81), (90, 81)]}, ["81", "two forwards"]),
+        ({"port_forwards": [(80, 81), (90, 81)]}, ["host port 81", "more than once"]),
         ({"port_forwards": [True]}, ["guest_port=True"]),
     ],
     ids=repr,
