@@ -352,7 +352,8 @@ async def test_the_rest_of_a_map_ends_with_the_block(blank: Template) -> None:
             break
     assert fleet.status().ready == 0
     with pytest.raises(ConfigError, match="iterate inside the block"):
-        await anext(results)
+        async for _ in results:  # those that were queued before the block ended
+            pass
     with pytest.raises(ConfigError, match="does not run"):
         fleet.map(ident, range(3))
     with pytest.raises(ConfigError, match="make a new Fleet"):

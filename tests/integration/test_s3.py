@@ -292,9 +292,9 @@ async def test_a_download_that_always_breaks_off_fails_and_can_be_gone_on_with(
 async def test_a_server_that_falls_silent_is_not_waited_for_without_end(
     published: Published, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(client, "READ_TIMEOUT", 1.5)  # a busy server answers sooner
     monkeypatch.setattr(client, "ATTEMPTS", 1)
-    monkeypatch.setattr(download, "SILENCE", 0.9)
+    monkeypatch.setattr(download, "SILENCE", 2.5)
     gate = threading.Event()
     proxy.fault = refuse(Fault(hold=gate))
     with pytest.raises(ImageError, match=r"broke off 2 times in a row, over . s"):
