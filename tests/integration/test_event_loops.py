@@ -169,7 +169,7 @@ def test_a_vm_lives_in_a_fresh_interpreter(
 
 
 OWNER = """
-import asyncio, sys, uvloop
+import asyncio, signal, sys, uvloop
 from pathlib import Path
 from tests.integration.life import LOOPS, new_vm
 
@@ -178,6 +178,8 @@ async def main(image, data_dir):
         print("running", flush=True)
         await asyncio.Event().wait()
 
+# A test run in the background of a shell has inherited an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 LOOPS[sys.argv[1]](main(*map(Path, sys.argv[2:])))
 """
 
