@@ -200,7 +200,7 @@ async def _version(program: Program) -> str | Verdict:
     except CommandError as error:
         return failed(f"{program.name} does not run: {error}", _reinstall(program))
     first = printed.strip().partition("\n")[0].partition(", Copyright")[0]
-    return first or f"{program.name} (it prints no version)"
+    return first or f"{program.name} (unknown version)"
 
 
 def _missing(program: Program) -> Verdict:
@@ -224,10 +224,10 @@ async def check_data_dir(data_dir: Path) -> Verdict:
     except ConfigError as error:
         return failed(str(error), ELSEWHERE)
     if not problem and path.exists():
-        problem = f"{path} was removed and is still there"
+        problem = f"{path} still exists after its removal"
     if problem:
         return failed(problem, ELSEWHERE)
-    return ok(f"{data_dir}: a VM's directory there is private, and its lock holds")
+    return ok(f"{data_dir}: a VM's directory there is private, and its lock works")
 
 
 def _problem(path: Path) -> str:
@@ -237,7 +237,7 @@ def _problem(path: Path) -> str:
         mode = stat.S_IMODE(status.st_mode)
         return f"a directory made in {path.parent} has mode {mode:04o} instead of 0700"
     if status.st_uid != os.geteuid():
-        return f"a directory made in {path.parent} belongs to user {status.st_uid}, not to us"
+        return f"a directory made in {path.parent} belongs to user {status.st_uid}, not this user"
     again = VMDirectory(path.parent, path.name)
     if again.try_hold(create=False):
         again.release()
@@ -248,7 +248,7 @@ def _problem(path: Path) -> str:
             # A socket's path may have at most 107 bytes; a path through /proc is short.
             listener.bind(f"/proc/self/fd/{fd}/socket")
     except OSError as error:
-        return f"no unix socket can be made in {path.parent}: {error.strerror}"
+        return f"cannot make a unix socket in {path.parent}: {error.strerror}"
     finally:
         os.close(fd)
     return ""
@@ -262,12 +262,12 @@ async def check_disk(data_dir: Path) -> Verdict:
             seconds = await in_thread(_write, state.path / SAMPLE)
             free = shutil.disk_usage(state.path).free
     except OSError as error:
-        return failed(f"1 MiB cannot be written to {data_dir}: {error.strerror}", cure)
+        return failed(f"cannot write 1 MiB to {data_dir}: {error.strerror}", cure)
     found = f"{free / GIB:.1f} GiB are free in {data_dir}; 1 MiB was on disk in {seconds:.3f} s"
     if free < TOO_LITTLE:
         return failed(found, cure)
     if free < LITTLE:
-        return warning(f"{found}; a guest can write as much as its disk is large", cure)
+        return warning(f"{found}; a guest can fill its whole virtual disk", cure)
     return ok(found)
 
 

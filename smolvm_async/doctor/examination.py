@@ -62,7 +62,7 @@ async def examine_guest(
 ) -> None:
     """Check everything that one guest OS needs, from its programs to a boot of its machine."""
     if sys.platform not in profile.hosts:
-        found = f"{profile.title} guests need a Linux host; this one is {sys.platform!r}"
+        found = f"{profile.title} guests need a Linux host; this host is {sys.platform!r}"
         cure = "Use a Linux machine, or a Linux VM with nested virtualization."
         await notebook.run([Check("host", lambda: failed(found, cure))], profile.name)
         return
@@ -136,7 +136,7 @@ class Boots:
     @property
     def _firmware(self) -> Firmware:
         firmware = find_pair(self._profile)
-        assert firmware is not None, "the check `firmware` has found it"
+        assert firmware is not None, "the check `firmware` has found a firmware pair"
         return firmware
 
     async def _probe(self, accelerator: Accelerator) -> Sighting:

@@ -146,10 +146,10 @@ async def _conclude(check: Check) -> Verdict:
             verdict = check.work()
             return verdict if isinstance(verdict, Verdict) else await verdict
     except TimeoutError:
-        cure = "Look whether the host is overloaded or a disk hangs, and run the doctor again."
-        return failed(f"it did not end within {check.deadline:g} s", cure)
+        cure = "Check whether the host is overloaded or a disk hangs, then run the doctor again."
+        return failed(f"the check did not end within {check.deadline:g} s", cure)
     except (SmolVMError, OSError) as error:
-        return failed(str(error), "Do what the error says, and run the doctor again.")
+        return failed(str(error), "Do what the error says, then run the doctor again.")
     except Exception as error:
         text = f"unexpected {type(error).__name__}: {error}"
         return failed(text, "This is a bug of smolvm_async: report it with this text.")

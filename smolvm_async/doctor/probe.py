@@ -224,7 +224,7 @@ async def _failure(qemu: Child, monitor: Monitor) -> str:
         await asyncio.wait([qemu.exited], timeout=EXIT)
         return _last_words(qemu)
     if status == "internal-error":
-        return "the accelerator gave up on the guest (QEMU's status is internal-error)"
+        return "the accelerator cannot run the guest any further (QEMU's status is internal-error)"
     return ""
 
 
@@ -232,4 +232,4 @@ def _last_words(qemu: Child) -> str:
     status = "QEMU closed its monitor"
     if qemu.returncode is not None:
         status = f"QEMU ended ({describe_exit(qemu.returncode)})"
-    return f"{status}: {qemu.log.quote() or 'it said nothing'}"
+    return f"{status}: {qemu.log.quote() or 'QEMU wrote nothing'}"

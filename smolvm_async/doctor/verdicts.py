@@ -123,7 +123,7 @@ def boot(sighting: Sighting) -> Verdict:
 def smm(sighting: Sighting, profile: GuestProfile) -> Verdict:
     """Conclude whether System Management Mode (SMM) works. Secure Boot depends on SMM."""
     if "requires-smm" not in profile.firmware_features:
-        return skipped(f"{profile.title} guests do not need it")
+        return skipped(f"{profile.title} guests do not need System Management Mode")
     if sighting.booted:
         return ok("the firmware, which hangs without SMM, booted")
     return skipped("the firmware did not boot")
@@ -148,7 +148,7 @@ def disk(sighting: Sighting) -> Verdict:
 def secure_boot(sighting: Sighting, profile: GuestProfile, firmware: Firmware) -> Verdict:
     """Conclude whether Secure Boot refuses an unsigned program."""
     if "secure-boot" not in profile.firmware_features:
-        return skipped(f"{profile.title} guests do not need it")
+        return skipped(f"{profile.title} guests do not need Secure Boot")
     if sighting.unsigned_ran:
         return failed(
             f"Secure Boot is not enforced: with {firmware.vars_template}, "
@@ -159,7 +159,7 @@ def secure_boot(sighting: Sighting, profile: GuestProfile, firmware: Firmware) -
         )
     if sighting.disk_error in FORBIDDEN:
         return ok(f"the firmware refused an unsigned program: {sighting.disk_error}")
-    return skipped("the firmware did not get as far as the unsigned program")
+    return skipped("the firmware did not reach the unsigned program")
 
 
 def network(sighting: Sighting) -> Verdict:
@@ -180,7 +180,7 @@ def network(sighting: Sighting) -> Verdict:
         )
     return warning(
         "QEMU provides the network, but the firmware did not try it, so no packet was seen",
-        "Do nothing if guests have a network.",
+        "If the network works in a guest, ignore this warning.",
     )
 
 
@@ -190,7 +190,7 @@ def sidecar(sighting: Sighting, sidecar: Sidecar) -> Verdict:
     if words := sighting.refused.get(name):
         return failed(
             f"QEMU does not work with {name}: {words}",
-            f"Install a QEMU that was built with support for it. "
+            f"Install a QEMU that was built with support for {name}. "
             f"{how_to_install([QEMU, sidecar.program])}.",
         )
     if sighting.booted:
@@ -204,15 +204,15 @@ def kvm(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdi
     `problem` is the reason why accel='auto' does not choose KVM; `None` if it chooses KVM.
     """
     if accel == "tcg":
-        return skipped("accel='tcg' was asked for")
+        return skipped("accel='tcg' does not use KVM")
     if sighting is not None and sighting.booted:
         found = f"the firmware booted under KVM in {sighting.seconds:.1f} s"
         if problem is None:
             return ok(found)
-        return warning(f"{found}, but accel='auto' does not choose it: {problem.reason}", USE_TCG)
+        return warning(f"{found}, but accel='auto' does not choose KVM: {problem.reason}", USE_TCG)
     reasons = []
     if sighting is not None:
-        reasons.append(f"KVM opens, and does not run guests: {sighting.why_not()}")
+        reasons.append(f"KVM can be opened but does not run guests: {sighting.why_not()}")
     if problem is not None:
         reasons.append(problem.reason)
     found = "; ".join(reasons) or "KVM cannot be opened"
@@ -227,13 +227,17 @@ def accelerator(accel: str, kvm_works: bool, problem: Problem | None) -> Verdict
     except HostError as error:
         return failed(str(error), USE_TCG)
     if chosen.name == accel == "tcg":
-        return ok("accel='tcg' was asked for: software emulation, many times slower than KVM")
+        return ok("accel='tcg' selects TCG: software emulation, many times slower than KVM")
     if chosen.name == "tcg":
         reason = f": {problem.reason}" if problem is not None else ""
         return warning(
-            f"accel={accel!r} means TCG here, software emulation, far slower than KVM{reason}",
-            f"{problem.cure if problem is not None else GOOD_KVM} accel='tcg' silences this.",
+            f"accel={accel!r} selects TCG on this host (software emulation, "
+            f"far slower than KVM){reason}",
+            f"{problem.cure if problem is not None else GOOD_KVM} "
+            "accel='tcg' silences this warning.",
         )
     if not kvm_works:
-        return failed(f"accel={accel!r} means KVM here, which does not run guests", USE_TCG)
-    return ok(f"accel={accel!r} means KVM here, and it works")
+        return failed(
+            f"accel={accel!r} selects KVM on this host, but KVM does not run guests", USE_TCG
+        )
+    return ok(f"accel={accel!r} selects KVM on this host, and KVM works")

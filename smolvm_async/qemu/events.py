@@ -167,7 +167,7 @@ class EventStream:
         if len(self._backlog) == BACKLOG and not self._behind:
             self._behind = True
             logger.warning(
-                "a listener of events() is %d events behind and loses the oldest", BACKLOG
+                "a listener of events() is %d events behind: the oldest events are dropped", BACKLOG
             )
         self._backlog.append(event)
         self._wake()

@@ -81,7 +81,7 @@ class Input:
         except MonitorError as error:
             if not self._resumed.is_set():
                 raise VMNotRunningError(
-                    "The guest is paused and takes no input: resume() it first."
+                    "The guest is paused and does not read input: call resume() first."
                 ) from error
             raise
 
@@ -108,14 +108,14 @@ class Input:
                 while not await self._keyboard_idle():
                     if not self._resumed.is_set():
                         raise VMNotRunningError(
-                            "The guest is paused and reads no input: resume() it first."
+                            "The guest is paused and does not read input: call resume() first."
                         )
                     await asyncio.sleep(look)
                     look = min(2 * look, LAST_LOOK)
         except TimeoutError:
             raise VMTimeoutError(
-                f"The guest has not read its keyboard for {patience:g} s: it hangs, or has not "
-                "started that far. The unread keys stay in the keyboard.",
+                f"The guest has not read its keyboard for {patience:g} s: the guest hangs or "
+                "is still booting. The keyboard keeps the unread keys.",
                 seconds=patience,
             ) from None
 

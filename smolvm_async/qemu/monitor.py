@@ -96,7 +96,7 @@ class Monitor:
             with contextlib.suppress(QMPError, AssertionError):  # QEMU has just died
                 await settle(connecting)
         if self._client.runstate is not Runstate.RUNNING:
-            raise LaunchError(f"QEMU's monitor gave no answer within {timeout:g} s")
+            raise LaunchError(f"QEMU's monitor did not answer within {timeout:g} s")
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Execute a QMP command and return its result.

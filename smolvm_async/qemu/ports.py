@@ -35,7 +35,7 @@ class Ports:
             forwards = await self._read()
             found = [forward.host_port for forward in forwards if forward.guest_port == SSH]
             if not found or found[0] is None:
-                raise MonitorError("QEMU forwards no port to the guest's SSH server")
+                raise MonitorError("QEMU does not forward a port to the guest's SSH server")
             self._ssh = found[0]
         return self._ssh
 
@@ -58,9 +58,9 @@ class Ports:
         if said or not new or new[0].host_port is None:
             port = f"host_port={host_port}" if host_port else "a port of the host's choosing"
             raise ConfigError(
-                f"{port} cannot be forwarded to the guest's port {guest_port}: another program of "
-                "this host has it, or this user may not use it. Choose another port, or leave "
-                f"host_port= out: the kernel then finds a free one. (QEMU: {said.strip()})"
+                f"{port} cannot be forwarded to the guest's port {guest_port}: another program on "
+                "this host uses the port, or this user may not use it. Choose another port, or "
+                f"leave host_port= out: the kernel then finds a free port. (QEMU: {said.strip()})"
             )
         return new[0].host_port
 

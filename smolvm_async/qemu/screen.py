@@ -56,7 +56,7 @@ class Screen:
 
     async def _dump(self, image_format: str, device: str, head: int) -> bytes:
         if self._write < 0:
-            raise VMNotRunningError("QEMU has ended, and its screen with it")
+            raise VMNotRunningError("QEMU has ended, so it cannot take a screenshot")
         where = {"filename": SCREEN, "device": device, "head": head}
         try:
             await in_thread(self._reserve)
@@ -71,8 +71,8 @@ class Screen:
             os.posix_fallocate(self._write, 0, self._size)
         except OSError as error:
             raise HostError(
-                f"There is no memory for a picture of the screen: {error.strerror}.",
-                hint="Free memory of the host.",
+                f"The host has no memory for a screenshot: {error.strerror}.",
+                hint="Free memory on the host.",
                 missing=("memory",),
             ) from error
         os.lseek(self._write, 0, os.SEEK_SET)

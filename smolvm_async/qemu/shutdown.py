@@ -55,8 +55,8 @@ ENDINGS = {
     Rung.SIGTERM: "QEMU was ended by SIGTERM",
     Rung.SIGKILL: "QEMU was killed",
     Rung.GUEST: "the guest had shut itself down",
-    Rung.CRASH: "it had crashed",
-    Rung.NONE: "it was not running",
+    Rung.CRASH: "the VM had crashed",
+    Rung.NONE: "the VM was not running",
 }
 
 
@@ -124,12 +124,12 @@ async def _climb(rung: Rung, act: Coroutine[Any, Any, str], deadline: float, qem
         async with asyncio.timeout(deadline):
             note = await act
     except TimeoutError:
-        note = f"nothing within {deadline:g} s"
+        note = f"QEMU did not end within {deadline:g} s"
     except MonitorError as error:
         note = str(error)
     except VMNotRunningError:
         # QEMU closes the monitor's connection just before it exits.
-        note = "" if await _ended_within(qemu, EXIT) else "its monitor is closed"
+        note = "" if await _ended_within(qemu, EXIT) else "QEMU closed its monitor but did not end"
     step = Step(rung, time.monotonic() - began, note)
     logger.debug("%s: %.3f s %s", rung, step.seconds, note)
     return step
@@ -147,7 +147,7 @@ async def _power_down(qemu: Child, monitor: Monitor) -> str:
     if not status["running"]:
         return f"the guest's processors do not run ({status['status']})"
     if not await os_in_control(monitor):
-        return "no operating system runs that could power down"
+        return "no operating system runs, so the guest cannot power down"
     while not await power_button_enabled(monitor):
         if await _ended_within(qemu, POLL):
             return ""

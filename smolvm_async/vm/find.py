@@ -72,5 +72,5 @@ def _refuse_if_over(record: Record) -> None:
     if over and owner is not None and owner.alive:
         raise VMNotRunningError(
             f"{record.config.vm_id} is {record.status}, but its owner, process {owner.pid}, has "
-            "yet to delete() it: wait until that process deletes the VM or ends."
+            "not deleted it yet: wait until that process deletes the VM or ends."
         )

@@ -36,7 +36,7 @@ async def admission(config: VMConfig) -> AsyncIterator[None]:
         raise HostError(
             f"memory={config.memory} MiB does not fit: {memory.available} MiB of "
             f"{memory.total} MiB are available (limit: {memory.limit}).",
-            hint="Pass a smaller memory=, stop other VMs, or free memory of the host.",
+            hint="Pass a smaller memory=, stop other VMs, or free memory on the host.",
             missing=("memory",),
         )
     if config.limits.max_memory is None:
@@ -64,7 +64,7 @@ def _check_sum(config: VMConfig, max_memory: int) -> None:
     if config.memory + sum(others) > max_memory:
         raise HostError(
             f"memory={config.memory} MiB does not fit: max_memory={max_memory} MiB, and "
-            f"{len(others)} running VMs have {sum(others)} MiB of it.",
+            f"{len(others)} running VMs already use {sum(others)} MiB.",
             hint="Pass a smaller memory=, stop other VMs, or raise max_memory.",
             missing=("memory",),
         )
@@ -92,7 +92,7 @@ def scope_prefix(config: VMConfig) -> tuple[str, ...]:
     runtime = SYSTEM_RUNTIME if root else Path(os.environ.get("XDG_RUNTIME_DIR", "/nonexistent"))
     if systemd_run is None or not (runtime / "systemd" / "private").exists():
         raise HostError(
-            "limits= with vm_memory or vm_cpus needs systemd, and this host has no "
+            "limits= with vm_memory or vm_cpus needs systemd, but this host has no "
             f"{'systemd-run' if systemd_run is None else 'running service manager for this user'}.",
             hint="Log in through systemd (loginctl enable-linger keeps the service manager "
             "running), or leave vm_memory and vm_cpus out.",

@@ -162,7 +162,9 @@ class OwnedVM:
             raise VMNotRunningError(f"{self.config.vm_id} was stopped while it started.")
         if not run.started.done():
             await self._discard()
-            raise run.failure or VMNotRunningError(f"{self.config.vm_id} was stopped meanwhile.")
+            raise run.failure or VMNotRunningError(
+                f"{self.config.vm_id} was stopped while it started."
+            )
 
     async def _stop_reading(self) -> None:
         reading, self._reading = self._reading, None
@@ -340,7 +342,8 @@ class OwnedVM:
         except OSError as error:
             self._created = created  # so that the caller can retry delete()
             raise ConfigError(
-                f"{str(directory.path)!r} cannot be removed: {error.strerror}."
+                f"Cannot remove {str(directory.path)!r}: {error.strerror}. "
+                "Correct this, then call delete() again."
             ) from error
 
     async def _remove(self) -> None:
@@ -372,7 +375,7 @@ def _give_back(directory: VMDirectory, record: Record) -> None:
     try:
         directory.write(record)
     except OSError as error:
-        logger.warning("the record could not be written, prune() will correct it: %s", error)
+        logger.warning("cannot write the record (prune() will correct it): %s", error)
     finally:
         directory.release()
 

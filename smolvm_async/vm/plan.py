@@ -106,7 +106,7 @@ async def find_source(plan: Plan, stack: ExitStack) -> Source:
 
     if plan.on_progress is None and await in_thread(find_debian) is None:
         logger.warning(
-            "building the built-in Linux image, once: this takes some minutes; pass on_progress= "
-            "to see how far it is"
+            "building the built-in Linux image; this happens once and takes some minutes; "
+            "pass on_progress= to see the progress"
         )
     return Source(*await build_debian(on_progress=plan.on_progress))

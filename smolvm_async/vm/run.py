@@ -10,7 +10,7 @@ panic or a pause, or a caller has called `stop()`. The end of one process ends t
 processes. Then `_judge` decides whether the run crashed. No single sign is enough for this
 decision. The run crashed if
 
-- the guest panicked, or the accelerator gave up on the guest;
+- the guest panicked, or the accelerator cannot run the guest any further;
 - a sidecar failed, or ended before QEMU;
 - QEMU ended with an error, or without the event SHUTDOWN, or because of a signal from outside.
 
@@ -236,7 +236,7 @@ class VMRun:
         except SmolVMError as error:
             logger.warning("the guest is not ready yet: %s", error)
             return None
-        return "the guest's SSH server answers, and we are logged in"
+        return "the guest's SSH server accepted the login"
 
     async def _read_machine(self, image: BaseImage) -> Machine:
         where = {"path": "/machine", "property": "type"}
@@ -256,7 +256,7 @@ class VMRun:
         except OSError as error:
             if self._plan.config.keep and record.machine is None:
                 raise
-            logger.warning("the record could not be written: %s", error)
+            logger.warning("cannot write the record: %s", error)
 
     async def _until_end(self) -> None:
         """Wait until a process has ended, the guest has crashed, or the ladder has ended QEMU."""
@@ -298,9 +298,13 @@ class VMRun:
 
     async def _explain_pause(self) -> None:
         if (status := await self.guest_status()) == "internal-error":
-            self._give_up("the accelerator gave up on the guest (status internal-error)")
+            self._give_up(
+                "the accelerator cannot run the guest any further (status internal-error)"
+            )
         elif status == "io-error":
-            logger.error("the guest is paused: QEMU could not write its disk (is the host's full?)")
+            logger.error(
+                "the guest is paused: QEMU could not write its disk (is the host's disk full?)"
+            )
 
     def _give_up(self, reason: str) -> None:
         self._crash = self._crash or reason

@@ -165,7 +165,7 @@ def alive(pid: int) -> bool:
         (
             "qemu-system-x86_64",
             "exec sleep 60",
-            ["no answer within 0.5 s", "is still running"],
+            ["did not answer within 0.5 s", "is still running"],
             None,
             "",
         ),

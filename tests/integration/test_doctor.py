@@ -80,7 +80,7 @@ async def test_this_host_runs_guests(data_dir: Path) -> None:
         assert under_kvm
         assert found["accelerator"].status is Outcome.OK
     elif KVM and not under_kvm:  # it opens and does not run guests
-        assert "KVM opens, and does not run guests: " in kvm.detail
+        assert "KVM can be opened but does not run guests: " in kvm.detail
     if not under_kvm:
         assert found["accelerator"].status in (Outcome.WARNING, Outcome.FAILED)
     assert json.loads(report.model_dump_json())["ok"] == report.ok
@@ -160,7 +160,7 @@ async def test_a_qemu_that_hangs(
     fake("qemu-system-x86_64", 'case "$*" in *-S*) exec sleep 3600;; esac; $REAL "$@"')
     found = by_check(await examine(data_dir=data_dir, accel="tcg"))
     assert found["boot"].status is Outcome.FAILED
-    assert "no answer within 0.3 s" in found["boot"].detail
+    assert "did not answer within 0.3 s" in found["boot"].detail
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ async def test_a_qemu_that_hangs(
     [
         ("echo broken >&2; exit 7", "exit status 7"),
         ('case $1 in socket) echo "no libtpms"; exit 1;; esac; $REAL "$@"', "no libtpms"),
-        ('case $1 in socket) exec sleep 3600;; esac; $REAL "$@"', "no answer within 0.2 s"),
+        ('case $1 in socket) exec sleep 3600;; esac; $REAL "$@"', "did not answer within 0.2 s"),
         # It echoes what it is asked.
-        ('case $1 in socket) exec cat <&$5 >&$5;; esac; $REAL "$@"', "is not a TPM 2.0"),
+        ('case $1 in socket) exec cat <&$5 >&$5;; esac; $REAL "$@"', "does not work as a TPM 2.0"),
     ],
 )
 async def test_a_broken_swtpm(

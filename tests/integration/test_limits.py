@@ -42,7 +42,7 @@ async def test_all_vms_together_stay_within_max_memory(blank_image: Path, data_d
         outcomes = await asyncio.gather(second.start(), third.start(), return_exceptions=True)
         (refused,) = [outcome for outcome in outcomes if outcome is not None]
         assert isinstance(refused, HostError)
-        assert "max_memory=5000 MiB, and 2 running VMs have 4096 MiB of it" in str(refused)
+        assert "max_memory=5000 MiB, and 2 running VMs already use 4096 MiB" in str(refused)
         await asyncio.gather(second.stop(timeout=0), third.stop(timeout=0))
         async with vm_in(data_dir, blank_image, limits=bound):
             pass  # there is room again, though a stopped one has not been deleted yet

@@ -127,7 +127,7 @@ async def test_what_one_has_detached_from_is_not_said_to_have_ended(
         await asyncio.sleep(0)
         await other.detach()
         for outcome in (waiting, other.wait_for("ready"), other.wait_stopped()):
-            with pytest.raises(VMNotRunningError, match="this process has detached from it"):
+            with pytest.raises(VMNotRunningError, match="this process has detached from the VM"):
                 await outcome
         assert vm.status is Status.RUNNING
 
@@ -386,7 +386,7 @@ async def test_list_tells_all_there_is(blank_image: Path, data_dir: Path) -> Non
         assert await AsyncSmolVM.prune(data_dir=data_dir) == []  # it lives
         await vm.stop(timeout=0)
         assert (await AsyncSmolVM.list(data_dir=data_dir))[0].status == "stopped"
-        with pytest.raises(VMNotRunningError, match="yet to delete"):
+        with pytest.raises(VMNotRunningError, match="has not deleted it yet"):
             await AsyncSmolVM.from_id("shared", data_dir=data_dir)
 
 

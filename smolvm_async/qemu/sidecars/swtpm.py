@@ -69,14 +69,16 @@ class Swtpm(Sidecar):
                     if not answer:
                         await asyncio.wait([child.exited])
             except TimeoutError:
-                raise CommandError(f"{name} gave no answer within {ANSWER:g} s") from None
+                raise CommandError(f"{name} did not answer within {ANSWER:g} s") from None
             finally:
                 await child.reap()
         random = random_bytes(answer)
         if not random:
-            said = f"it answered {answer.hex()!r}" if answer else "it gave no answer"
-            raise CommandError(f"{name} is not a TPM 2.0: {said}.\n{child.report()}")
-        return f"as a TPM 2.0 it gave {len(random)} random bytes"
+            said = f"answered {answer.hex()!r}" if answer else "did not answer"
+            raise CommandError(
+                f"{name} does not work as a TPM 2.0: {name} {said}.\n{child.report()}"
+            )
+        return f"it works as a TPM 2.0 and returned {len(random)} random bytes"
 
 
 async def _exchange(connection: socket, command: bytes) -> bytes:

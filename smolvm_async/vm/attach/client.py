@@ -144,7 +144,7 @@ class AttachedVM:
         if not await poll(lambda: not self._path.exists(), REMOVED):
             raise VMNotRunningError(
                 f"{self.config.vm_id} was not deleted within {REMOVED:g} s: end its owner, "
-                f"process {self._owner_pid}, then prune()."
+                f"process {self._owner_pid}, then call prune()."
             )
         self.status = Status.DELETED
 
@@ -258,5 +258,5 @@ class AttachedVM:
             self.on_crash()
 
     def _gone(self) -> VMNotRunningError:
-        reason = "this process has detached from it" if self._detached else "its owner has ended it"
+        reason = "this process has detached from the VM" if self._detached else "the VM has ended"
         return VMNotRunningError(f"{self.config.vm_id} cannot be controlled: {reason}.")

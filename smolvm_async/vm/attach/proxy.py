@@ -20,7 +20,7 @@ class _Proxy:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"{self._kind.__name__}.{name} is not marked with @rpc: only the VM's owner has it."
+            f"{self._kind.__name__}.{name} is not marked with @rpc: only the VM's owner can use it."
         )
 
 
