@@ -76,9 +76,9 @@ class ImageFile(_StrictModel):
         _check_name(self.name)
         given = (self.content_sha256 is not None, self.content_size is not None)
         if self.compression is None and any(given):
-            raise ValueError("content_sha256 and content_size go with compression: add it")
+            raise ValueError("content_sha256 and content_size need a compression: add compression")
         if self.compression is not None and not all(given):
-            raise ValueError("compression goes with content_sha256 and content_size: add them")
+            raise ValueError("compression needs content_sha256 and content_size: add them")
         return self
 
 
@@ -119,7 +119,7 @@ class Manifest(_StrictModel):
         if self.os not in GUESTS:
             raise ValueError(f"os must be one of {', '.join(GUESTS)}")
         if self.kernel is None and (self.initrd is not None or self.boot_args is not None):
-            raise ValueError("initrd and boot_args go with a kernel: add it, or leave them out")
+            raise ValueError("initrd and boot_args need a kernel: add a kernel, or remove them")
         if self.kernel is not None and "kernel" not in GUESTS[self.os].features:
             raise ValueError(
                 f"an image of {self.os} must not have a kernel: its own boot loader starts it"
@@ -144,7 +144,7 @@ def _check_name(name: str) -> None:
             "printable characters, without '..', '\\', or a '/' at either end"
         )
     if parts[-1] == MANIFEST:
-        raise ValueError(f"a file is called {MANIFEST}, like the manifest: rename it")
+        raise ValueError(f"a file has the manifest's name, {MANIFEST}: rename the file")
 
 
 def _check_files(files: Mapping[str, ImageFile]) -> None:
@@ -155,9 +155,11 @@ def _check_files(files: Mapping[str, ImageFile]) -> None:
         if max(file.size or 0, file.content_size or 0) > LARGEST[part]:
             raise ValueError(f"{part} is larger than {LARGEST[part]} bytes: publish a smaller file")
         if part != "rootfs" and file.format is not None:
-            raise ValueError(f"{part} has a format, but only a disk has one")
+            raise ValueError(
+                f"{part} has a format, but only rootfs may have one: remove the format"
+            )
         if file.size is None and file.compression is not None:
-            raise ValueError(f"{part} has no size")
+            raise ValueError(f"{part} has no size: add its size in bytes")
 
 
 def _unknown(values: Mapping[str, Any]) -> Iterator[str]:
@@ -190,8 +192,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             raise ValueError(f"its schema_version {shown(version)} is not an integer")
         if version > SCHEMA_VERSION:
             raise ValueError(
-                f"its schema_version {shown(version)} needs a newer version of smolvm_async: "
-                "update it"
+                f"its schema_version {shown(version)} needs a newer version of the library: "
+                "update smolvm_async"
             )
         own = "schema_version" in values
         values = values if own else _from_synchronous(values)
@@ -234,8 +236,8 @@ def _finite(text: str) -> float:
 def _from_synchronous(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(values.get("rootfs"), str):
         raise ValueError(
-            "it has no schema_version, and its rootfs is not as the synchronous smolvm package "
-            "writes it"
+            "it has no schema_version, and its rootfs is not a file name as in a manifest of the "
+            "synchronous smolvm package: add schema_version"
         )
     values = dict(values)
     converted: dict[str, Any] = {"os": "linux"}
@@ -254,7 +256,8 @@ def _from_synchronous(values: dict[str, Any]) -> dict[str, Any]:
         converted[part] = {"name": name, "sha256": digest}
     if "kernel" not in converted:
         raise ValueError(
-            "it has no kernel, though the synchronous smolvm package always writes one"
+            "it has no kernel, but a manifest of the synchronous smolvm package must have one: add "
+            "a kernel"
         )
     return {**values, **converted}
 
@@ -263,7 +266,7 @@ def _check_own(manifest: Manifest) -> None:
     """Check the fields that this library's own schema requires."""
     for part, file in manifest.files.items():
         if file.size is None:
-            raise ValueError(f"{part} has no size")
+            raise ValueError(f"{part} has no size: add its size in bytes")
     if manifest.rootfs.format is None:
         raise ValueError("rootfs has no format: add qcow2 or raw")
 

@@ -140,8 +140,8 @@ def _read_directory(
     values |= {field: value for field, value in given.items() if value is not None}
     if "os" not in values:
         raise ConfigError(
-            f"os= is missing: the disk in {str(directory)!r} does not tell which operating system "
-            f"is on it; pass {CHOICES}."
+            "os= is missing: the library cannot see which operating system is on the disk in "
+            f"{str(directory)!r}; pass {CHOICES}."
         )
     return {**values, "schema_version": 1}, paths
 
@@ -160,7 +160,7 @@ def _recognized(directory: Path, names: list[str]) -> dict[str, Path]:
         if len(matches) > 1:
             raise ConfigError(
                 f"directory={str(directory)!r} has more than one {part}: {', '.join(matches)}; "
-                f"leave one, or add a {MANIFEST} that names it."
+                f"remove all but one, or add a {MANIFEST} that names the right one."
             )
         if matches:
             paths[part] = directory / matches[0]

@@ -114,7 +114,7 @@ def first_sector(fd: int) -> bytes | None:
 def parse(head: bytes, file_size: int) -> Header:
     """Parse the header in the first 512 bytes of a file of `file_size` bytes."""
     if file_size == 0:
-        raise Qcow2Error("is empty (0 bytes); the download or copy of it failed")
+        raise Qcow2Error(f"is empty (0 bytes){DAMAGED}")
     if not head.startswith(MAGIC):
         if archive := _kind(head, ARCHIVES):
             raise Qcow2Error(f"is not a qcow2 image, but {archive} file; unpack it first")
@@ -133,18 +133,18 @@ def parse(head: bytes, file_size: int) -> Header:
     if version == 3:
         if len(head) < HEADER_V3.size:
             raise Qcow2Error(
-                f"is truncated: its header has {HEADER_V3.size} bytes or more{DAMAGED}"
+                f"is truncated: a header of version 3 has {HEADER_V3.size} bytes or more{DAMAGED}"
             )
         features, _, _, refcount_order, length = HEADER_V3.unpack_from(head)[13:]
         if not HEADER_V3.size <= length <= 1 << min(cluster_bits, 21) or length % 8:
-            raise _damaged("its length")
+            raise _damaged("wrong header length")
     elif version != 2:
-        raise Qcow2Error(f"is a qcow2 of version {version}; only 2 and 3 are known" + DAMAGED)
+        raise Qcow2Error(f"is a qcow2 of version {version}; only 2 and 3 are supported" + DAMAGED)
     _check_features(features, backing, crypt)
     if not 9 <= cluster_bits <= 21 or refcount_order > 6:
         raise _damaged("cluster or refcount size out of range")
     if virtual_size == 0:
-        raise Qcow2Error("is a disk of 0 bytes; nothing can be installed on it; pass another")
+        raise Qcow2Error("is a disk of 0 bytes, which cannot contain a system; pass another image")
     return Header(
         virtual_size=virtual_size,
         cluster_bits=cluster_bits,
@@ -173,12 +173,12 @@ def _check_features(features: int, backing: int, crypt: int) -> None:
     if backing:
         raise Qcow2Error(
             "has a backing file, which QEMU would open as well; "
-            "merge the two with qemu-img convert -O qcow2, and pass the result"
+            "merge the two files with qemu-img convert -O qcow2, and pass the result"
         )
     if features & EXTERNAL_DATA_FILE:
         raise Qcow2Error(
             "keeps its data in an external data file, which QEMU would open as well; "
-            "merge the two with qemu-img convert -O qcow2, and pass the result"
+            "merge the two files with qemu-img convert -O qcow2, and pass the result"
         )
     if crypt:
         raise Qcow2Error("is encrypted; decrypt it with qemu-img convert, and pass the result")
@@ -187,7 +187,8 @@ def _check_features(features: int, backing: int, crypt: int) -> None:
     if unknown := features & ~KNOWN_FEATURES:
         bits = ", ".join(str(bit) for bit in range(64) if unknown >> bit & 1)
         raise Qcow2Error(
-            f"needs qcow2 features that are unknown here (incompatible feature bits {bits}); "
+            "needs qcow2 features that this library does not know "
+            f"(incompatible feature bits {bits}); "
             "convert it with qemu-img convert -O qcow2, and pass the result"
         )
 
@@ -200,7 +201,7 @@ def _check_tables(header: Header, file_size: int) -> None:
     if not 0 < header.refcount_clusters << header.cluster_bits <= MAX_REFCOUNT_TABLE:
         raise _damaged("the refcount table is too large, or missing")
     if _l1_entries(header.virtual_size, OVERLAY_CLUSTER_BITS) * 8 > MAX_L1:
-        raise Qcow2Error("is a disk of over 2 PiB, too large for an overlay; use a smaller one")
+        raise Qcow2Error("is a disk of over 2 PiB, too large for an overlay; use a smaller disk")
     if header.snapshots > MAX_SNAPSHOTS:
         raise _damaged("too many snapshots")
     snapshots = [(header.snapshots_offset, header.snapshots * SNAPSHOT_SIZE)]
@@ -210,7 +211,7 @@ def _check_tables(header: Header, file_size: int) -> None:
         (header.refcount_offset, header.refcount_clusters << header.cluster_bits),
     ):
         if offset == 0 or offset % header.cluster_size:
-            raise _damaged("a table is misplaced")
+            raise _damaged("a table is missing, or does not begin on a cluster boundary")
         if offset + length > file_size:
             raise _truncated(offset + length, file_size)
 
@@ -251,9 +252,9 @@ def _damaged(reason: str) -> Qcow2Error:
 
 def _truncated(expected: int, actual: int) -> Qcow2Error:
     return Qcow2Error(
-        f"is truncated: it has {actual} bytes, but its header promises at least {expected}; "
-        "download or copy it again, or if qemu-img check finds no errors, "
-        "make a whole one with qemu-img convert -O qcow2"
+        f"is truncated: it has {actual} bytes, but its header needs at least {expected}; "
+        "download or copy it again. If qemu-img check finds no errors, "
+        "rewrite the file with qemu-img convert -O qcow2"
     )
 
 

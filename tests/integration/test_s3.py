@@ -281,7 +281,7 @@ async def test_a_download_that_always_breaks_off_fails_and_can_be_gone_on_with(
     published: Published, proxy: Proxy
 ) -> None:
     proxy.fault = refuse(Fault(cut_after=0))
-    with pytest.raises(ImageError, match=r"broke off .* times in a row"):
+    with pytest.raises(ImageError, match=r"failed .* times in a row"):
         await ImageStore().pull(published.uri)
     assert await ImageStore().list() == []
     proxy.fault = lambda request: None
@@ -297,7 +297,7 @@ async def test_a_server_that_falls_silent_is_not_waited_for_without_end(
     monkeypatch.setattr(download, "SILENCE", 2.5)
     gate = threading.Event()
     proxy.fault = refuse(Fault(hold=gate))
-    with pytest.raises(ImageError, match=r"broke off 2 times in a row, over . s"):
+    with pytest.raises(ImageError, match=r"failed 2 times in a row, over . s"):
         await ImageStore().pull(published.uri)
     gate.set()
 
@@ -306,7 +306,7 @@ async def test_a_server_that_never_answers_is_unreachable_and_costs_nothing(
     published: Published, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy.fault = refuse(Fault(cut_after=0))
-    with pytest.raises(ImageError, match="broke off"):
+    with pytest.raises(ImageError, match=r"failed .* times in a row"):
         await ImageStore().pull(published.uri)
     before = files(ImageStore().root)
     assert any(name.endswith(".part") for name in before)
@@ -330,7 +330,7 @@ async def test_a_manifest_that_breaks_off_is_told_or_taken_from_the_cache(
     published: Published, proxy: Proxy
 ) -> None:
     proxy.fault = lambda request: Fault(cut_after=10)
-    with pytest.raises(ImageError, match="broke off"):
+    with pytest.raises(ImageError, match="was cut off"):
         await ImageStore().pull(published.uri)
     proxy.fault = lambda request: None
     image = await ImageStore().pull(published.uri)
@@ -344,7 +344,7 @@ async def test_a_manifest_that_stops_coming_is_given_up(
     monkeypatch.setattr(client, "READ_TIMEOUT", 0.5)
     # What has been promised does not come.
     proxy.fault = lambda request: Fault(lie=1000, rate=100)
-    with pytest.raises(ImageError, match=r"broke off|cannot be reached"):
+    with pytest.raises(ImageError, match=r"was cut off|cannot be reached"):
         await ImageStore().pull(published.uri)
 
 
@@ -360,7 +360,7 @@ async def test_what_a_refusal_says_is_not_read_without_end(
 @pytest.mark.parametrize("lie", [-5, 5, 1000])
 async def test_a_wrong_length_is_noticed(published: Published, proxy: Proxy, lie: int) -> None:
     proxy.fault = refuse(Fault(lie=lie))
-    with pytest.raises(ImageError, match=r"broke off|promised|announces"):
+    with pytest.raises(ImageError, match=r"failed .* times in a row"):
         await ImageStore().pull(published.uri)
     assert await ImageStore().list() == []
 
@@ -466,9 +466,10 @@ async def test_each_refusal_has_a_sentence_of_its_own(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     sentences.append(await said(published.uri))
     wanted = [
-        *("no such bucket", "no such object", "access is denied", "access key is not known"),
-        *("does not fit", "expired", "AWS_REGION", "too busy", "cannot be reached"),
-        *("settings of S3 cannot be used", "no credentials"),
+        *("bucket does not exist", "object does not exist", "access is denied"),
+        *("not know the access key", "does not match"),
+        *("expired", "AWS_REGION", "too busy", "cannot be reached"),
+        *("S3 settings cannot be used", "no credentials"),
     ]
     for sentence, words in zip(sentences, wanted, strict=True):
         assert words in sentence
@@ -676,7 +677,7 @@ async def test_offline_a_cached_image_is_taken(
     monkeypatch.setenv("SMOLVM_S3_ENDPOINT_URL", "http://127.0.0.1:9")
     again = await ImageStore().pull(published.uri)
     assert again.disk == image.disk
-    assert "taken from the cache" in caplog.text
+    assert "Using the cached image" in caplog.text
 
 
 async def test_a_file_that_was_written_to_is_downloaded_again(published: Published) -> None:
@@ -943,7 +944,7 @@ async def test_the_constructor_asks_nobody(proxy: Proxy, data_dir: Path) -> None
     assert vm.status is Status.CREATED
     with pytest.raises(VMNotRunningError):
         await vm.run("true")
-    with pytest.raises(ImageError, match="no such object"):
+    with pytest.raises(ImageError, match="object does not exist"):
         await vm.start()
     assert vm.status is Status.CREATED
     assert not data_dir.exists()

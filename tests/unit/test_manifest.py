@@ -127,9 +127,9 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
         ({**OWN, "cpus": 1 << 40}, "cpus"),
         ({**OWN, "boot_args": "a\nb"}, "boot_args"),
         ({**OWN, "boot_args": "x" * 3000}, "boot_args"),
-        ({**OWN, "kernel": None, "boot_args": "x"}, "go with a kernel"),
+        ({**OWN, "kernel": None, "boot_args": "x"}, "need a kernel"),
         ({**OWN, "kernel": OWN["rootfs"]}, "same name"),
-        ({**OWN, "kernel": {**OWN["kernel"], "format": "raw"}}, "only a disk"),
+        ({**OWN, "kernel": {**OWN["kernel"], "format": "raw"}}, "only rootfs"),
         ({**OWN, "kernel": {**OWN["kernel"], "size": 1 << 30}}, "larger than"),
         (with_disk(sha256="A" * 64), "sha256"),
         (with_disk(sha256=f"{DIGEST}\n"), "sha256"),
@@ -140,8 +140,8 @@ def test_a_name_that_leads_elsewhere_is_refused(name: str) -> None:
         (with_disk(format="vmdk"), "format"),
         (with_disk(format=None), "no format"),
         (with_disk(compression="gzip"), "compression"),
-        (with_disk(compression="zstd"), "goes with"),
-        (with_disk(content_size=4), "go with"),
+        (with_disk(compression="zstd"), "compression needs"),
+        (with_disk(content_size=4), "need a compression"),
         ({**SYNCHRONOUS, "rootfs_sha256": None}, "no rootfs_sha256"),
         ({**SYNCHRONOUS, "kernel": None}, "no kernel"),
         ({**SYNCHRONOUS, "kernel": 5}, "kernel"),
@@ -352,14 +352,14 @@ def test_more_than_was_promised_is_not_written(tmp_path: Path) -> None:
 
 
 def test_less_than_was_promised_is_not_filled_up(tmp_path: Path) -> None:
-    with pytest.raises(WrongContentError, match="holds 1000 bytes, but its manifest says 1001"):
+    with pytest.raises(WrongContentError, match="has 1000 bytes, but the manifest says 1001"):
         read(tmp_path, zstd(bytes(1000)), bytes(1000), more=1)
 
 
 def test_damaged_and_truncated_and_greedy_zstd_is_refused(tmp_path: Path) -> None:
     content = os.urandom(200_000)
     packed = zstd(content)
-    with pytest.raises(WrongContentError, match="ends within"):
+    with pytest.raises(WrongContentError, match="is cut off inside"):
         read(tmp_path, packed[:-50], content)
     with pytest.raises(WrongContentError, match="decompressed"):
         read(tmp_path, b"garbage!" + packed, content)

@@ -45,7 +45,7 @@ def find_file(unpacked: Path, names: Sequence[str]) -> Path:
             if path.is_file() and not path.is_symlink():
                 return path
     raise HostError(
-        f"The packages of this host's distribution do not contain {' or '.join(names)}.",
+        f"None of the downloaded packages contains {' or '.join(names)}.",
         missing=tuple(names),
     )
 

@@ -57,7 +57,10 @@ async def update(cache: Path) -> None:
         (cache / "status").touch()
         output = await _apt("apt-get", cache, "update")
     if not any((cache / "lists").glob("*_Packages*")):
-        message = f"apt-get update found no package lists:\n{output.strip()}"
+        message = (
+            "apt-get update downloaded no package lists; check the network, and the package "
+            f"sources in /etc/apt. Its output:\n{output.strip()}"
+        )
         raise CommandError(message, command=("apt-get", "update"), returncode=0, output=output)
 
 

@@ -88,7 +88,7 @@ def check_programs(image: str, packages: Mapping[str, str], hint: str = "") -> N
     if missing:
         wanted = " ".join(sorted({packages[name] for name in missing}))
         raise HostError(
-            f"This host lacks {', '.join(missing)}, which build {image}.",
+            f"This host lacks {', '.join(missing)}, needed to build {image}.",
             hint=f"Install the programs with: sudo apt-get install {wanted}{hint}",
             missing=missing,
         )

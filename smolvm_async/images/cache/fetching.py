@@ -120,7 +120,7 @@ async def _fetch(layout: Layout, missing: MissingFile, client: Any, meter: Downl
             if not partial.resumed:
                 raise
             # The bytes that an earlier process downloaded may be the damaged ones.
-            logger.warning("%s Downloading it again, from the beginning.", error)
+            logger.warning("%s Downloading the file again from the beginning.", error)
             await in_background(discard, part)
             await _download(layout, missing, client, PartialFile(part, meter.on_bytes))
     except WrongContentError as error:

@@ -233,7 +233,7 @@ class ImageStore:
         except ImageError as error:
             if cached is None or not is_offline(error):
                 raise
-            logger.warning("%s The image is taken from the cache, as of its last pull.", error)
+            logger.warning("%s Using the cached image from the last pull.", error)
             return cached.published
         manifest = await in_background(parse_manifest, content, location.uri)
         return Published(location.uri, endpoint(), manifest)
@@ -254,7 +254,7 @@ class ImageStore:
         if missing := await in_background(missing_files, published, layout):
             if published.endpoint != endpoint():
                 raise ConfigError(
-                    "SMOLVM_S3_ENDPOINT_URL has changed since the manifest was read: create a new "
+                    "SMOLVM_S3_ENDPOINT_URL was changed after the manifest was read: create a new "
                     "VM."
                 )
             record = layout.record_path(published.uri, published.endpoint)

@@ -69,7 +69,7 @@ def find_images(layout: Layout, name_or_uri: str) -> list[ImageRecord]:
         names = ", ".join(sorted({image.published.manifest.name for image in images})) or "none"
         raise ImageError(
             f"There is no image {name_or_uri!r} in {str(layout.root)!r}: pass a name or a URI that "
-            f"list() shows. The names: {names}."
+            f"list() shows. Names in the cache: {names}."
         )
     return matches
 
@@ -84,7 +84,8 @@ def remove_images(layout: Layout, images: Collection[ImageRecord]) -> None:
         if users := _users(layout, image, images, using):
             raise ImageError(
                 f"{image.published.manifest.name} ({image.published.uri}) is in use by "
-                f"{', '.join(users)}: stop the VM, or delete() it if it is kept, and try again."
+                f"{', '.join(users)}: stop every VM that uses the image (delete() a kept VM), "
+                "and try again."
             )
     for image in images:
         _remove(layout, image)

@@ -109,7 +109,7 @@ class _Decompression:
         except zstd.ZstdError as error:
             raise WrongContentError(
                 f"{self._uri} cannot be decompressed: {error}. Windows of more than 8 MiB (zstd "
-                "--long, or a level above 19) are not supported: publish it again."
+                "--long, or a level above 19) are not supported: publish the image again."
             ) from error
 
     def _decompress(self, piece: bytes) -> None:
@@ -127,8 +127,8 @@ class _Decompression:
         self._digest.update(content)
         if self._written + len(content) > self._size:
             raise WrongContentError(
-                f"{self._uri} holds more than {self._size} bytes, the size in its manifest: "
-                "publish it again."
+                f"The decompressed content of {self._uri} has more than {self._size} bytes, its "
+                "size in the manifest: publish the image again."
             )
         for start in range(0, len(content), len(HOLE)):
             block = content[start : start + len(HOLE)]
@@ -141,13 +141,14 @@ class _Decompression:
     def check(self) -> None:
         if not self._decompressor.eof:
             raise WrongContentError(
-                f"{self._uri} ends within a compressed frame: publish it again."
+                f"{self._uri} is cut off inside a compressed frame: publish the image again."
             )
-        _compare(f"The content of {self._uri}", self._sha256, self._digest.hexdigest())
+        subject = f"The decompressed content of {self._uri}"
+        _compare(subject, self._sha256, self._digest.hexdigest())
         if self._written != self._size:
             raise WrongContentError(
-                f"{self._uri} holds {self._written} bytes, but its manifest says {self._size}: "
-                "publish it again."
+                f"{subject} has {self._written} bytes, but the manifest says {self._size}: "
+                "publish the image again."
             )
         os.ftruncate(self._fd, self._size)  # the content may end in zeros, which were not written
 
@@ -158,9 +159,9 @@ class _Decompression:
 def _compare(subject: str, expected: str, actual: str) -> None:
     if actual != expected:
         raise WrongContentError(
-            f"{subject} has the SHA-256 {actual}, but its manifest says {expected}: the file was "
-            "damaged on its way, or changed without its manifest. It was removed; try again, or "
-            "publish it again."
+            f"{subject} has the SHA-256 {actual}, but the manifest says {expected}: the download "
+            "is damaged, or the file was replaced but its manifest was not. The download was "
+            "removed: try again, or publish the image again."
         )
 
 

@@ -45,11 +45,11 @@ async def open_client(*, hurried: bool = False) -> AsyncIterator[Any]:
         context, client = await in_background(_create, options, hurried)
     except (OSError, ValueError) as error:
         raise ImageError(
-            f"the settings of S3 cannot be used ({type(error).__name__}: {error}); check "
+            f"The S3 settings cannot be used ({type(error).__name__}: {error}); check "
             f"{ENDPOINT}, AWS_CA_BUNDLE and ~/.aws/config."
         ) from error
     except Exception as error:
-        raise explain(error, "the settings of S3") from error
+        raise explain(error, "The S3 settings") from error
     try:
         yield client
     finally:
@@ -65,7 +65,7 @@ async def read_at_most(body: Any, size: int) -> bytes:
             while len(content) < size and (more := await body.read(1 << 16)):
                 content += more
     except TimeoutError:
-        raise TimeoutError(f"only {len(content)} bytes in {2 * READ_TIMEOUT} s") from None
+        raise TimeoutError(f"received only {len(content)} bytes in {2 * READ_TIMEOUT} s") from None
     return content
 
 

@@ -135,7 +135,7 @@ class Download:
         if self._size is not None and size != self._size:
             raise ImageError(
                 f"{self._uri} has {size} bytes, but its manifest says {self._size}: the file was "
-                "changed or cut off after it was published; publish it again."
+                "changed or cut off after it was published; publish the image again."
             )
         if not 0 < size <= self._largest:
             raise ImageError(
@@ -169,11 +169,11 @@ class Download:
                 failures += 1
                 if failures > PATIENCE or time.monotonic() - since > SILENCE:
                     raise ImageError(
-                        f"{uri}: the download broke off {failures} times in a row, over "
+                        f"{uri}: the download failed {failures} times in a row, over "
                         f"{time.monotonic() - since:.0f} s ({error}). Check the network, and try "
-                        "again: the download resumes where it broke off."
+                        "again: the download resumes where it stopped."
                     ) from error
-                logger.info("%s: retrying from byte %d on: %s", uri, part.at, error)
+                logger.info("%s: retrying from byte %d: %s", uri, part.at, error)
                 longest = min(MAX_BACKOFF, BACKOFF * 2 ** (failures - 1))
                 await asyncio.sleep(longest * random.uniform(0.5, 1.0))
 
@@ -235,7 +235,7 @@ class Download:
         span = f"bytes {part.at}-{part.end - 1}/{size}"
         got, length = answer.get("ContentRange", span), answer.get("ContentLength")
         if got != span or length not in (None, part.end - part.at):
-            raise BrokenAnswerError(f"the answer has {got} in {length} bytes, not {span}")
+            raise BrokenAnswerError(f"the server sent {got} ({length} bytes) instead of {span}")
 
 
 async def _read(body: Any) -> bytes:

@@ -13,25 +13,25 @@ CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role, as for boto3"
 )
 BY_CODE = {
-    "NoSuchBucket": "there is no such bucket; check its name, and SMOLVM_S3_ENDPOINT_URL if it is "
-    "not on AWS",
-    "NoSuchKey": "there is no such object; check the URI (a manifest is called smolvm-image.json)",
-    "404": "there is no such object; check the URI (a manifest is called smolvm-image.json)",
+    "NoSuchBucket": "the bucket does not exist; check its name. If it is not on AWS, also check "
+    "SMOLVM_S3_ENDPOINT_URL",
+    "NoSuchKey": "the object does not exist; check the URI (a manifest is named smolvm-image.json)",
+    "404": "the object does not exist; check the URI (a manifest is named smolvm-image.json)",
     "AccessDenied": "access is denied; give these credentials s3:GetObject (s3:PutObject to push), "
-    "and s3:ListBucket: without it S3 reports a missing object as forbidden, too",
-    "AllAccessDisabled": "all access to it is disabled; ask its owner",
-    "InvalidAccessKeyId": f"the access key is not known to the server; {CREDENTIALS}",
-    "SignatureDoesNotMatch": f"the secret key does not fit the access key; {CREDENTIALS}",
+    "and s3:ListBucket: without s3:ListBucket, S3 also reports a missing object as forbidden",
+    "AllAccessDisabled": "access to the bucket or object is disabled; ask its owner",
+    "InvalidAccessKeyId": f"the server does not know the access key; {CREDENTIALS}",
+    "SignatureDoesNotMatch": f"the secret key does not match the access key; {CREDENTIALS}",
     "ExpiredToken": "the credentials have expired; renew them (aws sso login, or a new token)",
     "RequestTimeTooSkewed": "this host's clock is wrong; correct it",
-    "InvalidObjectState": "it is archived (Glacier); restore it first",
-    "PreconditionFailed": "it was changed during the download; try again",
-    "412": "it was changed during the download; try again",
-    "InvalidRange": "it is shorter than its manifest says; publish it again",
-    "416": "it is shorter than its manifest says; publish it again",
-    "InvalidBucketName": "that cannot be a bucket's name; check the URI",
+    "InvalidObjectState": "the object is archived (Glacier); restore the object first",
+    "PreconditionFailed": "the object was changed during the download; try again",
+    "412": "the object was changed during the download; try again",
+    "InvalidRange": "the object is shorter than its manifest says; publish the image again",
+    "416": "the object is shorter than its manifest says; publish the image again",
+    "InvalidBucketName": "the bucket's name is not valid; check the URI",
     "NoSuchUpload": "another process aborted the upload; try again",
-    "EntityTooLarge": "it is larger than the server accepts; compress it or make it smaller",
+    "EntityTooLarge": "the object is too large for the server; compress it or make it smaller",
 }
 BY_CODE |= {
     "403": BY_CODE["AccessDenied"],
@@ -98,9 +98,12 @@ def _explanation(error: Exception) -> str | None:
     if "ProfileNotFound" in kinds:
         return f"{error}; check AWS_PROFILE and ~/.aws/config"
     if "SSLError" in kinds:
-        return f"the endpoint's certificate is not trusted ({error}); see AWS_CA_BUNDLE"
+        return (
+            f"the endpoint's certificate is not trusted ({error}); set AWS_CA_BUNDLE to a file "
+            "with its CA certificate"
+        )
     if kinds & set(BROKEN) or type(error) is TimeoutError:
-        return f"the answer broke off ({error}); try again"
+        return f"the server's answer was cut off ({error}); try again"
     if kinds & set(UNREACHABLE):
         return (
             f"the endpoint cannot be reached ({error}); check the network, AWS_REGION and "
@@ -123,9 +126,12 @@ def _of_response(response: dict[str, Any]) -> str:
     if code in REGION or status == "301":
         region = metadata.get("HTTPHeaders", {}).get("x-amz-bucket-region") or error.get("Region")
         region = region or error.get("Endpoint") or "another region"
-        return f"the bucket is in {region}; set AWS_REGION (or region in ~/.aws/config) to that"
+        return (
+            f"the bucket is in {region}; set AWS_REGION (or region in ~/.aws/config) to the "
+            "bucket's region"
+        )
     if code in THROTTLED or status in THROTTLED:
         tries = metadata.get("RetryAttempts", 0) + 1
         return f"the server is too busy ({code or status}) after {tries} tries; try again later"
     sentence = BY_CODE.get(code) or BY_CODE.get(status)
-    return sentence or f"the server refuses ({code or status}: {message})"
+    return sentence or f"the server refused the request ({code or status}: {message})"

@@ -42,7 +42,10 @@ async def configure(work: Path, boot_args: str, packages: int, meter: Meter) -> 
         watching.cancel()
     console = _read(work / "console")
     if DONE not in console:
-        message = f"The packages could not be configured:\n{console[-TAIL:]}"
+        message = (
+            "The guest did not finish configuring its packages. The end of its console output:\n"
+            f"{console[-TAIL:]}"
+        )
         raise CommandError(message, command=tuple(command), returncode=0, output=console)
 
 
