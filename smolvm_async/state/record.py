@@ -73,7 +73,8 @@ class Record(BaseModel):
         machine: The facts about the VM's machine; `None` until a kept VM has run.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # The first start builds the validator, in a thread: not the import.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     schema_version: int = SCHEMA_VERSION
     config: VMConfig
