@@ -56,7 +56,7 @@ Timeout = Annotated[
     typer.Option(
         metavar="SECONDS",
         min=0,
-        help="Time for the guest to power down; 0 skips the power button.",
+        help="Seconds to wait for the guest to power down; 0 does not press the power button.",
         show_default="60",
     ),
 ]
@@ -77,7 +77,7 @@ async def running_vm(vm_id: str, data_dir: str | None) -> AsyncIterator[AsyncSmo
     """Attach to a running VM during the block."""
     vm = await find_vm(vm_id, data_dir)
     if vm.status not in ACTIVE:
-        raise VMNotRunningError(f"{vm_id} does not run, it is {vm.status}: start it first.")
+        raise VMNotRunningError(f"{vm_id} is not running (it is {vm.status}): start the VM first.")
     try:
         yield vm
     finally:

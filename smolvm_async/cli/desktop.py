@@ -28,7 +28,8 @@ def screenshot(
         ),
     ] = None,
     display: Annotated[
-        str | None, typer.Option(metavar="ID", help="Another display adapter than the VM's own.")
+        str | None,
+        typer.Option(metavar="ID", help="QEMU's id of a display adapter, if not the VM's own."),
     ] = None,
     head: Annotated[int, typer.Option(help="The number of an output of the display adapter.")] = 0,
     data_dir: DataDir = None,
@@ -80,7 +81,7 @@ def vnc(
 ) -> None:
     """Turn on a VM's VNC server if it is off, and show how to connect."""
     if off and kind is not None:
-        raise typer.BadParameter("pass only one of them", param_hint="--off, --kind")
+        raise typer.BadParameter("pass either --off or --kind", param_hint="--off, --kind")
 
     async def work() -> str | None:
         async with running_vm(vm_id, data_dir) as vm:

@@ -53,7 +53,8 @@ def push(
         str,
         typer.Argument(
             metavar="DIRECTORY",
-            help="The directory of the qcow2, with kernel and initramfs if any.",
+            help="The directory with the qcow2, and with the kernel and initramfs if the image has "
+            "them.",
         ),
     ],
     uri: Uri,
@@ -135,7 +136,7 @@ def prune(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Remove the longest unused images until the rest fits into SIZE: 500M, 20G.",
+            help="Remove the least recently used images until the rest fits into SIZE: 500M, 20G.",
         ),
     ] = None,
     unused_days: Annotated[
@@ -171,7 +172,11 @@ def verify(
     if json:
         write_json([damage._asdict() for damage in damages])
     for damage in () if json else damages:
-        end = "it was removed: pull it again" if damage.removed else "it stays: a VM needs it"
+        end = (
+            "the file was removed: pull the image again"
+            if damage.removed
+            else "the file stays: a VM needs the image"
+        )
         say(f"{damage.path} is {'damaged' if damage.actual else 'missing'}; {end}.")
     if damages:
         raise typer.Exit(FAILED)
@@ -206,6 +211,6 @@ def _tell_gone(gone: Sequence[CachedImage], json: bool) -> None:
         write_json([asdict(one) for one in gone])
         return
     for one in gone:
-        say(f"{one.name} ({one.uri}) is removed.")
+        say(f"Removed {one.name} ({one.uri}).")
     if not gone:
         say("Nothing to remove.")

@@ -56,8 +56,8 @@ def logs(
         vm = await find_vm(vm_id, data_dir)
         if vm.status not in ACTIVE:
             raise VMNotRunningError(
-                f"{vm_id} is {vm.status}, so it has no console; read a log: "
-                f"{', '.join(f'--source {process}' for process in PROCESSES)}."
+                f"{vm_id} is {vm.status}, and only a running VM has a console; to read a log, pass "
+                f"{' or '.join(f'--source {process}' for process in PROCESSES)}."
             )
         try:
             if not follow:

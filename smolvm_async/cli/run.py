@@ -52,7 +52,7 @@ def run(
         typer.Argument(
             metavar="[IMAGE]",
             help="A qcow2 to start from, or s3://BUCKET/PREFIX/. By default, the built-in Debian; "
-            "or, with --id alone, the kept VM of that id, which boots again.",
+            "with only --id, the kept VM with this id boots again.",
         ),
     ] = None,
     os: Annotated[
@@ -207,7 +207,8 @@ async def _find_at_rest(vm_id: str, data_dir: str | None, feed: Feed) -> AsyncSm
     if vm.status in ACTIVE:
         await vm.detach()
         raise VMAlreadyExistsError(
-            f"{vm_id} runs already: to see its console, run smolvm-async logs --follow {vm_id}."
+            f"{vm_id} is already running: to see its console, run "
+            f"smolvm-async logs --follow {vm_id}."
         )
     return vm
 
@@ -231,7 +232,7 @@ async def _hold(vm: AsyncSmolVM, timeout: float | None, feed: Feed) -> None:
                 if asked.done():
                     feed.tell(
                         "stopping",
-                        f"Stopping {vm.vm_id}. Another Ctrl-C kills it at once.",
+                        f"Stopping {vm.vm_id}. Another Ctrl-C kills the VM at once.",
                         signal=feed.interrupts.number.name,
                     )
                 report = await vm.stop(timeout)

@@ -102,7 +102,7 @@ def stop(
     if json:
         write_json(ending_fields(vm_id, report or ShutdownReport(Rung.NONE)))
     else:
-        say(describe_ending(vm_id, report) if report else f"{vm_id} is stopped already.")
+        say(describe_ending(vm_id, report) if report else f"{vm_id} is already stopped.")
 
 
 def delete(
@@ -110,7 +110,9 @@ def delete(
         list[str],
         typer.Argument(metavar="ID...", help="The VMs' ids.", autocompletion=complete_vm_id),
     ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask about kept VMs.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Delete kept VMs without asking.")
+    ] = False,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
@@ -141,7 +143,7 @@ def delete(
 def _confirm(names: str, json: bool) -> None:
     if json or not sys.stdin.isatty():
         fail("ConfigError", f"{names} is a kept VM: to delete it, pass --yes.", WRONG, json=json)
-    typer.confirm(f"Delete for good: {names}?", abort=True)
+    typer.confirm(f"Delete permanently: {names}?", abort=True)
 
 
 def prune(data_dir: DataDir = None, json: Json = False) -> None:
@@ -151,6 +153,7 @@ def prune(data_dir: DataDir = None, json: Json = False) -> None:
         write_json([asdict(info) for info in infos])
         return
     for info in infos:
-        say(f"{info.vm_id} is kept, and stopped." if info.keep else f"{info.vm_id} is removed.")
+        kept = f"{info.vm_id} is kept; its status is now stopped."
+        say(kept if info.keep else f"Removed {info.vm_id}.")
     if not infos:
-        say("There is nothing to prune.")
+        say("Nothing to remove.")

@@ -160,7 +160,7 @@ class Control:
         run = self.running()
         if self.vm.status is Status.PAUSED:
             raise VMNotRunningError(
-                f"{self.vm.config.vm_id} is paused, and takes no input: resume() it first."
+                f"{self.vm.config.vm_id} is paused and accepts no input: call resume() first."
             )
         return run
 

@@ -135,7 +135,7 @@ class Fleet:
 
     async def __aenter__(self) -> Self:
         if self._block.entered or self._over:
-            raise ConfigError("this Fleet was entered before: make a new Fleet.")
+            raise ConfigError("a Fleet can be entered only once: make a new Fleet.")
         try:
             await self._template.look()
             self._check_limit(self._template.most)
@@ -323,7 +323,7 @@ class Fleet:
     def _check_room(self, size: int) -> None:
         capacity = PROMISES.capacity()
         if self._at_once * size > capacity:
-            limit = f"this host has {capacity} MiB for them, enough"
+            limit = f"this host has {capacity} MiB for VMs, which is enough"
             kind = f"{size} MiB, QEMU's overhead included,"
             raise self._too_many(kind, limit, capacity // size, "free memory of the host")
 

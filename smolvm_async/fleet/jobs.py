@@ -114,7 +114,7 @@ class NumberedItems(Generic[T]):
                     return None
                 except (asyncio.CancelledError, StopAsyncIteration) as error:
                     # asyncio would mistake these for our own task's cancellation or end.
-                    raise RuntimeError(f"the items have raised {error!r}") from error
+                    raise RuntimeError(f"the items raised {error!r}") from error
             self._count += 1
             return self._count - 1, item
 
@@ -308,7 +308,7 @@ async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
     if crash is not None:
         raise crash
     if running.cancelled():
-        raise VMNotRunningError(f"the job on {member.vm.vm_id} has cancelled itself.")
+        raise VMNotRunningError(f"the job on {member.vm.vm_id} cancelled itself.")
     return running.result()
 
 
@@ -317,8 +317,8 @@ async def awaited(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
     work = job(vm, item)
     if not inspect.isawaitable(work):
         raise ConfigError(
-            f"job={shown(job)} is wrong: it returns {shown(work)}, which cannot be awaited. Make "
-            "it an async function."
+            f"job={shown(job)} is wrong: it returns {shown(work)}, which cannot be awaited: pass "
+            "an async function of (vm, item)."
         )
     return await work
 
@@ -329,7 +329,7 @@ async def _call(job: Job[T, R], vm: AsyncSmolVM, item: T) -> R:
     except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # test frameworks raise such exceptions
-        raise RuntimeError(f"the job has raised {shown(error)}") from error
+        raise RuntimeError(f"the job raised {shown(error)}") from error
 
 
 async def _end(running: asyncio.Task[Any], member: Member) -> None:

@@ -70,7 +70,7 @@ def configure(arguments: object) -> VMConfig:
     if options.get("on_progress") is not None:
         raise ConfigError(
             "template= cannot have on_progress: the VMs start in other processes, which cannot "
-            "call it. Leave it out, and read the workers' logs."
+            "call the callback. Leave on_progress out, and read the workers' logs."
         )
     config = make_config(**options)
     _check_ports(config)
@@ -88,8 +88,8 @@ def _checked(arguments: object) -> VMOptions:
     unknown = sorted(str(name) for name in arguments if name not in VMOptions.__annotations__)
     if unknown:
         raise ConfigError(
-            f"template= has {', '.join(unknown)}, which AsyncSmolVM does not take: pass its "
-            "arguments only."
+            f"template= has unknown arguments ({', '.join(unknown)}): pass only arguments of "
+            "AsyncSmolVM."
         )
     for name, instead in OWN.items():
         if arguments.get(name):
@@ -102,6 +102,6 @@ def _check_ports(config: VMConfig) -> None:
         if forward.host_port is not None:
             raise ConfigError(
                 f"template= cannot have the host's port {forward.host_port} in port_forwards: "
-                "two VMs cannot share a port of the host. Pass the guest's port alone, and the "
-                "host's kernel chooses a free port."
+                "two VMs cannot share a port of the host. Pass only the guest's port; the "
+                "host's kernel then chooses a free host port."
             )

@@ -180,7 +180,7 @@ def test_the_first_signal_stops_the_vm(run: Run, number: signal.Signals) -> None
         *("launching", "firmware"),
         *("stop", "stop", "stop"),
     ]
-    assert "Stopping one. Another Ctrl-C kills it at once." in output
+    assert "Stopping one. Another Ctrl-C kills the VM at once." in output
     assert "no operating system runs, so the guest cannot power down" in output
     assert "one has stopped: QEMU was told to quit (quit, 0." in output
 
@@ -249,7 +249,7 @@ def test_a_crash_is_told_and_fails(run: Run, data_dir: Path, keep: bool) -> None
     if keep:
         (info,) = document("list", "--data-dir", data_dir)
         assert info["status"] == "crashed"
-        assert "stopped already" in cli("stop", "one", "--data-dir", data_dir).stdout
+        assert "already stopped" in cli("stop", "one", "--data-dir", data_dir).stdout
         cli("delete", "--yes", "one", "--data-dir", data_dir)
 
 
@@ -483,14 +483,14 @@ def test_a_kept_vm_is_booted_again_and_deleted(run: Run, data_dir: Path) -> None
     assert code == 0
     assert f"smolvm-async run --id one --data-dir {data_dir}\n" in output
     assert f"smolvm-async delete one --data-dir {data_dir}\n" in output
-    assert cli("stop", "one", *place).stdout == "one is stopped already.\n"
+    assert cli("stop", "one", *place).stdout == "one is already stopped.\n"
     assert document("stop", "one", *place)["rung"] == "none"
-    assert "has no console" in cli("logs", "one", *place, code=1).stderr
+    assert "only a running VM has a console" in cli("logs", "one", *place, code=1).stderr
     assert document("logs", "one", *place, code=1)["error"]["type"] == "VMNotRunningError"
-    assert cli("prune", *place).stdout == "There is nothing to prune.\n"
+    assert cli("prune", *place).stdout == "Nothing to remove.\n"
     with run("again", "--id", "one", "--json") as running:
         refused = document("run", "--id", "one", *place, code=2)
-        assert "one runs already" in refused["error"]["message"]
+        assert "one is already running" in refused["error"]["message"]
         running.kill(signal.SIGINT)
         events = running.events()
     assert [event["event"] for event in events[-2:]] == ["ended", "kept"]
@@ -498,7 +498,7 @@ def test_a_kept_vm_is_booted_again_and_deleted(run: Run, data_dir: Path) -> None
     refused = document("delete", "one", *place, code=2)
     assert "pass --yes" in refused["error"]["message"]
     output, code = terminal("delete", "one", *place, typed="n\n")
-    assert "Delete for good: one? [y/N]" in output
+    assert "Delete permanently: one? [y/N]" in output
     assert code == 1
     assert [info["status"] for info in document("list", *place)] == ["stopped"]
     output, code = terminal("delete", "one", *place, typed="y\n")
@@ -537,8 +537,8 @@ def test_what_a_killed_run_leaves_is_pruned(run: Run, data_dir: Path, as_json: b
         assert {info["vm_id"] for info in pruned} == {"gone", "kept"}
     else:
         assert set(cli("prune", *place).stdout.splitlines()) == {
-            "gone is removed.",
-            "kept is kept, and stopped.",
+            "Removed gone.",
+            "kept is kept; its status is now stopped.",
         }
     (info,) = document("list", *place)
     assert (info["vm_id"], info["status"]) == ("kept", "stopped")
@@ -620,7 +620,7 @@ def test_no_vm_is_no_error_but_for_those_that_name_one(data_dir: Path) -> None:
     place = ["--data-dir", str(data_dir)]
     assert cli("list", *place).stdout == "There are no VMs.\n"
     assert document("list", *place) == []
-    assert cli("prune", *place).stdout == "There is nothing to prune.\n"
+    assert cli("prune", *place).stdout == "Nothing to remove.\n"
     assert document("prune", *place) == []
     known = (["stop"], ["delete"], ["logs"], ["logs", "--source=qemu"], ["run", "--id"])
     for command in (*known, ["screenshot"], ["vnc"]):

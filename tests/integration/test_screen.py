@@ -173,9 +173,9 @@ async def test_waiting_for_the_screen(in_setup: AsyncSmolVM) -> None:
     await vm.wait_for_screen(stable=3, timeout=FIRMWARE)
     await vm.pause()  # on a busy host it may still draw
     setup = await vm.screenshot()
-    with pytest.raises(VMTimeoutError, match="it has not changed"):
+    with pytest.raises(VMTimeoutError, match="the screen has not changed"):
         await vm.wait_for_screen(changed=setup, timeout=0.3)
-    with pytest.raises(VMTimeoutError, match="has to stay unchanged for 5 s"):
+    with pytest.raises(VMTimeoutError, match="must stay unchanged for 5 s"):
         await vm.wait_for_screen(stable=5, timeout=0.3)
     await vm.resume()
     moved = await after(vm, "Down")
@@ -191,7 +191,7 @@ async def test_waiting_for_the_screen(in_setup: AsyncSmolVM) -> None:
 
 
 WRONG: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("nothing to wait for", {}),
+    ("has no condition", {}),
     ("changed='yes'", {"changed": "yes"}),
     ("stable=-1", {"stable": -1}),
     ("timeout='soon'", {"stable": 1, "timeout": "soon"}),
@@ -202,7 +202,7 @@ WRONG: tuple[tuple[str, dict[str, Any]], ...] = (
     ("like='/nowhere.png'", {"like": "/nowhere.png"}),
     ("region=", {"stable": 1, "region": (0, 0, 5000, 5000)}),
     ("region=", {"stable": 1, "region": (0, 0, -1, 5)}),
-    ("ignore= covers everything", {"stable": 1, "ignore": [(0, 0, 640, 480)]}),
+    ("ignore= covers the whole region", {"stable": 1, "ignore": [(0, 0, 640, 480)]}),
     ("tolerance=256", {"stable": 1, "tolerance": 256}),
     ("max_different=2", {"stable": 1, "max_different": 2}),
 )

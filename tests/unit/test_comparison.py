@@ -76,7 +76,7 @@ def test_it_agrees_with_the_oracle(
     )
     share = share_different(one, other, region, ignore, tolerance)
     if share is None:
-        with pytest.raises(ConfigError, match="ignore= covers everything"):
+        with pytest.raises(ConfigError, match="ignore= covers the whole region"):
             comparison.differs(one, other)
         return
     assert comparison.differs(one, other) == (share > max_different)

@@ -449,7 +449,7 @@ def test_a_job_that_is_not_an_async_function_is_refused() -> None:
 
 
 async def test_a_job_that_returns_nothing_to_await_has_failed() -> None:
-    with pytest.raises(ConfigError, match="Make it an async function"):
+    with pytest.raises(ConfigError, match="pass an async function"):
         await jobs.awaited(awaits_nothing, SimpleNamespace(), 1)  # type: ignore[arg-type]
 
 

@@ -67,7 +67,9 @@ class Comparison:
             hole = check_region(box, width, height, argument)
             parts = [part for whole in parts for part in _without(whole, hole)]
         if not parts:
-            raise ConfigError("ignore= covers everything that would be compared: ignore less.")
+            raise ConfigError(
+                "ignore= covers the whole region: pass smaller or fewer regions in ignore=."
+            )
         return parts
 
     def differs(self, one: Screenshot, other: Screenshot) -> bool:
@@ -190,7 +192,7 @@ def _check_box(box: object, argument: str) -> Region:
     ):
         raise ConfigError(
             f"{argument}={shown(box)} is wrong: pass (left, top, width, height) in whole pixels, "
-            "the first two 0 or more, the others 1 or more."
+            "left and top 0 or more, width and height 1 or more."
         )
     return Region(*numbers)
 
@@ -200,7 +202,7 @@ def _check_ignored(ignore: object) -> dict[str, Region]:
     if not isinstance(ignore, Mapping | tuple | list):
         raise ConfigError(
             f"ignore={shown(ignore)} is wrong: pass a list of regions (left, top, width, height), "
-            "or a mapping of names to them."
+            "or a mapping of names to regions."
         )
     named = ignore.items() if isinstance(ignore, Mapping) else enumerate(ignore)
     arguments = {f"ignore[{name!r}]": box for name, box in named}

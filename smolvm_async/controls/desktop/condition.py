@@ -32,7 +32,8 @@ class ScreenCondition:
             check_seconds("stable", stable)
         if changed is False and stable is None and like is None:
             raise ConfigError(
-                "There is nothing to wait for: pass changed=True, stable=SECONDS or like=PICTURE."
+                "wait_for_screen() has no condition: pass changed=True, stable=SECONDS or "
+                "like=PICTURE."
             )
         self._comparison = comparison
         self._changed = changed is not False
@@ -77,11 +78,14 @@ class ScreenCondition:
         """Yield a sentence for each condition that the screenshot does not meet."""
         assert self._from is not None
         if self._changed and not self._comparison.differs(self._from, picture):
-            yield "it has not changed"
+            yield "the screen has not changed"
         if self._stable is not None and (rested := self._now - self._since) < self._stable:
-            yield f"it changed {rested:.1f} s ago, and has to stay unchanged for {self._stable:g} s"
+            yield (
+                f"the screen changed {rested:.1f} s ago, but must stay unchanged for "
+                f"{self._stable:g} s"
+            )
         if self._like is not None and not self._comparison.matches(picture, self._like):
-            yield "it does not look like the reference"
+            yield "the screen does not look like the reference"
 
     def explain(self) -> str:
         """Describe the conditions that the last screenshot did not meet."""

@@ -202,7 +202,7 @@ def find_key(name: str) -> Key:
         )
     if asked in _NOWHERE:
         raise ConfigError(
-            f"key={name!r} is not on the guest's keyboard: QEMU's PS/2 keyboard lacks it. "
+            f"key={name!r} is not on the guest's keyboard: QEMU's PS/2 keyboard does not have it. "
             "Use a menu of the guest or another combination of keys instead."
         )
     near = difflib.get_close_matches(asked[:40], _BY_NAME, n=3)

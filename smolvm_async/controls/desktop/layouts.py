@@ -91,7 +91,7 @@ def strokes(text: str, layout: str) -> list[Stroke]:
     position = bisect.bisect_right(range(len(text)), index, key=lambda end: len(_plain(text[:end])))
     raise ConfigError(
         f"the layout {layout!r} cannot type {_described(char)}, at position {position - 1} of the "
-        f"text: leave it out, or {_alternative(char)}"
+        f"text: leave the character out, or {_alternative(char)}"
     )
 
 
@@ -139,8 +139,8 @@ def _parts(text: str) -> list[str]:
         position, more = match.end(), match[2]
     if more:  # the last match ended with a +
         raise ConfigError(
-            f"keys={shown(text)} lacks a key beside a '+': name a key on either side, such as "
-            "'ctrl+c'. The key + itself is 'plus', or '+' as in 'ctrl++'."
+            f"keys={shown(text)} has a '+' without a key next to it: name a key on both sides "
+            "of each '+', such as 'ctrl+c'. The key + itself is 'plus', or '+' as in 'ctrl++'."
         )
     return parts
 
@@ -164,9 +164,9 @@ def _character(part: str, layout: str, text: str, commanding: bool) -> Stroke:
         )
     if len(ways) > 1:
         raise ConfigError(
-            f"keys={shown(text)}: on the layout {layout!r}, {_described(char)} takes a dead key "
-            "and another key, which cannot be pressed together: name the key by its position on a "
-            "US keyboard, such as 'Backquote', or type the character as text."
+            f"keys={shown(text)}: on the layout {layout!r}, {_described(char)} needs a dead key "
+            "and then another key, which cannot be pressed together: name the key by its position "
+            "on a US keyboard, such as 'Backquote', or type the character as text."
         )
     return ways[0]
 
@@ -195,8 +195,11 @@ def _described(char: str) -> str:
 def _alternative(char: str) -> str:
     able = [name for name in LAYOUTS if char in _table(name)]
     if not able:
-        return "bring it into the guest in another way: no known layout types it."
-    return f"set the guest to a layout that has it and pass that layout ({', '.join(able)})."
+        return "bring the character into the guest in another way: no known layout types it."
+    return (
+        "set the guest to a layout that has the character and pass that layout "
+        f"({', '.join(able)})."
+    )
 
 
 # The data of the layouts

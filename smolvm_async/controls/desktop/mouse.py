@@ -172,14 +172,14 @@ class Mouse(Control):
             async with asyncio.timeout(patience):
                 while not await self._is_taken():
                     if not waiting:
-                        logger.info("waiting until the guest has taken the tablet")
+                        logger.info("waiting until the guest reads the tablet")
                         waiting = True
                     await asyncio.sleep(POLL)
         except TimeoutError:
             raise VMTimeoutError(
-                f"{self.vm.config.vm_id} has not taken the tablet within {patience:g} s, so the "
-                "mouse's events would be lost: firmware, boot loaders and guests without a driver "
-                "for USB tablets do not read it.",
+                f"the guest of {self.vm.config.vm_id} did not read the tablet within {patience:g} "
+                "s, so mouse events would be lost: firmware, boot loaders and guests without a "
+                "driver for USB tablets do not read it.",
                 hint="Wait until the operating system runs, or use the keyboard.",
                 seconds=patience,
             ) from None
@@ -240,7 +240,8 @@ def _whole(name: str, value: object) -> int:
         pixels = operator.index(value)
     if pixels < 0:
         raise ConfigError(
-            f"{name}={shown(value)} is not on the screen: pass pixels from 0 to the screen's end."
+            f"{name}={shown(value)} is not on the screen: pass a whole number of pixels, from 0 to "
+            "the screen's size minus 1."
         )
     return pixels
 
@@ -249,6 +250,6 @@ def _check_within(point: Point, size: tuple[int, int]) -> None:
     for name, pixel, end in zip("xy", point, size, strict=True):
         if not 0 <= pixel < end:
             raise ConfigError(
-                f"{name}={shown(pixel)} is not on the screen: pass pixels from 0 to {end - 1}; "
-                f"the last screenshot is {size[0]}x{size[1]}."
+                f"{name}={shown(pixel)} is not on the screen: pass a whole number of pixels, "
+                f"from 0 to {end - 1}; the last screenshot is {size[0]}x{size[1]}."
             )

@@ -77,6 +77,7 @@ class Screen(Control):
                 return await self._shoot("ppm", None, 0)
         except TimeoutError:
             raise VMTimeoutError(
-                f"{self.vm.config.vm_id} sent no screenshot in time: QEMU or the VM's owner hangs.",
+                f"no screenshot of {self.vm.config.vm_id} arrived in time: QEMU or the VM's owner "
+                "hangs; stop or delete the VM.",
                 seconds=seconds,
             ) from None

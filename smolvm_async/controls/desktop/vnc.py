@@ -47,7 +47,8 @@ class VNC(Control):
         checked = check_vnc_kind(kind, "kind")
         if checked is None:
             raise ConfigError(
-                f"kind={kind!r} is wrong: pass 'loopback' or 'unix'. To turn it off, call stop()."
+                f"kind={kind!r} is wrong: pass 'loopback' or 'unix'. To turn the VNC server off, "
+                "call stop()."
             )
         return await self.running().peripherals.vnc.start(checked)
 

@@ -121,7 +121,9 @@ class Files(OverSSH):
             tree = await guest_tree(sftp, source)
             size = _size(tree)
             if max_bytes is not None and size > max_bytes:
-                raise FileTransferError(f"{size} bytes are more than max_bytes={max_bytes}")
+                raise FileTransferError(
+                    f"the source has {size} bytes, more than max_bytes={max_bytes}"
+                )
             if make_dirs:
                 await in_background(os.makedirs, target.parent, 0o777, True)
             meter = TransferMeter(on_progress, f"downloading {name}", size)
@@ -183,7 +185,7 @@ def _explanation(error: Exception, link: Link, subject: str) -> Exception | None
     if isinstance(error, (*lost, asyncssh.ChannelOpenError, ConnectionError)):
         return link.lost()
     if isinstance(error, asyncssh.Error):
-        return FileTransferError(f"{subject}: the guest says: {error}")
+        return FileTransferError(f"{subject}: the guest's SFTP server reports: {error}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return _full("this host's", subject)
     if isinstance(error, FileTransferError):

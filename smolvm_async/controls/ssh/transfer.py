@@ -111,7 +111,7 @@ def _checked(entry: Entry, shown: str) -> Entry:
     if entry.kind not in (S_IFDIR, S_IFREG, S_IFLNK):
         raise FileTransferError(
             f"{shown!r} cannot be copied: it is not a file, directory or link, but a socket, FIFO "
-            "or device; remove it, or copy the files beside it one by one"
+            "or device; remove it, or copy the other files one by one"
         )
     return entry
 
@@ -369,6 +369,6 @@ def _remove(path: Path) -> None:
 
 def _unlike(target: str) -> FileTransferError:
     return FileTransferError(
-        f"{target!r} exists, and only one of source and target is a directory: remove the target, "
-        "or choose another name"
+        f"{target!r} exists, but the source and the target are not both files or both directories: "
+        "remove the target, or choose another name"
     )

@@ -121,12 +121,12 @@ class Workers:
                 await asyncio.gather(*asking)
         except TimeoutError:
             logger.warning(
-                "some Dask workers have not ended cancelled jobs within %g s: their VMs may still "
-                "run for a while",
+                "some Dask workers did not end their cancelled jobs within %g s; the VMs may run a "
+                "little longer",
                 ENDING,
             )
         except Exception as error:  # the scheduler is gone, so the workers exit
-            logger.warning("the Dask workers cannot be reached: %s", error)
+            logger.warning("cannot reach the Dask workers: %s", error)
 
     async def _ask(self, worker: str, function: Callable[..., Any], arguments: Any) -> None:
         """Run a function on a worker; stop if the worker is lost: Dask would retry for 30 s."""
@@ -311,9 +311,9 @@ async def _result(future: Any) -> JobReply:
     try:
         reply = await future
     except KilledWorker as error:
-        raise WorkerLostError(f"the job's workers died, one after another: {error}") from error
+        raise WorkerLostError(f"every Dask worker that ran this job died: {error}") from error
     except FutureCancelledError as error:
-        raise WorkerLostError(f"the Dask scheduler gave the job up: {error.reason}.") from error
+        raise WorkerLostError(f"the Dask scheduler cancelled the job: {error.reason}.") from error
     assert isinstance(reply, JobReply)
     if reply.lost:
         raise _lost(reply.lost)

@@ -115,7 +115,7 @@ class DaskFleet:
         from smolvm_async.fleet.dask.messages import dumps
 
         if self._workers is not None or self._over:
-            raise ConfigError("this DaskFleet was entered before: make a new DaskFleet.")
+            raise ConfigError("a DaskFleet can be entered only once: make a new DaskFleet.")
         self._pickled = dumps(self._template)
         client = await self._connect()
         workers = Workers(client, self._need, self._most)
@@ -198,11 +198,13 @@ class DaskFleet:
         address, more = given, {}
         if not isinstance(given, str):
             if given.scheduler is None:
-                raise ConfigError("scheduler= is a client that is not connected: connect it first.")
+                raise ConfigError(
+                    "scheduler= is a client that is not connected: connect the client first."
+                )
             address, more = given.scheduler.address, {"security": given.security}
         connecting: Any = Client  # its constructor has no type hints
         client = connecting(address, asynchronous=True, set_as_default=False, **more)
-        problem = f"no Dask scheduler can be reached at {address!r}"
+        problem = f"cannot reach a Dask scheduler at {address!r}"
         try:
             await client
             await check_versions(client)
@@ -221,7 +223,7 @@ class DaskFleet:
             logger.warning("there are no Dask workers yet: jobs wait for the first one")
         elif workers.largest < self._need:
             raise HostError(
-                f"a VM of {self._need} MiB, QEMU's overhead included, fits on none of the "
+                f"a VM of {self._need} MiB, QEMU's overhead included, does not fit on any of the "
                 f"{workers.count} Dask workers: the largest has {workers.largest} MiB.",
                 hint="Pass a smaller memory=, or start workers with a larger --resources "
                 "smolvm_memory=.",

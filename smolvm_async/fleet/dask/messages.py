@@ -115,7 +115,7 @@ def no_exit(action: str) -> Iterator[None]:
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:
-        raise RemoteError(f"{action} has raised {error!r}.") from None
+        raise RemoteError(f"{action} raised {error!r}.") from None
 
 
 def pack(error: BaseException, where: str) -> Sequence[bytes | str]:
@@ -159,5 +159,7 @@ def _unpickled(link: bytes | str) -> BaseException:
     try:
         error = loads(link)
     except Exception as missing:
-        return RemoteError(f"an exception that this process cannot load: {missing}")
-    return error if isinstance(error, BaseException) else RemoteError("an exception, once pickled")
+        return RemoteError(f"this process cannot load the exception: {missing}")
+    if not isinstance(error, BaseException):
+        return RemoteError("the pickled error did not load as an exception")
+    return error

@@ -109,7 +109,7 @@ class WorkerJobs:
             Reschedule: The job was cancelled; Dask starts it again if a client still wants it.
         """
         if request.call in self._over:
-            return JobReply(errors=[f"the call {request.call} is over."])
+            return JobReply(errors=[f"the map() call {request.call} has ended."])
         done: Future[JobReply | None] = Future()
         self._futures[request.key], self._calls[request.key] = done, request.call
         self._loop.call_soon_threadsafe(self._begin, request, done)
@@ -165,7 +165,7 @@ class WorkerJobs:
                 try:
                     self._loop.run_forever()
                 except (SystemExit, KeyboardInterrupt) as error:  # of a task that a job made
-                    logger.error("a task of a job on %s has raised %r", self._address, error)
+                    logger.error("a task of a job on %s raised %r", self._address, error)
         finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
