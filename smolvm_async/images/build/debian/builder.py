@@ -22,8 +22,6 @@ from smolvm_async.foundation.files import replace_file, seal
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
-from smolvm_async.images.build import packages
-from smolvm_async.images.build.debian import disk, root
 from smolvm_async.images.build.workshop import check_programs, key_of, release, work_directory
 
 PROGRAMS = {  # the programs that the build runs, and their packages
@@ -127,6 +125,9 @@ class Builder:
 
     async def build(self) -> DebianImage:
         """Build the image, or wait for the process that is already building it."""
+        # Each first VM looks for the image, and few build it.
+        from smolvm_async.images.build import packages
+
         self._steps.report("waiting for other builds", 0)
         async with packages.exclusive(self._store):
             if (found := self.find()) is not None:
@@ -145,6 +146,9 @@ class Builder:
         return found
 
     async def _build(self, work: Path) -> None:
+        from smolvm_async.images.build import packages
+        from smolvm_async.images.build.debian import disk, root
+
         (work / "image").mkdir()
         self._steps.report("looking up packages", 1)
         await packages.update(self._packages)
