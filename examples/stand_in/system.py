@@ -20,8 +20,8 @@ from smolvm_async.images.build.boot_files import (
     find_file,
     install,
     install_drivers,
+    make_initramfs,
     modules,
-    pack_initramfs,
     reset_modes,
 )
 from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution
@@ -131,13 +131,8 @@ def _arrange_esp(unpacked: Path, esp: Path, drivers: Sequence[Path]) -> None:
     install(find_file(unpacked, GRUBS), esp / "EFI/BOOT/grubx64.efi")
     install(find_file(unpacked, ["vmlinuz-*"]), esp / "vmlinuz")
     tree = esp.with_name("initramfs")
-    for name in ("bin", "dev", "modules", "proc", "root", "sys"):
-        (tree / name).mkdir(parents=True)
-    install(find_file(unpacked, ["busybox"]), tree / "bin/busybox", 0o755)
-    install(GUEST_SCRIPTS / "initramfs.sh", tree / "init", 0o755)
-    install_drivers(drivers, tree / "modules")
-    reset_modes(tree)
-    (esp / "initrd.img").write_bytes(pack_initramfs(tree))
+    initrd = make_initramfs(unpacked, GUEST_SCRIPTS / "initramfs.sh", drivers, tree)
+    (esp / "initrd.img").write_bytes(initrd)
 
 
 async def _libraries(unpacked: Path) -> list[Path]:

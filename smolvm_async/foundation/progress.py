@@ -78,6 +78,6 @@ class Meter:
         """
         self._reported = time.monotonic()
         elapsed = self._reported - self._began
-        rate = copied / elapsed if copied and copied > 0 < elapsed else None
+        rate = copied / elapsed if copied is not None and copied > 0 and elapsed > 0 else None
         total = self._total if total is None else total
         report(self._callback, Progress(self._stage, message, elapsed, done, total, rate))

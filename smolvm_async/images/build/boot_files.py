@@ -116,8 +116,17 @@ def _decompress(payload: bytes) -> bytes:
     return b""  # the standard library lacks zstd and lz4, so the guest decompresses the kernel
 
 
-def pack_initramfs(tree: Path) -> bytes:
-    """Return `tree` as a cpio archive of format `newc`: owned by root, sorted, without dates."""
+def make_initramfs(unpacked: Path, init: Path, drivers: Sequence[Path], tree: Path) -> bytes:
+    """Return an initramfs with busybox, the script `init` and drivers; arrange it in `tree`.
+
+    The result is a cpio archive of format `newc`: owned by root, sorted, without dates.
+    """
+    for name in ("bin", "dev", "modules", "proc", "root", "sys"):
+        (tree / name).mkdir(parents=True)
+    install(find_file(unpacked, ["busybox"]), tree / "bin/busybox", 0o755)
+    install(init, tree / "init", 0o755)
+    install_drivers(drivers, tree / "modules")
+    reset_modes(tree)
     return b"".join(_cpio_entries(tree))
 
 

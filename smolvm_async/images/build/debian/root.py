@@ -16,10 +16,8 @@ from smolvm_async.images.build.boot_files import (
     decompress_kernel,
     find_file,
     install,
-    install_drivers,
+    make_initramfs,
     modules,
-    pack_initramfs,
-    reset_modes,
 )
 from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution
 
@@ -88,14 +86,8 @@ async def arrange(tree: Path, work: Path) -> None:
 
 
 def _make_initrd(tree: Path, work: Path, drivers: Sequence[Path]) -> None:
-    initramfs = work / "initramfs"
-    for name in ("bin", "dev", "modules", "proc", "root", "sys"):
-        (initramfs / name).mkdir(parents=True)
-    install(find_file(tree, ["busybox"]), initramfs / "bin/busybox", 0o755)
-    install(GUEST / "initramfs.sh", initramfs / "init", 0o755)
-    install_drivers(drivers, initramfs / "modules")
-    reset_modes(initramfs)
-    (work / "image" / "initrd").write_bytes(pack_initramfs(initramfs))
+    initrd = make_initramfs(tree, GUEST / "initramfs.sh", drivers, work / "initramfs")
+    (work / "image" / "initrd").write_bytes(initrd)
 
 
 def _make_kernel(tree: Path, work: Path) -> None:
