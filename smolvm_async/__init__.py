@@ -47,6 +47,7 @@ from smolvm_async.qemu.events import (
     PortChanged,
     Reset,
     Shutdown,
+    Trouble,
 )
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport, Step
 from smolvm_async.state.record import Status
@@ -106,6 +107,7 @@ __all__ = [
     "Status",
     "Step",
     "Timeouts",
+    "Trouble",
     "UnsupportedError",
     "VMAlreadyExistsError",
     "VMCrashedError",

@@ -39,11 +39,13 @@ from __future__ import annotations
 
 import base64
 import copyreg
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smolvm_async.controls.ssh.commands import CommandResult
+    from smolvm_async.qemu.events import Trouble
 
 # eq=False and repr=False keep Exception's comparison by identity and its repr.
 
@@ -56,25 +58,33 @@ class SmolVMError(Exception):
         message: The problem.
         hint: The fix; empty if the message contains the fix, or if no fix is known. If there is a
             hint, the message ends with a period.
+        troubles: The troubles of the VM that may be the reason, as QEMU reported them: a full or
+            broken disk, a guest that is paused, ... `str(error)` lists them at its end.
     """
 
     message: str = ""
     _: KW_ONLY
     hint: str = ""
+    troubles: tuple[Trouble, ...] = ()
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
 
     def __str__(self) -> str:
         message = super().__str__()
-        if not self.hint:
-            return message
-        return f"{message}\n{self.hint}" if "\n" in message else f"{message} {self.hint}"
+        if self.hint:
+            message += f"\n{self.hint}" if "\n" in message else f" {self.hint}"
+        return "\n".join((message, *(str(trouble) for trouble in self.troubles)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception.__reduce__() calls the class with `args`, which a subclass may not accept.
         new = copyreg.__newobj__  # type: ignore[attr-defined]
         return new, (type(self),), {**vars(self), "args": self.args}
+
+    def extend(self, text: str) -> None:
+        """Add a line or several lines to the message."""
+        self.message = f"{self.message}\n{text}"
+        self.args = (self.message, *self.args[1:])
 
     def to_json(self) -> dict[str, Any]:
         """Return the name of the class as `type`, and every field, in JSON types.
@@ -92,6 +102,8 @@ def _plain(value: object) -> Any:
         return {"base64": base64.b64encode(value).decode()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     return repr(value)
@@ -195,7 +207,7 @@ class VMTimeoutError(SmolVMError, TimeoutError):
         state: The VM's boot state at the deadline (see `BootState`); empty if the wait was for
             something other than a boot state.
         console: The end of the guest's serial console (at most 4 KiB); empty likewise.
-        log: The end of QEMU's output (at most 4 KiB); empty likewise.
+        log: The end of QEMU's output (at most 4 KiB).
     """
 
     seconds: float = 0.0

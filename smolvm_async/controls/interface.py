@@ -23,6 +23,7 @@ from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.input import InputEvent, released
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import ShutdownReport
+from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.record import Status
 
 
@@ -32,12 +33,14 @@ class Run(Protocol):
     Attributes:
         peripherals: Screen, input devices, VNC server and ports.
         link: The SSH connection to the guest.
+        troubles: The problems that QEMU has reported; they explain a deadline that passed.
         failure: The error if the run could not start or crashed; otherwise `None`.
         report: The report on the run's end.
     """
 
     peripherals: Peripherals
     link: Link
+    troubles: Troubles
     failure: Exception | None
     report: ShutdownReport
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 
 from smolvm_async.config.checks import check_timeout
-from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.interface import VM, Run, begun, console_tail, ended
 from smolvm_async.errors import ConfigError, VMTimeoutError
-from smolvm_async.foundation.tail import QUOTED, printable
 from smolvm_async.qemu.events import BootState, BootStateChanged, EventStream
-from smolvm_async.state.logs import read_log
 from smolvm_async.state.record import Status
 
 
@@ -72,7 +68,7 @@ class Observation:
             async with asyncio.timeout(seconds):
                 reached = await run.boot.wait_for(state)
         except TimeoutError:
-            raise await _timed_out(self._vm.config, run, state, seconds) from None
+            raise _timed_out(self._vm.config.vm_id, run, state, seconds) from None
         if reached is None:
             await asyncio.wait([over])
             raise ended(self._vm.config.vm_id, run)
@@ -104,21 +100,15 @@ class Observation:
         return run.console.follow(over)
 
 
-async def _timed_out(
-    config: VMConfig, run: Run, state: BootState, seconds: float
-) -> VMTimeoutError:
+def _timed_out(vm_id: str, run: Run, state: BootState, seconds: float) -> VMTimeoutError:
     """Return the error for a VM that did not reach `state` within `seconds`."""
     last = run.boot.last
-    log = ""
-    with suppress(ConfigError, OSError):  # the VM may have been deleted just now
-        parts = [part async for part in read_log(config.vm_id, "qemu", data_dir=config.data_dir)]
-        log = printable("".join(parts)[-QUOTED:]).strip()
-    return VMTimeoutError(
-        f"{config.vm_id} did not reach {str(state)!r} within {seconds:g} s: it has been at "
+    error = VMTimeoutError(
+        f"{vm_id} did not reach {str(state)!r} within {seconds:g} s: it has been at "
         f"{str(last.state)!r} since {last.elapsed:.1f} s after start() ({last.evidence}).\n"
-        f"{console_tail(run.console)}\nQEMU's log:\n{log or '(empty)'}",
+        f"{console_tail(run.console)}",
         seconds=seconds,
         state=str(last.state),
         console=run.console.quote(),
-        log=log,
     )
+    return run.troubles.explain(error)

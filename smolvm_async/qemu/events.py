@@ -112,11 +112,70 @@ class PortChanged(Event):
         return bool(self.data.get("open"))
 
 
+class Trouble(Event):
+    """A trouble of the VM, such as a full disk. `name` is `TROUBLE`, a name QEMU does not use.
+
+    The library derives it from QEMU's events and run state; `data` also has QEMU's own data.
+    """
+
+    NAME: ClassVar[str] = "TROUBLE"
+
+    @property
+    def kind(self) -> str:
+        """The kind: `disk` (an access failed), `image` (damaged), `paused`, or QEMU's event."""
+        return str(self.data.get("kind", ""))
+
+    @property
+    def message(self) -> str:
+        """The trouble in plain English, without a full stop."""
+        return str(self.data.get("message", ""))
+
+    @property
+    def hint(self) -> str:
+        """The fix; empty if none is known."""
+        return str(self.data.get("hint", ""))
+
+    @property
+    def count(self) -> int:
+        """The number of QEMU's reports of this trouble. QEMU may leave out some of many."""
+        return int(self.data.get("count", 1))
+
+    @property
+    def path(self) -> str:
+        """The file concerned; empty if there is none."""
+        return str(self.data.get("path", ""))
+
+    @property
+    def no_space(self) -> bool:
+        """True if a disk of the host is full."""
+        return bool(self.data.get("nospace"))
+
+    @property
+    def status(self) -> str:
+        """QEMU's run state if it has stopped the guest's processors, such as `io-error`."""
+        return str(self.data.get("status", ""))
+
+    @property
+    def stops(self) -> bool:
+        """True if the guest's processors stopped; the trouble ends when they run again."""
+        return bool(self.data.get("stops"))
+
+    @property
+    def key(self) -> str:
+        """A text that tells this trouble from the VM's other troubles."""
+        return self.message if self.kind == "disk" else self.kind
+
+    def __str__(self) -> str:
+        times = f" ({self.count} times)" if self.count > 1 else ""
+        return f"{self.message}{times}.{' ' if self.hint else ''}{self.hint}"
+
+
 TYPES: Mapping[str, type[Event]] = {
     "SHUTDOWN": Shutdown,
     "RESET": Reset,
     "GUEST_PANICKED": GuestPanicked,
     "VSERPORT_CHANGE": PortChanged,
+    Trouble.NAME: Trouble,
 }
 
 

@@ -113,11 +113,12 @@ class Input:
                     await asyncio.sleep(look)
                     look = min(2 * look, LAST_LOOK)
         except TimeoutError:
-            raise VMTimeoutError(
+            error = VMTimeoutError(
                 f"The guest has not read its keyboard for {patience:g} s: the guest hangs or "
                 "is still booting. The keyboard keeps the unread keys.",
                 seconds=patience,
-            ) from None
+            )
+            raise self._monitor.explain(error) from None
 
     @rpc
     def post(self, events: Sequence[InputEvent]) -> None:

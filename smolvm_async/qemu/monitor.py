@@ -58,9 +58,18 @@ class _Client(QMPClient):
 
 
 class Monitor:
-    """A QMP session over a socketpair. QEMU has inherited one end of it."""
+    """A QMP session over a socketpair. QEMU has inherited one end of it.
 
-    def __init__(self, on_event: Callable[[Event], None]) -> None:
+    Attributes:
+        explain: Adds the VM's troubles to the error of a deadline; see `Troubles.explain()`.
+    """
+
+    def __init__(
+        self,
+        on_event: Callable[[Event], None],
+        explain: Callable[[Any], Any] = lambda error: error,
+    ) -> None:
+        self.explain = explain
         self._client = _Client()  # unnamed: for each name, Python makes a logger and never frees it
         self._client.logger = wire
 
@@ -110,7 +119,7 @@ class Monitor:
                 return await self.complete(command, arguments)
         except TimeoutError:
             message = f"QEMU did not answer {command} within {ANSWER:g} s"
-            raise MonitorError(message, command=command) from None
+            raise self.explain(MonitorError(message, command=command)) from None
 
     async def complete(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Execute a QMP command without a deadline. See `execute()`."""
@@ -187,5 +196,6 @@ class CommandQueue:
                 task.add_done_callback(lambda _: self._turn.release())
                 await asyncio.wait([task])
         except TimeoutError:
-            raise MonitorError(f"QEMU did not answer within {ANSWER:g} s") from None
+            message = f"QEMU did not answer within {ANSWER:g} s"
+            raise self._monitor.explain(MonitorError(message)) from None
         return task.result()

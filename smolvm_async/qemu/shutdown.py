@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from smolvm_async.config.vm_config import Timeouts
-from smolvm_async.errors import MonitorError, VMNotRunningError
+from smolvm_async.errors import MonitorError, VMNotRunningError, VMTimeoutError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Child
 from smolvm_async.foundation.progress import Meter, ProgressCallback
@@ -106,7 +106,7 @@ async def shut_down(
     for rung, act, deadline in ladder:
         if qemu.returncode is None and deadline > 0:
             meter.report(f"{rung}: up to {deadline:g} s")
-            step = await _climb(rung, act(qemu, monitor), deadline, qemu)
+            step = await _climb(rung, act(qemu, monitor), deadline, qemu, monitor)
             steps.append(step)
             if step.note:
                 meter.report(f"{rung}: {step.note}")
@@ -118,13 +118,16 @@ async def shut_down(
     return ShutdownReport(rung, time.monotonic() - began, tuple(steps), qemu.returncode)
 
 
-async def _climb(rung: Rung, act: Coroutine[Any, Any, str], deadline: float, qemu: Child) -> Step:
+async def _climb(
+    rung: Rung, act: Coroutine[Any, Any, str], deadline: float, qemu: Child, monitor: Monitor
+) -> Step:
     began = time.monotonic()
     try:
         async with asyncio.timeout(deadline):
             note = await act
     except TimeoutError:
-        note = f"QEMU did not end within {deadline:g} s"
+        late = VMTimeoutError(f"QEMU did not end within {deadline:g} s")
+        note = str(monitor.explain(late))
     except MonitorError as error:
         note = str(error)
     except VMNotRunningError:
@@ -145,7 +148,8 @@ async def _power_down(qemu: Child, monitor: Monitor) -> str:
         await monitor.execute("cont")
         status = await monitor.execute("query-status")
     if not status["running"]:
-        return f"the guest's processors do not run ({status['status']})"
+        halted = VMTimeoutError(f"the guest's processors do not run ({status['status']})")
+        return str(monitor.explain(halted))
     if not await os_in_control(monitor):
         return "no operating system runs, so the guest cannot power down"
     while not await power_button_enabled(monitor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import BinaryIO
 
 from smolvm_async.config.checks import check_vm_id
 from smolvm_async.config.options import make_data_dir
+from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.locking import is_locked
+from smolvm_async.foundation.tail import QUOTED, printable
 from smolvm_async.state.directory import find_directory, open_directory
 from smolvm_async.state.names import SIDECARS, log_name
 
@@ -43,6 +46,14 @@ async def read_log(
             if final:
                 return
             await asyncio.sleep(POLL)
+
+
+def log_end(path: Path, process: str) -> str:
+    """Return the end of a process's log in the VM's directory `path`; empty if it is gone."""
+    with contextlib.suppress(SmolVMError, OSError), _open(path, log_name(process)) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - QUOTED))
+        return printable(file.read(QUOTED).decode(errors="replace")).strip()
+    return ""
 
 
 def _open(path: Path, name: str) -> BinaryIO:

@@ -42,11 +42,20 @@ from smolvm_async.images.local import BaseImage
 from smolvm_async.qemu.arguments import MachineSpec
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
-from smolvm_async.qemu.events import BootState, Event, EventHub, GuestPanicked, Reset, Shutdown
+from smolvm_async.qemu.events import (
+    BootState,
+    Event,
+    EventHub,
+    GuestPanicked,
+    Reset,
+    Shutdown,
+    Trouble,
+)
 from smolvm_async.qemu.launch import SAME_END, Processes, launch
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport, shut_down
+from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import Machine, Status
 from smolvm_async.vm.launch_together import Launch
@@ -78,9 +87,10 @@ class VMRun:
         self._state: VMDirectory
         self._machine: Machine | None = None  # only of a kept VM that has run before
         self._hub = hub
-        self._monitor = Monitor(self._on_event)
+        self.troubles = Troubles(plan.config, self._qemu_log, self._qemu_pid)
+        self._monitor = Monitor(self._on_event, self.troubles.explain)
         self.peripherals = Peripherals.make(self._monitor, plan.config)
-        self.link = Link(plan.config.vm_id, self.ssh_access)
+        self.link = Link(plan.config.vm_id, self.ssh_access, self.troubles.explain)
         self.paused = False
         self._source: Source | None = plan.source
         self._login: Login | None = None
@@ -91,7 +101,7 @@ class VMRun:
         self._shutdown: Shutdown | None = None
         self._powerdown_timeout: float | None = None
         self._stop = asyncio.Event()
-        self._pause_unexplained = False  # `_until_end` must ask QEMU for the reason
+        self._unexplained: Event | None = None  # a STOP: `_until_end` asks QEMU for the reason
         self._crash: str | None = None
         self._oom_kills = oom_kills()
 
@@ -181,6 +191,7 @@ class VMRun:
         with ExitStack() as files:
             prepared = await prepare(plan, self._state, self._machine, files)
             self._source, self._login = prepared.source, prepared.login
+            self.troubles.image = prepared.image.path
             self.launch.begin()
             spec = MachineSpec(
                 plan.config,
@@ -264,9 +275,9 @@ class VMRun:
         while not (ended or self._crash or self._stop.is_set()):
             self._news.clear()
             await self._news.wait()
-            if self._pause_unexplained:
-                self._pause_unexplained = False
-                await self._explain_pause()
+            if self._unexplained is not None:
+                event, self._unexplained = self._unexplained, None
+                await self._explain_pause(event)
         if self._crash:
             return
         if ended:
@@ -282,6 +293,7 @@ class VMRun:
 
     def _on_event(self, event: Event) -> None:
         self._hub.publish(event)
+        self._warn(self.troubles.on_event(event))
         self.boot.on_event(event)
         self.peripherals.input.on_event(event)
         if isinstance(event, Shutdown):
@@ -291,20 +303,30 @@ class VMRun:
         elif isinstance(event, Reset):
             self.link.abort()  # the guest has lost the connection; no error would show this
         elif event.name == "STOP" and self._shutdown is None:
-            self.paused = self._pause_unexplained = True
+            self.paused, self._unexplained = True, event
             self._news.set()
         elif event.name == "RESUME":
             self.paused = False
 
-    async def _explain_pause(self) -> None:
-        if (status := await self.guest_status()) == "internal-error":
+    async def _explain_pause(self, event: Event) -> None:
+        status = await self.guest_status()
+        if status == "internal-error":
             self._give_up(
                 "the accelerator cannot run the guest any further (status internal-error)"
             )
-        elif status == "io-error":
-            logger.error(
-                "the guest is paused: QEMU could not write its disk (is the host's disk full?)"
-            )
+        self._warn(await in_thread(self.troubles.stopped, event, status))
+
+    def _warn(self, trouble: Trouble | None) -> None:
+        """Publish a new trouble of the VM, and log it."""
+        if trouble is not None:
+            self._hub.publish(trouble)
+            logger.warning("%s", trouble)
+
+    def _qemu_log(self) -> str:
+        return self.processes.qemu.log.quote() if self.processes.children else ""
+
+    def _qemu_pid(self) -> int | None:
+        return self.processes.qemu.identity.pid if self.processes.children else None
 
     def _give_up(self, reason: str) -> None:
         self._crash = self._crash or reason
@@ -341,7 +363,7 @@ class VMRun:
         """
         self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)
-        return VMCrashedError(
+        error = VMCrashedError(
             f"{self._plan.config.vm_id} crashed: {reason}\n{console_tail(self.console)}",
             hint=hint,
             process=process or child.name,
@@ -349,3 +371,4 @@ class VMRun:
             log=child.log.quote(),
             console=self.console.quote(),
         )
+        return self.troubles.explain(error)

@@ -21,6 +21,7 @@ from smolvm_async import (
     errors,
 )
 from smolvm_async.foundation.process import run
+from smolvm_async.qemu.events import Trouble
 from smolvm_async.vm.attach.messages import error_from_json, error_to_json
 
 # A value for a field of each type, other than the default of any field.
@@ -33,6 +34,7 @@ VALUES: dict[object, Any] = {
     tuple[str, ...]: ("qemu-system-x86_64", "-S"),
     object: "an item",
     CommandResult[Any]: CommandResult("false", 1, b"\xfe", b"", 0.25),
+    tuple[Trouble, ...]: (Trouble("TROUBLE", 1.5, {"kind": "disk", "message": "a disk is full"}),),
 }
 CLASSES: list[type[SmolVMError]] = [
     kind
@@ -70,7 +72,7 @@ WAYS = [copy.copy, copy.deepcopy, through_a_pickle, through_a_group, through_das
 def test_every_field_of_every_error_survives(
     kind: type[SmolVMError], way: Callable[[Exception], BaseException]
 ) -> None:
-    types = get_type_hints(kind, localns={"CommandResult": CommandResult})
+    types = get_type_hints(kind, localns={"CommandResult": CommandResult, "Trouble": Trouble})
     error = kind(**{field.name: VALUES[types[field.name]] for field in fields(kind)})
     restored = way(error)
     assert type(restored) is kind

@@ -176,13 +176,14 @@ class Mouse(Control):
                         waiting = True
                     await asyncio.sleep(POLL)
         except TimeoutError:
-            raise VMTimeoutError(
+            error = VMTimeoutError(
                 f"the guest of {self.vm.config.vm_id} did not read the tablet within {patience:g} "
                 "s, so mouse events would be lost: firmware, boot loaders and guests without a "
                 "driver for USB tablets do not read it.",
                 hint="Wait until the operating system runs, or use the keyboard.",
                 seconds=patience,
-            ) from None
+            )
+            raise self.running().troubles.explain(error) from None
 
     async def _is_taken(self) -> bool:
         run = self.taking_input()

@@ -63,11 +63,11 @@ class Screen(Control):
                 self.last_size = picture.size
                 return picture
             if time.monotonic() >= deadline:
-                raise VMTimeoutError(
+                message = (
                     f"The screen of {self.vm.config.vm_id} did not meet the condition within "
-                    f"{timeout:g} s: {wanted.explain()}",
-                    seconds=timeout,
+                    f"{timeout:g} s: {wanted.explain()}"
                 )
+                raise self._explained(VMTimeoutError(message, seconds=timeout))
             await asyncio.sleep(interval)
 
     async def _look(self, deadline: float) -> Screenshot:
@@ -76,8 +76,11 @@ class Screen(Control):
             async with asyncio.timeout(seconds):
                 return await self._shoot("ppm", None, 0)
         except TimeoutError:
-            raise VMTimeoutError(
+            message = (
                 f"no screenshot of {self.vm.config.vm_id} arrived in time: QEMU or the VM's owner "
-                "hangs; stop or delete the VM.",
-                seconds=seconds,
-            ) from None
+                "hangs; stop or delete the VM."
+            )
+            raise self._explained(VMTimeoutError(message, seconds=seconds)) from None
+
+    def _explained(self, error: VMTimeoutError) -> VMTimeoutError:
+        return self.running().troubles.explain(error)

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any, AnyStr, Generic, Literal, overload
 
 from smolvm_async.config.checks import check_boolean, check_env, check_timeout, encoded, shown
 from smolvm_async.controls.ssh.execution import Execution, Stream, executing
-from smolvm_async.controls.ssh.link import OverSSH
+from smolvm_async.controls.ssh.link import Link, OverSSH
 from smolvm_async.controls.ssh.script import check_command, script
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
 from smolvm_async.foundation.tasks import in_background
@@ -71,11 +71,11 @@ class LineStream:
         exit_code: The exit code as in `subprocess`; `None` until the lines have ended.
     """
 
-    def __init__(self, command: str, timeout: float | None, lost: Callable[[], Exception]) -> None:
+    def __init__(self, command: str, timeout: float | None, link: Link) -> None:
         self._command = command
         self._timeout = timeout
         self._deadline: float | None = None
-        self._lost = lost
+        self._link = link
         self._execution: Execution | None = None
         self._lines: deque[tuple[Line, int]] = deque()  # lines with their size in bytes
         self._waiting = 0  # bytes in `_lines`
@@ -118,10 +118,10 @@ class LineStream:
 
     def timed_out(self) -> CommandTimeoutError:
         """Return the error for a command that did not end in time."""
-        return CommandTimeoutError(
-            f"{shown(self._command)} did not end within {self._timeout:g} s, and is killed.",
-            seconds=self._timeout or 0.0,
-        )
+        message = f"{shown(self._command)} did not end within {self._timeout:g} s, and is killed."
+        error = CommandTimeoutError(message, seconds=self._timeout or 0.0)
+        self._link.explain(error)
+        return error
 
     def _end(self) -> None:
         for stream, rest in self._partial.items():
@@ -148,7 +148,7 @@ class LineStream:
         while not self._lines:
             if self._execution.ended.done():
                 if self._execution.exit_code is None:
-                    raise self._lost()
+                    raise self._link.lost()
                 raise StopAsyncIteration
             self._news.clear()
             try:
@@ -241,13 +241,14 @@ class Commands(OverSSH):
                     await asyncio.wait([execution.ended])
         except TimeoutError:
             stdout, stderr = await output.collected()
-            raise CommandTimeoutError(
+            error = CommandTimeoutError(
                 f"{shown(command)} did not end within {timeout:g} s, and was killed.\n"
                 f"{_quoted(stderr)}",
                 stdout,
                 stderr,
                 seconds=timeout or 0.0,
-            ) from None
+            )
+            raise link.explain(error) from None
         if execution.exit_code is None:
             raise link.lost()
         duration = time.monotonic() - began
@@ -302,7 +303,7 @@ class Commands(OverSSH):
     ) -> AsyncIterator[LineStream]:
         mark, line, content = _prepare(command, timeout, env, shell, input)
         link = await self._reach()
-        lines = LineStream(command, timeout, link.lost)
+        lines = LineStream(command, timeout, link)
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(None) as bound:

@@ -138,9 +138,16 @@ class Link:
     Args:
         vm_id: The VM's id, for messages.
         access: Returns the server's port and the keys.
+        explain: Adds the VM's troubles to an error; see `Troubles.explain()`.
     """
 
-    def __init__(self, vm_id: str, access: Callable[[], Awaitable[Access]]) -> None:
+    def __init__(
+        self,
+        vm_id: str,
+        access: Callable[[], Awaitable[Access]],
+        explain: Callable[[Any], Any] = lambda error: error,
+    ) -> None:
+        self.explain = explain
         self._vm_id = vm_id
         self._access = access
         self._connection: SSHClientConnection | None = None
@@ -350,7 +357,9 @@ class Link:
             raise
 
     def _lost(self, reason: str) -> ConnectionLostError:
-        return ConnectionLostError(f"{self._vm_id} cannot be reached over SSH: {reason}.")
+        message = f"{self._vm_id} cannot be reached over SSH: {reason}."
+        error: ConnectionLostError = self.explain(ConnectionLostError(message))
+        return error
 
     def lost(self) -> ConnectionLostError:
         """Return the error for a session that ended without an exit code or an answer."""

@@ -39,6 +39,8 @@ from smolvm_async.qemu.boot import BootStates
 from smolvm_async.qemu.console import LIMIT
 from smolvm_async.qemu.events import BootStateChanged, EventHub, Reset, event_from_json
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
+from smolvm_async.qemu.troubles import Troubles
+from smolvm_async.state.logs import log_end
 from smolvm_async.state.record import Record, Status
 from smolvm_async.vm.attach.messages import (
     MAX_MESSAGE,
@@ -75,7 +77,8 @@ class AttachedVM:
         self.start, self.pause, self.resume = owner.start, owner.pause, owner.resume
         self.ssh_access = run.ssh_access
         self._stop, self._delete = owner.stop, owner.delete
-        self.link = Link(self.config.vm_id, self.ssh_access)
+        self.troubles = Troubles(self.config, lambda: log_end(path, "qemu"))
+        self.link = Link(self.config.vm_id, self.ssh_access, self.troubles.explain)
         self.status = record.status
         self.accelerator = ""
         self._path = path
@@ -213,6 +216,8 @@ class AttachedVM:
         boot = event_from_json(params["boot"])
         assert isinstance(boot, BootStateChanged)
         self.boot.last = boot
+        for trouble in params.get("troubles", ()):
+            self.troubles.follow(event_from_json(trouble))
 
     def _on_event(self, params: Mapping[str, Any]) -> None:
         event = event_from_json(params)
@@ -220,6 +225,7 @@ class AttachedVM:
             self.boot.change(event)
         else:
             self.hub.publish(event)
+            self.troubles.follow(event)
         if isinstance(event, Reset):
             self.link.abort()
 

@@ -17,6 +17,7 @@ from smolvm_async import errors
 from smolvm_async.controls.ssh.commands import CommandResult
 from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.rpc import to_json
+from smolvm_async.qemu.events import Trouble
 from smolvm_async.state.names import CONTROL
 
 PROTOCOL = 2  # the version of the messages; a client refuses an owner with another version
@@ -69,7 +70,7 @@ def error_from_json(values: Mapping[str, Any]) -> SmolVMError:
     sent = {"message": str(values.get("message"))}
     if isinstance(values.get("fields"), dict):
         sent |= values["fields"]
-    types = get_type_hints(kind, localns={"CommandResult": CommandResult})
+    types = get_type_hints(kind, localns={"CommandResult": CommandResult, "Trouble": Trouble})
     fields = {}
     for field in dataclasses.fields(kind):
         with suppress(KeyError, ValueError):

@@ -133,6 +133,7 @@ class ControlServer:
                 "version": version(),
                 "accelerator": self._vm.accelerator,
                 "boot": asdict(self._run.boot.last),
+                "troubles": [asdict(trouble) for trouble in self._run.troubles.known.values()],
             }
             self._notify(writer, "hello", hello)
             told, read = "", max(0, console.count - console.limit)
