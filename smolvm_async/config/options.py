@@ -165,7 +165,7 @@ def new_vm_id() -> str:
 def make_data_dir(data_dir: object) -> Path:
     """Return the data directory as an absolute path; by default, use XDG's state home."""
     if data_dir is None:
-        return xdg_home("XDG_STATE_HOME", ".local/state") / "smolvm-async"
+        return xdg_home("XDG_STATE_HOME", ".local/state", "data_dir=") / "smolvm-async"
     return check_path(data_dir, "data_dir", "a directory")
 
 

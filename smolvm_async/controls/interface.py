@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.ssh.link import Link
@@ -18,11 +18,12 @@ from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import LaunchError, VMNotRunningError
 from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tail import Tail
+from smolvm_async.foundation.tasks import check_loop
 from smolvm_async.qemu.boot import BootStates
 from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.input import InputEvent, released
 from smolvm_async.qemu.peripherals import Peripherals
-from smolvm_async.qemu.shutdown import ShutdownReport
+from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.record import Status
 
@@ -123,10 +124,24 @@ def begun(vm: VM) -> tuple[Run, asyncio.Future[None]]:
 
     Raises:
         VMNotRunningError: The VM was never started.
+        ConfigError: The run belongs to another event loop.
     """
     if vm.run is None or vm.over is None:
         raise VMNotRunningError(f"{vm.config.vm_id} was not started: use async with, or start().")
+    check_run(vm.over, vm.config.vm_id)
     return vm.run, vm.over
+
+
+def check_run(over: asyncio.Future[Any] | None, vm_id: str) -> None:
+    """Check that a run has ended or belongs to this event loop; see `check_loop()`."""
+    if over is not None and not over.done():
+        check_loop(over.get_loop(), vm_id)
+
+
+async def until_over(over: asyncio.Future[None]) -> None:
+    """Wait until a run has ended, maybe in an event loop that was closed since then."""
+    if not over.done():
+        await asyncio.wait([over])
 
 
 def running(vm: VM) -> Run:
@@ -180,9 +195,10 @@ class Control:
 
 def ended(vm_id: str, run: Run) -> Exception:
     """Return the error that a control raises once the VM has ended."""
-    return run.failure or VMNotRunningError(
-        f"{vm_id} is no longer running: it ended by {str(run.report.rung)!r}."
-    )
+    how = f"it ended by {str(run.report.rung)!r}"
+    if run.report.rung is Rung.NONE:
+        how = "its event loop has ended. Keep one asyncio.run() around all uses of a VM"
+    return run.failure or VMNotRunningError(f"{vm_id} is no longer running: {how}.")
 
 
 def unprepared(config: VMConfig, error: OSError) -> LaunchError:

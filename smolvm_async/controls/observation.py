@@ -6,7 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from smolvm_async.config.checks import check_timeout
-from smolvm_async.controls.interface import VM, Run, begun, console_tail, ended
+from smolvm_async.controls.interface import (
+    VM,
+    Run,
+    begun,
+    check_run,
+    console_tail,
+    ended,
+    until_over,
+)
 from smolvm_async.errors import ConfigError, VMTimeoutError
 from smolvm_async.qemu.events import BootState, BootStateChanged, EventStream
 from smolvm_async.state.record import Status
@@ -25,7 +33,7 @@ class Observation:
             VMNotRunningError: The VM was never started.
         """
         run, over = begun(self._vm)
-        await asyncio.wait([over])
+        await until_over(over)
         if run.failure is not None:
             raise run.failure
 
@@ -70,7 +78,7 @@ class Observation:
         except TimeoutError:
             raise _timed_out(self._vm.config.vm_id, run, state, seconds) from None
         if reached is None:
-            await asyncio.wait([over])
+            await until_over(over)
             raise ended(self._vm.config.vm_id, run)
         return reached
 
@@ -80,8 +88,9 @@ class Observation:
         You can call this before `start()`. The iterator ends when the VM ends. An iterator that is
         more than 1024 events behind loses the oldest events.
         """
-        stream = self._vm.hub.subscribe()
         over = self._vm.over
+        check_run(over, self._vm.config.vm_id)
+        stream = self._vm.hub.subscribe()
         if self._vm.status is Status.DELETED or (over is not None and over.done()):
             stream.close()
         return stream

@@ -19,6 +19,7 @@ from smolvm_async.doctor.findings import Check, Notebook, Report, Verdict, faile
 from smolvm_async.doctor.probe import ProbeMachine, probe, probe_deadline
 from smolvm_async.doctor.verdicts import NETWORK, Sighting
 from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.foundation.tasks import running_loop
 from smolvm_async.guests import GUESTS, GuestProfile
 from smolvm_async.host import Accelerator, Firmware, HostTools
 from smolvm_async.host.accelerator import KVM, TCG, Problem, probe_kvm
@@ -47,6 +48,7 @@ async def examine(
     Raises:
         ConfigError: An argument is wrong.
     """
+    running_loop()
     config = make_config(accel=accel, data_dir=data_dir)  # checks both arguments as a VM does
     notebook = Notebook(on_progress)
     await notebook.run(host_checks(config.data_dir))

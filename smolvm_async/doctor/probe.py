@@ -123,7 +123,7 @@ async def _boot(machine: ProbeMachine, state: VMDirectory) -> Sighting:
     await make_disk(machine.tools.qemu_img, state.path)
     config = make_config(
         os=cast("GuestName", machine.profile.name),
-        image=DISK,
+        image=state.path / DISK,
         memory=machine.profile.minimum_memory,
         cpus=1,  # under TCG a second core makes SMM wait for the host's scheduler
         vm_id=state.path.name,

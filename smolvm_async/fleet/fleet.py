@@ -34,6 +34,7 @@ from smolvm_async.vm.vm import AsyncSmolVM
 LIVE_PER_PROCESSOR = 16  # for guests that are mostly idle; measured: 32 guests on two processors
 # Under TCG, booting more VMs at once makes each boot slower and the last VM no earlier.
 BOOTING_PER_PROCESSOR = 1
+NAME = "this Fleet"  # in messages
 
 
 # The fleets whose map() runs its job in the current task.
@@ -149,6 +150,7 @@ class Fleet:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        self._block.check_loop(NAME)
         self._over = True
         failures = self.failures if self._on_error == "raise" else []
         message = f"{len(failures)} of {self._size} VMs failed"
@@ -256,6 +258,7 @@ class Fleet:
     def _entered(self) -> list[Member]:
         if not self._block.entered:
             raise ConfigError("the fleet does not run: use async with Fleet(...) as fleet.")
+        self._block.check_loop(NAME)
         return self._members
 
     def _make(self, on_over: Callable[[Member], None]) -> Member:

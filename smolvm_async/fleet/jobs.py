@@ -31,7 +31,7 @@ from typing import Any, Generic, Literal, TypeVar
 from smolvm_async.config.checks import check_boolean, check_integer, shown, told
 from smolvm_async.errors import ConfigError, JobFailedError, MemberFailedError, VMNotRunningError
 from smolvm_async.fleet.member import Member
-from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
+from smolvm_async.foundation.tasks import check_loop, end_tasks, settle, take_exception
 from smolvm_async.vm.vm import AsyncSmolVM
 
 T = TypeVar("T")
@@ -185,6 +185,7 @@ class MapCall(Generic[T, R]):
         """Yield outcomes until all workers have ended, or until the items raise an exception."""
         working = len(self._workers)
         while working:
+            check_loop(self._workers[0].get_loop(), "this call of map()")
             outcome = await self._outcomes.get()
             if outcome is not None:
                 yield outcome

@@ -219,7 +219,7 @@ async def run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            cwd=cwd,
+            cwd=cwd or "/",  # this process's own directory may have been deleted
             env={**os.environ, **(env or {})},
             start_new_session=True,
         )

@@ -50,7 +50,8 @@ class Tail:
         """Yield the kept text, then new text as it arrives, until `over` is done."""
         news = asyncio.Event()
         self.listeners.add(news)
-        over.add_done_callback(lambda _: news.set())
+        if not over.done():  # else its event loop may be closed
+            over.add_done_callback(lambda _: news.set())
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         read = max(0, self.count - self.limit)
         try:

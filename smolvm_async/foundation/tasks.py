@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import anyio
 
-from smolvm_async.errors import HostError
+from smolvm_async.errors import ConfigError, HostError
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 
 with contextlib.suppress(ImportError):
@@ -63,6 +63,44 @@ async def settle(work: Awaitable[T]) -> T:
     return future.result()
 
 
+def running_loop() -> asyncio.AbstractEventLoop:
+    """Return the running event loop.
+
+    Raises:
+        ConfigError: No asyncio event loop is running, as under trio.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigError(
+            "no asyncio event loop is running: smolvm_async works with asyncio only, not with "
+            "trio. Use asyncio.run(), or anyio.run() with backend='asyncio'."
+        ) from None
+
+
+def check_loop(loop: asyncio.AbstractEventLoop, subject: str) -> None:
+    """Check that `subject`, which is in use in `loop`, is not called in another event loop.
+
+    asyncio's own errors would not name the cause, and a call from another thread may hang. Code
+    outside of any event loop may pass.
+
+    Raises:
+        ConfigError: Another event loop is running here.
+    """
+    with contextlib.suppress(RuntimeError):
+        if asyncio.get_running_loop() is not loop:
+            gone = loop.is_closed()
+            raise ConfigError(
+                f"{subject} belongs to another event loop{', which was closed' if gone else ''}: "
+                + (
+                    "keep one asyncio.run() around all uses of it, or make a new object."
+                    if gone
+                    else "await it there, such as with asyncio.run_coroutine_threadsafe(). To use "
+                    "a VM in several event loops, attach to it with AsyncSmolVM.from_id()."
+                )
+            )
+
+
 def take_exception(future: asyncio.Future[Any]) -> BaseException | None:
     """Return the exception of a done future; `None` if it was cancelled or has a result.
 
@@ -103,7 +141,7 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
     Raises:
         HostError: If the host cannot start a thread.
     """
-    loop = asyncio.get_running_loop()
+    loop = running_loop()
     worker = _workers.get(loop)
     if worker is None:
         worker = _workers[loop] = ThreadPoolExecutor(1, "smolvm-async")
@@ -156,7 +194,7 @@ async def in_background(function: Callable[..., T], *arguments: object) -> T:
 def _submit(
     executor: ThreadPoolExecutor | None, function: Callable[..., T], arguments: tuple[object, ...]
 ) -> asyncio.Future[T]:
-    loop = asyncio.get_running_loop()
+    loop = running_loop()
     context = contextvars.copy_context()
     return loop.run_in_executor(executor, context.run, function, *arguments)
 
@@ -204,7 +242,7 @@ class Slots:
 
     def of_this_loop(self) -> anyio.Semaphore:
         """Return the running loop's semaphore."""
-        return self._of.setdefault(asyncio.get_running_loop(), anyio.Semaphore(self._count))
+        return self._of.setdefault(running_loop(), anyio.Semaphore(self._count))
 
 
 class _SharedTask(Generic[T]):
@@ -239,7 +277,7 @@ class Shared(Generic[T]):
 
         `on_progress` receives the progress of the work while this caller waits.
         """
-        running = self._running.setdefault(asyncio.get_running_loop(), {})
+        running = self._running.setdefault(running_loop(), {})
         shared = running.get(key)
         if shared is None or shared.task.done():
             shared = running[key] = _SharedTask(make)

@@ -55,9 +55,9 @@ PLAIN_PAIRS = (
 
 def descriptor_directories(environ: Mapping[str, str]) -> tuple[Path, ...]:
     """Return the directories that contain descriptors, the least specific first."""
-    config_home = environ.get("XDG_CONFIG_HOME") or os.path.join(
-        environ.get("HOME", "/nonexistent"), ".config"
-    )
+    own = (environ.get("XDG_CONFIG_HOME", ""), os.path.join(environ.get("HOME", ""), ".config"))
+    # A relative path would lead to files of the working directory, whoever wrote them.
+    config_home = next(filter(os.path.isabs, own), "/nonexistent")
     qemu = (Path("/usr/share/qemu"), Path("/etc/qemu"), Path(config_home) / "qemu")
     return tuple(directory / "firmware" for directory in qemu)
 

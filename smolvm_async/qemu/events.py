@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.tasks import running_loop
 
 logger = get_logger(__name__)
 
@@ -203,8 +204,7 @@ class EventStream:
 
     def __init__(self) -> None:
         self._backlog: deque[Event] = deque(maxlen=BACKLOG)
-        self._news = asyncio.Event()
-        self.listeners: weakref.WeakSet[asyncio.Event] = weakref.WeakSet([self._news])
+        self.listeners: weakref.WeakSet[asyncio.Event] = weakref.WeakSet()
         self._closed = False
         self._behind = False
 
@@ -212,11 +212,13 @@ class EventStream:
         return self
 
     async def __anext__(self) -> Event:
+        running_loop()
         while not self._backlog:
             if self._closed:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
+            news = asyncio.Event()  # it can be waited for in one event loop only
+            self.listeners.add(news)
+            await news.wait()
         return self._backlog.popleft()
 
     def put(self, event: Event) -> None:

@@ -397,7 +397,7 @@ def _make(data_dir: Path) -> None:
 def _unusable(data_dir: Path, reason: str) -> ConfigError:
     return ConfigError(
         f"data_dir={str(data_dir)!r} cannot be used: {reason}; pass the path of a directory that "
-        "this user can write to."
+        "this user can write to. Without data_dir=, XDG_STATE_HOME or HOME names the directory."
     )
 
 

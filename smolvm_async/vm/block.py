@@ -20,12 +20,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from smolvm_async.foundation.tasks import check_loop
+
 
 class Block:
     """The task inside an `async with` block, and the block's requests to cancel it."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop
         self._others = 0  # other callers' cancel requests from before the task entered
         self._own = 0  # cancel requests of this block
 
@@ -43,7 +46,13 @@ class Block:
         """Note that the current task is inside the block."""
         self._task = asyncio.current_task()
         assert self._task is not None
+        self._loop = self._task.get_loop()
         self._others = self._task.cancelling()
+
+    def check_loop(self, subject: str) -> None:
+        """Check that an entered block is not used in another event loop."""
+        if self.entered:
+            check_loop(self._loop, subject)
 
     def cancel(self) -> None:
         """Cancel the task inside the block, if any, because of a failure."""

@@ -33,7 +33,7 @@ from typing import Any
 
 from smolvm_async.config.checks import check_timeout
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.controls.interface import unprepared
+from smolvm_async.controls.interface import check_run, unprepared, until_over
 from smolvm_async.errors import (
     ConfigError,
     VMAlreadyExistsError,
@@ -43,7 +43,13 @@ from smolvm_async.errors import (
 )
 from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.process import identify
-from smolvm_async.foundation.tasks import end_tasks, in_thread, settle, take_exception
+from smolvm_async.foundation.tasks import (
+    end_tasks,
+    in_thread,
+    running_loop,
+    settle,
+    take_exception,
+)
 from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.state.directory import VMDirectory
@@ -113,6 +119,7 @@ class OwnedVM:
 
         Nothing exists on disk yet, so stop() only has to cancel the task that makes the plan.
         """
+        self._check_loop()
         if self._plan is not None:
             return self._plan
         if self._reading is None:
@@ -135,8 +142,9 @@ class OwnedVM:
 
     async def start(self) -> None:
         """See `AsyncSmolVM.start()`."""
+        self._check_loop()
         if self._stopping and self.over is not None:
-            await asyncio.wait([self.over])
+            await until_over(self.over)
         plan = None if self._deleted else await self.planned()
         if plan is None or self._deleted:
             raise VMNotRunningError(f"{self.config.vm_id} was deleted: make a new AsyncSmolVM.")
@@ -166,6 +174,12 @@ class OwnedVM:
                 f"{self.config.vm_id} was stopped while it started."
             )
 
+    def _check_loop(self) -> None:
+        """Check that asyncio runs this call, in the event loop of the active run, if any."""
+        running_loop()
+        for work in (self._reading, self.over):
+            check_run(work, self.config.vm_id)
+
     async def _stop_reading(self) -> None:
         reading, self._reading = self._reading, None
         if reading is not None and not reading.done():
@@ -174,6 +188,7 @@ class OwnedVM:
     async def stop(self, timeout: float | None) -> ShutdownReport:
         """See `AsyncSmolVM.stop()`."""
         check_timeout(timeout)  # an attached process may have sent it
+        self._check_loop()
         await self._stop_reading()
         if self.run is None or self.over is None:
             return ShutdownReport(Rung.NONE)
@@ -201,6 +216,7 @@ class OwnedVM:
 
     async def delete(self) -> None:
         """See `AsyncSmolVM.delete()`."""
+        self._check_loop()
         self._deleted = True
         self.hub.close()
         try:
@@ -325,7 +341,7 @@ class OwnedVM:
         if self.run is not None and self.over is not None:
             if not self.over.done():
                 self.run.abort()
-            await settle(asyncio.wait([self.over]))
+            await settle(until_over(self.over))
 
     async def _discard(self) -> None:
         """Remove the directory if it is locked. After a run, a kept VM's directory is unlocked."""
@@ -333,7 +349,7 @@ class OwnedVM:
             directory, created = self._directory, self._created
             self._directory = self._created = None
             self._removal = asyncio.ensure_future(self._erase(directory, created))
-        if self._removal is not None:
+        if self._removal is not None and not self._removal.done():
             await settle(self._removal)
 
     async def _erase(self, directory: VMDirectory, created: int | None) -> None:

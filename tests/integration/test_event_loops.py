@@ -7,6 +7,7 @@ of other interpreters too; for their descriptors, `life.py` does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -14,14 +15,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
 
-from smolvm_async import AsyncSmolVM, VMCrashedError
+from smolvm_async import (
+    AsyncSmolVM,
+    ConfigError,
+    DaskFleet,
+    Fleet,
+    ImageStore,
+    VMCrashedError,
+    VMNotRunningError,
+)
+from smolvm_async.config.options import VMOptions
+from smolvm_async.doctor import examine
 from tests.conftest import GONE, processes
 from tests.integration.life import LOOPS, Run, live, new_vm
 
@@ -223,6 +235,152 @@ def test_a_loop_closed_over_a_vm_leaves_nothing_in_the_end(
     """The tasks are not cancelled, as by `asyncio.run`: the VM ends with the interpreter."""
     python("-W", "ignore", "-c", CLOSED, blank_image, data_dir)
     assert not list(data_dir.iterdir())
+
+
+CALLS: dict[str, Callable[[AsyncSmolVM], Awaitable[object]]] = {
+    "start": AsyncSmolVM.start,
+    "stop": AsyncSmolVM.stop,
+    "pause": AsyncSmolVM.pause,
+    "delete": AsyncSmolVM.delete,
+    "wait_stopped": AsyncSmolVM.wait_stopped,
+    "wait_for": lambda vm: vm.wait_for("firmware"),
+    "events": lambda vm: anext(vm.events()),
+    "follow_console": lambda vm: anext(vm.follow_console()),
+    "screenshot": AsyncSmolVM.screenshot,
+    "keyboard": lambda vm: vm.keyboard.type("x"),
+    "mouse": lambda vm: vm.mouse.click(1, 1),
+    "expose_local": lambda vm: vm.expose_local(80),
+}
+
+
+async def refused(call: Callable[[AsyncSmolVM], Awaitable[object]], vm: AsyncSmolVM) -> None:
+    with pytest.raises(ConfigError, match=f"{vm.vm_id} belongs to another event loop"):
+        await call(vm)
+
+
+@contextlib.contextmanager
+def loop_in_a_thread() -> Iterator[Callable[[Coroutine[None, None, Any]], Any]]:
+    """Yield a function that runs a coroutine in the event loop of another thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield lambda main: asyncio.run_coroutine_threadsafe(main, loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def test_a_vm_of_another_threads_loop_refuses_every_call_and_can_be_attached_to(
+    blank_image: Path, data_dir: Path
+) -> None:
+    vm = new_vm(blank_image, data_dir)
+
+    async def attached() -> AsyncSmolVM:
+        return await AsyncSmolVM.from_id(vm.vm_id, data_dir=data_dir)
+
+    async def use() -> None:
+        async with await attached() as here:
+            assert (await here.screenshot()).width
+
+    with loop_in_a_thread() as there:
+        there(vm.start())
+        client = there(attached())
+        for call in CALLS.values():
+            asyncio.run(refused(call, vm))
+            asyncio.run(refused(call, client))
+        asyncio.run(refused(AsyncSmolVM.detach, client))
+        asyncio.run(use())
+        there(client.detach())
+        there(vm.delete())
+    assert not list(data_dir.iterdir())
+
+
+def test_a_vm_whose_loop_has_ended_says_so_and_starts_again_in_the_next(
+    blank_image: Path, data_dir: Path
+) -> None:
+    vm = new_vm(blank_image, data_dir)
+    events = vm.events()
+
+    async def ended(call: Callable[[AsyncSmolVM], Awaitable[object]]) -> None:
+        with pytest.raises(VMNotRunningError, match="no longer running: its event loop has ended"):
+            await call(vm)
+
+    async def live_again() -> None:
+        assert (await anext(events)).name == "BOOT_STATE"
+        await vm.wait_stopped()
+        assert (await vm.stop()).seconds == 0
+        await vm.start()
+        assert (await vm.wait_for("firmware")).state == "firmware"
+        await vm.stop(timeout=0)
+
+    asyncio.run(vm.start())
+    assert not processes(data_dir)
+    for name in ("pause", "wait_for", "screenshot", "keyboard", "mouse", "expose_local"):
+        asyncio.run(ended(CALLS[name]))
+    asyncio.run(live_again())
+    asyncio.run(vm.wait_stopped())
+    asyncio.run(vm.delete())
+    asyncio.run(vm.delete())
+    assert not list(data_dir.iterdir())
+
+
+def test_a_fleet_of_another_loop_refuses_every_call(blank_image: Path, data_dir: Path) -> None:
+    async def job(vm: AsyncSmolVM, item: int) -> int:
+        return item
+
+    async def refuse(call: Callable[[], Awaitable[object]], why: str) -> None:
+        with pytest.raises(ConfigError, match=f"this Fleet belongs to another event loop{why}"):
+            await call()
+
+    template: VMOptions = {"os": "windows", "image": blank_image, "accel": "tcg"}
+    template["data_dir"] = data_dir
+    fleet = Fleet(template, size=1, until="firmware")
+
+    async def leave() -> None:
+        await fleet.__aexit__(None, None, None)
+
+    with loop_in_a_thread() as there:
+        there(fleet.__aenter__())
+        for call in (
+            fleet.all_ready,
+            lambda: anext(aiter(fleet)),
+            lambda: anext(fleet.map(job, [1])),
+            leave,
+        ):
+            asyncio.run(refuse(call, ": await it there"))
+        there(leave())
+    fleet = Fleet(template, size=1, until="firmware")
+    asyncio.run(fleet.__aenter__())
+    asyncio.run(refuse(fleet.all_ready, ", which was closed: keep one"))
+    assert not list(data_dir.iterdir())
+
+
+def test_without_asyncio_the_first_call_says_that_asyncio_is_needed(
+    blank_image: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """Under trio no asyncio loop runs, as here."""
+    vm, store = new_vm(blank_image, data_dir), ImageStore(tmp_path / "images")
+    for call in (
+        vm.start,
+        vm.stop,
+        vm.delete,
+        vm.__aenter__,
+        lambda: anext(vm.events()),
+        lambda: AsyncSmolVM.list(data_dir=data_dir),
+        lambda: AsyncSmolVM.prune(data_dir=data_dir),
+        Fleet({"os": "windows", "image": blank_image, "accel": "tcg"}).__aenter__,
+        DaskFleet("tcp://127.0.0.1:1", {"memory": 512}).__aenter__,
+        store.list,
+        lambda: store.pull("s3://bucket/image/"),
+        store.verify,
+        examine,
+    ):
+        coroutine: Any = call()
+        with pytest.raises(ConfigError, match="works with asyncio only, not with trio"):
+            coroutine.send(None)
 
 
 def test_a_vm_that_was_stopped_and_dropped_leaves_nothing(

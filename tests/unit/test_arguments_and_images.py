@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import os
+import pwd
 import re
 import shutil
 import signal
 import socket
 import string
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -612,6 +614,65 @@ def test_the_default_data_dir_follows_the_xdg_rules(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", state_home)
     assert str(make_data_dir(None)) == expected.format(home=home) + "/smolvm-async"
+
+
+WITHOUT_HOME = """
+import os, sys
+os.setgroups([])
+os.setuid(54321)  # no entry in the password file
+import smolvm_async.config.options as options
+from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.paths import PathError, expand, xdg_home
+for call in (
+    lambda: options.make_data_dir(None),
+    lambda: xdg_home("XDG_CACHE_HOME", ".cache", "data_dir="),
+    lambda: options.make_config(os="windows", image="~/disk.qcow2", data_dir="/vms"),
+    lambda: options.make_data_dir("~/vms"),
+):
+    try:
+        print("no error:", call())
+    except ConfigError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("home", [None, "", "relative/home"])
+def test_a_user_without_a_home_is_told_which_variable_to_set(home: str | None) -> None:
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+    variables.pop("HOME", None)
+    if home is not None:
+        variables["HOME"] = home
+    # Import everything before the user changes: another user may not read this interpreter.
+    script = "import smolvm_async, pwd, smolvm_async.config.options\n" + WITHOUT_HOME
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True
+    )
+    state, cache, image, data_dir = done.stdout.splitlines()
+    for line in (state, cache, image, data_dir):
+        assert f"needs a home directory, but HOME={home or ''!r} is not" in line
+        assert "user id 54321" in line
+    assert "Set HOME or XDG_STATE_HOME" in state
+    assert "or pass data_dir=" in state
+    assert "Set HOME or XDG_CACHE_HOME" in cache
+    assert image.startswith("image='~/disk.qcow2' needs")
+    assert data_dir.startswith("data_dir='~/vms' needs")
+
+
+@pytest.mark.parametrize("home", ["", "relative/home"])
+def test_a_home_that_is_no_absolute_path_gives_way_to_the_password_file(
+    monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    recorded = pwd.getpwuid(os.getuid()).pw_dir
+    assert make_data_dir(None) == Path(recorded, ".local/state/smolvm-async")
+    assert make_data_dir("~/vms") == Path(recorded, "vms")
+
+
+def test_a_home_that_is_the_root_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/")
+    assert [make_data_dir(path) for path in ("~", "~/vms")] == [Path("/"), Path("/vms")]
 
 
 @pytest.mark.parametrize("on_progress", ["print", 1, []])

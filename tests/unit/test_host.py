@@ -268,6 +268,8 @@ def test_the_four_distributions_paths_are_known() -> None:
         ({"HOME": "/home/me"}, "/home/me/.config/qemu/firmware"),
         ({"HOME": "/home/me", "XDG_CONFIG_HOME": ""}, "/home/me/.config/qemu/firmware"),
         ({"HOME": "/home/me", "XDG_CONFIG_HOME": "/etc/me"}, "/etc/me/qemu/firmware"),
+        ({"HOME": "/home/me", "XDG_CONFIG_HOME": "me"}, "/home/me/.config/qemu/firmware"),
+        ({"HOME": "me"}, "/nonexistent/qemu/firmware"),
     ],
 )
 def test_descriptors_are_sought_where_qemu_says(environ: dict[str, str], own: str) -> None:

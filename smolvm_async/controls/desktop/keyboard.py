@@ -20,6 +20,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import anyio
+
 from smolvm_async.config.checks import check_seconds
 from smolvm_async.controls.desktop.layouts import check_layout, chord, strokes
 from smolvm_async.controls.interface import VM, Control
@@ -38,7 +40,7 @@ class Keyboard(Control):
     def __init__(self, vm: VM) -> None:
         super().__init__(vm)
         self._layout = "us"
-        self._turn = asyncio.Lock()
+        self._turn = anyio.Lock()
 
     @property
     def layout(self) -> str:

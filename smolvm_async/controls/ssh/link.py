@@ -27,10 +27,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolvm_async.controls.ssh.login import Access
@@ -417,23 +418,57 @@ async def _exit(client: SFTPClient) -> None:
     await client.wait_closed()
 
 
+# asyncssh looks up this process's user, although our logins do not use the result. In containers,
+# a user id often has no entry in the password file; asyncssh then needs these variables.
+ACCOUNT = {"HOME": "/nonexistent", "LOGNAME": "nobody"}
+_logins = 0  # logins in progress that need the variables
+_added: list[str] = []
+
+
+@contextmanager
+def _account() -> Iterator[None]:
+    """Set the missing variables of `ACCOUNT` while a login is in progress, if they are needed."""
+    global _logins, _added
+    if not _logins:
+        _added = [name for name in ACCOUNT if name not in os.environ and not _has_account()]
+        os.environ.update({name: ACCOUNT[name] for name in _added})
+    _logins += 1
+    try:
+        yield
+    finally:
+        _logins -= 1
+        if not _logins:
+            for name in _added:
+                os.environ.pop(name, None)
+
+
+def _has_account() -> bool:
+    import pwd
+
+    try:
+        return bool(pwd.getpwuid(os.getuid()))
+    except KeyError:
+        return False
+
+
 async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:
     if "asyncssh" not in sys.modules:
         await in_background(no_collection()(importlib.import_module), "asyncssh")
     import asyncssh
 
     known: Any = ([asyncssh.import_public_key(access.host_key)], [], [])
-    async with asyncio.timeout(LOGIN):
-        return await asyncssh.connect(
-            sock=ours,
-            username=access.user,
-            client_keys=[asyncssh.import_private_key(access.private_key)],
-            known_hosts=known,
-            config=None,
-            agent_path=None,
-            preferred_auth="publickey",
-            encryption_algs=CIPHERS,
-            compression_algs=["none"],
-            login_timeout=LOGIN,
-            keepalive_interval=KEEPALIVE,
-        )
+    with _account():
+        async with asyncio.timeout(LOGIN):
+            return await asyncssh.connect(
+                sock=ours,
+                username=access.user,
+                client_keys=[asyncssh.import_private_key(access.private_key)],
+                known_hosts=known,
+                config=None,
+                agent_path=None,
+                preferred_auth="publickey",
+                encryption_algs=CIPHERS,
+                compression_algs=["none"],
+                login_timeout=LOGIN,
+                keepalive_interval=KEEPALIVE,
+            )

@@ -24,7 +24,7 @@ from smolvm_async.fleet.jobs import (
 from smolvm_async.fleet.member import check_until
 from smolvm_async.fleet.template import configure
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.tasks import settle
+from smolvm_async.foundation.tasks import check_loop, running_loop, settle
 from smolvm_async.host.accelerator import TCG
 from smolvm_async.qemu.events import BootState
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from smolvm_async.fleet.dask.client import DaskMapCall, Workers
 
 logger = get_logger(__name__)
+
+NAME = "this DaskFleet"  # in messages
 
 
 class DaskFleet:
@@ -107,6 +109,7 @@ class DaskFleet:
         self._id = uuid.uuid4().hex
         self._calls: WeakSet[DaskMapCall[Any, Any]] = WeakSet()
         self._workers: Workers | None = None
+        self._loop: asyncio.AbstractEventLoop
         self._pickled = b""
         self._over = False
 
@@ -116,6 +119,7 @@ class DaskFleet:
 
         if self._workers is not None or self._over:
             raise ConfigError("a DaskFleet can be entered only once: make a new DaskFleet.")
+        self._loop = running_loop()
         self._pickled = dumps(self._template)
         client = await self._connect()
         workers = Workers(client, self._need, self._most)
@@ -129,6 +133,7 @@ class DaskFleet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        check_loop(self._loop, NAME)
         workers, self._workers, self._over = self._workers, None, True
         assert workers is not None
         await settle(self._end(workers))
@@ -169,6 +174,7 @@ class DaskFleet:
         """
         if self._workers is None:
             raise ConfigError("the fleet does not run: use async with DaskFleet(...) as fleet.")
+        check_loop(self._loop, NAME)
         check_work(job, items, retries, rerun=rerun, in_order=in_order)
         from smolvm_async.fleet.dask.client import DaskMapCall
         from smolvm_async.fleet.dask.messages import JobRequest, dumps

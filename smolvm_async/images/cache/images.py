@@ -135,11 +135,14 @@ class ImageStore:
     async def list(self) -> Sequence[CachedImage]:
         """Return the complete images, the most recently used first."""
         layout = self._layout
-        return await in_background(
-            lambda: [
-                _as_cached(layout, image) for image in layout.records() if is_whole(layout, image)
-            ]
-        )
+        with layout.explained():
+            return await in_background(
+                lambda: [
+                    _as_cached(layout, image)
+                    for image in layout.records()
+                    if is_whole(layout, image)
+                ]
+            )
 
     async def remove(self, name_or_uri: str) -> Sequence[CachedImage]:
         """Remove an image, and those of its files that no other image uses.

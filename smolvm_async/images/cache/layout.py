@@ -60,7 +60,7 @@ def cache_root(data_dir: object = None) -> Path:
     if data_dir is None and (named := os.environ.get(VARIABLE)):
         return check_path(named, VARIABLE, "a directory")
     if data_dir is None:
-        return xdg_home("XDG_CACHE_HOME", ".cache") / "smolvm-async" / "images"
+        return xdg_home("XDG_CACHE_HOME", ".cache", "data_dir=") / "smolvm-async" / "images"
     return check_path(data_dir, "data_dir", "a directory")
 
 
@@ -89,15 +89,22 @@ class Layout:
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
         """Create the missing directories; turn an `OSError` of the block into a `HostError`."""
-        try:
+        with self.explained():
             self.make()
             yield
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn an `OSError` of the block into a `HostError`."""
+        try:
+            yield
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            space = "Free some space (smolvm-async image prune), or s" if full else "S"
             raise HostError(
                 f"The image cache {str(self.root)!r} cannot be used: {error.strerror or error}.",
-                hint=f"Free some space (smolvm-async image prune), or set {VARIABLE} to a "
-                "directory that this user can write to.",
-                missing=("disk space",) if error.errno in (errno.ENOSPC, errno.EDQUOT) else (),
+                hint=f"{space}et {VARIABLE} to a directory that this user can write to.",
+                missing=("disk space",) if full else (),
             ) from error
 
     def path_of(self, file: ImageFile) -> Path:

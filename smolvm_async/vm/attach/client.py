@@ -29,7 +29,7 @@ from typing import Any, Self
 from pydantic import TypeAdapter
 
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.controls.interface import VM, Run
+from smolvm_async.controls.interface import VM, Run, check_run
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import VMCrashedError, VMNotRunningError
 from smolvm_async.foundation.locking import poll
@@ -157,9 +157,12 @@ class AttachedVM:
 
     async def detach(self) -> None:
         """Close the connection. The VM keeps running."""
-        await end_tasks(self._reading)
+        check_run(self._reading, self.config.vm_id)
+        if not self._reading.done():
+            await end_tasks(self._reading)
 
     async def _request(self, method: str, params: Mapping[str, Any]) -> Any:
+        check_run(self._reading, self.config.vm_id)
         if self._reading.done():
             raise self._gone()
         number = next(self._ids)
@@ -264,5 +267,8 @@ class AttachedVM:
             self.on_crash()
 
     def _gone(self) -> VMNotRunningError:
-        reason = "this process has detached from the VM" if self._detached else "the VM has ended"
+        reason = "the VM has ended"
+        if self._detached:
+            reason = "this process has detached from the VM, or the event loop has ended in which "
+            reason += "it attached; attach again with from_id()"
         return VMNotRunningError(f"{self.config.vm_id} cannot be controlled: {reason}.")

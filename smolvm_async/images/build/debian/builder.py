@@ -86,7 +86,9 @@ async def build_debian(
             found = await builder.build()
     except OSError as error:
         raise HostError(
-            f"The built-in Linux cannot be built in {builder.cache}: {error}"
+            f"The built-in Linux cannot be built in {str(builder.cache)!r}: {error}.",
+            hint="Free some space, or set XDG_CACHE_HOME to a directory that this user can "
+            "write to.",
         ) from error
     return found
 
@@ -117,7 +119,7 @@ class Builder:
         try:
             directory = self._store / self._current.read_text()
             boot_args = (directory / "boot_args").read_text()
-        except OSError:
+        except (OSError, ValueError):  # it was never built, or a file was damaged
             return None
         return DebianImage(
             directory / "disk.qcow2", directory / "kernel", directory / "initrd", boot_args
