@@ -203,5 +203,11 @@ def ended(vm_id: str, run: Run) -> Exception:
 
 def unprepared(config: VMConfig, error: OSError) -> LaunchError:
     """Return the error of `start()` for files that cannot be written, as on a full disk."""
+    from smolvm_async.host.restrictions import find_cause  # rarely needed
+
     path = config.data_dir / config.vm_id
-    return LaunchError(f"{config.vm_id} could not be prepared in {path}: {error}")
+    message = f"{config.vm_id} could not be prepared in {path}: {error}"
+    cause = find_cause(str(error), path)
+    if cause is None:
+        return LaunchError(message)
+    return LaunchError(f"{message}. The reason: {cause.reason}.", hint=cause.cure)

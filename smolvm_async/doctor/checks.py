@@ -14,7 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from smolvm_async.doctor.findings import Check, Verdict, failed, ok, warning
+from smolvm_async.doctor.findings import Check, Verdict, blamed, failed, ok, warning
 from smolvm_async.doctor.probe import DISK, make_disk, scratch
 from smolvm_async.errors import CommandError, ConfigError, ImageError
 from smolvm_async.foundation.process import run
@@ -24,6 +24,7 @@ from smolvm_async.host import Firmware
 from smolvm_async.host.distribution import OVMF, QEMU, QEMU_IMG, SETPRIV, Program, how_to_install
 from smolvm_async.host.firmware import descriptor_directories, find_firmware, places
 from smolvm_async.host.memory import available_memory
+from smolvm_async.host.restrictions import find_noexec, find_restrictions
 from smolvm_async.images.local import open_image
 from smolvm_async.qemu.sidecars import SIDECARS, Sidecar
 from smolvm_async.state.directory import VMDirectory, open_directory
@@ -53,6 +54,7 @@ def host_checks(data_dir: Path) -> list[Check]:
         Check("kernel", check_kernel),
         Check("python", check_python),
         Check("setpriv", check_setpriv),
+        Check("system-calls", check_system_calls),
         Check("data-dir", partial(check_data_dir, data_dir)),
         Check("disk", partial(check_disk, data_dir), needs=("data-dir",)),
     ]
@@ -93,6 +95,15 @@ def check_kernel() -> Verdict:
     return ok(f"Linux {release}; pidfd works")
 
 
+def check_system_calls() -> Verdict:
+    """Try what containers and services often refuse, and what no other check would notice."""
+    problems = find_restrictions()
+    if problems:
+        reasons, cures = zip(*problems, strict=True)
+        return failed("; ".join(reasons), " ".join(cures))
+    return ok("/proc, sockets, the loopback interface and memory files work")
+
+
 def check_python() -> Verdict:
     """Report the version of Python."""
     return ok(f"Python {platform.python_version()} ({sys.executable})")
@@ -106,7 +117,7 @@ async def check_setpriv() -> Verdict:
     try:  # `run` itself prepends `setpriv --pdeathsig KILL --`
         shown = (await run([sys.executable, "-I", "-S", "-c", SHOW_SIGNAL])).strip()
     except CommandError as error:
-        return failed(f"setpriv --pdeathsig does not work: {error}", cure)
+        return blamed(f"setpriv --pdeathsig does not work: {error}", cure)
     if shown != str(int(signal.SIGKILL)):
         return failed(f"setpriv --pdeathsig KILL had no effect: prctl(2) shows {shown!r}", cure)
     return ok("setpriv sets the parent-death signal: no process outlives its owner")
@@ -158,7 +169,7 @@ async def check_qemu_img(data_dir: Path) -> Verdict:
             with open_image(state.path / DISK):
                 pass
         except (CommandError, ImageError) as error:
-            return failed(f"qemu-img did not make a qcow2: {error}", _reinstall(QEMU_IMG))
+            return blamed(f"qemu-img did not make a qcow2: {error}", path=state.path)
     return ok(f"{version}; it made a qcow2")
 
 
@@ -171,7 +182,7 @@ async def check_sidecar(sidecar: Sidecar, data_dir: Path) -> Verdict:
         try:
             shown = await sidecar.try_out(Path(sidecar.program.name), state.path)
         except CommandError as error:
-            return failed(f"{version} does not work: {error}", _reinstall(sidecar.program))
+            return blamed(f"{version} does not work: {error}", path=state.path)
     return ok(f"{version}; {shown}")
 
 
@@ -198,13 +209,15 @@ async def _version(program: Program) -> str | Verdict:
     try:
         printed = await run([program.name, "--version"])
     except CommandError as error:
-        return failed(f"{program.name} does not run: {error}", _reinstall(program))
+        return blamed(f"{program.name} does not run: {error}", _reinstall(program))
     first = printed.strip().partition("\n")[0].partition(", Copyright")[0]
     return first or f"{program.name} (unknown version)"
 
 
 def _missing(program: Program) -> Verdict:
     path = os.environ.get("PATH", os.defpath)
+    if (problem := find_noexec(program.name, path)) is not None:
+        return failed(*problem)
     return failed(f"{program.name} not found in PATH ({path})", f"{how_to_install([program])}.")
 
 
@@ -222,11 +235,11 @@ async def check_data_dir(data_dir: Path) -> Verdict:
             problem = await in_thread(_problem, state.path)
             path = state.path
     except ConfigError as error:
-        return failed(str(error), ELSEWHERE)
+        return failed(error.message, error.hint or ELSEWHERE)
     if not problem and path.exists():
         problem = f"{path} still exists after its removal"
     if problem:
-        return failed(problem, ELSEWHERE)
+        return blamed(problem, ELSEWHERE, data_dir)
     return ok(f"{data_dir}: a VM's directory there is private, and its lock works")
 
 
@@ -262,7 +275,7 @@ async def check_disk(data_dir: Path) -> Verdict:
             seconds = await in_thread(_write, state.path / SAMPLE)
             free = shutil.disk_usage(state.path).free
     except OSError as error:
-        return failed(f"cannot write 1 MiB to {data_dir}: {error.strerror}", cure)
+        return blamed(f"cannot write 1 MiB to {data_dir}: {error.strerror}", cure, data_dir)
     found = f"{free / GIB:.1f} GiB are free in {data_dir}; 1 MiB was on disk in {seconds:.3f} s"
     if free < TOO_LITTLE:
         return failed(found, cure)

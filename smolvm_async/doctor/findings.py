@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from enum import StrEnum
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
+from smolvm_async.host.restrictions import find_cause
 
+UNKNOWN = "The cause is unknown: look up this message, and the host's log (journalctl -b)."
 DEADLINE = 20.0  # seconds for a check that sets no other deadline
 
 
@@ -46,6 +49,17 @@ def warning(detail: str, cure: str) -> Verdict:
 def failed(detail: str, cure: str) -> Verdict:
     """Return the verdict that guests cannot run, or cannot run safely."""
     return Verdict(Outcome.FAILED, detail, cure)
+
+
+def blamed(detail: str, cure: str = UNKNOWN, path: Path | None = None) -> Verdict:
+    """Return a failure, with the restriction of this host that explains it if there is one.
+
+    `cure` is the cure if no restriction explains the failure; `path` is the file concerned.
+    """
+    cause = find_cause(detail, path)
+    return (
+        failed(detail, cure) if cause is None else failed(f"{cause.reason}: {detail}", cause.cure)
+    )
 
 
 def skipped(detail: str) -> Verdict:
@@ -149,7 +163,7 @@ async def _conclude(check: Check) -> Verdict:
         cure = "Check whether the host is overloaded or a disk hangs, then run the doctor again."
         return failed(f"the check did not end within {check.deadline:g} s", cure)
     except (SmolVMError, OSError) as error:
-        return failed(str(error), "Do what the error says, then run the doctor again.")
+        return blamed(str(error), "Do what the error says, then run the doctor again.")
     except Exception as error:
         text = f"unexpected {type(error).__name__}: {error}"
         return failed(text, "This is a bug of smolvm_async: report it with this text.")

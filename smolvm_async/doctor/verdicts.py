@@ -1,4 +1,6 @@
-"""Draw conclusions from the observations of one boot of the firmware, in pure functions.
+"""Draw conclusions from the observations of one boot of the firmware.
+
+The functions are pure, except that `boot` looks up QEMU's error message in `host.restrictions`.
 
 The firmware reports each boot entry that it tries, and the result, on the serial console.
 """
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from smolvm_async.doctor.findings import Verdict, failed, ok, skipped, warning
+from smolvm_async.doctor.findings import Verdict, blamed, failed, ok, skipped, warning
 from smolvm_async.doctor.unsigned import MARKER
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.tail import printable
@@ -113,8 +115,11 @@ def boot(sighting: Sighting) -> Verdict:
     accelerator = sighting.accelerator.upper()
     if sighting.booted:
         return ok(f"the firmware booted under {accelerator} in {sighting.seconds:.1f} s")
+    found = f"the firmware did not boot under {accelerator}: {sighting.why_not()}"
+    if sighting.failure:
+        return blamed(found)
     return failed(
-        f"the firmware did not boot under {accelerator}: {sighting.why_not()}",
+        found,
         "Reinstall QEMU and its firmware, both from one distribution. "
         f"{how_to_install([QEMU, OVMF])}.",
     )

@@ -44,6 +44,8 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:  # some file systems have no locks: the message must not be about files
+        raise OSError(error.errno, f"flock(2) failed: {error.strerror}") from error
     return True
 
 

@@ -98,9 +98,14 @@ def _find_tools(
             "UEFI firmware with Secure Boot (OVMF)" if program is OVMF else program.name
             for program in missing
         ]
+        from smolvm_async.host.restrictions import find_noexec  # rarely needed
+
+        forbidden = [find_noexec(program.name, search_path) for program in missing]
+        reasons = [f" {problem.reason}." for problem in forbidden if problem is not None]
+        cures = [problem.cure for problem in forbidden if problem is not None]
         raise HostError(
-            f"{', '.join(named)} not found. Looked in: {', '.join(looked)}.",
-            hint=how_to_install(missing),
+            f"{', '.join(named)} not found. Looked in: {', '.join(looked)}.{''.join(reasons)}",
+            hint=" ".join(dict.fromkeys(cures)) or how_to_install(missing),
             missing=tuple(program.name for program in missing),
         )
     paths = {program: Path(path).absolute() for program, path in found.items() if path is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
@@ -15,6 +16,12 @@ KVM_API_VERSION = 12
 
 LEAST_CODE, MOST_CODE = 128, 1024  # MiB of translated code; QEMU's default is at most 1024
 OVERHEAD = 128  # MiB besides the guest's memory; measured (PSS): QEMU 25 to 100, swtpm 1
+
+
+PASS_DEVICE = (
+    "Pass the device on: docker run --device /dev/kvm; systemd: PrivateDevices=no, or "
+    "DeviceAllow=/dev/kvm rw."
+)
 
 
 class Problem(NamedTuple):
@@ -59,7 +66,11 @@ TCG = Accelerator("tcg", "tcg,thread=multi")
 
 
 def probe_kvm(
-    device: Path = Path("/dev/kvm"), cpuinfo: Path = Path("/proc/cpuinfo"), *, smm: bool = True
+    device: Path = Path("/dev/kvm"),
+    cpuinfo: Path = Path("/proc/cpuinfo"),
+    modules: Path = Path("/sys/module"),
+    *,
+    smm: bool = True,
 ) -> Problem | None:
     """Return the problem with KVM on this host; `None` if KVM can run a guest.
 
@@ -84,11 +95,17 @@ def probe_kvm(
     try:
         fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
+        if any((modules / name).exists() for name in ("kvm_intel", "kvm_amd")):
+            return Problem(
+                f"{device} does not exist here, although this kernel has loaded KVM", PASS_DEVICE
+            )
         return Problem(
             f"{device} does not exist",
             "Load the module: sudo modprobe kvm_intel (Intel) or sudo modprobe kvm_amd (AMD).",
         )
-    except PermissionError:
+    except PermissionError as error:
+        if error.errno == errno.EPERM:  # by a cgroup; the modes of a file would give EACCES
+            return Problem(f"this container or service may not open {device}", PASS_DEVICE)
         return Problem(
             f"this user may not open {device}",
             "Run: sudo usermod -aG kvm $USER, and log in again.",

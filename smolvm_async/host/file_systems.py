@@ -26,10 +26,14 @@ class FileSystem(NamedTuple):
     options: tuple[str, ...] = ()
     free: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The name for messages."""
+        return f"the file system on {self.mount}{f' ({self.kind})' if self.kind else ''}"
+
     def __str__(self) -> str:
-        kind = f" ({self.kind})" if self.kind else ""
         free = "" if self.free is None else f", which has {self.free / MIB:.1f} MiB free,"
-        return f"the file system on {self.mount}{kind}{free}"
+        return f"{self.name}{free}"
 
 
 def find_file_system(path: Path, mounts: Path = MOUNTS) -> FileSystem:

@@ -25,6 +25,9 @@ from smolvm_async.state.names import log_name
 
 SAME_END = 0.5  # seconds: QEMU ends this soon after its sidecar, or the sidecar after QEMU
 IMAGE_IN_USE = 'Failed to get shared "write" lock'  # a part of QEMU's error message
+RELEASE_IMAGE = (
+    "End that program (fuser -v IMAGE or lsof IMAGE lists it), or start from a copy of the image."
+)
 
 
 class Command(NamedTuple):
@@ -101,17 +104,21 @@ class Processes:
         for child in self.children:
             child.kill()
 
-    async def explain(self, error: SmolVMError, vm_id: str, image: Path | None) -> SmolVMError:
+    async def explain(self, error: SmolVMError, directory: Path, image: Path | None) -> SmolVMError:
         """Kill all processes after a failed launch, and return the error to raise.
 
         The error says which process failed, and how. The first process to end is not always the
         cause: when QEMU refuses the machine, its sidecars also end, with status 0; when a sidecar
         fails, QEMU ends with an error that does not mention the sidecar. So wait a moment for all
         processes to end. Report the processes that ended with an error, sidecars before QEMU.
+
+        `directory` is the VM's directory, whose name is the VM's id.
         """
+        vm_id = directory.name
         if isinstance(error, LaunchError) and isinstance(error.__cause__, OSError):
             self.kill()  # a spawn failed: the other processes are not the cause
-            return LaunchError(f"{vm_id} did not start: {error}", command=error.command)
+            message, hint = _with_cause(f"{vm_id} did not start", str(error), directory)
+            return LaunchError(message, hint=hint, command=error.command)
         if self.children:
             await asyncio.wait([child.exited for child in self.children], timeout=SAME_END)
         ended = [child for child in reversed(self.children) if child.returncode is not None]
@@ -120,17 +127,31 @@ class Processes:
         if failed and isinstance(error, LaunchError | VMNotRunningError):
             told = "\n".join(child.report() for child in failed)
             if IMAGE_IN_USE in told:
-                told = f"Another program has {image or 'the image'} open for writing.\n{told}"
-            return _launch_error(f"{vm_id} did not start. {told}", failed[0])
+                message = f"Another program has {image or 'the image'} open for writing."
+                message, hint = f"{vm_id} did not start. {message}\n{told}", RELEASE_IMAGE
+            else:
+                message, hint = _with_cause(f"{vm_id} did not start", told, directory)
+            return _launch_error(message, failed[0], hint)
         if isinstance(error, LaunchError):
             running = "\n".join(child.report() for child in self.children)
-            return _launch_error(f"{vm_id} did not start: {error}.\n{running}", self.qemu)
+            message, hint = _with_cause(f"{vm_id} did not start: {error}", running, directory)
+            return _launch_error(message, self.qemu, hint)
         return error
 
 
-def _launch_error(message: str, child: Child) -> LaunchError:
+def _with_cause(message: str, told: str, directory: Path) -> tuple[str, str]:
+    """Return the message of a failed launch and its hint; `told` is what the processes said."""
+    from smolvm_async.host.restrictions import find_cause  # rarely needed
+
+    cause = find_cause(told, directory)
+    if cause is None:
+        return f"{message}. {told}", ""
+    return f"{message}: {cause.reason}.\n{told}", cause.cure
+
+
+def _launch_error(message: str, child: Child, hint: str) -> LaunchError:
     return LaunchError(
-        message, command=child.argv, returncode=child.returncode, log=child.log.quote()
+        message, hint=hint, command=child.argv, returncode=child.returncode, log=child.log.quote()
     )
 
 

@@ -6,7 +6,9 @@ commands of the human monitor, which answers in text.
 
 from __future__ import annotations
 
+import errno
 import re
+import socket
 from functools import partial
 
 from smolvm_async.config.checks import PortForward
@@ -57,11 +59,9 @@ class Ports:
         new = [forward for forward in await self._read() if forward not in before]
         if said or not new or new[0].host_port is None:
             port = f"host_port={host_port}" if host_port else "a port of the host's choosing"
-            raise ConfigError(
-                f"{port} cannot be forwarded to the guest's port {guest_port}: another program on "
-                "this host uses the port, or this user may not use it. Choose another port, or "
-                f"leave host_port= out: the kernel then finds a free port. (QEMU: {said.strip()})"
-            )
+            reason, hint = _why_not(host_port, said.strip())
+            message = f"{port} cannot be forwarded to the guest's port {guest_port}: {reason}."
+            raise ConfigError(message, hint=hint)
         return new[0].host_port
 
     @rpc
@@ -85,3 +85,29 @@ class Ports:
     async def _ask(self, line: str) -> str:
         answer = await self._monitor.complete("human-monitor-command", {"command-line": line})
         return str(answer)
+
+
+def _why_not(host_port: int | None, said: str) -> tuple[str, str]:
+    """Try to listen on a port, and return the reason why QEMU cannot, and the fix.
+
+    QEMU's own message `said` never has the reason.
+    """
+    from smolvm_async.host.restrictions import find_cause  # rarely needed
+
+    another = "Choose another port, or leave host_port= out: the kernel then finds a free port."
+    try:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", host_port or 0))
+            listener.listen()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return "another program on this host uses the port", another
+        if error.errno == errno.EACCES:
+            return (
+                "this user may not use the port (see net.ipv4.ip_unprivileged_port_start)",
+                another,
+            )
+        said = f"{said} ({error.strerror})"
+    cause = find_cause(f"host forwarding rule: {said}")
+    return cause or (f"QEMU says {said!r}", "")

@@ -29,7 +29,10 @@ class Screen:
 
     def open(self) -> int:
         """Make the memfd and return QEMU's descriptor. `close()` closes the descriptor."""
-        self._read = os.memfd_create("screen")
+        try:
+            self._read = os.memfd_create("screen")
+        except OSError as error:
+            raise OSError(error.errno, f"memfd_create(2) failed: {error.strerror}") from error
         self._files.callback(os.close, self._read)
         # QEMU requires a write-only descriptor. QEMU's copy and ours share the file position.
         self._write = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_CLOEXEC)

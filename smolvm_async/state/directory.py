@@ -201,7 +201,14 @@ class VMDirectory:
                     with contextlib.suppress(OSError):
                         self.path.rmdir()  # fails unless the directory is empty, as after mkdir()
                 raise cannot_use(self.path, error) from error
-            locked = try_lock(lease.fd)
+            try:
+                locked = try_lock(lease.fd)
+            except OSError:
+                lease.close()
+                if create:
+                    with contextlib.suppress(OSError):
+                        self.path.rmdir()  # fails unless the directory is empty
+                raise
             if not _is_at(lease.fd, self.path):
                 lease.close()
                 continue
@@ -373,6 +380,8 @@ def check_data_dir(data_dir: Path) -> None:
     if not existing.is_dir():
         raise _unusable(data_dir, f"{str(existing)!r} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
+        if os.statvfs(existing).f_flag & os.ST_RDONLY:
+            raise cannot_use(data_dir, OSError(errno.EROFS, os.strerror(errno.EROFS)))
         raise _unusable(data_dir, f"this user may not write to {str(existing)!r}")
     if existing != data_dir:
         return
@@ -418,7 +427,12 @@ def open_directory(path: Path) -> int:
 
 def cannot_use(path: Path, error: OSError) -> ConfigError:
     """Return the exception for a directory that the operating system cannot use."""
-    return ConfigError(f"{str(path)!r} cannot be used: {error.strerror or error}.")
+    from smolvm_async.host.restrictions import find_cause  # rarely needed
+
+    reason, hint = str(error.strerror or error), ""
+    if (cause := find_cause(str(error), path)) is not None:
+        reason, hint = f"{reason}; {cause.reason}", cause.cure
+    return ConfigError(f"{str(path)!r} cannot be used: {reason}.", hint=hint)
 
 
 def not_found(path: Path) -> VMNotFoundError:

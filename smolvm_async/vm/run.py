@@ -174,7 +174,7 @@ class VMRun:
             return
         except SmolVMError as error:
             image = self._source.image if self._source else None
-            self.failure = await self.processes.explain(error, config.vm_id, image)
+            self.failure = await self.processes.explain(error, self._state.path, image)
             return
         probe = self._probe if self._login is not None else None
         group.start_soon(self.boot.watch, self._monitor, probe)

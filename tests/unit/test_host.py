@@ -506,9 +506,9 @@ def kvm_answers(monkeypatch: pytest.MonkeyPatch, *, version: int, smm: int) -> N
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
 
 
-def problem(device: Path, cpuinfo: Path) -> str:
+def problem(device: Path, cpuinfo: Path, modules: Path = Path("/nonexistent")) -> str:
     """The reason and the cure, which are sentences of a longer message."""
-    found = accelerator.probe_kvm(device, cpuinfo)
+    found = accelerator.probe_kvm(device, cpuinfo, modules)
     assert found is not None
     assert not found.reason.endswith(".")
     assert found.cure.endswith(".")
@@ -558,6 +558,14 @@ def test_a_missing_device_is_a_matter_of_firmware_or_module(tmp_path: Path, cpui
         "sudo modprobe kvm_intel (Intel) or sudo modprobe kvm_amd (AMD)",
     ):
         assert phrase in message
+
+
+def test_a_device_that_a_container_hides_is_passed_on(tmp_path: Path, cpuinfo: Path) -> None:
+    (tmp_path / "kvm_amd").mkdir()
+    message = problem(tmp_path / "kvm", cpuinfo, modules=tmp_path)
+    assert "this kernel has loaded KVM" in message
+    assert "docker run --device /dev/kvm" in message
+    assert "modprobe" not in message
 
 
 @root_only

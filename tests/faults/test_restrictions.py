@@ -1,0 +1,165 @@
+"""Restrictions of a container, a service or a mount: errors name the restriction and its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolvm_async import AsyncSmolVM, LaunchError
+from smolvm_async.host.restrictions import find_cause
+from tests import restricted
+from tests.conftest import FakeProgram
+
+START = """
+import asyncio, json, sys
+from smolvm_async import AsyncSmolVM, SmolVMError
+
+async def main(data_dir, image, os):
+    try:
+        vm = AsyncSmolVM(os=os, image=image, accel="tcg", memory=2048, data_dir=data_dir)
+        await vm.start()
+    except SmolVMError as error:
+        return error.to_json()
+    await vm.delete()
+
+print(json.dumps(asyncio.run(main(*sys.argv[1:]))))
+"""
+
+
+def under(restrictions: list[str], *command: str) -> list[str]:
+    """Return the command line that runs a Python program under restrictions."""
+    return [sys.executable, restricted.__file__, *restrictions, "--", sys.executable, *command]
+
+
+def start(prefix: list[str], data_dir: Path, image: Path, os: str = "windows") -> dict[str, Any]:
+    """Start a VM with a command line that ends with Python; return the error's fields."""
+    words = [*prefix, "-c", START, str(data_dir), str(image), os]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    error: dict[str, Any] = json.loads(done.stdout)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("restriction", "os", "reason", "where"),
+    [
+        ("seccomp=EPERM", "windows", "refuses the system call seccomp(2)", "SystemCallFilter="),
+        ("seccomp=ENOSYS", "linux", "refuses the system call seccomp(2)", "--security-opt seccomp"),
+        ("seccomp=KILL", "windows", "a seccomp filter", "SystemCallFilter="),
+        ("mdwe", "windows", "writable and executable", "MemoryDenyWriteExecute=no"),
+        ("socket:AF_INET=EAFNOSUPPORT", "linux", "AF_INET", "RestrictAddressFamilies="),
+        ("socket:AF_UNIX=EAFNOSUPPORT", "linux", "AF_UNIX", "RestrictAddressFamilies="),
+        ("flock=ENOLCK", "windows", "refuses the system call flock(2)", "SystemCallFilter="),
+        ("flock=EBADF", "linux", "refuses the system call flock(2)", "SystemCallFilter="),
+        ("memfd_create=EPERM", "linux", "refuses the system call memfd_create(2)", "seccomp"),
+        ("RLIMIT_AS=3000000000", "linux", "RLIMIT_AS of this process is 3000000000", "LimitAS="),
+        ("RLIMIT_NOFILE=13", "linux", "RLIMIT_NOFILE of this process is 13", "ulimit -n"),
+    ],
+)
+def test_a_start_names_the_restriction_and_where_it_is_set_and_leaves_nothing(
+    blank_image: Path, data_dir: Path, restriction: str, os: str, reason: str, where: str
+) -> None:
+    error = start(under([restriction]), data_dir, blank_image, os)
+    assert reason in error["message"]
+    assert where in error["hint"]
+    assert not list(data_dir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("restriction", "check", "reason", "where"),
+    [
+        ("seccomp=EPERM", "boot", "refuses the system call seccomp(2)", "--security-opt seccomp"),
+        ("mdwe", "boot", "writable and executable", "MemoryDenyWriteExecute=no"),
+        ("flock=ENOLCK", "data-dir", "refuses the system call flock(2)", "SystemCallFilter="),
+        ("memfd_create=ENOSYS", "system-calls", "memfd_create(2)", "SystemCallFilter="),
+        ("socket:AF_INET=EPERM", "system-calls", "AF_INET", "RestrictAddressFamilies="),
+    ],
+)
+def test_the_doctor_names_the_restriction_and_where_it_is_set(
+    data_dir: Path, restriction: str, check: str, reason: str, where: str
+) -> None:
+    doctor = ["-m", "smolvm_async", "doctor", "--json", "--accel", "tcg"]
+    words = under([restriction], *doctor, "--data-dir", str(data_dir))
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    found = {each["check"]: each for each in json.loads(done.stdout)["findings"]}
+    assert found[check]["status"] == "failed"
+    assert reason in found[check]["detail"]
+    assert where in found[check]["cure"]
+
+
+def in_mounts(script: str) -> list[str]:
+    """Return a command line that changes the mounts of a new namespace, then runs Python."""
+    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this user cannot make a mount namespace")
+    return ["unshare", "-m", "sh", "-ec", f'{script}; exec "$0" "$@"', sys.executable]
+
+
+def test_a_missing_proc_is_named(blank_image: Path, data_dir: Path) -> None:
+    error = start(in_mounts("mount -t tmpfs none /proc"), data_dir, blank_image)
+    assert "/proc is not mounted" in error["message"]
+    assert "mount -t proc proc /proc" in error["hint"]
+    assert not list(data_dir.iterdir())
+
+
+def test_a_read_only_file_system_is_named(blank_image: Path, tmp_path: Path) -> None:
+    script = f"mount -t tmpfs -o ro,mode=0700 none {tmp_path}"
+    error = start(in_mounts(script), tmp_path / "vms", blank_image)
+    assert f"the file system on {tmp_path} (tmpfs) is read-only" in error["message"]
+    assert "ReadWritePaths=" in error["hint"]
+
+
+def test_a_program_on_a_file_system_without_execution_is_named(
+    blank_image: Path, tmp_path: Path
+) -> None:
+    copy = f"cp {shutil.which('qemu-system-x86_64')} {tmp_path}"
+    script = f"mount -t tmpfs -o noexec,mode=0700 none {tmp_path}; {copy}; export PATH={tmp_path}"
+    error = start(in_mounts(script), tmp_path / "vms", blank_image)
+    assert f"{tmp_path}/qemu-system-x86_64 cannot be executed" in error["message"]
+    assert f"mount -o remount,exec {tmp_path}" in error["hint"]
+
+
+async def run_to_launch_error(arguments: dict[str, Any]) -> LaunchError:
+    with pytest.raises(LaunchError) as raised:
+        await AsyncSmolVM(**arguments).start()
+    return raised.value
+
+
+@pytest.mark.anyio
+async def test_an_unknown_failure_is_told_in_the_words_of_the_system_without_a_cure(
+    fake: FakeProgram, blank: dict[str, Any]
+) -> None:
+    fake("qemu-system-x86_64", "echo 'the flux capacitor is empty: Invalid argument' >&2; exit 3")
+    error = await run_to_launch_error(blank)
+    assert "the flux capacitor is empty: Invalid argument" in str(error)
+    assert error.hint == ""
+
+
+@pytest.mark.anyio
+async def test_an_image_that_another_program_writes_has_a_hint(
+    fake: FakeProgram, blank: dict[str, Any]
+) -> None:
+    fake("qemu-system-x86_64", "echo 'Failed to get shared \"write\" lock' >&2; exit 1")
+    error = await run_to_launch_error(blank)
+    assert f"Another program has {blank['image']} open for writing" in error.message
+    assert "End that program" in error.hint
+
+
+def test_a_restriction_that_the_host_does_not_have_is_not_blamed(tmp_path: Path) -> None:
+    for text in (
+        "There is no such thing as seccomp",
+        "mprotect of jit buffer: Permission denied",
+        "Address family not supported by protocol",
+        "memfd_create(2) failed: Operation not permitted",
+        "No such file or directory: '/proc/12/stat'",
+        "No space left on device",
+        "Could not open 'x': Permission denied",
+    ):
+        assert find_cause(text, tmp_path) is None
+    lock = find_cause("flock(2) failed: No locks available", tmp_path)
+    assert lock is not None
+    assert "does not support locks" in lock.reason
