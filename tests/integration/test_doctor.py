@@ -181,7 +181,8 @@ async def test_a_broken_swtpm(
     verdict = await checks.check_sidecar(SIDECARS["swtpm"], data_dir)
     assert verdict.status is Outcome.FAILED
     assert words in verdict.detail
-    assert "swtpm" in verdict.cure
+    assert "swtpm" in verdict.detail
+    assert "The cause is unknown" in verdict.cure
 
 
 async def test_a_broken_swtpm_leaves_the_rest_to_be_probed(
