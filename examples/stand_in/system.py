@@ -17,9 +17,11 @@ from smolvm_async.foundation import process
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
 from smolvm_async.images.build.boot_files import (
+    KERNEL_FILES,
     find_file,
     install,
     install_drivers,
+    kernel_packages,
     make_initramfs,
     modules,
     reset_modes,
@@ -70,13 +72,13 @@ DESKTOP = Flavour(  # needs USB, which cloud kernels do not support
 async def package_names(cache: Path, flavour: Flavour) -> list[str]:
     """Return the packages to download; the package lists must be in `cache`."""
     agent = await packages.dependencies(["qemu-guest-agent"], cache)
-    kernel = await packages.dependencies([flavour.kernels[distribution("the stand-in")]], cache)
+    kernel = await kernel_packages(flavour.kernels[distribution("the stand-in")], cache)
     return [
         *SIGNED,
         "busybox-static",
         "qemu-guest-agent",
         *(name for name in agent if name.startswith(("lib", "zlib"))),
-        *(name for name in kernel if re.match(r"linux-(image|modules)-\d", name)),
+        *kernel,
     ]
 
 
@@ -129,7 +131,7 @@ def _arrange_root(
 def _arrange_esp(unpacked: Path, esp: Path, drivers: Sequence[Path]) -> None:
     install(find_file(unpacked, SHIMS), esp / "EFI/BOOT/BOOTX64.EFI")
     install(find_file(unpacked, GRUBS), esp / "EFI/BOOT/grubx64.efi")
-    install(find_file(unpacked, ["vmlinuz-*"]), esp / "vmlinuz")
+    install(find_file(unpacked, KERNEL_FILES), esp / "vmlinuz")
     tree = esp.with_name("initramfs")
     initrd = make_initramfs(unpacked, GUEST_SCRIPTS / "initramfs.sh", drivers, tree)
     (esp / "initrd.img").write_bytes(initrd)

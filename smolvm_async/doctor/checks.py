@@ -16,7 +16,7 @@ from pathlib import Path
 
 from smolvm_async.doctor.findings import Check, Verdict, blamed, failed, ok, warning
 from smolvm_async.doctor.probe import DISK, make_disk, scratch
-from smolvm_async.errors import CommandError, ConfigError, ImageError
+from smolvm_async.errors import CommandError, ConfigError, HostError, ImageError
 from smolvm_async.foundation.process import run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.guests import GuestProfile
@@ -30,7 +30,7 @@ from smolvm_async.qemu.sidecars import SIDECARS, Sidecar
 from smolvm_async.state.directory import VMDirectory, open_directory
 
 OLDEST_QEMU = (7, 1)
-TESTED_QEMU = "7.2"
+TESTED_QEMU = "7.2, 10.0 and 11.1"
 
 GIB = 1 << 30
 LITTLE, TOO_LITTLE = 10 * GIB, 1 * GIB  # bytes of free disk space
@@ -139,6 +139,19 @@ def check_memory(profile: GuestProfile) -> Verdict:
             f"Pass memory={minimum}, or close other programs.",
         )
     return ok(f"{found}; a {guest} guest takes {default} MiB by default")
+
+
+def check_built_in_linux() -> Verdict:
+    """Look for the built-in Linux image, or for everything that its build needs."""
+    from smolvm_async.images.build.debian import check_host, find_debian
+
+    if (image := find_debian()) is not None:
+        return ok(f"the built-in Linux is built: {image.disk}")
+    try:
+        check_host()
+    except HostError as error:
+        return warning(f"the built-in Linux cannot be built: {error.message}", error.hint)
+    return ok("this host has what builds the built-in Linux; the first VM will build it")
 
 
 # Programs and firmware

@@ -14,7 +14,12 @@ from typing import Literal
 
 from smolvm_async.config.options import make_config
 from smolvm_async.doctor import verdicts
-from smolvm_async.doctor.checks import find_pair, guest_checks, host_checks
+from smolvm_async.doctor.checks import (
+    check_built_in_linux,
+    find_pair,
+    guest_checks,
+    host_checks,
+)
 from smolvm_async.doctor.findings import Check, Notebook, Report, Verdict, failed
 from smolvm_async.doctor.probe import ProbeMachine, probe, probe_deadline
 from smolvm_async.doctor.verdicts import NETWORK, Sighting
@@ -56,6 +61,7 @@ async def examine(
         # Skip the other guests: a guest with UEFI firmware needs everything that they need.
         if profile.firmware == "always":
             await examine_guest(notebook, profile, config.data_dir, accel)
+    await notebook.run([Check("built-in-image", check_built_in_linux)], GUESTS["linux"].name)
     return Report(findings=tuple(notebook.findings))
 
 

@@ -104,7 +104,7 @@ def qemu_arguments(
         *(word for option in global_options for word in ("-global", option)),
         *("-sandbox", SANDBOX),
         *("-chardev", f"socket,id=monitor,fd={descriptors.monitor}"),
-        *("-mon", "chardev=monitor,mode=control"),
+        *("-qmp", "chardev:monitor"),  # QEMU 11.1 warns of -mon; -object monitor-qmp is new there
         *("-chardev", f"socket,id=console,fd={descriptors.console}"),
         *("-serial", "chardev:console"),
         *_firmware(tools, keep=config.keep),

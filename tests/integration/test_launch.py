@@ -7,6 +7,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,18 @@ async def test_an_image_that_another_program_writes_is_told(
     finally:
         writer.kill()
         await writer.communicate()
+
+
+@pytest.mark.parametrize("os", ["windows", "linux"])
+async def test_qemu_warns_of_nothing(blank_image: Path, data_dir: Path, os: Any) -> None:
+    options: Any = {"vnc": True, "port_forwards": [80], "keep": True, "cpus": 2}
+    async with AsyncSmolVM(
+        os=os, image=blank_image, accel="tcg", data_dir=data_dir, **options
+    ) as vm:
+        await vm.screenshot()
+        await vm.stop(timeout=0)
+        assert (data_dir / vm.vm_id / "qemu.log").read_text() == ""
+    await vm.delete()
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))

@@ -28,6 +28,7 @@ from smolvm_async import (
 )
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access
+from smolvm_async.images.build.boot_files import ELF
 from smolvm_async.images.build.debian import DebianImage, build_debian
 from tests.conftest import child_named, closed_since, descriptors, fill_up
 from tests.integration.trees import digest_tree, make_tree
@@ -65,7 +66,7 @@ async def vm(shared_data_dir: Path) -> AsyncIterator[AsyncSmolVM]:
     await vm.delete()
 
 
-async def test_the_newcomers_line_answers(linux: Any) -> None:
+async def test_the_newcomers_line_answers(linux: Any, data_dir: Path) -> None:
     async with linux() as vm:
         result = await vm.run("uname -sm")
         assert result.stdout == "Linux x86_64\n"
@@ -73,6 +74,7 @@ async def test_the_newcomers_line_answers(linux: Any) -> None:
         assert 0 < result.duration < 30
         assert vm.boot_state == "ready"
         report = await vm.stop()
+        assert (data_dir / vm.vm_id / "qemu.log").read_text() == ""
     assert report.graceful
 
 
@@ -353,6 +355,7 @@ async def test_a_kept_vm_has_its_disk_and_its_keys_which_no_other_has(
 
 
 async def test_a_disk_with_a_kernel_of_its_own_boots(debian: DebianImage, data_dir: Path) -> None:
+    assert debian.kernel.read_bytes().startswith(ELF), "the kernel was not decompressed"
     vm = AsyncSmolVM(
         os="linux",
         image=debian.disk,

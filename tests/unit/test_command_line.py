@@ -50,7 +50,7 @@ GOLDEN_TCG = [
     "-global ICH9-LPC.disable_s3=1",
     "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     "-chardev socket,id=monitor,fd=10",
-    "-mon chardev=monitor,mode=control",
+    "-qmp chardev:monitor",
     "-chardev socket,id=console,fd=11",
     "-serial chardev:console",
     '-blockdev {"driver": "raw", "node-name": "code", "read-only": true, '

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-import lzma
 import re
 import shutil
 import struct
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from smolvm_async.errors import HostError
-from smolvm_async.foundation import process
+from smolvm_async.foundation.tasks import in_background
+from smolvm_async.images.build import packages
+from smolvm_async.images.build.decompression import decompress
 
 ELF = b"\x7fELF"
+
+# The kernel is in /boot, or from Linux 7.0 on in /usr/lib/modules/VERSION.
+KERNEL_FILES = ("vmlinuz-*", "vmlinuz")
+
+
+async def kernel_packages(kernel: str, cache: Path) -> list[str]:
+    """Return the packages with the files of a kernel, without the programs that they depend on.
+
+    Args:
+        kernel: A package that depends on the newest kernel, such as `linux-image-amd64`.
+        cache: The directory with the package lists.
+    """
+    needed = await packages.dependencies([kernel], cache)
+    # Debian had the whole kernel in linux-image, and from Linux 7.0 on has it in four packages.
+    return [name for name in needed if re.match(r"linux-(image|binary|modules|base)-\d", name)]
 
 
 def install(source: Path, target: Path, mode: int = 0o644) -> None:
@@ -46,6 +60,8 @@ def find_file(unpacked: Path, names: Sequence[str]) -> Path:
                 return path
     raise HostError(
         f"None of the downloaded packages contains {' or '.join(names)}.",
+        hint="Check that the package sources and pins in /etc/apt are those of this host's "
+        "release: apt-cache policy shows them.",
         missing=tuple(names),
     )
 
@@ -55,19 +71,23 @@ async def modules(unpacked: Path, names: Iterable[str]) -> list[Path]:
 
     Leave out modules that are built into this kernel, or do not exist in it.
     """
-    paths = await asyncio.to_thread(lambda: list(unpacked.rglob("*.ko*")))
+    return await in_background(_modules, unpacked, names)
+
+
+def _modules(unpacked: Path, names: Iterable[str]) -> list[Path]:
+    paths = unpacked.rglob("*.ko*")
     available = {path.name.partition(".")[0].replace("-", "_"): path for path in paths}
     order: dict[str, Path] = {}
 
-    async def add(name: str) -> None:
+    def add(name: str) -> None:
         if name not in order and name in available:
-            module = await _uncompressed(available[name])
-            for needed in await asyncio.to_thread(_needs, module):
-                await add(needed)
+            module = _uncompressed(available[name])
+            for needed in _needs(module):
+                add(needed)
             order[name] = module
 
     for name in names:
-        await add(name)
+        add(name)
     return list(order.values())
 
 
@@ -78,14 +98,16 @@ def _needs(module: Path) -> list[str]:
     return [name.replace("-", "_") for name in names if name]
 
 
-async def _uncompressed(module: Path) -> Path:
+def _uncompressed(module: Path) -> Path:
     """Return the module as a plain `.ko` file, since busybox's insmod cannot decompress it."""
-    plain = module.with_suffix("")
     if module.suffix == ".ko":
         return module
+    plain = module.with_suffix("")
     if not plain.exists():
-        program = {".xz": "xz", ".zst": "zstd"}[module.suffix]
-        await process.run([program, "--decompress", "--keep", module])
+        content = decompress(module.read_bytes())
+        if not content.startswith(ELF):
+            raise HostError(f"The kernel module {module.name} has an unknown compression.")
+        plain.write_bytes(content)
     return plain
 
 
@@ -100,20 +122,8 @@ def decompress_kernel(bzimage: bytes) -> bytes:
     setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     begin = (setup_sectors + 1) * 512 + offset
-    payload = bzimage[begin : begin + length]
-    try:
-        vmlinux = _decompress(payload)
-    except (lzma.LZMAError, zlib.error):
-        return bzimage
+    vmlinux = decompress(bzimage[begin : begin + length])
     return vmlinux if vmlinux.startswith(ELF) else bzimage
-
-
-def _decompress(payload: bytes) -> bytes:
-    if payload.startswith(b"\xfd7zXZ"):
-        return lzma.LZMADecompressor().decompress(payload)
-    if payload.startswith(b"\x1f\x8b"):
-        return zlib.decompressobj(wbits=31).decompress(payload)
-    return b""  # the standard library lacks zstd and lz4, so the guest decompresses the kernel
 
 
 def make_initramfs(unpacked: Path, init: Path, drivers: Sequence[Path], tree: Path) -> bytes:

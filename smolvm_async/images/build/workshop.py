@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -66,12 +67,30 @@ def distribution(image: str) -> str:
     for name in release():
         if name in CLOUD_KERNELS and platform.machine() == "x86_64":
             return name
-    raise HostError(f"Only a host with Debian or Ubuntu on x86-64 can build {image}.")
+    raise HostError(
+        f"Only a host with Debian or Ubuntu on x86-64 can build {image}.",
+        hint="On this host, pass image= with the path of a qcow2, and os=.",
+    )
 
 
 def search_path() -> str:
     """Return PATH plus the directories of sfdisk and mke2fs, which a user's PATH may lack."""
     return os.pathsep.join(filter(None, [os.environ.get("PATH"), "/usr/sbin", "/sbin"]))
+
+
+def own_sources() -> list[Path]:
+    """Return the files in /etc/apt with package sources of this host's own distribution."""
+    apt = Path("/etc/apt")
+    directory = apt / "sources.list.d"
+    files = [apt / "sources.list", *directory.glob("*.list"), *directory.glob("*.sources")]
+    own = r"(?m)^[^#]*(debian|ubuntu)[^#]*\bmain\b|^URIs:.*(debian|ubuntu)"
+    found = [path for path in sorted(files) if path.is_file() and re.search(own, path.read_text())]
+    if not found:
+        raise HostError(
+            "This host has no package source of its own distribution.",
+            hint="Add a source to /etc/apt/sources.list.d.",
+        )
+    return found
 
 
 def check_programs(image: str, packages: Mapping[str, str], hint: str = "") -> None:

@@ -22,10 +22,17 @@ from smolvm_async.foundation.files import replace_file, seal
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import in_background
-from smolvm_async.images.build.workshop import check_programs, key_of, release, work_directory
+from smolvm_async.images.build.workshop import (
+    check_programs,
+    key_of,
+    own_sources,
+    release,
+    work_directory,
+)
 
 PROGRAMS = {  # the programs that the build runs, and their packages
     "apt-get": "apt",
+    "apt-cache": "apt",
     "dpkg-deb": "dpkg",
     "tar": "tar",
     "mke2fs": "e2fsprogs",
@@ -37,18 +44,7 @@ DEADLINE = 1800.0  # seconds for a build; under TCG, on two slow processors, a b
 
 # Increase this if a change of the builder, the guest's scripts or BOOT_ARGS changes the content of
 # the image. Every user's image is then rebuilt, so do not increase it for, say, a new comment.
-RECIPE = 1
-
-# The names of recipe 1, by distribution. Earlier versions hashed the builder's source to make these
-# names. They are kept so that the images of those versions stay valid.
-FIRST_RECIPE = {
-    "debian 12": "9ce6eaa4a2e90ee9",
-    "debian 13": "b63c1fe323d3dda6",
-    "ubuntu debian 22.04": "d612785f48e0d6ec",
-    "ubuntu debian 24.04": "47423d1232670a52",
-    "ubuntu debian 25.10": "26ffc751362e4050",
-    "ubuntu debian 26.04": "912bb27cf8dae97c",
-}
+RECIPE = 2
 
 # These arguments make a boot under TCG faster. The mitigations are off, since they protect against
 # flaws of real processors, which an emulated processor does not have.
@@ -99,9 +95,14 @@ def find_debian(cache_dir: Path | None = None) -> DebianImage | None:
 
 
 def check_host() -> None:
-    """Check that this host is a Debian or Ubuntu with the programs that build the image."""
+    """Check that this host is a Debian or Ubuntu with what builds the image.
+
+    Raises:
+        HostError: If a program or a package source is missing.
+    """
     other = ". Or pass image= with the path of a qcow2, and os=."
     check_programs("the built-in Linux", PROGRAMS, other)
+    own_sources()
 
 
 class Builder:
@@ -182,5 +183,4 @@ class Builder:
 
 def _recipe() -> str:
     """Return a name for everything that the image depends on, except its packages."""
-    first = FIRST_RECIPE.get(" ".join(release()), "") if RECIPE == 1 else ""
-    return first or key_of(release(), BOOT_ARGS, RECIPE)
+    return key_of(release(), BOOT_ARGS, RECIPE)

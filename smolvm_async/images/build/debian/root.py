@@ -8,18 +8,19 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from smolvm_async.errors import HostError
 from smolvm_async.foundation import process
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
 from smolvm_async.images.build.boot_files import (
+    KERNEL_FILES,
     decompress_kernel,
     find_file,
     install,
+    kernel_packages,
     make_initramfs,
     modules,
 )
-from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution
+from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution, own_sources
 
 GUEST = Path(__file__).parent / "guest"
 OWN = "usr/lib/smolvm"  # the directory of the library's own files in the guest
@@ -56,10 +57,8 @@ dpkg-deb --fsys-tarfile "$1" | tar --extract --directory=tree --preserve-permiss
 
 async def package_names(cache: Path) -> list[str]:
     """Return the packages to download; the package lists must be in `cache`."""
-    kernel = CLOUD_KERNELS[distribution("the built-in Linux")]
-    needed = await packages.dependencies([kernel], cache)
-    images = [name for name in needed if re.match(r"linux-(image|modules)-\d", name)]
-    return [*await packages.installation(WANTED, cache), *images, "busybox-static"]
+    kernel = await kernel_packages(CLOUD_KERNELS[distribution("the built-in Linux")], cache)
+    return [*await packages.installation(WANTED, cache), *kernel, "busybox-static"]
 
 
 async def unpack(debs: Sequence[Path], work: Path) -> Path:
@@ -91,8 +90,9 @@ def _make_initrd(tree: Path, work: Path, drivers: Sequence[Path]) -> None:
 
 
 def _make_kernel(tree: Path, work: Path) -> None:
-    kernel = find_file(tree / "boot", ["vmlinuz-*"])
+    kernel = find_file(tree, KERNEL_FILES)
     (work / "image" / "kernel").write_bytes(decompress_kernel(kernel.read_bytes()))
+    kernel.unlink()
     shutil.rmtree(tree / "boot")
     (tree / "boot").mkdir()
 
@@ -191,27 +191,9 @@ def _copy_sources(tree: Path) -> None:
     """Copy the package sources of the host's own distribution to the guest, with their keyrings."""
     apt = tree / "etc/apt"
     (apt / "sources.list.d").mkdir(parents=True, exist_ok=True)
-    own = [path for path in _sources() if _is_own(path.read_text())]
-    if not own:
-        raise HostError(
-            "This host has no package source of its own distribution: add one to /etc/apt."
-        )
-    for path in own:
+    for path in own_sources():
         text = path.read_text()
         for keyring in re.findall(r"(?i)signed-by[:=] *(/[^\s\]]+)", text):
             if not (tree / keyring.lstrip("/")).exists():
                 install(Path(keyring), tree / keyring.lstrip("/"))
         install(path, apt / path.relative_to("/etc/apt"))
-
-
-def _sources() -> Iterator[Path]:
-    apt = Path("/etc/apt")
-    if (apt / "sources.list").is_file():
-        yield apt / "sources.list"
-    for pattern in ("*.list", "*.sources"):
-        yield from sorted((apt / "sources.list.d").glob(pattern))
-
-
-def _is_own(text: str) -> bool:
-    own = r"(?m)^[^#]*(debian|ubuntu)[^#]*\bmain\b|^URIs:.*(debian|ubuntu)"
-    return re.search(own, text) is not None
