@@ -18,6 +18,9 @@ ELF = b"\x7fELF"
 # The kernel is in /boot, or from Linux 7.0 on in /usr/lib/modules/VERSION.
 KERNEL_FILES = ("vmlinuz-*", "vmlinuz")
 
+# Debian had the whole kernel in linux-image, and from Linux 7.0 on has it in four packages.
+KERNEL_PACKAGE = re.compile(r"linux-(image|binary|modules|base)-\d")
+
 
 async def kernel_packages(kernel: str, cache: Path) -> list[str]:
     """Return the packages with the files of a kernel, without the programs that they depend on.
@@ -26,9 +29,7 @@ async def kernel_packages(kernel: str, cache: Path) -> list[str]:
         kernel: A package that depends on the newest kernel, such as `linux-image-amd64`.
         cache: The directory with the package lists.
     """
-    needed = await packages.dependencies([kernel], cache)
-    # Debian had the whole kernel in linux-image, and from Linux 7.0 on has it in four packages.
-    return [name for name in needed if re.match(r"linux-(image|binary|modules|base)-\d", name)]
+    return list(filter(KERNEL_PACKAGE.match, await packages.dependencies([kernel], cache)))
 
 
 def install(source: Path, target: Path, mode: int = 0o644) -> None:

@@ -13,6 +13,7 @@ from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.build import packages
 from smolvm_async.images.build.boot_files import (
     KERNEL_FILES,
+    KERNEL_PACKAGE,
     decompress_kernel,
     find_file,
     install,
@@ -32,9 +33,7 @@ WANTED = (
     *("git", "iproute2", "iputils-ping", "kmod", "less", "netbase", "openssh-client"),
     *("openssh-server", "procps", "python3", "sudo", "tzdata", "unzip", "xz-utils"),
 )
-# dpkg does not configure these packages: QEMU loads the kernel, so the disk needs no boot loader,
-# and the builder has already merged the directories that usr-is-merged would check.
-CONFIGURED = "linux-|usr-is-merged"
+CONFIGURED = "usr-is-merged"  # the builder has already merged the directories that it would check
 MERGED = ("bin", "sbin", "lib", "lib64")
 NOT_UNPACKED = (
     *("usr/share/man/*", "usr/share/info/*", "usr/share/locale/*", "usr/share/lintian/*"),
@@ -101,7 +100,11 @@ def _make_kernel(tree: Path, work: Path) -> None:
 
 
 def _make_database(tree: Path, work: Path) -> None:
-    """Write dpkg's database as if dpkg had unpacked the packages, so that dpkg configures them."""
+    """Write dpkg's database as if dpkg had unpacked the packages, so that dpkg configures them.
+
+    Leave out the kernel's packages, since QEMU loads the kernel. They depend on initramfs-tools,
+    which is not there, and apt-get installs nothing while a dependency is missing.
+    """
     database = tree / "var/lib/dpkg"
     (database / "info").mkdir(parents=True, exist_ok=True)
     for name in ("updates", "triggers", "parts", "alternatives"):
@@ -110,8 +113,10 @@ def _make_database(tree: Path, work: Path) -> None:
     (database / "available").touch()
     stanzas, modes = [], []
     for control in sorted((work / "control").iterdir()):
-        text = (control / "control").read_text().strip()
         name = control.name
+        if KERNEL_PACKAGE.match(name):
+            continue
+        text = (control / "control").read_text().strip()
         if re.search(r"(?mi)^Multi-Arch: *same", text):
             name += ":amd64"
         entries = list(_entries((work / "list" / control.name).read_text()))
@@ -124,7 +129,7 @@ def _make_database(tree: Path, work: Path) -> None:
                 conffiles = _conffiles(tree, path.read_text().split())
             if path.name != "control":
                 install(path, database / "info" / f"{name}.{path.name}", path.stat().st_mode)
-        state = "installed" if re.match(CONFIGURED, control.name) else "unpacked"
+        state = "installed" if control.name == CONFIGURED else "unpacked"
         status = text.replace("\n", f"\nStatus: install ok {state}\n", 1)
         stanzas.append(f"{status}\n{conffiles}")
     (database / "status").write_text("\n".join(stanzas))
