@@ -71,10 +71,12 @@ class SmolVMError(Exception):
         super().__init__(self.message)
 
     def __str__(self) -> str:
-        message = super().__str__()
+        text = super().__str__()
         if self.hint:
-            message += f"\n{self.hint}" if "\n" in message else f" {self.hint}"
-        return "\n".join((message, *(str(trouble) for trouble in self.troubles)))
+            text += f"\n{self.hint}" if "\n" in text else f" {self.hint}"
+        text = "\n".join((text, *(str(trouble) for trouble in self.troubles)))
+        # A file name that is not UTF-8 has surrogates, which most files and terminals refuse.
+        return text.encode(errors="backslashreplace").decode()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception.__reduce__() calls the class with `args`, which a subclass may not accept.

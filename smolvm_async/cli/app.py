@@ -17,7 +17,7 @@ from smolvm_async.cli.desktop import screenshot, vnc
 from smolvm_async.cli.doctor import doctor
 from smolvm_async.cli.image import image
 from smolvm_async.cli.logs import logs
-from smolvm_async.cli.output import complain, err, say, write_nowhere
+from smolvm_async.cli.output import complain, err, in_options, say, write_nowhere
 from smolvm_async.cli.run import run
 from smolvm_async.cli.vms import delete, list_vms, prune, stop
 from smolvm_async.foundation.log import get_logger
@@ -76,7 +76,7 @@ def set_up(
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    complain("Warning", str(message), "bold yellow")
+    complain("Warning", in_options(str(message)), "bold yellow")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import signal
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -18,9 +19,9 @@ from smolvm_async import (
     VMNotFoundError,
     VMNotRunningError,
 )
-from smolvm_async.cli.output import complain, write_json
+from smolvm_async.cli.output import complain, in_options, write_json
 from smolvm_async.foundation.progress import ProgressCallback
-from smolvm_async.state.record import ACTIVE
+from smolvm_async.state.record import ACTIVE, Status
 
 T = TypeVar("T")
 
@@ -77,11 +78,21 @@ async def running_vm(vm_id: str, data_dir: str | None) -> AsyncIterator[AsyncSmo
     """Attach to a running VM during the block."""
     vm = await find_vm(vm_id, data_dir)
     if vm.status not in ACTIVE:
-        raise VMNotRunningError(f"{vm_id} is not running (it is {vm.status}): start the VM first.")
+        raise VMNotRunningError(
+            f"{vm_id} is not running (it is {vm.status}): run {next_step(vm, data_dir)}."
+        )
     try:
         yield vm
     finally:
         await vm.detach()
+
+
+def next_step(vm: AsyncSmolVM, data_dir: str | None) -> str:
+    """Return the command that boots a kept VM again, or repairs an orphan."""
+    place = f" --data-dir {shlex.quote(data_dir)}" if data_dir else ""
+    if vm.status is Status.ORPHANED:
+        return f"smolvm-async prune{place}"
+    return f"smolvm-async run --id {vm.vm_id}{place}"
 
 
 def no_such_vm(vm_id: str) -> VMNotFoundError:
@@ -140,7 +151,7 @@ def execute(
     except (SmolVMError, OSError) as error:
         code = next((CODES[kind] for kind in CODES if isinstance(error, kind)), FAILED)
         data = error.to_json() if isinstance(error, SmolVMError) else {}
-        fail(type(error).__name__, str(error), code, json=json, data=data)
+        fail(type(error).__name__, in_options(str(error)), code, json=json, data=data)
 
 
 def fail(

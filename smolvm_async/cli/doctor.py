@@ -10,7 +10,7 @@ from rich.text import Text
 
 from smolvm_async import Progress
 from smolvm_async.cli.command import FAILED, DataDir, Json, execute
-from smolvm_async.cli.output import busy, out, write_json
+from smolvm_async.cli.output import busy, in_options, out, write_json
 from smolvm_async.config.checks import AccelName
 
 
@@ -33,10 +33,11 @@ def doctor(
 
     def show(finding: Finding) -> None:
         mark, style = marks[finding.status]
-        line = Text.assemble("  ", (mark, style), f" {finding.check:<{width}}  {finding.detail}")
+        detail, cure = in_options(finding.detail), in_options(finding.cure)
+        line = Text.assemble("  ", (mark, style), f" {finding.check:<{width}}  {detail}")
         out.print(line, soft_wrap=True)
-        if finding.cure:
-            out.print(Text(f"    {'':<{width}}  {finding.cure}", style), soft_wrap=True)
+        if cure:
+            out.print(Text(f"    {'':<{width}}  {cure}", style), soft_wrap=True)
 
     with busy("Examining", json=json) as tell:
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +64,25 @@ def write_nowhere() -> None:
 
 out = Screen()
 err = Screen(stderr=True)
+
+
+# The library's messages name its arguments; these have an option with the same meaning.
+OPTIONS = {
+    **{name: name for name in ("accel", "cpus", "memory", "os", "resolution", "vnc")},
+    "data_dir": "data-dir",
+    "vm_id": "id",
+}
+
+
+def in_options(message: str) -> str:
+    """Return a message of the library with options: `--accel tcg` instead of `accel='tcg'`."""
+
+    def option(found: re.Match[str]) -> str:
+        value = shlex.quote(found["text"]) if found["text"] else found["number"] or ""
+        return f"--{OPTIONS[found['name']]} {value}".rstrip()
+
+    value = r"(?:'(?P<text>[^'\n]*)'|(?P<number>\d+))?"
+    return re.sub(rf"\b(?P<name>{'|'.join(OPTIONS)})={value}", option, message)
 
 
 def say(text: str) -> None:

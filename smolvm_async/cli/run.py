@@ -12,9 +12,11 @@ import typer
 from smolvm_async import (
     AsyncSmolVM,
     BootStateChanged,
+    ConfigError,
     EventStream,
     Progress,
     VMAlreadyExistsError,
+    VMNotFoundError,
 )
 from smolvm_async.cli.command import (
     DataDir,
@@ -132,15 +134,10 @@ def run(
         options["keep"] = keep
     at_rest = image is None and vm_id is not None and os is None
     given = [name for name in MACHINE if options.get(name) is not None]
-    if at_rest and given:
-        names = ", ".join(f"--{name}" for name in given)
-        raise typer.BadParameter(
-            f"a kept VM has its own settings: leave out {names}", param_hint="--id"
-        )
 
     async def boot() -> None:
         if at_rest:
-            vm = await _find_at_rest(str(vm_id), data_dir, feed)
+            vm = await _find_at_rest(str(vm_id), data_dir, given, feed)
         else:
             vm = AsyncSmolVM(**options)
         try:
@@ -202,14 +199,26 @@ def _line(elapsed: float, step: str, text: str) -> str:
     return f"{elapsed:8.2f} s  {step:<16}  {text}"
 
 
-async def _find_at_rest(vm_id: str, data_dir: str | None, feed: Feed) -> AsyncSmolVM:
-    vm = await find_vm(vm_id, data_dir, on_progress=feed.on_progress)
+async def _find_at_rest(
+    vm_id: str, data_dir: str | None, given: list[str], feed: Feed
+) -> AsyncSmolVM:
+    """Find a kept VM, which has its own settings: none may be `given`."""
+    try:
+        vm = await find_vm(vm_id, data_dir, on_progress=feed.on_progress)
+    except VMNotFoundError as error:
+        raise VMNotFoundError(
+            f"{error.message} To make a new VM with this id, pass an IMAGE, or --os linux for the "
+            "built-in Debian."
+        ) from None
     if vm.status in ACTIVE:
         await vm.detach()
         raise VMAlreadyExistsError(
             f"{vm_id} is already running: to see its console, run "
             f"smolvm-async logs --follow {vm_id}."
         )
+    if given:
+        names = ", ".join(f"--{name}" for name in given)
+        raise ConfigError(f"{vm_id} is a kept VM, which has its own settings: leave out {names}.")
     return vm
 
 

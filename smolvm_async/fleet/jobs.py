@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from smolvm_async.config.checks import check_boolean, check_integer, shown, told
-from smolvm_async.errors import ConfigError, JobFailedError, MemberFailedError, VMNotRunningError
+from smolvm_async.errors import ConfigError, FleetError, JobFailedError, MemberFailedError
 from smolvm_async.fleet.member import Member
 from smolvm_async.foundation.tasks import check_loop, end_tasks, settle, take_exception
 from smolvm_async.vm.vm import AsyncSmolVM
@@ -114,7 +114,7 @@ class NumberedItems(Generic[T]):
                     return None
                 except (asyncio.CancelledError, StopAsyncIteration) as error:
                     # asyncio would mistake these for our own task's cancellation or end.
-                    raise RuntimeError(f"the items raised {error!r}") from error
+                    raise FleetError(f"the items raised {error!r}") from error
             self._count += 1
             return self._count - 1, item
 
@@ -309,7 +309,7 @@ async def attempt_job(member: Member, job: Job[T, R], item: T) -> R:
     if crash is not None:
         raise crash
     if running.cancelled():
-        raise VMNotRunningError(f"the job on {member.vm.vm_id} cancelled itself.")
+        raise FleetError(f"the job on {member.vm.vm_id} cancelled itself.")
     return running.result()
 
 

@@ -16,8 +16,11 @@ CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]"
 
 
 def printable(text: str) -> str:
-    """Remove terminal control sequences from `text`: the guest may have written the text."""
-    return re.sub(CONTROL, "", text)
+    """Remove terminal control sequences from `text`: the guest may have written the text.
+
+    Bytes of a file name that are not UTF-8 become escape sequences of Python.
+    """
+    return re.sub(CONTROL, "", text).encode(errors="backslashreplace").decode()
 
 
 class Tail:

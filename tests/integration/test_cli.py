@@ -287,10 +287,9 @@ def test_a_program_that_has_gone_before_is_noticed_too(blank_image: Path, data_d
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--id", "one", "--memory", "4096"], "leave out --memory"),
         (["x.qcow2", "--os", "beos"], "--os"),
-        (["x.qcow2"], "os= is missing"),
-        (["x.qcow2", "--os", "windows", "--memory", "100"], "memory=100 is less than"),
+        (["x.qcow2"], "--os is missing"),
+        (["x.qcow2", "--os", "windows", "--memory", "100"], "--memory 100 is less than"),
         (["/nowhere/x.qcow2", "--os", "windows"], "/nowhere/x.qcow2"),
     ],
 )
@@ -303,7 +302,7 @@ def test_an_id_that_is_taken_is_told(run: Run, blank_image: Path, data_dir: Path
     arguments = ["--os", "windows", "--accel", "tcg", "--id", "one", "--data-dir", str(data_dir)]
     with run("--id", "one") as running:
         told = cli("run", f"file://{blank_image}", *arguments, code=2)
-        assert "vm_id='one' belongs to a VM that" in told.stderr
+        assert "--id one belongs to a VM that" in told.stderr
         running.kill(signal.SIGINT)
         running.end()
 
@@ -610,10 +609,20 @@ def test_a_vm_at_rest_has_no_screen(run: Run, data_dir: Path) -> None:
     for command in ("screenshot", "vnc"):
         error = document(command, "kept", "--data-dir", data_dir, code=1)["error"]
         assert error["type"] == "VMNotRunningError"
+        assert f"smolvm-async run --id kept --data-dir {data_dir}" in error["message"]
+    wrong = ["run", "--id", "kept", "--memory", "4096", "--data-dir", data_dir]
+    assert "leave out --memory" in cli(*wrong, code=2).stderr
     cli("delete", "--yes", "kept", "--data-dir", data_dir)
 
 
 # No VM
+
+
+def test_settings_for_an_id_without_a_vm_say_how_to_make_one(data_dir: Path) -> None:
+    made = ["run", "--id", "x", "--keep", "--memory", "4096", "--data-dir", data_dir]
+    told = cli(*made, code=4).stderr
+    assert "there is no VM 'x'" in told
+    assert "pass an IMAGE, or --os linux" in told
 
 
 def test_no_vm_is_no_error_but_for_those_that_name_one(data_dir: Path) -> None:

@@ -17,7 +17,13 @@ from typing import Any
 
 import pytest
 
-from smolvm_async import CommandTimeoutError, ConfigError, ConnectionLostError
+from smolvm_async import (
+    CommandFailedError,
+    CommandTimeoutError,
+    ConfigError,
+    ConnectionLostError,
+    FileTransferError,
+)
 from smolvm_async.controls.ssh.commands import Commands
 from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
@@ -177,7 +183,7 @@ async def test_the_time_of_a_stream_begins_with_its_session(serve: Serve) -> Non
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"command": "echo \udc80"},
+        {"command": "echo \ud800"},
         {"command": "true", "env": {"A": "\ud800"}},
         {"command": "true", "input": "\ud800"},
     ],
@@ -190,8 +196,61 @@ async def test_what_cannot_be_sent_is_refused_at_once(serve: Serve, arguments: A
 async def test_bytes_of_file_names_arrive_as_they_were(serve: Serve) -> None:
     link = serve(1)
     odd = os.fsdecode(b"\xff\xfe")
-    result = await Guest(link).run("cat; printf %s $ODD", env={"ODD": odd}, input=odd, text=False)
-    assert result.stdout == b"\xff\xfe\xff\xfe"
+    command = f"cat; printf %s $ODD '{odd}'"
+    result = await Guest(link).run(command, env={"ODD": odd}, input=odd, text=False)
+    assert result.stdout == b"\xff\xfe" * 3
+    result = await Guest(link).run(f"printf %s {odd}", shell="login", text=False)
+    assert result.stdout == b"\xff\xfe"
+    link.close()
+
+
+# File names of every kind, and the target of a link: bytes that are neither UTF-8 nor harmless.
+NAMES = [
+    b"caf\xe9",
+    b"\xff\n\x1b[31m",
+    b"-rf *",
+    b"'\"$(x) \\",
+    b"\xe4\xb8\xad" * 85,  # 255 bytes
+    b"\xff" * 255,
+]
+
+
+def odd_tree(root: Path) -> None:
+    names = [os.fsdecode(name) for name in NAMES]
+    for directory in names:
+        (root / directory).mkdir(parents=True)
+        for name in names:
+            (root / directory / name).write_bytes(os.fsencode(name))
+        (root / directory / "link").symlink_to(os.fsdecode(b"to/\xe9\n"))
+
+
+async def test_file_names_of_any_bytes_go_and_come_the_same(serve: Serve, tmp_path: Path) -> None:
+    link = serve(10)
+    files = Guest(link)
+    odd_tree(tmp_path / "tree")
+    told: list[str] = []
+    target = os.fsdecode(bytes(tmp_path) + b"/guest/caf\xe9")
+    await files.upload_file(
+        tmp_path / "tree", target, on_progress=lambda step: told.append(step.message)
+    )
+    back = await files.download_file(
+        target, tmp_path / "back", on_progress=lambda step: told.append(step.message)
+    )
+    assert digest_tree(tmp_path / "tree") == digest_tree(Path(target)) == digest_tree(back)
+    for name in NAMES:
+        one = tmp_path / "tree" / os.fsdecode(name) / os.fsdecode(name)
+        sent = await files.upload_file(one, f"{target}/files/")
+        assert os.fsencode(sent).endswith(b"/" + name)
+        got = await files.download_file(sent, f"{tmp_path}/one/")
+        assert got.read_bytes() == name
+        assert os.fsencode(got.name) == name
+    "".join(told).encode()  # any terminal can show the progress
+    missing = f"{target}/missing"
+    with pytest.raises(FileTransferError) as caught:
+        await files.download_file(missing, tmp_path / "none")
+    assert "caf\\udce9/missing" in str(caught.value).encode().decode()
+    with pytest.raises(ConfigError, match=r"guest_path='/\\ud800' is wrong"):
+        await files.upload_file(tmp_path / "tree", "/\ud800")
     link.close()
 
 
@@ -247,4 +306,22 @@ async def test_a_transfer_cancelled_anywhere_leaves_nothing(
         if not copying.cancelled():
             break  # it was faster
     assert steps > 100
+    link.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "quoted"),
+    [
+        ("echo why; echo told >&2; false", "stderr: told"),
+        ("echo why; false", "stdout: why"),
+        ("false", "It wrote no output."),
+    ],
+)
+async def test_the_error_of_a_command_quotes_its_output(
+    serve: Serve, command: str, quoted: str
+) -> None:
+    link = serve(1)
+    with pytest.raises(CommandFailedError) as failed:
+        await Guest(link).run(command, check=True)
+    assert str(failed.value).endswith(f"ended with exit code 1.\n{quoted}")
     link.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import fields
@@ -146,3 +147,10 @@ def test_only_known_classes_and_fields_are_taken_from_another_process(
 ) -> None:
     error = error_from_json(sent)
     assert (type(error), vars(error)) == (type(expected), vars(expected))
+
+
+def test_an_error_about_a_name_that_is_not_utf8_can_be_printed() -> None:
+    error = ConfigError(os.fsdecode(b"caf\xe9 is wrong."), hint="Choose another name.")
+    assert str(error) == r"caf\udce9 is wrong. Choose another name."
+    assert str(error).encode()
+    assert os.fsencode(error.message) == b"caf\xe9 is wrong."

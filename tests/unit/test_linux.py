@@ -160,3 +160,10 @@ def test_what_is_no_kernel_is_refused_at_once(
     with pytest.raises(ImageError, match=phrase) as caught:
         AsyncSmolVM(os="linux", image=blank_image, kernel=kernel, accel="tcg")
     assert str(kernel) in str(caught.value)
+
+
+def test_printed_keys_hide_their_private_part() -> None:
+    login = Login("root", make_key_pair(), make_key_pair())
+    for text in (repr(login), str(login.access(22)), f"{login.key}", repr([login.access(22)])):
+        assert "PRIVATE" not in text
+        assert "ssh-ed25519" in text

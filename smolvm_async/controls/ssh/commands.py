@@ -20,7 +20,7 @@ from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigE
 from smolvm_async.foundation.tasks import in_background
 
 BIG = 1 << 20  # bytes; a thread joins and decodes more output, so as not to block the event loop
-QUOTED = 2000  # characters of stderr in an error message
+QUOTED = 2000  # characters of output in an error message
 MAX_LINE = 1 << 20  # bytes; a longer line comes in pieces
 BEHIND = 1 << 20  # unread bytes to keep here before the guest must wait
 
@@ -243,7 +243,7 @@ class Commands(OverSSH):
             stdout, stderr = await output.collected()
             error = CommandTimeoutError(
                 f"{shown(command)} did not end within {timeout:g} s, and was killed.\n"
-                f"{_quoted(stderr)}",
+                f"{_quoted(stdout, stderr)}",
                 stdout,
                 stderr,
                 seconds=timeout or 0.0,
@@ -256,7 +256,7 @@ class Commands(OverSSH):
         if check and not result.ok:
             raise CommandFailedError(
                 f"{shown(command)} ended with exit code {result.exit_code}.\n"
-                f"{_quoted(result.stderr)}",
+                f"{_quoted(result.stdout, result.stderr)}",
                 result,
             )
         return result
@@ -377,6 +377,10 @@ def _input(content: object) -> bytes:
     )
 
 
-def _quoted(stderr: str | bytes) -> str:
-    text = stderr if isinstance(stderr, str) else stderr.decode(errors="replace")
-    return f"stderr: {text[-QUOTED:].strip() or '(empty)'}"
+def _quoted(stdout: str | bytes, stderr: str | bytes) -> str:
+    """Return the end of stderr, or else of stdout: many programs report errors there."""
+    for name, output in (("stderr", stderr), ("stdout", stdout)):
+        text = output if isinstance(output, str) else output.decode(errors="replace")
+        if text := text[-QUOTED:].strip():
+            return f"{name}: {text}"
+    return "It wrote no output."

@@ -124,7 +124,8 @@ async def _open(
     command: str, receive: Callable[[Stream, bytes], None], connection: SSHClientConnection
 ) -> Execution:
     execution = Execution(receive)
-    await connection.create_session(lambda: cast(Any, execution), command, encoding=None)
+    line: Any = command.encode(errors="surrogateescape")  # as os.fsdecode() made it from bytes
+    await connection.create_session(lambda: cast(Any, execution), line, encoding=None)
     return execution
 
 

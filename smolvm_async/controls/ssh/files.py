@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_IFREG
 from typing import TYPE_CHECKING
 
-from smolvm_async.config.checks import check_integer, check_path, shown
+from smolvm_async.config.checks import check_integer, check_path, encoded, shown
 from smolvm_async.controls.ssh.link import Link, OverSSH
 from smolvm_async.controls.ssh.transfer import (
     Entry,
@@ -24,6 +24,7 @@ from smolvm_async.controls.ssh.transfer import (
 )
 from smolvm_async.errors import ConfigError, FileTransferError
 from smolvm_async.foundation.progress import ProgressCallback
+from smolvm_async.foundation.tail import printable
 from smolvm_async.foundation.tasks import in_background, settle
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Files(OverSSH):
             parent = str(PurePosixPath(target).parent)
             if make_dirs:
                 await sftp.makedirs(parent, exist_ok=True)
-            meter = TransferMeter(on_progress, f"uploading {source.name}", _size(tree))
+            meter = TransferMeter(on_progress, f"uploading {printable(source.name)}", _size(tree))
             await _carry_out(ToGuest(sftp, source, target, meter), tree, sftp, parent)
             meter.tell()
         return target
@@ -126,7 +127,7 @@ class Files(OverSSH):
                 )
             if make_dirs:
                 await in_background(os.makedirs, target.parent, 0o777, True)
-            meter = TransferMeter(on_progress, f"downloading {name}", size)
+            meter = TransferMeter(on_progress, f"downloading {printable(name)}", size)
             await _carry_out(FromGuest(sftp, source, target, meter), tree)
             meter.tell()
         return target
@@ -190,7 +191,7 @@ def _explanation(error: Exception, link: Link, subject: str) -> Exception | None
         return _full("this host's", subject)
     if isinstance(error, FileTransferError):
         return FileTransferError(f"{subject}: {error.message}", hint=error.hint)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | UnicodeError):  # this host's locale may lack a character
         return FileTransferError(f"{subject}: {error}")
     return None
 
@@ -216,10 +217,15 @@ def _full(whose: str, where: str) -> FileTransferError:
 def _guest_path(path: object) -> str:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
-    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+    if (
+        not isinstance(path, str)
+        or not path.startswith("/")
+        or "\0" in path
+        or encoded(path) is None
+    ):
         raise ConfigError(
             f"guest_path={shown(path)} is wrong: pass an absolute path in the guest, such as "
-            "'/root/data.csv'."
+            "'/root/data.csv'; os.fsdecode() makes a path from bytes."
         )
     return path
 

@@ -299,8 +299,10 @@ class Link:
 
     @asynccontextmanager
     async def sftp(self) -> AsyncIterator[SFTPClient]:
-        """Open an SFTP session for the block."""
-        client = await self.open(lambda connection: connection.start_sftp_client(), _exit)
+        """Open an SFTP session for the block. File names that are not UTF-8 have surrogates."""
+        client = await self.open(
+            lambda connection: connection.start_sftp_client(path_errors="surrogateescape"), _exit
+        )
         try:
             yield client
         finally:

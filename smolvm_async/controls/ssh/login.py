@@ -33,12 +33,19 @@ class Access(NamedTuple):
     private_key: str
     host_key: str
 
+    def __repr__(self) -> str:
+        """Hide the private key: programs log and print objects."""
+        return f"Access({self.port!r}, {self.user!r}, private_key=..., host_key={self.host_key!r})"
+
 
 class KeyPair(NamedTuple):
     """An Ed25519 key pair."""
 
     private: bytes  # in the format of ssh-keygen, without a passphrase
     public: str  # a line of `authorized_keys`
+
+    def __repr__(self) -> str:
+        return f"KeyPair(private=..., public={self.public!r})"
 
 
 def make_key_pair() -> KeyPair:

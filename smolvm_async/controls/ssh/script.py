@@ -6,7 +6,7 @@ import secrets
 import shlex
 from collections.abc import Mapping
 
-from smolvm_async.config.checks import shown
+from smolvm_async.config.checks import encoded, shown
 from smolvm_async.errors import ConfigError
 
 ENV_FILE = ".smolvm_env.sh"  # in the user's home: the variables of `set_env_vars()`
@@ -23,13 +23,11 @@ def check_command(command: object, shell: object) -> None:
             f"command={shown(command)} is wrong: pass the shell command as str, without NUL "
             "characters; shlex.join() makes a command from a list of words."
         )
-    try:
-        command.encode()
-    except UnicodeEncodeError:
+    if encoded(command) is None:
         raise ConfigError(
             f"command={shown(command)} is wrong: it has a lone surrogate, which UTF-8 cannot "
-            "encode; pass such bytes as input=."
-        ) from None
+            "encode; decode bytes with os.fsdecode(), or pass them as input=."
+        )
     if shell not in SHELLS:
         raise ConfigError(
             f"shell={shown(shell)} is wrong: pass 'raw' (the user's shell runs the command) or "

@@ -144,7 +144,8 @@ class TransferMeter(Meter):
 
 def temporary_name(name: str) -> str:
     """Return a hidden name that no other transfer uses."""
-    return f".{name[:200]}.smolvm-{secrets.token_hex(4)}"
+    short = os.fsdecode(os.fsencode(name)[:200])  # a name has at most 255 bytes
+    return f".{short}.smolvm-{secrets.token_hex(4)}"
 
 
 def opened(path: Path, flags: int) -> AbstractAsyncContextManager[int]:
