@@ -177,9 +177,8 @@ class Control:
         """Return the VM's run; raise an error if the guest is paused: QEMU would drop the input."""
         run = self.running()
         if self.vm.status is Status.PAUSED:
-            raise VMNotRunningError(
-                f"{self.vm.config.vm_id} is paused and accepts no input: call resume() first."
-            )
+            message = f"{self.vm.config.vm_id} is paused and accepts no input: call resume() first."
+            raise run.troubles.explain(VMNotRunningError(message))
         return run
 
     @contextmanager

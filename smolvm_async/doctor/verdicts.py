@@ -1,6 +1,6 @@
 """Draw conclusions from the observations of one boot of the firmware.
 
-The functions are pure, except that `boot` looks up QEMU's error message in `host.restrictions`.
+The functions are pure, but `boot` and `kvm` look up QEMU's message in `host.restrictions`.
 
 The firmware reports each boot entry that it tries, and the result, on the serial console.
 """
@@ -23,6 +23,7 @@ from smolvm_async.host import choose_accelerator
 from smolvm_async.host.accelerator import Problem
 from smolvm_async.host.distribution import OVMF, QEMU, how_to_install
 from smolvm_async.host.firmware import Firmware
+from smolvm_async.host.restrictions import find_cause
 from smolvm_async.qemu.sidecars import Sidecar
 
 NETWORK = "user-network"  # a part of the machine that some builds of QEMU do not have
@@ -216,12 +217,15 @@ def kvm(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdi
             return ok(found)
         return warning(f"{found}, but accel='auto' does not choose KVM: {problem.reason}", USE_TCG)
     reasons = []
+    cause = find_cause(sighting.failure) if sighting is not None else None
+    if cause is not None:
+        reasons.append(cause.reason)
     if sighting is not None:
         reasons.append(f"KVM can be opened but does not run guests: {sighting.why_not()}")
     if problem is not None:
         reasons.append(problem.reason)
     found = "; ".join(reasons) or "KVM cannot be opened"
-    cure = problem.cure if problem is not None else GOOD_KVM
+    cure = (cause or problem or Problem("", GOOD_KVM)).cure
     return (failed if accel == "kvm" or problem is None else warning)(found, cure)
 
 

@@ -80,9 +80,7 @@ class Input:
             await self._monitor.execute("input-send-event", {"events": [*events]})
         except MonitorError as error:
             if not self._resumed.is_set():
-                raise VMNotRunningError(
-                    "The guest is paused and does not read input: call resume() first."
-                ) from error
+                raise self._paused() from error
             raise
 
     @rpc
@@ -107,9 +105,7 @@ class Input:
             async with asyncio.timeout(patience):
                 while not await self._keyboard_idle():
                     if not self._resumed.is_set():
-                        raise VMNotRunningError(
-                            "The guest is paused and does not read input: call resume() first."
-                        )
+                        raise self._paused()
                     await asyncio.sleep(look)
                     look = min(2 * look, LAST_LOOK)
         except TimeoutError:
@@ -119,6 +115,11 @@ class Input:
                 seconds=patience,
             )
             raise self._monitor.explain(error) from None
+
+    def _paused(self) -> VMNotRunningError:
+        message = "The guest is paused and does not read input: call resume() first."
+        error: VMNotRunningError = self._monitor.explain(VMNotRunningError(message))
+        return error
 
     @rpc
     def post(self, events: Sequence[InputEvent]) -> None:

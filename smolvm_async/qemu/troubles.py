@@ -108,8 +108,12 @@ class Troubles:
         message = f"QEMU could not {access} {name} ({path}): {reason}"
         if access == "read":  # the overlay has only the clusters that the guest has written
             message += f" (image: {self.image})"
-        stops = event.data.get("action") == "stop"
-        return self._note(event, "disk", message, path=str(path), stops=stops)
+        from smolvm_async.host.restrictions import find_cause  # rarely needed
+
+        more = {"path": str(path), "stops": event.data.get("action") == "stop"}
+        if not event.data.get("nospace") and (cause := find_cause(reason)) is not None:
+            more["hint"] = cause.cure
+        return self._note(event, "disk", message, **more)
 
     def _corruption(self, event: Event) -> Trouble | None:
         name, path = self._file(event)

@@ -92,6 +92,23 @@ def test_the_doctor_names_the_restriction_and_where_it_is_set(
     assert where in found[check]["cure"]
 
 
+def test_a_port_that_cannot_be_forwarded_names_the_restriction(
+    blank_image: Path, data_dir: Path
+) -> None:
+    expose = START.replace("await vm.start()", "await vm.start(); await vm.expose_local(80)")
+    words = [*under(["socket:AF_INET=EAFNOSUPPORT"]), "-c", expose]
+    done = subprocess.run(
+        [*words, str(data_dir), str(blank_image), "windows"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    error = json.loads(done.stdout)
+    assert "refuses sockets of the family AF_INET" in error["message"]
+    assert "RestrictAddressFamilies=" in error["hint"]
+    assert "host_port=" not in error["hint"]
+
+
 def in_mounts(script: str) -> list[str]:
     """Return a command line that changes the mounts of a new namespace, then runs Python."""
     if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:

@@ -8,6 +8,7 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from smolvm_async import (
     Event,
     Status,
     Trouble,
+    VMNotRunningError,
     VMTimeoutError,
 )
 from smolvm_async.images.build.debian import DebianImage
-from smolvm_async.qemu.troubles import Troubles
+from smolvm_async.qemu.troubles import Troubles, halted
 from tests.busy_disk import busy_disk
 from tests.conftest import child_named, console_shows, each_rung, fill_up
 
@@ -167,3 +169,36 @@ def test_many_errors_are_counted_and_reported_at_a_bounded_rate(blank: dict[str,
     assert len([each for each in published if each is not None]) == 10
     (trouble,) = troubles.known.values()
     assert (trouble.count, trouble.timestamp) == (1000, 999.0)
+
+
+async def test_a_qemu_that_waits_for_the_host_is_named(tmp_path: Path) -> None:
+    """The parent of vfork(2) waits in state D until its child has opened its files."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    spawn = (
+        "import os, sys; actions = [(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)]; "
+        "os.posix_spawn('/bin/true', ['true'], {}, file_actions=actions)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", spawn, str(fifo)])
+    try:
+        async with asyncio.timeout(60):
+            while not (found := halted(process.pid)):
+                await asyncio.sleep(0.01)
+        assert "wait for a disk or a file server of the host (state D)" in found[0].message
+    finally:
+        fifo.open("w").close()
+        process.wait()
+    assert halted(process.pid) == halted(None) == []
+
+
+async def test_input_for_a_guest_that_a_full_disk_has_paused_names_the_disk(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    image = busy_disk(tmp_path / "busy.qcow2", "write")
+    vm = AsyncSmolVM(os="linux", image=image, memory=128, accel="tcg", data_dir=small_disk / "data")
+    waiting = asyncio.ensure_future(paused(vm))
+    async with vm:
+        await waiting
+        with pytest.raises(VMNotRunningError, match="Free some space"):
+            await vm.keyboard.press("a")
+        await vm.stop(timeout=0)

@@ -355,3 +355,14 @@ async def test_progress_and_report() -> None:
     assert Report.model_validate_json(report.model_dump_json(exclude={"ok"})) == report
     bad = report.findings[0].model_copy(update={"status": Outcome.FAILED})
     assert not Report(findings=(bad, *report.findings)).ok
+
+
+def test_a_known_cause_of_a_failed_boot_replaces_the_general_cures() -> None:
+    failure = "QEMU ended (exit status 127): libslirp.so.0: cannot open shared object file"
+    for name, verdict in (
+        ("kvm", verdicts.kvm("kvm", Sighting("kvm", failure=failure), None)),
+        ("tcg", verdicts.boot(Sighting("tcg", failure=failure))),
+    ):
+        assert verdict.status is Outcome.FAILED, name
+        assert "a shared library of the program is missing" in verdict.detail
+        assert verdict.cure.startswith("Reinstall the program")
