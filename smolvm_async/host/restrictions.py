@@ -84,8 +84,8 @@ def _killed(failure: Failure) -> Problem | None:
     with suppress(OSError):
         if re.search(r"(?m)^Seccomp:\s*[12]$", Path("/proc/self/status").read_text()):
             return Problem(
-                "a seccomp filter on this process killed it with SIGSYS, because it forbids a "
-                "system call that QEMU or swtpm needs",
+                "a seccomp filter killed it with SIGSYS: this container or service, or the sandbox "
+                "of QEMU or swtpm, forbids a system call",
                 FILTER.format("the system call", "SystemCallFilter=")
                 + " The kernel's log names the system call: journalctl -k | grep SECCOMP.",
             )
@@ -181,22 +181,44 @@ def _lock(failure: Failure) -> Problem | None:
     with suppress(OSError):  # without a memfd, only the file system can be blamed
         fd = os.memfd_create("probe")
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return Problem(
-                f"this host refuses the system call flock(2) ({error.strerror})",
-                FILTER.format("flock(2)", "SystemCallFilter=@system-service"),
-            )
+            if refusal := _refusal_to_lock(fd):
+                return Problem(
+                    f"this host refuses the system call flock(2) ({refusal})",
+                    FILTER.format("flock(2)", "SystemCallFilter=@system-service"),
+                )
         finally:
             os.close(fd)
-    if failure.path is None:
+    existing = next((path for path in _with_parents(failure.path) if path.is_dir()), None)
+    if existing is None:
         return None
-    found = find_file_system(failure.path)
+    fd = os.open(existing, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        refusal = _refusal_to_lock(fd)
+    finally:
+        os.close(fd)
+    if not refusal:
+        return None
+    found = find_file_system(existing)
     nfs = " or, on NFS, mount it with local_lock=flock" if found.kind.startswith("nfs") else ""
     return Problem(
-        f"{found.name} does not support locks by flock(2)",
+        f"{found.name} does not support locks by flock(2) ({refusal})",
         f"Pass the path of a directory on a local disk as data_dir={nfs}.",
     )
+
+
+def _with_parents(path: Path | None) -> tuple[Path, ...]:
+    return () if path is None else (path, *path.parents)
+
+
+def _refusal_to_lock(fd: int) -> str:
+    """Return the reason why a file or directory cannot be locked; empty if it can be."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:  # another process has locked it
+        return ""
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 def _full(failure: Failure) -> Problem | None:
@@ -312,12 +334,25 @@ def _tasks(failure: Failure) -> Problem | None:
             with suppress(OSError, ValueError):  # without a limit, pids.max is `max`
                 most = int((directory / "pids.max").read_text())
                 now = int((directory / "pids.current").read_text())
-                if now > most - 32:  # QEMU has about 10 threads
+                if now > most - FEW:
                     return Problem(
                         f"the cgroup {cgroup} has {now} of at most {most} processes and threads",
                         "Raise the limit: systemd: TasksMax=; docker run --pids-limit.",
                     )
     return None
+
+
+def _own_tasks(failure: Failure) -> Problem | None:
+    """Compare the number of this user's threads with the limit, which root does not have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if soft == resource.RLIM_INFINITY or os.geteuid() == 0:
+        return None
+    threads = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or belongs to another user
+            if process.stat().st_uid == os.geteuid():
+                threads += len(os.listdir(process / "task"))
+    return _limit("NPROC", "u")(failure) if threads > soft - FEW else None
 
 
 def _overcommit(failure: Failure) -> Problem | None:
@@ -329,6 +364,8 @@ def _overcommit(failure: Failure) -> Problem | None:
             )
     return None
 
+
+FEW = 32  # threads; QEMU has about 10
 
 NO_MEMORY = r"(?i)cannot allocate|not enough memory|out of memory|failed to map segment"
 NO_PROCESS = r"Resource temporarily unavailable|thread_create|can't start new thread"
@@ -351,10 +388,10 @@ CAUSES = (
     Cause("Could not open.*Permission denied", _security_module),
     Cause("Too many open files(?! in system)", _limit("NOFILE", "n")),
     Cause(NO_PROCESS, _tasks),
-    Cause(NO_PROCESS, _limit("NPROC", "u")),
+    Cause(NO_PROCESS, _own_tasks),
     Cause(NO_MEMORY, _limit("AS", "v")),
     Cause(NO_MEMORY, _limit("DATA", "d")),
     Cause(NO_MEMORY, _overcommit),
     Cause("File too large|SIGXFSZ", _limit("FSIZE", "f")),
-    Cause("SIGXCPU", _limit("CPU", "t")),
+    Cause("SIGXCPU|killed by SIGKILL", _limit("CPU", "t")),
 )

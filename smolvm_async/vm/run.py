@@ -361,6 +361,10 @@ class VMRun:
 
         `process` names the part that died, if another part than `child` died.
         """
+        from smolvm_async.host.restrictions import find_cause  # rarely needed
+
+        if not hint and (cause := find_cause(child.report())) is not None:
+            reason, hint = f"{cause.reason}. {reason}", cause.cure
         self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)
         error = VMCrashedError(
