@@ -51,13 +51,13 @@ from smolvm_async.qemu.events import (
 )
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport, Step
 from smolvm_async.state.record import Status
-from smolvm_async.state.registry import VMInfo
 from smolvm_async.vm.vm import AsyncSmolVM
 
 if TYPE_CHECKING:
     from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
     from smolvm_async.images.cache import CachedImage, Damage, ImageStore
     from smolvm_async.images.publish import push_image
+    from smolvm_async.state.registry import VMInfo
 
 __all__ = [
     "AcceleratorWarning",
@@ -130,6 +130,7 @@ _ON_FIRST_USE = {
     "Damage": "smolvm_async.images.cache",
     "ImageStore": "smolvm_async.images.cache",
     "push_image": "smolvm_async.images.publish",
+    "VMInfo": "smolvm_async.state.registry",
 }
 
 

@@ -41,16 +41,22 @@ import base64
 import copyreg
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dataclasses import dataclass as error_class
+
     from smolvm_async.controls.ssh.commands import CommandResult
     from smolvm_async.qemu.events import Trouble
 
-# eq=False and repr=False keep Exception's comparison by identity and its repr.
+else:
+    # eq=False and repr=False keep Exception's comparison by identity and its repr. All errors share
+    # one `__init__`: to generate one for each class takes 1 % of the library's import.
+    error_class = partial(dataclass, init=False, eq=False, repr=False)
 
 
-@dataclass(eq=False, repr=False)
+@error_class
 class SmolVMError(Exception):
     """Base class of every error that this library raises.
 
@@ -67,8 +73,20 @@ class SmolVMError(Exception):
     hint: str = ""
     troubles: tuple[Trouble, ...] = ()
 
-    def __post_init__(self) -> None:
-        super().__init__(self.message)
+    if not TYPE_CHECKING:  # a type checker knows the constructor of each dataclass
+
+        def __init__(self, *args: Any, **values: Any) -> None:
+            by_position = [field.name for field in fields(self) if not field.kw_only]
+            if len(args) > len(by_position):
+                raise TypeError(f"{type(self).__name__}() takes at most {len(by_position)} values")
+            for name, value in zip(by_position, args, strict=False):
+                if values.setdefault(name, value) is not value:
+                    raise TypeError(f"{type(self).__name__}() got two values for {name!r}")
+            for field in fields(self):
+                setattr(self, field.name, values.pop(field.name, field.default))
+            if values:
+                raise TypeError(f"{type(self).__name__}() has no field {min(values)!r}")
+            super().__init__(self.message)
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -135,7 +153,7 @@ class VMNotFoundError(ConfigError):
     """No VM has this id."""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@error_class(kw_only=True)
 class HostError(SmolVMError, ValueError):
     """The host lacks a program, a file, a feature or a resource; `hint` says how to get it.
 
@@ -147,7 +165,7 @@ class HostError(SmolVMError, ValueError):
     missing: tuple[str, ...] = ()
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@error_class(kw_only=True)
 class CommandError(SmolVMError):
     """A host command failed, or could not be started; the message quotes the end of its output.
 
@@ -162,7 +180,7 @@ class CommandError(SmolVMError):
     output: str = ""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@error_class(kw_only=True)
 class LaunchError(SmolVMError):
     """QEMU or a sidecar did not start, or its directory could not be prepared.
 
@@ -177,7 +195,7 @@ class LaunchError(SmolVMError):
     log: str = ""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@error_class(kw_only=True)
 class VMCrashedError(SmolVMError):
     """QEMU, a sidecar or the guest died.
 
@@ -200,7 +218,7 @@ class VMNotRunningError(SmolVMError):
     """The VM was not started, has stopped, or was deleted."""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@error_class(kw_only=True)
 class VMTimeoutError(SmolVMError, TimeoutError):
     """A deadline passed; the message names the event that did not happen.
 
@@ -218,7 +236,7 @@ class VMTimeoutError(SmolVMError, TimeoutError):
     log: str = ""
 
 
-@dataclass(eq=False, repr=False)
+@error_class
 class CommandTimeoutError(VMTimeoutError):
     """A command in the guest took too long and was killed.
 
@@ -231,7 +249,7 @@ class CommandTimeoutError(VMTimeoutError):
     stderr: str | bytes = ""
 
 
-@dataclass(eq=False, repr=False)
+@error_class
 class CommandFailedError(SmolVMError):
     """A command in the guest ended with an exit code other than 0, and `check` was set.
 
@@ -254,7 +272,7 @@ class FleetError(SmolVMError):
     """A part of a fleet failed; fleets raise an `ExceptionGroup` of these errors."""
 
 
-@dataclass(eq=False, repr=False)
+@error_class
 class MemberFailedError(FleetError):
     """A VM of a fleet did not start, or crashed; `__cause__` is the reason.
 
@@ -265,7 +283,7 @@ class MemberFailedError(FleetError):
     vm_id: str = ""
 
 
-@dataclass(eq=False, repr=False)
+@error_class
 class JobFailedError(FleetError):
     """A job of `map()` failed at every attempt; `__cause__` is the error of the last attempt.
 
@@ -290,7 +308,7 @@ class WorkerLostError(FleetError):
     """The Dask worker or scheduler was lost during a job; the job may have run partly."""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@error_class(kw_only=True)
 class MonitorError(SmolVMError):
     """QEMU refused a QMP command, or did not answer it.
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.config.uri import is_published
 
 
-@dataclass(frozen=True)
-class BuiltInImage:
+class BuiltInImage(NamedTuple):
     """The image that this library builds itself, on first use."""
 
 
-@dataclass(frozen=True)
-class LocalDisk:
+class LocalDisk(NamedTuple):
     """The user's qcow2, and a kernel if QEMU has to load it itself; all paths are absolute."""
 
     path: Path
@@ -24,8 +21,7 @@ class LocalDisk:
     boot_args: str | None = None  # the kernel's command line; `None` means this library's default
 
 
-@dataclass(frozen=True)
-class PublishedImage:
+class PublishedImage(NamedTuple):
     """An image in S3. Its manifest names the guest OS, and is read when the VM starts."""
 
     uri: str  # the manifest's URI

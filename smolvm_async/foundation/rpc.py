@@ -15,12 +15,15 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, validate_call
+from pydantic import ConfigDict, ValidationError
 from pydantic_core import to_jsonable_python
 
 from smolvm_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 F = TypeVar("F", bound=Callable[..., Any])
 Method = Callable[..., Any]  # a function of a class, not bound to an object
@@ -80,6 +83,7 @@ def _signature(method: Method) -> inspect.Signature:
 @functools.cache
 def _validator(method: Method) -> Callable[..., Any]:
     """Return a function that validates the arguments of `method` and returns them."""
+    from pydantic import validate_call  # only attached processes need it
 
     @validate_call(config=ConfigDict(val_json_bytes="base64"))
     @functools.wraps(method)  # pydantic reads the types from the annotations
@@ -91,4 +95,6 @@ def _validator(method: Method) -> Callable[..., Any]:
 
 @functools.cache
 def _result(method: Method) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(get_type_hints(method)["return"])

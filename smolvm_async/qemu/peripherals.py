@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.qemu.input import Input
@@ -13,8 +12,7 @@ from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.vnc import VNCServer
 
 
-@dataclass(frozen=True)
-class Peripherals:
+class Peripherals(NamedTuple):
     """One object for each peripheral; in an attached process, a proxy of the object.
 
     A process that is attached to the VM can call the methods that are marked with `@rpc`. To add a

@@ -20,7 +20,7 @@ from smolvm_async.qemu.monitor import CommandQueue, Monitor
 SSH = 22
 
 # "  TCP[HOST_FORWARD]  13       127.0.0.1 39245       10.0.2.15    22     0     0"
-_FORWARD = re.compile(r"(?m)^\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)\s")
+_FORWARD = r"(?m)^\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)\s"
 
 
 class Ports:
@@ -79,7 +79,7 @@ class Ports:
         await self._ask(f"hostfwd_remove {NETWORK} tcp:127.0.0.1:{host_port}")
 
     async def _read(self) -> list[PortForward]:
-        found = _FORWARD.findall(await self._ask("info usernet"))
+        found = re.findall(_FORWARD, await self._ask("info usernet"))
         return [PortForward(int(guest), int(host)) for host, guest in found]
 
     async def _ask(self, line: str) -> str:

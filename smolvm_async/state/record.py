@@ -8,7 +8,7 @@ import os
 import stat
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -87,6 +87,10 @@ class Record(BaseModel):
     def status_seen(self, *, held: bool) -> Status:
         """Return the status; `held` tells whether a process has locked the VM's directory."""
         return Status.ORPHANED if self.owner is not None and not held else self.status
+
+    def at_rest(self, status: Status) -> Self:
+        """Return the record with a new status, and without owner and processes."""
+        return self.model_copy(update={"status": status, "owner": None, "processes": {}})
 
     def to_json(self) -> bytes:
         """Return the record as JSON, in ASCII: a path may contain bytes that are not UTF-8."""

@@ -127,7 +127,7 @@ async def _prune(state: VMDirectory) -> VMInfo | None:
             return None
         await state.end_orphans()
         if record.config.keep and record.machine is not None:
-            await in_thread(state.write, at_rest(record, Status.STOPPED))
+            await in_thread(state.write, record.at_rest(Status.STOPPED))
         else:
             await in_thread(state.remove)
         return describe(record, held=False)
@@ -140,11 +140,6 @@ def _remove_stale_lock(path: Path) -> None:
     lock = LockFile(path)
     if path.exists() and lock.try_lock():
         lock.unlock()
-
-
-def at_rest(record: Record, status: Status) -> Record:
-    """Return the record with a new status, and without owner and processes."""
-    return record.model_copy(update={"status": status, "owner": None, "processes": {}})
 
 
 def _directories(data_dir: Path) -> Iterator[Path]:

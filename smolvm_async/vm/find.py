@@ -13,7 +13,7 @@ from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.directory import cannot_use, find_directory, not_found
 from smolvm_async.state.record import Record, Status, read_record
-from smolvm_async.vm.attach import AttachedVM
+from smolvm_async.vm.attach.client import AttachedVM
 from smolvm_async.vm.owner import OwnedVM
 from smolvm_async.vm.plan import Plan, make_plan
 

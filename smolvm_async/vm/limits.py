@@ -15,7 +15,6 @@ from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.memory import available_memory
 from smolvm_async.state.directory import BUSY
 from smolvm_async.state.record import ACTIVE
-from smolvm_async.state.registry import LOCK, survey
 
 SYSTEM_RUNTIME = Path("/run")  # for systemd's socket; each user's systemd has another directory
 
@@ -42,6 +41,8 @@ async def admission(config: VMConfig) -> AsyncIterator[None]:
     if config.limits.max_memory is None:
         yield
         return
+    from smolvm_async.state.registry import LOCK
+
     lock = LockFile(config.data_dir / LOCK)
     try:
         if not await poll(lock.try_lock, BUSY):
@@ -56,6 +57,8 @@ async def admission(config: VMConfig) -> AsyncIterator[None]:
 
 
 def _check_sum(config: VMConfig, max_memory: int) -> None:
+    from smolvm_async.state.registry import survey
+
     others = [
         record.config.memory
         for record, held in survey(config.data_dir)

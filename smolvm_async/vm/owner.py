@@ -29,7 +29,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolvm_async.config.checks import check_timeout
 from smolvm_async.config.vm_config import VMConfig
@@ -54,11 +54,12 @@ from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import Record, Status
-from smolvm_async.state.registry import at_rest
-from smolvm_async.vm.attach import ControlServer
 from smolvm_async.vm.limits import admission
 from smolvm_async.vm.plan import Plan
-from smolvm_async.vm.run import VMRun
+
+if TYPE_CHECKING:  # the first start imports them
+    from smolvm_async.vm.attach.server import ControlServer
+    from smolvm_async.vm.run import VMRun
 
 logger = get_logger(__name__)
 
@@ -149,6 +150,8 @@ class OwnedVM:
         if plan is None or self._deleted:
             raise VMNotRunningError(f"{self.config.vm_id} was deleted: make a new AsyncSmolVM.")
         if self.run is None or self.over is None or self.over.done():
+            from smolvm_async.vm.run import VMRun
+
             self._stopping = False
             self.run = VMRun(plan, self.hub)
             self.over = asyncio.ensure_future(self._run(plan, self.run))
@@ -248,6 +251,8 @@ class OwnedVM:
 
     async def _run(self, plan: Plan, run: VMRun) -> None:
         """Run the VM once, from locking its directory to reaping its last process."""
+        from smolvm_async.vm.attach.server import ControlServer
+
         current_vm.set(self.config.vm_id)
         server = ControlServer(self, run)
         try:
@@ -330,7 +335,7 @@ class OwnedVM:
         status = Status.CRASHED if isinstance(run.failure, VMCrashedError) else Status.STOPPED
         if self.config.keep and directory.record.machine is not None and not self._deleted:
             self._directory = None
-            await in_thread(_give_back, directory, at_rest(directory.record, status))
+            await in_thread(_give_back, directory, directory.record.at_rest(status))
         else:
             update = {"status": status, "processes": {}}
             await in_thread(_retire, directory, directory.record.model_copy(update=update))

@@ -14,7 +14,6 @@ from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host import Accelerator, HostTools, choose_accelerator, find_tools
-from smolvm_async.images.local import own_source
 from smolvm_async.qemu.sidecars import programs
 from smolvm_async.state.directory import check_data_dir
 from smolvm_async.vm.limits import scope_prefix
@@ -55,7 +54,11 @@ def make_plan(
     """Check the image, the data directory and the host, and return the plan. Create nothing."""
     origin = config.origin
     # Check now, so that the caller gets errors early; the launch checks again.
-    source = own_source(origin) if isinstance(origin, LocalDisk) else None
+    source = None
+    if isinstance(origin, LocalDisk):
+        from smolvm_async.images.local import own_source
+
+        source = own_source(origin)
     check_data_dir(config.data_dir)
     tools = find_tools(config.profile, programs(config.profile))
     if isinstance(origin, BuiltInImage):

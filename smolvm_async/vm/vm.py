@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self, Unpack
+from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
 from smolvm_async.config.checks import check_timeout, check_vm_id
 from smolvm_async.config.options import (
@@ -30,13 +30,14 @@ from smolvm_async.guests import DEFAULT, GUESTS
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.directory import cannot_use, check_data_dir
 from smolvm_async.state.record import Status
-from smolvm_async.state.registry import VMInfo, list_vms, prune_vms
-from smolvm_async.vm.attach import AttachedVM
 from smolvm_async.vm.block import Block
-from smolvm_async.vm.find import find
 from smolvm_async.vm.owner import OwnedVM
 from smolvm_async.vm.plan import Plan, check_early, find_plan, make_plan
-from smolvm_async.vm.run import VMRun
+
+if TYPE_CHECKING:  # imported on first use
+    from smolvm_async.state.registry import VMInfo
+    from smolvm_async.vm.attach.client import AttachedVM
+    from smolvm_async.vm.run import VMRun
 
 
 class AsyncSmolVM(Shell, Desktop, PortForwarding):
@@ -127,8 +128,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     @property
     def _run(self) -> VMRun | None:
         """The current run, if this process owns the VM."""
-        run = self._vm.run
-        return run if isinstance(run, VMRun) else None
+        return self._vm.run if isinstance(self._vm, OwnedVM) else None
 
     def _attach(self, handle: OwnedVM | AttachedVM) -> None:
         self._vm: VM = handle
@@ -158,6 +158,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             VMNotFoundError: No VM has this id (a `ValueError`).
             VMNotRunningError: The owner is alive but does not answer.
         """
+        from smolvm_async.vm.find import find
+
         check_progress(on_progress)
         path = _known_data_dir(data_dir) / check_vm_id(vm_id)
         vm = cls.__new__(cls)
@@ -169,6 +171,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         cls, *, data_dir: str | os_module.PathLike[str] | None = None
     ) -> Sequence[VMInfo]:
         """Return all VMs in `data_dir`, the oldest first: running, kept and orphaned."""
+        from smolvm_async.state.registry import list_vms
+
         return await list_vms(_known_data_dir(data_dir))
 
     @classmethod
@@ -180,6 +184,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         Returns:
             These VMs, with their status before the call.
         """
+        from smolvm_async.state.registry import prune_vms
+
         return await prune_vms(_known_data_dir(data_dir))
 
     def __repr__(self) -> str:
@@ -251,9 +257,11 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Another process may own the VM by now. If nobody does, this process becomes the owner.
         """
-        if isinstance(self._vm, AttachedVM) and self._vm.over.done():
-            config = self._vm.config
-            self._attach(await find(config.data_dir / config.vm_id, self._on_progress))
+        vm = self._vm
+        if not isinstance(vm, OwnedVM) and vm.over is not None and vm.over.done():
+            from smolvm_async.vm.find import find
+
+            self._attach(await find(vm.config.data_dir / vm.config.vm_id, self._on_progress))
 
     async def stop(self, timeout: float | None = None) -> ShutdownReport:
         """Power the guest down; if that fails, try the next rungs of the ladder, up to SIGKILL.

@@ -15,7 +15,6 @@ beside the right Ctrl is QEMU's `compose`. A key with two QEMU names has only on
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -205,6 +204,8 @@ def find_key(name: str) -> Key:
             f"key={name!r} is not on the guest's keyboard: QEMU's PS/2 keyboard does not have it. "
             "Use a menu of the guest or another combination of keys instead."
         )
+    import difflib  # only for a hint
+
     near = difflib.get_close_matches(asked[:40], _BY_NAME, n=3)
     names = dict.fromkeys(_spelled(word) for word in near)
     advice = f"did you mean {' or '.join(map(repr, names))}?" if names else (

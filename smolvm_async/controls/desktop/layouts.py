@@ -25,7 +25,6 @@ raises an error that lists the layouts with this character.
 from __future__ import annotations
 
 import bisect
-import difflib
 import functools
 import json
 import re
@@ -68,7 +67,7 @@ PLACES = frozenset(
 # With one of these keys, a capital letter means its key without Shift, as in menus: Ctrl+C.
 COMMANDING = frozenset({"ctrl", "ctrl_r", "alt", "meta_l", "meta_r"})
 
-_PART = re.compile(r" *(\+|[^+]+) *(\+|$)")
+_PART = r" *(\+|[^+]+) *(\+|$)"
 
 
 def strokes(text: str, layout: str) -> list[Stroke]:
@@ -133,8 +132,8 @@ def _parts(text: str) -> list[str]:
         )
     parts: list[str] = []
     normal = unicodedata.normalize("NFC", text)
-    position, more = 0, "+"
-    while more and (match := _PART.match(normal, position)):
+    part, position, more = re.compile(_PART), 0, "+"
+    while more and (match := part.match(normal, position)):
         parts.append(match[1].strip(" ") or " ")
         position, more = match.end(), match[2]
     if more:  # the last match ended with a +
@@ -175,6 +174,8 @@ def check_layout(layout: str) -> str:
     """Check the name of a layout and return it."""
     if isinstance(layout, str) and layout in LAYOUTS:
         return layout
+    import difflib  # only for a hint
+
     near = difflib.get_close_matches(str(layout).lower()[:20], LAYOUTS) if layout else []
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ConfigError(

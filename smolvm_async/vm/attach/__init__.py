@@ -5,10 +5,3 @@ sends requests (`stop`, `screen.dump`, ...) for methods that are marked with `@r
 sends notifications: first `hello`, then `event`, `status` and `console` as they happen, and last
 `ended`, with the failure and the shutdown report. Then the server closes the connection.
 """
-
-from __future__ import annotations
-
-from smolvm_async.vm.attach.client import AttachedVM
-from smolvm_async.vm.attach.server import ControlServer
-
-__all__ = ["AttachedVM", "ControlServer"]

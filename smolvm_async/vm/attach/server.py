@@ -51,7 +51,7 @@ FLUSH = 1.0  # seconds that a client may take to read the last messages
 def remote_methods(vm: VM, run: Run) -> dict[str, MethodType]:
     """Return the methods that a client can call, keyed by their names in requests."""
     objects: list[tuple[str, type, object]] = [("", VM, vm), ("", Run, run)]
-    for name, peripheral in vars(run.peripherals).items():
+    for name, peripheral in run.peripherals._asdict().items():
         objects.append((f"{name}.", type(peripheral), peripheral))
     return {
         prefix + name: getattr(target, name)
