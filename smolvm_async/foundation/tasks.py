@@ -9,8 +9,7 @@ import gc
 import inspect
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 
@@ -20,6 +19,9 @@ from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 with contextlib.suppress(ImportError):
     # Import anyio's backend now: on first use, it would block the event loop for over 10 ms.
     import anyio._backends._asyncio
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 T = TypeVar("T")
 
@@ -144,6 +146,8 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
     loop = running_loop()
     worker = _workers.get(loop)
     if worker is None:
+        from concurrent.futures import ThreadPoolExecutor
+
         worker = _workers[loop] = ThreadPoolExecutor(1, "smolvm-async")
     try:
         return _submit(worker, function, arguments)

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 import anyio
 
 from smolvm_async.config.checks import check_seconds
-from smolvm_async.controls.desktop.layouts import check_layout, chord, strokes
 from smolvm_async.controls.interface import VM, Control
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.qemu.input import InputEvent, key, released
@@ -49,6 +48,8 @@ class Keyboard(Control):
 
     @layout.setter
     def layout(self, layout: str) -> None:
+        from smolvm_async.controls.desktop.layouts import check_layout
+
         self._layout = check_layout(layout)
 
     async def type(self, text: str, *, layout: str | None = None) -> None:
@@ -63,6 +64,8 @@ class Keyboard(Control):
             VMTimeoutError: The guest does not read its keyboard (`Timeouts.input`).
             VMNotRunningError: The VM is not running, or is paused.
         """
+        from smolvm_async.controls.desktop.layouts import strokes
+
         typed = await in_thread(strokes, text, self._layout if layout is None else layout)
         async with self._turn:
             for codes in typed:
@@ -106,6 +109,8 @@ class Keyboard(Control):
                 await self._send(released(downs))
 
     def _chord(self, keys: str, layout: str | None) -> list[InputEvent]:
+        from smolvm_async.controls.desktop.layouts import chord
+
         return _down(chord(keys, self._layout if layout is None else layout))
 
     async def _send(self, events: Sequence[InputEvent]) -> None:
