@@ -2,12 +2,14 @@
 # Sets everything up and runs the tests. Arguments go to pytest, but for the first:
 #
 #   --quick   3 minutes: the static checks, the unit tests, and a handful of real VMs
-#   --all     hours: the faults at every await that the default run leaves to chance, too
+#   --all     hours: the faults at every await that the default run leaves to chance, too, and most
+#             tests once more on Debian 13, with QEMU 10 and QEMU 11
 
 set -eu
 # An SSH server, the layouts that the keyboard's tests type on, a VNC client, and what makes the
-# cloud image.
-more_packages=(openssh-server libxkbcommon0 xkb-data libx11-data vncsnapshot tigervnc-tools mmdebstrap)
+# cloud image and installs Debian 13.
+more_packages=(openssh-server libxkbcommon0 xkb-data libx11-data vncsnapshot tigervnc-tools mmdebstrap
+    debian-archive-keyring)
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
 
 # The main job on the stand-in, the built-in Linux with a command, a crash, a kept VM, the command
@@ -28,4 +30,4 @@ esac
 .venv/bin/ruff check .
 .venv/bin/mypy
 # With `worksteal` a worker keeps whole files as long as it can, so that their tests share guests.
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal -rs "$@"  # -rs: say what was skipped, and why

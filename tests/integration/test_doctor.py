@@ -220,9 +220,13 @@ async def test_a_host_with_nothing(
     tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     report = await examine(data_dir=data_dir)
     found = by_check(report)
     assert not report.ok
+    assert found["built-in-image"].status is Outcome.WARNING
+    assert "cannot be built: This host lacks apt-get" in found["built-in-image"].detail
+    assert "qemu-utils" in found["built-in-image"].cure
     assert found["setpriv"].status is Outcome.FAILED
     assert "not found in PATH" in found["setpriv"].detail
     assert statuses(found, BOOTED) == dict.fromkeys(BOOTED, "skipped")

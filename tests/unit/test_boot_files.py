@@ -1,4 +1,4 @@
-"""What the image builder decompresses by itself: the formats of kernels and their modules."""
+"""Kernels of Debian and Ubuntu: their packages, and the formats of compression."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolvm_async.images.build.boot_files import decompress_kernel
+from smolvm_async.images.build.boot_files import KERNEL_PACKAGE, decompress_kernel
 from smolvm_async.images.build.decompression import LZ4_LEGACY, decompress
 
 if sys.version_info >= (3, 14):
@@ -21,6 +21,32 @@ else:
     from backports import zstd
 
 CONTENT = b"\x7fELF" + bytes(range(256)) * 300
+
+
+# The dependencies that apt-cache lists, and those of them that have files of the kernel.
+LAYOUTS = {
+    "debian 12": (
+        "linux-image-cloud-amd64 linux-image-6.1.0-57-cloud-amd64 linux-base initramfs-tools kmod",
+        "linux-image-6.1.0-57-cloud-amd64",
+    ),
+    "debian 13 with backports": (
+        "linux-image-cloud-amd64 linux-base-cloud-amd64 linux-modules-cloud-amd64 dracut kmod "
+        "linux-image-7.3.4+deb13-cloud-amd64 linux-base-7.3.4+deb13-cloud-amd64 "
+        "linux-binary-7.3.4+deb13-cloud-amd64 linux-modules-7.3.4+deb13-cloud-amd64",
+        "linux-image-7.3.4+deb13-cloud-amd64 linux-base-7.3.4+deb13-cloud-amd64 "
+        "linux-binary-7.3.4+deb13-cloud-amd64 linux-modules-7.3.4+deb13-cloud-amd64",
+    ),
+    "ubuntu 24.04": (
+        "linux-image-virtual linux-image-6.8.0-31-generic linux-modules-6.8.0-31-generic kmod "
+        "linux-modules-extra-6.8.0-31-generic linux-firmware linux-base wireless-regdb",
+        "linux-image-6.8.0-31-generic linux-modules-6.8.0-31-generic",
+    ),
+}
+
+
+@pytest.mark.parametrize(("needed", "kernel"), LAYOUTS.values(), ids=LAYOUTS)
+def test_the_packages_of_a_kernel(needed: str, kernel: str) -> None:
+    assert list(filter(KERNEL_PACKAGE.match, needed.split())) == kernel.split()
 
 
 def lz4_block(*sequences: tuple[bytes, int, int], end: bytes = b"") -> bytes:

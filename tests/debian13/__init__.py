@@ -1,0 +1,1 @@
+"""The library on Debian 13."""
