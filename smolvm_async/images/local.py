@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +24,11 @@ ROOT_DISK = "console=ttyS0 root=/dev/vda rw"  # the default command line of a ke
 
 ELF = b"\x7fELF"  # magic of an uncompressed kernel; QEMU starts it by its PVH note
 BZIMAGE, BZIMAGE_AT = b"HdrS", 0x202  # magic and its offset: Documentation/arch/x86/boot.rst
+INITRAMFS = (b"0707", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # cpio, gzip, zstd: the usual ones
 BOOT_CODE = 440  # bytes of BIOS code in the first sector; a disk for UEFI has zeros there
 SECTOR = 512  # bytes
 MAX_CHECKED = 64  # images whose virtual sizes are cached
+UNFINISHED = (".part", ".partial", ".crdownload", ".opdownload", ".download", ".aria2", ".!qB")
 SETTLED = 1_000_000_000  # nanoseconds; two changes further apart always have different times
 
 
@@ -45,19 +47,46 @@ def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
     """Open and check a base image (see `smolvm_async.images.qcow2`).
 
     Args:
-        disk_format: `qcow2`, or `raw` if the manifest says so; a raw disk has no header to check.
+        disk_format: `qcow2`, or `raw` if the manifest says so.
     """
     with open_plain(path, "image", "a qcow2 file") as fd:
         status = os.fstat(fd)
-        size = -(-status.st_size // SECTOR) * SECTOR
         try:
-            if disk_format != "raw":
-                size = _virtual_size(fd, status)
+            size = check_disk(fd, str(path), disk_format)
         except qcow2.Qcow2Error as error:
             raise ImageError(f"image {str(path)!r} {error}.") from None
         except OSError as error:
             raise ImageError(f"image {str(path)!r} cannot be read: {error.strerror}.") from None
         yield BaseImage(path, fd, size, status.st_size, status.st_mtime_ns)
+
+
+def check_disk(fd: int, name: str, disk_format: str) -> int:
+    """Check an open disk, and return its virtual size in bytes.
+
+    A raw disk has no header to check: it is refused only if it certainly is something else.
+
+    Args:
+        name: The disk's path, for commands in messages.
+
+    Raises:
+        Qcow2Error: The disk cannot be used; the message continues a sentence that begins with the
+            disk's name.
+    """
+    status = os.fstat(fd)
+    if disk_format == "raw":
+        if reason := _other_kind(fd, name, "raw"):
+            raise qcow2.Qcow2Error(reason)
+        return -(-status.st_size // SECTOR) * SECTOR
+    try:
+        return _virtual_size(fd, status)
+    except qcow2.Qcow2Error as error:
+        raise qcow2.Qcow2Error(_other_kind(fd, name, "qcow2") or error) from None
+
+
+def _other_kind(fd: int, name: str, use: str) -> str | None:
+    from smolvm_async.images.kinds import problem  # most files are right, and never need the table
+
+    return problem(fd, name, use)
 
 
 # Virtual sizes of checked images, by file and last change: a fleet checks its image only once.
@@ -89,26 +118,51 @@ def open_plain(path: Path, argument: str, wanted: str) -> Iterator[int]:
         # Without O_NONBLOCK, opening a FIFO would hang.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise ImageError(f"{named} does not exist: check the path.") from None
+        raise ImageError(f"{named} {_missing(path)}.") from None
     except PermissionError:
         raise ImageError(
             f"{named} cannot be read by this user: give read permission to it, "
             "and execute permission to its directories."
         ) from None
     except OSError as error:
+        with suppress(OSError):
+            _check_regular(path, path.stat().st_mode, f"{named} cannot be opened, and", wanted)
         raise ImageError(
             f"{named} cannot be opened ({error.strerror}): pass the path of {wanted}."
         ) from None
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            file = wanted.partition(" ")[2]
-            raise ImageError(f"{named} is a directory: pass the {file} inside it.")
-        if not stat.S_ISREG(mode):
-            raise ImageError(f"{named} is not a plain file: pass {wanted}.")
+        _check_regular(path, os.fstat(fd).st_mode, named, wanted)
+        if evidence := _unfinished(path):
+            raise ImageError(
+                f"{named} is an unfinished download, since {evidence}: finish the download, or "
+                "rename the file if it is complete."
+            )
         yield fd
     finally:
         os.close(fd)
+
+
+def _missing(path: Path) -> str:
+    if not path.is_symlink():
+        return "does not exist: check the path"
+    target = os.readlink(path)
+    cure = "get it with git annex get" if "annex/objects/" in target else "check the link"
+    return f"is a link to {target!r}, which does not exist: {cure}"
+
+
+def _check_regular(path: Path, mode: int, subject: str, wanted: str) -> None:
+    if not stat.S_ISREG(mode):
+        from smolvm_async.images.kinds import irregular
+
+        raise ImageError(f"{subject} {irregular(path, mode, wanted)}.")
+
+
+def _unfinished(path: Path) -> str:
+    """Return the evidence that a download is unfinished: the gaps in it may be read as zeros."""
+    if path.suffix in UNFINISHED:
+        return f"its name ends in {path.suffix}"
+    control = path.with_name(f"{path.name}.aria2")
+    return f"{control.name!r} is beside it" if control.exists() else ""
 
 
 def own_source(disk: LocalDisk) -> Source:
@@ -133,16 +187,22 @@ def open_kernel(path: Path) -> Iterator[int]:
     with open_plain(path, "kernel", "a Linux kernel") as fd:
         begin = os.pread(fd, BZIMAGE_AT + len(BZIMAGE), 0)
         if not begin.startswith(ELF) and begin[BZIMAGE_AT:] != BZIMAGE:
-            raise ImageError(
-                f"kernel {str(path)!r} is not a Linux kernel for x86-64: pass a bzImage, such as "
-                "/boot/vmlinuz-*, or an uncompressed vmlinux."
+            reason = _other_kind(fd, str(path), "kernel") or (
+                "is not a Linux kernel for x86-64: pass a bzImage, such as /boot/vmlinuz-*, or an "
+                "uncompressed vmlinux"
             )
+            raise ImageError(f"kernel {str(path)!r} {reason}.")
         yield fd
 
 
-def open_initrd(path: Path) -> AbstractContextManager[int]:
-    """Open an initramfs for QEMU."""
-    return open_plain(path, "initrd", "an initramfs")
+@contextmanager
+def open_initrd(path: Path) -> Iterator[int]:
+    """Open an initramfs for QEMU, unless it certainly is something else; yield the descriptor."""
+    with open_plain(path, "initrd", "an initramfs") as fd:
+        known = os.pread(fd, 4, 0).startswith(INITRAMFS)
+        if not known and (reason := _other_kind(fd, str(path), "initrd")):
+            raise ImageError(f"initrd {str(path)!r} {reason}.")
+        yield fd
 
 
 async def starts_by_bios(qemu_img: Path, fd: int, disk_format: str) -> bool:

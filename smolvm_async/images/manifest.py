@@ -204,8 +204,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         reason = "; ".join(_complaints(error))
     except RecursionError:
         reason = "it is nested too deeply"
-    except UnicodeDecodeError:
-        reason = "it is not UTF-8"
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = _not_json(content, error)
     except ValueError as error:
         reason = str(error)[: MAX_NAME * 3]
     else:
@@ -215,6 +215,14 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             )
         return manifest
     raise ImageError(f"{where} is not a valid manifest: {reason}.")
+
+
+def _not_json(content: bytes, error: ValueError) -> str:
+    from smolvm_async.images.kinds import words  # rare
+
+    if not content.lstrip().startswith(b"{") and (kind := words(content)):
+        return f"it is {kind}"
+    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from __future__ import annotations
 import itertools
 import os
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,20 +43,6 @@ MAX_SNAPSHOTS, SNAPSHOT_SIZE = 65536, 40  # entries of the table, and bytes of t
 MAX_READ = 16 << 20  # bytes of reference counts to read at most
 OVERLAY_CLUSTER_BITS = 16
 
-OTHER_FORMATS = {
-    b"KDMV": "a VMDK",
-    b"# Disk DescriptorFile": "a VMDK",
-    b"vhdxfile": "a VHDX",
-    b"conectix": "a VHD",
-    b"QED\0": "a QED",
-    b"<<< ": "a VDI",
-}
-ARCHIVES = {
-    b"\x1f\x8b": "a gzip",
-    b"\x28\xb5\x2f\xfd": "a zstd",
-    b"\xfd7zXZ\0": "an xz",
-    b"PK\x03\x04": "a ZIP",
-}
 DAMAGED = "; download or copy it again"
 
 
@@ -86,7 +71,10 @@ class Header(NamedTuple):
 
 
 def check(fd: int) -> Header:
-    """Check the header of the open file `fd` and return it; do not write, or open another file."""
+    """Check the header of the open file `fd` and return it; do not write, or open another file.
+
+    If the file is not a qcow2, `kinds` knows more about it.
+    """
     size = os.fstat(fd).st_size
     header = parse(os.pread(fd, 512, 0), size)
     _check_tables(header, size)
@@ -116,12 +104,9 @@ def parse(head: bytes, file_size: int) -> Header:
     if file_size == 0:
         raise Qcow2Error(f"is empty (0 bytes){DAMAGED}")
     if not head.startswith(MAGIC):
-        if archive := _kind(head, ARCHIVES):
-            raise Qcow2Error(f"is not a qcow2 image, but {archive} file; unpack it first")
-        kind = _kind(head, OTHER_FORMATS)
         raise Qcow2Error(
-            f"is not a qcow2 image{f', but {kind}' if kind else ''}; "
-            "convert it with qemu-img convert -O qcow2, and pass the result"
+            f"is not a qcow2 image, and begins with {head[:8]!r}; check that it is the right file, "
+            "or if it is a raw disk, convert it with qemu-img convert -f raw -O qcow2"
         )
     if len(head) < HEADER_V2.size:
         raise Qcow2Error(
@@ -165,10 +150,6 @@ def detect_format(path: Path) -> str:
         return "qcow2" if file.read(len(MAGIC)) == MAGIC else "raw"
 
 
-def _kind(head: bytes, kinds: Mapping[bytes, str]) -> str | None:
-    return next((name for magic, name in kinds.items() if head.startswith(magic)), None)
-
-
 def _check_features(features: int, backing: int, crypt: int) -> None:
     if backing:
         raise Qcow2Error(
@@ -181,7 +162,11 @@ def _check_features(features: int, backing: int, crypt: int) -> None:
             "merge the two files with qemu-img convert -O qcow2, and pass the result"
         )
     if crypt:
-        raise Qcow2Error("is encrypted; decrypt it with qemu-img convert, and pass the result")
+        raise Qcow2Error(
+            "is encrypted; decrypt it with qemu-img convert --object secret,id=key,file=PASSPHRASE "
+            "--image-opts driver=qcow2,encrypt.key-secret=key,file.filename=FILE -O qcow2 NEW_FILE "
+            "(each word in capitals is a file's path), and pass the new file"
+        )
     if features & CORRUPT:
         raise Qcow2Error("is marked corrupt; repair it with qemu-img check -r all")
     if unknown := features & ~KNOWN_FEATURES:

@@ -46,6 +46,11 @@ from tests.integration.s3_server import (
     settings,
 )
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 pytestmark = pytest.mark.anyio
 
 MIB = 1 << 20
@@ -845,6 +850,61 @@ async def test_a_disk_that_is_no_good_qcow2_never_gets_its_name(
     with pytest.raises(ImageError, match="backing file"):
         await ImageStore().pull(uri)
     assert files(ImageStore().root) == []
+
+
+WEB_PAGE = b"<!doctype html><title>Sign in</title>".ljust(33 * MIB)  # parts of 8 MiB and a rest
+INSTALLER = bytes(32769) + b"CD001".ljust(33 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("content", "described", "words"),
+    [
+        (WEB_PAGE, {"format": "qcow2"}, "not a qcow2 image, but a web page ('Sign in'); "),
+        (INSTALLER, {"format": "qcow2"}, "not a qcow2 image, but an ISO image; "),
+        (WEB_PAGE, {"format": "raw"}, "not a raw disk, but a web page ('Sign in'); "),
+        (WEB_PAGE, {"compression": "zstd"}, "not a zstd file, but a web page ('Sign in'); "),
+        (
+            zstd.compress(INSTALLER) + zstd.compress(os.urandom(33 * MIB)),
+            {"compression": "zstd"},
+            "not a qcow2 image, but an ISO image; ",
+        ),
+    ],
+    ids=["page", "iso", "raw-page", "zstd-page", "zstd-iso"],
+)
+async def test_an_object_that_is_not_a_disk_is_refused_after_its_first_bytes(
+    server: str, proxy: Proxy, tmp_path: Path, content: bytes, described: dict[str, Any], words: str
+) -> None:
+    """All other parts are held: only the first bytes can have told."""
+    disk = {"name": "disk", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    if "compression" in described:
+        described = {**described, "format": "qcow2", "content_sha256": disk["sha256"]}
+        described["content_size"] = 70 * MIB
+    manifest = {"schema_version": 1, "name": "no", "os": "linux", "rootfs": {**disk, **described}}
+    await put(server, f"{tmp_path.name}/disk", content)
+    uri = await put(server, f"{tmp_path.name}/no.json", json.dumps(manifest).encode())
+    gate = threading.Event()
+    first = [None, 0]
+    proxy.fault = lambda request: Fault(hold=gate) if (request.span or first)[0] else None
+    try:
+        with pytest.raises(ImageError, match=re.escape(words)) as caught:
+            await ImageStore().pull(uri)
+    finally:
+        gate.set()
+    assert str(caught.value).startswith(f"s3://bucket/{tmp_path.name}/disk ")
+    assert files(ImageStore().root) == []
+
+
+async def test_an_object_replaced_by_something_else_is_named(
+    server: str, proxy: Proxy, tmp_path: Path, source: Path
+) -> None:
+    uri = await publish(server, source, tmp_path.name)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    await put(server, f"{uri.removeprefix('s3://bucket/')}disk.qcow2", pointer)
+    with pytest.raises(ImageError, match=r"its manifest says .* \(it is now a Git LFS pointer"):
+        await ImageStore().pull(uri)
+    await put(server, f"{uri.removeprefix('s3://bucket/')}smolvm-image.json", WEB_PAGE[:500])
+    with pytest.raises(ImageError, match=r"not a valid manifest: it is a web page \('Sign in'\)"):
+        await ImageStore().pull(uri)
 
 
 # VMs

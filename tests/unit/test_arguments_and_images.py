@@ -376,7 +376,7 @@ def nothing(path: Path) -> None:
         (a_socket, ["cannot be opened"]),
         (a_device, ["not a plain file", "pass a qcow2 file"]),
         (an_empty_file, ["is empty", "download or copy"]),
-        (a_text, ["not a qcow2", "qemu-img convert -O qcow2"]),
+        (a_text, ["not a qcow2", "a text ('Windows 11')"]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

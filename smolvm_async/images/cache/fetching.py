@@ -27,15 +27,17 @@ from smolvm_async.foundation.locking import LockFile
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Meter, ProgressCallback
 from smolvm_async.foundation.tasks import Slots, first_of, in_background, settle, take_exception
-from smolvm_async.images import qcow2
+from smolvm_async.images import local, qcow2
 from smolvm_async.images.cache.layout import MTIME, Layout, Published
 from smolvm_async.images.cache.verifier import Verifier, WrongContentError
+from smolvm_async.images.kinds import problem
 from smolvm_async.images.manifest import LARGEST, ImageFile
 from smolvm_async.images.s3.download import Download
 from smolvm_async.images.s3.partial_file import PartialFile
 
 logger = get_logger(__name__)
 
+CONTENT = ".content"  # the suffix of the decompressed content of a partial file
 STRIDE = 32 << 20  # bytes that the verifier reads per call in its thread
 AT_ONCE = 2  # downloads at a time; each needs memory for buffers and zstd's window
 
@@ -139,7 +141,7 @@ async def _download(
     layout: Layout, missing: MissingFile, client: Any, partial: PartialFile
 ) -> None:
     """Download and verify the file at the same time, then give it its name in the cache."""
-    content = partial.path.with_suffix(".content")
+    content = partial.path.with_suffix(CONTENT)
     file, uri = missing.file, missing.place.uri
     download = Download(client, missing.place, file.size, LARGEST[missing.part], partial)
     await download.begin(extra_space=file.content_size or 0)
@@ -147,7 +149,7 @@ async def _download(
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(download.transfer)
-            await _follow(verifier, partial)
+            await _follow(verifier, partial, missing)
         whole = partial.path if file.compression is None else content
         await in_background(_finish, layout, missing, verifier, whole)
     except* Exception as errors:
@@ -158,10 +160,12 @@ async def _download(
     await in_background(discard, partial.path)
 
 
-async def _follow(verifier: Verifier, partial: PartialFile) -> None:
-    while verifier.at < partial.size:
-        end = await partial.wait_beyond(verifier.at)
-        work = in_background(verifier.read_to, min(end, verifier.at + STRIDE))
+async def _follow(verifier: Verifier, partial: PartialFile, missing: MissingFile) -> None:
+    while (start := verifier.at) < partial.size:
+        end = await partial.wait_beyond(start)
+        if start == 0:
+            await in_background(_check_beginning, partial.path, missing, missing.file.compression)
+        work = in_background(verifier.read_to, min(end, start + STRIDE))
         verifying = asyncio.ensure_future(work)
         try:
             await asyncio.wait([verifying])
@@ -171,6 +175,22 @@ async def _follow(verifier: Verifier, partial: PartialFile) -> None:
             take_exception(verifying)
             raise
         verifying.result()
+        if start == 0 and missing.file.compression is not None:
+            await in_background(_check_beginning, partial.path.with_suffix(CONTENT), missing, None)
+
+
+def _check_beginning(path: Path, missing: MissingFile, use: str | None) -> None:
+    """Raise a `WrongContentError` if a disk begins like a file of another kind.
+
+    The download then ends after the first bytes. Bytes of no known kind are left to the digest.
+    """
+    if missing.part != "rootfs" or path.stat().st_size == 0:
+        return
+    file = missing.file
+    with path.open("rb") as begun:
+        use = use or file.format or qcow2.detect_format(path)
+        if reason := problem(begun.fileno(), file.name, use):
+            raise WrongContentError(f"{missing.place.uri} {reason}, and publish the image again.")
 
 
 def _finish(layout: Layout, missing: MissingFile, verifier: Verifier, path: Path) -> None:
@@ -184,16 +204,16 @@ def _finish(layout: Layout, missing: MissingFile, verifier: Verifier, path: Path
 
 def check_disk(path: Path, part: str, file: ImageFile, uri: str) -> None:
     """Raise a `WrongContentError` if the file is a disk that QEMU must not open."""
-    if part != "rootfs" or (file.format or qcow2.detect_format(path)) == "raw":
-        return  # only a qcow2 has a header to check
-    with path.open("rb") as disk:
-        try:
-            qcow2.check(disk.fileno())
-        except qcow2.Qcow2Error as error:
-            raise WrongContentError(f"{uri} {error}.") from None
+    if part != "rootfs":
+        return
+    try:
+        with path.open("rb") as disk:
+            local.check_disk(disk.fileno(), file.name, file.format or qcow2.detect_format(path))
+    except qcow2.Qcow2Error as error:
+        raise WrongContentError(f"{uri} {error}.") from None
 
 
 def discard(part: Path) -> None:
     """Remove a partial file and its journal."""
-    for suffix in (".part", ".json", ".new", ".content"):
+    for suffix in (".part", ".json", ".new", CONTENT):
         part.with_suffix(suffix).unlink(missing_ok=True)

@@ -24,6 +24,7 @@ import os
 import random
 import time
 from collections import deque
+from contextlib import closing, suppress
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ from smolvm_async.config.uri import Location
 from smolvm_async.errors import HostError, ImageError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import Slots, acquired, first_of, settle
+from smolvm_async.images.kinds import words
 from smolvm_async.images.s3.client import CONNECTIONS, READ_TIMEOUT
 from smolvm_async.images.s3.errors import explain, is_temporary
 from smolvm_async.images.s3.partial_file import PartialFile
+from smolvm_async.images.sample import HEAD
 
 logger = get_logger(__name__)
 
@@ -135,7 +138,8 @@ class Download:
         if self._size is not None and size != self._size:
             raise ImageError(
                 f"{self._uri} has {size} bytes, but its manifest says {self._size}: the file was "
-                "changed or cut off after it was published; publish the image again."
+                f"changed or cut off after it was published{await self._other_kind()}; publish the "
+                "image again."
             )
         if not 0 < size <= self._largest:
             raise ImageError(
@@ -143,6 +147,15 @@ class Download:
                 "another file."
             )
         return size, etag
+
+    async def _other_kind(self) -> str:
+        """Return what the object is by its first bytes, for a message; empty if that is unknown."""
+        with suppress(Exception):  # the message is complete without it
+            answer = await self._client.get_object(**self._where, Range=f"bytes=0-{HEAD - 1}")
+            with closing(answer["Body"]) as body:
+                if kind := words(await _read(body), "qcow2"):
+                    return f" (it is now {kind})"
+        return ""
 
     async def _work(self, parts: deque[Part]) -> None:
         import aiofiles
