@@ -65,7 +65,7 @@ TOLERANCES = st.integers(0, 255) | st.just(0)
 SHARES = st.floats(0, 1) | st.sampled_from([0.0, 0.01, 0.25, 0.29, 0.5, 1 / 3, 1.0])
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=1000)
+@settings(max_examples=1000)
 @given(cases(), TOLERANCES, SHARES)
 def test_it_agrees_with_the_oracle(
     case: tuple[Screenshot, Screenshot, Box, list[Box]], tolerance: int, max_different: float

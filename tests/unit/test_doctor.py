@@ -301,12 +301,12 @@ async def test_whatever_goes_wrong_is_a_finding() -> None:
         await asyncio.sleep(3600)
         return ok("")
 
-    for work, words, cure in [
-        (host_error, "no such thing", "Do what"),
-        (bug, "unexpected KeyError: 'x'", "report it"),
-        (hang, "did not end within 0.01 s", "again"),
+    for work, deadline, words, cure in [
+        (host_error, 60, "no such thing", "Do what"),
+        (bug, 60, "unexpected KeyError: 'x'", "report it"),
+        (hang, 0.01, "did not end within 0.01 s", "again"),
     ]:
-        finding = await conclude(work, deadline=0.01)
+        finding = await conclude(work, deadline)
         assert finding.status is Outcome.FAILED
         assert words in finding.detail
         assert cure in finding.cure

@@ -40,12 +40,12 @@ def numbered(number: int) -> Event:
 
 async def read(stream: EventStream) -> list[Event]:
     """All events of a stream that ends."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         return [event async for event in stream]
 
 
 async def first(stream: EventStream) -> Event:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         return await anext(stream)
 
 

@@ -212,7 +212,7 @@ PATHS = (
 
 @given(path=st.sampled_from(PATHS), value=JSON)
 @example(path="mapping.executable.filename", value="a file name without\0an end")
-@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@settings(max_examples=300)
 def test_a_descriptor_of_another_shape_is_no_reason_to_fail(path: str, value: object) -> None:
     with tempfile.TemporaryDirectory() as folder:
         descriptors = Descriptors(Path(folder))

@@ -340,7 +340,7 @@ SIGNATURES = st.sampled_from([content[:800] for content, _, _ in NO_DISKS.values
 
 
 @given(SIGNATURES, st.binary(max_size=800), st.integers(0, 800))
-@settings(deadline=None, derandomize=True, database=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_damaged_file_is_named_or_unknown_and_nothing_else(
     begin: bytes, noise: bytes, cut: int
 ) -> None:

@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smolvm_async.controls.desktop import layouts
@@ -212,11 +212,11 @@ def test_an_unknown_layout_names_those_there_are(layout: str) -> None:
 
 def test_a_megabyte_takes_no_time() -> None:
     text = "Grüße aus Köln, fast 1 MB;\r\n" * 36_000
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(strokes(text, "de")) == len(text) - 36_000
     with pytest.raises(ConfigError, match=f"position {len(text)} "):
         strokes(text + "漢", "de")
-    assert time.perf_counter() - started < 3, "some 0.2 s, on a machine that rests"
+    assert time.process_time() - started < 3, "some 0.2 s of processor time"
 
 
 @given(st.text(), st.sampled_from(LAYOUTS))
@@ -232,7 +232,6 @@ def test_any_text_is_typed_or_a_config_error(text: str, layout: str) -> None:
 
 
 @needs_xkb
-@settings(deadline=None)
 @given(st.data())
 def test_what_can_be_typed_arrives(data: st.DataObject) -> None:
     layout = data.draw(st.sampled_from(LAYOUTS))

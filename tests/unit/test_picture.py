@@ -105,7 +105,7 @@ def test_what_is_no_png(data: bytes) -> None:
         Screenshot.from_png(data)
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.binary(), st.integers(0, len(PNG)), st.integers(0, len(PNG)))
 def test_a_damaged_png_is_refused_or_has_all_its_pixels(junk: bytes, start: int, end: int) -> None:
     with contextlib.suppress(PictureError):
