@@ -41,7 +41,7 @@ class Timeouts(StrictModel):
 
     Attributes:
         launch: From spawning QEMU until its first QMP answer.
-        boot: The default timeout of `wait_for()`.
+        boot: The default timeout of `wait_for()`; it does not count the time of a pause.
         input: For the guest to read the events of its keyboard or tablet.
         powerdown: For the guest to power down after the power button; 0 skips the button.
         quit: For QEMU to end after QMP's `quit`.

@@ -22,6 +22,7 @@ from smolvm_async.foundation.tasks import check_loop
 from smolvm_async.qemu.boot import BootStates
 from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.input import InputEvent, released
+from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.qemu.troubles import Troubles
@@ -35,6 +36,7 @@ class Run(Protocol):
         peripherals: Screen, input devices, VNC server and ports.
         link: The SSH connection to the guest.
         troubles: The problems that QEMU has reported; they explain a deadline that passed.
+        pauses: Whether the guest is paused.
         failure: The error if the run could not start or crashed; otherwise `None`.
         report: The report on the run's end.
     """
@@ -42,6 +44,7 @@ class Run(Protocol):
     peripherals: Peripherals
     link: Link
     troubles: Troubles
+    pauses: Pauses
     failure: Exception | None
     report: ShutdownReport
 
@@ -100,8 +103,8 @@ class VM(Protocol):
         """See `AsyncSmolVM.pause()`."""
 
     @rpc
-    async def resume(self) -> None:
-        """See `AsyncSmolVM.resume()`."""
+    async def resume(self) -> str:
+        """See `AsyncSmolVM.resume()`. Return the reason if the guest's clock could not be set."""
 
     @rpc
     async def delete(self) -> None:

@@ -49,7 +49,8 @@ class Observation:
 
         Args:
             state: `"firmware"`, `"operating_system"` or `"ready"`; see `BootState`.
-            timeout: Seconds to wait; by default `Timeouts.boot`.
+            timeout: Seconds to wait; by default `Timeouts.boot`, which does not count the time of
+                a pause, unless QEMU paused the VM (as on a full disk).
 
         Returns:
             The last change of the boot state, with its evidence and the seconds since `start()`.
@@ -72,8 +73,9 @@ class Observation:
         if over.done():
             raise ended(self._vm.config.vm_id, run)
         seconds = self._vm.config.timeouts.boot if timeout is None else timeout
+        bound = run.pauses.timeout(seconds) if timeout is None else asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds):
+            async with bound:
                 reached = await run.boot.wait_for(state)
         except TimeoutError:
             raise _timed_out(self._vm.config.vm_id, run, state, seconds) from None

@@ -37,11 +37,9 @@ WINDOWS = GuestProfile(
     machine_type="q35",
     machine_options="smm=on,vmport=off,hpet=off",
     cpu={"kvm": ",".join(("host", *HYPER_V)), "tcg": "max"},
-    globals=(
-        # Secure Boot is safe only if nothing but SMM can write the variables, and S3 is off.
-        "driver=cfi.pflash01,property=secure,value=on",
-        "ICH9-LPC.disable_s3=1",
-    ),
+    # Secure Boot is safe only if nothing but SMM can write the variables, and S3 is off (for every
+    # guest).
+    globals=("driver=cfi.pflash01,property=secure,value=on",),
     accelerator_globals={"kvm": ("kvm-pit.lost_tick_policy=discard",)},
     rtc="base=localtime,driftfix=slew",  # Windows expects local time in the hardware clock
     sidecars=("swtpm",),

@@ -23,6 +23,9 @@ from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, OVERLAY, SEED, V
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
 DISPLAY = "display"  # the id of the display adapter
 NETWORK = "network"  # the id of the network's backend
+# Nothing can wake a guest that sleeps in S3, and its power button is dead. S4 would end the VM. The
+# firmware's ACPI tables then offer neither state, so a guest that "suspends" only idles (s2idle).
+NO_SLEEP = ("-global", "ICH9-LPC.disable_s3=1", "-global", "ICH9-LPC.disable_s4=1")
 SCREEN = "/dev/fdset/2"  # the file that `screendump` writes
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _NAMESPACE = uuid.UUID("6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10")
@@ -102,6 +105,7 @@ def qemu_arguments(
         *("-m", f"size={config.memory}M"),
         *("-rtc", profile.rtc),
         *(word for option in global_options for word in ("-global", option)),
+        *NO_SLEEP,
         *("-sandbox", SANDBOX),
         *("-chardev", f"socket,id=monitor,fd={descriptors.monitor}"),
         *("-qmp", "chardev:monitor"),  # QEMU 11.1 warns of -mon; -object monitor-qmp is new there

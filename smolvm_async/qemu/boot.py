@@ -6,6 +6,7 @@ QEMU has no event for most boot states, so the tracker combines signs from outsi
 - An operating system runs as soon as it has enabled ACPI events. The tracker polls `acpi.py`.
 - The guest is ready when its SSH server accepts the login. Without SSH, the guest is ready when its
   agent has opened its port; without an agent, when its disk has been idle for 10 s.
+  A paused guest is not idle.
 
 A reset may come at any time, even during a probe. The result of this probe describes the boot
 before the reset, so the tracker drops it.
@@ -34,6 +35,7 @@ from smolvm_async.qemu.events import (
     Reset,
 )
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.pauses import Pauses
 
 POLL = 0.25  # seconds between two polls of a booting guest
 EARLY = 10.0  # seconds until the first probe if no operating system was detected
@@ -90,7 +92,8 @@ class BootStates:
 class BootTracker(BootStates):
     """A tracker of a VM's boot states from `start()` on. See the module's docstring."""
 
-    def __init__(self, hub: EventHub, on_progress: ProgressCallback | None) -> None:
+    def __init__(self, hub: EventHub, pauses: Pauses, on_progress: ProgressCallback | None) -> None:
+        self._pauses = pauses
         self._on_progress = on_progress
         self._started = time.monotonic()
         self._changed = asyncio.Event()
@@ -167,7 +170,10 @@ class BootTracker(BootStates):
 
     async def _look_at_disk(self, monitor: Monitor) -> None:
         entered = self.last
-        if time.monotonic() - self._started - entered.elapsed < IDLE:
+        running = min(
+            time.monotonic() - self._started - entered.elapsed, self._pauses.running_for()
+        )
+        if running < IDLE:
             return
         idle = _idle_seconds(await monitor.execute("query-blockstats"))
         if idle >= IDLE and self.last is entered:

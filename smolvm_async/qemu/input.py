@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from smolvm_async.errors import MonitorError, VMNotRunningError, VMTimeoutError
 from smolvm_async.foundation.rpc import rpc
-from smolvm_async.qemu.events import Event
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.pauses import Pauses
 
 InputEvent = dict[str, Any]  # QMP's InputEvent
 
@@ -54,24 +54,10 @@ def released(events: Sequence[InputEvent]) -> list[InputEvent]:
 class Input:
     """The guest's input devices, controlled over the monitor."""
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Monitor, pauses: Pauses) -> None:
         self._monitor = monitor
+        self._pauses = pauses
         self._stroke = asyncio.Lock()
-        self._pauses = 0
-        self._resumed = asyncio.Event()
-        self._resumed.set()
-
-    def on_event(self, event: Event) -> None:
-        """Note whether the guest is paused. Call this with every event of QEMU."""
-        if event.name == "STOP":
-            self._pauses += 1
-            self._resumed.clear()
-        elif event.name == "RESUME":
-            self._resumed.set()
-
-    def close(self) -> None:
-        """Stop waiting for the guest to be resumed, because the run is over."""
-        self._resumed.set()
 
     @rpc
     async def send(self, events: Sequence[InputEvent]) -> None:
@@ -79,7 +65,7 @@ class Input:
         try:
             await self._monitor.execute("input-send-event", {"events": [*events]})
         except MonitorError as error:
-            if not self._resumed.is_set():
+            if self._pauses.active:
                 raise self._paused() from error
             raise
 
@@ -104,7 +90,7 @@ class Input:
         try:
             async with asyncio.timeout(patience):
                 while not await self._keyboard_idle():
-                    if not self._resumed.is_set():
+                    if self._pauses.active:
                         raise self._paused()
                     await asyncio.sleep(look)
                     look = min(2 * look, LAST_LOOK)
@@ -132,13 +118,13 @@ class Input:
         Raise nothing if QEMU ends or hangs.
         """
         while True:
-            pauses = self._pauses
-            await self._resumed.wait()
+            pauses = self._pauses.count
+            await self._pauses.until_running()
             try:
                 async with self._stroke:
                     return await self.send(events)
             except (MonitorError, VMNotRunningError):
-                if pauses == self._pauses:
+                if pauses == self._pauses.count:
                     return
 
     async def _keyboard_idle(self) -> bool:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.qemu.input import Input
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.ports import Ports
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.vnc import VNCServer
@@ -25,11 +26,11 @@ class Peripherals(NamedTuple):
     ports: Ports
 
     @classmethod
-    def make(cls, monitor: Monitor, config: VMConfig) -> Self:
+    def make(cls, monitor: Monitor, pauses: Pauses, config: VMConfig) -> Self:
         """Make the peripherals of a VM; QEMU need not run yet."""
         return cls(
             screen=Screen(monitor, config.resolution),
-            input=Input(monitor),
+            input=Input(monitor, pauses),
             vnc=VNCServer(monitor, config.data_dir / config.vm_id),
             ports=Ports(monitor),
         )

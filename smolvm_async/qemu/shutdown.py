@@ -29,6 +29,7 @@ logger = get_logger(__name__)
 PRESS_AGAIN = 5.0  # seconds; the guest loses a press if it does not listen to the button yet
 EXIT = 1.0  # seconds for QEMU to exit after the end of the monitor's connection
 POLL = 0.1  # seconds between two checks whether the guest listens to the button
+WAKE = {"paused": "cont", "suspended": "system_wakeup"}  # by QEMU's run state
 
 
 Act = Callable[[Child, Monitor], Coroutine[Any, Any, str]]
@@ -144,8 +145,8 @@ async def _power_down(qemu: Child, monitor: Monitor) -> str:
     If the guest cannot power down, return at once, so that `shut_down` tries the next rung.
     """
     status = await monitor.execute("query-status")
-    if status["status"] == "paused":  # the guest would not notice the button
-        await monitor.execute("cont")
+    if wake := WAKE.get(status["status"]):  # the guest would not notice the button
+        await monitor.execute(wake)
         status = await monitor.execute("query-status")
     if not status["running"]:
         halted = VMTimeoutError(f"the guest's processors do not run ({status['status']})")

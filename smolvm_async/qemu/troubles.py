@@ -74,7 +74,7 @@ class Troubles:
         """Note an event in an attached process: the owner publishes all troubles."""
         if isinstance(event, Trouble):
             self.known[event.key] = event
-        elif event.name == "RESUME":
+        elif event.name in ("RESUME", "WAKEUP"):
             stopped = [key for key, trouble in self.known.items() if trouble.stops]
             for key in stopped:  # QEMU tries the failed accesses again
                 del self.known[key]
@@ -88,6 +88,9 @@ class Troubles:
             return self._disk_error(event)
         if event.name == "BLOCK_IMAGE_CORRUPTED":
             return self._corruption(event)
+        if event.name == "SUSPEND":
+            more = {"status": "suspended", "hint": RESUME, "stops": True}
+            return self._note(event, "paused", RUN_STATES["suspended"], **more)
         if (message := REPORTS.get(event.name)) is not None:
             return self._note(event, event.name.lower(), message.format_map(_Data(event.data)))
         return None

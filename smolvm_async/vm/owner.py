@@ -107,7 +107,7 @@ class OwnedVM:
                 return Status.STOPPING
             if not self.run.started.done():
                 return Status.STARTING
-            return Status.PAUSED if self.run.paused else Status.RUNNING
+            return Status.PAUSED if self.run.pauses.active else Status.RUNNING
         return Status.CRASHED if self.run.failure else Status.STOPPED
 
     @property
@@ -212,10 +212,10 @@ class OwnedVM:
         assert self.run is not None
         await self.run.pause()
 
-    async def resume(self) -> None:
-        """See `AsyncSmolVM.resume()`."""
+    async def resume(self) -> str:
+        """See `AsyncSmolVM.resume()`. Return the reason if the guest's clock could not be set."""
         assert self.run is not None
-        await self.run.resume()
+        return await self.run.resume()
 
     async def delete(self) -> None:
         """See `AsyncSmolVM.delete()`."""

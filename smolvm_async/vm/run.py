@@ -30,6 +30,7 @@ from anyio.abc import TaskGroup
 
 from smolvm_async.config.source import Source
 from smolvm_async.controls.interface import console_tail, unprepared
+from smolvm_async.controls.ssh.clock import GuestClock
 from smolvm_async.controls.ssh.environment import set_variables
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, Login
@@ -53,8 +54,9 @@ from smolvm_async.qemu.events import (
 )
 from smolvm_async.qemu.launch import SAME_END, Processes, launch
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
+from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
-from smolvm_async.qemu.shutdown import Rung, ShutdownReport, shut_down
+from smolvm_async.qemu.shutdown import WAKE, Rung, ShutdownReport, shut_down
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import Machine, Status
@@ -71,12 +73,12 @@ class VMRun:
 
     Attributes: those of `smolvm_async.controls.interface.Run`, and:
         started: Done when the guest's processors run.
-        paused: Whether the guest's processors are stopped.
     """
 
     def __init__(self, plan: Plan, hub: EventHub) -> None:
         self.started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.boot = BootTracker(hub, plan.on_progress)
+        self.pauses = Pauses()
+        self.boot = BootTracker(hub, self.pauses, plan.on_progress)
         self.console = Console()
         self.failure: Exception | None = None
         self.report = ShutdownReport(Rung.NONE)
@@ -89,11 +91,11 @@ class VMRun:
         self._hub = hub
         self.troubles = Troubles(plan.config, self._qemu_log, self._qemu_pid)
         self._monitor = Monitor(self._on_event, self.troubles.explain)
-        self.peripherals = Peripherals.make(self._monitor, plan.config)
-        self.link = Link(plan.config.vm_id, self.ssh_access, self.troubles.explain)
-        self.paused = False
+        self.peripherals = Peripherals.make(self._monitor, self.pauses, plan.config)
+        self.link = Link(plan.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
         self._source: Source | None = plan.source
         self._login: Login | None = None
+        self._clock = GuestClock(self.link, self._monitor.start_task)
         self._commands = CommandQueue(self._monitor)
         self._scope = anyio.CancelScope()
         self._news = asyncio.Event()  # set when the run may be over
@@ -135,7 +137,7 @@ class VMRun:
             self.failure = first_of(errors)
         finally:
             self.boot.end()
-            self.peripherals.input.close()
+            self.pauses.close()
             self.link.close()
             try:
                 await self._monitor.disconnect()
@@ -157,9 +159,22 @@ class VMRun:
         """Stop the guest's processors."""
         await self._commands.take(partial(self._run_guest, "stop", Status.PAUSED))
 
-    async def resume(self) -> None:
-        """Let the guest's processors run again."""
-        await self._commands.take(partial(self._run_guest, "cont", Status.RUNNING))
+    async def resume(self) -> str:
+        """Let the guest's processors run again, and set the guest's clock.
+
+        Return the reason if the clock could not be set.
+        """
+        status = await self.guest_status()
+        await self._commands.take(
+            partial(self._run_guest, WAKE.get(status, "cont"), Status.RUNNING)
+        )
+        if status == "suspended":  # a guest that wakes sets its clock itself
+            return ""
+        return await self._clock.set() if self._has_clock() else ""
+
+    def _has_clock(self) -> bool:
+        """Return whether the library can set the guest's clock."""
+        return self._login is not None and self.boot.last.state is BootState.READY
 
     async def _run_guest(self, command: str, status: Status) -> None:
         await self._monitor.complete(command)
@@ -244,6 +259,7 @@ class VMRun:
                 return None
             if env := self._plan.config.env:
                 await set_variables(self.link, env)
+            await self._clock.set_if_late()
         except SmolVMError as error:
             logger.warning("the guest is not ready yet: %s", error)
             return None
@@ -295,18 +311,23 @@ class VMRun:
         self._hub.publish(event)
         self._warn(self.troubles.on_event(event))
         self.boot.on_event(event)
-        self.peripherals.input.on_event(event)
+        if event.name == "RESUME" and self.pauses.active and not self._stop.is_set():
+            if self._has_clock():
+                self._clock.set_soon()  # before the event lets the waiting commands go on
+            else:
+                self._clock.late = True
+        if self._shutdown is None:
+            self.pauses.on_event(event)
         if isinstance(event, Shutdown):
             self._shutdown = event
         elif isinstance(event, GuestPanicked):
             self._give_up("the guest panicked (GUEST_PANICKED)")
         elif isinstance(event, Reset):
             self.link.abort()  # the guest has lost the connection; no error would show this
+            self._clock.late = False  # the guest reads the hardware clock when it boots
         elif event.name == "STOP" and self._shutdown is None:
-            self.paused, self._unexplained = True, event
+            self._unexplained = event
             self._news.set()
-        elif event.name == "RESUME":
-            self.paused = False
 
     async def _explain_pause(self, event: Event) -> None:
         status = await self.guest_status()

@@ -282,6 +282,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     async def pause(self) -> None:
         """Stop the guest's processors. A paused VM stays paused.
 
+        Until `resume()`, commands and file transfers wait, and input raises `VMNotRunningError`.
+
         Raises:
             VMNotRunningError: The VM does not run.
         """
@@ -290,6 +292,14 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     async def resume(self) -> None:
         """Let the guest's processors run again after `pause()`.
+
+        This also ends a pause by QEMU (as on a full disk) and wakes a guest that suspended itself.
+
+        The clock of a paused guest stands still. So `resume()` sets the clock of a Linux guest that
+        is `ready` to the host's time, as root over SSH, before the waiting commands go on; it never
+        turns the clock back. If this takes more than 5 s or fails, as without sudo, `resume()`
+        logs a warning. A guest that is not `ready` gets the time when it becomes `ready`. The clock
+        of a Windows guest stays late until Windows itself corrects it.
 
         Raises:
             VMNotRunningError: The VM does not run.

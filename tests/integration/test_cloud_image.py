@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ async def cloud_init_is_content(vm: AsyncSmolVM) -> None:
 
 
 async def test_a_bios_boots_it_for_a_user_of_ones_own_and_once_more(
-    cloud_image: CloudImage, data_dir: Path
+    cloud_image: CloudImage, data_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options: dict[str, Any] = {"user": "alice", "env": {"GREETING": "hello"}}
     async with AsyncSmolVM(
@@ -77,7 +78,19 @@ async def test_a_bios_boots_it_for_a_user_of_ones_own_and_once_more(
         assert await said(vm, "sudo sh -c 'ls -l --full-time /etc/ssh/ssh_host_*'") == keys
         await cloud_init_is_content(vm)
         assert await said(vm, "ls /var/lib/cloud/instances") == "cloud"
+        await pause_makes_the_clock_late(vm)
+        assert time.time() - 60 < int(await said(vm, "date +%s")) < time.time() + 60
+        await said(vm, "sudo rm -r /etc/sudoers.d")
+        await pause_makes_the_clock_late(vm)
+        assert "could not be set: sudo: a password is required" in caplog.text
     await vm.delete()
+
+
+async def pause_makes_the_clock_late(vm: AsyncSmolVM) -> None:
+    """As if the pause were long."""
+    await said(vm, "sudo date -s @1000000000 || true")
+    await vm.pause()
+    await vm.resume()
 
 
 async def test_uefi_boots_it_for_root(

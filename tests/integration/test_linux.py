@@ -26,12 +26,27 @@ from smolvm_async import (
     VMCrashedError,
     VMNotRunningError,
 )
+from smolvm_async.controls.ssh import link
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access
 from smolvm_async.images.build.boot_files import ELF
 from smolvm_async.images.build.debian import DebianImage, build_debian
-from tests.conftest import child_named, closed_since, descriptors, fill_up
+from smolvm_async.qemu.pauses import Pauses
+from tests.conftest import child_named, closed_since, descriptors, fill_up, run_of
 from tests.integration.trees import digest_tree, make_tree
+
+# A guest can set the chipset's sleep bits itself. It loses its memory, and boots when it is woken.
+SLEEP_IN_S3 = """
+cat >/tmp/sleep.py <<END
+import ctypes, mmap, time
+ctypes.CDLL(None).iopl(3)
+time.sleep(0.5)
+code = mmap.mmap(-1, 4096, prot=7)
+code.write(bytes.fromhex("66ba0406 66b80024 66ef c3"))  # outw(SLP_TYP = 1, SLP_EN; PM1a_CNT); ret
+ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
+END
+python3 /tmp/sleep.py >/dev/null 2>&1 &
+"""
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100, func_only=True)]
 
@@ -319,11 +334,141 @@ async def test_a_paused_guest_goes_on_where_it_stood(vm: AsyncSmolVM) -> None:
     await vm.wait_for("ready")
     await vm.pause()
     assert str(vm.status) == Status.PAUSED
-    with pytest.raises(CommandTimeoutError):
+    with pytest.raises(
+        CommandTimeoutError, match=r"(?s)not started within 0\.5 s.*guest is paused.*resume\(\)"
+    ):
         await vm.run("true", timeout=0.5)
+    with pytest.raises(CommandTimeoutError) as raised:
+        async with vm.run_stream("true", timeout=0.5):
+            pass
+    assert raised.value.stdout == ""
     await vm.resume()
     assert str(vm.status) == Status.RUNNING
     assert (await vm.run("echo on")).stdout == "on\n"
+
+
+@pytest.mark.timeout(300, func_only=True)
+async def test_commands_and_transfers_of_all_processes_wait_for_the_end_of_a_pause(
+    vm: AsyncSmolVM, shared_data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause is longer than the patience with a guest that does not answer."""
+    patience = 1.0
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(4 << 20))
+    before = descriptors()
+    other, late = [await AsyncSmolVM.from_id("shared", data_dir=shared_data_dir) for _ in "12"]
+    wait = "echo 1; until [ -e /root/go ]; do sleep 1; done; echo 2"
+    started: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
+
+    async def lines(vm: AsyncSmolVM, first: asyncio.Event) -> str:
+        text = ""
+        async with vm.run_stream(wait) as stream:
+            async for line in stream:
+                text += line.text
+                first.set()
+        return text
+
+    both = list(enumerate((vm, other)))
+    begun: list[asyncio.Future[Any]] = [
+        *(asyncio.ensure_future(lines(each, started[n])) for n, each in both),
+        *(asyncio.ensure_future(each.run(wait, timeout=90)) for _, each in both),
+        *(asyncio.ensure_future(each.upload_file(source, f"/root/{n}")) for n, each in both),
+    ]
+    for event in started:
+        await event.wait()
+    for name in ("PATIENCE", "KEEPALIVE"):  # asyncssh waits for three answers
+        monkeypatch.setattr(link, name, patience)
+    for each in (vm, other):
+        run_of(each).link._keep_alive()
+    await other.pause()
+    begun += [asyncio.ensure_future(each.run("echo 3", timeout=90)) for each in (vm, other, late)]
+    await asyncio.wait(begun, timeout=6 * patience)
+    assert not any(task.done() for task in [*begun[:4], *begun[6:]])
+    monkeypatch.undo()
+    await other.resume()
+    await vm.run("touch /root/go", check=True, timeout=90)
+    results = await asyncio.gather(*begun)
+    assert results[:2] == ["12", "12"]
+    assert [result.stdout for result in (*results[2:4], *results[6:])] == [
+        *("1\n2\n", "1\n2\n"),
+        *("3\n", "3\n", "3\n"),
+    ]
+    for n, _ in both:
+        await vm.download_file(f"/root/{n}", tmp_path / "target")
+        assert digest_tree(tmp_path / "target") == digest_tree(source)
+    await vm.run("rm /root/0 /root/1 /root/go", check=True)
+    for each in (other, late):
+        await each.detach()
+    await closed_since(before)
+
+
+async def guest_time(vm: AsyncSmolVM) -> float:
+    return float((await vm.run("date +%s.%N", timeout=60, check=True)).stdout)
+
+
+@pytest.mark.parametrize("ended_by", ["resume()", "another process", "a QMP client"])
+async def test_after_a_pause_the_guest_has_the_hosts_time(
+    vm: AsyncSmolVM, shared_data_dir: Path, ended_by: str
+) -> None:
+    files = descriptors()
+    other = await AsyncSmolVM.from_id("shared", data_dir=shared_data_dir)
+    await vm.run("date -s @$(($(date +%s) - 3600))", check=True)  # as after a long pause
+    await vm.pause()
+    waiting = [asyncio.ensure_future(guest_time(each)) for each in (vm, other)]
+    await asyncio.sleep(0)
+    before = time.time()
+    if ended_by == "a QMP client":
+        await run_of(vm)._monitor.execute("cont")
+    else:
+        await (vm if ended_by == "resume()" else other).resume()
+    for known in await asyncio.gather(*waiting, guest_time(vm)):
+        assert before - 2 <= known <= time.time() + 2
+    await other.detach()
+    await closed_since(files)
+
+
+async def test_a_clock_that_cannot_be_set_is_told_and_fails_nothing(
+    vm: AsyncSmolVM, shared_data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = descriptors()
+    other = await AsyncSmolVM.from_id("shared", data_dir=shared_data_dir)
+    await vm.run("mv /bin/date /bin/no-date", check=True)
+    for each in (vm, other):
+        await each.pause()
+        await each.resume()
+    await vm.run("mv /bin/no-date /bin/date", check=True)
+    assert caplog.text.count("is late by the pause, and could not be set") == 3  # 2 by the owner
+    assert "date: not found" in caplog.text
+    await other.detach()
+    await closed_since(files)
+
+
+@pytest.mark.timeout(300, func_only=True)
+async def test_a_guest_has_no_sleep_state_from_which_nothing_wakes_it(linux: Any) -> None:
+    async with linux() as vm:
+        states = await vm.run("dmesg | grep -o 'ACPI: PM: (supports.*'", timeout=240)
+        assert states.stdout == "ACPI: PM: (supports S0 S5)\n"
+        await vm.run("(sleep 0.1; echo mem >/sys/power/state) >/dev/null 2>&1 &", check=True)
+        with pytest.raises(CommandTimeoutError):
+            while True:
+                await vm.run("true", timeout=5)
+        await vm.keyboard.press("space")
+        await vm.run("true", check=True)
+
+        events = vm.events()
+        await vm.run(SLEEP_IN_S3, check=True)
+        async for event in events:
+            if event.name == "SUSPEND":
+                break
+        assert vm.status is Status.PAUSED
+        with pytest.raises(CommandTimeoutError, match="The guest has suspended itself"):
+            await vm.run("true", timeout=0.5)
+        await vm.resume()
+        async for event in events:  # the firmware finds nothing to go on with
+            if event.name == "RESET":
+                break
+        await vm.run("true", check=True, timeout=60)
+        assert (await vm.stop()).graceful
 
 
 async def test_another_handle_of_the_vm_does_the_same(
@@ -389,7 +534,7 @@ async def test_a_port_that_never_speaks_costs_a_moment(tmp_path: Path) -> None:
             return Access(silent.getsockname()[1], "root", "", "")
 
         began = time.monotonic()
-        assert await Link("silent", access).connect() is False
+        assert await Link("silent", access, Pauses()).connect() is False
         assert time.monotonic() - began < 10
 
 

@@ -28,6 +28,7 @@ from smolvm_async.controls.ssh.commands import Commands
 from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, make_key_pair
+from smolvm_async.qemu.pauses import Pauses
 from tests.integration.trees import digest_tree, make_tree
 
 pytestmark = pytest.mark.anyio
@@ -84,7 +85,7 @@ def link_with(access: Access) -> Link:
     async def known() -> Access:
         return access
 
-    return Link("host", known)
+    return Link("host", known, Pauses())
 
 
 class Guest(Commands, Files):

@@ -48,6 +48,7 @@ GOLDEN_TCG = [
     "-rtc base=localtime,driftfix=slew",
     "-global driver=cfi.pflash01,property=secure,value=on",
     "-global ICH9-LPC.disable_s3=1",
+    "-global ICH9-LPC.disable_s4=1",
     "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
     "-chardev socket,id=monitor,fd=10",
     "-qmp chardev:monitor",
@@ -178,6 +179,15 @@ def test_what_is_on_it_changes_one_value_each(vm_id: str, memory: int, cpus: int
     argv = arguments(config(vm_id=vm_id, memory=memory, cpus=cpus))
     assert argv[argv.index("-m") + 1] == f"size={memory}M"
     assert argv[argv.index("-smp") + 1] == f"sockets=1,cores={cpus},threads=1"
+
+
+def test_no_guest_can_sleep_in_s3_or_s4() -> None:
+    for name in GUESTS:
+        found = entries(arguments(config(os=name)))
+        assert [entry for entry in found if "disable_s" in entry] == [
+            "-global ICH9-LPC.disable_s3=1",
+            "-global ICH9-LPC.disable_s4=1",
+        ]
 
 
 def test_a_machine_keeps_its_identity_and_shares_it_with_no_other() -> None:

@@ -25,6 +25,7 @@ from smolvm_async import (
 from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.events import BACKLOG, EventHub, parse_event
+from smolvm_async.qemu.pauses import Pauses
 
 pytestmark = pytest.mark.anyio
 
@@ -232,7 +233,7 @@ class Boot:
         self.hub = hub
         self.stream = hub.subscribe()
         self.progress: list[Progress] = []
-        self.tracker = BootTracker(hub, self.progress.append)
+        self.tracker = BootTracker(hub, Pauses(), self.progress.append)
 
     def sees(self, name: str, **data: object) -> None:
         """QEMU sends an event."""
@@ -349,7 +350,7 @@ async def test_a_progress_callback_that_raises_harms_nothing(
     def broken(progress: Progress) -> None:
         raise RuntimeError("the user's own")
 
-    tracker = BootTracker(EventHub(), broken)
+    tracker = BootTracker(EventHub(), Pauses(), broken)
     tracker.enter(BootState.FIRMWARE, "cont")
     assert tracker.last.state is BootState.FIRMWARE
     assert "the user's own" in caplog.text

@@ -22,6 +22,7 @@ from smolvm_async.foundation.rpc import (
     to_json,
 )
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.ports import Ports
 from smolvm_async.vm.attach.proxy import make_proxy
@@ -120,7 +121,7 @@ def test_a_call_that_the_method_does_not_take_is_a_mistake_at_once() -> None:
 
 @pytest.mark.anyio
 async def test_marked_methods_and_no_others_can_be_called_by_attached_processes() -> None:
-    peripherals = Peripherals.make(Monitor(lambda event: None), make_config(vm_id="one"))
+    peripherals = Peripherals.make(Monitor(lambda event: None), Pauses(), make_config(vm_id="one"))
     run = SimpleNamespace(peripherals=peripherals, **dict.fromkeys(rpc_methods(Run)))
     vm = SimpleNamespace(**dict.fromkeys(rpc_methods(VM)))
     expected = {"start", "stop", "pause", "resume", "delete", "ssh_access"}

@@ -18,6 +18,7 @@ from smolvm_async.controls.ssh.link import Link, OverSSH
 from smolvm_async.controls.ssh.script import check_command, script
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
 from smolvm_async.foundation.tasks import in_background
+from smolvm_async.qemu.pauses import GuestTimeout
 
 BIG = 1 << 20  # bytes; a thread joins and decodes more output, so as not to block the event loop
 QUOTED = 2000  # characters of output in an error message
@@ -89,7 +90,7 @@ class LineStream:
         return self._execution.exit_code if self._execution else None
 
     def follow(self, execution: Execution, deadline: float | None) -> None:
-        """Note that the command has started and must end by `deadline`, in the loop's time.
+        """Note that the command has started and must end by `deadline`, in the guest's time.
 
         The guest may have sent output before this call.
         """
@@ -152,7 +153,7 @@ class LineStream:
                 raise StopAsyncIteration
             self._news.clear()
             try:
-                async with asyncio.timeout_at(self._deadline):
+                async with GuestTimeout(self._link.pauses, self._deadline):
                     await self._news.wait()
             except TimeoutError:
                 raise self.timed_out() from None
@@ -207,6 +208,8 @@ class Commands(OverSSH):
         Args:
             command: A command for the user's shell.
             timeout: Seconds from the start of the command until it is killed; `None` for no limit.
+                The time of a pause does not count, unless QEMU paused the VM (as on a full disk).
+                If the VM is paused already, also the seconds to wait for `resume()`.
             env: Variables for this command, in addition to the variables of `set_env_vars()`. They
                 never appear on a command line.
             shell: `"raw"`: the user's shell runs the command as it is. `"login"`: a login shell
@@ -220,6 +223,7 @@ class Commands(OverSSH):
 
         Raises:
             CommandTimeoutError: The command took too long and was killed; has its output so far.
+                Or the VM stayed paused.
             CommandFailedError: `check` is true, and the exit code is not 0.
             ConnectionLostError: The guest or its SSH server was reset or has ended.
             VMTimeoutError: The guest was not ready within `Timeouts.boot`.
@@ -231,10 +235,11 @@ class Commands(OverSSH):
         for name, value in (("check", check), ("text", text)):
             check_boolean(name, value)
         link = await self._reach()
+        await _until_open(link, command, timeout, text=text)
         output = Output(text)
         began = time.monotonic()
         try:
-            async with asyncio.timeout(None) as bound:
+            async with link.pauses.timeout(None) as bound:
                 start = partial(_bound, bound, timeout)
                 async with executing(link, line, mark, output.receive, start) as execution:
                     await execution.write(content)
@@ -303,16 +308,17 @@ class Commands(OverSSH):
     ) -> AsyncIterator[LineStream]:
         mark, line, content = _prepare(command, timeout, env, shell, input)
         link = await self._reach()
+        await _until_open(link, command, timeout)
         lines = LineStream(command, timeout, link)
         async with AsyncExitStack() as stack:
             try:
-                async with asyncio.timeout(None) as bound:
+                async with link.pauses.timeout(None) as bound:
                     start = partial(_bound, bound, timeout)
                     session = executing(link, line, mark, lines.receive, start)
                     execution = await stack.enter_async_context(session)
             except TimeoutError:
                 raise lines.timed_out() from None
-            lines.follow(execution, bound.when())
+            lines.follow(execution, bound.deadline)
             writing = asyncio.ensure_future(execution.write(content))
             try:
                 yield lines
@@ -336,10 +342,23 @@ def _prepare(
     return mark, line, first + content
 
 
-def _bound(bound: asyncio.Timeout, timeout: float | None, turn: bool) -> None:
+async def _until_open(
+    link: Link, command: str, timeout: float | None, *, text: bool = True
+) -> None:
+    """Wait at most `timeout` seconds for the end of a pause."""
+    try:
+        async with asyncio.timeout(timeout):
+            await link.pauses.until_open()
+    except TimeoutError:
+        message = f"{shown(command)} was not started within {timeout:g} s."
+        empty: Any = "" if text else b""
+        error = CommandTimeoutError(message, empty, empty, seconds=timeout or 0.0)
+        raise link.explain(error) from None
+
+
+def _bound(bound: GuestTimeout, timeout: float | None, turn: bool) -> None:
     """Start the command's timeout when its session opens; stop it if the session is refused."""
-    if timeout is not None:
-        bound.reschedule(asyncio.get_running_loop().time() + timeout if turn else None)
+    bound.restart(timeout if turn else None)
 
 
 class Output:

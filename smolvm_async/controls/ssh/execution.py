@@ -115,9 +115,26 @@ class Execution:
 
 async def _kill(link: Link, mark: str) -> bool:
     """Kill the processes with this mark; return whether the guest answered."""
-    async with link.apart(partial(_open, killer(mark), lambda _, __: None)) as killing:
-        await asyncio.wait([killing.ended])
-        return killing.exit_code is not None
+    killing = await run_apart(link, lambda: killer(mark), lambda _: None)
+    return killing.exit_code is not None
+
+
+async def run_apart(
+    link: Link, command: Callable[[], str], receive: Callable[[bytes], None]
+) -> Execution:
+    """Run a command of the library's own, without waiting in the queue, and wait for its end.
+
+    Args:
+        command: Returns the command, as soon as the guest answers.
+        receive: Called with all output.
+    """
+
+    async def opener(connection: SSHClientConnection) -> Execution:
+        return await _open(command(), lambda _, data: receive(data), connection)
+
+    async with link.apart(opener) as execution:
+        await asyncio.wait([execution.ended])
+        return execution
 
 
 async def _open(

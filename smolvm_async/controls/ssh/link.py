@@ -17,6 +17,8 @@ Opening the connection needs some care:
   socketpair), and accepts only the host key that we gave to the guest.
 - Only one attempt runs at a time, as a task that all callers wait for. Cancelling a caller does not
   cancel the task; `abort()` does. The link closes the socket unless asyncssh has taken it over.
+- Nothing waits in vain for a paused guest (see `Pauses`): no attempt starts, every deadline stands
+  still, and the connection needs no keep-alive.
 - `abort()` drops the connection after a reset of the guest, since the network does not report the
   reset; the next caller connects again. `close()` drops it for good, at the end of the run.
 
@@ -43,6 +45,7 @@ from smolvm_async.foundation.tasks import (
     settle,
     take_exception,
 )
+from smolvm_async.qemu.pauses import Pauses
 
 if TYPE_CHECKING:
     from asyncssh import SFTPClient, SSHClientConnection
@@ -139,6 +142,7 @@ class Link:
     Args:
         vm_id: The VM's id, for messages.
         access: Returns the server's port and the keys.
+        pauses: Tells whether the guest is paused.
         explain: Adds the VM's troubles to an error; see `Troubles.explain()`.
     """
 
@@ -146,9 +150,12 @@ class Link:
         self,
         vm_id: str,
         access: Callable[[], Awaitable[Access]],
+        pauses: Pauses,
         explain: Callable[[Any], Any] = lambda error: error,
     ) -> None:
         self.explain = explain
+        self.pauses = pauses
+        pauses.watchers.add(self._keep_alive)
         self._vm_id = vm_id
         self._access = access
         self._connection: SSHClientConnection | None = None
@@ -172,6 +179,7 @@ class Link:
     def close(self) -> None:
         """Drop the connection for good: the VM has ended."""
         self._closed = True
+        self.pauses.watchers.discard(self._keep_alive)
         self.abort()
         for ending in self._endings:
             ending.cancel()
@@ -192,6 +200,8 @@ class Link:
     ) -> T:
         """Open a session as soon as the server has room; `release()` or `end()` frees its place.
 
+        In a paused guest, wait first for the end of the pause.
+
         Args:
             opener: Opens the session on a connection.
             end: Ends a session that was opened although the caller was cancelled.
@@ -203,6 +213,7 @@ class Link:
         """
         tries = 0
         while True:
+            await self.pauses.until_open()
             connection = await self._patiently_connected()
             from asyncssh import ChannelOpenError, Error  # the connection has imported it
 
@@ -277,12 +288,12 @@ class Link:
     async def apart(
         self, opener: Callable[[SSHClientConnection], Awaitable[T]]
     ) -> AsyncIterator[T]:
-        """Open a session at once, without waiting in the queue.
+        """Open a session as soon as the guest runs, without waiting in the queue.
 
         If the server refuses the session on the shared connection, open a second connection.
         """
         connection, second = await self._patiently_connected(), None
-        from asyncssh import ChannelOpenError
+        from asyncssh import ChannelOpenError, Error
 
         try:
             try:
@@ -292,6 +303,8 @@ class Link:
                 if second is None:
                     raise self.lost() from None
                 opened = await opener(second)
+            except Error as error:
+                raise self._lost(str(error)) from error
             yield opened
         finally:
             if second is not None:
@@ -309,9 +322,10 @@ class Link:
             await self.end(_exit(client))
 
     async def _patiently_connected(self) -> SSHClientConnection:
-        deadline = asyncio.get_running_loop().time() + PATIENCE
+        now = asyncio.get_running_loop().time
+        began = now()
         while (connection := await self._connected()) is None:
-            if asyncio.get_running_loop().time() > deadline:
+            if min(now() - began, self.pauses.running_for()) > PATIENCE:
                 raise self._lost(f"its SSH server has not answered for {PATIENCE:g} s")
             await asyncio.sleep(RETRY)
         return connection
@@ -337,11 +351,18 @@ class Link:
         connection = await self._log_in()
         if connection is not None:
             self._connection = connection
+            self._keep_alive()
             self._sessions.forget_limit()
         return connection
 
+    def _keep_alive(self) -> None:
+        """Send keep-alives, unless the guest is paused and cannot answer."""
+        if self._connection is not None and not self._connection.is_closed():
+            self._connection.set_keepalive(0 if self.pauses.active else KEEPALIVE)
+
     async def _log_in(self) -> SSHClientConnection | None:
         """Open a new connection and log in; return `None` if no server answers yet."""
+        await self.pauses.until_running()
         access = await self._access()
         try:
             ours = await greeted(access.port, self._greeting)
@@ -352,7 +373,8 @@ class Link:
         if ours is None:
             return None
         try:
-            return await _log_in(ours, access)
+            async with self.pauses.timeout(LOGIN):
+                return await _log_in(ours, access)
         except BaseException as error:
             ours.close()
             if isinstance(error, Exception):
@@ -460,17 +482,16 @@ async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:
 
     known: Any = ([asyncssh.import_public_key(access.host_key)], [], [])
     with _account():
-        async with asyncio.timeout(LOGIN):
-            return await asyncssh.connect(
-                sock=ours,
-                username=access.user,
-                client_keys=[asyncssh.import_private_key(access.private_key)],
-                known_hosts=known,
-                config=None,
-                agent_path=None,
-                preferred_auth="publickey",
-                encryption_algs=CIPHERS,
-                compression_algs=["none"],
-                login_timeout=LOGIN,
-                keepalive_interval=KEEPALIVE,
-            )
+        return await asyncssh.connect(
+            sock=ours,
+            username=access.user,
+            client_keys=[asyncssh.import_private_key(access.private_key)],
+            known_hosts=known,
+            config=None,
+            agent_path=None,
+            preferred_auth="publickey",
+            encryption_algs=CIPHERS,
+            compression_algs=["none"],
+            login_timeout=0,  # the caller has a deadline, which stands still during a pause
+            keepalive_interval=KEEPALIVE,
+        )

@@ -30,14 +30,17 @@ from pydantic import TypeAdapter
 
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.interface import VM, Run, check_run
+from smolvm_async.controls.ssh.clock import PROBLEM
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import VMCrashedError, VMNotRunningError
 from smolvm_async.foundation.locking import poll
+from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tail import Tail
 from smolvm_async.foundation.tasks import end_tasks
 from smolvm_async.qemu.boot import BootStates
 from smolvm_async.qemu.console import LIMIT
 from smolvm_async.qemu.events import BootStateChanged, EventHub, Reset, event_from_json
+from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.logs import log_end
@@ -55,6 +58,8 @@ from smolvm_async.vm.attach.proxy import make_peripherals, make_proxy
 
 GREETING = 5.0  # seconds for the owner's event loop to answer
 REMOVED = 30.0  # seconds for the owner to remove the directory
+
+logger = get_logger(__name__)
 
 # asyncio has only weak references to tasks, and a user may have only the stream of events().
 _readings: set[asyncio.Task[None]] = set()
@@ -74,11 +79,12 @@ class AttachedVM:
         self.peripherals = make_peripherals(self._request, self._post)
         owner = make_proxy(VM, "", self._request, self._post)  # type: ignore[type-abstract]
         run = make_proxy(Run, "", self._request, self._post)  # type: ignore[type-abstract]
-        self.start, self.pause, self.resume = owner.start, owner.pause, owner.resume
+        self.start, self.pause, self._resume = owner.start, owner.pause, owner.resume
         self.ssh_access = run.ssh_access
         self._stop, self._delete = owner.stop, owner.delete
         self.troubles = Troubles(self.config, lambda: log_end(path, "qemu"))
-        self.link = Link(self.config.vm_id, self.ssh_access, self.troubles.explain)
+        self.pauses = Pauses()
+        self.link = Link(self.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
         self.status = record.status
         self.accelerator = ""
         self._path = path
@@ -127,6 +133,12 @@ class AttachedVM:
     def over(self) -> asyncio.Future[None]:
         """Done when the run is over, or this process has detached."""
         return self._reading
+
+    async def resume(self) -> str:
+        """Ask the owner to resume the VM. Return the reason if the clock could not be set."""
+        if problem := await self._resume():
+            logger.warning(PROBLEM, problem)
+        return str(problem)
 
     async def stop(self, timeout: float | None) -> ShutdownReport:
         """Ask the owner to stop the VM. A cancelled call stops waiting; the VM still stops."""
@@ -234,6 +246,7 @@ class AttachedVM:
 
     def _on_status(self, params: Mapping[str, Any]) -> None:
         self.status = Status(params["status"])
+        self.pauses.set(**params["pauses"])
 
     def _on_console(self, params: Mapping[str, Any]) -> None:
         self.console.feed(params["text"].encode("latin-1"))
@@ -248,6 +261,7 @@ class AttachedVM:
     def _end(self) -> None:
         """End all waiting calls, because the run, the owner or the connection has ended."""
         self._writer.transport.abort()
+        self.pauses.close()
         self.link.close()
         if not self._told_end and not self._detached:
             self.status = Status.ORPHANED

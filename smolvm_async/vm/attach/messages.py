@@ -20,7 +20,7 @@ from smolvm_async.foundation.rpc import to_json
 from smolvm_async.qemu.events import Trouble
 from smolvm_async.state.names import CONTROL
 
-PROTOCOL = 2  # the version of the messages; a client refuses an owner with another version
+PROTOCOL = 3  # the version of the messages; a client refuses an owner with another version
 MAX_MESSAGE = 16 << 20  # bytes; the whole console, escaped, takes less than 2 MiB
 SERVER_ERROR = -32000  # JSON-RPC 2.0: a server's own errors begin with this code
 

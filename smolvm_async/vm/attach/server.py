@@ -127,6 +127,7 @@ class ControlServer:
         events.listeners.add(news)
         console.listeners.add(news)
         self._news.add(news)
+        self._run.pauses.watchers.add(news.set)
         try:
             hello = {
                 "protocol": PROTOCOL,
@@ -136,13 +137,14 @@ class ControlServer:
                 "troubles": [asdict(trouble) for trouble in self._run.troubles.known.values()],
             }
             self._notify(writer, "hello", hello)
-            told, read = "", max(0, console.count - console.limit)
+            told: dict[str, Any] = {}
+            read = max(0, console.count - console.limit)
             while True:
                 over = self._over
                 news.clear()
                 read = self._send_news(writer, events, read)
-                if told != (told := str(self._vm.status)):
-                    self._notify(writer, "status", {"status": told})
+                if told != (told := self._status()):
+                    self._notify(writer, "status", told)
                 await writer.drain()
                 if over:
                     failure = self._run.failure and error_to_json(self._run.failure)
@@ -152,7 +154,13 @@ class ControlServer:
                 await news.wait()
         finally:
             console.listeners.discard(news)
+            self._run.pauses.watchers.discard(news.set)
             self._news.discard(news)
+
+    def _status(self) -> dict[str, Any]:
+        pauses = self._run.pauses
+        state = {"active": pauses.active, "fault": pauses.fault, "held": pauses.held}
+        return {"status": str(self._vm.status), "pauses": state}
 
     def _send_news(self, writer: asyncio.StreamWriter, events: EventStream, read: int) -> int:
         for event in events.pending():
@@ -216,7 +224,7 @@ class ControlServer:
     ) -> None:
         if writer.is_closing():  # the client has disconnected
             return
-        status = encode({"method": "status", "params": {"status": str(self._vm.status)}})
+        status = encode({"method": "status", "params": self._status()})
         with contextlib.suppress(OSError, RuntimeError):
             writer.write(status + encode({"id": request.get("id"), **answer}))  # one system call
             writer.write(content)
