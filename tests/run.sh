@@ -30,4 +30,11 @@ esac
 .venv/bin/ruff check .
 .venv/bin/mypy
 # With `worksteal` a worker keeps whole files as long as it can, so that their tests share guests.
-exec .venv/bin/python -m pytest -n 2 --dist worksteal -rs "$@"  # -rs: say what was skipped, and why
+pytest=(.venv/bin/python -m pytest -rs)  # -rs: say what was skipped, and why
+at_once=(-n 2 --dist worksteal)
+[ $# -eq 0 ] || exec "${pytest[@]}" "${at_once[@]}" "$@"
+# The host guest of tests/kvm uses both processors, so nothing else runs beside it.
+failed=0
+"${pytest[@]}" tests/kvm || failed=$?
+"${pytest[@]}" "${at_once[@]}" --ignore=tests/kvm || failed=$?
+exit "$failed"

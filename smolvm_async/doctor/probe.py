@@ -40,7 +40,7 @@ from smolvm_async.state.directory import Parts, VMDirectory
 RAW, DISK, CAPTURE = "unsigned.raw", "unsigned.qcow2", "network.pcap"
 
 LAUNCH = 30.0  # seconds until QEMU's first answer
-BOOT = {"kvm": 20.0, "tcg": 90.0}  # seconds until the firmware has finished with the disk
+BOOT = {"kvm": 60.0, "tcg": 90.0}  # seconds until the firmware has finished with the disk
 DHCP = 15.0  # seconds from then until the DHCP server has offered an address
 EXIT = 1.0  # seconds for QEMU to exit after the end of the monitor's connection
 POLL = 0.1  # seconds between two observations

@@ -37,6 +37,8 @@ PCAP_HEADER, PCAP_RECORD = 24, struct.Struct("=4I")  # QEMU writes in the host's
 IPV4_UDP = re.compile(rb".{12}\x08\x00(.).{8}\x11", re.DOTALL)
 BOOTPS = 67
 
+TESTED_KVM = "kvm_amd of Linux 6.1 on a processor that QEMU 7.2 emulates, not on a real one"
+
 USE_TCG = "Pass accel='tcg': software emulation, many times slower."
 GOOD_KVM = (
     "Use a host whose KVM runs guests: a real machine, or a VM with nested virtualization. "
@@ -214,7 +216,7 @@ def kvm(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdi
     if sighting is not None and sighting.booted:
         found = f"the firmware booted under KVM in {sighting.seconds:.1f} s"
         if problem is None:
-            return ok(found)
+            return ok(f"{found} (this library is tested with {TESTED_KVM})")
         return warning(f"{found}, but accel='auto' does not choose KVM: {problem.reason}", USE_TCG)
     reasons = []
     cause = find_cause(sighting.failure) if sighting is not None else None

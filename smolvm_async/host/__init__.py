@@ -113,9 +113,17 @@ def _find_tools(
     return HostTools(paths[QEMU], paths[QEMU_IMG], pair, beside)
 
 
-@functools.cache
+_kvm_works: set[bool] = set()  # the values of `smm` with which a probe has succeeded
+
+
 def _kvm_problem(smm: bool) -> Problem | None:
-    return accelerator.probe_kvm(smm=smm)
+    """Probe KVM until a probe succeeds, so that a module loaded later is found."""
+    if smm in _kvm_works:
+        return None
+    problem = accelerator.probe_kvm(smm=smm)
+    if problem is None:
+        _kvm_works.add(smm)
+    return problem
 
 
 def choose_accelerator(requested: str, *, smm: bool = True) -> tuple[Accelerator, str | None]:

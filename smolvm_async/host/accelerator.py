@@ -146,8 +146,8 @@ def _probe(fd: int, device: Path, smm: bool) -> Problem | None:
 
 def _has_virtualization(cpuinfo: Path) -> bool:
     try:
-        text = cpuinfo.read_text()
+        with cpuinfo.open() as lines:  # of a big host, only the first processor's lines are read
+            flags = next((line for line in lines if line.startswith("flags")), "").split()
     except OSError:
         return True  # unknown: let the other checks decide
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
     return "vmx" in flags or "svm" in flags

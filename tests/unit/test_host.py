@@ -41,16 +41,15 @@ def windows_tools() -> HostTools:
 @pytest.fixture(autouse=True)
 def nothing_is_remembered() -> Iterator[None]:
     """The process's memory of its host, empty before and after."""
-    caches = (
-        host_package._find_tools,
-        host_package._find_plain_uefi,
-        host_package._kvm_problem,
-    )
-    for cache in caches:
-        cache.cache_clear()
+
+    def forget() -> None:
+        host_package._find_tools.cache_clear()
+        host_package._find_plain_uefi.cache_clear()
+        host_package._kvm_works.clear()
+
+    forget()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    forget()
 
 
 # Firmware descriptors
@@ -640,7 +639,14 @@ def test_auto_falls_back_with_one_warning_at_the_callers_line(
         message = str(warning.message)
         for phrase in ("it is out of order", "TCG", "many times slower", "Mend it.", "accel='tcg'"):
             assert phrase in message
-    assert broken_kvm.probes == 1
+    assert broken_kvm.probes == 2, "it may work by now"
+
+
+def test_kvm_that_was_mended_is_taken_by_the_same_process(broken_kvm: FakeKvm) -> None:
+    with pytest.raises(HostError, match="out of order"):
+        choose_accelerator("kvm")
+    broken_kvm.found = None
+    assert choose_accelerator("kvm") == choose_accelerator("auto") == (accelerator.KVM, None)
 
 
 def test_tcg_asks_for_no_warning_and_gets_none(broken_kvm: FakeKvm, blank_image: Path) -> None:

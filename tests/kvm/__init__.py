@@ -1,0 +1,1 @@
+"""KVM, tested in a guest that has it."""
