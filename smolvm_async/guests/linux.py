@@ -41,6 +41,7 @@ DEBIAN = LINUX._replace(
     firmware="never",
     machine_options="smbus=off,sata=off,vmport=off,hpet=off",
     cpu={"kvm": "host", "tcg": "qemu64,+rdrand"},
+    devices=("pvpanic-pci",),  # its initramfs has the driver of this device, not of `pvpanic`
     login="fw_cfg",
     usb=False,  # Debian's cloud kernel has no USB driver
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os as os_module
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,9 +25,15 @@ from smolvm_async.controls.interface import VM, running
 from smolvm_async.controls.ports import PortForwarding
 from smolvm_async.controls.shell import Shell
 from smolvm_async.controls.ssh.login import Access
-from smolvm_async.errors import ConfigError, VMNotFoundError, VMNotRunningError
+from smolvm_async.errors import (
+    ConfigError,
+    ConnectionLostError,
+    VMNotFoundError,
+    VMNotRunningError,
+)
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import DEFAULT, GUESTS
+from smolvm_async.qemu.launch import SAME_END
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.directory import cannot_use, check_data_dir
 from smolvm_async.state.record import Status
@@ -233,7 +240,17 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             # A VMNotRunningError only says that this process has been detached from the VM.
             return None if isinstance(failure, VMNotRunningError) else failure
 
-        await self._block.leave(vm.leave(graceful=error is None), error, crash)
+        await self._block.leave(self._end(error), error, crash)
+
+    async def _end(self, error: BaseException | None) -> None:
+        """End the VM, or detach from it."""
+        vm = self._vm
+        try:
+            # A crash also closes the connection to the guest, which the body may see first.
+            if isinstance(error, ConnectionLostError) and vm.over is not None:
+                await asyncio.wait([vm.over], timeout=SAME_END)
+        finally:
+            await vm.leave(graceful=error is None)
 
     async def start(self) -> None:
         """Start the VM, and return when the guest's processors run.
