@@ -37,7 +37,9 @@ PCAP_HEADER, PCAP_RECORD = 24, struct.Struct("=4I")  # QEMU writes in the host's
 IPV4_UDP = re.compile(rb".{12}\x08\x00(.).{8}\x11", re.DOTALL)
 BOOTPS = 67
 
-TESTED_KVM = "kvm_amd of Linux 6.1 on a processor that QEMU 7.2 emulates, not on a real one"
+TESTED_KVM = (
+    "Linux 6.1 on an AMD processor that QEMU 7.2 emulates; not on Intel, not on a real machine"
+)
 
 USE_TCG = "Pass accel='tcg': software emulation, many times slower."
 GOOD_KVM = (

@@ -122,7 +122,7 @@ def pack(directory: Path) -> bytes:
     subprocess.run([sys.executable, *compiling, tree], check=True)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
-        archive.add(tree, "")
+        archive.add(tree, ".")
     return packed.getvalue()
 
 
