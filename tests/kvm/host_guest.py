@@ -128,6 +128,9 @@ def _arrange(tree: Path, work: Path, drivers: Sequence[Path]) -> None:
 
 
 def _copy_images(tree: Path, image: DebianImage, stand_in: Path) -> None:
-    store = image.disk.parents[1]
-    shutil.copytree(store, tree / "root/.cache/smolvm-async" / store.name)
+    kept = tree / "root/.cache/smolvm-async/debian"
+    shutil.copytree(image.disk.parent, kept / image.disk.parent.name)
+    for current in image.disk.parents[1].glob("current-*"):
+        if current.read_text() == image.disk.parent.name:
+            install(current, kept / current.name)
     install(stand_in, tree / STAND_IN)
