@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import signal
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -137,12 +137,18 @@ class Interrupts:
 
 
 def execute(
-    command: Coroutine[Any, Any, T], *, json: bool, interrupts: Interrupts | None = None
+    command: Coroutine[Any, Any, T] | Callable[[], Coroutine[Any, Any, T]],
+    *,
+    json: bool,
+    interrupts: Interrupts | None = None,
 ) -> T:
-    """Run a command; turn an error into a message and an exit code."""
+    """Run a command; turn an error into a message and an exit code.
+
+    Pass a function that returns the command if making the command can fail.
+    """
     interrupts = interrupts or Interrupts()
     try:
-        return asyncio.run(interrupts.during(command))
+        return asyncio.run(interrupts.during(command() if callable(command) else command))
     except asyncio.CancelledError:
         number = interrupts.number
         fail("Interrupted", f"interrupted by {number.name}", 128 + number, json=json)

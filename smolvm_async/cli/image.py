@@ -105,7 +105,7 @@ def push(
 def pull(uri: Uri, image_dir: ImageDir = None, json: Json = False) -> None:
     """Download a published image, or only its missing files."""
     with transfer(f"pulling {uri}", json=json) as show:
-        pulled = execute(ImageStore(image_dir).pull(uri, on_progress=show), json=json)
+        pulled = execute(lambda: ImageStore(image_dir).pull(uri, on_progress=show), json=json)
     if json:
         write_json(asdict(pulled))
     else:
@@ -115,7 +115,7 @@ def pull(uri: Uri, image_dir: ImageDir = None, json: Json = False) -> None:
 @image.command("list")
 def list_images(image_dir: ImageDir = None, json: Json = False) -> None:
     """Show the images on this machine, the most recently used first."""
-    images = execute(ImageStore(image_dir).list(), json=json)
+    images = execute(lambda: ImageStore(image_dir).list(), json=json)
     if json:
         write_json([asdict(one) for one in images])
     elif images:
@@ -127,7 +127,7 @@ def list_images(image_dir: ImageDir = None, json: Json = False) -> None:
 @image.command()
 def remove(name_or_uri: Which, image_dir: ImageDir = None, json: Json = False) -> None:
     """Remove an image from this machine, unless a VM needs it."""
-    _tell_gone(execute(ImageStore(image_dir).remove(name_or_uri), json=json), json)
+    _tell_gone(execute(lambda: ImageStore(image_dir).remove(name_or_uri), json=json), json)
 
 
 @image.command()
@@ -153,9 +153,12 @@ def prune(
     Images that a VM needs are kept.
     """
     since = datetime.now() - timedelta(days=unused_days) if unused_days is not None else None
-    store = ImageStore(image_dir)
-    work = store.prune(max_bytes=_bytes(max_size), unused_since=since)
-    _tell_gone(execute(work, json=json), json)
+    most = _bytes(max_size)
+
+    async def work() -> Sequence[CachedImage]:
+        return await ImageStore(image_dir).prune(max_bytes=most, unused_since=since)
+
+    _tell_gone(execute(work(), json=json), json)
 
 
 @image.command()
@@ -168,7 +171,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare all files with their digests. Damaged files are removed, unless a VM needs them."""
-    damages = execute(ImageStore(image_dir).verify(name_or_uri), json=json)
+    damages = execute(lambda: ImageStore(image_dir).verify(name_or_uri), json=json)
     if json:
         write_json([damage._asdict() for damage in damages])
     for damage in () if json else damages:

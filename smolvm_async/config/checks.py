@@ -108,7 +108,7 @@ def check_vm_id(vm_id: object) -> str:
     """Check the id of a VM against the pattern `VM_ID`, and return the id."""
     if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
         raise ConfigError(
-            f"vm_id={vm_id!r} is wrong: pass an id of 1 to 63 lower-case letters, digits and "
+            f"vm_id={shown(vm_id)} is wrong: pass an id of 1 to 63 lower-case letters, digits and "
             "hyphens that does not begin or end with a hyphen, such as vm_id='build-42'."
         )
     return vm_id

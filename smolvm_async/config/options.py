@@ -193,7 +193,7 @@ def _image(image: object) -> str:
     if isinstance(image, os_module.PathLike):
         image = os_module.fspath(image)
     if not isinstance(image, str):
-        raise ConfigError(f"image={image!r} is wrong: pass a path or a URI as str or Path.")
+        raise ConfigError(f"image={shown(image)} is wrong: pass a path or a URI as str or Path.")
     if not image:
         raise ConfigError("image='' is empty: pass the path of a qcow2.")
     return parse_uri(image).uri if is_published(image) else str(local_path(image))
@@ -215,7 +215,7 @@ def _profile(os: object, image: object, origin: Origin) -> GuestProfile:
             )
         os = DEFAULT.name
     if not isinstance(os, str) or os not in GUESTS:
-        raise ConfigError(f"os={os!r} is not a known guest OS: pass {CHOICES}.")
+        raise ConfigError(f"os={shown(os)} is not a known guest OS: pass {CHOICES}.")
     return find_profile(os, origin)
 
 
@@ -271,7 +271,7 @@ def _memory(memory: object, profile: GuestProfile) -> int:
         return profile.default_memory
     if not is_integer(memory):
         raise ConfigError(
-            f"memory={memory!r} is wrong: pass a whole number of MiB, "
+            f"memory={shown(memory)} is wrong: pass a whole number of MiB, "
             f"such as memory={profile.default_memory or DEFAULT.default_memory}."
         )
     if memory < profile.minimum_memory:

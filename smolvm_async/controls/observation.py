@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from smolvm_async.config.checks import check_timeout
+from smolvm_async.config.checks import check_timeout, shown
 from smolvm_async.controls.interface import (
     VM,
     Run,
@@ -61,13 +61,10 @@ class Observation:
             VMNotRunningError: The VM was never started, or ended before it reached the state.
             ConfigError: The boot state does not exist (a `ValueError`).
         """
-        try:
-            state = BootState(state)
-        except ValueError:
+        wanted = next((known for known in BootState if known == state), None)
+        if wanted is None:
             names = ", ".join(repr(str(known)) for known in BootState)
-            raise ConfigError(
-                f"state={state!r} is not a boot state: pass one of {names}."
-            ) from None
+            raise ConfigError(f"state={shown(state)} is not a boot state: pass one of {names}.")
         check_timeout(timeout)
         run, over = begun(self._vm)
         if over.done():
@@ -76,9 +73,9 @@ class Observation:
         bound = run.pauses.timeout(seconds) if timeout is None else asyncio.timeout(seconds)
         try:
             async with bound:
-                reached = await run.boot.wait_for(state)
+                reached = await run.boot.wait_for(wanted)
         except TimeoutError:
-            raise _timed_out(self._vm.config.vm_id, run, state, seconds) from None
+            raise _timed_out(self._vm.config.vm_id, run, wanted, seconds) from None
         if reached is None:
             await until_over(over)
             raise ended(self._vm.config.vm_id, run)

@@ -185,7 +185,10 @@ def own_source(disk: LocalDisk) -> Source:
 def open_kernel(path: Path) -> Iterator[int]:
     """Open a Linux kernel for QEMU, check its magic, and yield the descriptor."""
     with open_plain(path, "kernel", "a Linux kernel") as fd:
-        begin = os.pread(fd, BZIMAGE_AT + len(BZIMAGE), 0)
+        try:
+            begin = os.pread(fd, BZIMAGE_AT + len(BZIMAGE), 0)
+        except OSError as error:
+            raise ImageError(f"kernel {str(path)!r} cannot be read: {error.strerror}.") from error
         if not begin.startswith(ELF) and begin[BZIMAGE_AT:] != BZIMAGE:
             reason = _other_kind(fd, str(path), "kernel") or (
                 "is not a Linux kernel for x86-64: pass a bzImage, such as /boot/vmlinuz-*, or an "

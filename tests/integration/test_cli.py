@@ -625,6 +625,16 @@ def test_settings_for_an_id_without_a_vm_say_how_to_make_one(data_dir: Path) -> 
     assert "pass an IMAGE, or --os linux" in told
 
 
+@pytest.mark.parametrize("command", ["list", "run", "doctor", "image list", "image prune"])
+def test_a_home_that_cannot_be_found_is_told(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("smolvm_async.foundation.paths._recorded_home", lambda: "")
+    error = document(*command.split(), code=2, env={"HOME": "relative"})["error"]
+    assert error["type"] == "ConfigError"
+    assert "Set HOME or XDG_" in error["message"]
+
+
 def test_no_vm_is_no_error_but_for_those_that_name_one(data_dir: Path) -> None:
     place = ["--data-dir", str(data_dir)]
     assert cli("list", *place).stdout == "There are no VMs.\n"

@@ -700,3 +700,16 @@ async def test_an_unknown_boot_state_is_refused_with_the_known_ones(make: Make) 
         await make().wait_for("booted")
     for phrase in ("'booted'", "'firmware'", "'operating_system'", "'ready'"):
         assert phrase in str(caught.value)
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise ValueError("no repr")
+
+
+@pytest.mark.parametrize("argument", ["os", "image", "memory", "vm_id", "cpus", "accel"])
+@pytest.mark.parametrize("value", [Unprintable(), 10**5000], ids=["unprintable", "huge"])
+def test_a_value_without_a_repr_is_refused_by_its_argument(
+    refuse: Refuse, argument: str, value: object
+) -> None:
+    assert f"{argument}=a" in refuse(**{argument: value})

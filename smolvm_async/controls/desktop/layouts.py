@@ -176,7 +176,8 @@ def check_layout(layout: str) -> str:
         return layout
     import difflib  # only for a hint
 
-    near = difflib.get_close_matches(str(layout).lower()[:20], LAYOUTS) if layout else []
+    text = layout.lower()[:20] if isinstance(layout, str) else ""
+    near = difflib.get_close_matches(text, LAYOUTS) if text else []
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ConfigError(
         f"layout={shown(layout)} is not known: {hint}The layouts are {', '.join(LAYOUTS)}."

@@ -50,9 +50,10 @@ class Environment(OverSSH):
             FileTransferError, ConnectionLostError, ...: See `upload_file()`.
         """
         self._require("unset_env_vars")
-        if isinstance(names, str) or not isinstance(names, Iterable):
+        listed = None if isinstance(names, str) or not isinstance(names, Iterable) else [*names]
+        if listed is None or not all(isinstance(name, str) for name in listed):
             raise ConfigError(f"names={shown(names)} is wrong: pass a list of variable names.")
-        wanted = list(check_env(dict.fromkeys(names, ""), "names"))
+        wanted = list(check_env(dict.fromkeys(listed, ""), "names"))
         link = await self._reach()
         async with link.env_turn, explained(link, FILE), link.sftp() as sftp:
             known = await _read(sftp)

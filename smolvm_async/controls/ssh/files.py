@@ -13,6 +13,7 @@ from stat import S_IFREG
 from typing import TYPE_CHECKING
 
 from smolvm_async.config.checks import check_integer, check_path, encoded, shown
+from smolvm_async.config.options import check_progress
 from smolvm_async.controls.ssh.link import Link, OverSSH
 from smolvm_async.controls.ssh.transfer import (
     Entry,
@@ -64,6 +65,7 @@ class Files(OverSSH):
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("upload_file")
+        check_progress(on_progress)
         source = check_path(local_path, "local_path", "a file or directory")
         target = _guest_path(guest_path)
         tree = await in_background(_local_source, source)
@@ -106,12 +108,13 @@ class Files(OverSSH):
             FileTransferError, ConnectionLostError, ...: See `upload_file()`.
         """
         self._require("download_file")
+        check_progress(on_progress)
         source = _guest_path(guest_path).rstrip("/") or "/"
         target = check_path(local_path, "local_path", "a file or directory")
         if max_bytes is not None:
             check_integer("max_bytes", max_bytes, 0, None, "bytes, 0 or more")
         name = PurePosixPath(source).name
-        if await in_background(target.is_dir) or str(local_path).endswith("/"):
+        if await in_background(os.path.isdir, target) or str(local_path).endswith("/"):
             if not name:
                 raise ConfigError(
                     "guest_path='/' has no file name: pass a local_path= that does not exist yet."
