@@ -171,7 +171,8 @@ class CommandError(SmolVMError):
 
     Attributes:
         command: The program and its arguments.
-        returncode: The exit status, negative for a signal; `None` if the program did not start.
+        returncode: The exit status, negative for a signal; `None` if the program did not start, or
+            if the exit status is unknown.
         output: The whole output to stdout and stderr.
     """
 
@@ -186,7 +187,8 @@ class LaunchError(SmolVMError):
 
     Attributes:
         command: The program that failed and its arguments; empty if no program was started.
-        returncode: Its exit status, negative for a signal; `None` if not started or still running.
+        returncode: Its exit status, negative for a signal; `None` if unknown, not started
+            or still running.
         log: The end of the program's output (at most 4 KiB).
     """
 
@@ -203,7 +205,8 @@ class VMCrashedError(SmolVMError):
         process: The part that died: `QEMU`, the name of a sidecar such as `swtpm`, `guest` (the
             guest panicked, or the accelerator could not run it any further), or `owner` (the
             process that had started the VM).
-        returncode: The exit status of that process, negative for a signal; `None` if there is none.
+        returncode: The exit status of that process, negative for a signal; `None` if there is none,
+            or if it is unknown.
         log: The end of QEMU's or the sidecar's output (at most 4 KiB).
         console: The end of the guest's serial console (at most 4 KiB).
     """

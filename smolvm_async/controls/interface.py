@@ -16,6 +16,7 @@ from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import LaunchError, VMNotRunningError
+from smolvm_async.foundation.fork import Process, this_process
 from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tail import Tail
 from smolvm_async.foundation.tasks import check_loop
@@ -117,6 +118,17 @@ class VM(Protocol):
         """See `AsyncSmolVM.detach()`."""
 
 
+def usable(vm: VM, maker: Process) -> VM:
+    """Return `vm`, which the process `maker` made; raise `VMNotRunningError` in a forked child."""
+    vm_id = vm.config.vm_id
+    maker.check(
+        vm_id,
+        f"To use the running VM here, attach to it with AsyncSmolVM.from_id({vm_id!r}) in an event "
+        "loop of this process; else make a new AsyncSmolVM.",
+    )
+    return vm
+
+
 def console_tail(console: Tail) -> str:
     """Return the end of the serial console, for an error message."""
     return f"Serial console:\n{console.quote() or '(empty)'}"
@@ -171,6 +183,16 @@ class Control:
 
     def __init__(self, vm: VM) -> None:
         self.vm = vm
+        self._maker = this_process()
+
+    @property
+    def vm(self) -> VM:
+        """See the class."""
+        return usable(self._vm, self._maker)
+
+    @vm.setter
+    def vm(self, vm: VM) -> None:
+        self._vm = vm
 
     def running(self) -> Run:
         """Return the VM's run. See the function `running()`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from smolvm_async.doctor.findings import Check, Verdict, blamed, failed, ok, warning
 from smolvm_async.doctor.probe import DISK, make_disk, scratch
 from smolvm_async.errors import CommandError, ConfigError, HostError, ImageError
-from smolvm_async.foundation.process import run
+from smolvm_async.foundation.process import check_pidfds, run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host import Firmware
@@ -82,16 +82,9 @@ def check_kernel() -> Verdict:
     """Check that pidfds work. The event loop watches child processes with pidfds."""
     release = platform.release()
     try:
-        fd = os.pidfd_open(os.getpid())
-        try:
-            signal.pidfd_send_signal(fd, 0)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        return failed(
-            f"Linux {release}: pidfd_open(2) does not work: {error.strerror}",
-            "Use Linux 5.3 or newer; in a container, a seccomp profile that allows pidfd_open.",
-        )
+        check_pidfds()
+    except HostError as error:
+        return failed(f"Linux {release}: {error.message}", error.hint)
     return ok(f"Linux {release}; pidfd works")
 
 

@@ -157,9 +157,9 @@ async def _boot(machine: ProbeMachine, state: VMDirectory) -> Sighting:
                 raise  # a process could not be spawned
             qemu = processes.qemu
             await asyncio.wait([qemu.exited], timeout=EXIT)
-            if qemu.returncode is not None and qemu.returncode > 0:
+            if qemu.ended and (qemu.returncode is None or qemu.returncode > 0):
                 raise _RefusedError(_last_words(qemu)) from error
-            failure = str(error) if qemu.returncode is None else _last_words(qemu)
+            failure = str(error) if not qemu.ended else _last_words(qemu)
             return Sighting(machine.accelerator.name, failure=failure)
         return await _watch(machine, state, processes.qemu, monitor, console, started)
 
@@ -230,6 +230,6 @@ async def _failure(qemu: Child, monitor: Monitor) -> str:
 
 def _last_words(qemu: Child) -> str:
     status = "QEMU closed its monitor"
-    if qemu.returncode is not None:
+    if qemu.ended:
         status = f"QEMU ended ({describe_exit(qemu.returncode)})"
     return f"{status}: {qemu.log.quote() or 'QEMU wrote nothing'}"

@@ -25,6 +25,7 @@ from smolvm_async.fleet.jobs import (
 from smolvm_async.fleet.member import WAITING, FleetStatus, Member, Places, check_until
 from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.fleet.template import Template
+from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.tasks import in_thread, settle
 from smolvm_async.qemu.events import BootState
 from smolvm_async.state.record import ACTIVE
@@ -103,6 +104,7 @@ class Fleet:
             booting if max_booting is None else check_count("max_booting", max_booting)
         )
         self._on_error = check_on_error(on_error)
+        self._process = this_process()
         self._places: Places
         self._members: list[Member] = []  # the VMs that the fleet started with
         self._map_members: set[Member] = set()  # VMs that map() has started and that still exist
@@ -123,6 +125,7 @@ class Fleet:
 
     def status(self) -> FleetStatus:
         """Return the number of VMs that wait, boot and are ready, and the state of each VM."""
+        self._check_process()
         members = [*self._members, *self._map_members]
         phases = [member.phase for member in members]
         return FleetStatus(
@@ -135,6 +138,7 @@ class Fleet:
         )
 
     async def __aenter__(self) -> Self:
+        self._check_process()
         if self._block.entered or self._over:
             raise ConfigError("a Fleet can be entered only once: make a new Fleet.")
         try:
@@ -150,6 +154,8 @@ class Fleet:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        if not self._process.is_this:  # only the parent ends the VMs
+            return
         self._block.check_loop(NAME)
         self._over = True
         failures = self.failures if self._on_error == "raise" else []
@@ -255,7 +261,11 @@ class Fleet:
             *(call.end() for call in list(self._calls)), *(member.delete() for member in members)
         )
 
+    def _check_process(self) -> None:
+        self._process.check("the fleet", "Make a new Fleet in this process.")
+
     def _entered(self) -> list[Member]:
+        self._check_process()
         if not self._block.entered:
             raise ConfigError("the fleet does not run: use async with Fleet(...) as fleet.")
         self._block.check_loop(NAME)

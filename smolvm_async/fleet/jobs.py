@@ -31,6 +31,7 @@ from typing import Any, Generic, Literal, TypeVar
 from smolvm_async.config.checks import check_boolean, check_integer, shown, told
 from smolvm_async.errors import ConfigError, FleetError, JobFailedError, MemberFailedError
 from smolvm_async.fleet.member import Member
+from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.tasks import check_loop, end_tasks, settle, take_exception
 from smolvm_async.vm.vm import AsyncSmolVM
 
@@ -127,6 +128,7 @@ class MapCall(Generic[T, R]):
         self._retries = retries
         self._outcomes: asyncio.Queue[Outcome[R] | None] = asyncio.Queue()
         self._workers: list[asyncio.Task[None]] = []
+        self._process = this_process()
         self._unread = 0  # queued outcomes that the caller has not read yet
         self._was_read = asyncio.Event()
         self._over = False
@@ -185,6 +187,7 @@ class MapCall(Generic[T, R]):
         """Yield outcomes until all workers have ended, or until the items raise an exception."""
         working = len(self._workers)
         while working:
+            self._process.check("map()", "Make a new fleet in this process.")
             check_loop(self._workers[0].get_loop(), "this call of map()")
             outcome = await self._outcomes.get()
             if outcome is not None:

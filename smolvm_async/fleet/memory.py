@@ -20,6 +20,7 @@ would not fit even after all promises have ended, it gets an error, since it wou
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -160,3 +161,5 @@ class MemoryPromises:
 
 
 PROMISES = MemoryPromises()
+# A forked child has no VMs yet, and a thread of its parent may have held the lock.
+os.register_at_fork(after_in_child=PROMISES.__init__)  # type: ignore[misc]

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.tasks import in_thread
 
 POLL = 0.02  # seconds between two attempts
@@ -39,7 +40,9 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
     """Try to lock the open file or directory `fd`, and return whether this succeeded.
 
     Closing `fd` releases the lock. A shared lock prevents exclusive locks, but not shared locks.
+    Forked children do not keep the lock.
     """
+    private(fd)
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,44 +5,70 @@ KILL` asks for a SIGKILL when the parent dies. The parent may have died before t
 first checks the id of its parent, and only then executes the program. The kernel sends the signal
 when the *thread* that spawned the child ends, so the event loop's thread spawns all children.
 
-The event loop watches a VM's children through pidfds. asyncio's own subprocess transport would use
-a thread for each child under Python 3.11. Its `kill()` polls first, and so can take the exit status
-away from that thread, which then reports 255.
+The event loop watches all children through pidfds. asyncio's own child watchers differ between
+versions of Python, and report the status 255 if they lose an exit status.
+
+A process can lose exit statuses: it may ignore SIGCHLD (as its parent did), or another thread or a
+signal handler may wait for all children. A pidfd shows the end of its process even then, and the
+exit status is `None`, "unknown". `run` never loses the status of its command: a shell reports it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from smolvm_async.errors import CommandError, LaunchError
+from smolvm_async.errors import CommandError, HostError, LaunchError
+from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.tail import QUOTED, LogFile, Reader
-from smolvm_async.foundation.tasks import Slots, has_result, settle
+from smolvm_async.foundation.tail import QUOTED, LogFile, Reader, Tail
+from smolvm_async.foundation.tasks import Slots, settle
 
 logger = get_logger(__name__)
 
 LOG_LIMIT = 256 * 1024  # bytes of output to keep for each process
+KILLED = 5.0  # seconds for the end of a command's own children after SIGKILL
+
+# errno of a kernel that is too old, or of a seccomp profile that refuses a system call
+REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL)
 
 # A VM's processes get only these environment variables of the owner: others may hold secrets.
 LOCALE = ("LANG", "LC_ALL", "TZ")
 ENVIRONMENT = ("PATH", "HOME", "TMPDIR", *LOCALE, "LD_LIBRARY_PATH", "XDG_RUNTIME_DIR")
 
 
-def die_with_owner() -> list[str]:
+DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c"]
+EXECUTE = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
+def _reporting(fds: Sequence[int]) -> str:
+    """Return a script that runs a command, and writes its exit status to the shell's stdin.
+
+    The command dies with the shell. It has no stdin. It and its children keep a copy of the shell's
+    stdin as another descriptor, so the end of file shows that they have ended.
+    """
+    free = next(fd for fd in range(9, 2, -1) if fd not in fds)  # the shell knows only digits
+    guarded = shlex.join([*DIE_WITH_PARENT, EXECUTE])
+    return f"""[ "$PPID" = "$0" ] || exit
+{guarded} "$$" "$@" {free}>&0 </dev/null
+echo "$?" >&0"""
+
+
+def die_with_owner(script: str = EXECUTE) -> list[str]:
     """Return a command prefix that makes the kernel kill the command when this process dies."""
-    guard = '[ "$PPID" = "$0" ] && exec "$@"'
-    return ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", guard, str(os.getpid())]
+    return [*DIE_WITH_PARENT, script, str(os.getpid())]
 
 
 class Identity(NamedTuple):
@@ -80,8 +106,10 @@ def identify(pid: int, *, but: str = "ZX") -> Identity | None:
     return Identity(pid, int(fields[19])) if fields[0] not in but else None
 
 
-def describe_exit(returncode: int) -> str:
+def describe_exit(returncode: int | None) -> str:
     """Return a text for an exit status, such as `exit status 1` or `killed by SIGKILL`."""
+    if returncode is None:
+        return f"exit status unknown ({_status_taker()})"
     if returncode >= 0:
         return f"exit status {returncode}"
     try:
@@ -90,13 +118,65 @@ def describe_exit(returncode: int) -> str:
         return f"killed by signal {-returncode}"
 
 
+def _status_taker() -> str:
+    """Return a text for what takes the exit statuses of this process's children."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    if handler is signal.SIG_IGN:
+        return "this process ignores SIGCHLD, so the kernel drops exit statuses"
+    if handler is signal.SIG_DFL:
+        return "another part of this process took it, such as a thread that calls os.waitpid(-1)"
+    name = getattr(handler, "__qualname__", "of another language")
+    return f"this process's handler of SIGCHLD, {name}, took it"
+
+
+def open_pidfd(pid: int) -> int:
+    """Return a pidfd for a process; raise `ProcessLookupError` if the process does not exist.
+
+    Raises:
+        HostError: If the host refuses pidfds.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise HostError(
+            f"This host refuses pidfd_open(2): {error.strerror}.",
+            hint="Use Linux 5.3 or newer; in a container, use a seccomp profile that allows "
+            "pidfd_open, such as the current one of Docker or Podman.",
+            missing=("pidfd",),
+        ) from error
+
+
+def check_pidfds() -> None:
+    """Raise a `HostError` if the host refuses pidfds."""
+    os.close(open_pidfd(os.getpid()))
+
+
+def send_signal(pidfd: int, identity: Identity, number: signal.Signals) -> None:
+    """Send a signal to a process if it still runs.
+
+    Without pidfd_send_signal(2), use the process id, after a check of the start time.
+    """
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        if identity.remains:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(identity.pid, number)
+
+
 class Child:
-    """A child process with a log file, in a session of its own, so Ctrl-C does not reach it.
+    """A child process with a log, in a session of its own, so Ctrl-C does not reach it.
 
     Attributes:
         argv: The command line, without the prefix of `die_with_owner()`.
         log: The end of the child's stdout and stderr.
-        exited: A future for the exit status, negative for a signal. Never cancel this future.
+        exited: A future for the exit status, negative for a signal, `None` if unknown. Never cancel
+            this future.
     """
 
     def __init__(
@@ -105,28 +185,39 @@ class Child:
         argv: Sequence[str],
         process: subprocess.Popen[bytes],
         output: int,
-        log: LogFile,
+        log: Tail,
     ) -> None:
         self.name = name
         self.argv = tuple(argv)
         self.log = log
         self.identity = identify(process.pid) or Identity(process.pid, 0)
         self._process = process
+        self._owner = this_process()
         self._loop = asyncio.get_running_loop()
-        self.exited: asyncio.Future[int] = self._loop.create_future()
-        self._pidfd = os.pidfd_open(process.pid)
+        self.exited: asyncio.Future[int | None] = self._loop.create_future()
+        self._pidfd: int | None = None  # for a child that has ended, and whose status is lost
+        with contextlib.suppress(ProcessLookupError):
+            self._pidfd = open_pidfd(process.pid)
         self._reader = Reader(output, log)
-        self._loop.add_reader(self._pidfd, self._on_exit)
+        if self._pidfd is None:
+            self._loop.call_soon(self._on_exit)
+        else:
+            self._loop.add_reader(self._pidfd, self._on_exit)
+
+    @property
+    def ended(self) -> bool:
+        """True once the process has ended."""
+        return self.exited.done()
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, negative for a signal; `None` until the process is reaped."""
-        return self.exited.result() if self.exited.done() else None
+        """The exit status, negative for a signal; `None` if unknown, or until the process ends."""
+        return self.exited.result() if self.ended else None
 
     def report(self) -> str:
         """Return the name, exit status, end of the log and command, for an error message."""
         status = "is still running"
-        if self.returncode is not None:
+        if self.ended:
             status = f"ended: {describe_exit(self.returncode)}"
         tail = self.log.quote() or "(empty)"
         return f"{self.name} {status}.\nLog:\n{tail}\nCommand: {shlex.join(self.argv)}"
@@ -141,17 +232,35 @@ class Child:
         await settle(self.exited)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal if the process still runs."""
-        if not self.exited.done():
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+        """Send a signal if the process still runs; do nothing in a forked child."""
+        if self._pidfd is not None and self._owner.is_this:
+            send_signal(self._pidfd, self.identity, number)
 
     def _on_exit(self) -> None:
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
+        status = None
+        if self._pidfd is not None:
+            self._loop.remove_reader(self._pidfd)
+            status = self._take_status(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+        self._process.returncode = status or 0  # or Popen would wait for this process id later
         self._reader.close()
         self.log.close()
-        self.exited.set_result(self._process.wait())  # does not block: it has ended
+        self.exited.set_result(status)
+
+    def _take_status(self, pidfd: int) -> int | None:
+        """Reap the process, which has ended, and return its exit status; `None` if it is lost."""
+        try:
+            with contextlib.suppress(PermissionError):  # by a seccomp profile
+                ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+                if ended is None:
+                    return None
+                status = ended.si_status
+                return status if ended.si_code == os.CLD_EXITED else -status
+            _, status = os.waitpid(self.identity.pid, os.WNOHANG)
+            return os.waitstatus_to_exitcode(status)
+        except OSError:
+            return None
 
 
 async def spawn(
@@ -178,23 +287,15 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
         try:
             kept = LogFile(log, LOG_LIMIT)
             undo.callback(kept.close)
-            output, childs = os.pipe()
-            undo.callback(os.close, output)
-            with open(childs, "wb") as childs_end:
-                process = subprocess.Popen(
-                    [*die_with_owner(), *argv],
-                    stdin=subprocess.DEVNULL,
-                    stdout=childs_end,
-                    stderr=childs_end,
-                    cwd=cwd,
-                    env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-                    pass_fds=fds,
-                    umask=0o077,  # only this user may access its files
-                    start_new_session=True,
-                )
-            undo.callback(process.wait)
-            undo.callback(process.kill)
-            child = Child(name, argv, process, output, kept)
+            child = _start(
+                name,
+                argv,
+                kept,
+                cwd=cwd,
+                env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+                pass_fds=fds,
+                umask=0o077,  # only this user may access its files
+            )
         except OSError as error:
             message = f"cannot start {name}: {error}.\nCommand: {shlex.join(argv)}"
             raise LaunchError(message, command=tuple(argv)) from error
@@ -202,47 +303,106 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
         return child
 
 
+def _start(
+    name: str,
+    argv: Sequence[str],
+    log: Tail,
+    *,
+    script: str = EXECUTE,
+    stdin: int = subprocess.DEVNULL,
+    **options: Any,
+) -> Child:
+    with contextlib.ExitStack() as undo:
+        output, childs = os.pipe()
+        undo.callback(os.close, output)
+        with open(childs, "wb") as childs_end:
+            process = subprocess.Popen(
+                [*die_with_owner(script), *argv],
+                stdin=stdin,
+                stdout=childs_end,
+                stderr=childs_end,
+                start_new_session=True,
+                **options,
+            )
+        undo.callback(process.wait)
+        undo.callback(process.kill)
+        child = Child(name, argv, process, output, log)
+        undo.pop_all()
+        return child
+
+
 async def run(
-    argv: Sequence[str | Path], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    fds: Sequence[int] = (),
 ) -> str:
     """Run a command on the host until it ends; return its stdout and stderr as one string.
 
     If the caller is cancelled, kill the command and its children. Raise a `CommandError` if the
-    command cannot be started or its exit status is not 0. Add `env` to the owner's variables.
+    command cannot be started or its exit status is not 0. Add `env` to the owner's variables, and
+    pass the descriptors `fds`.
     """
     words = [str(word) for word in argv]
     logger.debug("%s", shlex.join(words))
-    starting = asyncio.ensure_future(
-        asyncio.create_subprocess_exec(
-            *die_with_owner(),
-            *words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=cwd or "/",  # this process's own directory may have been deleted
-            env={**os.environ, **(env or {})},
-            start_new_session=True,
-        )
-    )
+    check_pidfds()
+    output, reported = Tail(sys.maxsize), Tail(QUOTED)
+    async with _turns.of_this_loop():
+        await asyncio.sleep(0)
+        variables = {**os.environ, **(env or {})}
+        try:
+            child, report = _start_shell(
+                words, output, reported, cwd=cwd or "/", env=variables, pass_fds=fds
+            )
+        except OSError as error:
+            message = f"cannot start {shlex.join(words)}: {error}"
+            raise CommandError(message, command=tuple(words)) from error
     try:
-        process = await settle(starting)
-        output, _ = await process.communicate()
-    except OSError as error:
-        message = f"cannot start {shlex.join(words)}: {error}"
-        raise CommandError(message, command=tuple(words)) from error
-    except asyncio.CancelledError:
-        if has_result(starting):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(starting.result().pid, signal.SIGKILL)
-            await settle(starting.result().wait())
-        raise
-    text = output.decode(errors="replace")
-    if process.returncode:
-        status = describe_exit(process.returncode)
+        await asyncio.wait([child.exited])
+    finally:
+        if not child.ended:
+            await settle(_end_group(child, report))
+        report.close()
+    status = _reported_status(reported.text(), child)
+    if status != 0:
+        text = output.text()
         raise CommandError(
-            f"{shlex.join(words)}: {status}\n{text[-QUOTED:].strip()}",
+            f"{shlex.join(words)}: {describe_exit(status)}\n{text[-QUOTED:].strip()}",
             command=tuple(words),
-            returncode=process.returncode,
+            returncode=status,
             output=text,
         )
-    return text
+    return output.text()
+
+
+def _start_shell(
+    words: Sequence[str], output: Tail, reported: Tail, *, pass_fds: Sequence[int], **options: Any
+) -> tuple[Child, Reader]:
+    """Start a shell that runs a command; return the shell, and the reader of its report."""
+    ours, shells = os.pipe()
+    report = Reader(ours, reported)
+    try:
+        with open(shells, "wb") as stdin:
+            script = _reporting(pass_fds)
+            options |= {"script": script, "stdin": stdin.fileno(), "pass_fds": pass_fds}
+            return _start(words[0], words, output, **options), report
+    except BaseException:
+        report.close()
+        raise
+
+
+async def _end_group(child: Child, report: Reader) -> None:
+    """Kill a command, its shell and its children, and wait until they have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.identity.pid, signal.SIGKILL)
+    await asyncio.wait([child.exited])
+    await asyncio.wait([report.ended], timeout=KILLED)  # a child in another session may live on
+
+
+def _reported_status(text: str, child: Child) -> int | None:
+    """Return the status that the shell reported, negative for a signal, or else its own status."""
+    if not text.strip().isdigit():
+        return child.returncode or None
+    status = int(text)
+    return 128 - status if status - 128 in set(signal.Signals) else status

@@ -10,6 +10,8 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from smolvm_async.foundation.fork import private, this_process
+
 CHUNK = 65536
 QUOTED = 4096  # bytes of a stream that an error message quotes
 CONTROL = r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[^\n\t\x20-\x7e\xa0-\U0010ffff]"
@@ -51,7 +53,7 @@ class Tail:
 
     async def follow(self, over: asyncio.Future[None]) -> AsyncIterator[str]:
         """Yield the kept text, then new text as it arrives, until `over` is done."""
-        news = asyncio.Event()
+        process, news = this_process(), asyncio.Event()
         self.listeners.add(news)
         if not over.done():  # else its event loop may be closed
             over.add_done_callback(lambda _: news.set())
@@ -66,6 +68,7 @@ class Tail:
                     yield text
                 if final:
                     return
+                process.check("this console", "Attach to the VM with from_id().")
                 await news.wait()
         finally:
             self.listeners.discard(news)
@@ -73,6 +76,9 @@ class Tail:
     def text(self, limit: int | None = None) -> str:
         """Return the last `limit` bytes as text; by default, all kept bytes."""
         return bytes(self._kept[-(limit or self.limit) :]).decode(errors="replace")
+
+    def close(self) -> None:
+        """Do nothing: there is no file."""
 
     def quote(self) -> str:
         """Return the end of the stream for an error message: only printable text, stripped."""
@@ -112,13 +118,17 @@ class Reader:
     """A reader that copies data from a descriptor to a `Tail` until end of file or `close()`.
 
     The reader runs on the event loop. It owns the descriptor, and makes it non-blocking.
+
+    Attributes:
+        ended: Done when the reader has stopped.
     """
 
     def __init__(self, fd: int, tail: Tail) -> None:
         os.set_blocking(fd, False)
-        self._fd = fd
+        self._fd = private(fd)
         self._tail = tail
         self._loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
         self._loop.add_reader(fd, self._read)
 
     def drain(self) -> None:
@@ -151,3 +161,5 @@ class Reader:
                 self._loop.remove_reader(self._fd)
             os.close(self._fd)
             self._fd = -1
+            with contextlib.suppress(RuntimeError):
+                self.ended.set_result(None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import anyio
 
 from smolvm_async.errors import ConfigError, HostError
+from smolvm_async.foundation.fork import end_in_child, uses_loop
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 
 with contextlib.suppress(ImportError):
@@ -51,6 +52,7 @@ async def settle(work: Awaitable[T]) -> T:
     Raises:
         asyncio.CancelledError: After `work` has ended, if the caller was cancelled meanwhile.
     """
+    end_in_child(work)
     future = asyncio.ensure_future(work)
     cancellation: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
@@ -143,12 +145,14 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
     Raises:
         HostError: If the host cannot start a thread.
     """
+    end_in_child()
     loop = running_loop()
     worker = _workers.get(loop)
     if worker is None:
         from concurrent.futures import ThreadPoolExecutor
 
         worker = _workers[loop] = ThreadPoolExecutor(1, "smolvm-async")
+        uses_loop(loop)
     try:
         return _submit(worker, function, arguments)
     except RuntimeError as error:
@@ -198,6 +202,7 @@ async def in_background(function: Callable[..., T], *arguments: object) -> T:
 def _submit(
     executor: ThreadPoolExecutor | None, function: Callable[..., T], arguments: tuple[object, ...]
 ) -> asyncio.Future[T]:
+    end_in_child()
     loop = running_loop()
     context = contextvars.copy_context()
     return loop.run_in_executor(executor, context.run, function, *arguments)

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from smolvm_async.errors import HostError
+from smolvm_async.foundation.process import check_pidfds
 from smolvm_async.guests import GuestProfile
 from smolvm_async.host import accelerator, firmware
 from smolvm_async.host.accelerator import Accelerator, Problem
@@ -43,8 +44,8 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
             an argument because this folder must not import `qemu`.
 
     Raises:
-        HostError: If a program or the firmware is missing. The error lists everything that is
-            missing, how to install it, and the places searched.
+        HostError: If a program or the firmware is missing, or if the host refuses pidfds. The error
+            lists everything that is missing, how to install it, and the places searched.
     """
     if sys.platform not in profile.hosts:
         raise HostError(
@@ -52,6 +53,7 @@ def find_tools(profile: GuestProfile, sidecars: Iterable[Program]) -> HostTools:
             hint="Run this on a Linux machine, or in a Linux VM with nested virtualization.",
             missing=("linux",),
         )
+    check_pidfds()
     search_path = os.environ.get("PATH", os.defpath)
     features = profile.firmware_features if profile.firmware == "always" else None
     directories = firmware.descriptor_directories(os.environ)

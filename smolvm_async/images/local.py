@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from smolvm_async.config.source import LocalDisk, Source
 from smolvm_async.errors import ImageError
+from smolvm_async.foundation.fork import close_private, private
 from smolvm_async.foundation.process import run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.images import qcow2
@@ -137,9 +138,9 @@ def open_plain(path: Path, argument: str, wanted: str) -> Iterator[int]:
                 f"{named} is an unfinished download, since {evidence}: finish the download, or "
                 "rename the file if it is complete."
             )
-        yield fd
+        yield private(fd)  # QEMU's locks are on the open file, which it inherits
     finally:
-        os.close(fd)
+        close_private(fd)
 
 
 def _missing(path: Path) -> str:
@@ -222,8 +223,10 @@ async def starts_by_bios(qemu_img: Path, fd: int, disk_format: str) -> bool:
 async def _read_by_qemu(qemu_img: Path, fd: int) -> bytes:
     sector = os.memfd_create("sector", os.MFD_CLOEXEC)
     try:
-        ends = (f"if=/proc/{os.getpid()}/fd/{fd}", f"of=/proc/{os.getpid()}/fd/{sector}")
-        await run([qemu_img, "dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", *ends])
+        # Not /proc/PID/fd: only root may read the one of a process that is not dumpable.
+        ends = (f"if=/proc/self/fd/{fd}", f"of=/proc/self/fd/{sector}")
+        words = ("dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", *ends)
+        await run([qemu_img, *words], fds=[fd, sector])
         return os.pread(sector, BOOT_CODE, 0)
     finally:
         os.close(sector)

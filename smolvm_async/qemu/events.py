@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import running_loop
 
@@ -203,6 +204,7 @@ class EventStream:
     """
 
     def __init__(self) -> None:
+        self._process = this_process()
         self._backlog: deque[Event] = deque(maxlen=BACKLOG)
         self.listeners: weakref.WeakSet[asyncio.Event] = weakref.WeakSet()
         self._closed = False
@@ -216,6 +218,7 @@ class EventStream:
         while not self._backlog:
             if self._closed:
                 raise StopAsyncIteration
+            self._process.check("this stream of events", "Attach to the VM with from_id().")
             news = asyncio.Event()  # it can be waited for in one event loop only
             self.listeners.add(news)
             await news.wait()

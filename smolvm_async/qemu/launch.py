@@ -92,7 +92,7 @@ class Processes:
     def add(self, child: Child) -> None:
         """Take ownership of a process."""
 
-        def note(_: asyncio.Future[int]) -> None:
+        def note(_: asyncio.Future[int | None]) -> None:
             self.ended.append(child)
             self._on_end()
 
@@ -121,8 +121,9 @@ class Processes:
             return LaunchError(message, hint=hint, command=error.command)
         if self.children:
             await asyncio.wait([child.exited for child in self.children], timeout=SAME_END)
-        ended = [child for child in reversed(self.children) if child.returncode is not None]
-        failed = [child for child in ended if child.returncode != 0] or ended
+        ended = [child for child in reversed(self.children) if child.ended]
+        unknown = [child for child in ended if child.returncode is None and child.log.count]
+        failed = [child for child in ended if child.returncode] or unknown or ended
         self.kill()
         if failed and isinstance(error, LaunchError | VMNotRunningError):
             told = "\n".join(child.report() for child in failed)

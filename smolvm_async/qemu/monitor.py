@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
+from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import settle, take_exception
 from smolvm_async.qemu.events import Event, parse_event
@@ -84,6 +85,7 @@ class Monitor:
     def open(self) -> socket.socket:
         """Make the socketpair and return QEMU's end. The caller closes it once QEMU has it."""
         self._socket, qemus = socket.socketpair()
+        private(self._socket.fileno())
         return qemus
 
     async def connect(self, ends: Iterable[asyncio.Future[Any]], timeout: float) -> None:

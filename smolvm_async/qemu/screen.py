@@ -9,6 +9,7 @@ from functools import partial
 
 from smolvm_async.config.checks import check_display
 from smolvm_async.errors import HostError, VMNotRunningError
+from smolvm_async.foundation.fork import end_in_child, private
 from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.qemu.arguments import DISPLAY, SCREEN
@@ -30,12 +31,13 @@ class Screen:
     def open(self) -> int:
         """Make the memfd and return QEMU's descriptor. `close()` closes the descriptor."""
         try:
-            self._read = os.memfd_create("screen")
+            self._read = private(os.memfd_create("screen"))
         except OSError as error:
             raise OSError(error.errno, f"memfd_create(2) failed: {error.strerror}") from error
         self._files.callback(os.close, self._read)
         # QEMU requires a write-only descriptor. QEMU's copy and ours share the file position.
-        self._write = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_CLOEXEC)
+        write = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_CLOEXEC)
+        self._write = private(write)
         self._files.callback(os.close, self._write)
         return self._write
 
@@ -66,6 +68,7 @@ class Screen:
             await self._monitor.complete("screendump", {**where, "format": image_format})
             return await in_thread(self._take)
         finally:
+            end_in_child()
             os.ftruncate(self._write, 0)
 
     def _reserve(self) -> None:

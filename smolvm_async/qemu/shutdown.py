@@ -78,7 +78,8 @@ class ShutdownReport:
         rung: The cause of the end.
         seconds: The duration of all rungs together.
         steps: The rungs that `shut_down` tried, in order.
-        exit_status: QEMU's exit status, negative for a signal; `None` if QEMU was not running.
+        exit_status: QEMU's exit status, negative for a signal; `None` if QEMU was not running, or
+            if the exit status is unknown, as in a process that ignores SIGCHLD.
     """
 
     rung: Rung
@@ -105,13 +106,13 @@ async def shut_down(
     ]
     steps: list[Step] = []
     for rung, act, deadline in ladder:
-        if qemu.returncode is None and deadline > 0:
+        if not qemu.ended and deadline > 0:
             meter.report(f"{rung}: up to {deadline:g} s")
             step = await _climb(rung, act(qemu, monitor), deadline, qemu, monitor)
             steps.append(step)
             if step.note:
                 meter.report(f"{rung}: {step.note}")
-    if qemu.returncode is None:
+    if not qemu.ended:
         killed = time.monotonic()
         await qemu.reap()
         steps.append(Step(Rung.SIGKILL, time.monotonic() - killed))
@@ -157,7 +158,7 @@ async def _power_down(qemu: Child, monitor: Monitor) -> str:
         if await _ended_within(qemu, POLL):
             return ""
     presses = 0
-    while qemu.returncode is None:
+    while not qemu.ended:
         await monitor.execute("system_powerdown")
         presses += 1
         await _ended_within(qemu, PRESS_AGAIN)
@@ -178,4 +179,4 @@ async def _signal(number: signal.Signals, qemu: Child, monitor: Monitor) -> str:
 
 async def _ended_within(qemu: Child, seconds: float) -> bool:
     await asyncio.wait([qemu.exited], timeout=seconds)
-    return qemu.returncode is not None
+    return qemu.ended

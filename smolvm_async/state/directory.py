@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
 from smolvm_async.foundation.files import replace_file
+from smolvm_async.foundation.fork import private, this_process
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.names import (
@@ -74,7 +75,8 @@ class Parts(NamedTuple):
 # 4. A dead owner's QEMU may run for a moment longer and write to the disk. So `hold` finally calls
 #    `end_orphans`.
 # 5. If the owner forks, as multiprocessing does, the child has a copy of the descriptor and so of
-#    the lock. `_Lease` closes the copy in the child, or the lock would outlast the owner.
+#    the lock. `foundation/fork.py` takes the copy from the child, or the lock would outlast the
+#    owner. In the child, `_Lease.fd` is -1, so the child changes no file.
 
 
 class _Lease:
@@ -83,14 +85,20 @@ class _Lease:
     Removing a directory needs a descriptor, and must not fail if the process has none left.
 
     Attributes:
-        fd: The descriptor of the open directory; closing it releases the lock. -1 after `close()`.
+        fd: The descriptor of the open directory; closing it releases the lock. -1 after `close()`,
+            and in a forked child.
     """
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        self._fd = fd
+        self._owner = this_process()
         self._spare = -1
         self._reserve()
-        _leases.add(self)
+
+    @property
+    def fd(self) -> int:
+        """See the class."""
+        return self._fd if self._owner.is_this else -1
 
     @contextlib.contextmanager
     def spare_descriptor(self) -> Iterator[None]:
@@ -106,26 +114,14 @@ class _Lease:
 
     def close(self) -> None:
         """Release the lock; a second call does nothing."""
-        _leases.discard(self)
-        descriptors, self.fd, self._spare = (self.fd, self._spare), -1, -1
+        descriptors, self._fd, self._spare = (self._fd, self._spare), -1, -1
         for fd in descriptors:
             if fd >= 0:
                 os.close(fd)
 
     def _reserve(self) -> None:
         with contextlib.suppress(OSError):
-            self._spare = os.dup(self.fd)
-
-
-_leases: weakref.WeakSet[_Lease] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    for lease in list(_leases):
-        lease.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
+            self._spare = private(os.dup(self._fd))
 
 
 class VMDirectory:
@@ -264,7 +260,7 @@ class VMDirectory:
 
     def remove(self) -> None:
         """Remove the directory and release the lock; a second call does nothing."""
-        if self._lease is not None:
+        if self._lease is not None and self.fd >= 0:
             try:
                 _remove(self.path, self._lease)
             finally:
@@ -286,8 +282,8 @@ class VMDirectory:
         self._write(SCRATCH, b"")
 
     def remove_sockets(self) -> None:
-        """Remove the sockets of the VM's last run."""
-        for name in SOCKETS:
+        """Remove the sockets of the VM's last run, if this object holds the lock."""
+        for name in SOCKETS if self.fd >= 0 else ():
             (self.path / name).unlink(missing_ok=True)
 
     def release(self) -> None:

@@ -20,7 +20,7 @@ import signal
 from collections.abc import Iterable, Iterator
 
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.process import Identity
+from smolvm_async.foundation.process import Identity, open_pidfd, send_signal
 
 logger = get_logger(__name__)
 
@@ -41,15 +41,14 @@ async def end_orphans(identities: Iterable[Identity], dir_fd: int) -> None:
 def killed_orphan(identity: Identity, dir_fd: int) -> Iterator[int | None]:
     """Kill the process if it exists and works in `dir_fd`; yield its pidfd, or `None` if not."""
     try:
-        pidfd = os.pidfd_open(identity.pid)
+        pidfd = open_pidfd(identity.pid)
     except ProcessLookupError:
         yield None
         return
     try:
         found = identity.remains and _works_in(identity.pid, dir_fd)
         if found:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            send_signal(pidfd, identity, signal.SIGKILL)
         yield pidfd if found else None
     finally:
         os.close(pidfd)

@@ -195,7 +195,7 @@ class VMRun:
         group.start_soon(self.boot.watch, self._monitor, probe)
         self.started.set_result(None)
         await self._until_end()
-        if self.processes.qemu.returncode is not None:
+        if self.processes.qemu.ended:
             await self._monitor.last_words()
         if not self._scope.cancel_called:  # else the SIGKILL of abort() looks like a crash
             self.failure = self._judge()
@@ -297,7 +297,7 @@ class VMRun:
         if self._crash:
             return
         if ended:
-            if ended[0] is not qemu and ended[0].returncode == 0:
+            if ended[0] is not qemu and not ended[0].returncode:
                 await asyncio.wait([qemu.exited], timeout=SAME_END)
             self.report = ShutdownReport(Rung.GUEST, exit_status=qemu.returncode)
             return
@@ -362,16 +362,16 @@ class VMRun:
         if self._crash:
             return self._crashed(self._crash, qemu, process="guest")
         for sidecar in self.processes.children[1:]:
-            if sidecar.returncode or (sidecar.returncode == 0 and qemu.returncode is None):
+            if sidecar.returncode or (sidecar.ended and not qemu.ended):
                 return self._crashed(sidecar.report(), sidecar)
         if self.report.rung not in (Rung.GUEST, Rung.POWERDOWN):
             return None
-        if qemu.returncode == 0 and self._shutdown is not None:
+        if not qemu.returncode and self._shutdown is not None:
             if self._shutdown.guest or self._shutdown.reason.startswith("host-qmp"):
                 return None
             reason = f"QEMU was ended from outside ({self._shutdown.reason}). "
             return self._crashed(reason + qemu.report(), qemu)
-        oom = oom_reason(self._oom_kills) if qemu.returncode == -signal.SIGKILL else ""
+        oom = oom_reason(self._oom_kills) if qemu.returncode in (-signal.SIGKILL, None) else ""
         hint = "Use a smaller memory=, or fewer VMs at once." if oom else ""
         return self._crashed(oom + qemu.report(), qemu, hint=hint)
 

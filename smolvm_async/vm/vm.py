@@ -21,7 +21,7 @@ from smolvm_async.config.options import (
 )
 from smolvm_async.config.source import PublishedImage
 from smolvm_async.controls.desktop.desktop import Desktop
-from smolvm_async.controls.interface import VM, running
+from smolvm_async.controls.interface import VM, running, usable
 from smolvm_async.controls.ports import PortForwarding
 from smolvm_async.controls.shell import Shell
 from smolvm_async.controls.ssh.login import Access
@@ -31,6 +31,7 @@ from smolvm_async.errors import (
     VMNotFoundError,
     VMNotRunningError,
 )
+from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import DEFAULT, GUESTS
 from smolvm_async.qemu.launch import SAME_END
@@ -115,6 +116,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         self._hold(owned, on_progress)
 
     def _hold(self, handle: OwnedVM | AttachedVM, on_progress: ProgressCallback | None) -> None:
+        self._process = this_process()
         self._block = Block()
         self._on_progress = on_progress
         self._make_controls(handle)
@@ -137,8 +139,17 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         """The current run, if this process owns the VM."""
         return self._vm.run if isinstance(self._vm, OwnedVM) else None
 
+    @property
+    def _vm(self) -> VM:
+        """The object for the VM. A forked child must not use the object of its parent."""
+        return usable(self._handle, self._process)
+
+    @_vm.setter
+    def _vm(self, handle: VM) -> None:
+        self._handle = handle
+
     def _attach(self, handle: OwnedVM | AttachedVM) -> None:
-        self._vm: VM = handle
+        self._vm = handle
         self._control(handle)
         handle.on_crash = self._block.cancel
 
@@ -196,12 +207,13 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         return await prune_vms(_known_data_dir(data_dir))
 
     def __repr__(self) -> str:
-        return f"<AsyncSmolVM {self.vm_id} {self._vm.config.os} {self.status}>"
+        status = self.status if self._process.is_this else "of another process"
+        return f"<AsyncSmolVM {self.vm_id} {self._handle.config.os} {status}>"
 
     @property
     def vm_id(self) -> str:
         """The VM's id, which is also the name of its directory."""
-        return self._vm.config.vm_id
+        return self._handle.config.vm_id
 
     @property
     def status(self) -> Status:
@@ -214,6 +226,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         return self._vm.accelerator
 
     async def __aenter__(self) -> Self:
+        usable(self._handle, self._process)
         if self._block.entered:
             raise ConfigError(
                 f"{self.vm_id} is already in an async with block: use the VM inside that block."
@@ -233,6 +246,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         await self._leave(error)
 
     async def _leave(self, error: BaseException | None) -> None:
+        if not self._process.is_this:  # only the parent ends the VM
+            return
         vm = self._vm
 
         def crash() -> Exception | None:

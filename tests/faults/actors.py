@@ -46,7 +46,7 @@ async def owner(image: str, data_dir: str, keep: bool) -> None:
 
 async def careless_owner(image: str, data_dir: str, keep: bool) -> None:
     """An owner whose children do not die with it."""
-    process.die_with_owner = list
+    process.die_with_owner = lambda script="": []
     await owner(image, data_dir, keep)
 
 

@@ -17,6 +17,7 @@ from smolvm_async.controls.ssh.execution import Execution, Stream, executing
 from smolvm_async.controls.ssh.link import Link, OverSSH
 from smolvm_async.controls.ssh.script import check_command, script
 from smolvm_async.errors import CommandFailedError, CommandTimeoutError, ConfigError
+from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.qemu.pauses import GuestTimeout
 
@@ -73,6 +74,7 @@ class LineStream:
     """
 
     def __init__(self, command: str, timeout: float | None, link: Link) -> None:
+        self._process = this_process()
         self._command = command
         self._timeout = timeout
         self._deadline: float | None = None
@@ -151,6 +153,7 @@ class LineStream:
                 if self._execution.exit_code is None:
                     raise self._link.lost()
                 raise StopAsyncIteration
+            self._process.check(shown(self._command), "Attach to the VM with from_id().")
             self._news.clear()
             try:
                 async with GuestTimeout(self._link.pauses, self._deadline):

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import ConnectionLostError
+from smolvm_async.foundation.fork import end_in_child, private
 from smolvm_async.foundation.tasks import (
     has_result,
     in_background,
@@ -257,6 +258,7 @@ class Link:
         await self._wait_awhile(self._end(ending))
 
     async def _wait_awhile(self, work: Coroutine[None, None, None]) -> None:
+        end_in_child(work)
         task = asyncio.ensure_future(work)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
@@ -415,6 +417,7 @@ async def greeted(port: int, timeout: float) -> socket.socket | None:
     """
     loop = asyncio.get_running_loop()
     ours = socket.socket()
+    private(ours.fileno())
     try:
         ours.setblocking(False)
         ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -23,6 +23,7 @@ from smolvm_async.fleet.jobs import (
 )
 from smolvm_async.fleet.member import check_until
 from smolvm_async.fleet.template import configure
+from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import check_loop, running_loop, settle
 from smolvm_async.host.accelerator import TCG
@@ -106,6 +107,7 @@ class DaskFleet:
         # Without max_live=, the workers' memory and threads are the limit.
         self._most = MAX_COUNT if max_live is None else check_count("max_live", max_live)
         self._on_error = check_on_error(on_error)
+        self._process = this_process()
         self._id = uuid.uuid4().hex
         self._calls: WeakSet[DaskMapCall[Any, Any]] = WeakSet()
         self._workers: Workers | None = None
@@ -117,6 +119,7 @@ class DaskFleet:
         from smolvm_async.fleet.dask.client import Workers
         from smolvm_async.fleet.dask.messages import dumps
 
+        self._check_process()
         if self._workers is not None or self._over:
             raise ConfigError("a DaskFleet can be entered only once: make a new DaskFleet.")
         self._loop = running_loop()
@@ -133,6 +136,8 @@ class DaskFleet:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if not self._process.is_this:  # only the parent ends the jobs
+            return
         check_loop(self._loop, NAME)
         workers, self._workers, self._over = self._workers, None, True
         assert workers is not None
@@ -172,6 +177,7 @@ class DaskFleet:
                 `WorkerLostError` if the worker was lost.
             ConfigError: An argument is wrong, or the fleet's block was not entered.
         """
+        self._check_process()
         if self._workers is None:
             raise ConfigError("the fleet does not run: use async with DaskFleet(...) as fleet.")
         check_loop(self._loop, NAME)
@@ -192,6 +198,9 @@ class DaskFleet:
         call: DaskMapCall[T, R] = DaskMapCall(self._workers, request, items, retries)
         self._calls.add(call)
         return call.results(1, in_order, how)
+
+    def _check_process(self) -> None:
+        self._process.check("the DaskFleet", "Make a new DaskFleet in this process.")
 
     async def _connect(self) -> Any:
         """Open our own connection: the given client may belong to another event loop."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from smolvm_async.errors import CommandError
 from smolvm_async.foundation import process
 from smolvm_async.foundation.files import sha256_of
+from smolvm_async.foundation.fork import close_private
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.progress import Meter
 from smolvm_async.foundation.tasks import in_background
@@ -43,7 +44,7 @@ async def exclusive(directory: Path) -> AsyncIterator[None]:
         await poll(partial(try_lock, descriptor))
         yield
     finally:
-        os.close(descriptor)
+        close_private(descriptor)
 
 
 async def update(cache: Path) -> None:
@@ -121,7 +122,7 @@ def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
 async def _download(sizes: dict[str, int], cache: Path, meter: Meter) -> None:
     """Download into another directory, then move the files: `archives` has only complete files."""
     arriving = cache / "arriving"
-    shutil.rmtree(arriving, ignore_errors=True)
+    await in_background(shutil.rmtree, arriving, True)
     arriving.mkdir()
     watching = asyncio.create_task(_watch(arriving, sum(sizes.values()), meter))
     try:
@@ -131,7 +132,7 @@ async def _download(sizes: dict[str, int], cache: Path, meter: Meter) -> None:
             os.replace(arriving / file, cache / "archives" / file)
     finally:
         watching.cancel()
-        shutil.rmtree(arriving, ignore_errors=True)
+        await in_background(shutil.rmtree, arriving, True)
 
 
 async def _watch(directory: Path, total: int, meter: Meter) -> None:
@@ -160,7 +161,11 @@ async def _apt(program: str, cache: Path, *words: str, cwd: Path | None = None) 
         "Acquire::ForceHash": "SHA256",
     }
     settings = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as temporary:
-        # If apt is killed, its temporary files are removed with this directory.
+    # If apt is killed, its temporary files are removed with this directory. A TemporaryDirectory
+    # would be removed by a forked child, too.
+    temporary = tempfile.mkdtemp(dir=cache)
+    try:
         environment = {"LC_ALL": "C.UTF-8", "TMPDIR": temporary}
         return await process.run([program, *settings, *words], cwd=cwd, env=environment)
+    finally:
+        await in_background(shutil.rmtree, temporary, True)

@@ -31,6 +31,7 @@ from smolvm_async.config.checks import check_integer, shown
 from smolvm_async.config.source import Source
 from smolvm_async.config.uri import Location, is_published, parse_uri
 from smolvm_async.errors import ConfigError, ImageError
+from smolvm_async.foundation.fork import close_private
 from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import ProgressCallback
@@ -395,6 +396,6 @@ def _lock_files(source: Source, stack: ExitStack) -> bool:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
-        stack.callback(os.close, fd)
+        stack.callback(close_private, fd)
         try_lock(fd, shared=True)
     return True

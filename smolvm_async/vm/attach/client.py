@@ -33,6 +33,7 @@ from smolvm_async.controls.interface import VM, Run, check_run
 from smolvm_async.controls.ssh.clock import PROBLEM
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import VMCrashedError, VMNotRunningError
+from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.locking import poll
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tail import Tail
@@ -106,6 +107,7 @@ class AttachedVM:
         """
         vm = cls(path, record)
         reader, vm._writer = await asyncio.open_unix_connection(address(dir_fd), limit=MAX_MESSAGE)
+        private(vm._writer.get_extra_info("socket").fileno())
         try:
             async with asyncio.timeout(GREETING):
                 method = ""

@@ -29,6 +29,7 @@ from typing import Any
 
 from smolvm_async.controls.interface import VM, Run
 from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.fork import end_in_child, private
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.rpc import arguments_from_json, rpc_methods
 from smolvm_async.qemu.events import EventStream
@@ -76,6 +77,7 @@ class ControlServer:
     async def start(self, dir_fd: int) -> None:
         """Listen on the socket in an open directory; only this user can connect."""
         listener = socket.socket(socket.AF_UNIX)
+        private(listener.fileno())
         try:
             os.fchmod(listener.fileno(), 0o600)  # the mode of the socket's file
             listener.bind(address(dir_fd))
@@ -93,6 +95,7 @@ class ControlServer:
 
     async def close(self) -> None:
         """Send every client the remaining messages, and close all connections."""
+        end_in_child()  # asyncio would remove the socket's file
         self._over = True
         if self._server is not None:
             self._server.close()
@@ -105,6 +108,7 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        private(writer.get_extra_info("socket").fileno())
         self._connections.add(task)
         reading = asyncio.ensure_future(self._read_requests(reader, writer))
         telling = asyncio.ensure_future(self._tell(writer))
