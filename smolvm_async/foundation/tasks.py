@@ -60,6 +60,7 @@ async def settle(work: Awaitable[T]) -> T:
             try:
                 await asyncio.wait([future])
             except asyncio.CancelledError as error:
+                end_in_child()  # where the work never ends
                 cancellation = error
     if cancellation is not None:
         take_exception(future)
