@@ -23,8 +23,11 @@ CALLS = {
     "flock": 73,
     "memfd_create": 319,
     "mprotect": 10,
+    "pidfd_open": 434,
+    "pidfd_send_signal": 424,
     "seccomp": 317,
     "socket": 41,
+    "waitid": 247,
 }
 PR_SET_NO_NEW_PRIVS, PR_SET_MDWE, SECCOMP = 38, 65, 317
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06  # <linux/bpf_common.h>, with BPF_W | BPF_ABS, BPF_K

@@ -37,11 +37,11 @@ def under(restrictions: list[str], *command: str) -> list[str]:
     return [sys.executable, restricted.__file__, *restrictions, "--", sys.executable, *command]
 
 
-def start(prefix: list[str], data_dir: Path, image: Path, os: str = "windows") -> dict[str, Any]:
-    """Start a VM with a command line that ends with Python; return the error's fields."""
+def start(prefix: list[str], data_dir: Path, image: Path, os: str = "windows") -> Any:
+    """Start a VM with a command line that ends with Python; return an error's fields, or `None`."""
     words = [*prefix, "-c", START, str(data_dir), str(image), os]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
-    error: dict[str, Any] = json.loads(done.stdout)
+    error = json.loads(done.stdout)
     return error
 
 
@@ -57,6 +57,8 @@ def start(prefix: list[str], data_dir: Path, image: Path, os: str = "windows") -
         ("flock=ENOLCK", "windows", "refuses the system call flock(2)", "SystemCallFilter="),
         ("flock=EBADF", "linux", "refuses the system call flock(2)", "SystemCallFilter="),
         ("memfd_create=EPERM", "linux", "refuses the system call memfd_create(2)", "seccomp"),
+        ("pidfd_open=EPERM", "windows", "refuses pidfd_open(2)", "seccomp"),
+        ("pidfd_open=ENOSYS", "linux", "refuses pidfd_open(2)", "Linux 5.3"),
         ("RLIMIT_AS=3000000000", "linux", "RLIMIT_AS of this process is 3000000000", "LimitAS="),
         ("RLIMIT_NOFILE=13", "linux", "RLIMIT_NOFILE of this process is 13", "ulimit -n"),
     ],
@@ -67,7 +69,7 @@ def test_a_start_names_the_restriction_and_where_it_is_set_and_leaves_nothing(
     error = start(under([restriction]), data_dir, blank_image, os)
     assert reason in error["message"]
     assert where in error["hint"]
-    assert not list(data_dir.iterdir())
+    assert not data_dir.exists() or not list(data_dir.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,14 @@ def test_a_port_that_cannot_be_forwarded_names_the_restriction(
     assert "refuses sockets of the family AF_INET" in error["message"]
     assert "RestrictAddressFamilies=" in error["hint"]
     assert "host_port=" not in error["hint"]
+
+
+def test_a_vm_is_killed_and_reaped_without_newer_system_calls(
+    blank_image: Path, data_dir: Path
+) -> None:
+    restrictions = ["pidfd_send_signal=EPERM", "waitid=EPERM"]
+    assert start(under(restrictions), data_dir, blank_image) is None
+    assert not list(data_dir.iterdir())
 
 
 def in_mounts(script: str) -> list[str]:
