@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import anyio
+
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access
@@ -184,6 +186,7 @@ class Control:
     def __init__(self, vm: VM) -> None:
         self.vm = vm
         self._maker = this_process()
+        self._lock = anyio.Lock()
 
     @property
     def vm(self) -> VM:
@@ -193,6 +196,12 @@ class Control:
     @vm.setter
     def vm(self, vm: VM) -> None:
         self._vm = vm
+
+    @property
+    def _turn(self) -> anyio.Lock:
+        """The lock that keeps two calls of this control from mixing."""
+        usable(self._vm, self._maker)
+        return self._lock
 
     def running(self) -> Run:
         """Return the VM's run. See the function `running()`."""

@@ -20,8 +20,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import anyio
-
 from smolvm_async.config.checks import check_seconds
 from smolvm_async.controls.interface import VM, Control
 from smolvm_async.foundation.tasks import in_thread
@@ -39,7 +37,6 @@ class Keyboard(Control):
     def __init__(self, vm: VM) -> None:
         super().__init__(vm)
         self._layout = "us"
-        self._turn = anyio.Lock()
 
     @property
     def layout(self) -> str:

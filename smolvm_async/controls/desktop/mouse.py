@@ -24,8 +24,6 @@ import operator
 from collections.abc import AsyncIterator
 from typing import Literal, SupportsIndex, get_args
 
-import anyio
-
 from smolvm_async.config.checks import check_integer, check_seconds, shown
 from smolvm_async.controls.desktop.screen import Screen
 from smolvm_async.controls.interface import VM, Control
@@ -61,7 +59,6 @@ class Mouse(Control):
     def __init__(self, vm: VM, screen: Screen) -> None:
         super().__init__(vm)
         self._screen = screen
-        self._turn = anyio.Lock()
 
     async def move(self, x: int, y: int) -> None:
         """Move the mouse to a position."""
