@@ -153,7 +153,6 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         from concurrent.futures import ThreadPoolExecutor
 
         worker = _workers[loop] = ThreadPoolExecutor(1, "smolvm-async")
-        uses_loop(loop)
     try:
         return _submit(worker, function, arguments)
     except RuntimeError as error:
@@ -205,6 +204,7 @@ def _submit(
 ) -> asyncio.Future[T]:
     end_in_child()
     loop = running_loop()
+    uses_loop(loop)
     context = contextvars.copy_context()
     return loop.run_in_executor(executor, context.run, function, *arguments)
 

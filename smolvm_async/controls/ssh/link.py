@@ -255,6 +255,7 @@ class Link:
         This waits even if the caller is cancelled, but at most 2 s: if the guest hangs, the
         session ends in the background.
         """
+        end_in_child(ending)
         await self._wait_awhile(self._end(ending))
 
     async def _wait_awhile(self, work: Coroutine[None, None, None]) -> None:
