@@ -23,11 +23,15 @@ SHORT = (  # the doctor, the built-in Linux, the main job, a kept VM, a crash, t
     "tests/integration/test_screen.py::test_screenshots_at_every_time_of_a_vms_life",
 )
 LONG = (
-    *("tests/integration/test_doctor.py", "tests/integration/test_launch.py"),
-    *("tests/integration/test_linux.py", "tests/integration/test_main_job.py"),
-    *("tests/integration/test_kept.py", "tests/integration/test_fleet.py"),
-    *("tests/integration/test_screen.py", "tests/integration/test_input.py"),
-    *("tests/integration/test_other_processes.py", "tests/faults/test_crashes.py"),
+    *("tests/integration/test_doctor.py", "tests/integration/test_linux.py"),
+    *("tests/integration/test_main_job.py", "tests/integration/test_kept.py"),
+    *("tests/integration/test_fleet.py", "tests/integration/test_other_processes.py"),
+    *("tests/faults/test_crashes.py", "tests/integration/test_launch.py::test_any_path_will_do"),
+    "tests/integration/test_launch.py::test_qemu_warns_of_nothing",
+    "tests/integration/test_screen.py::test_screenshots_at_every_time_of_a_vms_life",
+    "tests/integration/test_screen.py::test_waiting_for_the_screen",
+    "tests/integration/test_input.py::test_what_is_typed_is_shown_after_a_reboot",
+    "tests/integration/test_input.py::test_the_mouse_is_exact",
 )
 # `tests/run.sh --all` sets SMOLVM_ASYNC_EVERY_FAULT=1.
 ALL = "SMOLVM_ASYNC_EVERY_FAULT" in os.environ
