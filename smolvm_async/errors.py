@@ -8,6 +8,7 @@
     │   ├── PictureError                 the data is not a complete picture
     │   ├── UnsupportedError             the guest OS or this version lacks the feature
     │   ├── VMAlreadyExistsError         the VM id is taken
+    │   │   └── VMElsewhereError         another host uses the VM
     │   └── VMNotFoundError              no VM has this id
     ├── HostError (ValueError)           the host lacks something
     ├── CommandError                     a host command failed (mcopy, apt-get, ...)
@@ -147,6 +148,17 @@ class UnsupportedError(ConfigError):
 
 class VMAlreadyExistsError(ConfigError):
     """Another VM has this id: a running VM of this or another process, or a kept VM."""
+
+
+@error_class
+class VMElsewhereError(VMAlreadyExistsError):
+    """The VM belongs to another host that shares the data directory; `hint` says what to do.
+
+    Attributes:
+        host: The name of that host.
+    """
+
+    host: str = ""
 
 
 class VMNotFoundError(ConfigError):

@@ -146,9 +146,21 @@ def _confirm(names: str, json: bool) -> None:
     typer.confirm(f"Delete permanently: {names}?", abort=True)
 
 
-def prune(data_dir: DataDir = None, json: Json = False) -> None:
-    """Remove VMs whose owners have died. Kept VMs stay and become stopped."""
-    infos = execute(AsyncSmolVM.prune(data_dir=data_dir), json=json)
+def prune(
+    gone_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A host that never runs again: its VMs have no owners any more."
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Remove VMs whose owners have died. Kept VMs stay and become stopped.
+
+    VMs of other hosts that share the directory stay as they are.
+    """
+    infos = execute(AsyncSmolVM.prune(data_dir=data_dir, gone_host=gone_host), json=json)
     if json:
         write_json([asdict(info) for info in infos])
         return

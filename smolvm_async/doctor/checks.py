@@ -27,7 +27,7 @@ from smolvm_async.host.memory import available_memory
 from smolvm_async.host.restrictions import find_noexec, find_restrictions
 from smolvm_async.images.local import open_image
 from smolvm_async.qemu.sidecars import SIDECARS, Sidecar
-from smolvm_async.state.directory import VMDirectory, open_directory
+from smolvm_async.state.directory import VMDirectory, describe_loose, loose_parent, open_directory
 
 OLDEST_QEMU = (7, 1)
 TESTED_QEMU = "7.2, 10.0 and 11.1"
@@ -246,6 +246,8 @@ async def check_data_dir(data_dir: Path) -> Verdict:
         problem = f"{path} still exists after its removal"
     if problem:
         return blamed(problem, ELSEWHERE, data_dir)
+    if parent := await in_thread(loose_parent, data_dir):
+        return warning(*describe_loose(parent))
     return ok(f"{data_dir}: a VM's directory there is private, and its lock works")
 
 

@@ -8,12 +8,22 @@ import os
 from pathlib import Path
 
 
+def make_private(path: Path) -> None:
+    """Create a directory and its missing parents with mode 0700; leave existing ones as they are.
+
+    `Path.mkdir(mode=0o700, parents=True)` would apply the mode to the last directory only.
+    """
+    for directory in (*reversed(path.parents), path):
+        if directory == path or not directory.exists():
+            directory.mkdir(mode=0o700, exist_ok=True)
+
+
 def replace_file(
     path: str | Path,
     content: bytes,
     *,
     temporary: str | Path | None = None,
-    mode: int = 0o666,
+    mode: int = 0o644,
     dir_fd: int | None = None,
 ) -> None:
     """Write a file under a temporary name beside `path`, then rename it to `path`.

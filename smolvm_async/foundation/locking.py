@@ -60,6 +60,18 @@ def is_locked(fd: int) -> bool:
     return not try_lock(fd, shared=True)
 
 
+def excludes_others(dir_fd: int) -> bool:
+    """Return whether the lock on the open directory `dir_fd` keeps a second descriptor from a lock.
+
+    Some sandboxes pretend that flock(2) succeeds; a lock that is free there proves nothing.
+    """
+    second = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        return not try_lock(second)
+    finally:
+        os.close(second)
+
+
 class LockFile:
     """A lock file, which exists only while it is locked and which only this user can open.
 

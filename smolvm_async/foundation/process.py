@@ -106,6 +106,12 @@ def identify(pid: int, *, but: str = "ZX") -> Identity | None:
     return Identity(pid, int(fields[19])) if fields[0] not in but else None
 
 
+def own_identity() -> Identity:
+    """Return the identity of this process, even if /proc shows another PID namespace."""
+    with open("/proc/self/stat") as file:
+        return Identity(os.getpid(), int(file.read().rpartition(")")[2].split()[19]))
+
+
 def describe_exit(returncode: int | None) -> str:
     """Return a text for an exit status, such as `exit status 1` or `killed by SIGKILL`."""
     if returncode is None:

@@ -223,9 +223,10 @@ async def starts_by_bios(qemu_img: Path, fd: int, disk_format: str) -> bool:
 async def _read_by_qemu(qemu_img: Path, fd: int) -> bytes:
     sector = os.memfd_create("sector", os.MFD_CLOEXEC)
     try:
+        # `-U`: if another program has the image open for writing, QEMU's launch tells the user.
         # Not /proc/PID/fd: only root may read the one of a process that is not dumpable.
         ends = (f"if=/proc/self/fd/{fd}", f"of=/proc/self/fd/{sector}")
-        words = ("dd", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", *ends)
+        words = ("dd", "-U", "-f", "qcow2", "-O", "raw", "bs=512", "count=1", *ends)
         await run([qemu_img, *words], fds=[fd, sector])
         return os.pread(sector, BOOT_CODE, 0)
     finally:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
+import shlex
 import stat
 import weakref
 from collections.abc import Container, Iterator, Mapping
@@ -17,11 +19,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from smolvm_async.errors import ConfigError, VMAlreadyExistsError, VMNotFoundError
-from smolvm_async.foundation.files import replace_file
+from smolvm_async.errors import (
+    ConfigError,
+    VMAlreadyExistsError,
+    VMElsewhereError,
+    VMNotFoundError,
+)
+from smolvm_async.foundation.files import make_private, replace_file
 from smolvm_async.foundation.fork import private, this_process
 from smolvm_async.foundation.locking import poll, try_lock
+from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import in_thread
+from smolvm_async.state.claim import claim, unclaim
 from smolvm_async.state.names import (
     MARKS,
     NEW_RECORD,
@@ -32,12 +41,17 @@ from smolvm_async.state.names import (
     SECRETS,
     SOCKETS,
     VARS,
+    is_leftover,
     is_ours,
 )
 from smolvm_async.state.orphans import end_orphans, killed_orphan
 from smolvm_async.state.record import Record, read_record
 
+logger = get_logger(__name__)
+
 NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # missing, a file, or a link
+REMOVED = (errno.ENOENT, errno.ESTALE)  # the directory that was opened was removed since
+FULL = (errno.ENOSPC, errno.EDQUOT)
 BUSY = 10.0  # seconds to wait while list(), prune() or a failing start holds the lock
 
 
@@ -77,6 +91,8 @@ class Parts(NamedTuple):
 # 5. If the owner forks, as multiprocessing does, the child has a copy of the descriptor and so of
 #    the lock. `foundation/fork.py` takes the copy from the child, or the lock would outlast the
 #    owner. In the child, `_Lease.fd` is -1, so the child changes no file.
+# 6. On a shared file system, the lock may not exclude other hosts. So `try_hold` also claims the
+#    directory for this host (see `claim`), and gives up if the record's owner is on another host.
 
 
 class _Lease:
@@ -87,11 +103,13 @@ class _Lease:
     Attributes:
         fd: The descriptor of the open directory; closing it releases the lock. -1 after `close()`,
             and in a forked child.
+        claimed: Whether the directory is claimed for this host, until `release()`.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._owner = this_process()
+        self.claimed = False
         self._spare = -1
         self._reserve()
 
@@ -112,8 +130,14 @@ class _Lease:
             if self.fd >= 0:
                 self._reserve()
 
+    def release(self) -> None:
+        """Remove the claim and release the lock; a second call does nothing."""
+        if self.claimed and self.fd >= 0:
+            unclaim(self.fd)
+        self.close()
+
     def close(self) -> None:
-        """Release the lock; a second call does nothing."""
+        """Close the descriptors, which releases the lock; a second call does nothing."""
         descriptors, self._fd, self._spare = (self._fd, self._spare), -1, -1
         for fd in descriptors:
             if fd >= 0:
@@ -131,11 +155,17 @@ class VMDirectory:
         path: The directory's path. The VM's processes work in this directory, so a path of the
             user's never becomes part of their options.
         record: The record in the directory; `None` if there is no record.
+        other_host: The name of the other host that prevented the last `try_hold()`; else `None`.
+
+    Args:
+        gone_host: The name of a host that never runs again: take over its VMs.
     """
 
-    def __init__(self, data_dir: Path, vm_id: str) -> None:
+    def __init__(self, data_dir: Path, vm_id: str, gone_host: str | None = None) -> None:
         self.path = data_dir / vm_id
         self.record: Record | None = None
+        self.other_host: str | None = None
+        self._gone_host = gone_host
         self._lease: _Lease | None = None
         self._unless_released: weakref.finalize[..., VMDirectory] | None = None
 
@@ -147,8 +177,7 @@ class VMDirectory:
     @property
     def owner_is_dead(self) -> bool:
         """True if the record names an owner process that no longer runs."""
-        owner = self.record.owner if self.record else None
-        return owner is not None and not owner.alive
+        return self.record is not None and self.record.owner_is_dead
 
     async def hold(self, *, create: bool) -> None:
         """Lock the directory, and kill the processes that a dead owner left running in it.
@@ -157,6 +186,7 @@ class VMDirectory:
 
         Raises:
             VMAlreadyExistsError: If a living process (even this process) already holds the lock.
+            VMElsewhereError: If another host uses the directory.
             VMNotFoundError: If the directory does not exist, and `create` is false.
             ConfigError: If the directory cannot be used, or is not a VM's directory.
         """
@@ -164,7 +194,7 @@ class VMDirectory:
         def attempt() -> bool:
             if not self.try_hold(create):
                 owner = self.record.owner if self.record else None
-                if owner is not None and owner.alive:
+                if owner is not None and not self.owner_is_dead:
                     raise self._in_use(f"process {owner.pid}")
             return self.fd >= 0
 
@@ -180,7 +210,7 @@ class VMDirectory:
             raise
 
     def try_hold(self, create: bool) -> bool:
-        """Lock the directory and read its record; return false if another process has locked it."""
+        """Lock and claim the directory, and read its record; return false if it is in use."""
         if create:
             _make(self.path.parent)
         while True:
@@ -213,16 +243,46 @@ class VMDirectory:
                 self._unless_released = weakref.finalize(self, _abandon, self.path, lease)
             try:
                 self._check_ours(lease.fd)
+                self.other_host = self._claim(lease) if locked else None
                 self.record = read_record(self.path, lease.fd)
+                locked = self._may_use(lease.fd) and locked
             finally:
                 if not locked:
+                    self.release()
                     lease.close()
             return locked
+
+    def _claim(self, lease: _Lease) -> str | None:
+        """Claim the directory for this host; return the name of the other host that has claimed it.
+
+        On a full disk, the lock must do to remove a VM; no VM can start there.
+        """
+        try:
+            with lease.spare_descriptor():
+                holder = claim(lease.fd, self._gone_host)
+        except OSError as error:
+            if error.errno in REMOVED:
+                return ""  # another host has just removed the directory: try again
+            if error.errno in FULL:
+                return None
+            raise
+        lease.claimed = holder is None
+        return holder.name if holder is not None else None
+
+    def _may_use(self, fd: int) -> bool:
+        """Return whether no process of this or another host uses the locked directory."""
+        record = self.record
+        if record is not None and record.is_elsewhere(fd):
+            host = record.host.name if record.host is not None else ""
+            if host != self._gone_host:
+                self.other_host = host
+        used = record is not None and record.is_used(fd, held=False)
+        return self.other_host is None and not used
 
     async def end_orphans(self) -> None:
         """Kill the processes that a dead owner left running in the directory."""
         if self.record is not None:
-            await end_orphans(self.record.processes.values(), self.fd)
+            await end_orphans(self.record.processes_here, self.fd)
 
     def write(self, record: Record) -> None:
         """Replace the record."""
@@ -272,7 +332,7 @@ class VMDirectory:
             if self.fd >= 0:
                 with self._spare_descriptor():
                     names = os.listdir(self.path)
-                if SCRATCH in names or {NEW_RECORD}.issuperset(names):
+                if SCRATCH in names or all(map(is_leftover, names)):
                     self.remove()
         finally:
             self.release()
@@ -290,7 +350,7 @@ class VMDirectory:
         """Release the lock and keep the files; a second call does nothing."""
         if self._lease is not None and self._unless_released is not None:
             self._unless_released.detach()
-            self._lease.close()
+            self._lease.release()
             self._lease = None
 
     def _spare_descriptor(self) -> AbstractContextManager[None]:
@@ -319,6 +379,8 @@ class VMDirectory:
             )
 
     def _in_use(self, by: str) -> VMAlreadyExistsError:
+        if self.other_host is not None:
+            return elsewhere(self.path, self.other_host)
         return VMAlreadyExistsError(
             f"vm_id={self.path.name!r} belongs to a VM that {by} is using: choose another "
             "id, attach to the VM with AsyncSmolVM.from_id(), or delete() it first."
@@ -333,19 +395,20 @@ def _abandon(path: Path, lease: _Lease) -> None:
     try:
         record = read_record(path, lease.fd)
         if record is not None and not record.config.keep:
-            for identity in record.processes.values():
+            for identity in record.processes_here:
                 with killed_orphan(identity, lease.fd):
                     pass  # there is no loop to wait for the end of the process
             _remove(path, lease)
     except (ConfigError, OSError):
         pass  # the VM stays as an orphan
     finally:
-        lease.close()
+        lease.release()
 
 
 def _remove(path: Path, lease: _Lease) -> None:
     with lease.spare_descriptor():
         _empty(path, keep=MARKS)
+    lease.claimed = False  # as soon as the claim is removed, another host may claim the directory
     for name in MARKS:
         (path / name).unlink(missing_ok=True)
     path.rmdir()
@@ -391,12 +454,40 @@ def check_data_dir(data_dir: Path) -> None:
         )
 
 
+def loose_parent(data_dir: Path) -> Path | None:
+    """Return a parent in which other users can replace a directory; `None` if there is none.
+
+    Group members do not count as others if the group is this user's own, or root's.
+    """
+    for parent in data_dir.resolve().parents:
+        status = parent.stat()
+        own = status.st_gid in (0, os.getegid())
+        others = stat.S_IWOTH if own else stat.S_IWOTH | stat.S_IWGRP
+        if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
+            return parent
+    return None
+
+
+def describe_loose(parent: Path) -> tuple[str, str]:
+    """Return the problem of a parent that `loose_parent()` found, and the cure."""
+    problem = f"other users can write to {str(parent)!r}, and so replace the data directory in it"
+    return problem, f"Run: chmod go-w {shlex.quote(str(parent))}"
+
+
+@functools.cache  # one warning for each directory, not for each VM
+def _warn_if_loose(data_dir: Path) -> None:
+    with contextlib.suppress(OSError):  # a parent cannot be entered
+        if parent := loose_parent(data_dir):
+            logger.warning("%s. %s", *describe_loose(parent))
+
+
 def _make(data_dir: Path) -> None:
     try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(data_dir)
     except OSError as error:
         raise _unusable(data_dir, str(error.strerror)) from error
     check_data_dir(data_dir)
+    _warn_if_loose(data_dir)
 
 
 def _unusable(data_dir: Path, reason: str) -> ConfigError:
@@ -436,6 +527,18 @@ def not_found(path: Path) -> VMNotFoundError:
     return VMNotFoundError(
         f"no VM with vm_id={path.name!r} exists in {str(path.parent)!r}: AsyncSmolVM.list() shows "
         "the VMs; pass data_dir= if the VM was created with data_dir=."
+    )
+
+
+def elsewhere(path: Path, host: str) -> VMElsewhereError:
+    """Return the exception for a VM that another host uses."""
+    words = ("smolvm-async", "prune", "--gone-host", host, "--data-dir", str(path.parent))
+    return VMElsewhereError(
+        f"The VM {path.name!r} in {str(path.parent)!r} belongs to host {host!r}: only that host "
+        "can start, attach to, stop or delete the VM.",
+        hint=f"Do this on {host!r}. If that host, or that container, never runs again, take over "
+        f"its VMs with AsyncSmolVM.prune(gone_host={host!r}), or: {shlex.join(words)}",
+        host=host,
     )
 
 

@@ -41,6 +41,7 @@ def _row(name: str, **rules: bool) -> str:
 RECORD = _row("vm.json", mark=True)
 NEW_RECORD = _row("vm.json.new")  # the temporary name of a new record
 SCRATCH = _row("scratch", mark=True)  # no VM uses the directory: any process may remove it
+CLAIM = _row("host", mark=True)  # the host that uses the directory at the moment
 
 OVERLAY = _row("overlay.qcow2", required=True)  # the VM's disk
 VARS = _row("vars.fd", secret=True)  # UEFI variables
@@ -76,4 +77,9 @@ MARKS = tuple(name for name, row in ROWS.items() if row.mark)
 
 def is_ours(name: str) -> bool:
     """Return whether this library uses `name` for a file in a VM's directory."""
-    return name in ROWS or name.partition(".")[0] in SIDECARS
+    return name in ROWS or name.partition(".")[0] in {CLAIM, *SIDECARS}
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a directory that has only such files never contained a VM."""
+    return name == NEW_RECORD or name.partition(".")[0] == CLAIM

@@ -7,8 +7,9 @@ the VM's directory kills the processes in the record. It must not kill any other
 1. The kernel may have given the process id to a new process. So this module first opens a pidfd: a
    pidfd always refers to the same process, and a signal sent through it reaches no other process.
 2. Then this module compares the start time of the process with the start time in the record.
-3. Then this module compares the process's working directory with the VM's directory. Start times
-   count from the host's boot: after a reboot, another process may have the same id and start time.
+3. Then this module compares the process's working directory with the VM's directory.
+4. Process ids and start times mean something only in one boot and one PID namespace of one host. So
+   the caller passes only processes that `Record.processes_here` returns.
 """
 
 from __future__ import annotations

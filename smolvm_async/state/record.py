@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.locking import excludes_others
 from smolvm_async.foundation.process import Identity
+from smolvm_async.host.identity import HostIdentity, Relation, relation, this_host
 from smolvm_async.state.names import RECORD
 
 SCHEMA_VERSION = 1
@@ -27,7 +29,8 @@ class Status(StrEnum):
 
     PAUSED: `pause()` stopped the guest's processors, or QEMU did so when it could not write to the
     disk. ORPHANED: the owner died without stopping the VM. `prune()`, or the next `start()` with
-    the VM's id, removes the VM's files; a kept VM becomes `stopped` instead.
+    the VM's id, removes the VM's files; a kept VM becomes `stopped` instead. ELSEWHERE: the owner
+    is on another host that shares the data directory; nothing here can tell whether the VM runs.
     """
 
     CREATED = "created"
@@ -38,6 +41,7 @@ class Status(StrEnum):
     STOPPED = "stopped"
     CRASHED = "crashed"
     ORPHANED = "orphaned"
+    ELSEWHERE = "elsewhere"
     DELETED = "deleted"
 
 
@@ -70,6 +74,8 @@ class Record(BaseModel):
         status: The status that the owner wrote last; see `status_seen`.
         owner: The process that runs the VM; `None` while the VM is stopped.
         processes: The VM's processes by name.
+        host: The host on which owner and processes have their ids; `None` while the VM is stopped,
+            and in records of earlier versions.
         machine: The facts about the VM's machine; `None` until a kept VM has run.
     """
 
@@ -82,19 +88,63 @@ class Record(BaseModel):
     status: Status = Status.STARTING
     owner: Identity | None = None
     processes: dict[str, Identity] = {}
+    host: HostIdentity | None = None
     machine: Machine | None = None
 
-    def status_seen(self, *, held: bool) -> Status:
-        """Return the status; `held` tells whether a process has locked the VM's directory."""
-        return Status.ORPHANED if self.owner is not None and not held else self.status
+    @property
+    def relation(self) -> Relation:
+        """How the host of the VM's owner is related to this host."""
+        return relation(self.host, this_host())
+
+    @property
+    def owner_is_dead(self) -> bool:
+        """True if the record names an owner that certainly has ended, whoever holds the lock."""
+        if self.owner is None:
+            return False
+        related = self.relation
+        dead = related is Relation.SAME_PIDS and not self.owner.alive
+        return dead or related is Relation.EARLIER_BOOT
+
+    @property
+    def processes_here(self) -> list[Identity]:
+        """The VM's processes, if their ids mean the same processes here."""
+        return [*self.processes.values()] if self.relation is Relation.SAME_PIDS else []
+
+    def is_elsewhere(self, dir_fd: int) -> bool:
+        """Return whether nothing here can tell if the owner lives; `dir_fd` is the directory."""
+        return self.owner is not None and beyond_reach(self.relation, dir_fd)
+
+    def is_used(self, dir_fd: int, *, held: bool) -> bool:
+        """Return whether an owner on this host lives; `held` tells whether a process has the lock.
+
+        If locks have no effect in the directory `dir_fd`, only the process id can tell.
+        """
+        if self.owner is None or self.owner_is_dead:
+            return False
+        return held or (self.relation is Relation.SAME_PIDS and not excludes_others(dir_fd))
+
+    def status_seen(self, dir_fd: int, *, held: bool) -> Status:
+        """Return the status; `held` tells whether a process has locked the directory `dir_fd`."""
+        if self.is_elsewhere(dir_fd):
+            return Status.ELSEWHERE
+        used = self.owner is None or self.is_used(dir_fd, held=held)
+        return self.status if used else Status.ORPHANED
 
     def at_rest(self, status: Status) -> Self:
-        """Return the record with a new status, and without owner and processes."""
-        return self.model_copy(update={"status": status, "owner": None, "processes": {}})
+        """Return the record with a new status, and without owner, processes and host."""
+        update: dict[str, object] = {"status": status, "owner": None, "processes": {}, "host": None}
+        return self.model_copy(update=update)
 
     def to_json(self) -> bytes:
         """Return the record as JSON, in ASCII: a path may contain bytes that are not UTF-8."""
         return json.dumps(self.model_dump(), default=os.fspath, indent=1).encode()
+
+
+def beyond_reach(related: Relation, dir_fd: int) -> bool:
+    """Return whether a free lock on `dir_fd` does not prove that the other process is dead."""
+    if related in (Relation.SAME_PIDS, Relation.ANOTHER_HOST):
+        return related is Relation.ANOTHER_HOST
+    return not excludes_others(dir_fd)
 
 
 def read_record(directory: Path, dir_fd: int) -> Record | None:

@@ -31,12 +31,13 @@ class VMInfo:
     Attributes:
         vm_id: The VM's id.
         os: The guest OS.
-        status: See `Status`; `orphaned` if its owner is dead.
+        status: See `Status`; `orphaned` if its owner is dead, `elsewhere` if it is on another host.
         owner: The owner's process id; `None` if the VM has no owner, or if the owner is dead.
         age: Seconds since the VM was created.
         memory: The guest's memory in MiB.
         keep: Whether the VM stays when its owner ends.
         image: The image that the VM was made from; empty for the built-in Linux.
+        host: The name of the other host that the VM belongs to; `None` for a VM of this host.
     """
 
     vm_id: str
@@ -47,6 +48,7 @@ class VMInfo:
     memory: int
     keep: bool
     image: str
+    host: str | None = None
 
 
 async def list_vms(data_dir: Path) -> list[VMInfo]:
@@ -55,23 +57,25 @@ async def list_vms(data_dir: Path) -> list[VMInfo]:
     return sorted(infos, key=lambda info: -info.age)
 
 
-def describe(record: Record, held: bool) -> VMInfo:
-    """Return the information in a record; `held` tells whether a process has locked the VM."""
+def describe(record: Record, status: Status) -> VMInfo:
+    """Return the information in a record; `status` is from `Record.status_seen()`."""
     config = record.config
+    elsewhere = status is Status.ELSEWHERE and record.host is not None
     return VMInfo(
         vm_id=config.vm_id,
         os=config.os,
-        status=record.status_seen(held=held),
-        owner=record.owner.pid if record.owner is not None and held else None,
+        status=status,
+        owner=record.owner.pid if record.owner and status is not Status.ORPHANED else None,
         age=max(0.0, (time.time_ns() - record.created) / 1e9),
         memory=config.memory,
         keep=config.keep,
         image=config.image,
+        host=record.host.name if record.host is not None and elsewhere else None,
     )
 
 
-def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
-    """Yield the record of every VM, and whether a process has locked the VM's directory."""
+def survey(data_dir: Path) -> Iterator[tuple[Record, Status]]:
+    """Yield the record of every VM, and the VM's status."""
     for path in _directories(data_dir):
         try:
             fd = open_directory(path)
@@ -82,6 +86,7 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
         try:
             held = is_locked(fd)  # before reading the record: an owner writes it, then unlocks
             record = read_record(path, fd)
+            status = record.status_seen(fd, held=held) if record is not None else None
         except ConfigError as error:
             logger.warning("%s", error)
             continue
@@ -89,22 +94,22 @@ def survey(data_dir: Path) -> Iterator[tuple[Record, bool]]:
             raise cannot_use(path, error) from error
         finally:
             os.close(fd)
-        if record is not None:
-            # The last thread of a killed owner may hold the lock for a moment longer.
-            yield record, held and (record.owner is None or record.owner.alive)
+        if record is not None and status is not None:
+            yield record, status
 
 
-async def prune_vms(data_dir: Path) -> list[VMInfo]:
+async def prune_vms(data_dir: Path, gone_host: str | None = None) -> list[VMInfo]:
     """Remove the VMs of dead owners from `data_dir`; return their information from before.
 
-    Kept VMs stay and become `stopped`. Processes that dead owners left running are killed.
+    Kept VMs stay and become `stopped`. Processes that dead owners left running are killed. The
+    owners on the host with the name `gone_host` are dead; other hosts' VMs stay.
     """
     await in_thread(_remove_stale_lock, data_dir / LOCK)
     pruned = []
     for path in await in_thread(lambda: list(_directories(data_dir))):
         token = current_vm.set(path.name)
         try:
-            info = await _prune(VMDirectory(data_dir, path.name))
+            info = await _prune(VMDirectory(data_dir, path.name, gone_host))
         except VMNotFoundError:
             pass  # another process has removed it meanwhile
         except (ConfigError, OSError) as error:
@@ -125,12 +130,13 @@ async def _prune(state: VMDirectory) -> VMInfo | None:
         record = state.record
         if record is None or record.owner is None:
             return None
+        info = describe(record, record.status_seen(state.fd, held=False))
         await state.end_orphans()
         if record.config.keep and record.machine is not None:
             await in_thread(state.write, record.at_rest(Status.STOPPED))
         else:
             await in_thread(state.remove)
-        return describe(record, held=False)
+        return info
     finally:
         # This also removes the directory of an owner that died before it wrote a record.
         await in_thread(state.abandon)

@@ -11,7 +11,7 @@ from smolvm_async.errors import VMNotRunningError
 from smolvm_async.foundation.locking import is_locked
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_thread
-from smolvm_async.state.directory import cannot_use, find_directory, not_found
+from smolvm_async.state.directory import cannot_use, elsewhere, find_directory, not_found
 from smolvm_async.state.record import Record, Status, read_record
 from smolvm_async.vm.attach.client import AttachedVM
 from smolvm_async.vm.owner import OwnedVM
@@ -26,6 +26,7 @@ async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | At
 
     Raises:
         VMNotFoundError: `path` is not the directory of a VM.
+        VMElsewhereError: The VM belongs to another host.
         VMNotRunningError: The owner is alive but does not answer.
         ConfigError: The VM's record cannot be read.
     """
@@ -40,6 +41,9 @@ async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | At
                 raise cannot_use(path, error) from error
             if record is None and not held:
                 raise not_found(path)
+            if record is not None and record.is_elsewhere(fd):
+                raise elsewhere(path, record.host.name if record.host is not None else "")
+            held = held or (record is not None and record.is_used(fd, held=False))
             if record is not None and not held:
                 return _at_rest(record, on_progress)
             if record is not None:
@@ -63,13 +67,14 @@ def _at_rest(record: Record, on_progress: ProgressCallback | None) -> OwnedVM:
     async def plan() -> Plan:  # only start() calls this: other methods need no image
         return make_plan(record.config, on_progress)
 
-    record = record.model_copy(update={"status": record.status_seen(held=False)})
+    if record.owner is not None:
+        record = record.model_copy(update={"status": Status.ORPHANED})
     return OwnedVM(record.config, plan, record)
 
 
 def _refuse_if_over(record: Record) -> None:
     owner, over = record.owner, record.status in (Status.STOPPED, Status.CRASHED)
-    if over and owner is not None and owner.alive:
+    if over and owner is not None and not record.owner_is_dead:
         raise VMNotRunningError(
             f"{record.config.vm_id} is {record.status}, but its owner, process {owner.pid}, has "
             "not deleted it yet: wait until that process deletes the VM or ends."

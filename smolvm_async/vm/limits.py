@@ -61,8 +61,8 @@ def _check_sum(config: VMConfig, max_memory: int) -> None:
 
     others = [
         record.config.memory
-        for record, held in survey(config.data_dir)
-        if held and record.status in ACTIVE and record.config.vm_id != config.vm_id
+        for record, status in survey(config.data_dir)
+        if status in ACTIVE and record.config.vm_id != config.vm_id
     ]
     if config.memory + sum(others) > max_memory:
         raise HostError(

@@ -25,7 +25,6 @@ These attributes are the state. Few functions write each of them:
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -42,7 +41,7 @@ from smolvm_async.errors import (
     VMNotRunningError,
 )
 from smolvm_async.foundation.log import current_vm, get_logger
-from smolvm_async.foundation.process import identify
+from smolvm_async.foundation.process import own_identity
 from smolvm_async.foundation.tasks import (
     end_tasks,
     in_thread,
@@ -50,6 +49,7 @@ from smolvm_async.foundation.tasks import (
     settle,
     take_exception,
 )
+from smolvm_async.host.identity import this_host
 from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.state.directory import VMDirectory
@@ -317,9 +317,8 @@ class OwnedVM:
         kept = directory.record if self._created is not None else None
         machine = kept.machine if kept else None
         created = self._created or time.time_ns()
-        owner = identify(os.getpid())
-        record = Record(config=self.config, created=created, owner=owner, machine=machine)
-        directory.write(record)
+        record = Record(config=self.config, created=created, machine=machine)
+        directory.write(owned(record))
         self._created, self._directory = created, directory
         if machine is None:
             directory.clear()
@@ -380,15 +379,18 @@ class OwnedVM:
         await self._discard()
 
 
+def owned(record: Record) -> Record:
+    """Return the record with this process as the VM's owner."""
+    return record.model_copy(update={"owner": own_identity(), "host": this_host()})
+
+
 def _dispose(directory: VMDirectory) -> None:
     """Remove a VM's files. If this process dies halfway, `prune()` removes the rest."""
     record = directory.record
     if record is not None and record.config.keep:
         config = record.config.model_copy(update={"keep": False})
         with suppress(OSError):  # the disk may be full
-            directory.write(
-                record.model_copy(update={"config": config, "owner": identify(os.getpid())})
-            )
+            directory.write(owned(record.model_copy(update={"config": config})))
     directory.remove()
 
 

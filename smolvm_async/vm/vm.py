@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self, Unpack
 
-from smolvm_async.config.checks import check_timeout, check_vm_id
+from smolvm_async.config.checks import check_timeout, check_vm_id, shown
 from smolvm_async.config.options import (
     VMOptions,
     check_progress,
@@ -174,6 +174,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Raises:
             VMNotFoundError: No VM has this id (a `ValueError`).
+            VMElsewhereError: The VM belongs to another host that shares `data_dir`.
             VMNotRunningError: The owner is alive but does not answer.
         """
         from smolvm_async.vm.find import find
@@ -195,16 +196,33 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     @classmethod
     async def prune(
-        cls, *, data_dir: str | os_module.PathLike[str] | None = None
+        cls,
+        *,
+        data_dir: str | os_module.PathLike[str] | None = None,
+        gone_host: str | None = None,
     ) -> Sequence[VMInfo]:
         """Kill and remove the VMs whose owners died. A kept VM stays, with the status `stopped`.
 
+        VMs of other hosts that share `data_dir` stay as they are.
+
+        Args:
+            data_dir: See the class.
+            gone_host: The name of a host that never runs again; its owners count as dead. If the
+                host does run, its running VMs lose their disks.
+
         Returns:
             These VMs, with their status before the call.
+
+        Raises:
+            ConfigError: An argument is wrong.
         """
         from smolvm_async.state.registry import prune_vms
 
-        return await prune_vms(_known_data_dir(data_dir))
+        if gone_host is not None and (not isinstance(gone_host, str) or not gone_host):
+            raise ConfigError(
+                f"gone_host={shown(gone_host)} is wrong: pass the `host` of a VM that list() shows."
+            )
+        return await prune_vms(_known_data_dir(data_dir), gone_host)
 
     def __repr__(self) -> str:
         status = self.status if self._process.is_this else "of another process"
@@ -276,7 +294,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Raises:
             LaunchError: QEMU or swtpm did not start.
-            VMAlreadyExistsError: Another VM has this id.
+            VMAlreadyExistsError: Another VM has this id; `VMElsewhereError` if on another host.
             HostError: The VM does not fit into the host's memory; the message has the figures.
             ImageError: The image was changed, or cannot be fetched or used.
             VMNotRunningError: The VM was deleted, or stopped while it started.

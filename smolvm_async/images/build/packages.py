@@ -19,11 +19,12 @@ from pathlib import Path
 
 from smolvm_async.errors import CommandError
 from smolvm_async.foundation import process
-from smolvm_async.foundation.files import sha256_of
+from smolvm_async.foundation.files import make_private, sha256_of
 from smolvm_async.foundation.fork import close_private
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.progress import Meter
 from smolvm_async.foundation.tasks import in_background
+from smolvm_async.host.identity import this_host
 
 POLL = 0.1  # seconds
 
@@ -38,7 +39,7 @@ async def exclusive(directory: Path) -> AsyncIterator[None]:
     Other tasks and processes wait. The lock is on the directory itself, so no lock file is needed.
     The kernel releases the lock when the process ends.
     """
-    os.makedirs(directory, exist_ok=True)
+    make_private(directory)
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         await poll(partial(try_lock, descriptor))
@@ -54,7 +55,7 @@ async def update(cache: Path) -> None:
     """
     async with exclusive(cache):
         for name in ("lists/partial", "archives/partial"):
-            (cache / name).mkdir(parents=True, exist_ok=True)
+            make_private(cache / name)
         (cache / "status").touch()
         output = await _apt("apt-get", cache, "update")
     if not any((cache / "lists").glob("*_Packages*")):
@@ -121,9 +122,9 @@ def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
 
 async def _download(sizes: dict[str, int], cache: Path, meter: Meter) -> None:
     """Download into another directory, then move the files: `archives` has only complete files."""
-    arriving = cache / "arriving"
+    arriving = cache / f"arriving-{this_host().key}"  # the lock may not exclude other hosts
     await in_background(shutil.rmtree, arriving, True)
-    arriving.mkdir()
+    arriving.mkdir(0o700)
     watching = asyncio.create_task(_watch(arriving, sum(sizes.values()), meter))
     try:
         names = [file.partition("_")[0] for file in sizes]

@@ -8,15 +8,19 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.tasks import in_background
+from smolvm_async.host.identity import this_host
 
 # Packages of kernels that have only drivers for virtual machines, by distribution.
 CLOUD_KERNELS = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
+
+LONGEST_BUILD = 86_400.0  # seconds; an older work directory was left by a builder that died
 
 # Replaces the host's /etc/mke2fs.conf, whose content differs between releases.
 MKE2FS_CONF = """\
@@ -33,15 +37,24 @@ ext4 = {
 
 @asynccontextmanager
 async def work_directory(store: Path) -> AsyncIterator[Path]:
-    """Create a work directory in the locked `store`; remove the directory after the block."""
-    work = store / "building"
-    if work.exists():  # a killed builder left it: only the caller holds the lock
-        await in_background(shutil.rmtree, work)
-    work.mkdir()
+    """Create a work directory in the locked `store`; remove the directory after the block.
+
+    The lock may not exclude other hosts, so each host has a work directory of its own.
+    """
+    work = store / f"building-{this_host().key}"
+    await in_background(_remove_leftovers, work)
+    work.mkdir(0o700)
     try:
         yield work
     finally:
         await in_background(shutil.rmtree, work)
+
+
+def _remove_leftovers(work: Path) -> None:
+    """Remove what killed builders left. Only the caller has the lock of this host."""
+    for left in work.parent.glob("building*"):
+        if left == work or time.time() - left.stat().st_mtime > LONGEST_BUILD:
+            shutil.rmtree(left)
 
 
 def key_of(*parts: object) -> str:

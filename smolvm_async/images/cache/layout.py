@@ -7,7 +7,7 @@
     images/KEY.json      a record: a URI, its manifest at the last pull, and the time
     images/KEY.*.pulling a temporary record, while files of the image are missing
     arriving/DIGEST.*    a download: the partial file, its journal, its lock
-    data-dirs/KEY        the path of a data directory with VMs made from images of this cache
+    data-dirs/KEY.HOST   the path of a data directory with VMs made from images of this cache
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from typing import Any, NamedTuple
 
 from smolvm_async.config.checks import check_path
 from smolvm_async.errors import HostError
-from smolvm_async.foundation.files import replace_file
+from smolvm_async.foundation.files import make_private, replace_file
 from smolvm_async.foundation.locking import LockFile
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.paths import xdg_home
+from smolvm_async.host.identity import this_host
 from smolvm_async.images.manifest import ImageFile, Manifest
 
 logger = get_logger(__name__)
 
 VARIABLE = "SMOLVM_IMAGE_DIR"
 MTIME = 1_000_000_000  # seconds since the epoch; a cached file with another mtime was changed
+FORGOTTEN = 30 * 86_400.0  # seconds after which a note of another host's data directory is removed
 
 
 class Published(NamedTuple):
@@ -77,7 +79,7 @@ class Layout:
     def make(self) -> None:
         """Create the missing directories; raise if other users can write to the cache."""
         for directory in (self.root, self.files, self.images, self.arriving, self.data_dirs):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(directory)
         status = self.root.stat()
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
             raise HostError(
@@ -158,17 +160,23 @@ class Layout:
 
     def note_data_dir(self, data_dir: Path) -> None:
         """Remember the data directory of a VM that is made from an image of this cache."""
-        path = self.data_dirs / key_of(str(data_dir))
-        if not path.exists():
+        path = self.data_dirs / f"{key_of(str(data_dir))}.{this_host().key}"
+        if path.exists():
+            os.utime(path)
+        else:
             replace_file(path, os.fsencode(data_dir))
 
     def known_data_dirs(self) -> Iterator[Path]:
-        """Yield the existing data directories that have, or had, VMs made from this cache."""
+        """Yield the existing data directories that have, or had, VMs made from this cache.
+
+        Hosts may share the cache: a directory that this host does not have may exist on its own.
+        """
+        suffixes = ("", f".{this_host().key}")  # earlier versions wrote no suffix
         for path in self.data_dirs.iterdir() if self.data_dirs.is_dir() else ():
             directory = Path(os.fsdecode(path.read_bytes()))
             if directory.is_dir():
                 yield directory
-            else:
+            elif path.suffix in suffixes or time.time() - path.stat().st_mtime > FORGOTTEN:
                 path.unlink(missing_ok=True)
 
 

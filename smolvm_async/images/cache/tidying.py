@@ -23,7 +23,7 @@ from smolvm_async.errors import ImageError
 from smolvm_async.foundation.files import sha256_of
 from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.images.cache.layout import MTIME, ImageRecord, Layout
-from smolvm_async.state.record import ACTIVE
+from smolvm_async.state.record import ACTIVE, Status
 from smolvm_async.state.registry import survey
 
 PULLING = ".pulling"  # suffix of the record of an image that is being downloaded
@@ -217,8 +217,8 @@ def uses(layout: Layout) -> list[VMUse]:
     """Return the VMs that need files of the cache, from all data directories that it knows."""
     found = []
     for data_dir in layout.known_data_dirs():
-        for record, held in survey(data_dir):
-            running = held and record.status in ACTIVE
+        for record, status in survey(data_dir):
+            running = status in (*ACTIVE, Status.ELSEWHERE)
             if running or record.machine is not None:
                 uri = record.config.image if running else ""
                 source = record.machine.source if record.machine is not None else None

@@ -6,7 +6,7 @@
     debian/
         current-RECIPE   the name of the image that this version of the library uses
         KEY/             an image: disk.qcow2, kernel, initrd, boot_args
-        building/        the work directory of the current build
+        building-HOST/   the work directory of a host's current build
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Builder:
         from smolvm_async.images.build import packages
         from smolvm_async.images.build.debian import disk, root
 
-        (work / "image").mkdir()
+        (work / "image").mkdir(0o700)
         self._steps.report("looking up packages", 1)
         await packages.update(self._packages)
         names = await root.package_names(self._packages)
