@@ -87,11 +87,10 @@ async def test_the_command_line_shows_the_host_and_refuses(
         await beta.call("start", blank["image"], data_dir, "b", True)
         (info,) = json.loads((await asyncio.to_thread(cli, "list", "--json")).stdout)
         assert (info["status"], info["host"]) == ("elsewhere", "beta")
-        for words in (("stop", "b"), ("delete", "b", "--yes"), ("screenshot", "b", "-o", "x.png")):
+        for words in (("stop", "b"), ("delete", "b", "--yes")):
             refused = await asyncio.to_thread(cli, *words)
             assert refused.returncode == 2
             assert "belongs to host 'beta'" in refused.stderr
-        assert "Nothing to remove" in (await asyncio.to_thread(cli, "prune")).stdout
         await beta.kill()
     shown = await asyncio.to_thread(cli, "prune", "--gone-host", "beta")
     assert "b is kept; its status is now stopped." in shown.stdout

@@ -174,6 +174,9 @@ class AttachedVM:
         check_run(self._reading, self.config.vm_id)
         if not self._reading.done():
             await end_tasks(self._reading)
+        if self._reading.cancelled() and not self._detached:  # before its first step
+            self._detached = True
+            self._end()
 
     async def _request(self, method: str, params: Mapping[str, Any]) -> Any:
         check_run(self._reading, self.config.vm_id)

@@ -1,0 +1,252 @@
+"""Whose VM is it: relations of hosts, statuses, claims; and the rights of directories."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+
+from smolvm_async import Status
+from smolvm_async.config.options import make_config
+from smolvm_async.foundation.files import make_private
+from smolvm_async.foundation.process import Identity, own_identity
+from smolvm_async.host import identity
+from smolvm_async.host.identity import HostIdentity, Relation, relation, this_host
+from smolvm_async.state import claim as claims
+from smolvm_async.state.claim import claim, unclaim
+from smolvm_async.state.directory import VMDirectory, loose_parent
+from smolvm_async.state.record import Record
+
+HERE = HostIdentity("alpha", "m1", "b1", "pid:[1]")
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        (HERE, Relation.SAME_PIDS),
+        (HERE._replace(pid_namespace="pid:[2]"), Relation.SAME_KERNEL),
+        (HERE._replace(pid_namespace=""), Relation.SAME_KERNEL),
+        # A restarted container has another name, namespace and perhaps machine id.
+        (HERE._replace(name="f00", machine="", pid_namespace="pid:[2]"), Relation.SAME_KERNEL),
+        (HERE._replace(boot="b2"), Relation.EARLIER_BOOT),
+        (HERE._replace(boot="b2", name="beta"), Relation.ANOTHER_HOST),  # a clone
+        (HERE._replace(boot="b2", machine="m2"), Relation.ANOTHER_HOST),
+        (HERE._replace(boot="b2", machine=""), Relation.ANOTHER_HOST),
+        (HERE._replace(boot=""), Relation.SAME_KERNEL),
+        (HERE._replace(boot="", name="beta"), Relation.ANOTHER_HOST),
+        (None, Relation.SAME_KERNEL),  # a record of an earlier version
+    ],
+)
+def test_a_host_is_known_by_boot_or_by_name_and_machine(
+    there: HostIdentity | None, expected: Relation
+) -> None:
+    assert relation(there, HERE) is expected
+
+
+def test_an_unknown_boot_is_not_the_same_boot() -> None:
+    here = HERE._replace(boot="", pid_namespace="")
+    assert relation(here, here) is Relation.SAME_KERNEL
+    assert relation(HERE, here) is Relation.SAME_KERNEL
+    assert relation(HERE._replace(name="beta"), here) is Relation.ANOTHER_HOST
+
+
+def test_this_host_is_the_same_at_each_look_and_shows_no_machine_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert relation(this_host(), this_host()) is Relation.SAME_PIDS
+    machine_id = tmp_path / "machine-id"
+    monkeypatch.setattr(identity, "MACHINE_ID", machine_id)
+    assert this_host().machine == ""
+    machine_id.write_text("0123456789abcdef0123456789abcdef\n")
+    assert this_host().machine
+    assert "0123456789abcdef" not in json.dumps(this_host())
+
+
+ALIVE, DEAD = own_identity(), Identity(4_000_000, 1)
+OTHER_PIDS = this_host()._replace(pid_namespace="pid:[1]")
+EARLIER = this_host()._replace(boot="b0")
+BETA = this_host()._replace(boot="b0", name="beta")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("host", "owner", "locks", "held", "free"),
+    [
+        # The status while a process has the lock, and while the lock is free.
+        (this_host(), ALIVE, True, "running", "orphaned"),
+        (this_host(), DEAD, True, "orphaned", "orphaned"),
+        (OTHER_PIDS, DEAD, True, "running", "orphaned"),
+        (OTHER_PIDS, ALIVE, True, "running", "orphaned"),
+        (EARLIER, ALIVE, True, "orphaned", "orphaned"),
+        (BETA, ALIVE, True, "elsewhere", "elsewhere"),
+        (None, DEAD, True, "running", "orphaned"),
+        (BETA, None, True, "running", "running"),
+        # Locks have no effect: only a process id in this namespace proves anything.
+        (this_host(), ALIVE, False, None, "running"),
+        (this_host(), DEAD, False, None, "orphaned"),
+        (OTHER_PIDS, DEAD, False, None, "elsewhere"),
+        (EARLIER, DEAD, False, None, "elsewhere"),
+        (BETA, DEAD, False, None, "elsewhere"),
+    ],
+)
+def test_the_status_of_a_vm(
+    directory: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    host: HostIdentity | None,
+    owner: Identity | None,
+    locks: bool,
+    held: str | None,
+    free: str,
+) -> None:
+    config = make_config(os="windows", image=__file__, data_dir=tmp_path)
+    record = Record(config=config, created=1, status=Status.RUNNING, owner=owner, host=host)
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)
+    fcntl.flock(directory, fcntl.LOCK_SH)  # as is_locked() leaves a free directory
+    assert record.status_seen(directory, held=False) == free
+    if held is not None:
+        fcntl.flock(directory, fcntl.LOCK_UN)
+        holder = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        assert record.status_seen(directory, held=True) == held
+        os.close(holder)
+
+
+@pytest.mark.parametrize("host", [OTHER_PIDS, EARLIER, BETA, None])
+def test_process_ids_of_another_place_mean_no_process_here(
+    tmp_path: Path, host: HostIdentity | None
+) -> None:
+    config = make_config(os="windows", image=__file__, data_dir=tmp_path)
+    record = Record(config=config, created=1, owner=ALIVE, processes={"QEMU": ALIVE}, host=host)
+    assert record.processes_here == []
+    assert record.model_copy(update={"host": this_host()}).processes_here == [ALIVE]
+
+
+# Claims
+
+
+def as_host(monkeypatch: pytest.MonkeyPatch, host: HostIdentity) -> None:
+    monkeypatch.setattr(claims, "this_host", lambda: host)
+
+
+def test_one_host_claims_a_directory_until_it_removes_the_claim(
+    directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    as_host(monkeypatch, BETA)
+    assert claim(directory, None) is None
+    assert stat.S_IMODE((tmp_path / "host").stat().st_mode) == 0o600
+    as_host(monkeypatch, this_host())
+    assert claim(directory, None) == BETA
+    assert claim(directory, "gamma") == BETA
+    assert claim(directory, "beta") is None
+    as_host(monkeypatch, BETA)
+    assert claim(directory, None) == this_host()
+    unclaim(directory)
+    assert claim(directory, None) is None
+    assert os.listdir(tmp_path) == ["host"]
+
+
+@pytest.mark.parametrize("left", [this_host(), OTHER_PIDS, EARLIER, "garbage", "", "link"])
+def test_a_claim_that_means_nothing_any_more_is_replaced(
+    directory: int, tmp_path: Path, left: HostIdentity | str
+) -> None:
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    path = tmp_path / "host"
+    if left == "link":
+        path.symlink_to(tmp_path / "victim")
+    else:
+        path.write_text(left if isinstance(left, str) else json.dumps(left))
+    assert claim(directory, None) is None
+    assert json.loads(path.read_text()) == [*this_host()]
+    assert os.listdir(tmp_path) == ["host"]
+
+
+def test_of_many_hosts_one_gets_the_claim(
+    directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        claims,
+        "this_host",
+        lambda: BETA._replace(name=os.urandom(4).hex(), boot=os.urandom(4).hex()),
+    )
+    for _ in range(20):
+        barrier = Barrier(8)
+        answers: list[HostIdentity | None] = []
+
+        def work(barrier: Barrier = barrier, answers: list[HostIdentity | None] = answers) -> None:
+            barrier.wait()
+            answers.append(claim(directory, None))
+
+        threads = [Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers.count(None) == 1
+        assert os.listdir(tmp_path) == ["host"]
+        unclaim(directory)
+
+
+def test_a_directory_that_another_host_makes_is_not_cleaned_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_dir = tmp_path / "data"
+    with monkeypatch.context() as beta:
+        as_host(beta, BETA)
+        theirs = VMDirectory(data_dir, "a")
+        assert theirs.try_hold(create=True)
+    with monkeypatch.context() as blind:
+        blind.setattr(fcntl, "flock", lambda fd, operation: None)
+        ours = VMDirectory(data_dir, "a")
+        assert not ours.try_hold(create=False)
+        ours.abandon()
+        assert ours.other_host == "beta"
+    assert os.listdir(data_dir / "a") == ["host"]
+    theirs.abandon()
+    assert not os.listdir(data_dir)
+
+
+# Rights
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_a_made_directory_and_its_parents_are_private(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there").chmod(0o755)
+    before = os.umask(umask)
+    try:
+        make_private(tmp_path / "there" / "a" / "b")
+        make_private(tmp_path / "there" / "a" / "b")
+    finally:
+        os.umask(before)
+    modes = [
+        stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("there", "there/a", "there/a/b")
+    ]
+    assert modes == [0o755, 0o700, 0o700]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="File exists"):
+        make_private(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("mode", "loose"), [(0o755, False), (0o775, False), (0o1777, False), (0o777, True)]
+)
+def test_a_parent_that_others_can_change_is_found(tmp_path: Path, mode: int, loose: bool) -> None:
+    parent = tmp_path / "parent"
+    (parent / "between").mkdir(parents=True)
+    parent.chmod(mode)
+    assert loose_parent(parent / "between" / "data") == (parent if loose else None)
