@@ -30,6 +30,7 @@ from smolvm_async.foundation.fork import private, this_process
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import in_thread
+from smolvm_async.host.identity import Relation, relation, this_host
 from smolvm_async.state.claim import claim, unclaim
 from smolvm_async.state.names import (
     MARKS,
@@ -243,7 +244,8 @@ class VMDirectory:
                 self._unless_released = weakref.finalize(self, _abandon, self.path, lease)
             try:
                 self._check_ours(lease.fd)
-                self.other_host = self._claim(lease) if locked else None
+                self.other_host = None
+                locked = locked and self._claim(lease)
                 self.record = read_record(self.path, lease.fd)
                 locked = self._may_use(lease.fd) and locked
             finally:
@@ -252,8 +254,8 @@ class VMDirectory:
                     lease.close()
             return locked
 
-    def _claim(self, lease: _Lease) -> str | None:
-        """Claim the directory for this host; return the name of the other host that has claimed it.
+    def _claim(self, lease: _Lease) -> bool:
+        """Claim the directory for this host, and return whether this succeeded.
 
         On a full disk, the lock must do to remove a VM; no VM can start there.
         """
@@ -261,13 +263,13 @@ class VMDirectory:
             with lease.spare_descriptor():
                 holder = claim(lease.fd, self._gone_host)
         except OSError as error:
-            if error.errno in REMOVED:
-                return ""  # another host has just removed the directory: try again
-            if error.errno in FULL:
-                return None
-            raise
+            if error.errno not in (*REMOVED, *FULL):
+                raise
+            return error.errno in FULL  # another host may have just removed the directory
         lease.claimed = holder is None
-        return holder.name if holder is not None else None
+        if holder is not None and relation(holder, this_host()) is not Relation.SAME_PIDS:
+            self.other_host = holder.name
+        return holder is None
 
     def _may_use(self, fd: int) -> bool:
         """Return whether no process of this or another host uses the locked directory."""

@@ -117,11 +117,16 @@ class Record(BaseModel):
     def is_used(self, dir_fd: int, *, held: bool) -> bool:
         """Return whether an owner on this host lives; `held` tells whether a process has the lock.
 
-        If locks have no effect in the directory `dir_fd`, only the process id can tell.
+        The lock may be free although the owner has it: a file system that is mounted twice may have
+        locks for each mount, or locks have no effect in the directory `dir_fd`. Then the process
+        ids tell, unless this process is the owner: it may have dropped the VM.
         """
         if self.owner is None or self.owner_is_dead:
             return False
-        return held or (self.relation is Relation.SAME_PIDS and not excludes_others(dir_fd))
+        if held or self.relation is not Relation.SAME_PIDS:
+            return held
+        runs = any(process.alive for process in self.processes_here)
+        return (runs and self.owner.pid != os.getpid()) or not excludes_others(dir_fd)
 
     def status_seen(self, dir_fd: int, *, held: bool) -> Status:
         """Return the status; `held` tells whether a process has locked the directory `dir_fd`."""

@@ -14,8 +14,10 @@ import pytest
 
 from smolvm_async import Status
 from smolvm_async.config.options import make_config
+from smolvm_async.doctor.checks import check_data_dir
+from smolvm_async.doctor.findings import Outcome
 from smolvm_async.foundation.files import make_private
-from smolvm_async.foundation.process import Identity, own_identity
+from smolvm_async.foundation.process import Identity, identify, own_identity
 from smolvm_async.host import identity
 from smolvm_async.host.identity import HostIdentity, Relation, relation, this_host
 from smolvm_async.state import claim as claims
@@ -135,6 +137,20 @@ def test_process_ids_of_another_place_mean_no_process_here(
     assert record.model_copy(update={"host": this_host()}).processes_here == [ALIVE]
 
 
+def test_a_vm_of_a_living_owner_that_still_runs_is_used_though_its_lock_is_free(
+    directory: int, tmp_path: Path
+) -> None:
+    config = make_config(os="windows", image=__file__, data_dir=tmp_path)
+    parent = identify(os.getppid())
+    record = Record(config=config, created=1, status=Status.RUNNING, owner=parent, host=this_host())
+    fcntl.flock(directory, fcntl.LOCK_SH)
+    for processes, status in (({"QEMU": ALIVE}, "running"), ({"QEMU": DEAD}, "orphaned")):
+        record = record.model_copy(update={"processes": processes})
+        assert record.status_seen(directory, held=False) == status
+    record = record.model_copy(update={"owner": ALIVE, "processes": {"QEMU": parent}})
+    assert record.status_seen(directory, held=False) == "orphaned"  # this process dropped the VM
+
+
 # Claims
 
 
@@ -160,19 +176,35 @@ def test_one_host_claims_a_directory_until_it_removes_the_claim(
     assert os.listdir(tmp_path) == ["host"]
 
 
-@pytest.mark.parametrize("left", [this_host(), OTHER_PIDS, EARLIER, "garbage", "", "link"])
+LEFT = [
+    *(json.dumps(left) for left in ([this_host(), DEAD], [OTHER_PIDS, ALIVE], [EARLIER, ALIVE])),
+    *("garbage", "", "[[1, 2, 3, 4], []]", "link"),
+]
+
+
+@pytest.mark.parametrize("left", LEFT)
 def test_a_claim_that_means_nothing_any_more_is_replaced(
-    directory: int, tmp_path: Path, left: HostIdentity | str
+    directory: int, tmp_path: Path, left: str
 ) -> None:
     fcntl.flock(directory, fcntl.LOCK_EX)
     path = tmp_path / "host"
     if left == "link":
         path.symlink_to(tmp_path / "victim")
     else:
-        path.write_text(left if isinstance(left, str) else json.dumps(left))
+        path.write_text(left)
     assert claim(directory, None) is None
-    assert json.loads(path.read_text()) == [*this_host()]
+    assert json.loads(path.read_text()) == [[*this_host()], [*ALIVE]]
     assert os.listdir(tmp_path) == ["host"]
+
+
+def test_the_claim_of_a_living_process_stays_even_if_its_lock_cannot_be_seen(
+    directory: int, tmp_path: Path
+) -> None:
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    content = json.dumps([this_host(), identify(os.getppid())])
+    (tmp_path / "host").write_text(content)
+    assert claim(directory, None) == this_host()
+    assert (tmp_path / "host").read_text() == content
 
 
 def test_of_many_hosts_one_gets_the_claim(
@@ -250,3 +282,25 @@ def test_a_parent_that_others_can_change_is_found(tmp_path: Path, mode: int, loo
     (parent / "between").mkdir(parents=True)
     parent.chmod(mode)
     assert loose_parent(parent / "between" / "data") == (parent if loose else None)
+
+
+@pytest.mark.anyio
+async def test_a_loose_parent_is_a_warning_in_the_log_and_of_the_doctor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data_dir = tmp_path / "parent" / "data"
+    for _ in range(2):
+        state = VMDirectory(data_dir, "a")
+        assert state.try_hold(create=True)
+        state.abandon()
+        data_dir.parent.chmod(0o777)
+    assert not caplog.messages
+    verdict = await check_data_dir(data_dir)
+    assert verdict.status is Outcome.WARNING
+    assert f"chmod go-w {data_dir.parent}" in verdict.cure
+    other = data_dir.parent / "other"
+    for name in ("a", "b"):
+        state = VMDirectory(other, name)
+        assert state.try_hold(create=True)
+        state.abandon()
+    assert len([message for message in caplog.messages if "chmod go-w" in message]) == 1
