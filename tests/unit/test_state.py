@@ -182,7 +182,7 @@ LEFT = [
 ]
 
 
-@pytest.mark.parametrize("left", LEFT)
+@pytest.mark.parametrize("left", LEFT, ids=range(len(LEFT)))
 def test_a_claim_that_means_nothing_any_more_is_replaced(
     directory: int, tmp_path: Path, left: str
 ) -> None:
