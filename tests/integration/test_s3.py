@@ -518,6 +518,39 @@ async def test_a_killed_process_is_gone_on_from(published: Published, proxy: Pro
     assert asked <= image.size - arrived
 
 
+FORK = """
+import asyncio, os, sys
+from smolvm_async import ImageStore
+
+async def main(uri, root):
+    begun = asyncio.Event()
+
+    def tell(progress):
+        if progress.done:
+            begun.set()
+
+    pulling = asyncio.create_task(ImageStore(root).pull(uri, on_progress=tell))
+    await begun.wait()
+    if not (child := os.fork()):
+        sys.exit(3)
+    image = await pulling
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), image.disk)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_a_child_that_is_forked_during_a_pull_leaves_it_alone(published: Published) -> None:
+    root = ImageStore().root
+    command = [sys.executable, "-c", FORK, published.uri, str(root)]
+    done = await asyncio.to_thread(
+        subprocess.run, command, check=True, capture_output=True, text=True, timeout=300
+    )
+    status, disk = done.stdout.split()
+    assert status == "3", done.stderr
+    assert digest(Path(disk)) == published.digest
+
+
 async def test_what_a_killed_process_left_is_not_trusted(
     published: Published, proxy: Proxy
 ) -> None:

@@ -10,12 +10,14 @@ import asyncio
 import functools
 import json
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from smolvm_async.errors import ConfigError, ImageError
+from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.tasks import in_background, no_collection, settle
 from smolvm_async.images.s3.errors import explain
 
@@ -143,12 +145,19 @@ def _loader() -> Any:
     return loader
 
 
+def _private_socket(address: tuple[Any, ...]) -> socket.socket:
+    """Make a socket for an address of `getaddrinfo()`."""
+    made = socket.socket(*address[:3])
+    private(made.fileno())
+    return made
+
+
 @functools.cache
 def _session_class() -> type[Any]:
     """Return a subclass of aiobotocore's HTTP session.
 
     A session loads the certificates when it is created, which happens in a thread. It reads at most
-    `MAX_ERROR_BODY` bytes of an error's body.
+    `MAX_ERROR_BODY` bytes of an error's body. Forked children do not keep its connections.
     """
     import aiohttp
     from aiobotocore.httpsession import AIOHTTPSession
@@ -173,6 +182,11 @@ def _session_class() -> type[Any]:
             if proxy_url or self._cert_file:
                 return super()._create_connector(proxy_url)
             connections, options = self._max_pool_connections, self._connector_args
-            return aiohttp.TCPConnector(limit=connections, ssl=self._prepared or False, **options)
+            return aiohttp.TCPConnector(
+                limit=connections,
+                ssl=self._prepared or False,
+                socket_factory=_private_socket,
+                **options,
+            )
 
     return Session
