@@ -30,8 +30,7 @@ LONG = (
     "tests/integration/test_launch.py::test_qemu_warns_of_nothing",
     "tests/integration/test_screen.py::test_screenshots_at_every_time_of_a_vms_life",
     "tests/integration/test_screen.py::test_waiting_for_the_screen",
-    "tests/integration/test_input.py::test_what_is_typed_is_shown_after_a_reboot",
-    "tests/integration/test_input.py::test_the_mouse_is_exact",
+    "tests/integration/test_screen.py::test_the_firmwares_set_up_is_navigated_by_keys_alone",
 )
 # `tests/run.sh --all` sets SMOLVM_ASYNC_EVERY_FAULT=1.
 ALL = "SMOLVM_ASYNC_EVERY_FAULT" in os.environ
