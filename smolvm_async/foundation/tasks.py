@@ -9,7 +9,8 @@ import gc
 import inspect
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 import anyio
 
@@ -20,9 +21,6 @@ from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 with contextlib.suppress(ImportError):
     # Import anyio's backend now: on first use, it would block the event loop for over 10 ms.
     import anyio._backends._asyncio
-
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
 
 T = TypeVar("T")
 
@@ -150,8 +148,6 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
     loop = running_loop()
     worker = _workers.get(loop)
     if worker is None:
-        from concurrent.futures import ThreadPoolExecutor
-
         worker = _workers[loop] = ThreadPoolExecutor(1, "smolvm-async")
     try:
         return _submit(worker, function, arguments)
