@@ -29,6 +29,7 @@ from smolvm_async.foundation.files import make_private, replace_file
 from smolvm_async.foundation.fork import private, this_process
 from smolvm_async.foundation.locking import poll, try_lock
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.process import own_identity
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.identity import Relation, relation, this_host
 from smolvm_async.state.claim import claim, unclaim
@@ -212,6 +213,7 @@ class VMDirectory:
 
     def try_hold(self, create: bool) -> bool:
         """Lock and claim the directory, and read its record; return false if it is in use."""
+        own_identity()  # a host without /proc fails here, before anything is created
         if create:
             _make(self.path.parent)
         while True:
