@@ -34,7 +34,6 @@ from smolvm_async.errors import (
 from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import DEFAULT, GUESTS
-from smolvm_async.qemu.launch import SAME_END
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.directory import cannot_use, check_data_dir
 from smolvm_async.state.record import Status
@@ -281,6 +280,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         try:
             # A crash also closes the connection to the guest, which the body may see first.
             if isinstance(error, ConnectionLostError) and vm.over is not None:
+                from smolvm_async.qemu.launch import SAME_END
+
                 await asyncio.wait([vm.over], timeout=SAME_END)
         finally:
             await vm.leave(graceful=error is None)
