@@ -54,11 +54,10 @@ from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import Record, Status
-from smolvm_async.vm.limits import admission
-from smolvm_async.vm.plan import Plan
 
-if TYPE_CHECKING:  # the first start imports them
+if TYPE_CHECKING:  # the first VM or the first start imports them
     from smolvm_async.vm.attach.server import ControlServer
+    from smolvm_async.vm.plan import Plan
     from smolvm_async.vm.run import VMRun
 
 logger = get_logger(__name__)
@@ -81,8 +80,8 @@ class OwnedVM:
         self.on_crash: Callable[[], None] = lambda: None
         self.run: VMRun | None = None
         self.over: asyncio.Task[None] | None = None
-        self._plan = plan if isinstance(plan, Plan) else None
-        self._find_plan = plan if not isinstance(plan, Plan) else None
+        self._plan = None if callable(plan) else plan
+        self._find_plan = plan if callable(plan) else None
         self._reading: asyncio.Task[Plan] | None = None
         self._created = record.created if record else None
         self._recorded_status = record.status if record else Status.CREATED  # before our first run
@@ -285,6 +284,8 @@ class OwnedVM:
         if directory is None:
             directory = VMDirectory(self.config.data_dir, self.config.vm_id)
             await directory.hold(create=self._created is None)
+        from smolvm_async.vm.limits import admission
+
         try:
             self._check_not_taken(directory.record)
             async with admission(self.config):

@@ -39,11 +39,11 @@ from smolvm_async.state.directory import cannot_use, check_data_dir
 from smolvm_async.state.record import Status
 from smolvm_async.vm.block import Block
 from smolvm_async.vm.owner import OwnedVM
-from smolvm_async.vm.plan import Plan, check_early, find_plan, make_plan
 
 if TYPE_CHECKING:  # imported on first use
     from smolvm_async.state.registry import VMInfo
     from smolvm_async.vm.attach.client import AttachedVM
+    from smolvm_async.vm.plan import Plan
     from smolvm_async.vm.run import VMRun
 
 
@@ -106,6 +106,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     @with_signature
     def __init__(self, **options: Unpack[VMOptions]) -> None:
+        from smolvm_async.vm.plan import check_early, find_plan, make_plan
+
         config, on_progress = make_config(**options), options.get("on_progress")
         if isinstance(config.origin, PublishedImage):
             check_early(config)  # start() reads the manifest: nothing before it uses the network
