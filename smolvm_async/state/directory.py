@@ -336,7 +336,9 @@ class VMDirectory:
             if self.fd >= 0:
                 with self._spare_descriptor():
                     names = os.listdir(self.path)
-                if SCRATCH in names or all(map(is_leftover, names)):
+                # Others cannot enter the directories that this library makes: keep a user's.
+                private = os.fstat(self.fd).st_mode & 0o077 == 0
+                if SCRATCH in names or (private and all(map(is_leftover, names))):
                     self.remove()
         finally:
             self.release()

@@ -24,6 +24,7 @@ from smolvm_async.state import claim as claims
 from smolvm_async.state.claim import claim, unclaim
 from smolvm_async.state.directory import VMDirectory, loose_parent
 from smolvm_async.state.record import Record
+from smolvm_async.state.registry import prune_vms
 
 HERE = HostIdentity("alpha", "m1", "b1", "pid:[1]")
 
@@ -304,3 +305,14 @@ async def test_a_loose_parent_is_a_warning_in_the_log_and_of_the_doctor(
         assert state.try_hold(create=True)
         state.abandon()
     assert len([message for message in caplog.messages if "chmod go-w" in message]) == 1
+
+
+@pytest.mark.anyio
+async def test_an_empty_directory_is_pruned_only_if_the_library_can_have_made_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "photos").mkdir(mode=0o755)
+    (tmp_path / "vm-1").mkdir(mode=0o700)
+    assert await prune_vms(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert not list((tmp_path / "photos").iterdir())
