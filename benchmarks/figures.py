@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from smolvm_async.host import choose_accelerator
+from smolvm_async.host.tools import choose_accelerator
 
 UNITS: Mapping[str, float] = {"ms": 1e3, "s": 1, "MiB": 1, "KiB": 1, "": 1}  # of what is kept
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from smolvm_async.config.options import make_config
 from smolvm_async.controls.ssh.login import new_login
-from smolvm_async.host import choose_accelerator, find_plain_uefi, find_tools
+from smolvm_async.host.tools import choose_accelerator, find_plain_uefi, find_tools
 from smolvm_async.images import qcow2
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec
 from smolvm_async.qemu.launch import Command, commands

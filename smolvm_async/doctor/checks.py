@@ -20,9 +20,8 @@ from smolvm_async.errors import CommandError, ConfigError, HostError, ImageError
 from smolvm_async.foundation.process import check_pidfds, run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.guests import GuestProfile
-from smolvm_async.host import Firmware
 from smolvm_async.host.distribution import OVMF, QEMU, QEMU_IMG, SETPRIV, Program, how_to_install
-from smolvm_async.host.firmware import descriptor_directories, find_firmware, places
+from smolvm_async.host.firmware import Firmware, descriptor_directories, find_firmware, places
 from smolvm_async.host.memory import available_memory
 from smolvm_async.host.restrictions import find_noexec, find_restrictions
 from smolvm_async.images.local import open_image

@@ -26,9 +26,10 @@ from smolvm_async.doctor.verdicts import NETWORK, Sighting
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import running_loop
 from smolvm_async.guests import GUESTS, GuestProfile
-from smolvm_async.host import Accelerator, Firmware, HostTools
-from smolvm_async.host.accelerator import KVM, TCG, Problem, probe_kvm
+from smolvm_async.host.accelerator import KVM, TCG, Accelerator, Problem, probe_kvm
 from smolvm_async.host.distribution import QEMU, QEMU_IMG, Program
+from smolvm_async.host.firmware import Firmware
+from smolvm_async.host.tools import HostTools
 from smolvm_async.qemu.sidecars import SIDECARS
 
 DEVICE = "/dev/kvm"

@@ -26,7 +26,8 @@ from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
 from smolvm_async.foundation.process import Child, describe_exit, run
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.guests import GuestName, GuestProfile
-from smolvm_async.host import Accelerator, HostTools
+from smolvm_async.host.accelerator import Accelerator
+from smolvm_async.host.tools import HostTools
 from smolvm_async.images import qcow2
 from smolvm_async.images.local import BaseImage, open_image
 from smolvm_async.qemu.arguments import MachineSpec

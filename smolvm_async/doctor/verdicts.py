@@ -19,11 +19,11 @@ from smolvm_async.doctor.unsigned import MARKER
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.tail import printable
 from smolvm_async.guests import GuestProfile
-from smolvm_async.host import choose_accelerator
 from smolvm_async.host.accelerator import Problem
 from smolvm_async.host.distribution import OVMF, QEMU, how_to_install
 from smolvm_async.host.firmware import Firmware
 from smolvm_async.host.restrictions import find_cause
+from smolvm_async.host.tools import choose_accelerator
 from smolvm_async.qemu.sidecars import Sidecar
 
 NETWORK = "user-network"  # a part of the machine that some builds of QEMU do not have

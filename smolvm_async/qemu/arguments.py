@@ -13,12 +13,15 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.guests import GuestProfile
-from smolvm_async.host import Accelerator, HostTools
 from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, OVERLAY, SEED, VARS
+
+if TYPE_CHECKING:
+    from smolvm_async.host.accelerator import Accelerator
+    from smolvm_async.host.tools import HostTools
 
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
 DISPLAY = "display"  # the id of the display adapter

@@ -13,7 +13,8 @@ from smolvm_async.errors import AcceleratorWarning
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.foundation.tasks import in_thread
-from smolvm_async.host import Accelerator, HostTools, choose_accelerator, find_tools
+from smolvm_async.host.accelerator import Accelerator
+from smolvm_async.host.tools import HostTools, choose_accelerator, find_tools
 from smolvm_async.qemu.sidecars import programs
 from smolvm_async.state.directory import check_data_dir
 from smolvm_async.vm.limits import scope_prefix

@@ -14,7 +14,7 @@ from smolvm_async.controls.ssh.login import Login, kept_login, new_login
 from smolvm_async.errors import ImageError
 from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.tasks import in_background, in_thread
-from smolvm_async.host import HostTools, find_plain_uefi
+from smolvm_async.host.tools import HostTools, find_plain_uefi
 from smolvm_async.images import qcow2
 from smolvm_async.images.local import (
     BaseImage,

@@ -15,7 +15,7 @@ import pytest
 from smolvm_async import ConfigError, Progress
 from smolvm_async.doctor import Finding, Outcome, Report, checks, examine, probe
 from smolvm_async.guests import GUESTS
-from smolvm_async.host import find_tools
+from smolvm_async.host.tools import find_tools
 from smolvm_async.qemu.sidecars import SIDECARS, swtpm
 from tests.conftest import FakeProgram, child_named, children
 

@@ -17,8 +17,9 @@ from smolvm_async.config.options import make_config
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
 from smolvm_async.guests import GUESTS
-from smolvm_async.host import Firmware, HostTools, find_tools
 from smolvm_async.host.accelerator import KVM, TCG, Accelerator
+from smolvm_async.host.firmware import Firmware
+from smolvm_async.host.tools import HostTools, find_tools
 from smolvm_async.images.qcow2 import empty
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
 from smolvm_async.qemu.sidecars import programs

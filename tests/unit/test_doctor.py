@@ -21,8 +21,8 @@ from smolvm_async.doctor.probe import _failure, _subsets
 from smolvm_async.doctor.unsigned import MARKER, unsigned_application, unsigned_disk
 from smolvm_async.doctor.verdicts import NETWORK, Sighting, offered_address
 from smolvm_async.guests import GUESTS
-from smolvm_async.host import Accelerator, Firmware
-from smolvm_async.host.accelerator import KVM, TCG, Problem
+from smolvm_async.host.accelerator import KVM, TCG, Accelerator, Problem
+from smolvm_async.host.firmware import Firmware
 from smolvm_async.qemu.sidecars import SIDECARS
 from smolvm_async.qemu.sidecars.swtpm import random_bytes
 

@@ -20,11 +20,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from smolvm_async import AcceleratorWarning, AsyncSmolVM, HostError
-from smolvm_async import host as host_package
 from smolvm_async.guests import GUESTS
-from smolvm_async.host import HostTools, accelerator, choose_accelerator, find_tools
+from smolvm_async.host import accelerator, tools
 from smolvm_async.host import firmware as firmware_module
 from smolvm_async.host.firmware import Firmware, descriptor_directories, find_firmware
+from smolvm_async.host.tools import HostTools, choose_accelerator, find_tools
 from smolvm_async.qemu.sidecars import programs
 
 NOBODY = 65534
@@ -43,9 +43,9 @@ def nothing_is_remembered() -> Iterator[None]:
     """The process's memory of its host, empty before and after."""
 
     def forget() -> None:
-        host_package._find_tools.cache_clear()
-        host_package._find_plain_uefi.cache_clear()
-        host_package._kvm_works.clear()
+        tools._find_tools.cache_clear()
+        tools._find_plain_uefi.cache_clear()
+        tools._kvm_works.clear()
 
     forget()
     yield

@@ -15,8 +15,8 @@ from smolvm_async import AsyncSmolVM, ConfigError, ImageError, PortForward, Unsu
 from smolvm_async.config.options import make_config
 from smolvm_async.controls.ssh.login import Login, make_key_pair, make_seed
 from smolvm_async.guests import BUILT_IN, GUESTS
-from smolvm_async.host import find_tools
 from smolvm_async.host.accelerator import TCG
+from smolvm_async.host.tools import find_tools
 from smolvm_async.qemu.arguments import Descriptors, DirectBoot, MachineSpec, qemu_arguments
 
 LINUX, DEBIAN = GUESTS["linux"], BUILT_IN["linux"]

@@ -10,7 +10,7 @@ from smolvm_async.errors import CommandError
 from smolvm_async.foundation import process
 from smolvm_async.foundation.progress import Meter
 from smolvm_async.guests.linux import DEBIAN
-from smolvm_async.host import choose_accelerator
+from smolvm_async.host.tools import choose_accelerator
 from smolvm_async.images.build.workshop import MKE2FS_CONF, search_path
 
 SIZE = "10G"  # sparse: unused blocks take no space
