@@ -29,7 +29,7 @@ from typing import Any, Literal
 from smolvm_async import AsyncSmolVM, Screenshot, SmolVMError, VMTimeoutError
 
 SETTLED = 1.0  # seconds without a change of the screen, after which an action is done
-SETUP = (640, 480)  # the size of OVMF's set-up screens, in pixels
+SETUP = "=Select Entry"  # in the last line of OVMF's set-up
 PATIENCE = 5.0  # seconds to wait for a stable screen; some screens never stop changing
 
 Button = Literal["left", "middle", "right"]
@@ -155,10 +155,12 @@ SCRIPT: tuple[dict[str, Any], ...] = (  # actions that a model might send for th
 
 
 async def enter_setup(vm: AsyncSmolVM) -> None:
-    """Press Escape until the firmware shows its set-up, whose screen is smaller than at boot."""
-    while (await vm.wait_for_screen(changed=True)).size == SETUP:
-        pass  # QEMU's screen also has this size until the firmware draws
-    while (shown := await vm.wait_for_screen(stable=SETTLED)).size != SETUP:
+    """Press Escape until the firmware shows its set-up, whose text is on the console, too."""
+    await vm.wait_for_screen(changed=True)  # the firmware has begun to draw
+    while True:
+        shown = await vm.wait_for_screen(stable=SETTLED)
+        if SETUP in vm.console_log():
+            return
         await vm.keyboard.press("Escape")
         with contextlib.suppress(VMTimeoutError):
             await vm.wait_for_screen(changed=shown, timeout=PATIENCE)

@@ -51,7 +51,8 @@ ENTER = """
 mount -t proc proc "$0/proc"
 mount --rbind /dev "$0/dev"
 mount -t tmpfs tmpfs "$0/tmp"
-exec chroot "$0" env --ignore-environment --chdir=/src "$@"
+chroot "$0" env --ignore-environment --chdir=/src "$@"
+exit  # the shell is process 1, which has to stay: it reaps orphans
 """
 ENVIRONMENT = {
     "PATH": "/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
