@@ -7,7 +7,7 @@
         packages-RECIPE.json   the packages used to build this recipe, and their digests
         base-KEY.raw           the disk without grub.cfg; all variants of a flavour share this file
         stand-in-KEY.qcow2     the finished disks
-        building/              the work directory of the current build
+        building-HOST/         the work directory of a host's current build
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 IN_TURN, AT_ONCE = 200, 16
 
-# The growth that allocator and caches are allowed after the first VM. A leak of 5 objects (of any
+# The growth that allocator and caches are allowed after the first VMs. A leak of 5 objects (of any
 # size), or of 20 KiB, for each VM would be more; 800 VMs take hardly more than 200 do.
 MORE_BLOCKS = 5 * IN_TURN
 MORE_KIB = 20 * IN_TURN

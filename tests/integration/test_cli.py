@@ -671,14 +671,15 @@ def test_the_doctor_reports_as_a_table_and_as_json(
 ) -> None:
     report = document("doctor", "--accel", "tcg", "--data-dir", tmp_path / "state")
     assert report["ok"] is True
-    assert {finding["guest"] for finding in report["findings"]} == {None, "windows"}
+    assert {finding["guest"] for finding in report["findings"]} == {None, "linux", "windows"}
 
     async def examined(**_: object) -> Report:
         return Report.model_validate(report)
 
     monkeypatch.setattr("smolvm_async.doctor.examine", examined)
     lines = cli("doctor").stdout.splitlines()
-    assert [line for line in lines if not line.startswith(" ")] == ["this host", "windows guests"]
+    headings = ["this host", "windows guests", "linux guests"]
+    assert [line for line in lines if not line.startswith(" ")] == headings
     assert any(line.startswith("  ✔ kernel ") for line in lines)
 
 

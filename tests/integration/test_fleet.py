@@ -200,9 +200,9 @@ async def test_what_all_have_in_common_is_looked_at_once(
     asked: list[Path] = []
     looked: list[int] = []
 
-    async def run(command: Sequence[str | Path]) -> str:
+    async def run(command: Sequence[str | Path], *, fds: Sequence[int]) -> str:
         asked.append(Path(command[0]))
-        return await process.run(command)
+        return await process.run(command, fds=fds)
 
     def check(fd: int) -> qcow2.Header:
         looked.append(fd)

@@ -16,6 +16,7 @@ import pytest
 from smolvm_async.errors import CommandError, ConfigError, HostError
 from smolvm_async.foundation import process
 from smolvm_async.foundation.progress import Progress
+from smolvm_async.host.identity import this_host
 from smolvm_async.images.build import packages
 from stand_in import PROGRAMS, build_stand_in
 
@@ -30,10 +31,13 @@ pytestmark = [
 BUILD_IN_ANOTHER_PROCESS = """
 import asyncio, sys
 from pathlib import Path
-sys.path.append("examples")
+sys.path.append(sys.argv[2])
 from stand_in import build_stand_in
 print(asyncio.run(build_stand_in(cache_dir=Path(sys.argv[1]))))
 """
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +182,7 @@ async def test_builders_at_once_give_one_file(cache: Path) -> None:
         unpackings += progress.message == "unpacking packages"
 
     said, first, second = await asyncio.gather(
-        process.run([sys.executable, "-c", BUILD_IN_ANOTHER_PROCESS, cache]),
+        process.run([sys.executable, "-c", BUILD_IN_ANOTHER_PROCESS, cache, EXAMPLES]),
         build_stand_in(cache_dir=cache, on_progress=note),
         build_stand_in(cache_dir=cache, on_progress=note),
     )
@@ -213,11 +217,12 @@ async def test_a_cancelled_build_leaves_nothing_and_a_killed_one_nothing_in_the_
             await build
         assert set(snapshot(cache)) == before, step
 
-    left = cache / "stand-in" / "building" / "root" / "bin"  # as of a builder that was killed
+    work = cache / "stand-in" / f"building-{this_host().key}"
+    left = work / "root" / "bin"  # as of a builder that was killed
     left.mkdir(parents=True)
     (left / "half").touch()
     assert (await build_stand_in(cache_dir=cache)).exists()
-    assert not (cache / "stand-in" / "building").exists()
+    assert not work.exists()
 
 
 @pytest.mark.usefixtures("offline")

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from smolvm_async.errors import HostError
@@ -53,8 +53,9 @@ async def work_directory(store: Path) -> AsyncIterator[Path]:
 def _remove_leftovers(work: Path) -> None:
     """Remove what killed builders left. Only the caller has the lock of this host."""
     for left in work.parent.glob("building*"):
-        if left == work or time.time() - left.stat().st_mtime > LONGEST_BUILD:
-            shutil.rmtree(left)
+        with suppress(FileNotFoundError):  # another host has just removed it
+            if left == work or time.time() - left.stat().st_mtime > LONGEST_BUILD:
+                shutil.rmtree(left)
 
 
 def key_of(*parts: object) -> str:
