@@ -51,7 +51,7 @@ from smolvm_async.qemu.events import (
     Trouble,
 )
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport, Step
-from smolvm_async.state.record import Status
+from smolvm_async.state.status import Status
 from smolvm_async.vm.vm import AsyncSmolVM
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from smolvm_async import (
 )
 from smolvm_async.cli.output import complain, in_options, write_json
 from smolvm_async.foundation.progress import ProgressCallback
-from smolvm_async.state.record import ACTIVE, Status
+from smolvm_async.state.status import ACTIVE, Status
 
 T = TypeVar("T")
 

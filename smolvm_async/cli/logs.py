@@ -10,7 +10,7 @@ from smolvm_async import VMNotFoundError, VMNotRunningError
 from smolvm_async.cli.command import DataDir, Json, VMId, execute, find_vm, no_such_vm
 from smolvm_async.cli.output import write_json, write_text
 from smolvm_async.state.logs import PROCESSES, read_log
-from smolvm_async.state.record import ACTIVE
+from smolvm_async.state.status import ACTIVE
 
 if TYPE_CHECKING:
     Source = str

@@ -38,7 +38,7 @@ from smolvm_async.cli.output import (
 from smolvm_async.config.checks import AccelName
 from smolvm_async.config.options import VMOptions
 from smolvm_async.guests import GUESTS, GuestName
-from smolvm_async.state.record import ACTIVE
+from smolvm_async.state.status import ACTIVE
 
 MACHINE = ("memory", "cpus", "accel", "keep", "resolution", "vnc")  # fixed in a kept VM
 

@@ -29,7 +29,7 @@ from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.qemu.troubles import Troubles
-from smolvm_async.state.record import Status
+from smolvm_async.state.status import Status
 
 
 class Run(Protocol):

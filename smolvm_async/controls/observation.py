@@ -17,7 +17,7 @@ from smolvm_async.controls.interface import (
 )
 from smolvm_async.errors import ConfigError, VMTimeoutError
 from smolvm_async.qemu.events import BootState, BootStateChanged, EventStream
-from smolvm_async.state.record import Status
+from smolvm_async.state.status import Status
 
 
 class Observation:

@@ -28,7 +28,7 @@ from smolvm_async.fleet.template import Template
 from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.tasks import in_thread, settle
 from smolvm_async.qemu.events import BootState
-from smolvm_async.state.record import ACTIVE
+from smolvm_async.state.status import ACTIVE
 from smolvm_async.vm.block import Block
 from smolvm_async.vm.vm import AsyncSmolVM
 

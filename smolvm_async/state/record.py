@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import stat
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
@@ -19,34 +18,10 @@ from smolvm_async.foundation.locking import excludes_others
 from smolvm_async.foundation.process import Identity
 from smolvm_async.host.identity import HostIdentity, Relation, relation, this_host
 from smolvm_async.state.names import RECORD
+from smolvm_async.state.status import Status
 
 SCHEMA_VERSION = 1
 MAX_SIZE = 1 << 20  # bytes
-
-
-class Status(StrEnum):
-    """The status of a VM.
-
-    PAUSED: `pause()` stopped the guest's processors, or QEMU did so when it could not write to the
-    disk. ORPHANED: the owner died without stopping the VM. `prune()`, or the next `start()` with
-    the VM's id, removes the VM's files; a kept VM becomes `stopped` instead. ELSEWHERE: the owner
-    is on another host that shares the data directory; nothing here can tell whether the VM runs.
-    """
-
-    CREATED = "created"
-    STARTING = "starting"
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    CRASHED = "crashed"
-    ORPHANED = "orphaned"
-    ELSEWHERE = "elsewhere"
-    DELETED = "deleted"
-
-
-# In these states, the VM may have processes.
-ACTIVE = (Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING)
 
 
 class Machine(NamedTuple):

@@ -16,7 +16,8 @@ from smolvm_async.foundation.locking import LockFile, is_locked, poll
 from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.directory import NO_DIRECTORY, VMDirectory, cannot_use, open_directory
-from smolvm_async.state.record import Record, Status, read_record
+from smolvm_async.state.record import Record, read_record
+from smolvm_async.state.status import Status
 
 logger = get_logger(__name__)
 

@@ -12,7 +12,8 @@ from smolvm_async.foundation.locking import is_locked
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.directory import cannot_use, elsewhere, find_directory, not_found
-from smolvm_async.state.record import Record, Status, read_record
+from smolvm_async.state.record import Record, read_record
+from smolvm_async.state.status import Status
 from smolvm_async.vm.attach.client import AttachedVM
 from smolvm_async.vm.owner import OwnedVM
 from smolvm_async.vm.plan import Plan, make_plan

@@ -14,7 +14,7 @@ from smolvm_async.foundation.locking import LockFile, poll
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.memory import available_memory
 from smolvm_async.state.directory import BUSY
-from smolvm_async.state.record import ACTIVE
+from smolvm_async.state.status import ACTIVE
 
 SYSTEM_RUNTIME = Path("/run")  # for systemd's socket; each user's systemd has another directory
 

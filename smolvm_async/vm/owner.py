@@ -53,7 +53,8 @@ from smolvm_async.host.identity import this_host
 from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.state.directory import VMDirectory
-from smolvm_async.state.record import Record, Status
+from smolvm_async.state.record import Record
+from smolvm_async.state.status import Status
 
 if TYPE_CHECKING:  # the first VM or the first start imports them
     from smolvm_async.vm.attach.server import ControlServer

@@ -59,7 +59,8 @@ from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import WAKE, Rung, ShutdownReport, shut_down
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.directory import VMDirectory
-from smolvm_async.state.record import Machine, Status
+from smolvm_async.state.record import Machine
+from smolvm_async.state.status import Status
 from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_kills, oom_reason
 from smolvm_async.vm.plan import Plan

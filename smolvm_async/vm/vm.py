@@ -35,14 +35,13 @@ from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import DEFAULT, GUESTS
 from smolvm_async.qemu.shutdown import ShutdownReport
-from smolvm_async.state.directory import cannot_use, check_data_dir
-from smolvm_async.state.record import Status
+from smolvm_async.state.status import Status
 from smolvm_async.vm.block import Block
-from smolvm_async.vm.owner import OwnedVM
 
 if TYPE_CHECKING:  # imported on first use
     from smolvm_async.state.registry import VMInfo
     from smolvm_async.vm.attach.client import AttachedVM
+    from smolvm_async.vm.owner import OwnedVM
     from smolvm_async.vm.plan import Plan
     from smolvm_async.vm.run import VMRun
 
@@ -106,6 +105,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     @with_signature
     def __init__(self, **options: Unpack[VMOptions]) -> None:
+        from smolvm_async.vm.owner import OwnedVM
         from smolvm_async.vm.plan import check_early, find_plan, make_plan
 
         config, on_progress = make_config(**options), options.get("on_progress")
@@ -126,19 +126,30 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     @classmethod
     def _of_plan(cls, plan: Plan) -> Self:
         """Return a VM that has this plan. Fleets make a plan once for many VMs."""
+        from smolvm_async.vm.owner import OwnedVM
+
         vm = cls.__new__(cls)
         vm._hold(OwnedVM(plan.config, plan), plan.on_progress)
         return vm
 
+    @property
+    def _owned(self) -> OwnedVM | None:
+        """The object for the VM, if this process owns the VM."""
+        from smolvm_async.vm.owner import OwnedVM
+
+        return self._vm if isinstance(self._vm, OwnedVM) else None
+
     async def _planned(self) -> Plan:
         """Return the plan. For a published image, read the manifest first."""
-        assert isinstance(self._vm, OwnedVM)
-        return await self._vm.planned()
+        owned = self._owned
+        assert owned is not None
+        return await owned.planned()
 
     @property
     def _run(self) -> VMRun | None:
         """The current run, if this process owns the VM."""
-        return self._vm.run if isinstance(self._vm, OwnedVM) else None
+        owned = self._owned
+        return owned.run if owned is not None else None
 
     @property
     def _vm(self) -> VM:
@@ -311,7 +322,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         Another process may own the VM by now. If nobody does, this process becomes the owner.
         """
         vm = self._vm
-        if not isinstance(vm, OwnedVM) and vm.over is not None and vm.over.done():
+        if self._owned is None and vm.over is not None and vm.over.done():
             from smolvm_async.vm.find import find
 
             self._attach(await find(vm.config.data_dir / vm.config.vm_id, self._on_progress))
@@ -399,6 +410,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
 
 def _known_data_dir(data_dir: object) -> Path:
+    from smolvm_async.state.directory import cannot_use, check_data_dir
+
     path = make_data_dir(data_dir)
     try:
         there = path.exists()

@@ -34,7 +34,7 @@ from smolvm_async.images import qcow2
 from smolvm_async.images.build.debian import build_debian
 from smolvm_async.images.cache.verifier import Verifier
 from smolvm_async.images.s3 import client, download
-from smolvm_async.state.record import Status
+from smolvm_async.state.status import Status
 from tests.conftest import fill_up
 from tests.integration.s3_server import (
     Fault,

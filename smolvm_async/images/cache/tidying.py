@@ -23,8 +23,8 @@ from smolvm_async.errors import ImageError
 from smolvm_async.foundation.files import sha256_of
 from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.images.cache.layout import MTIME, ImageRecord, Layout
-from smolvm_async.state.record import ACTIVE, Status
 from smolvm_async.state.registry import survey
+from smolvm_async.state.status import ACTIVE, Status
 
 PULLING = ".pulling"  # suffix of the record of an image that is being downloaded
 LONGEST_PULL = 86_400.0  # seconds; an older record was left by a process that died

@@ -45,7 +45,8 @@ from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.logs import log_end
-from smolvm_async.state.record import Record, Status
+from smolvm_async.state.record import Record
+from smolvm_async.state.status import Status
 from smolvm_async.vm.attach.messages import (
     MAX_MESSAGE,
     PROTOCOL,
