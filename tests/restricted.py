@@ -21,8 +21,11 @@ import sys
 
 CALLS = {
     "flock": 73,
+    "link": 86,
+    "linkat": 265,
     "memfd_create": 319,
     "mprotect": 10,
+    "prctl": 157,
     "pidfd_open": 434,
     "pidfd_send_signal": 424,
     "seccomp": 317,

@@ -155,7 +155,8 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         del _workers[loop]  # with its queue, or a later thread would run the function
         raise HostError(
             f"This host cannot start a thread: {error}.",
-            hint="Stop other processes, or raise the process limit (ulimit -u).",
+            hint="Stop other processes, or raise the process limit (ulimit -u). In a container, a "
+            "seccomp profile may refuse clone3(2): update the container runtime and libseccomp.",
             missing=("threads",),
         ) from error
 

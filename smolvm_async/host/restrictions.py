@@ -12,6 +12,7 @@ caller, instead of returning an error, does not kill this process: see the row f
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -30,6 +31,7 @@ from smolvm_async.host.file_systems import MIB, find_file_system
 
 SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}  # the number of seccomp(2)
 SECCOMP_GET_ACTION_AVAIL = 2  # <linux/seccomp.h>; this changes nothing
+PR_GET_DUMPABLE = 3
 PR_GET_MDWE = 66  # prctl(2), Linux 6.3
 
 FILTER = (
@@ -174,7 +176,46 @@ def _memfd(failure: Failure) -> Problem | None:
     return None
 
 
+def _prctl(failure: Failure) -> Problem | None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) >= 0:
+        return None
+    return Problem(
+        "this host refuses the system call prctl(2), with which processes ask to end with their "
+        f"owner ({os.strerror(ctypes.get_errno())})",
+        FILTER.format("prctl(2)", "SystemCallFilter=@system-service"),
+    )
+
+
 # Files
+
+
+def _hard_links(failure: Failure) -> Problem | None:
+    from tempfile import TemporaryDirectory
+
+    directory = failure.path or Path.cwd()
+    while not directory.is_dir():
+        directory = directory.parent
+    refusals = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP)
+    try:
+        with TemporaryDirectory(dir=directory) as name:
+            Path(name, "file").touch()
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.link("file", "link", src_dir_fd=fd, dst_dir_fd=fd)  # linkat(2), as in a claim
+            finally:
+                os.close(fd)
+    except OSError as error:
+        if error.filename2 is None or error.errno not in refusals:
+            return None  # not a refused link
+        return Problem(
+            f"hard links, with which a host claims a VM's directory, are refused on "
+            f"{find_file_system(directory)} ({error.strerror})",
+            "Pass a data_dir= on a file system with hard links, or allow link(2) and linkat(2).",
+        )
+    return None
 
 
 def _lock(failure: Failure) -> Problem | None:
@@ -369,6 +410,7 @@ FEW = 32  # threads; QEMU has about 10
 
 NO_MEMORY = r"(?i)cannot allocate|not enough memory|out of memory|failed to map segment"
 NO_PROCESS = r"Resource temporarily unavailable|thread_create|can't start new thread"
+REFUSED_CALL = r"Operation not permitted|Function not implemented|Operation not supported"
 REFUSED = r".*(?:Permission denied|not permitted)"
 
 CAUSES = (
@@ -380,6 +422,11 @@ CAUSES = (
     Cause("Address family not supported|host forwarding rule", _address_family),
     Cause("host forwarding rule|Cannot assign requested address", _loopback),
     Cause("memfd_create", _memfd),
+    # The message does not name the system call that was refused.
+    Cause(REFUSED_CALL, _prctl),
+    Cause(REFUSED_CALL, _memfd),
+    Cause(REFUSED_CALL, _address_family),
+    Cause(REFUSED_CALL, _hard_links),
     Cause("flock", _lock),
     Cause("No space left on device", _full),
     Cause("Read-only file system", _read_only),

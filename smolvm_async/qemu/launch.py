@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from smolvm_async.errors import LaunchError, SmolVMError, VMNotRunningError
+from smolvm_async.errors import CommandError, LaunchError, SmolVMError, VMNotRunningError
 from smolvm_async.foundation.process import Child, spawn
 from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
@@ -137,6 +137,15 @@ class Processes:
             running = "\n".join(child.report() for child in self.children)
             message, hint = _with_cause(f"{vm_id} did not start: {error}", running, directory)
             return _launch_error(message, self.qemu, hint)
+        if isinstance(error, CommandError) and not error.hint:
+            message, hint = _with_cause(f"{vm_id} could not be prepared", str(error), directory)
+            return CommandError(
+                message,
+                hint=hint,
+                command=error.command,
+                returncode=error.returncode,
+                output=error.output,
+            )
         return error
 
 

@@ -20,7 +20,8 @@ from smolvm_async.host.identity import HostIdentity, Relation, relation, this_ho
 from smolvm_async.state.names import RECORD
 from smolvm_async.state.status import Status
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # with each new field, increase the number: earlier versions refuse it
+READABLE = (1, 2)  # version 1 has no `host`
 MAX_SIZE = 1 << 20  # bytes
 
 
@@ -96,7 +97,7 @@ class Record(BaseModel):
         locks for each mount, or locks have no effect in the directory `dir_fd`. Then the process
         ids tell, unless this process is the owner: it may have dropped the VM.
         """
-        if self.owner is None or self.owner_is_dead:
+        if self.owner is None or (self.owner_is_dead and self.relation is Relation.SAME_PIDS):
             return False
         if held or self.relation is not Relation.SAME_PIDS:
             return held
@@ -151,8 +152,10 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
         os.close(fd)
     try:
         values: Any = json.loads(content)
-        if values["schema_version"] != SCHEMA_VERSION:
-            raise _unreadable(directory, "another version of this library wrote it")
+        known = Record.model_fields.keys() | VMConfig.model_fields.keys()
+        unknown = {*values, *values["config"]} - known
+        if values["schema_version"] not in READABLE or unknown:
+            raise _unreadable(directory, "another version of this library wrote it; use that one")
         # The directory may have been moved since the record was written.
         values["config"] |= {"data_dir": directory.parent, "vm_id": directory.name}
         return Record(**values)

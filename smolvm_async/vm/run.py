@@ -34,7 +34,7 @@ from smolvm_async.controls.ssh.clock import GuestClock
 from smolvm_async.controls.ssh.environment import set_variables
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, Login
-from smolvm_async.errors import SmolVMError, VMCrashedError
+from smolvm_async.errors import SmolVMError, VMCrashedError, VMNotRunningError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Child
 from smolvm_async.foundation.tasks import first_of, in_thread
@@ -171,7 +171,13 @@ class VMRun:
         )
         if status == "suspended":  # a guest that wakes sets its clock itself
             return ""
-        return await self._clock.set() if self._has_clock() else ""
+        missed = await self._clock.set() if self._has_clock() else ""
+        if await self.guest_status() == "io-error":
+            error = VMNotRunningError(
+                f"{self._plan.config.vm_id} was resumed, and is paused again."
+            )
+            raise self.troubles.explain(error)
+        return missed
 
     def _has_clock(self) -> bool:
         """Return whether the library can set the guest's clock."""

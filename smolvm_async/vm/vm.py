@@ -366,7 +366,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         of a Windows guest stays late until Windows itself corrects it.
 
         Raises:
-            VMNotRunningError: The VM does not run.
+            VMNotRunningError: The VM does not run, or QEMU has paused it again, as on a disk that
+                is still full.
         """
         running(self._vm)
         await self._vm.resume()

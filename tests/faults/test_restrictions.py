@@ -57,6 +57,8 @@ def start(prefix: list[str], data_dir: Path, image: Path, os: str = "windows") -
         ("flock=ENOLCK", "windows", "refuses the system call flock(2)", "SystemCallFilter="),
         ("flock=EBADF", "linux", "refuses the system call flock(2)", "SystemCallFilter="),
         ("memfd_create=EPERM", "linux", "refuses the system call memfd_create(2)", "seccomp"),
+        ("linkat=EPERM", "windows", "hard links", "data_dir="),
+        ("prctl=EPERM", "windows", "refuses the system call prctl(2)", "seccomp"),
         ("pidfd_open=EPERM", "windows", "refuses pidfd_open(2)", "seccomp"),
         ("pidfd_open=ENOSYS", "linux", "refuses pidfd_open(2)", "Linux 5.3"),
         ("RLIMIT_AS=3000000000", "linux", "RLIMIT_AS of this process is 3000000000", "LimitAS="),
@@ -186,6 +188,7 @@ def test_a_restriction_that_the_host_does_not_have_is_not_blamed(tmp_path: Path)
         "No space left on device",
         "Could not open 'x': Permission denied",
         "flock(2) failed: No locks available",
+        "Operation not permitted",
         "Resource temporarily unavailable",
     ):
         assert find_cause(text, tmp_path) is None

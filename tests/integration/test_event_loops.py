@@ -355,7 +355,7 @@ def test_a_fleet_of_another_loop_refuses_every_call(blank_image: Path, data_dir:
     fleet = Fleet(template, size=1, until="firmware")
     asyncio.run(fleet.__aenter__())
     asyncio.run(refuse(fleet.all_ready, ", which was closed: keep one"))
-    assert not list(data_dir.iterdir())
+    assert not data_dir.exists() or not list(data_dir.iterdir())
 
 
 def test_without_asyncio_the_first_call_says_that_asyncio_is_needed(

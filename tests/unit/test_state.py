@@ -12,7 +12,7 @@ from threading import Barrier, Thread
 
 import pytest
 
-from smolvm_async import Status
+from smolvm_async import ConfigError, Status
 from smolvm_async.config.options import make_config
 from smolvm_async.doctor.checks import check_data_dir
 from smolvm_async.doctor.findings import Outcome
@@ -23,7 +23,8 @@ from smolvm_async.host.identity import HostIdentity, Relation, relation, this_ho
 from smolvm_async.state import claim as claims
 from smolvm_async.state.claim import claim, unclaim
 from smolvm_async.state.directory import VMDirectory, loose_parent
-from smolvm_async.state.record import Record
+from smolvm_async.state.names import RECORD
+from smolvm_async.state.record import Record, read_record
 from smolvm_async.state.registry import prune_vms
 
 HERE = HostIdentity("alpha", "m1", "b1", "pid:[1]")
@@ -92,7 +93,7 @@ def directory(tmp_path: Path) -> Iterator[int]:
         (this_host(), DEAD, True, "orphaned", "orphaned"),
         (OTHER_PIDS, DEAD, True, "running", "orphaned"),
         (OTHER_PIDS, ALIVE, True, "running", "orphaned"),
-        (EARLIER, ALIVE, True, "orphaned", "orphaned"),
+        (EARLIER, ALIVE, True, "running", "orphaned"),
         (BETA, ALIVE, True, "elsewhere", "elsewhere"),
         (None, DEAD, True, "running", "orphaned"),
         (BETA, None, True, "running", "running"),
@@ -316,3 +317,15 @@ async def test_an_empty_directory_is_pruned_only_if_the_library_can_have_made_it
     assert await prune_vms(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
     assert not list((tmp_path / "photos").iterdir())
+
+
+@pytest.mark.parametrize("place", ["", "config"])
+def test_a_record_with_an_unknown_field_is_of_another_version_and_not_damaged(
+    directory: int, tmp_path: Path, place: str
+) -> None:
+    config = make_config(os="windows", image=__file__, data_dir=tmp_path.parent, vm_id="a")
+    values = json.loads(Record(config=config, created=1).to_json())
+    (values[place] if place else values)["network"] = {}
+    (tmp_path / RECORD).write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="another version of this library wrote it; use that one"):
+        read_record(tmp_path, directory)
