@@ -21,11 +21,13 @@ import asyncio
 import contextlib
 import inspect
 import os
+import re
 import select
 import selectors
 import socket
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 from smolvm_async.errors import SmolVMError, VMNotRunningError
@@ -128,9 +130,13 @@ def _begin_child() -> None:
 
 
 def _separate(loop: Any) -> None:
-    """Give a copy of a loop kernel objects of its own. Other loops than asyncio's do so already."""
+    """Give a copy of a loop kernel objects of its own."""
+    if loop.is_closed():
+        return
+    if hasattr(loop, "_get_backend_id"):
+        _separate_uvloop(loop._get_backend_id())
     selector = getattr(loop, "_selector", None)
-    if loop.is_closed() or not isinstance(selector, selectors.EpollSelector):
+    if not isinstance(selector, selectors.EpollSelector):
         return
     for new, old in zip(socket.socketpair(), (loop._ssock, loop._csock), strict=True):
         with new:
@@ -143,6 +149,21 @@ def _separate(loop: Any) -> None:
             with contextlib.suppress(OSError):  # /dev/null has no events
                 epoll.register(key.fd, events)
         os.dup2(epoll.fileno(), selector.fileno(), inheritable=False)
+
+
+def _separate_uvloop(backend: int) -> None:
+    """Replace the epoll of a uvloop, and its eventfds, with which threads wake the loop."""
+    information = Path(f"/proc/self/fdinfo/{backend}").read_text()
+    with select.epoll() as epoll:
+        for number, events in re.findall(r"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)", information):
+            fd = int(number)
+            with contextlib.suppress(OSError):  # /dev/null has no events
+                if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]":
+                    new = os.eventfd(0)
+                    os.dup2(new, fd, inheritable=False)
+                    os.close(new)
+                epoll.register(fd, int(events, 16))
+        os.dup2(epoll.fileno(), backend, inheritable=False)
 
 
 os.register_at_fork(after_in_child=_begin_child)

@@ -1,4 +1,4 @@
-"""An owner, or an attached process, that forks: forks.py own|attach|die IMAGE DATA_DIR.
+"""An owner, or an attached process, that forks: forks.py own|attach|die|uvloop IMAGE DATA_DIR.
 
 `own` and `attach` fork one child for each ending in `ENDINGS`, while the VM runs. Afterwards they
 use the VM, and stop it. They print a line of JSON for each child, and one for the VM.
@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
+
+import uvloop
 
 from smolvm_async import AsyncSmolVM, SmolVMError
 
@@ -142,6 +144,20 @@ async def attach(image: str, data_dir: str) -> None:
         await use(vm)
 
 
+async def unwind(image: str, data_dir: str) -> None:
+    """Fork a child that leaves its copy of the block."""
+    async with AsyncSmolVM(
+        os="windows", image=image, memory=2048, accel="tcg", data_dir=data_dir, vm_id="vm"
+    ) as vm:
+        if not (pid := os.fork()):
+            sys.exit(3)
+        status = await wait(pid)
+        async with asyncio.timeout(DEADLINE):
+            shot = await vm.screenshot()
+            report = await vm.stop(timeout=0)
+        tell(child=status, width=shot.width, rung=report.rung)
+
+
 async def die(image: str, data_dir: str) -> None:
     """Run a VM and leave a forked child behind, which lives on after this process was killed."""
     async with AsyncSmolVM(
@@ -156,4 +172,7 @@ async def die(image: str, data_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run({"own": own, "attach": attach, "die": die}[sys.argv[1]](*sys.argv[2:]))
+    if sys.argv[1] == "uvloop":
+        uvloop.run(unwind(*sys.argv[2:]))
+    else:
+        asyncio.run({"own": own, "attach": attach, "die": die}[sys.argv[1]](*sys.argv[2:]))
