@@ -24,6 +24,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -282,6 +283,16 @@ async def spawn(
         return _spawn(name, argv, cwd, log, fds)
 
 
+# Popen waits until all copies of its pipe are closed. If another thread forks meanwhile, the child
+# has a copy, and Popen would block the event loop until that child ends. So fork() waits for Popen.
+_spawning = threading.RLock()  # reentrant: a signal handler may fork
+os.register_at_fork(
+    before=_spawning.acquire,
+    after_in_parent=_spawning.release,
+    after_in_child=_spawning.release,
+)
+
+
 # Spawn once per loop iteration: a spawn blocks for 1 to 3 ms, and many VMs may start at once.
 _turns = Slots(1)
 
@@ -321,7 +332,7 @@ def _start(
     with contextlib.ExitStack() as undo:
         output, childs = os.pipe()
         undo.callback(os.close, output)
-        with open(childs, "wb") as childs_end:
+        with open(childs, "wb") as childs_end, _spawning:
             process = subprocess.Popen(
                 [*die_with_owner(script), *argv],
                 stdin=stdin,
