@@ -94,6 +94,13 @@ def _killed(failure: Failure) -> Problem | None:
     return None
 
 
+def _refused(call: str, refusal: str | None, use: str = "", extra: str = "") -> Problem:
+    """Return the problem of a refused system call; `use` says for what the call is needed."""
+    setting = f"SystemCallFilter=@system-service{extra}"
+    reason = f"this host refuses the system call {call}(2){use} ({refusal})"
+    return Problem(reason, FILTER.format(f"{call}(2)", setting))
+
+
 def _seccomp(failure: Failure) -> Problem | None:
     if (number := SYS_SECCOMP.get(platform.machine())) is None:
         return None
@@ -102,11 +109,9 @@ def _seccomp(failure: Failure) -> Problem | None:
     libc, kill = ctypes.CDLL(None, use_errno=True), ctypes.c_uint32(0x80000000)
     if libc.syscall(number, SECCOMP_GET_ACTION_AVAIL, 0, ctypes.byref(kill)) == 0:
         return None
-    return Problem(
-        "this host refuses the system call seccomp(2), with which QEMU and swtpm set up their "
-        f"sandboxes ({os.strerror(ctypes.get_errno())})",
-        FILTER.format("seccomp(2)", "SystemCallFilter=@system-service seccomp (or none)"),
-    )
+    refusal = os.strerror(ctypes.get_errno())
+    use = ", with which QEMU and swtpm set up their sandboxes"
+    return _refused("seccomp", refusal, use, " seccomp (or none)")
 
 
 def _without_sandbox(failure: Failure) -> Problem | None:
@@ -169,10 +174,7 @@ def _memfd(failure: Failure) -> Problem | None:
     try:
         os.close(os.memfd_create("probe"))
     except OSError as error:
-        return Problem(
-            f"this host refuses the system call memfd_create(2) ({error.strerror})",
-            FILTER.format("memfd_create(2)", "SystemCallFilter=@system-service"),
-        )
+        return _refused("memfd_create", error.strerror)
     return None
 
 
@@ -182,11 +184,8 @@ def _prctl(failure: Failure) -> Problem | None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_GET_DUMPABLE, 0, 0, 0, 0) >= 0:
         return None
-    return Problem(
-        "this host refuses the system call prctl(2), with which processes ask to end with their "
-        f"owner ({os.strerror(ctypes.get_errno())})",
-        FILTER.format("prctl(2)", "SystemCallFilter=@system-service"),
-    )
+    refusal = os.strerror(ctypes.get_errno())
+    return _refused("prctl", refusal, ", with which processes ask to end with their owner")
 
 
 # Files
@@ -195,9 +194,8 @@ def _prctl(failure: Failure) -> Problem | None:
 def _hard_links(failure: Failure) -> Problem | None:
     from tempfile import TemporaryDirectory
 
-    directory = failure.path or Path.cwd()
-    while not directory.is_dir():
-        directory = directory.parent
+    if (directory := _existing(failure)) is None:
+        return None
     refusals = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP)
     try:
         with TemporaryDirectory(dir=directory) as name:
@@ -212,7 +210,7 @@ def _hard_links(failure: Failure) -> Problem | None:
             return None  # not a refused link
         return Problem(
             f"hard links, with which a host claims a VM's directory, are refused on "
-            f"{find_file_system(directory)} ({error.strerror})",
+            f"{find_file_system(directory).name} ({error.strerror})",
             "Pass a data_dir= on a file system with hard links, or allow link(2) and linkat(2).",
         )
     return None
@@ -223,14 +221,10 @@ def _lock(failure: Failure) -> Problem | None:
         fd = os.memfd_create("probe")
         try:
             if refusal := _refusal_to_lock(fd):
-                return Problem(
-                    f"this host refuses the system call flock(2) ({refusal})",
-                    FILTER.format("flock(2)", "SystemCallFilter=@system-service"),
-                )
+                return _refused("flock", refusal)
         finally:
             os.close(fd)
-    existing = next((path for path in _with_parents(failure.path) if path.is_dir()), None)
-    if existing is None:
+    if (existing := _existing(failure)) is None:
         return None
     fd = os.open(existing, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -247,8 +241,10 @@ def _lock(failure: Failure) -> Problem | None:
     )
 
 
-def _with_parents(path: Path | None) -> tuple[Path, ...]:
-    return () if path is None else (path, *path.parents)
+def _existing(failure: Failure) -> Path | None:
+    """Return the directory of the failure, or its first parent that exists."""
+    places = () if failure.path is None else (failure.path, *failure.path.parents)
+    return next((path for path in places if path.is_dir()), None)
 
 
 def _refusal_to_lock(fd: int) -> str:

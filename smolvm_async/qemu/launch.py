@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,13 +140,7 @@ class Processes:
             return _launch_error(message, self.qemu, hint)
         if isinstance(error, CommandError) and not error.hint:
             message, hint = _with_cause(f"{vm_id} could not be prepared", str(error), directory)
-            return CommandError(
-                message,
-                hint=hint,
-                command=error.command,
-                returncode=error.returncode,
-                output=error.output,
-            )
+            return replace(error, message=message, hint=hint)
         return error
 
 

@@ -97,11 +97,14 @@ class Record(BaseModel):
         locks for each mount, or locks have no effect in the directory `dir_fd`. Then the process
         ids tell, unless this process is the owner: it may have dropped the VM.
         """
-        if self.owner is None or (self.owner_is_dead and self.relation is Relation.SAME_PIDS):
+        if self.owner is None:
             return False
-        if held or self.relation is not Relation.SAME_PIDS:
+        if self.relation is not Relation.SAME_PIDS:
             return held
-        runs = any(process.alive for process in self.processes_here)
+        lives = self.owner.alive
+        if held or not lives:
+            return lives
+        runs = any(process.alive for process in self.processes.values())
         return (runs and self.owner.pid != os.getpid()) or not excludes_others(dir_fd)
 
     def status_seen(self, dir_fd: int, *, held: bool) -> Status:
