@@ -13,7 +13,7 @@ import os
 import shlex
 import stat
 import weakref
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
@@ -38,7 +38,6 @@ from smolvm_async.state.names import (
     NEW_RECORD,
     OVERLAY,
     RECORD,
-    REQUIRED,
     SCRATCH,
     SECRETS,
     SOCKETS,
@@ -299,9 +298,9 @@ class VMDirectory:
         """Write `overlay`, which is the VM's disk, and the other parts."""
         await in_thread(self._fill, {OVERLAY: overlay, **parts.files}, parts)
 
-    def check_kept(self, parts: Parts) -> None:
-        """Check that a kept VM's disk and `parts` exist and are not symbolic links."""
-        for name in (*REQUIRED, *parts.names):
+    def check_kept(self, layers: Iterable[str], parts: Parts) -> None:
+        """Check that a kept VM's `layers` and `parts` exist and are not symbolic links."""
+        for name in (*layers, *parts.names):
             path = self.path / name
             is_kind = path.is_dir if name in parts.directories else path.is_file
             if path.is_symlink() or not is_kind():

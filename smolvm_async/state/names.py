@@ -1,12 +1,12 @@
 """The names of the files in a VM's directory, with one row for each name.
 
 To add a file to a VM's directory, add a row here, and put the file's content into `Parts.files` in
-`vm/prepare.py`. By default, a kept VM keeps the file, and the file is deleted with the VM. If a new
-file is required, kept VMs of earlier versions cannot be started any more.
+`vm/prepare.py`. By default, a kept VM keeps the file, and the file is deleted with the VM.
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from smolvm_async.guests import BUILT_IN, GUESTS
@@ -16,15 +16,12 @@ class Row(NamedTuple):
     """The rules for one file, directory or socket.
 
     Attributes:
-        required: A kept VM of any guest OS cannot start without this file. `Parts` lists the files
-            that only some guest OSes require.
         secret: The file is removed when an unkept VM stops; the directory stays until delete().
         of_run: A socket of one run; it is removed after the run and before the next run.
         mark: The file marks the directory as this library's. It is removed last, so that a
             half-deleted directory is still recognized.
     """
 
-    required: bool = False
     secret: bool = False
     of_run: bool = False
     mark: bool = False
@@ -43,7 +40,10 @@ NEW_RECORD = _row("vm.json.new")  # the temporary name of a new record
 SCRATCH = _row("scratch", mark=True)  # no VM uses the directory: any process may remove it
 CLAIM = _row("host", mark=True)  # the host that uses the directory at the moment
 
-OVERLAY = _row("overlay.qcow2", required=True)  # the VM's disk
+OVERLAY = _row("overlay.qcow2")  # the VM's disk, or the first layer of the disk
+# A snapshot freezes the layer that the VM writes to, and the VM goes on in a new layer. The record
+# lists the layers, bottom to top.
+LAYER = r"^(overlay|disk-[0-9]{1,6})\.qcow2$"
 VARS = _row("vars.fd", secret=True)  # UEFI variables
 TPM = _row("tpm", secret=True)  # a directory with swtpm's state
 SEED = _row("seed.iso", secret=True)  # cloud-init reads it
@@ -69,7 +69,6 @@ SIDECARS = frozenset(
     name for guest in (*GUESTS.values(), *BUILT_IN.values()) for name in guest.sidecars
 )
 
-REQUIRED = tuple(name for name, row in ROWS.items() if row.required)
 SECRETS = (*(name for name, row in ROWS.items() if row.secret), *SIDECARS)
 SOCKETS = tuple(name for name, row in ROWS.items() if row.of_run)
 MARKS = tuple(name for name, row in ROWS.items() if row.mark)
@@ -77,7 +76,8 @@ MARKS = tuple(name for name, row in ROWS.items() if row.mark)
 
 def is_ours(name: str) -> bool:
     """Return whether this library uses `name` for a file in a VM's directory."""
-    return name in ROWS or name.partition(".")[0] in {CLAIM, *SIDECARS}
+    known = name in ROWS or name.partition(".")[0] in {CLAIM, *SIDECARS}
+    return known or re.search(LAYER, name) is not None
 
 
 def is_leftover(name: str) -> bool:

@@ -17,12 +17,18 @@ from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.locking import excludes_others
 from smolvm_async.foundation.process import Identity
 from smolvm_async.host.identity import HostIdentity, Relation, relation, this_host
-from smolvm_async.state.names import RECORD
+from smolvm_async.state.names import LAYER, OVERLAY, RECORD
 from smolvm_async.state.status import Status
 
-SCHEMA_VERSION = 2  # with each new field, increase the number: earlier versions refuse it
-READABLE = (1, 2)  # version 1 has no `host`
+SCHEMA_VERSION = 3  # with each new field, increase the number: earlier versions refuse it
+READABLE = (1, 2, 3)  # version 1 has no `host`, version 2 has no `layers`
 MAX_SIZE = 1 << 20  # bytes
+MAX_LAYERS = 64  # each layer takes QEMU memory, and time for each read
+
+
+Layers = Annotated[
+    tuple[Annotated[str, Field(pattern=LAYER)], ...], Field(min_length=1, max_length=MAX_LAYERS)
+]
 
 
 class Machine(NamedTuple):
@@ -33,12 +39,15 @@ class Machine(NamedTuple):
         image_size: The size in bytes of the image that the overlay is based on.
         image_mtime_ns: The time of the image's last change: a later change would corrupt the disk.
         source: The image's files: a newer built-in image would be a different disk.
+        layers: The files of the disk, bottom to top: each has the differences from the layer below,
+            the first one from the image. The VM writes to the last one only.
     """
 
     type: str
     image_size: int
     image_mtime_ns: int
     source: Source | None = None
+    layers: Layers = (OVERLAY,)
 
 
 class Record(BaseModel):

@@ -96,7 +96,7 @@ async def _fill(
     template = tools.firmware.vars_template if tools.firmware is not None else None
     parts = Parts(template, directories(config.profile))
     if machine is not None:
-        state.check_kept(parts)
+        state.check_kept(machine.layers, parts)
         _check_unchanged(image, machine)
         return await in_thread(kept_login, config, state.path) if has_login else None
     login = None

@@ -24,7 +24,7 @@ from smolvm_async.state import claim as claims
 from smolvm_async.state.claim import claim, unclaim
 from smolvm_async.state.directory import VMDirectory, loose_parent
 from smolvm_async.state.names import RECORD
-from smolvm_async.state.record import Record, read_record
+from smolvm_async.state.record import Machine, Record, read_record
 from smolvm_async.state.registry import prune_vms
 
 HERE = HostIdentity("alpha", "m1", "b1", "pid:[1]")
@@ -329,3 +329,30 @@ def test_a_record_with_an_unknown_field_is_of_another_version_and_not_damaged(
     (tmp_path / RECORD).write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="another version of this library wrote it; use that one"):
         read_record(tmp_path, directory)
+
+
+def test_a_record_lists_the_layers_of_the_disk_and_accepts_only_their_names(
+    directory: int, tmp_path: Path
+) -> None:
+    config = make_config(os="windows", image=__file__, data_dir=tmp_path.parent, vm_id="a")
+    machine = Machine("pc-q35-7.2", 1, 1, layers=("overlay.qcow2", "disk-1.qcow2"))
+    record = Record(config=config, created=1, machine=machine)
+    values = json.loads(record.to_json())
+
+    def read() -> Machine | None:
+        (tmp_path / RECORD).write_text(json.dumps(values))
+        found = read_record(tmp_path, directory)
+        assert found is not None
+        return found.machine
+
+    assert read() == machine
+    for name in ("../disk-1.qcow2", "disk-.qcow2", "disk-1.qcow2\n", "/disk-1.qcow2", "vars.fd"):
+        values["machine"][-1] = ["overlay.qcow2", name]
+        with pytest.raises(ConfigError, match="it is damaged"):
+            read()
+    values["machine"][-1] = []
+    with pytest.raises(ConfigError, match="it is damaged"):
+        read()
+    values["schema_version"] = 2
+    del values["machine"][-1]
+    assert read() == machine._replace(layers=("overlay.qcow2",))
