@@ -29,6 +29,9 @@ from smolvm_async.errors import (
     PictureError,
     RemoteError,
     SmolVMError,
+    SnapshotError,
+    SnapshotExistsError,
+    SnapshotNotFoundError,
     UnsupportedError,
     VMAlreadyExistsError,
     VMCrashedError,
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from smolvm_async.images.cache import CachedImage, Damage, ImageStore
     from smolvm_async.images.publish import push_image
     from smolvm_async.state.registry import VMInfo
+    from smolvm_async.state.snapshot_record import SnapshotInfo
 
 __all__ = [
     "AcceleratorWarning",
@@ -105,6 +109,10 @@ __all__ = [
     "Shutdown",
     "ShutdownReport",
     "SmolVMError",
+    "SnapshotError",
+    "SnapshotExistsError",
+    "SnapshotInfo",
+    "SnapshotNotFoundError",
     "Status",
     "Step",
     "Timeouts",
@@ -132,6 +140,7 @@ _ON_FIRST_USE = {
     "Damage": "smolvm_async.images.cache",
     "ImageStore": "smolvm_async.images.cache",
     "push_image": "smolvm_async.images.publish",
+    "SnapshotInfo": "smolvm_async.state.snapshot_record",
     "VMInfo": "smolvm_async.state.registry",
 }
 

@@ -6,6 +6,8 @@
     ├── ConfigError (ValueError)         an argument is wrong
     │   ├── ImageError                   the image cannot be used
     │   ├── PictureError                 the data is not a complete picture
+    │   ├── SnapshotExistsError          the snapshot's name is taken
+    │   ├── SnapshotNotFoundError        no snapshot has this name
     │   ├── UnsupportedError             the guest OS or this version lacks the feature
     │   ├── VMAlreadyExistsError         the VM id is taken
     │   │   └── VMElsewhereError         another host uses the VM
@@ -25,7 +27,8 @@
     │   ├── JobFailedError               a job of map() failed for an item
     │   ├── RemoteError                  an exception of another machine that cannot be loaded here
     │   └── WorkerLostError              a Dask worker was lost during a job
-    └── MonitorError                     QEMU refused a QMP command
+    ├── MonitorError                     QEMU refused a QMP command
+    └── SnapshotError                    the snapshot cannot be made or used
 
 and one warning, `AcceleratorWarning`.
 
@@ -140,6 +143,14 @@ class ImageError(ConfigError):
 
 class PictureError(ConfigError):
     """The data is not a complete picture."""
+
+
+class SnapshotExistsError(ConfigError):
+    """Another snapshot has this name."""
+
+
+class SnapshotNotFoundError(ConfigError):
+    """No snapshot has this name."""
 
 
 class UnsupportedError(ConfigError):
@@ -335,6 +346,10 @@ class MonitorError(SmolVMError):
 
     command: str = ""
     error_class: str = ""
+
+
+class SnapshotError(SmolVMError):
+    """The snapshot cannot be made, or cannot be used here; the message says why."""
 
 
 class AcceleratorWarning(UserWarning):

@@ -40,6 +40,7 @@ MAX_CPUS = 255  # QEMU's q35 allows more only with an interrupt remapper
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 MAX_HEAD = 15  # a QEMU display adapter has at most 16 heads, numbered from 0
 MAX_SECONDS = 1e9
+MAX_LABELS, MAX_LABEL = 64, 256  # labels of a snapshot, and characters of a name or value
 MAX_SHOWN = 200  # characters of a value in a message
 MIN_RESOLUTION, MAX_RESOLUTION = (640, 480), (3840, 2160)  # VGA's own mode, and 4K
 
@@ -106,12 +107,40 @@ def check_seconds(argument: str, seconds: object) -> None:
 
 def check_vm_id(vm_id: object) -> str:
     """Check the id of a VM against the pattern `VM_ID`, and return the id."""
-    if not isinstance(vm_id, str) or not re.fullmatch(VM_ID, vm_id):
+    return _check_id("vm_id", vm_id, "an id", "build-42")
+
+
+def check_snapshot_name(name: object) -> str:
+    """Check the name of a snapshot, which is a name of a directory, and return the name."""
+    return _check_id("name", name, "a name", "tools-installed")
+
+
+def _check_id(argument: str, value: object, noun: str, example: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch(VM_ID, value):
         raise ConfigError(
-            f"vm_id={shown(vm_id)} is wrong: pass an id of 1 to 63 lower-case letters, digits and "
-            "hyphens that does not begin or end with a hyphen, such as vm_id='build-42'."
+            f"{argument}={shown(value)} is wrong: pass {noun} of 1 to 63 lower-case letters, "
+            "digits and hyphens that does not begin or end with a hyphen, such as "
+            f"{argument}={example!r}."
         )
-    return vm_id
+    return value
+
+
+def check_labels(labels: object) -> dict[str, str]:
+    """Check the labels of a snapshot, which are texts by name; return a copy."""
+    if labels is None:
+        return {}
+    if not isinstance(labels, Mapping) or len(labels) > MAX_LABELS:
+        raise ConfigError(
+            f"labels={shown(labels)} is wrong: pass a mapping with at most {MAX_LABELS} labels, "
+            "such as labels={'project': 'x'}."
+        )
+    for part in (*labels, *labels.values()):
+        if not isinstance(part, str) or len(part) > MAX_LABEL or not part.isprintable():
+            raise ConfigError(
+                f"labels= has {shown(part)}: names and values are str of at most {MAX_LABEL} "
+                "printable characters."
+            )
+    return dict(labels)
 
 
 def check_path(path: object, argument: str, kind: str) -> Path:

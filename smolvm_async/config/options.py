@@ -157,6 +157,21 @@ def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) ->
     return _within_bound(config.model_copy(update=update))
 
 
+def recheck(config: VMConfig) -> VMConfig:
+    """Check a configuration from a file that a stranger may have written, as if it were arguments.
+
+    Raises:
+        ConfigError: A value is wrong.
+    """
+    options: dict[str, Any] = {name: value for name, value in config if value != ""}
+    if config.os not in GUESTS:
+        raise ConfigError(f"os={shown(config.os)} is not a known guest OS: pass {CHOICES}.")
+    if isinstance(config.origin, PublishedImage):
+        options["os"] = None
+        return complete(make_config(**options), config.os, None, None)
+    return make_config(**options)
+
+
 def new_vm_id() -> str:
     """Return a random VM id: `vm-` and 8 hexadecimal digits."""
     return f"vm-{os_module.urandom(4).hex()}"

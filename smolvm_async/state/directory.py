@@ -91,13 +91,13 @@ class Parts(NamedTuple):
 #    `end_orphans`.
 # 5. If the owner forks, as multiprocessing does, the child has a copy of the descriptor and so of
 #    the lock. `foundation/fork.py` takes the copy from the child, or the lock would outlast the
-#    owner. In the child, `_Lease.fd` is -1, so the child changes no file.
+#    owner. In the child, `Lease.fd` is -1, so the child changes no file.
 # 6. On a shared file system, the lock may not exclude other hosts. So `try_hold` also claims the
 #    directory for this host (see `claim`), and gives up if the record's owner is on another host.
 
 
-class _Lease:
-    """The lock on a VM's directory, and a spare descriptor.
+class Lease:
+    """The lock on a directory, and a spare descriptor.
 
     Removing a directory needs a descriptor, and must not fail if the process has none left.
 
@@ -167,7 +167,7 @@ class VMDirectory:
         self.record: Record | None = None
         self.other_host: str | None = None
         self._gone_host = gone_host
-        self._lease: _Lease | None = None
+        self._lease: Lease | None = None
         self._unless_released: weakref.finalize[..., VMDirectory] | None = None
 
     @property
@@ -219,7 +219,7 @@ class VMDirectory:
             try:
                 if create:
                     self.path.mkdir(mode=0o700, exist_ok=True)
-                lease = _Lease(open_directory(self.path))
+                lease = Lease(open_directory(self.path))
             except FileNotFoundError:
                 if create:
                     continue  # the last owner has just removed it
@@ -237,7 +237,7 @@ class VMDirectory:
                     with contextlib.suppress(OSError):
                         self.path.rmdir()  # fails unless the directory is empty
                 raise
-            if not _is_at(lease.fd, self.path):
+            if not is_at(lease.fd, self.path):
                 lease.close()
                 continue
             if locked:
@@ -255,7 +255,7 @@ class VMDirectory:
                     lease.close()
             return locked
 
-    def _claim(self, lease: _Lease) -> bool:
+    def _claim(self, lease: Lease) -> bool:
         """Claim the directory for this host, and return whether this succeeded.
 
         On a full disk, the lock must do to remove a VM; no VM can start there.
@@ -314,12 +314,12 @@ class VMDirectory:
         with self._spare_descriptor():
             for name in SECRETS:
                 with contextlib.suppress(FileNotFoundError):
-                    _discard(self.path / name)
+                    discard(self.path / name)
 
     def clear(self) -> None:
         """Remove everything in the directory except the record."""
         with self._spare_descriptor():
-            _empty(self.path, keep=MARKS)
+            empty(self.path, keep=MARKS)
 
     def remove(self) -> None:
         """Remove the directory and release the lock; a second call does nothing."""
@@ -392,7 +392,7 @@ class VMDirectory:
         )
 
 
-def _abandon(path: Path, lease: _Lease) -> None:
+def _abandon(path: Path, lease: Lease) -> None:
     """Clean up if the owner exits, or drops the VM, without closing its event loop.
 
     A Jupyter kernel does so. A kept VM then becomes an orphan, which its next start() repairs.
@@ -410,26 +410,26 @@ def _abandon(path: Path, lease: _Lease) -> None:
         lease.release()
 
 
-def _remove(path: Path, lease: _Lease) -> None:
+def _remove(path: Path, lease: Lease) -> None:
     with lease.spare_descriptor():
-        _empty(path, keep=MARKS)
+        empty(path, keep=MARKS)
     lease.claimed = False  # as soon as the claim is removed, another host may claim the directory
     for name in MARKS:
         (path / name).unlink(missing_ok=True)
     path.rmdir()
 
 
-def _empty(directory: Path, keep: Container[str] = ()) -> None:
+def empty(directory: Path, keep: Container[str] = ()) -> None:
     """Remove everything in a directory; this needs only one descriptor, `shutil` needs two."""
     for name in os.listdir(directory):
         if name not in keep:
-            _discard(directory / name)
+            discard(directory / name)
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Remove a file, or a directory with its content."""
     if stat.S_ISDIR(path.lstat().st_mode):
-        _empty(path)
+        empty(path)
         path.rmdir()
     else:
         path.unlink()
@@ -547,7 +547,7 @@ def elsewhere(path: Path, host: str) -> VMElsewhereError:
     )
 
 
-def _is_at(fd: int, path: Path) -> bool:
+def is_at(fd: int, path: Path) -> bool:
     """Return whether `path` still leads to the directory that was opened as `fd`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.lstat(path))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
+from collections.abc import Container
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.entries import open_regular
 from smolvm_async.foundation.locking import excludes_others
 from smolvm_async.foundation.process import Identity
 from smolvm_async.host.identity import HostIdentity, Relation, relation, this_host
@@ -26,9 +27,13 @@ MAX_SIZE = 1 << 20  # bytes
 MAX_LAYERS = 64  # each layer takes QEMU memory, and time for each read
 
 
+# QEMU gets these texts in its options, or opens the file: a record may come from a stranger.
+MachineType = Annotated[str, Field(pattern=r"^[A-Za-z0-9._+-]{1,64}$")]
 Layers = Annotated[
     tuple[Annotated[str, Field(pattern=LAYER)], ...], Field(min_length=1, max_length=MAX_LAYERS)
 ]
+Time = Annotated[int, Field(ge=0, lt=1 << 63)]  # ns since the epoch
+M = TypeVar("M", bound=BaseModel)
 
 
 class Machine(NamedTuple):
@@ -43,7 +48,7 @@ class Machine(NamedTuple):
             the first one from the image. The VM writes to the last one only.
     """
 
-    type: str
+    type: MachineType
     image_size: int
     image_mtime_ns: int
     source: Source | None = None
@@ -69,7 +74,7 @@ class Record(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     config: VMConfig
-    created: Annotated[int, Field(ge=0, lt=1 << 63)]
+    created: Time
     status: Status = Status.STARTING
     owner: Identity | None = None
     processes: dict[str, Identity] = {}
@@ -129,8 +134,8 @@ class Record(BaseModel):
         return self.model_copy(update=update)
 
     def to_json(self) -> bytes:
-        """Return the record as JSON, in ASCII: a path may contain bytes that are not UTF-8."""
-        return json.dumps(self.model_dump(), default=os.fspath, indent=1).encode()
+        """See `to_json()`."""
+        return to_json(self)
 
 
 def beyond_reach(related: Relation, dir_fd: int) -> bool:
@@ -140,6 +145,55 @@ def beyond_reach(related: Relation, dir_fd: int) -> bool:
     return not excludes_others(dir_fd)
 
 
+def to_json(record: BaseModel) -> bytes:
+    """Return a record as JSON, in ASCII: a path may contain bytes that are not UTF-8."""
+    return json.dumps(record.model_dump(), default=os.fspath, indent=1).encode()
+
+
+class RecordError(ValueError):
+    """A record cannot be read. The message continues a sentence that begins with its name."""
+
+
+def read_json(
+    model: type[M], name: str, dir_fd: int, readable: Container[int], **config: object
+) -> M | None:
+    """Read a record with a `schema_version` and a `config`; return `None` if it is missing.
+
+    Args:
+        model: The record's type.
+        readable: The versions that can be read.
+        config: Values that replace the values in the record's `config`.
+
+    Raises:
+        RecordError: If the record is damaged, or of another version.
+        OSError: If the record cannot be read at the moment.
+    """
+    try:
+        fd = open_regular(name, dir_fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EACCES):
+            raise RecordError(str(error.strerror)) from error
+        raise
+    try:
+        content = os.read(fd, MAX_SIZE)
+    finally:
+        os.close(fd)
+    try:
+        values: Any = json.loads(content)
+        known = model.model_fields.keys() | VMConfig.model_fields.keys()
+        unknown = {*values, *values["config"]} - known
+        other = values["schema_version"] not in readable or unknown
+        values["config"] |= {} if other else config
+        record = None if other else model(**values)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RecordError("it is damaged") from error
+    if record is None:
+        raise RecordError("another version of this library wrote it; use that one")
+    return record
+
+
 def read_record(directory: Path, dir_fd: int) -> Record | None:
     """Read the record in `directory` (open as `dir_fd`); return `None` if there is no record.
 
@@ -147,38 +201,12 @@ def read_record(directory: Path, dir_fd: int) -> Record | None:
         ConfigError: If the record is damaged.
         OSError: If the record cannot be read at the moment.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(RECORD, flags, dir_fd=dir_fd)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EACCES):
-            raise _unreadable(directory, str(error.strerror)) from error
-        raise
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise _unreadable(directory, "it is not a regular file")
-        content = os.read(fd, MAX_SIZE)
-    finally:
-        os.close(fd)
-    try:
-        values: Any = json.loads(content)
-        known = Record.model_fields.keys() | VMConfig.model_fields.keys()
-        unknown = {*values, *values["config"]} - known
-        if values["schema_version"] not in READABLE or unknown:
-            raise _unreadable(directory, "another version of this library wrote it; use that one")
         # The directory may have been moved since the record was written.
-        values["config"] |= {"data_dir": directory.parent, "vm_id": directory.name}
-        return Record(**values)
-    except (ValueError, TypeError, KeyError, RecursionError, ValidationError) as error:
-        if isinstance(error, ConfigError) and RECORD in str(error):
-            raise
-        raise _unreadable(directory, "it is damaged") from error
-
-
-def _unreadable(directory: Path, reason: str) -> ConfigError:
-    return ConfigError(
-        f"The VM's record {str(directory / RECORD)!r} cannot be read: {reason}. "
-        "Remove the directory if you do not need the VM."
-    )
+        here = {"data_dir": directory.parent, "vm_id": directory.name}
+        return read_json(Record, RECORD, dir_fd, READABLE, **here)
+    except RecordError as error:
+        raise ConfigError(
+            f"The VM's record {str(directory / RECORD)!r} cannot be read: {error}. "
+            "Remove the directory if you do not need the VM."
+        ) from error
