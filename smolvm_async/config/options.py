@@ -163,7 +163,9 @@ def recheck(config: VMConfig) -> VMConfig:
     Raises:
         ConfigError: A value is wrong.
     """
-    options: dict[str, Any] = {name: value for name, value in config if value != ""}
+    fields = VMConfig.model_fields
+    options: dict[str, Any] = {n: value for n, value in config if value != fields[n].default}
+    options["image"] = config.image or None
     if config.os not in GUESTS:
         raise ConfigError(f"os={shown(config.os)} is not a known guest OS: pass {CHOICES}.")
     if isinstance(config.origin, PublishedImage):

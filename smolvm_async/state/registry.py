@@ -14,7 +14,7 @@ from smolvm_async.config.checks import VM_ID
 from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.foundation.locking import LockFile, is_locked, poll
 from smolvm_async.foundation.log import current_vm, get_logger
-from smolvm_async.foundation.tasks import in_thread
+from smolvm_async.foundation.tasks import in_background, in_thread
 from smolvm_async.state.directory import NO_DIRECTORY, VMDirectory, cannot_use, open_directory
 from smolvm_async.state.record import Record, read_record
 from smolvm_async.state.status import Status
@@ -103,8 +103,15 @@ async def prune_vms(data_dir: Path, gone_host: str | None = None) -> list[VMInfo
     """Remove the VMs of dead owners from `data_dir`; return their information from before.
 
     Kept VMs stay and become `stopped`. Processes that dead owners left running are killed. The
-    owners on the host with the name `gone_host` are dead; other hosts' VMs stay.
+    owners on the host with the name `gone_host` are dead; other hosts' VMs stay. Also remove what
+    killed processes left of snapshots.
     """
+    from smolvm_async.state.snapshots import (
+        SNAPSHOTS,
+        remove_leftovers,
+    )  # list() needs no snapshots
+
+    await in_background(remove_leftovers, data_dir / SNAPSHOTS)
     await in_thread(_remove_stale_lock, data_dir / LOCK)
     pruned = []
     for path in await in_thread(lambda: list(_directories(data_dir))):

@@ -31,6 +31,8 @@ AGAIN = (
     "files: cp -a, or rsync -a."
 )
 
+Text = Annotated[str, Field(pattern=r"^[ -~]*$", max_length=1 << 16)]
+
 
 class FileFacts(NamedTuple):
     """The facts about a file that must not change; `ram`, layers and large files have no hash."""
@@ -81,8 +83,8 @@ class SnapshotRecord(BaseModel):
     live: bool
     ready: bool
     accelerator: Annotated[str, Field(pattern=r"^[a-z]{1,16}$")]
-    qemu: Annotated[str, Field(pattern=r"^[ -~]{0,256}$")]
-    processor: Annotated[str, Field(pattern=r"^[ -~]{0,4096}$")]
+    qemu: Text
+    processor: Text
     labels: dict[str, str] = {}
     files: dict[str, FileFacts] = {}
 

@@ -136,14 +136,23 @@ class NewSnapshot(Snapshot):
         """Add a layer of a VM's disk as a hard link; nobody may write to the layer any more.
 
         Between file systems, and where a link is refused, this makes a copy.
+
+        Raises:
+            SnapshotError: The layer is missing, or the disk is full.
         """
-        _put(open_regular(name, directory_fd), name, self.fd)
+        with _explained(self.path):
+            _put(open_regular(name, directory_fd), name, self.fd)
 
     def copy(self, directory_fd: int, name: str) -> None:
-        """Copy a file of a VM's directory, or if `name` is the TPM's directory, all its files."""
-        for file in [name] if name != TPM else names_in(TPM, directory_fd):
-            if file in COPIED or re.search(TPM_FILE, file):
-                _put(open_regular(file, directory_fd), file, self.fd)
+        """Copy a file of a VM's directory, or if `name` is the TPM's directory, its files.
+
+        Raises:
+            SnapshotError: The file is missing, or the disk is full.
+        """
+        with _explained(self.path):
+            for file in [name] if name != TPM else names_in(TPM, directory_fd):
+                if file in COPIED or re.search(TPM_FILE, file):
+                    _put(open_regular(file, directory_fd), file, self.fd)
 
     def complete(self, record: SnapshotRecord, *, durable: bool = False) -> None:
         """Set the record, add the facts about all files, and remove files that do not belong here.
@@ -271,10 +280,14 @@ async def delete_snapshot(root: Path, name: str) -> None:
 
 def survey_snapshots(root: Path) -> Iterator[tuple[SnapshotRecord, SnapshotInfo]]:
     """Yield the record of every snapshot in `root`, and the information about the snapshot."""
-    for name in sorted(_entries(root)):
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise cannot_use(root, error) from error
+    for name in sorted(name for name in names if re.fullmatch(VM_ID, name)):
         path = root / name
-        if not re.fullmatch(VM_ID, name):
-            continue
         try:
             fd = open_directory(path)
         except OSError as error:
@@ -297,7 +310,11 @@ def survey_snapshots(root: Path) -> Iterator[tuple[SnapshotRecord, SnapshotInfo]
 
 def remove_leftovers(root: Path) -> None:
     """Remove the files that killed processes left, and the files of deleted snapshots."""
-    for path in (root / name for name in _entries(root) if re.fullmatch(TEMPORARY, name)):
+    try:
+        names = os.listdir(root)
+    except OSError:
+        return  # no snapshot was ever made, or the caller finds the reason
+    for path in (root / name for name in names if re.fullmatch(TEMPORARY, name)):
         try:
             lease = Lease(open_directory(path))
             try:
@@ -434,15 +451,6 @@ def _sync(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _entries(root: Path) -> list[str]:
-    try:
-        return os.listdir(root)
-    except OSError as error:
-        if error.errno in NO_DIRECTORY:
-            return []
-        raise cannot_use(root, error) from error
 
 
 def _check_owner(path: Path, fd: int) -> None:

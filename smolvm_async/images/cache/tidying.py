@@ -4,7 +4,8 @@ A file is kept while something needs it:
 
 - an image whose record is in the cache, or an image that is being downloaded (`.pulling`);
 - a VM that is starting or running: it holds a shared lock on the file;
-- a kept VM that is stopped: its record, in a data directory that the cache knows, names the file.
+- a kept VM that is stopped: its record, in a data directory that the cache knows, names the file;
+- a snapshot in such a data directory, likewise.
 
 Every function runs in a thread. The caller holds the cache's lock, so no VM can start meanwhile.
 Only `files_of()` and `actual_digest()` do not need the lock; they may take long.
@@ -23,7 +24,9 @@ from smolvm_async.errors import ImageError
 from smolvm_async.foundation.files import sha256_of
 from smolvm_async.foundation.locking import LockFile, try_lock
 from smolvm_async.images.cache.layout import MTIME, ImageRecord, Layout
+from smolvm_async.state.record import Machine
 from smolvm_async.state.registry import survey
+from smolvm_async.state.snapshots import SNAPSHOTS, survey_snapshots
 from smolvm_async.state.status import ACTIVE, Status
 
 PULLING = ".pulling"  # suffix of the record of an image that is being downloaded
@@ -84,17 +87,17 @@ def remove_images(layout: Layout, images: Collection[ImageRecord]) -> None:
         if users := _users(layout, image, images, using):
             raise ImageError(
                 f"{image.published.manifest.name} ({image.published.uri}) is in use by "
-                f"{', '.join(users)}: stop every VM that uses the image (delete() a kept VM), "
-                "and try again."
+                f"{', '.join(users)}: stop every VM that uses the image (delete() a kept VM, and "
+                "delete_snapshot() a snapshot), and try again."
             )
     for image in images:
         _remove(layout, image)
 
 
 def _users(
-    layout: Layout, image: ImageRecord, removing: Collection[ImageRecord], using: list[VMUse]
+    layout: Layout, image: ImageRecord, removing: Collection[ImageRecord], using: list[Use]
 ) -> list[str]:
-    """Return the VMs that need an image, or one of its files that no remaining image uses."""
+    """Return the users of an image, or of one of its files that no remaining image uses."""
     records = {other.path for other in removing}
     staying = {
         path
@@ -158,7 +161,7 @@ def _size(layout: Layout) -> int:
     return sum(path.stat().st_size for path in layout.files.iterdir())
 
 
-def _remove_unneeded(layout: Layout, using: list[VMUse]) -> None:
+def _remove_unneeded(layout: Layout, using: list[Use]) -> None:
     needed = _needed(layout)
     for path in set(layout.files.iterdir()) - needed:
         if not users_of({path}, "", using) and not is_held(path):
@@ -202,34 +205,39 @@ def remove_damaged(layout: Layout, path: Path, actual: str) -> Damage:
     return Damage(path, path.name, actual, removed=not in_use)
 
 
-# The VMs that need a file
+# The VMs and snapshots that need a file
 
 
-class VMUse(NamedTuple):
-    """A VM that needs files of the cache."""
+class Use(NamedTuple):
+    """A VM or a snapshot that needs files of the cache."""
 
-    vm_id: str
+    user: str  # the VM's id, or `snapshot NAME`
     paths: set[Path]  # the files that its record names
     uri: str  # the URI of a running VM's image; empty for a stopped VM
 
 
-def uses(layout: Layout) -> list[VMUse]:
-    """Return the VMs that need files of the cache, from all data directories that it knows."""
+def uses(layout: Layout) -> list[Use]:
+    """Return the users of files of the cache, from all data directories that the cache knows."""
     found = []
     for data_dir in layout.known_data_dirs():
         for record, status in survey(data_dir):
             running = status in (*ACTIVE, Status.ELSEWHERE)
             if running or record.machine is not None:
                 uri = record.config.image if running else ""
-                source = record.machine.source if record.machine is not None else None
-                paths = set(source.paths) if source is not None else set()
-                found.append(VMUse(record.config.vm_id, paths, uri))
+                found.append(Use(record.config.vm_id, _paths_of(record.machine), uri))
+        for snapshot, info in survey_snapshots(data_dir / SNAPSHOTS):
+            found.append(Use(f"snapshot {info.name}", _paths_of(snapshot.machine), ""))
     return found
 
 
-def users_of(paths: set[Path], uri: str, found: list[VMUse]) -> list[str]:
-    """Return the ids of the VMs that need one of the files, or run the image of the URI."""
-    return sorted({use.vm_id for use in found if use.paths & paths or use.uri == uri})
+def _paths_of(machine: Machine | None) -> set[Path]:
+    source = machine.source if machine is not None else None
+    return set(source.paths) if source is not None else set()
+
+
+def users_of(paths: set[Path], uri: str, found: list[Use]) -> list[str]:
+    """Return the users that need one of the files, or run the image of the URI."""
+    return sorted({use.user for use in found if use.paths & paths or use.uri == uri})
 
 
 def is_held(path: Path) -> bool:
