@@ -106,10 +106,9 @@ async def prune_vms(data_dir: Path, gone_host: str | None = None) -> list[VMInfo
     owners on the host with the name `gone_host` are dead; other hosts' VMs stay. Also remove what
     killed processes left of snapshots.
     """
-    from smolvm_async.state.snapshots import (
-        SNAPSHOTS,
-        remove_leftovers,
-    )  # list() needs no snapshots
+    # list() does not need them
+    from smolvm_async.state.snapshot_directory import remove_leftovers
+    from smolvm_async.state.snapshots import SNAPSHOTS
 
     await in_background(remove_leftovers, data_dir / SNAPSHOTS)
     await in_thread(_remove_stale_lock, data_dir / LOCK)

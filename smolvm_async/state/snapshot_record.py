@@ -7,7 +7,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -48,13 +48,13 @@ class FileFacts(NamedTuple):
         hashed = status.st_size <= HASHED and name != RAM and not re.search(LAYER, name)
         return cls(status.st_size, status.st_mtime_ns, sha256_of(fd) if hashed else "")
 
-    def change(self, found: FileFacts) -> str:
-        """Return the difference of the facts that were found, for the end of a message."""
-        if found.size != self.size:
-            return f"has {found.size} bytes instead of {self.size}"
-        if found.mtime_ns != self.mtime_ns:
+    def change(self, status: os.stat_result) -> str:
+        """Return how size or time differ now, for the end of a message; empty if they are equal."""
+        if status.st_size != self.size:
+            return f"has {status.st_size} bytes instead of {self.size}"
+        if status.st_mtime_ns != self.mtime_ns:
             return "was changed (the time of its last change differs)"
-        return "has another content (SHA-256)" if found != self else ""
+        return ""
 
 
 class SnapshotRecord(BaseModel):
@@ -72,6 +72,9 @@ class SnapshotRecord(BaseModel):
         processor: The processor that the guest saw.
         labels: The user's labels.
         files: The facts about each file, by name; `NewSnapshot` sets them.
+        boot_files: The facts about the kernel and the initramfs that QEMU loads, without hashes;
+            `NewSnapshot` sets them. A guest can read these files, so a stranger's record must not
+            name others than the stranger had.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -87,6 +90,19 @@ class SnapshotRecord(BaseModel):
     processor: Text
     labels: dict[str, str] = {}
     files: dict[str, FileFacts] = {}
+    boot_files: tuple[FileFacts, ...] = ()
+
+    @property
+    def boot_paths(self) -> list[Path]:
+        """The paths of `boot_files`."""
+        source = self.machine.source
+        return source.paths[1:] if source is not None else []  # without the image
+
+    def with_facts(self, files: dict[str, FileFacts]) -> Self:
+        """Return the record with the facts about the files."""
+        found = [path.stat() for path in self.boot_paths]
+        boot_files = tuple(FileFacts(status.st_size, status.st_mtime_ns, "") for status in found)
+        return self.model_copy(update={"files": files, "boot_files": boot_files})
 
     def belongs(self, name: str) -> bool:
         """Return whether the snapshot may have a file of that name."""
@@ -108,6 +124,8 @@ class SnapshotRecord(BaseModel):
         layers, live = self.machine.layers, (RAM, MACHINE) if self.live else ()
         if missing := {*layers, *live} - self.files.keys():
             raise unusable(path, f"{min(missing)!r} is missing")
+        if len(self.boot_files) != len(self.boot_paths):
+            raise unusable(path, "its record does not describe the kernel")
         if len({*layers}) < len(layers) or not all(map(self.belongs, self.files)):
             raise unusable(path, "its record lists files that do not belong to a snapshot")
         if self.live and self.files[RAM].size != self.config.memory << 20:

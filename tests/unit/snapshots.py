@@ -29,6 +29,7 @@ from smolvm_async import (
     SnapshotNotFoundError,
 )
 from smolvm_async.config.options import make_config
+from smolvm_async.config.source import Source
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import Machine
@@ -58,11 +59,17 @@ def make_vm(state: Path) -> Path:
     return directory
 
 
-def make_record(*, live: bool = True, **values: Any) -> SnapshotRecord:
+def make_machine(source: Source | None = None) -> Machine:
+    return Machine("pc-q35-7.2", 5, 6, source, LAYERS)
+
+
+def make_record(
+    *, live: bool = True, machine: Machine | None = None, **values: Any
+) -> SnapshotRecord:
     """Return the record that `snapshot()` passes to `finish()`."""
     return SnapshotRecord(
         config=make_config(os="linux", image=__file__, memory=MEMORY, vm_id="vm-1"),
-        machine=Machine("pc-q35-7.2", 5, 6, layers=LAYERS),
+        machine=machine or make_machine(),
         created=time.time_ns(),
         live=live,
         ready=False,
@@ -109,7 +116,7 @@ async def use(state: Path, vm_id: str = "clone") -> None:
     try:
         async with held_snapshot(state / SNAPSHOTS, "base") as held:
             await in_background(held.give, directory)
-            os.close(await in_background(held.open, "ram"))
+            os.close(held.open("ram"))
         assert (directory.path / "vars.fd").read_text() == "content of vars.fd"
     finally:
         await in_background(directory.remove)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import itertools
 import json
 import os
 import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,6 @@ from smolvm_async.foundation import entries
 from smolvm_async.foundation.tasks import in_background
 from smolvm_async.images.cache.layout import Layout
 from smolvm_async.images.cache.tidying import uses
-from smolvm_async.images.qcow2 import Qcow2Error
-from smolvm_async.images.qcow2 import check as check_qcow2
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import to_json
 from smolvm_async.state.snapshot_record import FileFacts, read_snapshot
@@ -44,7 +44,19 @@ from smolvm_async.state.snapshots import (
     new_snapshot,
 )
 from tests.conftest import fill_up
-from tests.unit.snapshots import LAYERS, MEMORY, fill, make, make_record, make_vm, use
+from tests.faults.injection import Run, run_once
+from tests.unit.snapshots import (
+    LAYERS,
+    MEMORY,
+    delete,
+    fill,
+    make,
+    make_machine,
+    make_record,
+    make_vm,
+    names,
+    use,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -177,6 +189,31 @@ async def test_a_process_that_dies_or_fails_at_any_step_leaves_a_whole_snapshot_
 
 async def test_processes_may_make_use_and_delete_a_snapshot_at_once(state: Path) -> None:
     assert "done" in program("at_once", state)
+
+
+def cancel(run: Run) -> Generator[int, None, None]:
+    run.cancel()
+    yield from ()
+
+
+def test_a_cancellation_at_any_await_leaves_a_whole_snapshot_or_none(state: Path) -> None:
+    async def story() -> None:
+        await make(state)
+        await use(state)
+        await delete(state)
+
+    for point in itertools.count(1):
+        run = run_once(story, cancel, point)
+        assert not run.complaints
+        assert run.ended_cancelled == run.cancelled
+        left = names(state)
+        if left:
+            asyncio.run(use(state))
+            asyncio.run(delete(state))
+        assert not (state / SNAPSHOTS).exists()
+        if not run.struck:
+            break
+    assert point > 10
 
 
 async def test_prune_removes_what_a_dead_process_left(state: Path, root: Path) -> None:
@@ -342,12 +379,29 @@ async def test_a_changed_file_of_the_same_size_and_time_is_found_by_its_hash(
     await refused(root, f"'{name}' has another content")
 
 
-async def test_a_layer_must_pass_the_check_of_images(state: Path, root: Path) -> None:
-    await make(state)
-    with pytest.raises(SnapshotError, match="is not a qcow2 image") as caught:
-        async with held_snapshot(root, "base", check_qcow2):
-            pass
-    assert isinstance(caught.value.__cause__, Qcow2Error)
+async def test_a_record_can_name_only_kernels_that_its_maker_had(
+    state: Path, root: Path, tmp_path: Path
+) -> None:
+    kernel, secret = tmp_path / "kernel", tmp_path / "secret"
+    kernel.write_text("kernel")
+    secret.write_text("secret")
+    record = make_record(machine=make_machine(source=Source(tmp_path / "disk", kernel)))
+    async with new_snapshot(root, "base") as new:
+        fill(new, state)
+        new.finish(record)
+    async with held_snapshot(root, "base") as held:
+        assert held.record.boot_paths == [kernel]
+    path = root / "base" / "snapshot.json"
+    good = path.read_text()
+    path.write_text(good.replace(str(kernel), str(secret)))
+    await refused(root, f"'{secret}' is missing, or was changed")
+    values = json.loads(good)
+    values["machine"][3][2] = str(secret)  # the initramfs
+    path.write_text(json.dumps(values))
+    await refused(root, "does not describe the kernel")
+    path.write_text(good)
+    kernel.unlink()
+    await refused(root, f"'{kernel}' is missing, or was changed")
 
 
 async def test_a_snapshot_that_others_can_change_is_refused(state: Path, root: Path) -> None:
@@ -453,9 +507,9 @@ async def test_an_image_that_a_snapshot_needs_is_in_use(
     layout = Layout(tmp_path / "cache")
     layout.data_dirs.mkdir(parents=True)
     layout.note_data_dir(state)
+    (tmp_path / "kernel").touch()
     source = Source(tmp_path / "disk", tmp_path / "kernel")
-    record = make_record()
-    record = record.model_copy(update={"machine": record.machine._replace(source=source)})
+    record = make_record(machine=make_machine(source=source))
     async with new_snapshot(root, "base") as new:
         fill(new, state)
         new.finish(record)
