@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from smolvm_async.host.tools import HostTools
 
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
+PARKED_PORT = "smolvm.control"  # the name by which the guest's parked process finds its port
 DISPLAY = "display"  # the id of the display adapter
 NETWORK = "network"  # the id of the network's backend
 # Nothing can wake a guest that sleeps in S3, and its power button is dead. S4 would end the VM. The
@@ -40,6 +41,7 @@ class Descriptors(NamedTuple):
     monitor: int
     console: int
     screen: int
+    parked: int | None = None  # the parked process's port, if the guest has that process
 
 
 class DirectBoot(NamedTuple):
@@ -119,9 +121,10 @@ def qemu_arguments(
         *_disk(spec.base_image, spec.disk_format, profile.disk_bus, keep=config.keep),
         *_network(config.vm_id, ssh=profile.login != "none"),
         *_login(profile, config.vm_id, direct_boot),
-        *_agent(),
+        *_serial_ports(descriptors.parked),
         *_display(config.resolution, descriptors.screen, usb=profile.usb),
         *("-device", "pvpanic"),  # a guest's panic becomes GUEST_PANICKED
+        *("-device", "vmgenid,guid=auto"),  # a restored guest reseeds its random numbers
         *(word for device in profile.devices for word in ("-device", device)),
         *sidecar_options,
     ]
@@ -187,7 +190,8 @@ def _login(profile: GuestProfile, vm_id: str, direct_boot: DirectBoot | None) ->
     own = [
         *("-fw_cfg", f"name=opt/smolvm/authorized_keys,file={AUTHORIZED_KEYS}"),
         *("-fw_cfg", f"name=opt/smolvm/ssh_host_ed25519_key,file={HOST_KEY}"),
-        *("-fw_cfg", f"name=opt/smolvm/hostname,string={vm_id}"),
+        # A restored guest reads these files with the sizes of the guest that was saved.
+        *("-fw_cfg", f"name=opt/smolvm/hostname,string={vm_id:<64}"),
     ]
     if profile.login == "nocloud":
         seed = _node("seed", "raw", SEED, read_only=True)
@@ -197,16 +201,16 @@ def _login(profile: GuestProfile, vm_id: str, direct_boot: DirectBoot | None) ->
     return [*entropy, *own] if profile.login == "fw_cfg" else []
 
 
-def _agent() -> list[str]:
-    # This library does not use the port, but QEMU reports when the guest agent opens it.
-    return [
-        *("-chardev", f"null,id={AGENT_PORT}"),
-        *("-device", "virtio-serial-pci"),
-        *(
-            "-device",
-            f"virtserialport,id={AGENT_PORT},chardev={AGENT_PORT},name=org.qemu.guest_agent.0",
-        ),
-    ]
+def _serial_ports(parked: int | None) -> list[str]:
+    # This library does not use the agent's port, but QEMU reports when the guest agent opens it.
+    ports = [(AGENT_PORT, "null", "org.qemu.guest_agent.0")]
+    if parked is not None:
+        ports.append(("parked", f"socket,fd={parked}", PARKED_PORT))
+    options = ["-device", "virtio-serial-pci"]
+    for port, backend, name in ports:
+        options += ["-chardev", f"{backend},id={port}"]
+        options += ["-device", f"virtserialport,id={port},chardev={port},name={name}"]
+    return options
 
 
 def _display(resolution: tuple[int, int], screen: int, *, usb: bool) -> list[str]:

@@ -20,6 +20,7 @@ from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.parked import Parked
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.sidecars import SIDECARS
 from smolvm_async.state.names import log_name
@@ -46,7 +47,7 @@ def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Comma
 
     Spawn the processes inside the block: at its end, this process closes their sockets.
     """
-    fds = [*descriptors, spec.base_image]
+    fds = [*(fd for fd in descriptors if fd is not None), spec.base_image]
     if (boot := spec.direct_boot) is not None:
         fds += [fd for fd in (boot.kernel, boot.initrd) if fd is not None]
     options: list[str] = []
@@ -167,6 +168,7 @@ async def launch(
     monitor: Monitor,
     console: Console,
     screen: Screen,
+    parked: Parked | None = None,
     *,
     timeout: float,
     amend: Callable[[list[str]], list[str]] = list,
@@ -175,8 +177,8 @@ async def launch(
 
     The processes start up concurrently: spawn all of them before waiting for one. Spawn QEMU
     first, because it takes longest. The caller has filled the directory, and has not opened
-    monitor, console and screen. QEMU has `timeout` seconds for its first answer; `amend` changes
-    QEMU's command line.
+    monitor, console, screen and parked. QEMU has `timeout` seconds for its first answer; `amend`
+    changes QEMU's command line.
 
     Raises:
         LaunchError: A process could not be spawned (`__cause__` is then an `OSError`) or ended, or
@@ -188,6 +190,7 @@ async def launch(
             ends.enter_context(monitor.open()).fileno(),
             ends.enter_context(console.open()).fileno(),
             screen.open(),
+            ends.enter_context(parked.open()).fileno() if parked is not None else None,
         )
         qemu, *sidecars = ends.enter_context(commands(spec, descriptors))
         for name, argv, log, fds in (qemu._replace(argv=amend(qemu.argv)), *sidecars):

@@ -54,6 +54,7 @@ from smolvm_async.qemu.events import (
 )
 from smolvm_async.qemu.launch import SAME_END, Processes, launch
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
+from smolvm_async.qemu.parked import Parked
 from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import WAKE, Rung, ShutdownReport, shut_down
@@ -81,6 +82,7 @@ class VMRun:
         self.pauses = Pauses()
         self.boot = BootTracker(hub, self.pauses, plan.on_progress)
         self.console = Console()
+        self.parked = Parked() if plan.config.profile.login == "fw_cfg" else None
         self.failure: Exception | None = None
         self.report = ShutdownReport(Rung.NONE)
         self.launch = Launch()
@@ -144,6 +146,8 @@ class VMRun:
                 await self._monitor.disconnect()
             finally:
                 self.console.close()
+                if self.parked is not None:
+                    self.parked.close()
                 self.peripherals.screen.close()
 
     def resident(self) -> int:
@@ -232,6 +236,7 @@ class VMRun:
                 self._monitor,
                 self.console,
                 self.peripherals.screen,
+                self.parked,
                 timeout=plan.config.timeouts.launch,
                 amend=lambda argv: [*plan.prefix, *argv],
             )

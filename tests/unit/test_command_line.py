@@ -74,8 +74,8 @@ GOLDEN_TCG = [
     "-device scsi-hd,drive=disk,bootindex=1",
     "-netdev user,id=network",
     "-device virtio-net-pci,netdev=network,mac=52:54:00:c0:fb:c5,romfile=",
-    "-chardev null,id=agent",
     "-device virtio-serial-pci",
+    "-chardev null,id=agent",
     "-device virtserialport,id=agent,chardev=agent,name=org.qemu.guest_agent.0",
     "-display none",
     "-vnc none,password=on,share=ignore",
@@ -84,6 +84,7 @@ GOLDEN_TCG = [
     "-device qemu-xhci",
     "-device usb-tablet",
     "-device pvpanic",
+    "-device vmgenid,guid=auto",
     "-chardev socket,id=tpm,fd=13",
     "-tpmdev emulator,id=tpm0,chardev=tpm",
 ]
@@ -233,7 +234,7 @@ def test_qemu_accepts_the_line_and_builds_the_machine(tmp_path: Path, blank_imag
         (tmp_path / "screen").open("wb") as screen,
     ):
         descriptors = Descriptors(pairs[0][1].fileno(), pairs[1][1].fileno(), screen.fileno())
-        fds = (*descriptors, image.fileno())
+        fds = (*filter(None, descriptors), image.fileno())
         line = arguments(config(memory=2048), TCG, tools, descriptors, (), image.fileno())
         for command in ("qmp_capabilities", "quit"):
             pairs[0][0].sendall(json.dumps({"execute": command}).encode())

@@ -102,7 +102,7 @@ def test_the_built_in_image_is_started_without_firmware_or_usb() -> None:
     assert "pflash" not in " ".join(argv)
     assert "usb-tablet" not in argv
     assert "user,id=network,hostfwd=tcp:127.0.0.1:0-:22" in argv
-    assert "name=opt/smolvm/hostname,string=one" in argv
+    assert f"name=opt/smolvm/hostname,string={'one':<64}" in argv
     assert "pvpanic-pci" in argv
     assert any(word.startswith("virtio-blk-pci,drive=disk") for word in argv)
 

@@ -16,7 +16,7 @@ systemd and dpkg. So the image is built as follows:
    its packages and its recipe (`builder`).
 
 For a VM with this disk, QEMU loads the kernel. Process 1 is a small init, `guest/init.sh`, which
-starts an SSH server and little else.
+starts an SSH server, the parked process (`guest/parked.pl`), and little else.
 """
 
 from __future__ import annotations

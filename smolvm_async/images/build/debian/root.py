@@ -21,10 +21,13 @@ from smolvm_async.images.build.boot_files import (
     make_initramfs,
     modules,
 )
-from smolvm_async.images.build.workshop import CLOUD_KERNELS, distribution, own_sources
+from smolvm_async.images.build.workshop import distribution, own_sources
 
 GUEST = Path(__file__).parent / "guest"
 OWN = "usr/lib/smolvm"  # the directory of the library's own files in the guest
+
+# Debian's kernel for clouds is smaller, but has no vmgenid, no 9p and no USB; Ubuntu's has them.
+KERNELS = {"debian": "linux-image-amd64", "ubuntu": "linux-image-virtual"}
 
 # usr-is-merged replaces usrmerge: the builder merges the directories itself, and usrmerge would
 # install Perl's modules to merge them.
@@ -38,10 +41,14 @@ MERGED = ("bin", "sbin", "lib", "lib64")
 NOT_UNPACKED = (
     *("usr/share/man/*", "usr/share/info/*", "usr/share/locale/*", "usr/share/lintian/*"),
     "usr/share/doc/*/[!c]*",  # all files except the copyright
+    # The largest drivers: half of all modules. None of them is for a device of this library's VMs.
+    *("*/kernel/sound/*", "*/kernel/drivers/media/*", "*/kernel/drivers/iio/*"),
+    *("*/kernel/drivers/net/wireless/*", "*/kernel/drivers/net/ethernet/*"),
+    *("*/drm/amd/*", "*/drm/i915/*", "*/drm/nouveau/*", "*/drm/radeon/*"),
 )
-DRIVERS = (
+DRIVERS = (  # all that the boot needs; the guest loads other modules from its disk on demand
     *("virtio_pci", "virtio_blk", "crc32c_generic", "ext4", "virtio_net", "af_packet"),
-    *("virtio_rng", "qemu_fw_cfg", "button", "evdev", "pvpanic", "pvpanic_pci"),
+    *("virtio_console", "virtio_rng", "qemu_fw_cfg", "button", "evdev", "pvpanic", "pvpanic_pci"),
 )
 
 # Unpack the package $1 and its control files; list its files in the format of `tar -tv`.
@@ -56,7 +63,7 @@ dpkg-deb --fsys-tarfile "$1" | tar --extract --directory=tree --preserve-permiss
 
 async def package_names(cache: Path) -> list[str]:
     """Return the packages to download; the package lists must be in `cache`."""
-    kernel = await kernel_packages(CLOUD_KERNELS[distribution("the built-in Linux")], cache)
+    kernel = await kernel_packages(KERNELS[distribution("the built-in Linux")], cache)
     return [*await packages.installation(WANTED, cache), *kernel, "busybox-static"]
 
 
@@ -184,6 +191,7 @@ def _add_own_files(tree: Path, work: Path) -> None:
         install(GUEST / f"{name}.sh", tree / OWN / name, 0o755)
     for name in ("poweroff", "halt", "reboot", "shutdown"):
         (tree / "usr/sbin" / name).symlink_to(f"/{OWN}/end")
+    install(GUEST / "parked.pl", tree / OWN / "parked", 0o755)
     install(GUEST / "sshd_config", tree / OWN / "sshd_config")
     install(GUEST / "dpkg.cfg", tree / "etc/dpkg/dpkg.cfg.d/smolvm")
     (tree / "etc/resolv.conf").write_text("nameserver 10.0.2.3\n")  # QEMU's DNS server

@@ -63,14 +63,34 @@ set_identity() {
     umask 077
     $b mkdir -p /root/.ssh
     $b cat $config/authorized_keys/raw >/root/.ssh/authorized_keys
-    $b cat $config/ssh_host_ed25519_key/raw >/etc/ssh/ssh_host_ed25519_key
+    $b mkdir /run/smolvm
+    host_key=/run/smolvm/host_key
+    case $arguments in
+    *smolvm.template*) $b mkfifo $host_key ;; # sshd waits until the parked process writes the key
+    *) $b cat $config/ssh_host_ed25519_key/raw >$host_key ;;
+    esac
     umask 022
 }
 
 keep_sshd() { # restart sshd if it ends: there is no other way to log in
+    # With -r, sshd does not execute itself for each connection. From OpenSSH 9.8 on, it always
+    # executes sshd-session.
+    [ -e /usr/lib/openssh/sshd-session ] || fork_only=-r
     while :; do
-        /usr/sbin/sshd -D -f $own/sshd_config </dev/null >/dev/console 2>&1
+        /usr/sbin/sshd -D $fork_only -f $own/sshd_config </dev/null >/dev/console 2>&1
         $b usleep 100000
+    done
+}
+
+keep_parked() { # restart the parked process if it ends
+    for name in /sys/class/virtio-ports/*/name; do
+        read -r label <"$name" || continue
+        [ "$label" = smolvm.control ] || continue
+        name=${name%/name}
+        while :; do
+            $own/parked <>"/dev/${name##*/}" >&0
+            $b usleep 100000
+        done
     done
 }
 
@@ -81,10 +101,12 @@ $b mount -t tmpfs -o nosuid,nodev tmpfs /dev/shm
 $b mount -t cgroup2 -o nosuid,nodev,noexec cgroup2 /sys/fs/cgroup
 $b ln -sfn /proc/self/fd /dev/fd
 kernel=$(($($b ls /proc | $b grep -c '^[0-9]') + 1))
+read -r arguments </proc/cmdline # of the kernel
 start_network
 set_identity
 keep_sshd &
 watch_power_buttons
+keep_parked &
 
 while :; do # process 1 must not end; `wait` also reaps orphans, and lets the traps run
     $b sleep 86400 &
