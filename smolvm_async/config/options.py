@@ -27,7 +27,7 @@ from smolvm_async.config.checks import (
     is_integer,
     shown,
 )
-from smolvm_async.config.source import LocalDisk, Origin, PublishedImage, make_origin
+from smolvm_async.config.source import BuiltInImage, LocalDisk, Origin, PublishedImage, make_origin
 from smolvm_async.config.uri import is_published, local_path, parse_uri
 from smolvm_async.config.vm_config import Limits, StrictModel, Timeouts, VMConfig, find_profile
 from smolvm_async.errors import ConfigError
@@ -60,6 +60,7 @@ class VMOptions(TypedDict, total=False):
     env: Mapping[str, str] | None  # environment variables of all commands
     port_forwards: Iterable[int | tuple[int, int | None]] | Mapping[int, int | None]
     keep: bool  # keep the VM after the block and the process end
+    boot: Literal["warm", "cold"] | None
     resolution: tuple[int, int] | str | None  # pixels
     vnc: Literal["loopback", "unix"] | bool | None
     limits: Limits | Mapping[str, float] | None
@@ -126,6 +127,7 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
         port_forwards=check_port_forwards(given["port_forwards"]),
         accel=check_accel(given["accel"]),
         keep=check_boolean("keep", given["keep"]),
+        boot=_boot(given["boot"], origin),
         resolution=check_resolution(given["resolution"]),
         vnc=check_vnc_kind(given["vnc"]),
         limits=_nested(Limits, "limits", given["limits"]),
@@ -134,6 +136,41 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
     )
     check_progress(on_progress)
     return _within_bound(config)
+
+
+class CloneOptions(TypedDict, total=False):
+    """The arguments of `AsyncSmolVM` that a clone of a snapshot can have, too."""
+
+    vm_id: str | None
+    accel: Literal["auto", "kvm", "tcg"]
+    env: Mapping[str, str] | None
+    port_forwards: Iterable[int | tuple[int, int | None]] | Mapping[int, int | None]
+    keep: bool
+    vnc: Literal["loopback", "unix"] | bool | None
+    limits: Limits | Mapping[str, float] | None
+    timeouts: Timeouts | Mapping[str, float] | None
+    data_dir: str | os_module.PathLike[str] | None
+    on_progress: ProgressCallback | None
+
+
+def check_clone_options(options: Mapping[str, object]) -> None:
+    """Check the names of the arguments of a clone."""
+    for name in options:
+        if name in VMOptions.__annotations__ and name not in CloneOptions.__annotations__:
+            raise ConfigError(f"{name}= cannot be given: the snapshot fixes it. Leave {name}= out.")
+        if name not in CloneOptions.__annotations__:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+
+
+def make_clone_config(source: VMConfig, **options: Unpack[CloneOptions]) -> VMConfig:
+    """Return the configuration of a clone of a VM that has the configuration `source`."""
+    check_clone_options(options)
+    own = CloneOptions.__annotations__
+    fixed: Any = {name: value for name, value in source if name not in own and value != ""}
+    if isinstance(source.origin, PublishedImage):
+        checked = make_config(**{**fixed, "os": None}, **options)
+        return complete(checked, source.os, None, None)
+    return make_config(**fixed, **options)
 
 
 def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) -> VMConfig:
@@ -266,6 +303,22 @@ def _direct_boot(origin: Origin, given: Mapping[str, Any]) -> dict[str, Any]:
         "initrd": "" if initrd is None else str(check_path(initrd, "initrd", "an initramfs")),
         "boot_args": boot_args,
     }
+
+
+def _boot(boot: object, origin: Origin) -> Literal["warm", "cold"]:
+    built_in = isinstance(origin, BuiltInImage)
+    if boot is None:
+        return "cold"  # until the built-in image has a process that sets its clones right
+    if boot == "cold":
+        return "cold"
+    if boot != "warm":
+        raise ConfigError(f"boot={shown(boot)} is wrong: pass 'warm' or 'cold'.")
+    if not built_in:
+        raise ConfigError(
+            "boot='warm' is only for the built-in Linux: leave boot= out. To start clones of a "
+            "guest that is ready, use snapshot() and from_snapshot(), fork(), or a Fleet."
+        )
+    return "warm"
 
 
 def _user(user: object, profile: GuestProfile) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -86,6 +86,7 @@ class VMConfig(StrictModel):
     Attributes:
         image: Empty for the built-in image, an absolute path, or the URI of a manifest. Use
             `origin` instead: it has a type for each of the three.
+        boot: `warm` if the first start may restore a snapshot of a guest that is ready.
     """
 
     os: str
@@ -106,6 +107,7 @@ class VMConfig(StrictModel):
     limits: Limits
     timeouts: Timeouts
     data_dir: Path
+    boot: Literal["warm", "cold"] = "cold"
 
     @property
     def origin(self) -> Origin:

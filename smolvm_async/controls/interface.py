@@ -113,6 +113,10 @@ class VM(Protocol):
     async def delete(self) -> None:
         """See `AsyncSmolVM.delete()`."""
 
+    @rpc
+    async def snapshot(self, name: str, labels: dict[str, str]) -> dict[str, Any]:
+        """See `AsyncSmolVM.snapshot()`. Return the fields of the `SnapshotInfo`."""
+
     async def leave(self, *, graceful: bool) -> None:
         """Leave the `async with` block; `graceful` is false if an exception ended the block."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 FeatureName = Literal[
-    "commands", "files", "variables", "user", "kernel", "mounts", "internet_settings", "snapshots"
+    "commands", "files", "variables", "user", "kernel", "mounts", "internet_settings"
 ]
 
 
@@ -52,12 +52,6 @@ FEATURES: dict[FeatureName, Feature] = {
         ("internet_settings",),
         "Use the firewall or proxy settings of the guest OS inside the image, or filter on the "
         "host.",
-    ),
-    "snapshots": Feature(
-        ("snapshot", "from_snapshot"),
-        (),
-        "Shut the guest down and keep a copy of its qcow2; image= never writes to a qcow2, so any "
-        "number of VMs can start from the copy.",
     ),
 }
 

@@ -26,14 +26,10 @@ LINUX = GuestProfile(
     disk_bus="virtio",
     login="nocloud",
     features=frozenset({"commands", "files", "variables", "user", "kernel"}),
-    planned=frozenset({"mounts", "internet_settings", "snapshots"}),
+    planned=frozenset({"mounts", "internet_settings"}),
     instead={
         "mounts": "Use upload_file() instead.",
         "internet_settings": "Use the guest's own firewall (nftables), or filter on the host.",
-        "snapshots": (
-            "Pass keep=True to keep the VM's disk when the VM stops, and reopen the VM with "
-            "from_id(); or start a new VM from a qcow2 that is in the desired state (image=)."
-        ),
     },
 )
 

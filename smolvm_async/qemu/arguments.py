@@ -27,6 +27,7 @@ AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE
 PARKED_PORT = "smolvm.control"  # the name by which the guest's parked process finds its port
 DISPLAY = "display"  # the id of the display adapter
 NETWORK = "network"  # the id of the network's backend
+RAM = "pc.ram"  # the name that q35 gives to RAM without a file: migration compares the names
 # Nothing can wake a guest that sleeps in S3, and its power button is dead. S4 would end the VM. The
 # firmware's ACPI tables then offer neither state, so a guest that "suspends" only idles (s2idle).
 NO_SLEEP = ("-global", "ICH9-LPC.disable_s3=1", "-global", "ICH9-LPC.disable_s4=1")
@@ -58,6 +59,19 @@ class DirectBoot(NamedTuple):
     arguments: str
 
 
+class RAMFile(NamedTuple):
+    """A file with the guest's RAM, which QEMU maps instead of allocating memory.
+
+    Attributes:
+        fd: The file's descriptor, which QEMU inherits.
+        shared: Whether the guest's writes change the file. If not, the pages that the guest writes
+            become its own, and it shares all others with the guests that map the same file.
+    """
+
+    fd: int
+    shared: bool
+
+
 class MachineSpec(NamedTuple):
     """The values that define the machine of one VM.
 
@@ -68,6 +82,9 @@ class MachineSpec(NamedTuple):
         disk_format: The format of the base image: `qcow2` or `raw`.
         machine_type: The versioned type that a kept VM was created with; by default the newest.
         direct_boot: The kernel, if the image has no boot loader of its own.
+        layers: The files of the disk above the base image, the one that the guest writes to last.
+        ram: The file with the guest's RAM, if there is one.
+        incoming: Whether QEMU waits for the state of a saved machine (`migrate-incoming`).
     """
 
     config: VMConfig
@@ -78,6 +95,9 @@ class MachineSpec(NamedTuple):
     disk_format: str = "qcow2"
     machine_type: str | None = None
     direct_boot: DirectBoot | None = None
+    layers: tuple[str, ...] = (OVERLAY,)
+    ram: RAMFile | None = None
+    incoming: bool = False
 
 
 def machine_uuid(vm_id: str) -> uuid.UUID:
@@ -95,6 +115,8 @@ def qemu_arguments(
     machine = f"{spec.machine_type or profile.machine_type},{profile.machine_options}"
     if tools.firmware is not None:
         machine += ",pflash0=code,pflash1=vars"
+    if spec.ram is not None:
+        machine += f",memory-backend={RAM}"
     global_options = (*profile.globals, *profile.accelerator_globals.get(accelerator.name, ()))
     return [
         str(tools.qemu),
@@ -108,6 +130,8 @@ def qemu_arguments(
         *("-cpu", profile.cpu[accelerator.name]),
         *("-smp", f"sockets=1,cores={config.cpus},threads=1"),
         *("-m", f"size={config.memory}M"),
+        *(_ram(spec.ram, config.memory) if spec.ram is not None else ()),
+        *(("-incoming", "defer") if spec.incoming else ()),
         *("-rtc", profile.rtc),
         *(word for option in global_options for word in ("-global", option)),
         *NO_SLEEP,
@@ -118,7 +142,7 @@ def qemu_arguments(
         *("-serial", "chardev:console"),
         *_firmware(tools, keep=config.keep),
         *(_direct_boot(direct_boot) if direct_boot is not None else ()),
-        *_disk(spec.base_image, spec.disk_format, profile.disk_bus, keep=config.keep),
+        *_disk(spec, profile.disk_bus),
         *_network(config.vm_id, ssh=profile.login != "none"),
         *_login(profile, config.vm_id, direct_boot),
         *_serial_ports(descriptors.parked),
@@ -148,26 +172,53 @@ def _direct_boot(boot: DirectBoot) -> list[str]:
     ]
 
 
-def _disk(base_image: int, disk_format: str, bus: str, *, keep: bool) -> list[str]:
+def _ram(file: RAMFile, memory: int) -> list[str]:
+    share = "on" if file.shared else "off"
+    options = f"id={RAM},size={memory}M,mem-path=/proc/self/fd/{file.fd},share={share}"
+    return ["-object", f"memory-backend-file,{options}"]
+
+
+def node_of(layer: str) -> str:
+    """Return the name of the block node of a layer of the disk."""
+    return "disk" if layer == OVERLAY else layer.removesuffix(".qcow2")
+
+
+def layer_options(layer: str, backing: str | None, *, keep: bool) -> dict[str, object]:
+    """Return the options (`blockdev-add`) of a layer that the guest writes to.
+
+    Args:
+        backing: The block node below; `None` if `blockdev-snapshot` sets it later.
+    """
     cache = _cache(keep=keep)
-    overlay = {
+    return {
         "driver": "qcow2",
-        "node-name": "disk",
-        "file": {"driver": "file", "filename": OVERLAY, "discard": "unmap", "cache": cache},
-        "backing": "base",
+        "node-name": node_of(layer),
+        "file": {"driver": "file", "filename": layer, "discard": "unmap", "cache": cache},
+        "backing": backing,
         "discard": "unmap",
         "detect-zeroes": "unmap",
         "cache": cache,
     }
+
+
+def _disk(spec: MachineSpec, bus: str) -> list[str]:
+    *frozen, top = spec.layers
+    below = ["base", *map(node_of, frozen)]
+    disk = node_of(top)
     scsi = [
         *("-device", "virtio-scsi-pci,id=scsi,iothread=disk-thread"),
-        *("-device", "scsi-hd,drive=disk,bootindex=1"),
+        *("-device", f"scsi-hd,drive={disk},bootindex=1"),
     ]
-    virtio = ["-device", "virtio-blk-pci,drive=disk,iothread=disk-thread,bootindex=1"]
+    virtio = ["-device", f"virtio-blk-pci,drive={disk},iothread=disk-thread,bootindex=1"]
     return [
-        *("-add-fd", f"fd={base_image},set=1"),
-        *("-blockdev", _node("base", disk_format, "/dev/fdset/1", read_only=True)),
-        *("-blockdev", json.dumps(overlay)),
+        *("-add-fd", f"fd={spec.base_image},set=1"),
+        *("-blockdev", _node("base", spec.disk_format, "/dev/fdset/1", read_only=True)),
+        *(
+            word
+            for layer, backing in zip(frozen, below, strict=False)
+            for word in ("-blockdev", _node(node_of(layer), "qcow2", layer, backing=backing))
+        ),
+        *("-blockdev", json.dumps(layer_options(top, below[-1], keep=spec.config.keep))),
         *("-object", "iothread,id=disk-thread"),
         *(scsi if bus == "scsi" else virtio),
     ]
@@ -240,8 +291,11 @@ def _node(
     *,
     read_only: bool = False,
     cache: dict[str, bool] | None = None,
+    backing: str | None = None,
 ) -> str:
     caching = {} if cache is None else {"cache": cache}
+    chained = {} if backing is None else {"backing": backing}
+    read_only = read_only or backing is not None
     return json.dumps(
         {
             "driver": image_format,
@@ -249,5 +303,6 @@ def _node(
             "read-only": read_only,
             "file": {"driver": "file", "filename": path, "read-only": read_only, **caching},
             **caching,
+            **chained,
         }
     )

@@ -189,6 +189,6 @@ def _idle_seconds(blockstats: Any) -> float:
     idle = [
         device["stats"]["idle_time_ns"] / 1e9
         for device in blockstats
-        if device.get("node-name") == "disk" and "idle_time_ns" in device["stats"]
+        if str(device.get("node-name")).startswith("disk") and "idle_time_ns" in device["stats"]
     ]
     return min(idle, default=0.0)

@@ -50,6 +50,8 @@ def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Comma
     fds = [*(fd for fd in descriptors if fd is not None), spec.base_image]
     if (boot := spec.direct_boot) is not None:
         fds += [fd for fd in (boot.kernel, boot.initrd) if fd is not None]
+    if spec.ram is not None:
+        fds.append(spec.ram.fd)
     options: list[str] = []
     sidecars: list[Command] = []
     with ExitStack() as ends:

@@ -133,6 +133,11 @@ class Monitor:
         except QMPError as error:
             raise VMNotRunningError(f"QEMU has ended; {command} was not executed") from error
 
+    async def send_descriptor(self, name: str, fd: int) -> None:
+        """Give QEMU a copy of an open descriptor, under a name that `fd:NAME` then uses."""
+        self._client.send_fd_scm(fd)
+        await self.execute("getfd", {"fdname": name})
+
     async def read_port(self, line: str) -> int:
         """Read an I/O port with `line`, a human monitor command: QMP cannot read I/O ports."""
         answer = await self.execute("human-monitor-command", {"command-line": line})

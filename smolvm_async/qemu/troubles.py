@@ -64,8 +64,8 @@ class Troubles:
         self._log = log
         self._pid = pid
         directory = config.data_dir / config.vm_id
+        self._directory = directory
         self._files = {
-            "disk": ("the VM's disk", directory / OVERLAY),
             "vars": ("the UEFI variables", directory / VARS),
             "seed": ("cloud-init's disk", directory / SEED),
         }
@@ -130,6 +130,9 @@ class Troubles:
         node = event.data.get("node-name") or event.data.get("device") or "disk"
         if node == "base":
             return "the VM's image", self.image
+        if node == "disk" or node.startswith("disk-"):  # see `node_of()`
+            layer = OVERLAY if node == "disk" else f"{node}.qcow2"
+            return "the VM's disk", self._directory / layer
         return self._files.get(node, (f"QEMU's block device {node!r}", node))
 
     def stopped(self, event: Event, status: str) -> Trouble | None:

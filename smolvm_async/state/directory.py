@@ -294,9 +294,13 @@ class VMDirectory:
             replace_file(RECORD, content, temporary=NEW_RECORD, mode=0o600, dir_fd=self.fd)
         self.record = record
 
-    async def prepare(self, overlay: bytes, parts: Parts) -> None:
-        """Write `overlay`, which is the VM's disk, and the other parts."""
-        await in_thread(self._fill, {OVERLAY: overlay, **parts.files}, parts)
+    async def prepare(self, disk: bytes, parts: Parts, layer: str = OVERLAY) -> None:
+        """Write `disk`, which is the layer of the disk that the VM writes to, and other parts."""
+        await in_thread(self._fill, {layer: disk, **parts.files}, parts)
+
+    async def write_layer(self, layer: str, content: bytes) -> None:
+        """Write a new layer of the disk."""
+        await in_thread(self._write, layer, content)
 
     def check_kept(self, layers: Iterable[str], parts: Parts) -> None:
         """Check that a kept VM's `layers` and `parts` exist and are not symbolic links."""

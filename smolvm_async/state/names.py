@@ -7,6 +7,7 @@ To add a file to a VM's directory, add a row here, and put the file's content in
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from smolvm_async.guests import BUILT_IN, GUESTS
@@ -78,6 +79,12 @@ def is_ours(name: str) -> bool:
     """Return whether this library uses `name` for a file in a VM's directory."""
     known = name in ROWS or name.partition(".")[0] in {CLAIM, *SIDECARS}
     return known or re.search(LAYER, name) is not None
+
+
+def next_layer(layers: Sequence[str]) -> str:
+    """Return the name of a new layer above `layers`."""
+    found = re.search("[0-9]+", layers[-1])
+    return f"disk-{int(found[0]) + 1 if found else 1}.qcow2"
 
 
 def is_leftover(name: str) -> bool:

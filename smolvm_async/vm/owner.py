@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.process import own_identity
 from smolvm_async.foundation.tasks import (
     end_tasks,
+    in_background,
     in_thread,
     running_loop,
     settle,
@@ -57,6 +58,8 @@ from smolvm_async.state.record import Record
 from smolvm_async.state.status import Status
 
 if TYPE_CHECKING:  # the first VM or the first start imports them
+    from smolvm_async.state.snapshot_record import SnapshotRecord
+    from smolvm_async.state.snapshots import NewSnapshot
     from smolvm_async.vm.attach.server import ControlServer
     from smolvm_async.vm.plan import Plan
     from smolvm_async.vm.run import VMRun
@@ -216,6 +219,41 @@ class OwnedVM:
         """See `AsyncSmolVM.resume()`. Return the reason if the guest's clock could not be set."""
         assert self.run is not None
         return await self.run.resume()
+
+    async def snapshot(self, name: str, labels: dict[str, str]) -> dict[str, Any]:
+        """See `AsyncSmolVM.snapshot()`."""
+        from smolvm_async.state.snapshots import SNAPSHOTS, new_snapshot
+
+        self._check_loop()
+        async with new_snapshot(self.config.data_dir / SNAPSHOTS, name) as new:
+            info = await in_background(new.finish, await self.save(new, labels))
+            return info._asdict()
+
+    async def save(self, new: NewSnapshot, labels: Mapping[str, str]) -> SnapshotRecord:
+        """Fill a new snapshot with the VM, and return the record to finish with."""
+        run = self.run
+        if run is not None and self.over is not None and not self.over.done():
+            return await run.snapshot(new, labels)
+        return await self._snapshot_at_rest(new, labels)
+
+    async def _snapshot_at_rest(
+        self, new: NewSnapshot, labels: Mapping[str, str]
+    ) -> SnapshotRecord:
+        from smolvm_async.vm.snapshot import save_at_rest
+
+        plan = await self.planned()
+        directory = VMDirectory(self.config.data_dir, self.config.vm_id)
+        if self._created is None or self._deleted or not self.config.keep:
+            raise VMNotRunningError(
+                f"{self.config.vm_id} does not run: start() it, or take the snapshot of a kept VM "
+                "(keep=True) that has run."
+            )
+        await directory.hold(create=False)
+        try:
+            self._check_not_taken(directory.record)
+            return await save_at_rest(plan, directory, new, labels)
+        finally:
+            await in_thread(directory.release)
 
     async def delete(self) -> None:
         """See `AsyncSmolVM.delete()`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from smolvm_async.config.options import complete
@@ -21,6 +22,8 @@ from smolvm_async.vm.limits import scope_prefix
 
 if TYPE_CHECKING:  # only VMs that need S3 or the builder import them
     from smolvm_async.images.cache import Published
+    from smolvm_async.state.snapshot_record import SnapshotRecord
+    from smolvm_async.state.snapshots import Snapshot
 
 logger = get_logger(__name__)
 
@@ -35,6 +38,7 @@ class Plan(NamedTuple):
         published: The published image, after its manifest has been read.
         by_bios: Whether the disk has a boot loader for a BIOS; `None` if this is not known yet.
             A fleet looks at the disk once for all its VMs.
+        snapshot: The snapshot to start from, if there is one, or its root and its name.
     """
 
     config: VMConfig
@@ -45,6 +49,7 @@ class Plan(NamedTuple):
     on_progress: ProgressCallback | None
     published: Published | None = None
     by_bios: bool | None = None
+    snapshot: Snapshot | tuple[Path, str] | None = None
 
 
 def make_plan(
@@ -61,18 +66,37 @@ def make_plan(
 
         source = own_source(origin)
     check_data_dir(config.data_dir)
-    tools = find_tools(config.profile, programs(config.profile))
+    tools, accelerator = _host(config)
     if isinstance(origin, BuiltInImage):
         from smolvm_async.images.build.debian import check_host, find_debian
 
         if find_debian() is None:
             check_host()
+    prefix = scope_prefix(config)
+    return Plan(config, source, tools, accelerator, prefix, on_progress, published)
+
+
+def make_clone_plan(
+    config: VMConfig,
+    record: SnapshotRecord,
+    snapshot: Snapshot | tuple[Path, str],
+    on_progress: ProgressCallback | None,
+) -> Plan:
+    """Check the host, and return the plan of a VM that starts from a snapshot with this record."""
+    check_data_dir(config.data_dir)
+    tools, accelerator = _host(config)
+    source = record.machine.source
+    prefix = scope_prefix(config)
+    return Plan(config, source, tools, accelerator, prefix, on_progress, snapshot=snapshot)
+
+
+def _host(config: VMConfig) -> tuple[HostTools, Accelerator]:
+    tools = find_tools(config.profile, programs(config.profile))
     smm = "requires-smm" in config.profile.firmware_features
     accelerator, warning = choose_accelerator(config.accel, smm=smm)
     if warning is not None:
-        warnings.warn(warning, AcceleratorWarning, stacklevel=3)
-    prefix = scope_prefix(config)
-    return Plan(config, source, tools, accelerator, prefix, on_progress, published)
+        warnings.warn(warning, AcceleratorWarning, stacklevel=4)
+    return tools, accelerator
 
 
 def check_early(config: VMConfig) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -26,17 +27,42 @@ from smolvm_async.images.local import (
 from smolvm_async.qemu.arguments import DirectBoot
 from smolvm_async.qemu.sidecars import directories
 from smolvm_async.state.directory import Parts, VMDirectory
+from smolvm_async.state.names import OVERLAY, SEED, next_layer
 from smolvm_async.state.record import Machine
+from smolvm_async.state.snapshot_record import MACHINE, RAM, SnapshotRecord
+from smolvm_async.state.snapshots import Snapshot
+from smolvm_async.vm.compatibility import check_loadable
 from smolvm_async.vm.plan import Plan, find_source
 
 T = TypeVar("T")
 
 
+class SavedMachine(NamedTuple):
+    """A snapshot of a running machine, to load.
+
+    Attributes:
+        record: The snapshot's record.
+        ram: The descriptor of the file with the RAM.
+        state: The descriptor of the file with the state of all devices.
+        login: The login that the guest has until the clone is set right; see `vm/set_right.py`.
+    """
+
+    record: SnapshotRecord
+    ram: int
+    state: int
+    login: Login | None
+
+
 class PreparedVM(NamedTuple):
     """The files and programs that a VM starts from.
 
-    The image and the kernel stay open until QEMU has inherited them. `direct_boot` is `None` if the
-    image has a boot loader. `login` is `None` if the library cannot log in to the guest OS.
+    The image, the kernel and the saved machine stay open until QEMU has inherited them.
+
+    Attributes:
+        direct_boot: The kernel; `None` if the image has a boot loader.
+        login: The login; `None` if the library cannot log in to the guest OS.
+        layers: The layers of the disk.
+        saved: The machine to load instead of booting.
     """
 
     source: Source
@@ -44,24 +70,42 @@ class PreparedVM(NamedTuple):
     tools: HostTools
     direct_boot: DirectBoot | None
     login: Login | None
+    layers: tuple[str, ...]
+    saved: SavedMachine | None
 
 
 async def prepare(
-    plan: Plan, state: VMDirectory, machine: Machine | None, stack: ExitStack
+    plan: Plan,
+    state: VMDirectory,
+    machine: Machine | None,
+    snapshot: Snapshot | None,
+    stack: ExitStack,
 ) -> PreparedVM:
     """Find and open the files that the VM starts from, and fill its directory.
 
-    `machine` is the recorded machine of a kept VM that has run before. `stack` closes the files.
+    Args:
+        machine: The recorded machine of a kept VM that has run before.
+        snapshot: The snapshot to start from, if there is one.
+        stack: Closes the files.
     """
-    source = (machine and machine.source) or await find_source(plan, stack)
+    if snapshot is not None:
+        await check_loadable(snapshot, plan)
+    origin = snapshot.record.machine if snapshot is not None else machine
+    source = (origin and origin.source) or await find_source(plan, stack)
     image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
     try_lock(image.fd, shared=True)  # QEMU inherits the lock, so the cache keeps the image
-    direct_boot = await _open_kernel(stack, source)
+    if origin is not None:
+        _check_unchanged(image, origin, "snapshot" if snapshot is not None else "VM")
+    direct_boot = await open_boot_files(stack, source)
     tools = plan.tools
     if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):
         tools = tools._replace(firmware=find_plain_uefi())
-    login = await _fill(plan.config, state, machine, image, tools)
-    return PreparedVM(source, image, tools, direct_boot, login)
+    if snapshot is not None:
+        layers, login, saved = await _fill_from(snapshot, plan.config, state, image, stack)
+    else:
+        login = await _fill(plan.config, state, machine, image, tools)
+        layers, saved = machine.layers if machine is not None else (OVERLAY,), None
+    return PreparedVM(source, image, tools, direct_boot, login, layers, saved)
 
 
 async def look_at_disk(plan: Plan, source: Source) -> bool | None:
@@ -84,6 +128,50 @@ async def _by_bios(plan: Plan, source: Source, image: BaseImage) -> bool:
     return await starts_by_bios(plan.tools.qemu_img, image.fd, source.format)
 
 
+async def _fill_from(
+    snapshot: Snapshot,
+    config: VMConfig,
+    state: VMDirectory,
+    image: BaseImage,
+    stack: ExitStack,
+) -> tuple[tuple[str, ...], Login | None, SavedMachine | None]:
+    """Fill the directory from a snapshot. Return the disk's layers, the login and the machine."""
+    record = snapshot.record
+    frozen = record.machine.layers
+    layers = (*frozen, next_layer(frozen))
+    login = await in_background(new_login, config) if config.profile.login != "none" else None
+    files = await in_background(login.files, config) if login is not None else {}
+    if record.live:  # the guest has read its seed
+        files.pop(SEED, None)
+    await in_background(_give, snapshot, state, files)
+    await in_background(_check_layers, state.path, frozen)
+    # The state of the sidecars of a running machine is in the file `machine`.
+    fresh = directories(config.profile) if record.live else ()
+    await state.prepare(qcow2.empty(image.virtual_size), Parts(None, fresh, files), layers[-1])
+    if not record.live:
+        return layers, login, None
+    # The VM's directory has the clone's own keys.
+    before = await in_background(kept_login, config, snapshot.path) if login is not None else None
+    ram, machine = (snapshot.open(name) for name in (RAM, MACHINE))
+    for fd in (ram, machine):
+        stack.callback(os.close, fd)
+    return layers, login, SavedMachine(record, ram, machine, before)
+
+
+def _give(snapshot: Snapshot, state: VMDirectory, own: Collection[str]) -> None:
+    """Fill a directory from a snapshot, except the files that the clone has of its own."""
+    snapshot.give(state)
+    for name in own:
+        (state.path / name).unlink(missing_ok=True)
+
+
+def _check_layers(directory: Path, layers: Sequence[str]) -> None:
+    """Check a snapshot's layers like an image: no file may name another file of the host."""
+    for layer in layers:
+        with open_image(directory / layer):
+            pass
+
+
 async def _fill(
     config: VMConfig,
     state: VMDirectory,
@@ -97,7 +185,6 @@ async def _fill(
     parts = Parts(template, directories(config.profile))
     if machine is not None:
         state.check_kept(machine.layers, parts)
-        _check_unchanged(image, machine)
         return await in_thread(kept_login, config, state.path) if has_login else None
     login = None
     if has_login:
@@ -107,7 +194,8 @@ async def _fill(
     return login
 
 
-async def _open_kernel(stack: ExitStack, source: Source) -> DirectBoot | None:
+async def open_boot_files(stack: ExitStack, source: Source) -> DirectBoot | None:
+    """Open the kernel and the initramfs that QEMU loads, if the image has no boot loader."""
     if source.kernel is None:
         return None
     kernel = await _open(stack, open_kernel, source.kernel)
@@ -124,10 +212,10 @@ async def _open(
     return opened
 
 
-def _check_unchanged(image: BaseImage, machine: Machine) -> None:
+def _check_unchanged(image: BaseImage, machine: Machine, made: str) -> None:
     if (image.size, image.mtime_ns) != (machine.image_size, machine.image_mtime_ns):
         raise ImageError(
-            f"image {str(image.path)!r} was changed after this VM was made from it. The VM stores "
-            "only the differences from the image, so its disk would be corrupt. Restore the "
-            "image, or delete() the VM."
+            f"image {str(image.path)!r} was changed after this {made} was made from it. The {made} "
+            "stores only the differences from the image, so its disk would be corrupt. Restore the "
+            f"image, or delete the {made}."
         )

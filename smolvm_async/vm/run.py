@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
@@ -34,15 +36,23 @@ from smolvm_async.controls.ssh.clock import GuestClock
 from smolvm_async.controls.ssh.environment import set_variables
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, Login
-from smolvm_async.errors import SmolVMError, VMCrashedError, VMNotRunningError
+from smolvm_async.errors import (
+    CommandError,
+    LaunchError,
+    MonitorError,
+    SmolVMError,
+    SnapshotError,
+    VMCrashedError,
+    VMNotRunningError,
+)
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Child
-from smolvm_async.foundation.tasks import first_of, in_thread
+from smolvm_async.foundation.tasks import end_tasks, first_of, in_thread
 from smolvm_async.host.memory import resident
-from smolvm_async.images.local import BaseImage
-from smolvm_async.qemu.arguments import MachineSpec
+from smolvm_async.qemu.arguments import MachineSpec, RAMFile
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
+from smolvm_async.qemu.disk import Disk
 from smolvm_async.qemu.events import (
     BootState,
     Event,
@@ -57,6 +67,7 @@ from smolvm_async.qemu.monitor import CommandQueue, Monitor
 from smolvm_async.qemu.parked import Parked
 from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
+from smolvm_async.qemu.saving import load
 from smolvm_async.qemu.shutdown import WAKE, Rung, ShutdownReport, shut_down
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.directory import VMDirectory
@@ -65,9 +76,18 @@ from smolvm_async.state.status import Status
 from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_kills, oom_reason
 from smolvm_async.vm.plan import Plan
-from smolvm_async.vm.prepare import prepare
+from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare
+from smolvm_async.vm.set_right import NOT_RESEEDED, set_right_over_ssh
+
+if TYPE_CHECKING:  # a snapshot imports them
+    from smolvm_async.state.snapshot_record import SnapshotRecord
+    from smolvm_async.state.snapshots import NewSnapshot, Snapshot
 
 logger = get_logger(__name__)
+
+SAVABLE = ("running", "paused", "postmigrate")  # QEMU's run states in which a snapshot is possible
+
+T = TypeVar("T")
 
 
 class VMRun:
@@ -96,8 +116,14 @@ class VMRun:
         self._monitor = Monitor(self._on_event, self.troubles.explain)
         self.peripherals = Peripherals.make(self._monitor, self.pauses, plan.config)
         self.link = Link(plan.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
+        self._prepared: PreparedVM
         self._source: Source | None = plan.source
         self._login: Login | None = None
+        self._disk: Disk
+        self._saving = anyio.Lock()  # a snapshot excludes pauses and other snapshots
+        self._works: set[asyncio.Task[Any]] = set()
+        self._stopped: Event | None = None  # the last event that a snapshot has caused
+        self._resumed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = GuestClock(self.link, self._monitor.start_task)
         self._commands = CommandQueue(self._monitor)
         self._scope = anyio.CancelScope()
@@ -140,6 +166,7 @@ class VMRun:
             self.failure = first_of(errors)
         finally:
             self.boot.end()
+            await end_tasks(*self._works)
             self.pauses.close()
             self.link.close()
             try:
@@ -162,6 +189,8 @@ class VMRun:
 
     async def pause(self) -> None:
         """Stop the guest's processors."""
+        async with self._saving:
+            pass
         await self._commands.take(partial(self._run_guest, "stop", Status.PAUSED))
 
     async def resume(self) -> str:
@@ -169,7 +198,8 @@ class VMRun:
 
         Return the reason if the clock could not be set.
         """
-        status = await self.guest_status()
+        async with self._saving:
+            status = await self.guest_status()
         await self._commands.take(
             partial(self._run_guest, WAKE.get(status, "cont"), Status.RUNNING)
         )
@@ -182,6 +212,58 @@ class VMRun:
             )
             raise self.troubles.explain(error)
         return missed
+
+    async def snapshot(self, new: NewSnapshot, labels: Mapping[str, str]) -> SnapshotRecord:
+        """Save the running machine into a new snapshot, and return the snapshot's record.
+
+        The work ends with the run. See `AsyncSmolVM.snapshot()` for the errors.
+        """
+        from smolvm_async.vm.snapshot import RunningMachine, save_running
+
+        vm_id = self._plan.config.vm_id
+        async with self._saving:
+            status = await self.guest_status()
+            if status not in SAVABLE:
+                message = f"{vm_id} cannot be saved: its state is {status or 'ended'}."
+                raise self.troubles.explain(VMNotRunningError(message))
+            machine = RunningMachine(
+                self._plan,
+                self._prepared,
+                self._state,
+                self._monitor,
+                self._disk,
+                self.boot.last.state is BootState.READY,
+                self._record_layers,
+                self._read_machine,
+            )
+            try:
+                record = await self._within_run(save_running(machine, new, labels))
+            except (MonitorError, LaunchError, CommandError, OSError) as error:
+                message = f"The snapshot of {vm_id} could not be made: {error}"
+                raise self.troubles.explain(SnapshotError(message)) from error
+        if status == "running" and await self.guest_status() not in (status, "") and self._stopped:
+            self._on_event(self._stopped)  # it was not the snapshot that has stopped the guest
+        return record
+
+    async def _within_run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` in a task that ends with its caller and with the run."""
+        task = asyncio.ensure_future(work)
+        self._works.add(task)
+        try:
+            await asyncio.wait([task])
+            if task.cancelled():
+                raise VMNotRunningError(f"{self._plan.config.vm_id} has ended.")
+            return task.result()
+        finally:
+            self._works.discard(task)
+            await end_tasks(task)
+
+    async def _record_layers(self) -> None:
+        record = self._state.record
+        if record is not None and record.machine is not None:
+            machine = record.machine._replace(layers=self._disk.layers)
+            update = record.model_copy(update={"machine": machine})
+            await in_thread(self._state.write, update)
 
     def _has_clock(self) -> bool:
         """Return whether the library can set the guest's clock."""
@@ -214,8 +296,54 @@ class VMRun:
     async def _launch(self, group: TaskGroup) -> None:
         """Launch QEMU and its sidecars, and let the guest's processors run."""
         plan = self._plan
+        async with self._snapshot() as snapshot:
+            await self._launch_from(snapshot)
+        saved = self._prepared.saved
+        layers, keep = self._prepared.layers, plan.config.keep
+        self._disk = Disk(self._monitor, self._state.path, layers, keep=keep)
+        await self._open_ports()
+        if not keep:  # before guests run and use the processors
+            group.start_soon(self._record_running, None)
+        if saved is None:
+            await self.launch.end_with_others()
+            await self._monitor.execute("cont")
+            self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
+        else:
+            self.launch.end()
+            await self._go_on_from(saved)
+        if keep:  # start() needs this record to boot the VM again
+            await self._record_running(await self._read_machine())
+
+    @asynccontextmanager
+    async def _snapshot(self) -> AsyncIterator[Snapshot | None]:
+        """Hold the snapshot that the VM starts from, if there is one."""
+        plan, snapshot = self._plan, self._plan.snapshot
+        if self._machine is not None:
+            yield None
+        elif isinstance(snapshot, tuple):
+            from smolvm_async.state.snapshots import held_snapshot  # a boot does not need it
+
+            async with held_snapshot(*snapshot) as held:
+                yield held
+        elif snapshot is None and plan.config.boot == "warm":
+            from smolvm_async.vm.warm import ready_guest
+
+            async with ready_guest(plan) as ready:
+                yield ready
+        elif snapshot is not None and snapshot.fd < 0:
+            raise VMNotRunningError(
+                f"{plan.config.vm_id} is a clone of fork(), which starts only once: call fork() "
+                "again."
+            )
+        else:
+            yield snapshot
+
+    async def _launch_from(self, snapshot: Snapshot | None) -> None:
+        """Launch QEMU and its sidecars, and begin to load the machine of a snapshot."""
+        plan = self._plan
         with ExitStack() as files:
-            prepared = await prepare(plan, self._state, self._machine, files)
+            prepared = await prepare(plan, self._state, self._machine, snapshot, files)
+            self._prepared, saved = prepared, prepared.saved
             self._source, self._login = prepared.source, prepared.login
             self.troubles.image = prepared.image.path
             self.launch.begin()
@@ -226,8 +354,11 @@ class VMRun:
                 prepared.image.fd,
                 plan.config.profile.sidecars,
                 disk_format=prepared.source.format,
-                machine_type=self._machine.type if self._machine else None,
+                machine_type=self._machine_type(),
                 direct_boot=prepared.direct_boot,
+                layers=prepared.layers,
+                ram=RAMFile(saved.ram, shared=False) if saved is not None else None,
+                incoming=saved is not None,
             )
             await launch(
                 self.processes,
@@ -240,14 +371,42 @@ class VMRun:
                 timeout=plan.config.timeouts.launch,
                 amend=lambda argv: [*plan.prefix, *argv],
             )
-        await self._open_ports()
-        if not plan.config.keep:  # before guests run and use the processors
-            group.start_soon(self._record_running, None)
-        await self.launch.end_with_others()
+            if saved is not None:
+                await load(self._monitor, saved.state)
+
+    def _machine_type(self) -> str | None:
+        """Return the machine type that the VM must have; `None` for the newest."""
+        if self._machine is not None:
+            return self._machine.type
+        saved = self._prepared.saved
+        return saved.record.machine.type if saved is not None else None
+
+    async def _go_on_from(self, saved: SavedMachine) -> None:
+        """Let a loaded guest go on, and set it right before anybody uses it."""
         await self._monitor.execute("cont")
-        self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
-        if plan.config.keep:  # start() needs this record to boot the VM again
-            await self._record_running(await self._read_machine(prepared.image))
+        waited: set[asyncio.Future[Any]] = {self._resumed, self.processes.qemu.exited}
+        deadline = self._plan.config.timeouts.launch
+        await asyncio.wait(waited, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        if not self._resumed.done():
+            raise LaunchError(f"QEMU did not load the saved machine within {deadline:g} s")
+        vm_id = saved.record.config.vm_id
+        evidence = f"restored from a snapshot of {vm_id}"
+        self.boot.enter(BootState.OPERATING_SYSTEM, evidence)
+        if saved.record.ready and await self._set_right(saved):
+            self.boot.enter(BootState.READY, f"{evidence}, whose guest was ready")
+
+    async def _set_right(self, saved: SavedMachine) -> bool:
+        """Set the clone right, and return whether it can be logged in to."""
+        login, vm_id = self._login, self._plan.config.vm_id
+        if login is None or saved.login is None:
+            return saved.record.ready
+        self._login = saved.login  # the guest has its keys
+        problem = await set_right_over_ssh(self.link, vm_id, saved.login, login)
+        self.link.abort()
+        self._login = login
+        if problem:
+            logger.warning(NOT_RESEEDED, problem)
+        return True
 
     async def _open_ports(self) -> None:
         """Open VNC and the forwarded ports, before the guest runs."""
@@ -277,10 +436,11 @@ class VMRun:
             return None
         return "the guest's SSH server accepted the login"
 
-    async def _read_machine(self, image: BaseImage) -> Machine:
+    async def _read_machine(self) -> Machine:
         where = {"path": "/machine", "property": "type"}
         name = str(await self._monitor.execute("qom-get", where)).removesuffix("-machine")
-        return Machine(name, image.size, image.mtime_ns, self._source)
+        image, layers = self._prepared.image, self._disk.layers
+        return Machine(name, image.size, image.mtime_ns, self._source, layers)
 
     async def _record_running(self, machine: Machine | None) -> None:
         processes = {child.name: child.identity for child in self.processes.children}
@@ -320,6 +480,11 @@ class VMRun:
         self.report = await shut_down(qemu, self._monitor, timeouts, self._plan.on_progress)
 
     def _on_event(self, event: Event) -> None:
+        if event.name == "RESUME" and not self._resumed.done():
+            self._resumed.set_result(None)
+        if self._saving.locked() and event.name in ("STOP", "RESUME"):
+            self._stopped = event  # a snapshot lets the guest stand still for a moment
+            return
         self._hub.publish(event)
         self._warn(self.troubles.on_event(event))
         self.boot.on_event(event)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os as os_module
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 from smolvm_async.config.checks import check_timeout, check_vm_id, shown
 from smolvm_async.config.options import (
@@ -33,14 +33,16 @@ from smolvm_async.errors import (
 )
 from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.progress import ProgressCallback
-from smolvm_async.guests import DEFAULT, GUESTS
 from smolvm_async.qemu.shutdown import ShutdownReport
 from smolvm_async.state.status import Status
 from smolvm_async.vm.block import Block
 
 if TYPE_CHECKING:  # imported on first use
+    from smolvm_async.config.options import CloneOptions
     from smolvm_async.state.registry import VMInfo
+    from smolvm_async.state.snapshot_record import SnapshotInfo
     from smolvm_async.vm.attach.client import AttachedVM
+    from smolvm_async.vm.clones import Starting
     from smolvm_async.vm.owner import OwnedVM
     from smolvm_async.vm.plan import Plan
     from smolvm_async.vm.run import VMRun
@@ -86,6 +88,9 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             or `(guest_port, host_port)`.
         keep: Whether the VM outlives its block and its process: its disk, UEFI variables, TPM and
             keys stay together until `delete()`, and `from_id()` finds the VM again.
+        boot: `"cold"` boots the guest. `"warm"`, the default for the built-in Debian and only
+            possible there, starts from a snapshot of a guest that is ready; the first start of a
+            size makes the snapshot. A kept VM that starts again always boots.
         resolution: Width and height of the screen in pixels, or `"WIDTHxHEIGHT"`, up to
             3840x2160; by default 1280x800. The guest may choose another resolution.
         vnc: `"loopback"` or `"unix"` turns on the VNC server; see `VNC`.
@@ -400,14 +405,130 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         """
         await self._vm.detach()
 
-    async def snapshot(self, name: str | None = None) -> NoReturn:
-        """Raise `UnsupportedError`: this version does not support snapshots."""
-        raise self._vm.config.profile.refusal("snapshot")
+    async def snapshot(self, name: str, *, labels: Mapping[str, str] | None = None) -> SnapshotInfo:
+        """Save the VM as it is: disk, UEFI variables, TPM, memory and devices, all of one moment.
+
+        The VM may run, be paused, or be a kept VM at rest. A running VM goes on: its guest stands
+        still for some milliseconds, while the save takes about a second for each GiB of used
+        memory. A paused VM stays paused; the second snapshot of the same pause lets it run for an
+        instant first. Snapshots share the layers of the disk with the VM and with each other. After
+        16 snapshots the disk is flattened into one layer, which copies what the guest has written.
+
+        The snapshot contains the guest's memory, and so its secrets. Only this user can read it.
+
+        Args:
+            name: A name like a VM id: lower-case letters, digits, hyphens.
+            labels: Texts for your own use, which `snapshots()` shows.
+
+        Raises:
+            SnapshotExistsError: A snapshot with this name exists.
+            SnapshotError: The snapshot could not be made, as on a full disk; the VM is unharmed.
+            VMNotRunningError: The VM does not run, and is not a kept VM at rest.
+        """
+        from smolvm_async.config.checks import check_labels, check_snapshot_name
+        from smolvm_async.state.snapshot_record import SnapshotInfo
+
+        name, checked = check_snapshot_name(name), check_labels(labels or {})
+        await self._look_again()
+        return SnapshotInfo(**await self._vm.snapshot(name, checked))
 
     @classmethod
-    async def from_snapshot(cls, name: str, **options: object) -> NoReturn:
-        """Raise `UnsupportedError`: this version does not support snapshots."""
-        raise GUESTS.get(str(options.get("os")), DEFAULT).refusal("from_snapshot")
+    async def snapshots(
+        cls, *, data_dir: str | os_module.PathLike[str] | None = None
+    ) -> Sequence[SnapshotInfo]:
+        """Return all snapshots in `data_dir`, the oldest first."""
+        from smolvm_async.state.snapshots import SNAPSHOTS, list_snapshots
+
+        return await list_snapshots(_known_data_dir(data_dir) / SNAPSHOTS)
+
+    @classmethod
+    async def delete_snapshot(
+        cls, name: str, *, data_dir: str | os_module.PathLike[str] | None = None
+    ) -> None:
+        """Delete a snapshot. VMs that were started from it, and other snapshots, stay.
+
+        Raises:
+            SnapshotNotFoundError: No snapshot has this name.
+        """
+        from smolvm_async.config.checks import check_snapshot_name
+        from smolvm_async.state.snapshots import SNAPSHOTS, delete_snapshot
+
+        await delete_snapshot(_known_data_dir(data_dir) / SNAPSHOTS, check_snapshot_name(name))
+
+    @classmethod
+    def from_snapshot(cls, name: str, **options: Unpack[CloneOptions]) -> Starting[Self]:
+        """Start a VM from a snapshot.
+
+        ::
+
+            vm = await AsyncSmolVM.from_snapshot("name")
+
+            async with AsyncSmolVM.from_snapshot("name") as vm:
+                ...
+
+        The guest of a snapshot that was taken of a running VM goes on where it was: no boot. First,
+        the library gives a Linux guest new random numbers, the time, a host name, an SSH host key
+        and login keys of its own. The connections of the original have ended in the clone. These
+        stay the same: processes and files, the MAC address, the machine's UUID inside the guest,
+        `/etc/machine-id`, the boot id, the TPM's endorsement key, a Windows computer's name and
+        SID. A Windows guest gets only a new generation id (vmgenid), from which Windows reseeds its
+        random numbers. A kept clone boots with an address and UUID of its own when it starts again.
+
+        The snapshot fixes the guest OS, image, memory, cores and resolution. A snapshot of a kept
+        VM at rest boots.
+
+        Args:
+            name: The snapshot's name.
+            options: `vm_id`, `accel`, `env`, `port_forwards`, `keep`, `vnc`, `limits`, `timeouts`,
+                `data_dir` and `on_progress`, as for the class.
+
+        Raises:
+            SnapshotNotFoundError: No snapshot has this name.
+            SnapshotError: The snapshot is damaged, or cannot be used here: it needs the same kind
+                of accelerator and processor, and the same QEMU or a later one.
+            ImageError: The image was changed after the snapshot was taken.
+            LaunchError, ...: See `start()`.
+        """
+        from smolvm_async.config.checks import check_snapshot_name
+        from smolvm_async.config.options import check_clone_options
+        from smolvm_async.vm.clones import Starting, restore
+
+        check_snapshot_name(name)
+        check_clone_options(options)
+        data_dir = _known_data_dir(options.get("data_dir"))
+        return Starting(lambda: restore(cls, name, options, data_dir), lambda vms: vms[0])
+
+    def fork(self, count: int = 1, **options: Unpack[CloneOptions]) -> Starting[Sequence[Self]]:
+        """Start live copies of the running VM, all at once; the VM itself goes on.
+
+        ::
+
+            async with vm.fork(8) as clones:
+                ...
+
+            clones = await vm.fork(8)  # delete() each of them
+
+        See `from_snapshot()` for what a clone has of its own, and `snapshot()` for what the
+        original notices. Nothing of the snapshot in between is left.
+
+        Args:
+            count: The number of copies.
+            options: As for `from_snapshot()`, but no `vm_id`.
+
+        Raises:
+            VMNotRunningError: The VM does not run.
+            SnapshotError, LaunchError, ...: See `snapshot()` and `from_snapshot()`.
+        """
+        from smolvm_async.config.checks import check_integer
+        from smolvm_async.config.options import check_clone_options
+        from smolvm_async.vm.clones import Starting, fork
+
+        check_integer("count", count, 1, 1000, "a whole number from 1 to 1000")
+        check_clone_options(options)
+        if options.get("vm_id") is not None:
+            raise ConfigError("vm_id= cannot be given: each clone gets an id of its own.")
+        running(self._vm)
+        return Starting(lambda: fork(self, count, options), lambda vms: vms)
 
 
 def _known_data_dir(data_dir: object) -> Path:

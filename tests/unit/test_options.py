@@ -91,5 +91,5 @@ def test_a_new_guest_os_refuses_what_it_does_not_list(name: str) -> None:
 def test_a_published_image_may_have_all_that_some_guest_has() -> None:
     PUBLISHED.require("run")
     PUBLISHED.require("kernel")
-    with pytest.raises(UnsupportedError, match="snapshot"):
-        PUBLISHED.require("snapshot")
+    with pytest.raises(UnsupportedError, match="mounts"):
+        PUBLISHED.require("mounts")

@@ -124,7 +124,7 @@ async def test_marked_methods_and_no_others_can_be_called_by_attached_processes(
     peripherals = Peripherals.make(Monitor(lambda event: None), Pauses(), make_config(vm_id="one"))
     run = SimpleNamespace(peripherals=peripherals, **dict.fromkeys(rpc_methods(Run)))
     vm = SimpleNamespace(**dict.fromkeys(rpc_methods(VM)))
-    expected = {"start", "stop", "pause", "resume", "delete", "ssh_access"}
+    expected = {"start", "stop", "pause", "resume", "delete", "snapshot", "ssh_access"}
     for name, kind in get_type_hints(Peripherals).items():
         expected |= {f"{name}.{method}" for method in rpc_methods(kind)}
     assert "screen.dump" in expected

@@ -82,6 +82,7 @@ class AttachedVM:
         owner = make_proxy(VM, "", self._request, self._post)  # type: ignore[type-abstract]
         run = make_proxy(Run, "", self._request, self._post)  # type: ignore[type-abstract]
         self.start, self.pause, self._resume = owner.start, owner.pause, owner.resume
+        self.snapshot = owner.snapshot
         self.ssh_access = run.ssh_access
         self._stop, self._delete = owner.stop, owner.delete
         self.troubles = Troubles(self.config, lambda: log_end(path, "qemu"))

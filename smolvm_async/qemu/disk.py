@@ -1,0 +1,95 @@
+"""The disk of a running VM: layers of qcow2 files above the base image.
+
+The guest writes to the top layer. A snapshot freezes the top layer: from then on the guest writes
+to a new, empty layer above, and nobody ever changes the frozen layer, so any number of VMs and
+snapshots share it by hard links. A read looks through the layers from the top down, and each layer
+takes a descriptor. So a disk of many layers is flattened: QEMU copies what the layers contain into
+the top layer while the guest runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from smolvm_async.errors import MonitorError
+from smolvm_async.qemu.arguments import layer_options, node_of
+from smolvm_async.qemu.monitor import Monitor
+
+MOST = 16  # layers; QEMU has no limit, but each layer makes a first read of a cluster slower
+JOB = "flatten"
+LOOK = 0.02  # seconds between two looks at the job
+
+
+class Disk:
+    """The layers of one VM's disk.
+
+    Attributes:
+        layers: The files in the VM's directory, the one that the guest writes to last.
+
+    Args:
+        directory: The VM's directory, in which QEMU runs.
+        keep: Whether the VM is kept.
+    """
+
+    def __init__(
+        self, monitor: Monitor, directory: Path, layers: tuple[str, ...], *, keep: bool
+    ) -> None:
+        self.layers = layers
+        self._monitor = monitor
+        self._directory = directory
+        self._keep = keep
+
+    async def add(self, layer: str) -> None:
+        """Open a new layer, an empty qcow2 in the VM's directory. The guest does not use it yet."""
+        await self._monitor.execute("blockdev-add", layer_options(layer, None, keep=self._keep))
+
+    async def freeze(self, layer: str) -> None:
+        """Freeze the top layer: the guest writes to `layer` from now on."""
+        nodes = {"node": node_of(self.layers[-1]), "overlay": node_of(layer)}
+        await self._monitor.execute("blockdev-snapshot", nodes)
+        self.layers = (*self.layers, layer)
+
+    async def drop(self, layer: str) -> None:
+        """Close and remove a new layer that the guest does not use after all."""
+        if layer not in self.layers:
+            with suppress(MonitorError):  # it was not opened
+                await self._monitor.execute("blockdev-del", {"node-name": node_of(layer)})
+            with suppress(FileNotFoundError):
+                os.unlink(self._directory / layer)
+
+    async def flatten(self) -> tuple[str, ...]:
+        """Copy all layers into the top layer while the guest runs.
+
+        Return the files of the layers that the disk does not use any more, for the caller to
+        remove. If the VM ends meanwhile, the disk is as it was.
+        """
+        *below, top = self.layers
+        values = {"job-id": JOB, "device": node_of(top), "base-node": "base"}
+        await self._monitor.execute("block-stream", {**values, "auto-dismiss": False})
+        try:
+            job = await self._concluded()
+        except asyncio.CancelledError:
+            await self._monitor.execute("job-cancel", {"id": JOB})
+            raise
+        await self._monitor.execute("job-dismiss", {"id": JOB})
+        if problem := job.get("error"):
+            raise MonitorError(
+                f"QEMU could not flatten the disk: {problem}", command="block-stream"
+            )
+        self.layers = (top,)
+        for layer in reversed(below):
+            await self._monitor.execute("blockdev-del", {"node-name": node_of(layer)})
+        return tuple(below)
+
+    async def _concluded(self) -> dict[str, Any]:
+        """Wait for the end of the job, and return its state."""
+        while True:
+            jobs = await self._monitor.execute("query-jobs")
+            job: dict[str, Any] = next(job for job in jobs if job["id"] == JOB)
+            if job["status"] == "concluded":
+                return job
+            await asyncio.sleep(LOOK)

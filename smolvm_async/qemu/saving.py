@@ -1,0 +1,237 @@
+"""Save a running machine into files, and load a saved machine.
+
+A snapshot must not stop the guest for as long as it takes to write its memory. So QEMU *migrates*
+the running machine, memory first, to a second QEMU that is called the **twin**:
+
+1. The twin is the same machine, but its RAM is a shared mapping of the file `ram`, and its
+   processors never run. It waits for a migration (`-incoming defer`).
+2. The source sends its memory to the twin while its guest runs, then the pages that the guest has
+   changed meanwhile, and so on. When few pages are left, it stops the guest and waits
+   (`pre-switchover`), some milliseconds before the end. The caller uses this moment, in which
+   nothing changes, to freeze the disk (`freeze`).
+3. The source sends the rest, and the state of its devices and its TPM. Then the guest runs again.
+4. The twin saves itself into the file `machine`, without its RAM, which is in `ram` already
+   (`x-ignore-shared`), and ends.
+
+A clone maps `ram` privately, and loads `machine`: it reads from the file what it uses, and writes
+to pages of its own. So a load takes as long for 64 GiB as for 512 MiB.
+
+QEMU's documentation of all this is docs/devel/migration.rst and qapi/migration.json. Three facts
+explain the rest of the code:
+
+- The source's block nodes are inactive after a migration, until `cont` activates them. So a paused
+  VM stays in QEMU's state `postmigrate`, and must run for an instant before it is saved again.
+- QEMU keeps `migrate fd:` in its process and may spawn nothing (`-sandbox spawn=deny` forbids
+  `exec:`); `file:` needs QEMU 8.2.
+- While a machine loads, `cont` only notes that its guest is to run as soon as it is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from smolvm_async.errors import MonitorError, SmolVMError
+from smolvm_async.foundation.fork import private
+from smolvm_async.foundation.tasks import settle
+from smolvm_async.qemu.arguments import MachineSpec
+from smolvm_async.qemu.console import Console
+from smolvm_async.qemu.launch import Processes, launch
+from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.screen import Screen
+
+CHANNEL = "snapshot"  # the name of a descriptor in QEMU
+PASSES = 4  # times that QEMU sends what has changed before the guest is stopped in any case
+DOWNTIME = 50  # ms that the guest may stand still by QEMU's estimate before its end
+UNLIMITED = 1 << 40  # bytes per second
+LOOK = 0.002  # seconds between two looks at a migration; a look takes 0.2 ms
+PATIENCE = 60.0  # seconds for each step, except sending the memory while the guest runs
+
+
+class Twin:
+    """The QEMU that receives a machine and saves it; see the module's docstring.
+
+    Use it in an `async with` block, whose end kills the processes.
+
+    Args:
+        spec: The machine, with `ram` and `incoming`.
+        directory: The working directory, with the files that the spec names.
+        timeout: Seconds for QEMU's first answer.
+    """
+
+    def __init__(self, spec: MachineSpec, directory: Path, timeout: float) -> None:
+        self._spec = spec
+        self._directory = directory
+        self._timeout = timeout
+        self._processes = Processes()
+        self._monitor = Monitor(lambda _: None)
+        self._console = Console()
+        self._screen = Screen(self._monitor, spec.config.resolution)
+
+    async def __aenter__(self) -> Twin:
+        try:
+            await launch(
+                self._processes,
+                self._spec,
+                self._directory,
+                self._monitor,
+                self._console,
+                self._screen,
+                timeout=self._timeout,
+            )
+        except BaseException as error:
+            await settle(self._end())
+            if isinstance(error, SmolVMError):
+                raise await self._processes.explain(error, self._directory, None) from error
+            raise
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await settle(self._end())
+
+    async def _end(self) -> None:
+        try:
+            await self._processes.__aexit__()
+        finally:
+            await self._monitor.disconnect()
+            self._console.close()
+            self._screen.close()
+
+    async def receive(self) -> socket.socket:
+        """Begin to receive a machine, and return the sender's end of the connection."""
+        senders, ours = socket.socketpair()
+        with ours:
+            await self._monitor.send_descriptor(CHANNEL, ours.fileno())
+        private(senders.fileno())
+        try:
+            await self._monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"})
+        except BaseException:
+            senders.close()
+            raise
+        return senders
+
+    async def save(self, file: int) -> None:
+        """Wait until the machine has arrived, and save it, except its RAM, into an open file."""
+        await _reach(self._monitor, "completed")
+        await self._monitor.execute("migrate-set-capabilities", _capabilities("x-ignore-shared"))
+        await self._monitor.send_descriptor(CHANNEL, file)
+        await self._monitor.execute("migrate", {"uri": f"fd:{CHANNEL}"})
+        await _reach(self._monitor, "completed")
+        with suppress(SmolVMError):
+            await self._monitor.execute("quit")  # QEMU has closed the file when it has ended
+        await asyncio.wait([self._processes.qemu.exited], timeout=PATIENCE)
+
+
+async def send(
+    monitor: Monitor, channel: socket.socket, freeze: Callable[[], Awaitable[None]]
+) -> float:
+    """Send a running or paused machine to a twin; the guest goes on as it was.
+
+    Args:
+        channel: The connection to the twin. This function closes it.
+        freeze: Called while the guest stands still.
+
+    Returns:
+        The seconds that the guest stood still.
+
+    Raises:
+        MonitorError: QEMU refused a step, or was too slow.
+        VMNotRunningError: QEMU has ended.
+    """
+    with channel:
+        running = bool((await monitor.execute("query-status"))["running"])
+        if not running:
+            await _activate(monitor)
+        await monitor.execute("migrate-set-capabilities", _capabilities("pause-before-switchover"))
+        limits = {"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME}
+        await monitor.execute("migrate-set-parameters", limits)
+        await monitor.send_descriptor(CHANNEL, channel.fileno())
+    try:
+        await monitor.execute("migrate", {"uri": f"fd:{CHANNEL}"})
+        stopped = await _until_stopped(monitor)
+        await freeze()
+        await monitor.execute("migrate-continue", {"state": "pre-switchover"})
+        await _reach(monitor, "completed")
+    finally:
+        await settle(_go_on(monitor, running))
+    return time.monotonic() - stopped
+
+
+async def _until_stopped(monitor: Monitor) -> float:
+    """Wait until QEMU has sent nearly all memory, and return the time when the guest stopped."""
+    while True:
+        answer = await _look(monitor)
+        if answer["status"] == "pre-switchover":
+            return time.monotonic()
+        if answer.get("ram", {}).get("dirty-sync-count", 0) > PASSES:
+            # The guest changes its memory faster than QEMU sends it.
+            await monitor.execute("stop")
+            stopped = time.monotonic()
+            await _reach(monitor, "pre-switchover")
+            return stopped
+        await asyncio.sleep(LOOK)
+
+
+async def _go_on(monitor: Monitor, running: bool) -> None:
+    with suppress(SmolVMError):  # QEMU has ended
+        status = (await monitor.execute("query-migrate")).get("status")
+        if status not in (None, "completed", "failed", "cancelled"):
+            await monitor.execute("migrate_cancel")
+            with suppress(MonitorError):  # it raises as soon as the migration is cancelled
+                await _reach(monitor, "completed")
+        if running:
+            await monitor.execute("cont")
+
+
+async def _activate(monitor: Monitor) -> None:
+    """Activate the block nodes of a paused machine that was saved before."""
+    if (await monitor.execute("query-status"))["status"] == "postmigrate":
+        await asyncio.gather(monitor.execute("cont"), monitor.execute("stop"))
+
+
+async def load(monitor: Monitor, file: int) -> None:
+    """Begin to load a machine from an open file. QEMU ends if it cannot load the machine."""
+    await monitor.execute("migrate-set-capabilities", _capabilities("x-ignore-shared"))
+    await monitor.send_descriptor(CHANNEL, file)
+    await monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"})
+
+
+def open_new(path: Path, size: int = 0) -> int:
+    """Create an empty file of `size` bytes, which takes no space, and return its descriptor."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = private(os.open(path, flags, 0o600))
+    os.fchmod(fd, 0o600)  # whatever the umask is
+    os.ftruncate(fd, size)
+    return fd
+
+
+def _capabilities(*names: str) -> dict[str, Any]:
+    return {"capabilities": [{"capability": name, "state": True} for name in names]}
+
+
+async def _reach(monitor: Monitor, wanted: str) -> None:
+    """Wait until a migration has the status `wanted`.
+
+    Raises:
+        MonitorError: The migration failed, or takes over a minute.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while (status := (await _look(monitor))["status"]) != wanted:
+        if time.monotonic() > deadline:
+            message = f"QEMU could not save the machine: its status is {status}, not {wanted}"
+            raise MonitorError(message, command="migrate")
+        await asyncio.sleep(LOOK)
+
+
+async def _look(monitor: Monitor) -> dict[str, Any]:
+    answer: dict[str, Any] = await monitor.execute("query-migrate")
+    if answer.setdefault("status", "none") in ("failed", "cancelled"):
+        reason = answer.get("error-desc", answer["status"])
+        raise MonitorError(f"QEMU could not save the machine: {reason}", command="migrate")
+    return answer
