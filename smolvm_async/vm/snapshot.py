@@ -86,7 +86,8 @@ async def save_running(
 
             timeout = vm.plan.config.timeouts.launch
             async with Twin(spec, new.path, timeout) as twin:
-                await send(vm.monitor, await twin.receive(), freeze)
+                live = vm.plan.accelerator.name == "kvm"
+                await send(vm.monitor, await twin.receive(), freeze, live=live)
                 await twin.save(machine_file)
         finally:
             await settle(vm.disk.drop(layer))
