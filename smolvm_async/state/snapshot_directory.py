@@ -19,7 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smolvm_async.config.checks import VM_ID
-from smolvm_async.errors import SnapshotError, SnapshotExistsError, SnapshotNotFoundError
+from smolvm_async.errors import (
+    ConfigError,
+    SnapshotError,
+    SnapshotExistsError,
+    SnapshotNotFoundError,
+)
 from smolvm_async.foundation.files import make_private
 from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.log import get_logger
@@ -49,18 +54,35 @@ def make_directory(path: Path) -> tuple[Path, Lease]:
         SnapshotExistsError: `path` exists.
         ConfigError: Other users can write to the parent.
     """
-    root = path.parent
-    remove_leftovers(root)
+    remove_leftovers(path.parent)
+    if os.path.lexists(path):
+        raise _exists(path)
     while True:
-        make_private(root)
-        check_data_dir(root)
-        if os.path.lexists(path):
-            raise _exists(path)
         new = _temporary(path, "new")
-        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+        try:
+            make_private(path.parent)
             new.mkdir(mode=0o700)
-            if lease := _lock(new, shared=False):
-                return new, lease
+            lease = _lock(new, shared=False)
+        except (FileNotFoundError, FileExistsError):
+            _check_removed(path.parent)
+            continue
+        if lease is not None:
+            break
+    try:
+        check_data_dir(path.parent)  # no other process removes it now
+    except (ConfigError, OSError):
+        with contextlib.suppress(OSError):
+            remove_directory(new, lease)
+        lease.close()
+        raise
+    return new, lease
+
+
+def _check_removed(root: Path) -> None:
+    """Check that another process has just removed `root`, or a directory in it: try again then."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISDIR(root.lstat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
 
 def name_directory(new: Path, lease: Lease) -> None:

@@ -47,7 +47,6 @@ from smolvm_async.state.snapshot_directory import (
     share_directory,
 )
 from smolvm_async.state.snapshot_record import (
-    COPIED,
     MACHINE,
     RAM,
     RECORD,
@@ -142,8 +141,9 @@ class NewSnapshot(Snapshot):
             SnapshotError: The file is missing, or the disk is full.
         """
         with explained(self.path):
-            for file in [name] if name != TPM else names_in(TPM, directory_fd):
-                if file in COPIED or re.search(TPM_FILE, file):
+            files = [name] if name != TPM else names_in(TPM, directory_fd)
+            for file in files:
+                if name != TPM or re.search(TPM_FILE, file):  # swtpm's lock is not state
                     _put(open_regular(file, directory_fd), file, self.fd)
 
     def complete(self, record: SnapshotRecord, *, durable: bool = False) -> None:
@@ -324,7 +324,7 @@ def _hold(path: Path) -> HeldSnapshot:
 
 
 def _put(source: int, name: str, dir_fd: int) -> None:
-    """Link the open layer `source`, or copy another file, to a directory; close the file."""
+    """Link a layer that is open as `source` to a directory, or copy another file; close it."""
     try:
         if re.search(LAYER, name):
             link_or_copy(source, name, dir_fd)

@@ -411,7 +411,21 @@ async def test_a_snapshot_that_others_can_change_is_refused(state: Path, root: P
     root.chmod(0o777)
     with pytest.raises(ConfigError, match="Other users of this machine can write to"):
         await make(state, "second")
+    assert os.listdir(root) == ["base"]
     root.chmod(0o700)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+async def test_a_file_in_the_place_of_all_snapshots_is_named(
+    state: Path, root: Path, kind: str
+) -> None:
+    if kind == "file":
+        root.touch()
+    else:
+        root.symlink_to(state / "nowhere")
+    with pytest.raises(SnapshotError, match="Not a directory"):
+        await make(state)
+    assert await AsyncSmolVM.prune(data_dir=state) == []
 
 
 def outside(values: dict[str, Any], name: str) -> None:
