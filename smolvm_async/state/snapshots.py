@@ -68,7 +68,7 @@ class Snapshot:
     """A locked snapshot. The methods read and write files: call them in a thread.
 
     Attributes:
-        path: The path of the directory. It changes if the snapshot is deleted: use `fd`.
+        path: The path of the directory. It changes if the snapshot is deleted: see `place`.
         record: The record.
     """
 
@@ -82,6 +82,11 @@ class Snapshot:
     def fd(self) -> int:
         """The descriptor of the locked directory; -1 without the lock, and in a forked child."""
         return self._lease.fd
+
+    @property
+    def place(self) -> Path:
+        """A path that leads to the directory, even if the snapshot is deleted meanwhile."""
+        return Path(f"/proc/self/fd/{self.fd}")
 
     def open(self, name: str) -> int:
         """Open a file for reading, if it is unchanged; the caller closes the descriptor.

@@ -151,10 +151,11 @@ async def _fill_from(
     if not record.live:
         return layers, login, None
     # The VM's directory has the clone's own keys.
-    before = await in_background(kept_login, config, snapshot.path) if login is not None else None
-    ram, machine = (snapshot.open(name) for name in (RAM, MACHINE))
-    for fd in (ram, machine):
-        stack.callback(os.close, fd)
+    before = await in_background(kept_login, config, snapshot.place) if login is not None else None
+    ram = snapshot.open(RAM)
+    stack.callback(os.close, ram)
+    machine = snapshot.open(MACHINE)
+    stack.callback(os.close, machine)
     return layers, login, SavedMachine(record, ram, machine, before)
 
 

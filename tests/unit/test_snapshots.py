@@ -169,6 +169,7 @@ async def test_a_deleted_snapshot_stays_until_its_last_user_has_finished(
         assert await list_snapshots(root) == []
         await make(state)
         await in_background(held.give, directory)
+        assert (held.place / "vars.fd").read_text() == "content of vars.fd"
     assert (directory.path / "vars.fd").exists()
     assert os.listdir(root) == ["base"]
     directory.remove()
