@@ -165,8 +165,9 @@ def check_clone_options(options: Mapping[str, object]) -> None:
 def make_clone_config(source: VMConfig, **options: Unpack[CloneOptions]) -> VMConfig:
     """Return the configuration of a clone of a VM that has the configuration `source`."""
     check_clone_options(options)
-    own = CloneOptions.__annotations__
-    fixed: Any = {name: value for name, value in source if name not in own and value != ""}
+    own, fields = CloneOptions.__annotations__, VMConfig.model_fields
+    chosen = ((name, value) for name, value in source if value != fields[name].default)
+    fixed: Any = {name: value for name, value in chosen if name not in own}
     if isinstance(source.origin, PublishedImage):
         checked = make_config(**{**fixed, "os": None}, **options)
         return complete(checked, source.os, None, None)

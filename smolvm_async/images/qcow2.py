@@ -113,15 +113,18 @@ def parse(head: bytes, file_size: int) -> Header:
             f"is truncated: a qcow2 header has {HEADER_V2.size} bytes or more" + DAMAGED
         )
     fields = HEADER_V2.unpack_from(head)
-    _, version, backing, _, cluster_bits, virtual_size, crypt, l1_entries, l1_offset = fields[:9]
+    _, version, offset, length, cluster_bits, virtual_size, crypt, l1_entries, l1_offset = fields[
+        :9
+    ]
+    backing = offset and length  # QEMU leaves an empty name when it flattens a disk
     features, refcount_order = 0, 4
     if version == 3:
         if len(head) < HEADER_V3.size:
             raise Qcow2Error(
                 f"is truncated: a header of version 3 has {HEADER_V3.size} bytes or more{DAMAGED}"
             )
-        features, _, _, refcount_order, length = HEADER_V3.unpack_from(head)[13:]
-        if not HEADER_V3.size <= length <= 1 << min(cluster_bits, 21) or length % 8:
+        features, _, _, refcount_order, header_length = HEADER_V3.unpack_from(head)[13:]
+        if not HEADER_V3.size <= header_length <= 1 << min(cluster_bits, 21) or header_length % 8:
             raise _damaged("wrong header length")
     elif version != 2:
         raise Qcow2Error(f"is a qcow2 of version {version}; only 2 and 3 are supported" + DAMAGED)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from smolvm_async.errors import MonitorError
+from smolvm_async.errors import MonitorError, SmolVMError
+from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import layer_options, node_of
 from smolvm_async.qemu.monitor import Monitor
 
@@ -47,16 +49,28 @@ class Disk:
         """Open a new layer, an empty qcow2 in the VM's directory. The guest does not use it yet."""
         await self._monitor.execute("blockdev-add", layer_options(layer, None, keep=self._keep))
 
-    async def freeze(self, layer: str) -> None:
-        """Freeze the top layer: the guest writes to `layer` from now on."""
-        nodes = {"node": node_of(self.layers[-1]), "overlay": node_of(layer)}
-        await self._monitor.execute("blockdev-snapshot", nodes)
-        self.layers = (*self.layers, layer)
+    async def freeze(self, layer: str, record: Callable[[], Awaitable[None]]) -> None:
+        """Freeze the top layer: the guest writes to `layer` from now on.
+
+        Args:
+            record: Writes `layers` down. This happens before the guest uses the new layer: a disk
+                is the same with one more empty layer, but not without a layer that was written to.
+        """
+        before, nodes = self.layers, {"node": node_of(self.layers[-1]), "overlay": node_of(layer)}
+        self.layers = (*before, layer)
+        try:
+            await record()
+            await self._monitor.execute("blockdev-snapshot", nodes)
+        except (MonitorError, OSError) as error:
+            if not isinstance(error, MonitorError) or error.error_class:  # else it did not answer
+                self.layers = before
+                await record()
+            raise
 
     async def drop(self, layer: str) -> None:
         """Close and remove a new layer that the guest does not use after all."""
         if layer not in self.layers:
-            with suppress(MonitorError):  # it was not opened
+            with suppress(SmolVMError):  # it was not opened, or QEMU has ended
                 await self._monitor.execute("blockdev-del", {"node-name": node_of(layer)})
             with suppress(FileNotFoundError):
                 os.unlink(self._directory / layer)
@@ -68,14 +82,13 @@ class Disk:
         remove. If the VM ends meanwhile, the disk is as it was.
         """
         *below, top = self.layers
-        values = {"job-id": JOB, "device": node_of(top), "base-node": "base"}
+        # QEMU writes the name of the backing file into the layer. A layer has no such name.
+        values = {"job-id": JOB, "device": node_of(top), "base-node": "base", "backing-file": ""}
         await self._monitor.execute("block-stream", {**values, "auto-dismiss": False})
         try:
-            job = await self._concluded()
-        except asyncio.CancelledError:
-            await self._monitor.execute("job-cancel", {"id": JOB})
-            raise
-        await self._monitor.execute("job-dismiss", {"id": JOB})
+            await self._concluded()
+        finally:
+            job = await settle(self._end())
         if problem := job.get("error"):
             raise MonitorError(
                 f"QEMU could not flatten the disk: {problem}", command="block-stream"
@@ -84,6 +97,14 @@ class Disk:
         for layer in reversed(below):
             await self._monitor.execute("blockdev-del", {"node-name": node_of(layer)})
         return tuple(below)
+
+    async def _end(self) -> dict[str, Any]:
+        """End the job, if it still runs, and return its last state."""
+        with suppress(MonitorError):  # it has concluded
+            await self._monitor.execute("job-cancel", {"id": JOB})
+        job = await self._concluded()
+        await self._monitor.execute("job-dismiss", {"id": JOB})
+        return job
 
     async def _concluded(self) -> dict[str, Any]:
         """Wait for the end of the job, and return its state."""

@@ -37,6 +37,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from smolvm_async.errors import MonitorError, SmolVMError
@@ -44,7 +45,7 @@ from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import MachineSpec
 from smolvm_async.qemu.console import Console
-from smolvm_async.qemu.launch import Processes, launch
+from smolvm_async.qemu.launch import SAME_END, Processes, launch
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.screen import Screen
 
@@ -94,8 +95,22 @@ class Twin:
             raise
         return self
 
-    async def __aexit__(self, *error: object) -> None:
-        await settle(self._end())
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        qemu = self._processes.qemu
+        try:
+            if isinstance(error, SmolVMError):
+                await asyncio.wait([qemu.exited], timeout=SAME_END)
+            died = qemu.ended
+        finally:
+            await settle(self._end())
+        if died and isinstance(error, SmolVMError):  # the log of the twin has the reason
+            message = f"the QEMU that saves the machine ended: {qemu.report()}"
+            raise MonitorError(message, command="migrate") from error
 
     async def _end(self) -> None:
         try:
@@ -108,10 +123,10 @@ class Twin:
     async def receive(self) -> socket.socket:
         """Begin to receive a machine, and return the sender's end of the connection."""
         senders, ours = socket.socketpair()
-        with ours:
-            await self._monitor.send_descriptor(CHANNEL, ours.fileno())
-        private(senders.fileno())
         try:
+            private(senders.fileno())
+            with ours:
+                await self._monitor.send_descriptor(CHANNEL, ours.fileno())
             await self._monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"})
         except BaseException:
             senders.close()
@@ -172,12 +187,16 @@ async def send(
             stopped = await _until_stopped(monitor)
         else:
             await _reach(monitor, "pre-switchover")
-        await freeze()
-        await monitor.execute("migrate-continue", {"state": "pre-switchover"})
-        await _reach(monitor, "completed")
+        await settle(_switch_over(monitor, freeze))
     finally:
         await settle(_go_on(monitor, running))
     return time.monotonic() - stopped
+
+
+async def _switch_over(monitor: Monitor, freeze: Callable[[], Awaitable[None]]) -> None:
+    await freeze()
+    await monitor.execute("migrate-continue", {"state": "pre-switchover"})
+    await _reach(monitor, "completed")
 
 
 async def _until_stopped(monitor: Monitor) -> float:
@@ -203,7 +222,16 @@ async def _go_on(monitor: Monitor, running: bool) -> None:
             with suppress(MonitorError):  # it raises as soon as the migration is cancelled
                 await _reach(monitor, "completed")
         if running:
+            await _finalized(monitor)
             await monitor.execute("cont")
+
+
+async def _finalized(monitor: Monitor) -> None:
+    """Wait for the end of the moment after a migration in which QEMU refuses `cont`."""
+    while True:
+        if (await monitor.execute("query-status"))["status"] != "finish-migrate":
+            return
+        await asyncio.sleep(LOOK)
 
 
 async def _activate(monitor: Monitor) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Seque
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from smolvm_async.config.options import CloneOptions, make_clone_config
 from smolvm_async.errors import SmolVMError, SnapshotNotFoundError
@@ -118,10 +118,13 @@ async def _start(
     options: Sequence[CloneOptions],
 ) -> list[V]:
     """Start one VM for each item of `options`; if one fails, delete all."""
-    vms = []
+    vms, record = [], held.record
+    defaults: Any = {"data_dir": record.config.data_dir}
+    if record.live:  # a saved machine goes on only under its own accelerator
+        defaults["accel"] = record.accelerator
     for each in options:
-        config = make_clone_config(held.record.config, **each)
-        plan = make_clone_plan(config, held.record, snapshot, each.get("on_progress"))
+        config = make_clone_config(record.config, **{**defaults, **each})
+        plan = make_clone_plan(config, record, snapshot, each.get("on_progress"))
         vms.append(kind._of_plan(plan))
     starts = [asyncio.ensure_future(vm.start()) for vm in vms]
     try:

@@ -239,6 +239,8 @@ class VMRun:
             try:
                 record = await self._within_run(save_running(machine, new, labels))
             except (MonitorError, LaunchError, CommandError, OSError) as error:
+                if self.processes.ended:
+                    raise VMNotRunningError(f"{vm_id} has ended.") from error
                 message = f"The snapshot of {vm_id} could not be made: {error}"
                 raise self.troubles.explain(SnapshotError(message)) from error
         if status == "running" and await self.guest_status() not in (status, "") and self._stopped:

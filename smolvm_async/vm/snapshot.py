@@ -80,8 +80,7 @@ async def save_running(
             await vm.disk.add(layer)
 
             async def freeze() -> None:
-                await vm.disk.freeze(layer)
-                await vm.record_layers()
+                await vm.disk.freeze(layer, vm.record_layers)
                 await in_thread(_copy_variables, vm.directory, new)
 
             timeout = vm.plan.config.timeouts.launch

@@ -472,13 +472,24 @@ def test_what_qemu_must_not_see_is_refused_with_its_reason(
 
 
 def test_a_backing_file_is_found_whatever_else_the_header_says(tmp_path: Path) -> None:
-    """No other fault of the header may let it pass, nor any length of the name."""
+    """No other fault of the header may let it pass, nor any length of the name that QEMU opens."""
     path = tmp_path / "disk.qcow2"
     backed_by_a_secret(path)
-    for field, value in ((INCOMPATIBLE, 1), ((16, 4), 0), ((16, 4), 2**32 - 1), (VERSION, 2)):
+    for field, value in ((INCOMPATIBLE, 1), ((16, 4), 1), ((16, 4), 2**32 - 1), (VERSION, 2)):
         patch(path, field, value)
         with pytest.raises(Qcow2Error, match="backing file"):
             check_path(path)
+
+
+def test_an_empty_name_is_not_a_backing_file(tmp_path: Path) -> None:
+    """QEMU leaves such a name in a layer that has been flattened, and opens no file."""
+    path = tmp_path / "disk.qcow2"
+    backed_by_a_secret(path)
+    patch(path, (16, 4), 0)
+    check_path(path)
+    info = ["qemu-img", "info", "--backing-chain", "--output=json", str(path)]
+    chain = json.loads(subprocess.run(info, check=True, capture_output=True).stdout)
+    assert [Path(image["filename"]) for image in chain] == [path]
 
 
 # Hostile files
