@@ -309,7 +309,7 @@ def _direct_boot(origin: Origin, given: Mapping[str, Any]) -> dict[str, Any]:
 def _boot(boot: object, origin: Origin) -> Literal["warm", "cold"]:
     built_in = isinstance(origin, BuiltInImage)
     if boot is None:
-        return "cold"  # until the built-in image has a process that sets its clones right
+        return "warm" if built_in else "cold"
     if boot == "cold":
         return "cold"
     if boot != "warm":

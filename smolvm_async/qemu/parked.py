@@ -14,10 +14,16 @@ import socket
 import time
 
 from smolvm_async.foundation.tail import Reader, Tail, printable
+from smolvm_async.guests import GuestProfile
 
 LIMIT = 4096  # bytes of the guest's answers that stay in memory; the guest may write more
 SEED = 64  # bytes of new entropy
 PARKED, RIGHT = "parked", "right"  # the guest's lines
+
+
+def make_parked(profile: GuestProfile) -> Parked | None:
+    """Return the host's end for a guest that has the process."""
+    return Parked() if profile.login == "fw_cfg" else None
 
 
 class Parked(Tail):

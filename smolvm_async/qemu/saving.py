@@ -47,6 +47,7 @@ from smolvm_async.qemu.arguments import MachineSpec
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.launch import SAME_END, Processes, launch
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.parked import make_parked
 from smolvm_async.qemu.screen import Screen
 
 CHANNEL = "snapshot"  # the name of a descriptor in QEMU
@@ -76,6 +77,7 @@ class Twin:
         self._monitor = Monitor(lambda _: None)
         self._console = Console()
         self._screen = Screen(self._monitor, spec.config.resolution)
+        self._parked = make_parked(spec.config.profile)
 
     async def __aenter__(self) -> Twin:
         try:
@@ -86,6 +88,7 @@ class Twin:
                 self._monitor,
                 self._console,
                 self._screen,
+                self._parked,
                 timeout=self._timeout,
             )
         except BaseException as error:
@@ -119,6 +122,8 @@ class Twin:
             await self._monitor.disconnect()
             self._console.close()
             self._screen.close()
+            if self._parked is not None:
+                self._parked.close()
 
     async def receive(self) -> socket.socket:
         """Begin to receive a machine, and return the sender's end of the connection."""

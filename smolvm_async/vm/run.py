@@ -64,7 +64,7 @@ from smolvm_async.qemu.events import (
 )
 from smolvm_async.qemu.launch import SAME_END, Processes, launch
 from smolvm_async.qemu.monitor import CommandQueue, Monitor
-from smolvm_async.qemu.parked import Parked
+from smolvm_async.qemu.parked import make_parked
 from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.saving import load
@@ -77,7 +77,7 @@ from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_kills, oom_reason
 from smolvm_async.vm.plan import Plan
 from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare
-from smolvm_async.vm.set_right import NOT_RESEEDED, set_right_over_ssh
+from smolvm_async.vm.set_right import Clone
 
 if TYPE_CHECKING:  # a snapshot imports them
     from smolvm_async.state.snapshot_record import SnapshotRecord
@@ -102,7 +102,7 @@ class VMRun:
         self.pauses = Pauses()
         self.boot = BootTracker(hub, self.pauses, plan.on_progress)
         self.console = Console()
-        self.parked = Parked() if plan.config.profile.login == "fw_cfg" else None
+        self.parked = make_parked(plan.config.profile)
         self.failure: Exception | None = None
         self.report = ShutdownReport(Rung.NONE)
         self.launch = Launch()
@@ -119,6 +119,7 @@ class VMRun:
         self._prepared: PreparedVM
         self._source: Source | None = plan.source
         self._login: Login | None = None
+        self._clone: Clone | None = None  # if the VM is a clone of a running VM
         self._disk: Disk
         self._saving = anyio.Lock()  # a snapshot excludes pauses and other snapshots
         self._works: set[asyncio.Task[Any]] = set()
@@ -394,21 +395,20 @@ class VMRun:
         vm_id = saved.record.config.vm_id
         evidence = f"restored from a snapshot of {vm_id}"
         self.boot.enter(BootState.OPERATING_SYSTEM, evidence)
-        if saved.record.ready and await self._set_right(saved):
+        if saved.login is not None:
+            await self._set_right(saved.record, saved.login)
+        if saved.record.ready:
             self.boot.enter(BootState.READY, f"{evidence}, whose guest was ready")
 
-    async def _set_right(self, saved: SavedMachine) -> bool:
-        """Set the clone right, and return whether it can be logged in to."""
-        login, vm_id = self._login, self._plan.config.vm_id
-        if login is None or saved.login is None:
-            return saved.record.ready
-        self._login = saved.login  # the guest has its keys
-        problem = await set_right_over_ssh(self.link, vm_id, saved.login, login)
-        self.link.abort()
-        self._login = login
-        if problem:
-            logger.warning(NOT_RESEEDED, problem)
-        return True
+    async def _set_right(self, record: SnapshotRecord, before: Login) -> None:
+        """Set the clone right; if its guest was not ready yet, as soon as it is."""
+        assert self._login is not None
+        config = self._plan.config
+        self._clone = clone = Clone(config.vm_id, self.link, self.parked, before, self._login)
+        if record.ready:
+            await clone.set_right(config.timeouts.launch)
+        elif self.parked is not None:  # the process may not run yet, and reads the message later
+            self._monitor.start_task(clone.set_right(config.timeouts.boot))
 
     async def _open_ports(self) -> None:
         """Open VNC and the forwarded ports, before the guest runs."""
@@ -422,14 +422,17 @@ class VMRun:
 
     async def ssh_access(self) -> Access:
         """Return the port, the user and the keys to log in to the guest."""
-        assert self._login is not None
-        return self._login.access(await self.peripherals.ports.ssh())
+        login = self._clone.login if self._clone is not None else self._login
+        assert login is not None
+        return login.access(await self.peripherals.ports.ssh())
 
     async def _probe(self) -> str | None:
         """Log in and set the VM's variables; return the evidence that the guest is ready."""
         try:
             if not await self.link.connect():
                 return None
+            if self._clone is not None and self.parked is None and not self._clone.is_right:
+                await self._clone.set_right(self._plan.config.timeouts.boot)
             if env := self._plan.config.env:
                 await set_variables(self.link, env)
             await self._clock.set_if_late()

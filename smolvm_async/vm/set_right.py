@@ -23,6 +23,7 @@ from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Login
 from smolvm_async.errors import ConnectionLostError
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.qemu.parked import Parked
 
 if TYPE_CHECKING:
     from asyncssh import SSHClientConnection
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 SEED = 64  # bytes; the pool of Linux has 32
+RANDOM = 3  # the script's exit status if only the random numbers could not be reseeded
 QUOTED = 300  # characters of the guest's answer in a warning
 SCRIPT = "set_right.sh"
 NOT_RESEEDED = (
@@ -38,8 +40,63 @@ NOT_RESEEDED = (
 )
 
 
+class Clone:
+    """A clone that at first has the login of the VM that the snapshot was taken of.
+
+    Attributes:
+        login: The login that the guest accepts now.
+        is_right: Whether `set_right()` has ended, even if it failed.
+    """
+
+    def __init__(
+        self, vm_id: str, link: Link, parked: Parked | None, before: Login, own: Login
+    ) -> None:
+        self.login = before
+        self.is_right = False
+        self._vm_id = vm_id
+        self._link = link
+        self._parked = parked
+        self._own = own
+
+    async def set_right(self, timeout: float) -> None:
+        """Set the clone right, or log a warning; the parked process has `timeout` seconds."""
+        if self._parked is not None:
+            keys = (self._own.host_key.private, f"{self._own.key.public}\n".encode())
+            problem = await self._parked.set_right(self._vm_id, *keys, timeout=timeout)
+            done = not problem
+        else:
+            problem, done = await self._set_right_over_ssh()
+        self.is_right = True
+        if done:
+            self.login = self._own
+        if problem:
+            logger.warning(NOT_RESEEDED, problem)
+
+    async def _set_right_over_ssh(self) -> tuple[str, bool]:
+        """Run the script; return the problem, if any, and whether the guest has the new login."""
+        values = {**message(self._vm_id, self._own), "old_key": self.login.key.public}
+        lines = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in values.items())
+        script = files(__package__).joinpath(SCRIPT).read_text()
+        as_root = f'[ "$(id -u)" = 0 ] || exec sudo -n sh -c {shlex.quote(script)}\n{script}'
+
+        async def run(connection: SSHClientConnection) -> Any:
+            command = f"exec sh -c {shlex.quote(as_root)}"  # the secrets are only on the input
+            return await connection.run(command, input=lines.encode(), encoding=None)
+
+        try:
+            async with self._link.apart(run) as result:
+                pass
+        except (ConnectionLostError, OSError) as error:
+            return str(error), False
+        finally:
+            self._link.abort()  # the next connection uses the new keys
+        said = (result.stderr or b"").decode(errors="replace")[-QUOTED:].strip()
+        done = result.exit_status in (0, RANDOM)
+        return "" if result.exit_status == 0 else said or "the connection was lost", done
+
+
 def message(vm_id: str, login: Login) -> dict[str, Any]:
-    """Return what a clone has to know; the values may be written to files with a line break."""
+    """Return the variables of the script."""
     return {
         "seed": secrets.token_hex(SEED),
         "time": time.time(),
@@ -48,30 +105,3 @@ def message(vm_id: str, login: Login) -> dict[str, Any]:
         "host_key": login.host_key.private.decode(),
         "host_key_public": login.host_key.public,
     }
-
-
-async def set_right_over_ssh(link: Link, vm_id: str, before: Login, login: Login) -> str:
-    """Set a Linux guest right with a script; return the reason if this failed, otherwise empty.
-
-    Args:
-        link: The connection, which still logs in with the keys of `before`.
-        login: The clone's own keys.
-    """
-    values = {**message(vm_id, login), "old_key": before.key.public}
-    lines = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in values.items())
-    script = files(__package__).joinpath(SCRIPT).read_text()
-    as_root = f'[ "$(id -u)" = 0 ] || exec sudo -n sh -c {shlex.quote(script)}\n{script}'
-
-    async def run(connection: SSHClientConnection) -> Any:
-        command = f"exec sh -c {shlex.quote(as_root)}"  # the secrets are only on the input
-        return await connection.run(command, input=lines.encode(), encoding=None)
-
-    try:
-        async with link.apart(run) as result:
-            pass
-    except (ConnectionLostError, OSError) as error:
-        return str(error)
-    if result.exit_status == 0:
-        return ""
-    said = (result.stderr or b"").decode(errors="replace")[-QUOTED:].strip()
-    return said or "the connection was lost"

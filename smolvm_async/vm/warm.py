@@ -19,33 +19,28 @@ that has started from a snapshot does not need it any more.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from smolvm_async.config.options import new_vm_id
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import Limits
-from smolvm_async.controls.interface import begun
 from smolvm_async.errors import (
     SmolVMError,
     SnapshotError,
     SnapshotNotFoundError,
-    VMTimeoutError,
 )
 from smolvm_async.foundation.files import make_private
 from smolvm_async.foundation.locking import LockFile
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
-from smolvm_async.foundation.tasks import Shared, end_tasks, has_result, in_background, in_thread
+from smolvm_async.foundation.tasks import Shared, in_background, in_thread
 from smolvm_async.host.processor import describe_processor
 from smolvm_async.images.build.workshop import key_of
 from smolvm_async.qemu.arguments import Descriptors, DirectBoot, MachineSpec, qemu_arguments
-from smolvm_async.qemu.events import BootState
 from smolvm_async.state.registry import prune_vms
 from smolvm_async.state.snapshots import (
     Snapshot,
@@ -63,6 +58,7 @@ TRIES = 3  # a snapshot may be removed just after it was made
 # Increase this if a change that the hash does not cover changes how the guest gets ready.
 RECIPE = 1
 TEMPLATE = "vm-template"  # the id in the hashed command line
+TEMPLATE_ARGUMENT = "smolvm.template"  # of the kernel; `guest/init.sh` of the image reads it
 NOT_WARM = "the guest boots, since no snapshot of a ready guest could be made: %s"
 
 _makings: Shared[None] = Shared()
@@ -121,7 +117,7 @@ def _name(plan: Plan, source: Source) -> str:
     boot = DirectBoot(0, 0, source.boot_args)
     config = plan.config.model_copy(update={"vm_id": TEMPLATE, "keep": False})
     spec = MachineSpec(config, plan.tools, plan.accelerator, 0, (), direct_boot=boot)
-    argv = qemu_arguments(spec, Descriptors(0, 0, 0), ())
+    argv = qemu_arguments(spec, Descriptors(0, 0, 0, 0), ())
     processor = describe_processor(config.profile.cpu[plan.accelerator.name], "")
     return f"ready-{key_of(RECIPE, files, argv, processor)}"
 
@@ -139,16 +135,26 @@ async def _make(plan: Plan, root: Path, name: str) -> None:
         report(plan.on_progress, Progress("boot", "booting a guest for the snapshot", 0.0))
         try:
             await vm.start()
-            await _until_ready(vm, plan.config.timeouts.boot)
+            assert vm.run is not None
+            assert vm.run.parked is not None
+            problem = await vm.run.parked.wait_parked(plan.config.timeouts.boot)
+            if problem:
+                raise vm.run.failure or SnapshotError(f"The guest was not ready: {problem}.")
             async with new_snapshot(root, name) as new:
-                await in_background(new.finish, await vm.save(new, {}))
+                record = await vm.save(new, {})
+                machine = record.machine._replace(source=plan.source)  # without TEMPLATE_ARGUMENT
+                update = {"machine": machine, "ready": True}
+                await in_background(new.finish, record.model_copy(update=update))
         finally:
             await vm.delete()
         await _limit(root)
 
 
 def _template(plan: Plan, data_dir: Path) -> OwnedVM:
-    """Return a VM of the same size, with nothing of the caller's own."""
+    """Return a VM of the same size, with nothing of the caller's own.
+
+    Its SSH server waits for the host key, which each clone gets from the parked process.
+    """
     own = {
         "vm_id": new_vm_id(),
         "data_dir": data_dir,
@@ -160,19 +166,10 @@ def _template(plan: Plan, data_dir: Path) -> OwnedVM:
         "limits": Limits(),
     }
     config = plan.config.model_copy(update=own)
-    return OwnedVM(config, plan._replace(config=config, prefix=(), on_progress=None))
-
-
-async def _until_ready(vm: OwnedVM, timeout: float) -> None:
-    run, over = begun(vm)
-    waiting = asyncio.ensure_future(run.boot.wait_for(BootState.READY))
-    ends: set[asyncio.Future[Any]] = {waiting, over}
-    try:
-        await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if not has_result(waiting):
-            raise run.failure or VMTimeoutError(f"the guest was not ready within {timeout:g} s")
-    finally:
-        await end_tasks(waiting)
+    assert plan.source is not None
+    source = plan.source._replace(boot_args=f"{plan.source.boot_args} {TEMPLATE_ARGUMENT}")
+    own_plan = plan._replace(config=config, source=source, prefix=(), on_progress=None)
+    return OwnedVM(config, own_plan)
 
 
 async def _limit(root: Path) -> None:
