@@ -8,6 +8,8 @@ import fcntl
 import os
 import stat
 
+from smolvm_async.foundation.fork import private
+
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FICLONE = 0x40049409  # ioctl_ficlone(2): the copy shares its blocks with the original
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
@@ -38,6 +40,14 @@ def open_regular(name: str, dir_fd: int) -> int:
     return fd
 
 
+def memory_file(name: str) -> int:
+    """Create a file that exists only in memory, and return its descriptor. Forks lose it."""
+    try:
+        return private(os.memfd_create(name))
+    except OSError as error:
+        raise OSError(error.errno, f"memfd_create(2) failed: {error.strerror}") from error
+
+
 def names_in(directory: str, dir_fd: int) -> list[str]:
     """Return the paths of the files in `directory`, relative to `dir_fd`; none if it is missing."""
     try:
@@ -66,14 +76,17 @@ def copy(source: int, name: str, dir_fd: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     target = os.open(name, flags, 0o600, dir_fd=dir_fd)
     try:
-        _copy_content(source, target, status.st_size)
+        copy_content(source, target, status.st_size)
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
     finally:
         os.close(target)
 
 
-def _copy_content(source: int, target: int, size: int) -> None:
-    """Share the file's blocks, if the file system can do so; or else leave the holes out."""
+def copy_content(source: int, target: int, size: int) -> None:
+    """Make the open file `target` equal to `source`, which has `size` bytes.
+
+    Share the blocks, if the file system can do so; or else leave the holes out.
+    """
     with contextlib.suppress(OSError):
         fcntl.ioctl(target, FICLONE, source)
         return

@@ -15,6 +15,10 @@ the running machine, memory first, to a second QEMU that is called the **twin**:
 4. The twin saves itself into the file `machine`, without its RAM, which is in `ram` already
    (`x-ignore-shared`), and ends.
 
+Under TCG, the RAM of a VM that boots is a shared file in memory (`memfd`). Such a VM needs no twin:
+it saves itself as in step 4, and the caller copies the file while the guest stands still. Under KVM
+a VM has ordinary memory, for which the kernel uses huge pages.
+
 A clone maps `ram` privately, and loads `machine`: it reads from the file what it uses, and writes
 to pages of its own. So a load takes as long for 64 GiB as for 512 MiB.
 
@@ -154,17 +158,19 @@ class Twin:
 
 async def send(
     monitor: Monitor,
-    channel: socket.socket,
+    channel: int,
     freeze: Callable[[], Awaitable[None]],
     *,
     live: bool,
+    shared: bool,
 ) -> float:
-    """Send a running or paused machine to a twin; the guest goes on as it was.
+    """Save a running or paused machine; the guest goes on as it was.
 
     Args:
-        channel: The connection to the twin. This function closes it.
+        channel: The descriptor of the connection to a twin, or of a file.
         freeze: Called while the guest stands still.
         live: Whether the guest runs while QEMU sends its memory.
+        shared: Whether the RAM is a shared file, which `freeze` copies; QEMU then leaves it out.
 
     Returns:
         The seconds that the guest stood still.
@@ -173,16 +179,15 @@ async def send(
         MonitorError: QEMU refused a step, or was too slow.
         VMNotRunningError: QEMU has ended.
     """
-    with channel:
-        running = bool((await monitor.execute("query-status"))["running"])
-        if not running:
-            await _activate(monitor)
-        # A clone has been loaded with x-ignore-shared; the twin receives all memory.
-        wanted = {"pause-before-switchover": True, "x-ignore-shared": False}
-        await monitor.execute("migrate-set-capabilities", _capabilities(**wanted))
-        limits = {"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME}
-        await monitor.execute("migrate-set-parameters", limits)
-        await monitor.send_descriptor(CHANNEL, channel.fileno())
+    running = bool((await monitor.execute("query-status"))["running"])
+    if not running:
+        await _activate(monitor)
+    # A clone has been loaded with x-ignore-shared, but the twin receives all memory.
+    wanted = {"pause-before-switchover": True, "x-ignore-shared": shared}
+    await monitor.execute("migrate-set-capabilities", _capabilities(**wanted))
+    limits = {"max-bandwidth": UNLIMITED, "downtime-limit": DOWNTIME}
+    await monitor.execute("migrate-set-parameters", limits)
+    await monitor.send_descriptor(CHANNEL, channel)
     stopped = time.monotonic()
     try:
         if running and not live:

@@ -9,6 +9,7 @@ from functools import partial
 
 from smolvm_async.config.checks import check_display
 from smolvm_async.errors import HostError, VMNotRunningError
+from smolvm_async.foundation.entries import memory_file
 from smolvm_async.foundation.fork import end_in_child, private
 from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tasks import in_thread
@@ -30,10 +31,7 @@ class Screen:
 
     def open(self) -> int:
         """Make the memfd and return QEMU's descriptor. `close()` closes the descriptor."""
-        try:
-            self._read = private(os.memfd_create("screen"))
-        except OSError as error:
-            raise OSError(error.errno, f"memfd_create(2) failed: {error.strerror}") from error
+        self._read = memory_file("screen")
         self._files.callback(os.close, self._read)
         # QEMU requires a write-only descriptor. QEMU's copy and ours share the file position.
         write = os.open(f"/proc/self/fd/{self._read}", os.O_WRONLY | os.O_CLOEXEC)

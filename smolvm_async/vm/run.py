@@ -20,6 +20,7 @@ The run did not crash if the guest powered itself down, or if a rung of the ladd
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -45,6 +46,7 @@ from smolvm_async.errors import (
     VMCrashedError,
     VMNotRunningError,
 )
+from smolvm_async.foundation.entries import memory_file
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Child
 from smolvm_async.foundation.tasks import end_tasks, first_of, in_thread
@@ -122,6 +124,7 @@ class VMRun:
         self._clone: Clone | None = None  # if the VM is a clone of a running VM
         self._disk: Disk
         self._saving = anyio.Lock()  # a snapshot excludes pauses and other snapshots
+        self._ram: int | None = None  # the file with the RAM of a VM that boots under TCG
         self._works: set[asyncio.Task[Any]] = set()
         self._stopped: Event | None = None  # the last event that a snapshot has caused
         self._resumed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -176,6 +179,8 @@ class VMRun:
                 self.console.close()
                 if self.parked is not None:
                     self.parked.close()
+                if self._ram is not None:
+                    os.close(self._ram)
                 self.peripherals.screen.close()
 
     def resident(self) -> int:
@@ -233,6 +238,7 @@ class VMRun:
                 self._state,
                 self._monitor,
                 self._disk,
+                self._ram,
                 self.boot.last.state is BootState.READY,
                 self._record_layers,
                 self._read_machine,
@@ -317,6 +323,14 @@ class VMRun:
         if keep:  # start() needs this record to boot the VM again
             await self._record_running(await self._read_machine())
 
+    def _make_ram(self) -> RAMFile | None:
+        """Make the RAM of a VM that boots under TCG: see `qemu/saving.py`."""
+        if self._plan.accelerator.name != "tcg":
+            return None
+        self._ram = memory_file("ram")
+        os.ftruncate(self._ram, self._plan.config.memory << 20)
+        return RAMFile(self._ram, shared=True)
+
     @asynccontextmanager
     async def _snapshot(self) -> AsyncIterator[Snapshot | None]:
         """Hold the snapshot that the VM starts from, if there is one."""
@@ -360,7 +374,7 @@ class VMRun:
                 machine_type=self._machine_type(),
                 direct_boot=prepared.direct_boot,
                 layers=prepared.layers,
-                ram=RAMFile(saved.ram, shared=False) if saved is not None else None,
+                ram=RAMFile(saved.ram, shared=False) if saved is not None else self._make_ram(),
                 incoming=saved is not None,
             )
             await launch(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import SnapshotError
+from smolvm_async.foundation.entries import copy_content
 from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.tasks import in_background, in_thread, settle
 from smolvm_async.host.processor import describe_processor
@@ -43,6 +44,7 @@ class RunningMachine(NamedTuple):
     """What a snapshot needs of a run.
 
     Attributes:
+        ram: The descriptor of the file with the RAM, if it is a shared file.
         record_layers: Writes the layers into the record of a kept VM. Call it before the guest
             writes to a new layer, and before a file of an old layer is removed.
         read_machine: Returns the facts about the machine.
@@ -53,6 +55,7 @@ class RunningMachine(NamedTuple):
     directory: VMDirectory
     monitor: Monitor
     disk: Disk
+    ram: int | None
     ready: bool
     record_layers: Callable[[], Awaitable[None]]
     read_machine: Callable[[], Awaitable[Machine]]
@@ -71,10 +74,10 @@ async def save_running(
     """
     if len(vm.disk.layers) >= MOST:
         await _flatten(vm)
+    frozen = vm.disk.layers
+    layer = next_layer(frozen)
     with ExitStack() as files:
-        spec, machine_file = await _twin(vm, new, files)
-        frozen = vm.disk.layers
-        layer = next_layer(frozen)
+        ram, state = await in_background(_open_files, vm, new, files)
         await vm.directory.write_layer(layer, qcow2.empty(vm.prepared.image.virtual_size))
         try:
             await vm.disk.add(layer)
@@ -82,12 +85,13 @@ async def save_running(
             async def freeze() -> None:
                 await vm.disk.freeze(layer, vm.record_layers)
                 await in_thread(_copy_variables, vm.directory, new)
+                if vm.ram is not None:
+                    await in_background(copy_content, vm.ram, ram, vm.plan.config.memory * MIB)
 
-            timeout = vm.plan.config.timeouts.launch
-            async with Twin(spec, new.path, timeout) as twin:
-                live = vm.plan.accelerator.name == "kvm"
-                await send(vm.monitor, await twin.receive(), freeze, live=live)
-                await twin.save(machine_file)
+            if vm.ram is not None:
+                await send(vm.monitor, state, freeze, live=False, shared=True)
+            else:
+                await _send_to_twin(vm, new, ram, state, freeze)
         finally:
             await settle(vm.disk.drop(layer))
     await in_background(_link, vm, new, frozen)
@@ -95,8 +99,34 @@ async def save_running(
     return await _record(vm.plan, machine, labels, live=True, ready=vm.ready)
 
 
-async def _twin(vm: RunningMachine, new: NewSnapshot, files: ExitStack) -> tuple[MachineSpec, int]:
-    """Return the twin's machine, and the descriptor of the file that it saves itself into.
+def _open_files(vm: RunningMachine, new: NewSnapshot, files: ExitStack) -> tuple[int, int]:
+    """Create the files for the RAM and the devices, and copy the small files of the VM."""
+    ram = open_new(new.path / RAM, vm.plan.config.memory * MIB)
+    files.callback(os.close, ram)
+    state = open_new(new.path / MACHINE)
+    files.callback(os.close, state)
+    _copy(vm.directory, new)
+    return ram, state
+
+
+async def _send_to_twin(
+    vm: RunningMachine,
+    new: NewSnapshot,
+    ram: int,
+    state: int,
+    freeze: Callable[[], Awaitable[None]],
+) -> None:
+    with ExitStack() as files:
+        spec = await _twin(vm, new, ram, files)
+        async with Twin(spec, new.path, vm.plan.config.timeouts.launch) as twin:
+            live = vm.plan.accelerator.name == "kvm"
+            with await twin.receive() as channel:
+                await send(vm.monitor, channel.fileno(), freeze, live=live, shared=False)
+            await twin.save(state)
+
+
+async def _twin(vm: RunningMachine, new: NewSnapshot, ram: int, files: ExitStack) -> MachineSpec:
+    """Return the twin's machine.
 
     The twin has the same devices, and files of the same sizes where QEMU reads them at its start,
     but an empty disk: nothing ever reads it.
@@ -104,26 +134,20 @@ async def _twin(vm: RunningMachine, new: NewSnapshot, files: ExitStack) -> tuple
     plan, prepared = vm.plan, vm.prepared
     disk = qcow2.empty(prepared.image.virtual_size)
 
-    def make_files() -> tuple[int, ...]:
-        ram = open_new(new.path / RAM, plan.config.memory * MIB)
-        files.callback(os.close, ram)
-        machine = open_new(new.path / MACHINE)
-        files.callback(os.close, machine)
+    def make_files() -> int:
         for name in (BASE, DISK):
             (new.path / name).write_bytes(disk)
         base = private(os.open(new.path / BASE, os.O_RDONLY | os.O_CLOEXEC))
         files.callback(os.close, base)
-        _copy(vm.directory, new)
         for name in directories(plan.config.profile):
             (new.path / name).mkdir(0o700)
-        return ram, machine, base
+        return base
 
-    ram, machine, base = await in_background(make_files)
-    spec = MachineSpec(
+    return MachineSpec(
         plan.config,
         prepared.tools,
         plan.accelerator,
-        base,
+        await in_background(make_files),
         plan.config.profile.sidecars,
         machine_type=(await vm.read_machine()).type,
         direct_boot=await open_boot_files(files, prepared.source),
@@ -131,7 +155,6 @@ async def _twin(vm: RunningMachine, new: NewSnapshot, files: ExitStack) -> tuple
         ram=RAMFile(ram, shared=True),
         incoming=True,
     )
-    return spec, machine
 
 
 def _copy_variables(directory: VMDirectory, new: NewSnapshot) -> None:
