@@ -166,7 +166,7 @@ def make_clone_config(source: VMConfig, **options: Unpack[CloneOptions]) -> VMCo
     """Return the configuration of a clone of a VM that has the configuration `source`."""
     check_clone_options(options)
     own, fields = CloneOptions.__annotations__, VMConfig.model_fields
-    chosen = ((name, value) for name, value in source if value != fields[name].default)
+    chosen = ((name, value) for name, value in source if value not in ("", fields[name].default))
     fixed: Any = {name: value for name, value in chosen if name not in own}
     if isinstance(source.origin, PublishedImage):
         checked = make_config(**{**fixed, "os": None}, **options)
