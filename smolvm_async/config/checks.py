@@ -110,9 +110,9 @@ def check_vm_id(vm_id: object) -> str:
     return _check_id("vm_id", vm_id, "an id", "build-42")
 
 
-def check_snapshot_name(name: object) -> str:
+def check_snapshot_name(name: object, argument: str = "name") -> str:
     """Check the name of a snapshot, which is a name of a directory, and return the name."""
-    return _check_id("name", name, "a name", "tools-installed")
+    return _check_id(argument, name, "a name", "tools-installed")
 
 
 def _check_id(argument: str, value: object, noun: str, example: str) -> str:

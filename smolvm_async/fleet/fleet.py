@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence, Sized
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, Self
 from weakref import WeakSet
@@ -20,13 +22,14 @@ from smolvm_async.fleet.jobs import (
     awaited,
     check_count,
     check_on_error,
+    check_warm,
     check_work,
 )
 from smolvm_async.fleet.member import WAITING, FleetStatus, Member, Places, check_until
 from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.fleet.template import Template
 from smolvm_async.foundation.fork import this_process
-from smolvm_async.foundation.tasks import in_thread, settle
+from smolvm_async.foundation.tasks import end_tasks, in_thread, settle, take_exception
 from smolvm_async.qemu.events import BootState
 from smolvm_async.state.status import ACTIVE
 from smolvm_async.vm.block import Block
@@ -55,10 +58,19 @@ class Fleet:
             async for result in fleet.map(job, items):
                 ...
 
+        async with Fleet({"os": "linux", "image": "own.qcow2"}, size=20, warm=True) as fleet:
+            ...
+
     Entering the block starts `size` VMs, as many at a time as the host allows. Leaving the block,
     in any way, kills and deletes all VMs. VMs start in the order they asked. Each VM waits until
     its memory plus QEMU's overhead fits into the host's available memory, minus the memory that
-    this process has promised to other fleet VMs but that they do not use yet.
+    this process has promised to other fleet VMs but that they do not use yet. Clones of a snapshot
+    share the memory that they have not written to, and are promised their whole size all the same.
+
+    VMs of the built-in Debian are clones of a guest that is ready (see `boot` of `AsyncSmolVM`).
+    With `warm=`, the fleet boots one VM of your image, takes a snapshot without a name, and deletes
+    the VM: all VMs of the fleet are clones of the snapshot. `AsyncSmolVM.from_snapshot()` says what
+    a clone has of its own.
 
     Args:
         template: The arguments of `AsyncSmolVM` for each VM, without `vm_id` and `keep`.
@@ -70,12 +82,19 @@ class Fleet:
             no limit if `until="firmware"`.
         max_live: Number of VMs that may run at once; by default 16 for each processor, or `size`
             if that is more.
+        warm: `True`: the VMs are clones of a VM that has booted. `False`: each VM boots. By
+            default, only VMs of the built-in Debian are clones. A number does the same as `True`,
+            and the fleet keeps so many VMs ready ahead of the jobs of `map()`. They take memory.
+        from_snapshot: The name of a snapshot that all VMs are clones of. `template` may then only
+            have the arguments of `AsyncSmolVM.from_snapshot()`; `data_dir` has the snapshot.
         on_error: `"raise"`: a VM that fails cancels the block, which raises an `ExceptionGroup` of
             `MemberFailedError`s. `"collect"`: other VMs keep running; `failures` lists the errors.
 
     Raises:
         ConfigError, HostError: An argument is wrong, or the host lacks something that a VM needs;
             see `AsyncSmolVM`. No VM was created.
+        SnapshotNotFoundError, SnapshotError: On entering: there is no such snapshot, or this host
+            cannot use it.
     """
 
     def __init__(
@@ -86,16 +105,21 @@ class Fleet:
         until: BootState | str = BootState.READY,
         max_booting: int | None = None,
         max_live: int | None = None,
+        warm: bool | int | None = None,
+        from_snapshot: str | None = None,
         on_error: OnError = "raise",
     ) -> None:
-        self._template = Template(template)
+        self._ahead = check_warm(warm)
+        clones = None if warm is None else bool(warm)
+        self._template = Template(template, warm=clones, from_snapshot=from_snapshot)
         self._size = 0 if size is None else check_count("size", size)
         self._until = check_until(until)
+        self._template.check_until(self._until)
         processors = len(os.sched_getaffinity(0))
         most = max(self._size, LIVE_PER_PROCESSOR * processors)
         self._max_live = most if max_live is None else check_count("max_live", max_live)
         booting = BOOTING_PER_PROCESSOR * processors
-        if self._until is BootState.FIRMWARE:
+        if self._until is BootState.FIRMWARE and not self._template.clones:
             # A VM keeps booting after its firmware, where its turn to boot ends. So a limit would
             # not keep the next VM from booting at the same time. Without a limit, 16 VMs reach
             # their firmware in a third of the time.
@@ -107,7 +131,10 @@ class Fleet:
         self._process = this_process()
         self._places: Places
         self._members: list[Member] = []  # the VMs that the fleet started with
-        self._map_members: set[Member] = set()  # VMs that map() has started and that still exist
+        self._map_members: set[Member] = set()  # VMs made for map() that still exist
+        self._spare: deque[Member] = deque()  # those of them that no job has taken yet
+        self._original: Member | None = None  # the VM that all others are clones of
+        self._cloning: asyncio.Task[None] | None = None
         self._map_deleted = self._map_failed = 0  # number of map() VMs that no longer exist
         self._calls: WeakSet[LocalMapCall[Any, Any]] = WeakSet()
         self._changed = asyncio.Event()
@@ -126,7 +153,8 @@ class Fleet:
     def status(self) -> FleetStatus:
         """Return the number of VMs that wait, boot and are ready, and the state of each VM."""
         self._check_process()
-        members = [*self._members, *self._map_members]
+        original = [self._original] if self._original and not self._original.over.done() else []
+        members = [*original, *self._members, *self._map_members]
         phases = [member.phase for member in members]
         return FleetStatus(
             waiting=sum(phase in WAITING for phase in phases),
@@ -150,7 +178,11 @@ class Fleet:
             raise
         self._places = Places(self._max_live, self._max_booting)
         self._block.enter()
+        if self._template.forks:
+            self._original = Member(self._template, self._places, self._until, original=True)
+            self._cloning = asyncio.ensure_future(self._clone(self._original))
         self._members = [self._make(self._on_member_over) for _ in range(self._size)]
+        self._refill()
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, *_: object) -> None:
@@ -256,10 +288,33 @@ class Fleet:
 
     async def _end(self) -> None:
         """End every `map()` and delete every VM."""
+        self._ahead = 0
         members = [*self._members, *self._map_members]
         await asyncio.gather(
             *(call.end() for call in list(self._calls)), *(member.delete() for member in members)
         )
+        if self._cloning is not None:
+            await end_tasks(self._cloning)
+            self._template.cloned.cancel()
+
+    async def _clone(self, original: Member) -> None:
+        """Take a snapshot of the original, delete this VM, and hold the snapshot until cancelled.
+
+        All other VMs wait for `cloned`, and fail if the original fails.
+        """
+        cloned = self._template.cloned
+        try:
+            async with self._template.cloning(await asyncio.shield(original.ready)):
+                await original.delete()
+                cloned.set_result(None)
+                await asyncio.Event().wait()
+        except Exception as error:
+            if not cloned.done():
+                crash = original.error.__cause__ if original.error is not None else None
+                cloned.set_exception(crash or error)
+                take_exception(cloned)
+        finally:
+            await original.delete()
 
     def _check_process(self) -> None:
         self._process.check("the fleet", "Make a new Fleet in this process.")
@@ -278,14 +333,27 @@ class Fleet:
         return member
 
     def _take(self) -> Member:
-        """Return a VM for a job: an unused VM that the fleet started with, or a new VM."""
+        """Return a VM for a job: an unused VM of the fleet, or a new VM."""
         for member in self._entered():
             if member.taken_by is None and not member.over.done():
                 member.taken_by = "map"
                 return member
+        member = self._spare.popleft() if self._spare else self._make_for_map()
+        self._refill()
+        return member
+
+    def _make_for_map(self) -> Member:
         member = self._make(self._on_map_member_over)
         self._map_members.add(member)
         return member
+
+    def _refill(self) -> None:
+        """Start VMs until as many are ready ahead of the jobs as `warm=` says.
+
+        A VM that fails is not replaced before the next job, whose own VM then shows the reason.
+        """
+        while len(self._spare) < self._ahead:
+            self._spare.append(self._make_for_map())
 
     def _on_member_over(self, member: Member) -> None:
         self._changed.set()
@@ -295,6 +363,8 @@ class Fleet:
 
     def _on_map_member_over(self, member: Member) -> None:
         self._map_members.discard(member)
+        with suppress(ValueError):
+            self._spare.remove(member)
         self._map_deleted += member.error is None
         self._map_failed += member.error is not None
 

@@ -54,6 +54,14 @@ def check_count(argument: str, value: object, least: int = 1) -> int:
     return check_integer(argument, value, least, MAX_COUNT, advice)
 
 
+def check_warm(warm: object) -> int:
+    """Check the argument `warm` of a fleet; return the number of VMs to keep ready."""
+    if warm is None or isinstance(warm, bool):
+        return 0
+    advice = f"True, False, or a whole number from 1 to {MAX_COUNT}"
+    return check_integer("warm", warm, 1, MAX_COUNT, advice)
+
+
 def check_on_error(on_error: object) -> OnError:
     """Check the argument `on_error` of a fleet or of `map()`, and return it."""
     if on_error not in ("raise", "collect"):

@@ -17,8 +17,10 @@ from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 from smolvm_async.qemu.events import BootState
 from smolvm_async.vm.vm import AsyncSmolVM
 
-Phase = Literal["a place", "memory", "a turn to boot", "booting", "ready", "deleted", "failed"]
-WAITING = ("a place", "memory", "a turn to boot")
+Phase = Literal[
+    "a snapshot", "a place", "memory", "a turn to boot", "booting", "ready", "deleted", "failed"
+]
+WAITING = ("a snapshot", "a place", "memory", "a turn to boot")
 
 
 def check_until(state: object) -> BootState:
@@ -36,7 +38,8 @@ class MemberStatus:
     Attributes:
         vm_id: The VM's id.
         state: `waiting`, the VM's boot state, `deleted` or `failed`.
-        waits_for: `a place`, `memory` or `a turn to boot` while the VM waits; otherwise empty.
+        waits_for: `a snapshot`, `a place`, `memory` or `a turn to boot` while the VM waits;
+            otherwise empty.
         seconds: Time in this state; for a boot state, time since the VM began to boot.
         error: The reason for a failure, in one line.
     """
@@ -53,12 +56,13 @@ class FleetStatus:
     """The state of a fleet at one moment.
 
     Attributes:
-        waiting: Number of VMs that wait for a place, memory or their turn to boot.
-        booting: Number of VMs that boot.
+        waiting: Number of VMs that wait for a snapshot, a place, memory or their turn to boot.
+        booting: Number of VMs that boot, or start from a snapshot.
         ready: Number of VMs that are ready or in use.
         deleted: Number of VMs that were deleted.
         failed: Number of VMs that did not start, or crashed.
-        members: The VMs that the fleet started with, and the VMs of `map()` that still exist.
+        members: The VMs that the fleet started with, and the VMs of `map()` that still exist; with
+            `warm=`, also the VM that the others become clones of, while this VM exists.
     """
 
     waiting: int
@@ -70,7 +74,10 @@ class FleetStatus:
 
 
 class Places:
-    """The limits of one fleet: how many VMs may exist, and how many may boot, at once."""
+    """The limits of one fleet: how many VMs may exist, and how many may boot, at once.
+
+    A clone that starts counts as booting: its restore and its login need a processor, too.
+    """
 
     def __init__(self, max_live: int, max_booting: int) -> None:
         self._live = asyncio.Semaphore(max_live)
@@ -94,6 +101,9 @@ class Places:
 class Member:
     """A VM of a fleet, and the task that starts and deletes it.
 
+    Args:
+        original: Whether the other VMs of the fleet are clones of this VM, and wait for it.
+
     Attributes:
         vm: The VM; usable while `ready` has a result and `over` is not done.
         ready: Done when the VM has reached the wanted boot state. If the VM failed before, the
@@ -102,10 +112,13 @@ class Member:
         over: The task. Its exception, a `MemberFailedError`, says why the VM ended early.
     """
 
-    def __init__(self, template: Template, places: Places, until: BootState) -> None:
+    def __init__(
+        self, template: Template, places: Places, until: BootState, *, original: bool = False
+    ) -> None:
         self.vm = template.make()
         self._memory = template.memory
-        self.phase: Phase = "a place"
+        self._cloned = None if original or template.cloned.done() else template.cloned
+        self.phase: Phase = "a place" if self._cloned is None else "a snapshot"
         self.taken_by: Literal["caller", "map"] | None = None
         self.error: MemberFailedError | None = None
         self.ready: asyncio.Future[AsyncSmolVM] = asyncio.get_running_loop().create_future()
@@ -150,19 +163,22 @@ class Member:
         """True if another VM waits for the place or the memory of this VM."""
         return self._places.waiting > 0 or PROMISES.wanted
 
-    def _resident(self) -> int:
+    def _own_memory(self) -> int:
         run = self.vm._run
-        return run.resident() if run is not None else 0
+        return run.own_memory() if run is not None else 0
 
     def _enter(self, phase: Phase) -> None:
         self.phase, self._since = phase, time.monotonic()
 
     async def _live(self) -> None:
         try:
+            if self._cloned is not None:
+                await asyncio.shield(self._cloned)
+                self._enter("a place")
             async with self._places.take():
                 self._enter("memory")
                 async with PROMISES.promised(self._memory) as promise:
-                    promise.used = self._resident
+                    promise.used = self._own_memory
                     await self._use()
         except Exception as error:
             self._enter("failed")

@@ -39,7 +39,8 @@ class Promise:
 
     Attributes:
         size: The promised MiB, including QEMU's overhead.
-        used: Returns how many MiB the VM uses now.
+        used: Returns how many MiB the VM uses now. Pages that clones share do not count:
+            the host counts them as available, and a clone that writes to one gets its own.
     """
 
     def __init__(self, size: int) -> None:

@@ -1,17 +1,35 @@
-"""The arguments that all VMs of a fleet share, checked only once for all VMs."""
+"""The arguments that all VMs of a fleet share, checked only once for all VMs.
+
+The VMs of a fleet start in one of three ways:
+
+- Each VM starts like any `AsyncSmolVM`: it boots, or is a clone of the library's own ready guest.
+- Each VM is a clone of a named snapshot (`from_snapshot`).
+- A first VM, the original, boots. All other VMs are clones of a snapshot of the original, which
+  exists only as long as the fleet (`forks`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import weakref
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from typing import cast
 
-from smolvm_async.config.checks import shown
-from smolvm_async.config.options import VMOptions, make_config, new_vm_id
+from smolvm_async.config.checks import check_snapshot_name, shown
+from smolvm_async.config.options import (
+    CloneOptions,
+    VMOptions,
+    make_clone_config,
+    make_config,
+    new_vm_id,
+)
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
-from smolvm_async.vm.plan import Plan, find_source
+from smolvm_async.qemu.events import BootState
+from smolvm_async.state.snapshots import SNAPSHOTS, held_snapshot
+from smolvm_async.vm.compatibility import check_loadable
+from smolvm_async.vm.plan import Plan, find_source, make_clone_plan
 from smolvm_async.vm.prepare import look_at_disk
 from smolvm_async.vm.vm import AsyncSmolVM
 
@@ -22,11 +40,40 @@ OWN = {  # arguments that VMs cannot share, and what to do instead
 
 
 class Template:
-    """The arguments of `AsyncSmolVM` for every VM of a fleet."""
+    """The arguments of `AsyncSmolVM` for every VM of a fleet.
 
-    def __init__(self, arguments: object) -> None:
-        self._pattern = AsyncSmolVM(**_checked(arguments))
-        _check_ports(self._pattern._vm.config)
+    Args:
+        warm: Whether VMs are clones where the image does not decide this; `None` lets it decide.
+        from_snapshot: The name of the snapshot that all VMs are clones of.
+
+    Attributes:
+        forks: Whether all VMs are clones of an original; see the module's docstring.
+        clones: Whether VMs start from a snapshot of any kind.
+        cloned: Done when the snapshot of the original exists; its exception says why there is none.
+    """
+
+    def __init__(
+        self, arguments: object, *, warm: bool | None = None, from_snapshot: str | None = None
+    ) -> None:
+        self._name, self._options = from_snapshot, _checked(arguments, from_snapshot)
+        if from_snapshot is not None:
+            config = make_config(**self._options)  # checks the values
+        else:
+            if warm is False:
+                self._options = {"boot": "cold", **self._options}
+            self._pattern = AsyncSmolVM(**self._options)
+            config = self._pattern._vm.config
+        _check_ports(config)
+        self._data_dir = config.data_dir
+        warm_boot = config.boot == "warm"
+        if warm is False and (warm_boot or from_snapshot is not None):
+            raise ConfigError(
+                "warm=False cannot be given together with from_snapshot= or boot='warm' in "
+                "template=, which start clones: leave one of them out."
+            )
+        self.forks = warm is True and from_snapshot is None and not warm_boot
+        self.clones = self.forks or warm_boot or from_snapshot is not None
+        self.cloned: asyncio.Future[None]
         self._plan: Plan | None = None
         self._held = ExitStack()
         weakref.finalize(self, self._held.close)  # Dask workers drop a template without close()
@@ -34,10 +81,25 @@ class Template:
     async def look(self) -> Plan:
         """Return the plan that all VMs share; the first call builds or downloads the image."""
         if self._plan is None:
-            plan = await self._pattern._planned()
-            source = await find_source(plan, self._held)
-            self._plan = plan._replace(source=source, by_bios=await look_at_disk(plan, source))
+            self.cloned = asyncio.get_running_loop().create_future()
+            if not self.forks:
+                self.cloned.set_result(None)
+            if self._name is not None:
+                self._plan = await self._look_at_snapshot(self._name)
+            else:
+                plan = await self._pattern._planned()
+                source = await find_source(plan, self._held)
+                self._plan = plan._replace(source=source, by_bios=await look_at_disk(plan, source))
         return self._plan
+
+    async def _look_at_snapshot(self, name: str) -> Plan:
+        snapshot = (self._data_dir / SNAPSHOTS, name)
+        async with held_snapshot(*snapshot) as held:
+            options = cast("CloneOptions", self._options)
+            config = make_clone_config(held.record.config, **options)
+            plan = make_clone_plan(config, held.record, snapshot, options.get("on_progress"))
+            await check_loadable(held, plan)
+        return plan
 
     def close(self) -> None:
         """Release the image, so that the cache may remove it."""
@@ -58,15 +120,44 @@ class Template:
         return None if limit is None else limit // self._plan.config.memory
 
     def make(self) -> AsyncSmolVM:
-        """Return a new VM that is not started; call `look()` first."""
+        """Return a new VM that is not started; call `look()` first.
+
+        The VM starts according to the plan at its start: the original makes the others clones.
+        """
         assert self._plan is not None
         config = self._plan.config.model_copy(update={"vm_id": new_vm_id()})
-        return AsyncSmolVM._of_plan(self._plan._replace(config=config))
+
+        async def find_plan() -> Plan:
+            assert self._plan is not None
+            return self._plan._replace(config=config)
+
+        plan = self._plan._replace(config=config)
+        return AsyncSmolVM._of_plan(plan, find_plan if self.forks else None)
+
+    @asynccontextmanager
+    async def cloning(self, original: AsyncSmolVM) -> AsyncIterator[None]:
+        """Take a snapshot of the original, from which all VMs start during the block."""
+        from smolvm_async.vm.clones import forked
+
+        assert self._plan is not None
+        async with forked(original) as snapshot:
+            self._plan = self._plan._replace(snapshot=snapshot)
+            yield
+
+    def check_until(self, until: BootState) -> None:
+        """Check that clones of an original in this boot state can be used."""
+        if until is BootState.READY or not self.forks:
+            return
+        if self._pattern._vm.config.profile.login != "none":
+            raise ConfigError(
+                f"until={str(until)!r} cannot be given with warm=: a clone of a Linux guest that "
+                "was not ready could not be logged in to. Leave until= or warm= out."
+            )
 
 
-def configure(arguments: object) -> VMConfig:
+def configure(arguments: object, from_snapshot: str | None = None) -> VMConfig:
     """Return the configuration of VMs that other hosts start, without checking this host."""
-    options = _checked(arguments)
+    options = _checked(arguments, from_snapshot)
     if options.get("on_progress") is not None:
         raise ConfigError(
             "template= cannot have on_progress: the VMs start in other processes, which cannot "
@@ -77,7 +168,9 @@ def configure(arguments: object) -> VMConfig:
     return config
 
 
-def _checked(arguments: object) -> VMOptions:
+def _checked(arguments: object, from_snapshot: object = None) -> VMOptions:
+    if from_snapshot is not None:
+        check_snapshot_name(from_snapshot, "from_snapshot")
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
@@ -94,6 +187,12 @@ def _checked(arguments: object) -> VMOptions:
     for name, instead in OWN.items():
         if arguments.get(name):
             raise ConfigError(f"template= cannot have {name}: {instead}.")
+    fixed = sorted(arguments.keys() - CloneOptions.__annotations__.keys())
+    if from_snapshot is not None and fixed:
+        raise ConfigError(
+            f"template= cannot have {', '.join(fixed)} together with from_snapshot=: the snapshot "
+            "fixes the machine. Leave these arguments out."
+        )
     return cast("VMOptions", dict(arguments))
 
 

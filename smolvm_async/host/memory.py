@@ -6,14 +6,12 @@ count as available here, as in Kubernetes' "working set".
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 MIB = 1 << 20
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Memory(NamedTuple):
@@ -48,13 +46,19 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     return min((host, *limits), key=lambda memory: memory.available)
 
 
-def resident(pid: int, proc: Path = Path("/proc")) -> int:
-    """Return the MiB of memory that a process uses (RSS); 0 if the process has ended."""
+def own_memory(pid: int, proc: Path = Path("/proc")) -> int:
+    """Return the MiB that would be free without a process; 0 if the process has ended.
+
+    These are its anonymous pages. The RAM of a VM that has booted consists of them. The RAM of a
+    clone is a private mapping of the snapshot's file: until the guest writes to a page, the page
+    belongs to the file, is shared by all clones, and counts as available.
+    """
     try:
-        pages = int((proc / str(pid) / "statm").read_text().split()[1])
-    except (OSError, IndexError):
+        status = (proc / str(pid) / "status").read_text()
+    except OSError:
         return 0
-    return pages * PAGE // MIB
+    found = re.search(r"(?m)^RssAnon:\s*(\d+) kB$", status)
+    return int(found[1]) // 1024 if found else 0
 
 
 def parse_meminfo(text: str) -> Memory:

@@ -88,13 +88,13 @@ async def restore(kind: type[V], name: str, options: CloneOptions, data_dir: Pat
 
 async def fork(vm: V, count: int, options: CloneOptions) -> list[V]:
     """Start clones of a running VM."""
-    async with _forked(vm) as held:
+    async with forked(vm) as held:
         return await _start(type(vm), held, held, [options] * count)
 
 
 @asynccontextmanager
-async def _forked(vm: AsyncSmolVM) -> AsyncIterator[Snapshot]:
-    """Take a snapshot for the time of the block."""
+async def forked(vm: AsyncSmolVM) -> AsyncIterator[Snapshot]:
+    """Take a snapshot without a name, for the time of the block."""
     root = vm._vm.config.data_dir / SNAPSHOTS
     name = f"fork-{secrets.token_hex(4)}"
     if (owned := vm._owned) is not None:

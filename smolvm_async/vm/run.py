@@ -50,7 +50,7 @@ from smolvm_async.foundation.entries import memory_file
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Child
 from smolvm_async.foundation.tasks import end_tasks, first_of, in_thread
-from smolvm_async.host.memory import resident
+from smolvm_async.host.memory import own_memory
 from smolvm_async.qemu.arguments import MachineSpec, RAMFile
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
@@ -183,9 +183,9 @@ class VMRun:
                     os.close(self._ram)
                 self.peripherals.screen.close()
 
-    def resident(self) -> int:
-        """Return the resident memory of all processes, in MiB."""
-        return sum(resident(child.identity.pid) for child in self.processes.children)
+    def own_memory(self) -> int:
+        """Return the memory of all processes that no other VM shares, in MiB."""
+        return sum(own_memory(child.identity.pid) for child in self.processes.children)
 
     async def guest_status(self) -> str:
         """Return QEMU's run state of the guest; empty if QEMU has ended."""

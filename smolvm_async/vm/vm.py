@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os as os_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from smolvm_async.config.checks import check_timeout, check_vm_id, shown
 from smolvm_async.config.options import (
@@ -129,12 +129,17 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         self._attach(handle)
 
     @classmethod
-    def _of_plan(cls, plan: Plan) -> Self:
-        """Return a VM that has this plan. Fleets make a plan once for many VMs."""
+    def _of_plan(
+        cls, plan: Plan, find: Callable[[], Coroutine[Any, Any, Plan]] | None = None
+    ) -> Self:
+        """Return a VM that has this plan, or the plan that `find` returns when the VM starts.
+
+        Fleets make a plan once for many VMs.
+        """
         from smolvm_async.vm.owner import OwnedVM
 
         vm = cls.__new__(cls)
-        vm._hold(OwnedVM(plan.config, plan), plan.on_progress)
+        vm._hold(OwnedVM(plan.config, find or plan), plan.on_progress)
         return vm
 
     @property

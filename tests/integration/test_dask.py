@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from smolvm_async import (
     ImageError,
     JobFailedError,
     RemoteError,
+    SnapshotNotFoundError,
     WorkerLostError,
 )
 from smolvm_async.config.options import VMOptions
@@ -668,3 +669,35 @@ def test_dask_is_not_imported_until_it_is_used() -> None:
     code = "import sys, smolvm_async; print('distributed' in sys.modules, 'dask' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+async def test_workers_start_vms_from_their_snapshot(
+    shared: Cluster, blank: Template, data_dir: Path, tmp_path: Path
+) -> None:
+    async with AsyncSmolVM(**blank) as vm:
+        await vm.snapshot("base")
+    clones: Template = {"accel": "tcg", "data_dir": data_dir}
+    try:
+        async with fleet_on(shared, clones, from_snapshot="base") as fleet:
+            await joined(fleet, 2)
+            assert fleet._need == NEED
+            results = await drain(fleet.map(restored, range(3)))
+        assert sorted(results) == [(item, vm.vm_id) for item in range(3)]
+        elsewhere = fleet_on(shared, {**clones, "data_dir": tmp_path}, from_snapshot="base")
+        with pytest.raises(HostError, match="none of the 2 Dask workers has a snapshot"):
+            await elsewhere.__aenter__()
+        async with fleet_on(shared, clones, from_snapshot="base") as fleet:
+            await AsyncSmolVM.delete_snapshot("base", data_dir=data_dir)
+            with pytest.raises(ExceptionGroup) as caught:
+                await drain(fleet.map(restored, [0]))
+        assert isinstance(caught.value.exceptions[0].__cause__, SnapshotNotFoundError)
+    finally:
+        with suppress(SnapshotNotFoundError):
+            await AsyncSmolVM.delete_snapshot("base", data_dir=data_dir)
+
+
+async def restored(vm: AsyncSmolVM, item: int) -> tuple[int, str]:
+    """Return the id of the VM that this VM is a clone of."""
+    run = vm._run
+    assert run is not None
+    return item, run.boot.last.evidence.split()[-1]

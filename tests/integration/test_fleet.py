@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from smolvm_async import (
     LaunchError,
     Limits,
     MemberFailedError,
+    SnapshotError,
+    SnapshotNotFoundError,
     VMCrashedError,
     VMNotRunningError,
 )
@@ -36,7 +38,8 @@ from smolvm_async.foundation import process
 from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import Memory
 from smolvm_async.images import qcow2
-from tests.conftest import processes
+from smolvm_async.vm import clones
+from tests.conftest import processes, run_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(100, func_only=True)]
 
@@ -168,7 +171,7 @@ async def test_memory_is_promised_once_between_two_fleets(
     """The host's memory is pretended: two VMs fit into it."""
     room = 2 * (128 + OVERHEAD)
     monkeypatch.setattr(memory.PROMISES, "_look", lambda: Memory(0, room))
-    monkeypatch.setattr(Member, "_resident", lambda _: 0)
+    monkeypatch.setattr(Member, "_own_memory", lambda _: 0)
     with pytest.raises(HostError, match="enough for 2"):
         await Fleet(blank, size=3, until="firmware").__aenter__()
     peaks: list[int] = []
@@ -397,6 +400,11 @@ async def test_only_a_crash_is_a_jobs_failure(blank: Template, end: str) -> None
         ({"max_booting": 1.5}, "max_booting=1.5"),
         ({"until": "launching"}, "until='launching'"),
         ({"on_error": "ignore"}, "on_error='ignore'"),
+        ({"warm": 0}, "warm=0 is wrong: pass True, False, or a whole number"),
+        ({"warm": "yes"}, "warm='yes'"),
+        ({"warm": True, "until": "firmware"}, "until='firmware' cannot be given with warm="),
+        ({"from_snapshot": "A B"}, "from_snapshot='A B'"),
+        ({"from_snapshot": "a"}, "cannot have image, memory, os together with from_snapshot="),
     ],
 )
 def test_a_wrong_argument_is_refused_at_once(
@@ -407,6 +415,103 @@ def test_a_wrong_argument_is_refused_at_once(
     )
     with pytest.raises(ConfigError, match=words):
         Fleet(template, **arguments)
+
+
+def test_clones_and_no_clones_exclude_each_other(data_dir: Path) -> None:
+    template: Any
+    for template, name in (({"data_dir": data_dir}, "a"), ({"accel": "tcg", "boot": "warm"}, None)):
+        with pytest.raises(ConfigError, match="warm=False"):
+            Fleet(template, warm=False, from_snapshot=name)
+
+
+@pytest.fixture
+def firmware(blank: Template) -> Template:
+    """A VM that runs only its firmware, and that the library never logs in to."""
+    return {**blank, "os": "windows", "memory": 2048}
+
+
+async def test_a_fleet_from_a_snapshot_keeps_clones_ready(blank: Template, data_dir: Path) -> None:
+    template: VMOptions = {"accel": "tcg", "data_dir": data_dir}
+    with pytest.raises(SnapshotNotFoundError, match="base"):
+        await Fleet(template, from_snapshot="base").__aenter__()
+    async with AsyncSmolVM(**blank) as vm:
+        await vm.snapshot("base")
+    try:
+        fleet = Fleet(template, from_snapshot="base", warm=2, until="firmware", max_booting=1)
+        async with fleet:
+            while (status := fleet.status()).ready < 2:
+                assert status.booting <= 1
+                await asyncio.sleep(0.01)
+            ahead = {member.vm_id for member in status.members}
+            used = [vm_id async for _, vm_id in fleet.map(ident, range(4), in_order=True)]
+            assert ahead == {*used[:2]}
+            assert len(set(used)) == 4
+            while (status := fleet.status()).ready < 2:
+                await asyncio.sleep(0.01)
+            assert len(status.members) == 2
+            os.kill(qemu_of(next(iter(fleet._map_members)).vm), signal.SIGKILL)
+            while not fleet.status().failed:
+                await asyncio.sleep(0.01)
+            assert len([item async for item, _ in fleet.map(ident, range(2))]) == 2
+    finally:
+        await AsyncSmolVM.delete_snapshot("base", data_dir=data_dir)
+
+
+async def test_a_warm_fleet_that_is_cancelled_anywhere_leaves_nothing(
+    firmware: Template, data_dir: Path
+) -> None:
+    async def use() -> None:
+        async with Fleet(firmware, size=2, warm=1, until="firmware") as fleet:
+            clones = await fleet.all_ready()
+            assert fleet.status().members[0].vm_id == clones[0].vm_id  # the original is gone
+
+    step = 0
+    while True:
+        using = asyncio.ensure_future(use())
+        for _ in range(step):
+            await asyncio.sleep(0)
+        if not using.cancel():
+            break
+        with pytest.raises(asyncio.CancelledError):
+            await using
+        assert not data_dir.exists() or not [*data_dir.iterdir()]
+        assert not memory.PROMISES._promises
+        step += 97 + step
+    await using
+    assert step > 1000
+
+
+@pytest.mark.parametrize("moment", ["boot", "snapshot"])
+async def test_a_crash_of_the_vm_to_clone_fails_all_and_leaves_nothing(
+    firmware: Template, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def crash(original: AsyncSmolVM) -> None:
+        os.kill(qemu_of(original), signal.SIGKILL)
+        await original.wait_stopped()
+
+    async def wait_for(vm: AsyncSmolVM, *_: object) -> None:
+        if moment == "boot":
+            with suppress(VMCrashedError):
+                await crash(vm)
+            await waits(vm, "ready")
+
+    @asynccontextmanager
+    async def forked(vm: AsyncSmolVM) -> AsyncIterator[Any]:
+        os.kill(qemu_of(vm), signal.SIGKILL)
+        async with real(vm) as snapshot:
+            yield snapshot
+
+    waits, real = AsyncSmolVM.wait_for, clones.forked
+    monkeypatch.setattr(AsyncSmolVM, "wait_for", wait_for)
+    if moment == "snapshot":
+        monkeypatch.setattr(clones, "forked", forked)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with Fleet(firmware, size=2, warm=True, until="firmware") as fleet:
+            await fleet.all_ready()
+            await asyncio.sleep(1000)
+    assert len(caught.value.exceptions) == 2
+    for failure in caught.value.exceptions:
+        assert isinstance(failure.__cause__, VMCrashedError | SnapshotError | VMNotRunningError)
 
 
 @pytest.mark.usefixtures("debian")
@@ -423,3 +528,46 @@ async def test_a_linux_guest_does_jobs(data_dir: Path) -> None:
                 results.append(result)  # noqa: PERF401 (those before the failure count)
     assert results == ["one\n", "two\n"]
     assert isinstance(caught.value.exceptions[0].__cause__, CommandFailedError)
+
+
+SEEN = "cat /run/original; cat /run/own; hostname; head -c 8 /dev/urandom | md5sum"
+WRITTEN = 100  # MiB
+
+
+@pytest.mark.usefixtures("debian")
+async def test_members_of_a_warm_fleet_are_clones_of_one_guest(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def forked(vm: AsyncSmolVM) -> AsyncIterator[Any]:
+        originals.append(vm)
+        await vm.run("echo original >/run/original", check=True)
+        async with real(vm) as snapshot:
+            yield snapshot
+
+    async def job(vm: AsyncSmolVM, item: int) -> list[str]:
+        seen = str((await vm.run(SEEN)).stdout)
+        await vm.run(f"echo {item} >/run/own", check=True)
+        return [vm.vm_id, *seen.split()]
+
+    real, originals = clones.forked, list[AsyncSmolVM]()
+    monkeypatch.setattr(clones, "forked", forked)
+    template: VMOptions = {"accel": "tcg", "data_dir": data_dir, "memory": 256, "boot": "cold"}
+    async with Fleet(template, size=2, warm=True) as fleet:
+        assert [member.waits_for for member in fleet.status().members[1:]] == ["a snapshot"] * 2
+        vm, _ = await fleet.all_ready()
+        assert "restored from a snapshot" in run_of(vm).boot.last.evidence
+        assert (len(originals), originals[0].status) == (1, "deleted")
+        promise = min(memory.PROMISES._promises, key=lambda promise: promise.used())
+        whole, before = promise.size, run_of(vm).own_memory()
+        resident = int(Path(f"/proc/{qemu_of(vm)}/statm").read_text().split()[1]) * 4096 >> 20
+        assert before < resident  # some of its pages are the snapshot's
+        assert promise.unused() == whole - promise.used()
+        await vm.run(f"head -c {WRITTEN}M /dev/urandom >/dev/shm/x", check=True)
+        assert run_of(vm).own_memory() >= before + WRITTEN * 9 // 10
+        await vm.delete()
+        results = [seen async for seen in fleet.map(job, range(3))]
+    assert len({vm_id for vm_id, *_ in results}) == 3
+    for vm_id, original, hostname, *_ in results:  # without what other jobs have written
+        assert (original, hostname) == ("original", vm_id)
+    assert len({numbers for *_, numbers, _ in results}) == 3

@@ -15,7 +15,7 @@ from distributed import KilledWorker
 from distributed.client import FutureCancelledError
 
 from smolvm_async.config.checks import told
-from smolvm_async.errors import RemoteError, WorkerLostError
+from smolvm_async.errors import HostError, RemoteError, WorkerLostError
 from smolvm_async.fleet.dask.messages import (
     RESOURCE,
     STARTED_BY,
@@ -28,7 +28,7 @@ from smolvm_async.fleet.dask.messages import (
     unpack,
     version_asker,
 )
-from smolvm_async.fleet.dask.worker import end_call, perform, prune
+from smolvm_async.fleet.dask.worker import end_call, perform, prune, snapshot_memory
 from smolvm_async.fleet.jobs import MapCall, Outcome, R, T, job_failure
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
@@ -46,6 +46,23 @@ async def check_versions(client: Any) -> None:
     check_version(VERSION, await client.run_on_scheduler(asker), "scheduler")
     for worker, version in (await client.run(asker, on_error="ignore")).items():
         check_version(VERSION, version, f"worker {worker}")
+
+
+async def find_memory(client: Any, template: bytes, name: str) -> int:
+    """Ask the workers for the memory of the VM of a snapshot, in MiB.
+
+    Raises:
+        HostError: No worker has the snapshot.
+    """
+    found = await client.run(snapshot_memory, template, name)
+    if not any(found.values()):
+        raise HostError(
+            f"none of the {len(found)} Dask workers has a snapshot named {name!r} in its data "
+            "directory.",
+            hint="Make the snapshot on the workers' hosts, or start the workers that have it.",
+            missing=("snapshot",),
+        )
+    return int(max(found.values()))
 
 
 class JobWindow:

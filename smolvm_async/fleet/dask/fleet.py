@@ -63,13 +63,16 @@ class DaskFleet:
             if a file is missing there, the job fails.
         until: The boot state that a VM must reach before its job starts.
         max_live: The maximum number of VMs that run at once, on all workers together.
+        from_snapshot: The name of a snapshot that all VMs are clones of; see `Fleet`. Each worker
+            finds the snapshot in its own data directory. On a worker without it, the job fails.
         on_error: See `map()`.
 
     Raises:
         ConfigError: An argument is wrong.
         HostError: `distributed` is not installed. On entering: no scheduler answers at this
             address (Dask tries for 30 s, or for its `comm.timeouts.connect`), the scheduler or a
-            worker has another version of smolvm-async, or no worker is large enough for a VM.
+            worker has another version of smolvm-async, no worker is large enough for a VM, or no
+            worker has the snapshot.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class DaskFleet:
         *,
         until: BootState | str = BootState.READY,
         max_live: int | None = None,
+        from_snapshot: str | None = None,
         on_error: OnError = "raise",
     ) -> None:
         try:
@@ -95,13 +99,14 @@ class DaskFleet:
                 "'tcp://127.0.0.1:8786', or a distributed.Client."
             )
         self._scheduler = scheduler
-        memory = configure(template).memory
+        memory = configure(template, from_snapshot).memory
+        self._from_snapshot = from_snapshot
         if not memory:
             raise ConfigError(
                 "template= needs memory for an s3:// image: the scheduler chooses a worker by the "
                 "VM's memory, before the image's manifest is read."
             )
-        self._need = memory + TCG.overhead(memory)  # the workers may have no KVM
+        self._memory = memory  # MiB; the workers know the memory of a snapshot's VM
         self._template = dict(template or {})
         self._until = check_until(until)
         # Without max_live=, the workers' memory and threads are the limit.
@@ -110,13 +115,13 @@ class DaskFleet:
         self._process = this_process()
         self._id = uuid.uuid4().hex
         self._calls: WeakSet[DaskMapCall[Any, Any]] = WeakSet()
+        self._need: int  # MiB
         self._workers: Workers | None = None
         self._loop: asyncio.AbstractEventLoop
         self._pickled = b""
         self._over = False
 
     async def __aenter__(self) -> Self:
-        from smolvm_async.fleet.dask.client import Workers
         from smolvm_async.fleet.dask.messages import dumps
 
         self._check_process()
@@ -125,7 +130,7 @@ class DaskFleet:
         self._loop = running_loop()
         self._pickled = dumps(self._template)
         client = await self._connect()
-        workers = Workers(client, self._need, self._most)
+        workers = await self._find_workers(client)
         try:
             await workers.begin()
             self._check_room(workers)
@@ -194,7 +199,10 @@ class DaskFleet:
             ) from error
         how = self._on_error if on_error is None else check_on_error(on_error)
         template, call_id = self._pickled, f"smolvm-{uuid.uuid4().hex}"
-        request = JobRequest(self._id, call_id, template, pickled, self._until, rerun)
+        request = JobRequest(
+            *(self._id, call_id, template, pickled, self._until, rerun),
+            from_snapshot=self._from_snapshot,
+        )
         call: DaskMapCall[T, R] = DaskMapCall(self._workers, request, items, retries)
         self._calls.add(call)
         return call.results(1, in_order, how)
@@ -232,6 +240,19 @@ class DaskFleet:
                 raise HostError(f"{problem}: {error}.") from error
             raise
         return client
+
+    async def _find_workers(self, client: Any) -> Workers:
+        from smolvm_async.fleet.dask.client import Workers, find_memory
+
+        memory = self._memory
+        if self._from_snapshot is not None:
+            try:
+                memory = await find_memory(client, self._pickled, self._from_snapshot)
+            except BaseException:
+                await settle(client.close())
+                raise
+        self._need = memory + TCG.overhead(memory)  # the workers may have no KVM
+        return Workers(client, self._need, self._most)
 
     def _check_room(self, workers: Workers) -> None:
         if not workers.count:

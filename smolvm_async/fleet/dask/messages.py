@@ -53,6 +53,7 @@ class JobRequest:
         template: The VM's arguments, pickled; `job` and `item` are pickled, too.
         rerun: Whether another worker may run the job if this worker is lost.
         key: Dask's name of the task.
+        from_snapshot: The name of the snapshot that the VM is a clone of.
         version: The client's version of this package.
     """
 
@@ -64,6 +65,7 @@ class JobRequest:
     rerun: bool
     key: str = ""
     item: bytes = b""
+    from_snapshot: str | None = None
     version: str = VERSION
 
 

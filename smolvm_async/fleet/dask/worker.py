@@ -34,7 +34,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from distributed import Reschedule, Worker, WorkerPlugin, get_worker
 from distributed.core import Status
 
-from smolvm_async.errors import HostError
+from smolvm_async.config.options import make_data_dir
+from smolvm_async.errors import HostError, SnapshotNotFoundError
 from smolvm_async.fleet.dask.messages import (
     RESOURCE,
     STARTED_BY,
@@ -53,6 +54,7 @@ from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.fleet.template import Template
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import settle
+from smolvm_async.state.snapshots import SNAPSHOTS, held_snapshot
 from smolvm_async.vm.vm import AsyncSmolVM
 
 logger = get_logger(__name__)
@@ -65,8 +67,8 @@ NOT_WANTED = ("cancelled", "released", "forgotten", "error")  # Dask's states of
 class WorkerFleet:
     """The objects that a fleet's jobs on this worker share while at least one job runs."""
 
-    def __init__(self, arguments: Any) -> None:
-        self.template = Template(arguments)
+    def __init__(self, arguments: Any, from_snapshot: str | None) -> None:
+        self.template = Template(arguments, from_snapshot=from_snapshot)
         self.places: Places
         self._arguments = arguments
         self._opening = asyncio.Lock()
@@ -195,7 +197,9 @@ class WorkerJobs:
         try:
             fleet = self._fleets.get(request.fleet)
             if fleet is None:
-                fleet = self._fleets[request.fleet] = WorkerFleet(loads(request.template))
+                arguments = loads(request.template)
+                fleet = WorkerFleet(arguments, request.from_snapshot)
+                self._fleets[request.fleet] = fleet
             await fleet.open()
             job, item = loads(request.job), loads(request.item)
             member = Member(fleet.template, fleet.places, request.until)
@@ -252,6 +256,16 @@ async def end_call(call: str, dask_worker: Worker) -> None:
 async def prune(template: bytes) -> None:
     """Remove the VMs that dead workers left on this host."""
     await AsyncSmolVM.prune(data_dir=loads(template).get("data_dir"))
+
+
+async def snapshot_memory(template: bytes, name: str) -> int:
+    """Return the memory of the VM of a snapshot on this host, in MiB; 0 if there is none."""
+    root = make_data_dir(loads(template).get("data_dir")) / SNAPSHOTS
+    try:
+        async with held_snapshot(root, name) as held:
+            return held.record.config.memory
+    except SnapshotNotFoundError:
+        return 0
 
 
 class JobsPlugin(WorkerPlugin):
