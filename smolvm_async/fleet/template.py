@@ -60,7 +60,7 @@ class Template:
             config = make_config(**self._options)  # checks the values
         else:
             if warm is False:
-                self._options = {"boot": "cold", **self._options}
+                self._options["boot"] = self._options.get("boot") or "cold"
             self._pattern = AsyncSmolVM(**self._options)
             config = self._pattern._vm.config
         _check_ports(config)

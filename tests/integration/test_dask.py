@@ -684,7 +684,9 @@ async def test_workers_start_vms_from_their_snapshot(
             results = await drain(fleet.map(restored, range(3)))
         assert sorted(results) == [(item, vm.vm_id) for item in range(3)]
         elsewhere = fleet_on(shared, {**clones, "data_dir": tmp_path}, from_snapshot="base")
-        with pytest.raises(HostError, match="none of the 2 Dask workers has a snapshot"):
+        with pytest.raises(
+            HostError, match="none of the Dask workers .* has a snapshot named 'base'"
+        ):
             await elsewhere.__aenter__()
         async with fleet_on(shared, clones, from_snapshot="base") as fleet:
             await AsyncSmolVM.delete_snapshot("base", data_dir=data_dir)

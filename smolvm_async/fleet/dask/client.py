@@ -49,17 +49,20 @@ async def check_versions(client: Any) -> None:
 
 
 async def find_memory(client: Any, template: bytes, name: str) -> int:
-    """Ask the workers for the memory of the VM of a snapshot, in MiB.
+    """Ask the workers for the memory of the VM of a snapshot, in MiB; wait for the first worker.
 
     Raises:
         HostError: No worker has the snapshot.
     """
+    if not (await client.scheduler.identity())["workers"]:
+        logger.warning("there are no Dask workers yet: the first one has to look at %r", name)
+        await client.wait_for_workers(1)
     found = await client.run(snapshot_memory, template, name)
     if not any(found.values()):
         raise HostError(
-            f"none of the {len(found)} Dask workers has a snapshot named {name!r} in its data "
-            "directory.",
-            hint="Make the snapshot on the workers' hosts, or start the workers that have it.",
+            f"none of the Dask workers ({', '.join(found)}) has a snapshot named {name!r} in its "
+            "data directory.",
+            hint="Take the snapshot on the workers' hosts, or pass the data_dir that has it.",
             missing=("snapshot",),
         )
     return int(max(found.values()))
