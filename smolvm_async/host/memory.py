@@ -46,19 +46,23 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
     return min((host, *limits), key=lambda memory: memory.available)
 
 
-def own_memory(pid: int, proc: Path = Path("/proc")) -> int:
+def own_memory(pid: int, *, files: bool = True, proc: Path = Path("/proc")) -> int:
     """Return the MiB that would be free without a process; 0 if the process has ended.
 
-    These are its anonymous pages. The RAM of a VM that has booted consists of them. The RAM of a
-    clone is a private mapping of the snapshot's file: until the guest writes to a page, the page
-    belongs to the file, is shared by all clones, and counts as available.
+    These are its anonymous pages, and its pages of files in memory (memfd). The RAM of a clone is a
+    private mapping of the snapshot's file: until the guest writes to a page, all clones share this
+    page of the file, and without the process it would not be free.
+
+    Args:
+        files: Whether files in memory belong to the process alone. The file of a snapshot may be on
+            a tmpfs, and then does not.
     """
     try:
         status = (proc / str(pid) / "status").read_text()
     except OSError:
         return 0
-    found = re.search(r"(?m)^RssAnon:\s*(\d+) kB$", status)
-    return int(found[1]) // 1024 if found else 0
+    kinds = "Anon|Shmem" if files else "Anon"
+    return sum(int(kib) for kib in re.findall(rf"(?m)^Rss(?:{kinds}):\s*(\d+) kB$", status)) // 1024
 
 
 def parse_meminfo(text: str) -> Memory:

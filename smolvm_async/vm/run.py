@@ -185,7 +185,9 @@ class VMRun:
 
     def own_memory(self) -> int:
         """Return the memory of all processes that no other VM shares, in MiB."""
-        return sum(own_memory(child.identity.pid) for child in self.processes.children)
+        files = self._ram is not None  # else the RAM is anonymous, or a snapshot's file
+        pids = [child.identity.pid for child in self.processes.children]
+        return sum(own_memory(pid, files=files) for pid in pids)
 
     async def guest_status(self) -> str:
         """Return QEMU's run state of the guest; empty if QEMU has ended."""

@@ -685,7 +685,7 @@ async def test_workers_start_vms_from_their_snapshot(
         assert sorted(results) == [(item, vm.vm_id) for item in range(3)]
         elsewhere = fleet_on(shared, {**clones, "data_dir": tmp_path}, from_snapshot="base")
         with pytest.raises(
-            HostError, match="none of the Dask workers .* has a snapshot named 'base'"
+            HostError, match=r"none of the Dask workers .* has a snapshot named 'base'"
         ):
             await elsewhere.__aenter__()
         async with fleet_on(shared, clones, from_snapshot="base") as fleet:

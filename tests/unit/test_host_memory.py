@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from smolvm_async.host.memory import (
     VERSION_2,
     Memory,
     available_memory,
+    own_memory,
     parse_cgroups,
     parse_limit,
     parse_meminfo,
@@ -101,6 +104,18 @@ def test_texts() -> None:
     assert [str(path) for _, path in parse_cgroups("1:name=systemd:/a\n3:memory:/b\n")] == ["/b"]
     assert parse_limit("max\n", "1", "", VERSION_2) is None
     assert parse_limit(f"{MIB}", "0", "", VERSION_1) == Memory(1, 1)
+
+
+def test_pages_that_clones_share_are_not_their_own(host: Host) -> None:
+    status = "Name:\tqemu\nVmRSS:\t  614400 kB\nRssAnon:\t  102400 kB\n"
+    host.write(host.proc / "7" / "status", f"{status}RssFile:\t 307200 kB\nRssShmem:\t 204800 kB\n")
+    assert own_memory(7, proc=host.proc) == 300
+    assert own_memory(7, files=False, proc=host.proc) == 100
+    assert own_memory(8, proc=host.proc) == 0
+    pages = mmap.mmap(-1, 32 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    before = own_memory(os.getpid(), files=False)
+    pages.write(bytes(16 * MIB))
+    assert own_memory(os.getpid(), files=False) >= before + 15
 
 
 def test_this_host() -> None:
