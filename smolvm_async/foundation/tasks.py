@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import gc
 import inspect
+import os
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -250,6 +251,33 @@ class Slots:
     def of_this_loop(self) -> anyio.Semaphore:
         """Return the running loop's semaphore."""
         return self._of.setdefault(running_loop(), anyio.Semaphore(self._count))
+
+
+class Turns(Slots):
+    """Slots for work that is faster if few do it at a time, one for each processor.
+
+    A holder may hang. So nobody waits for a slot longer than `PATIENCE` seconds.
+    """
+
+    PATIENCE = 10.0
+
+    def __init__(self) -> None:
+        super().__init__(len(os.sched_getaffinity(0)))
+
+    @contextlib.asynccontextmanager
+    async def take(self) -> AsyncIterator[None]:
+        """Hold a slot during the block."""
+        slots = self.of_this_loop()
+        try:
+            async with asyncio.timeout(self.PATIENCE):
+                await slots.acquire()
+        except TimeoutError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            slots.release()
 
 
 class _SharedTask(Generic[T]):

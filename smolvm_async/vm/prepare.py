@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.ssh.login import Login, kept_login, new_login
-from smolvm_async.errors import ImageError
+from smolvm_async.errors import ImageError, VMNotRunningError
 from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.tasks import in_background, in_thread
 from smolvm_async.host.tools import HostTools, find_plain_uefi
@@ -72,6 +72,30 @@ class PreparedVM(NamedTuple):
     login: Login | None
     layers: tuple[str, ...]
     saved: SavedMachine | None
+
+
+@asynccontextmanager
+async def snapshot_to_start(plan: Plan, machine: Machine | None) -> AsyncIterator[Snapshot | None]:
+    """Hold the snapshot that the VM starts from, if there is one, during the block."""
+    snapshot = plan.snapshot
+    if machine is not None:  # a kept VM that has run before
+        yield None
+    elif isinstance(snapshot, tuple):
+        from smolvm_async.state.snapshots import held_snapshot  # a boot does not need it
+
+        async with held_snapshot(*snapshot) as held:
+            yield held
+    elif snapshot is None and plan.config.boot == "warm":
+        from smolvm_async.vm.warm import ready_guest
+
+        async with ready_guest(plan) as ready:
+            yield ready
+    elif snapshot is not None and snapshot.fd < 0:
+        raise VMNotRunningError(
+            f"{plan.config.vm_id} is a clone of fork(), which starts only once: call fork() again."
+        )
+    else:
+        yield snapshot
 
 
 async def prepare(

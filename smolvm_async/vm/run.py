@@ -22,8 +22,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Coroutine, Mapping
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,7 +49,7 @@ from smolvm_async.errors import (
 from smolvm_async.foundation.entries import memory_file
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Child
-from smolvm_async.foundation.tasks import end_tasks, first_of, in_thread
+from smolvm_async.foundation.tasks import Turns, end_tasks, first_of, in_thread
 from smolvm_async.host.memory import own_memory
 from smolvm_async.qemu.arguments import MachineSpec, RAMFile
 from smolvm_async.qemu.boot import BootTracker
@@ -78,7 +78,7 @@ from smolvm_async.state.status import Status
 from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_kills, oom_reason
 from smolvm_async.vm.plan import Plan
-from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare
+from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare, snapshot_to_start
 from smolvm_async.vm.set_right import Clone
 
 if TYPE_CHECKING:  # a snapshot imports them
@@ -90,6 +90,8 @@ logger = get_logger(__name__)
 SAVABLE = ("running", "paused", "postmigrate")  # QEMU's run states in which a snapshot is possible
 
 T = TypeVar("T")
+
+_restores = Turns()
 
 
 class VMRun:
@@ -306,10 +308,14 @@ class VMRun:
 
     async def _launch(self, group: TaskGroup) -> None:
         """Launch QEMU and its sidecars, and let the guest's processors run."""
-        plan = self._plan
-        async with self._snapshot() as snapshot:
-            await self._launch_from(snapshot)
-        saved = self._prepared.saved
+        async with snapshot_to_start(self._plan, self._machine) as snapshot:
+            turn = _restores.take() if snapshot is not None else nullcontext()
+            async with turn:
+                await self._launch_from(snapshot)
+                await self._let_run(group)
+
+    async def _let_run(self, group: TaskGroup) -> None:
+        plan, saved = self._plan, self._prepared.saved
         layers, keep = self._prepared.layers, plan.config.keep
         self._disk = Disk(self._monitor, self._state.path, layers, keep=keep)
         await self._open_ports()
@@ -332,30 +338,6 @@ class VMRun:
         self._ram = memory_file("ram")
         os.ftruncate(self._ram, self._plan.config.memory << 20)
         return RAMFile(self._ram, shared=True)
-
-    @asynccontextmanager
-    async def _snapshot(self) -> AsyncIterator[Snapshot | None]:
-        """Hold the snapshot that the VM starts from, if there is one."""
-        plan, snapshot = self._plan, self._plan.snapshot
-        if self._machine is not None:
-            yield None
-        elif isinstance(snapshot, tuple):
-            from smolvm_async.state.snapshots import held_snapshot  # a boot does not need it
-
-            async with held_snapshot(*snapshot) as held:
-                yield held
-        elif snapshot is None and plan.config.boot == "warm":
-            from smolvm_async.vm.warm import ready_guest
-
-            async with ready_guest(plan) as ready:
-                yield ready
-        elif snapshot is not None and snapshot.fd < 0:
-            raise VMNotRunningError(
-                f"{plan.config.vm_id} is a clone of fork(), which starts only once: call fork() "
-                "again."
-            )
-        else:
-            yield snapshot
 
     async def _launch_from(self, snapshot: Snapshot | None) -> None:
         """Launch QEMU and its sidecars, and begin to load the machine of a snapshot."""
@@ -422,6 +404,7 @@ class VMRun:
         config = self._plan.config
         self._clone = clone = Clone(config.vm_id, self.link, self.parked, before, self._login)
         if record.ready:
+            self.link.serving = True
             await clone.set_right(config.timeouts.launch)
         elif self.parked is not None:  # the process may not run yet, and reads the message later
             self._monitor.start_task(clone.set_right(config.timeouts.boot))
@@ -522,6 +505,7 @@ class VMRun:
             self._give_up("the guest panicked (GUEST_PANICKED)")
         elif isinstance(event, Reset):
             self.link.abort()  # the guest has lost the connection; no error would show this
+            self.link.serving = False
             self._clock.late = False  # the guest reads the hardware clock when it boots
         elif event.name == "STOP" and self._shutdown is None:
             self._unexplained = event

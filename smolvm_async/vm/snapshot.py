@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +174,9 @@ async def _record(
     plan: Plan, machine: Machine, labels: Mapping[str, str], *, live: bool, ready: bool
 ) -> SnapshotRecord:
     version = await qemu_version(plan.tools.qemu)
-    return SnapshotRecord(
+    processor = describe_processor(plan.config.profile.cpu[plan.accelerator.name], version)
+    make = partial(  # the first one builds its validator, which takes some milliseconds
+        SnapshotRecord,
         config=plan.config,
         machine=machine,
         created=time.time_ns(),
@@ -181,9 +184,10 @@ async def _record(
         ready=ready,
         accelerator=plan.accelerator.name,
         qemu=version,
-        processor=describe_processor(plan.config.profile.cpu[plan.accelerator.name], version),
+        processor=processor,
         labels=dict(labels),
     )
+    return await in_thread(make)
 
 
 async def _flatten(vm: RunningMachine) -> None:
