@@ -29,7 +29,11 @@ logger = get_logger(__name__)
 PRESS_AGAIN = 5.0  # seconds; the guest loses a press if it does not listen to the button yet
 EXIT = 1.0  # seconds for QEMU to exit after the end of the monitor's connection
 POLL = 0.1  # seconds between two checks whether the guest listens to the button
-WAKE = {"paused": "cont", "suspended": "system_wakeup"}  # by QEMU's run state
+WAKE = {
+    "paused": "cont",
+    "postmigrate": "cont",
+    "suspended": "system_wakeup",
+}  # by QEMU's run state
 
 
 Act = Callable[[Child, Monitor], Coroutine[Any, Any, str]]

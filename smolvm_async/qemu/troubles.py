@@ -31,6 +31,7 @@ QUOTED_LINES = 10  # of QEMU's log, at the end of an error message
 # QEMU's run states in which the guest's processors do not run; see qapi/run-state.json.
 RUN_STATES: Mapping[str, str] = {
     "paused": "The guest is paused",
+    "postmigrate": "The guest is paused",  # and was saved while it was paused
     "io-error": "QEMU has paused the guest, because it could not access the guest's disk",
     "internal-error": "The accelerator cannot run the guest any further",
     "guest-panicked": "QEMU has stopped the guest, because the guest's kernel panicked",

@@ -79,7 +79,7 @@ from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_kills, oom_reason
 from smolvm_async.vm.plan import Plan
 from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare, snapshot_to_start
-from smolvm_async.vm.set_right import Clone
+from smolvm_async.vm.set_right import NOT_REACHED, Clone
 
 if TYPE_CHECKING:  # a snapshot imports them
     from smolvm_async.state.snapshot_record import SnapshotRecord
@@ -395,6 +395,8 @@ class VMRun:
         self.boot.enter(BootState.OPERATING_SYSTEM, evidence)
         if saved.login is not None:
             await self._set_right(saved.record, saved.login)
+        elif saved.record.ready:
+            logger.warning(NOT_REACHED)
         if saved.record.ready:
             self.boot.enter(BootState.READY, f"{evidence}, whose guest was ready")
 

@@ -38,6 +38,10 @@ NOT_RESEEDED = (
     "the clone's random numbers could not be reseeded, so it may draw the same numbers as other "
     "clones of the snapshot until its kernel reseeds itself: %s"
 )
+NOT_REACHED = (
+    "the library cannot reach this guest OS to reseed the clone's random numbers: the guest has to "
+    "do so itself, by a driver for vmgenid, as Windows 10 and Linux 5.18 have"
+)
 
 
 class Clone:
