@@ -77,7 +77,7 @@ class Fleet:
         size: Number of VMs to start on entering, and the maximum that `map()` uses. Without
             `size`, only `map()` starts VMs.
         until: The boot state that a VM must reach before you or a job can use it: `"ready"`,
-            `"operating_system"` or `"firmware"`.
+            `"operating_system"` or `"firmware"`. The VM to clone must reach this state, too.
         max_booting: Number of VMs that may boot at once; by default the number of processors, or
             no limit if `until="firmware"`.
         max_live: Number of VMs that may run at once; by default 16 for each processor, or `size`
@@ -114,7 +114,6 @@ class Fleet:
         self._template = Template(template, warm=clones, from_snapshot=from_snapshot)
         self._size = 0 if size is None else check_count("size", size)
         self._until = check_until(until)
-        self._template.check_until(self._until)
         processors = len(os.sched_getaffinity(0))
         most = max(self._size, LIVE_PER_PROCESSOR * processors)
         self._max_live = most if max_live is None else check_count("max_live", max_live)

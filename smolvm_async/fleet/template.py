@@ -26,7 +26,6 @@ from smolvm_async.config.options import (
 )
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
-from smolvm_async.qemu.events import BootState
 from smolvm_async.state.snapshots import SNAPSHOTS, held_snapshot
 from smolvm_async.vm.compatibility import check_loadable
 from smolvm_async.vm.plan import Plan, find_source, make_clone_plan
@@ -143,16 +142,6 @@ class Template:
         async with forked(original) as snapshot:
             self._plan = self._plan._replace(snapshot=snapshot)
             yield
-
-    def check_until(self, until: BootState) -> None:
-        """Check that clones of an original in this boot state can be used."""
-        if until is BootState.READY or not self.forks:
-            return
-        if self._pattern._vm.config.profile.login != "none":
-            raise ConfigError(
-                f"until={str(until)!r} cannot be given with warm=: a clone of a Linux guest that "
-                "was not ready could not be logged in to. Leave until= or warm= out."
-            )
 
 
 def configure(arguments: object, from_snapshot: str | None = None) -> VMConfig:

@@ -23,6 +23,8 @@ done
 printf '%s\n' "$host_key" >/etc/ssh/ssh_host_ed25519_key
 printf '%s\n' "$host_key_public" >/etc/ssh/ssh_host_ed25519_key.pub
 chmod 644 /etc/ssh/ssh_host_ed25519_key.pub
+built_in=/run/smolvm/host_key # of the built-in Debian, which may be an image of the user's, too
+[ ! -e $built_in ] || printf '%s\n' "$host_key" >$built_in
 home=$(getent passwd "${SUDO_USER:-root}" | cut -d: -f6)
 keys=$home/.ssh/authorized_keys
 [ -e "$keys" ] && sed -i "\|$old_key|d" "$keys"

@@ -38,6 +38,7 @@ from smolvm_async.foundation import process
 from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import Memory
 from smolvm_async.images import qcow2
+from smolvm_async.images.build.debian import DebianImage
 from smolvm_async.vm import clones
 from tests.conftest import processes, run_of
 
@@ -402,7 +403,6 @@ async def test_only_a_crash_is_a_jobs_failure(blank: Template, end: str) -> None
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"warm": 0}, "warm=0 is wrong: pass True, False, or a whole number"),
         ({"warm": "yes"}, "warm='yes'"),
-        ({"warm": True, "until": "firmware"}, "until='firmware' cannot be given with warm="),
         ({"from_snapshot": "A B"}, "from_snapshot='A B'"),
         ({"from_snapshot": "a"}, "cannot have image, memory, os together with from_snapshot="),
     ],
@@ -422,12 +422,6 @@ def test_clones_and_no_clones_exclude_each_other(data_dir: Path) -> None:
     for template, name in (({"data_dir": data_dir}, "a"), ({"accel": "tcg", "boot": "warm"}, None)):
         with pytest.raises(ConfigError, match="warm=False"):
             Fleet(template, warm=False, from_snapshot=name)
-
-
-@pytest.fixture
-def firmware(blank: Template) -> Template:
-    """A VM that runs only its firmware, and that the library never logs in to."""
-    return {**blank, "os": "windows", "memory": 2048}
 
 
 async def test_a_fleet_from_a_snapshot_keeps_clones_ready(blank: Template, data_dir: Path) -> None:
@@ -458,10 +452,10 @@ async def test_a_fleet_from_a_snapshot_keeps_clones_ready(blank: Template, data_
 
 
 async def test_a_warm_fleet_that_is_cancelled_anywhere_leaves_nothing(
-    firmware: Template, data_dir: Path
+    blank: Template, data_dir: Path
 ) -> None:
     async def use() -> None:
-        async with Fleet(firmware, size=2, warm=1, until="firmware") as fleet:
+        async with Fleet(blank, size=2, warm=1, until="firmware") as fleet:
             clones = await fleet.all_ready()
             assert fleet.status().members[0].vm_id == clones[0].vm_id  # the original is gone
 
@@ -483,7 +477,7 @@ async def test_a_warm_fleet_that_is_cancelled_anywhere_leaves_nothing(
 
 @pytest.mark.parametrize("moment", ["boot", "snapshot"])
 async def test_a_crash_of_the_vm_to_clone_fails_all_and_leaves_nothing(
-    firmware: Template, moment: str, monkeypatch: pytest.MonkeyPatch
+    blank: Template, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def crash(original: AsyncSmolVM) -> None:
         os.kill(qemu_of(original), signal.SIGKILL)
@@ -506,7 +500,7 @@ async def test_a_crash_of_the_vm_to_clone_fails_all_and_leaves_nothing(
     if moment == "snapshot":
         monkeypatch.setattr(clones, "forked", forked)
     with pytest.raises(ExceptionGroup) as caught:
-        async with Fleet(firmware, size=2, warm=True, until="firmware") as fleet:
+        async with Fleet(blank, size=2, warm=True, until="firmware") as fleet:
             await fleet.all_ready()
             await asyncio.sleep(1000)
     assert len(caught.value.exceptions) == 2
@@ -534,9 +528,9 @@ SEEN = "cat /run/original; cat /run/own; hostname; head -c 8 /dev/urandom | md5s
 WRITTEN = 100  # MiB
 
 
-@pytest.mark.usefixtures("debian")
+@pytest.mark.timeout(200, func_only=True)
 async def test_members_of_a_warm_fleet_are_clones_of_one_guest(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+    debian: DebianImage, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @asynccontextmanager
     async def forked(vm: AsyncSmolVM) -> AsyncIterator[Any]:
@@ -552,7 +546,15 @@ async def test_members_of_a_warm_fleet_are_clones_of_one_guest(
 
     real, originals = clones.forked, list[AsyncSmolVM]()
     monkeypatch.setattr(clones, "forked", forked)
-    template: VMOptions = {"accel": "tcg", "data_dir": data_dir, "memory": 256, "boot": "cold"}
+    template: VMOptions = {
+        "os": "linux",
+        "image": debian.disk,
+        "kernel": debian.kernel,
+        "initrd": debian.initrd,
+        "memory": 256,
+        "accel": "tcg",
+        "data_dir": data_dir,
+    }
     async with Fleet(template, size=2, warm=True) as fleet:
         assert [member.waits_for for member in fleet.status().members[1:]] == ["a snapshot"] * 2
         vm, _ = await fleet.all_ready()
@@ -563,11 +565,11 @@ async def test_members_of_a_warm_fleet_are_clones_of_one_guest(
         resident = int(Path(f"/proc/{qemu_of(vm)}/statm").read_text().split()[1]) * 4096 >> 20
         assert before < resident  # some of its pages are the snapshot's
         assert promise.unused() == whole - promise.used()
-        await vm.run(f"head -c {WRITTEN}M /dev/urandom >/dev/shm/x", check=True)
+        await vm.run(f"head -c {WRITTEN}M /dev/zero >/dev/shm/x", check=True)
         assert run_of(vm).own_memory() >= before + WRITTEN * 9 // 10
         await vm.delete()
-        results = [seen async for seen in fleet.map(job, range(3))]
-    assert len({vm_id for vm_id, *_ in results}) == 3
+        results = [seen async for seen in fleet.map(job, range(2))]
+    assert len({vm_id for vm_id, *_ in results}) == 2
     for vm_id, original, hostname, *_ in results:  # without what other jobs have written
         assert (original, hostname) == ("original", vm_id)
-    assert len({numbers for *_, numbers, _ in results}) == 3
+    assert len({numbers for *_, numbers, _ in results}) == 2
