@@ -229,19 +229,22 @@ async def _go_on(monitor: Monitor, running: bool) -> None:
         status = (await monitor.execute("query-migrate")).get("status")
         if status not in (None, "completed", "failed", "cancelled"):
             await monitor.execute("migrate_cancel")
-            with suppress(MonitorError):  # it raises as soon as the migration is cancelled
-                await _reach(monitor, "completed")
+            while await _lasts(monitor, "query-migrate", "cancelling"):
+                # A QEMU that is cancelled just before `pre-switchover` waits there for ever.
+                with suppress(MonitorError):  # it does not wait
+                    await monitor.execute("migrate-continue", {"state": "cancelling"})
         if running:
-            await _finalized(monitor)
+            while await _lasts(monitor, "query-status", "finish-migrate"):
+                pass  # QEMU refuses `cont` for a moment after a migration
             await monitor.execute("cont")
 
 
-async def _finalized(monitor: Monitor) -> None:
-    """Wait for the end of the moment after a migration in which QEMU refuses `cont`."""
-    while True:
-        if (await monitor.execute("query-status"))["status"] != "finish-migrate":
-            return
-        await asyncio.sleep(LOOK)
+async def _lasts(monitor: Monitor, query: str, status: str) -> bool:
+    """Return whether a query still answers with this status, after a moment."""
+    if (await monitor.execute(query)).get("status") != status:
+        return False
+    await asyncio.sleep(LOOK)
+    return True
 
 
 async def _activate(monitor: Monitor) -> None:
