@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, Fleet, Rung, Status, VMCrashedError
+from smolvm_async import AsyncSmolVM, Fleet, Reset, Rung, Status, VMCrashedError
 from smolvm_async.doctor import Outcome, examine, probe
 from smolvm_async.guests.windows import HYPER_V
 
@@ -131,16 +131,38 @@ async def test_the_screen_is_seen(vm: AsyncSmolVM) -> None:
 
 
 async def test_a_paused_guest_goes_on(vm: AsyncSmolVM) -> None:
-    count = "while :; do date +%s.%N >/run/beat; sleep 0.1; done </dev/null >/dev/null 2>&1 &"
-    await vm.run(count, check=True)
+    """Start again, at most twice, if QEMU reports a reset by the guest.
+
+    This happened once under TCG's SVM, just after QEMU's RESUME. A reset that the library asked
+    QEMU for would have another cause, and fails the test.
+    """
+    for repeats_left in (2, 1, 0):
+        events = vm.events()
+        try:
+            return await pause_a_guest_that_counts(vm)
+        except Exception as error:
+            resets = [one for one in events.pending() if isinstance(one, Reset) and one.guest]
+            if not (resets and repeats_left):
+                raise
+            print(f"the guest was reset ({resets[0]}): {error}")
+            await vm.wait_for("ready", timeout=BOOT)
+
+
+async def pause_a_guest_that_counts(vm: AsyncSmolVM) -> None:
+    counting = "(while echo >>/run/beats; do sleep 0.1; done) </dev/null >/dev/null 2>&1 &"
+    await vm.run(f"{counting} until [ -e /run/beats ]; do sleep 0.1; done", check=True)
     await vm.pause()
     assert str(vm.status) == "paused"
     await vm.resume()
     assert str(vm.status) == "running"
-    first = (await vm.run("cat /run/beat", check=True)).stdout
+    first = await beats(vm)
     async with asyncio.timeout(BOOT):
-        while (await vm.run("cat /run/beat", check=True)).stdout == first:
+        while await beats(vm) == first:
             pass
+
+
+async def beats(vm: AsyncSmolVM) -> int:
+    return int((await vm.run("wc -l </run/beats", check=True)).stdout)
 
 
 async def test_a_kept_vm_powers_down_and_starts_again(vm: AsyncSmolVM, data_dir: Path) -> None:
