@@ -181,7 +181,11 @@ async def test_a_fleet_of_three_answers(data_dir: Path) -> None:
         accelerator = options_of(vm, data_dir)["-accel"]
         return str((await vm.run(f"echo {word}", timeout=BOOT)).stdout), accelerator
 
-    async with Fleet({"memory": 256, "data_dir": data_dir}, max_live=3) as fleet:
+    # Three QEMUs at once start slowly here, and 30 s are too few if the host is busy.
+    timeouts = {"launch": BOOT}
+    async with Fleet(
+        {"memory": 256, "data_dir": data_dir, "timeouts": timeouts}, max_live=3
+    ) as fleet:
         results = [result async for result in fleet.map(job, ["a", "b", "c"])]
     assert sorted(results) == [("a\n", "kvm"), ("b\n", "kvm"), ("c\n", "kvm")]
 
