@@ -84,6 +84,7 @@ class MachineSpec(NamedTuple):
         direct_boot: The kernel, if the image has no boot loader of its own.
         layers: The files of the disk above the base image, the one that the guest writes to last.
         ram: The file with the guest's RAM, if there is one.
+        identity: The id that the UUID and the MAC address follow from; by default, the VM's id.
         incoming: Whether QEMU waits for the state of a saved machine (`migrate-incoming`).
     """
 
@@ -97,11 +98,12 @@ class MachineSpec(NamedTuple):
     direct_boot: DirectBoot | None = None
     layers: tuple[str, ...] = (OVERLAY,)
     ram: RAMFile | None = None
+    identity: str = ""
     incoming: bool = False
 
 
 def machine_uuid(vm_id: str) -> uuid.UUID:
-    """Return the machine's UUID, which depends only on the VM id."""
+    """Return the UUID of a machine with this identity."""
     return uuid.uuid5(_NAMESPACE, vm_id)
 
 
@@ -112,6 +114,7 @@ def qemu_arguments(
     config, tools, accelerator = spec.config, spec.tools, spec.accelerator
     direct_boot = spec.direct_boot
     profile = config.profile
+    identity = machine_uuid(spec.identity or config.vm_id)
     machine = f"{spec.machine_type or profile.machine_type},{profile.machine_options}"
     if tools.firmware is not None:
         machine += ",pflash0=code,pflash1=vars"
@@ -121,7 +124,7 @@ def qemu_arguments(
     return [
         str(tools.qemu),
         *("-name", f"guest={config.vm_id},debug-threads=on"),
-        *("-uuid", str(machine_uuid(config.vm_id))),
+        *("-uuid", str(identity)),
         "-nodefaults",
         "-no-user-config",
         "-S",  # the guest waits for `cont`, until everything is attached
@@ -143,7 +146,7 @@ def qemu_arguments(
         *_firmware(tools, keep=config.keep),
         *(_direct_boot(direct_boot) if direct_boot is not None else ()),
         *_disk(spec, profile.disk_bus),
-        *_network(config.vm_id, ssh=profile.login != "none"),
+        *_network(identity, ssh=profile.login != "none"),
         *_login(profile, config.vm_id, direct_boot),
         *_serial_ports(descriptors.parked),
         *_display(config.resolution, descriptors.screen, usb=profile.usb),
@@ -224,11 +227,11 @@ def _disk(spec: MachineSpec, bus: str) -> list[str]:
     ]
 
 
-def _network(vm_id: str, *, ssh: bool) -> list[str]:
+def _network(identity: uuid.UUID, *, ssh: bool) -> list[str]:
     # An empty romfile= leaves out the boot ROM, which would try the network before the disk.
     # With host port 0 the kernel chooses a free port, so two VMs never get the same port.
     forward = ",hostfwd=tcp:127.0.0.1:0-:22" if ssh else ""
-    mac = "52:54:00:" + machine_uuid(vm_id).bytes[:3].hex(":")  # QEMU's own range of addresses
+    mac = "52:54:00:" + identity.bytes[:3].hex(":")  # QEMU's own range of addresses
     return [
         *("-netdev", f"user,id={NETWORK}{forward}"),
         *("-device", f"virtio-net-pci,netdev={NETWORK},mac={mac},romfile="),

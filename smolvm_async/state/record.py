@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from smolvm_async.config.checks import VM_ID
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
@@ -37,7 +38,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Machine(NamedTuple):
-    """The facts that must not change for a kept VM. UUID and MAC address follow from the VM's id.
+    """The facts that must not change for a kept VM, or for the clones of a snapshot.
 
     Attributes:
         type: QEMU's versioned machine type.
@@ -46,6 +47,8 @@ class Machine(NamedTuple):
         source: The image's files: a newer built-in image would be a different disk.
         layers: The files of the disk, bottom to top: each has the differences from the layer below,
             the first one from the image. The VM writes to the last one only.
+        identity: The id that the UUID and the MAC address follow from: of a clone, the id of the
+            VM that booted; empty for the VM's own id.
     """
 
     type: MachineType
@@ -53,6 +56,7 @@ class Machine(NamedTuple):
     image_mtime_ns: int
     source: Source | None = None
     layers: Layers = (OVERLAY,)
+    identity: Annotated[str, Field(pattern=rf"^({VM_ID})?$")] = ""
 
 
 class Record(BaseModel):

@@ -62,6 +62,7 @@ class PreparedVM(NamedTuple):
         direct_boot: The kernel; `None` if the image has a boot loader.
         login: The login; `None` if the library cannot log in to the guest OS.
         layers: The layers of the disk.
+        origin: The machine of the snapshot that the VM starts from, if there is one.
         saved: The machine to load instead of booting.
     """
 
@@ -71,6 +72,7 @@ class PreparedVM(NamedTuple):
     direct_boot: DirectBoot | None
     login: Login | None
     layers: tuple[str, ...]
+    origin: Machine | None
     saved: SavedMachine | None
 
 
@@ -114,7 +116,7 @@ async def prepare(
     """
     if snapshot is not None:
         await check_loadable(snapshot, plan)
-    origin = snapshot.record.machine if snapshot is not None else machine
+    origin = _origin(snapshot.record) if snapshot is not None else machine
     source = (origin and origin.source) or await find_source(plan, stack)
     image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
     try_lock(image.fd, shared=True)  # QEMU inherits the lock, so the cache keeps the image
@@ -129,7 +131,13 @@ async def prepare(
     else:
         login = await _fill(plan.config, state, machine, image, tools)
         layers, saved = machine.layers if machine is not None else (OVERLAY,), None
-    return PreparedVM(source, image, tools, direct_boot, login, layers, saved)
+    return PreparedVM(source, image, tools, direct_boot, login, layers, origin, saved)
+
+
+def _origin(record: SnapshotRecord) -> Machine:
+    """Return the machine of a snapshot, with the identity that its guest has."""
+    machine = record.machine
+    return machine._replace(identity=machine.identity or record.config.vm_id)
 
 
 async def look_at_disk(plan: Plan, source: Source) -> bool | None:

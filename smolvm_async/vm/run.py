@@ -355,10 +355,11 @@ class VMRun:
                 prepared.image.fd,
                 plan.config.profile.sidecars,
                 disk_format=prepared.source.format,
-                machine_type=self._machine_type(),
+                machine_type=self._origin.type if self._origin is not None else None,
                 direct_boot=prepared.direct_boot,
                 layers=prepared.layers,
                 ram=RAMFile(saved.ram, shared=False) if saved is not None else self._make_ram(),
+                identity=self._origin.identity if self._origin is not None else "",
                 incoming=saved is not None,
             )
             await launch(
@@ -375,12 +376,10 @@ class VMRun:
             if saved is not None:
                 await load(self._monitor, saved.state)
 
-    def _machine_type(self) -> str | None:
-        """Return the machine type that the VM must have; `None` for the newest."""
-        if self._machine is not None:
-            return self._machine.type
-        saved = self._prepared.saved
-        return saved.record.machine.type if saved is not None else None
+    @property
+    def _origin(self) -> Machine | None:
+        """The machine that this machine must equal, if it does not start from an image."""
+        return self._machine or self._prepared.origin
 
     async def _go_on_from(self, saved: SavedMachine) -> None:
         """Let a loaded guest go on, and set it right before anybody uses it."""
@@ -397,7 +396,8 @@ class VMRun:
             await self._set_right(saved.record, saved.login)
         elif saved.record.ready:
             logger.warning(NOT_REACHED)
-        if saved.record.ready:
+        # Variables are set over SSH, which `_probe` does before the guest is ready.
+        if saved.record.ready and not self._plan.config.env:
             self.boot.enter(BootState.READY, f"{evidence}, whose guest was ready")
 
     async def _set_right(self, record: SnapshotRecord, before: Login) -> None:
@@ -446,7 +446,8 @@ class VMRun:
         where = {"path": "/machine", "property": "type"}
         name = str(await self._monitor.execute("qom-get", where)).removesuffix("-machine")
         image, layers = self._prepared.image, self._disk.layers
-        return Machine(name, image.size, image.mtime_ns, self._source, layers)
+        identity = self._origin.identity if self._origin is not None else ""
+        return Machine(name, image.size, image.mtime_ns, self._source, layers, identity)
 
     async def _record_running(self, machine: Machine | None) -> None:
         processes = {child.name: child.identity for child in self.processes.children}

@@ -144,13 +144,15 @@ async def _twin(vm: RunningMachine, new: NewSnapshot, ram: int, files: ExitStack
             (new.path / name).mkdir(0o700)
         return base
 
+    machine = await vm.read_machine()
     return MachineSpec(
         plan.config,
         prepared.tools,
         plan.accelerator,
         await in_background(make_files),
         plan.config.profile.sidecars,
-        machine_type=(await vm.read_machine()).type,
+        machine_type=machine.type,
+        identity=machine.identity,
         direct_boot=await open_boot_files(files, prepared.source),
         layers=(DISK,),
         ram=RAMFile(ram, shared=True),
