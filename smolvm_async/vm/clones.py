@@ -82,14 +82,28 @@ class Starting(Generic[T_co]):
 
 async def restore(kind: type[V], name: str, options: CloneOptions, data_dir: Path) -> list[V]:
     """Start a VM from a snapshot in `data_dir`."""
-    async with held_snapshot(data_dir / SNAPSHOTS, name) as held:
-        return await _start(kind, held, (data_dir / SNAPSHOTS, name), [options])
+    vms: list[V] = []
+    async with _all_or_none(vms), held_snapshot(data_dir / SNAPSHOTS, name) as held:
+        await _start(kind, held, (data_dir / SNAPSHOTS, name), [options], vms)
+    return vms
 
 
 async def fork(vm: V, count: int, options: CloneOptions) -> list[V]:
     """Start clones of a running VM."""
-    async with forked(vm) as held:
-        return await _start(type(vm), held, held, [options] * count)
+    vms: list[V] = []
+    async with _all_or_none(vms), forked(vm) as held:
+        await _start(type(vm), held, held, [options] * count, vms)
+    return vms
+
+
+@asynccontextmanager
+async def _all_or_none(vms: list[V]) -> AsyncIterator[None]:
+    """Delete the VMs that the block adds to `vms`, if the block fails or is cancelled."""
+    try:
+        yield
+    except BaseException:
+        await settle(asyncio.gather(*(vm.delete() for vm in vms)))
+        raise
 
 
 @asynccontextmanager
@@ -116,9 +130,10 @@ async def _start(
     held: Snapshot,
     snapshot: Snapshot | tuple[Path, str],
     options: Sequence[CloneOptions],
-) -> list[V]:
-    """Start one VM for each item of `options`; if one fails, delete all."""
-    vms, record = [], held.record
+    vms: list[V],
+) -> None:
+    """Start one VM for each item of `options`, and add them to `vms`."""
+    record = held.record
     defaults: Any = {"data_dir": record.config.data_dir}
     if record.live:  # a saved machine goes on only under its own accelerator
         defaults["accel"] = record.accelerator
@@ -131,6 +146,4 @@ async def _start(
         await asyncio.gather(*starts)
     except BaseException:
         await end_tasks(*starts)
-        await settle(asyncio.gather(*(vm.delete() for vm in vms)))
         raise
-    return vms
