@@ -19,13 +19,14 @@ from smolvm_async.cli.image import image
 from smolvm_async.cli.logs import logs
 from smolvm_async.cli.output import complain, err, in_options, say, write_nowhere
 from smolvm_async.cli.run import run
+from smolvm_async.cli.snapshot import fork, snapshot
 from smolvm_async.cli.vms import delete, list_vms, prune, stop
 from smolvm_async.foundation.log import get_logger
 
 NAME = "smolvm-async"
 EPILOG = """
 Exit codes: 0 success; 1 failure, or the VM crashed; 2 wrong usage or argument; 3 the host lacks
-something; 4 no VM has this id; 128+n interrupted by signal n (130: Ctrl-C).
+something; 4 no VM or snapshot has this name; 128+n interrupted by signal n (130: Ctrl-C).
 
 With --json, stdout is JSON: one document, or one on each line. An error is the last document:
 {"error": {"type": ..., "message": ...}}. Wrong usage is text on stderr.
@@ -41,8 +42,9 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command("list")(list_vms)
-for command in (stop, delete, prune, logs, screenshot, vnc, doctor):
+for command in (stop, delete, prune, logs, screenshot, vnc, fork, doctor):
     app.command()(command)
+app.add_typer(snapshot, name="snapshot")
 app.add_typer(image, name="image")
 
 

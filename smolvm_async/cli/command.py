@@ -16,6 +16,7 @@ from smolvm_async import (
     ConfigError,
     HostError,
     SmolVMError,
+    SnapshotNotFoundError,
     VMNotFoundError,
     VMNotRunningError,
 )
@@ -26,7 +27,12 @@ from smolvm_async.state.status import ACTIVE, Status
 T = TypeVar("T")
 
 FAILED, WRONG = 1, 2
-CODES: dict[type[Exception], int] = {VMNotFoundError: 4, HostError: 3, ConfigError: WRONG}
+CODES: dict[type[Exception], int] = {
+    VMNotFoundError: 4,
+    SnapshotNotFoundError: 4,
+    HostError: 3,
+    ConfigError: WRONG,
+}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

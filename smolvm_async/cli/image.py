@@ -12,7 +12,7 @@ import typer
 
 from smolvm_async import CachedImage, ImageStore, push_image
 from smolvm_async.cli.command import FAILED, Json, execute
-from smolvm_async.cli.output import say, show_table, transfer, write_json
+from smolvm_async.cli.output import in_units, say, show_table, transfer, write_json
 from smolvm_async.guests import GuestName
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -98,7 +98,7 @@ def push(
         write_json({"uri": uri, "manifest": manifest.model_dump(mode="json", exclude_none=True)})
     else:
         size = sum(file.size or 0 for file in manifest.files.values())
-        say(f"{manifest.name} is published at {uri} ({_size(size)}).")
+        say(f"{manifest.name} is published at {uri} ({in_units(size)}).")
 
 
 @image.command()
@@ -109,7 +109,7 @@ def pull(uri: Uri, image_dir: ImageDir = None, json: Json = False) -> None:
     if json:
         write_json(asdict(pulled))
     else:
-        say(f"{pulled.name} is downloaded ({pulled.os}, {_size(pulled.size)}): {pulled.disk}")
+        say(f"{pulled.name} is downloaded ({pulled.os}, {in_units(pulled.size)}): {pulled.disk}")
 
 
 @image.command("list")
@@ -196,17 +196,9 @@ def _bytes(size: str | None) -> int | None:
     return int(match[1]) * UNITS[match[2].upper()]
 
 
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def _row(one: CachedImage) -> list[str]:
     used = datetime.fromtimestamp(one.used).isoformat(" ", "minutes")
-    return [one.name, one.os, _size(one.size), used, one.uri]
+    return [one.name, one.os, in_units(one.size), used, one.uri]
 
 
 def _tell_gone(gone: Sequence[CachedImage], json: bool) -> None:

@@ -31,6 +31,13 @@ from smolvm_async.foundation import progress
 from smolvm_async.foundation.tail import printable
 from smolvm_async.qemu.shutdown import ENDINGS
 
+AGES = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+LEFT, RIGHT = {"no_wrap": True}, {"no_wrap": True, "justify": "right"}
+STYLES: dict[str, dict[str, Any]] = {  # of columns; the type aligns other columns
+    "vm_id": {"no_wrap": True, "min_width": 8},
+    "image": {"overflow": "fold"},
+    "labels": {"overflow": "fold"},
+}
 UNBOUNDED = 1 << 16  # columns, if stdout is not a terminal, so that rich does not wrap lines
 
 
@@ -68,7 +75,7 @@ err = Screen(stderr=True)
 
 # The library's messages name its arguments; these have an option with the same meaning.
 OPTIONS = {
-    **{name: name for name in ("accel", "cpus", "memory", "os", "resolution", "vnc")},
+    **{name: name for name in ("accel", "boot", "cpus", "memory", "os", "resolution", "vnc")},
     "data_dir": "data-dir",
     "vm_id": "id",
 }
@@ -126,6 +133,47 @@ def show_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> Non
     for row in rows:
         table.add_row(*(Text(printable(cell).replace("\n", " ")) for cell in row))
     out.print(table)
+
+
+def show_infos(kind: type, infos: Sequence[object]) -> None:
+    """Write a table with a column for each field of `kind`, the class of all `infos`."""
+    columns = {
+        name.removeprefix("vm_").upper(): STYLES.get(
+            name, RIGHT if str(hint).startswith(("int", "float")) else LEFT
+        )
+        for name, hint in kind.__annotations__.items()
+    }
+    show_table(columns, [[_cell(info, name) for name in kind.__annotations__] for info in infos])
+
+
+def _cell(info: object, name: str) -> str:
+    value = getattr(info, name)
+    if name == "age":
+        return _age(value)
+    if name == "memory":
+        return f"{value} MiB"
+    if name == "size":
+        return in_units(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={text}" for key, text in value.items()) or "-"
+    return "-" if value is None else str(value)
+
+
+def _age(seconds: float) -> str:
+    """Format seconds in the largest unit that fits at least once."""
+    length, unit = next((unit for unit in AGES if seconds >= unit[0]), AGES[-1])
+    return f"{seconds // length:.0f} {unit}"
+
+
+def in_units(size: float) -> str:
+    """Format a number of bytes in the largest unit that fits at least once."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
 
 
 @contextmanager

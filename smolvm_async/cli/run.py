@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import shlex
-from dataclasses import asdict, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import typer
 
-from smolvm_async import (
-    AsyncSmolVM,
-    BootStateChanged,
-    ConfigError,
-    EventStream,
-    Progress,
-    VMAlreadyExistsError,
-    VMNotFoundError,
-)
-from smolvm_async.cli.command import (
-    DataDir,
-    Interrupts,
-    Json,
-    Timeout,
-    complete_vm_id,
-    execute,
-    find_vm,
-)
-from smolvm_async.cli.output import (
-    busy,
-    describe_ending,
-    ending_fields,
-    say,
-    write_json,
-    write_nowhere,
-)
+from smolvm_async import AsyncSmolVM, ConfigError, VMAlreadyExistsError, VMNotFoundError
+from smolvm_async.cli.command import DataDir, Json, Timeout, complete_vm_id, execute, find_vm
+from smolvm_async.cli.hold import Feed, hold
+from smolvm_async.cli.output import busy
 from smolvm_async.config.checks import AccelName
 from smolvm_async.config.options import VMOptions
 from smolvm_async.guests import GUESTS, GuestName
 from smolvm_async.state.status import ACTIVE
 
-MACHINE = ("memory", "cpus", "accel", "keep", "resolution", "vnc")  # fixed in a kept VM
+MACHINE = ("memory", "cpus", "accel", "keep", "boot", "resolution", "vnc")  # fixed in a kept VM
 
 
 def _defaults(field: str) -> str:
@@ -85,6 +60,13 @@ def run(
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the VM afterwards, so that it can boot again.")
     ] = False,
+    boot: Annotated[
+        Literal["warm", "cold"] | None,
+        typer.Option(
+            help="Start the built-in Debian from a snapshot of a guest that is ready, or boot it.",
+            show_default="warm for the built-in Debian",
+        ),
+    ] = None,
     resolution: Annotated[
         str | None,
         typer.Option(metavar="WIDTHxHEIGHT", help="The screen's size.", show_default="1280x800"),
@@ -97,7 +79,7 @@ def run(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Boot an image, show the boot states, and run the VM until Ctrl-C.
+    """Start a VM from an image, show the boot states, and run the VM until Ctrl-C.
 
     The first Ctrl-C (or SIGTERM, or a terminal that closes) powers the guest down; the next signal
     kills the VM at once. Then the VM is deleted, unless it is kept.
@@ -116,13 +98,14 @@ def run(
 
       smolvm-async run s3://bucket/images/debian-12/
     """
-    feed = Feed(json, Interrupts(spare_first=True), {})
+    feed = Feed.make(data_dir, json=json)
     options: VMOptions = {
         "os": os,
         "image": image,
         "memory": memory,
         "cpus": cpus,
         "vm_id": vm_id,
+        "boot": boot,
         "resolution": resolution,
         "vnc": vnc,
         "data_dir": data_dir,
@@ -135,68 +118,16 @@ def run(
     at_rest = image is None and vm_id is not None and os is None
     given = [name for name in MACHINE if options.get(name) is not None]
 
-    async def boot() -> None:
+    async def work() -> None:
         if at_rest:
             vm = await _find_at_rest(str(vm_id), data_dir, given, feed)
         else:
             vm = AsyncSmolVM(**options)
-        try:
-            await _hold(vm, timeout, feed)
-        finally:
-            await _tell_if_kept(vm.vm_id, data_dir, feed)
+        feed.tell("starting", f"Starting {vm.vm_id}.", vm_id=vm.vm_id)
+        with busy(vm.vm_id, json=json):
+            await hold(vm, timeout, feed)
 
-    execute(boot(), json=json, interrupts=feed.interrupts)
-
-
-class Feed(NamedTuple):
-    """The output of events as they happen. If the reader of the output is gone, stop the VM.
-
-    Attributes:
-        tenths: For each download, the last tenth that was shown.
-    """
-
-    json: bool
-    interrupts: Interrupts
-    tenths: dict[str, int]
-
-    def tell(self, event: str, text: str, **fields: object) -> None:
-        """Write an event: its text, or for JSON its name and fields."""
-        try:
-            if self.json:
-                write_json({"event": event, **fields})
-            else:
-                say(text)
-        except OSError:
-            write_nowhere()
-            self.interrupts.first.set()
-
-    def on_progress(self, progress: Progress) -> None:
-        """Write a progress step, except boot states: `tell_boot()` writes more details of these.
-
-        In text output, write a download only at each tenth.
-        """
-        if not self.json and progress.done and progress.total and progress.rate:
-            tenth = 10 * progress.done // progress.total
-            if tenth == self.tenths.get(progress.message):
-                return
-            self.tenths[progress.message] = tenth
-            rate = f"{10 * tenth} %, {progress.rate / (1 << 20):.0f} MiB/s"
-            progress = replace(progress, message=f"{progress.message}: {rate}")
-        if progress.stage != "boot":
-            text = _line(progress.elapsed, progress.stage, progress.message)
-            self.tell("progress", text, **asdict(progress))
-
-    async def tell_boot(self, events: EventStream) -> None:
-        """Write the boot states until the VM ends."""
-        async for event in events:
-            if isinstance(event, BootStateChanged):
-                fields = {"elapsed": event.elapsed, "evidence": event.evidence}
-                text = _line(event.elapsed, event.state, event.evidence)
-                self.tell("boot_state", text, state=event.state, **fields)
-
-
-def _line(elapsed: float, step: str, text: str) -> str:
-    return f"{elapsed:8.2f} s  {step:<16}  {text}"
+    execute(work(), json=json, interrupts=feed.interrupts)
 
 
 async def _find_at_rest(
@@ -220,48 +151,3 @@ async def _find_at_rest(
         names = ", ".join(f"--{name}" for name in given)
         raise ConfigError(f"{vm_id} is a kept VM, which has its own settings: leave out {names}.")
     return vm
-
-
-async def _hold(vm: AsyncSmolVM, timeout: float | None, feed: Feed) -> None:
-    feed.tell("starting", f"Starting {vm.vm_id}.", vm_id=vm.vm_id)
-    events = vm.events()
-    showing = asyncio.ensure_future(feed.tell_boot(events))
-    asked = asyncio.ensure_future(feed.interrupts.first.wait())
-    try:
-        with busy(vm.vm_id, json=feed.json):
-            async with vm:
-                feed.tell(
-                    "started",
-                    f"{vm.vm_id} runs under {vm.accelerator}; Ctrl-C powers it down.",
-                    vm_id=vm.vm_id,
-                    accelerator=vm.accelerator,
-                )
-                # `showing` ends when the VM has ended; a crash cancels this block.
-                await asyncio.wait({asked, showing}, return_when=asyncio.FIRST_COMPLETED)
-                if asked.done():
-                    feed.tell(
-                        "stopping",
-                        f"Stopping {vm.vm_id}. Another Ctrl-C kills the VM at once.",
-                        signal=feed.interrupts.number.name,
-                    )
-                report = await vm.stop(timeout)
-    except asyncio.CancelledError:
-        feed.tell("killed", f"{vm.vm_id} was killed.", vm_id=vm.vm_id)
-        raise
-    finally:
-        asked.cancel()
-        events.close()
-        await showing
-    feed.tell("ended", describe_ending(vm.vm_id, report), **ending_fields(vm.vm_id, report))
-
-
-async def _tell_if_kept(vm_id: str, data_dir: str | None, feed: Feed) -> None:
-    for info in await AsyncSmolVM.list(data_dir=data_dir):
-        if info.vm_id == vm_id and info.keep and info.owner is None:
-            place = f" --data-dir {shlex.quote(data_dir)}" if data_dir else ""
-            feed.tell(
-                "kept",
-                f"{vm_id} is kept. To boot it again: smolvm-async run --id {vm_id}{place}\n"
-                f"To delete it: smolvm-async delete {vm_id}{place}",
-                vm_id=vm_id,
-            )

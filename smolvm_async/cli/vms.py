@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, fields
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
@@ -33,16 +33,9 @@ from smolvm_async.cli.output import (
     describe_ending,
     ending_fields,
     say,
-    show_table,
+    show_infos,
     write_json,
 )
-
-AGES = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
-LEFT, RIGHT = {"no_wrap": True}, {"no_wrap": True, "justify": "right"}
-STYLES: dict[str, dict[str, Any]] = {  # of columns; the type aligns other columns
-    "vm_id": {"no_wrap": True, "min_width": 8},
-    "image": {"overflow": "fold"},
-}
 
 
 def list_vms(data_dir: DataDir = None, json: Json = False) -> None:
@@ -51,34 +44,9 @@ def list_vms(data_dir: DataDir = None, json: Json = False) -> None:
     if json:
         write_json([asdict(info) for info in infos])
     elif infos:
-        # Derive the columns from VMInfo, numbers on the right: a new field needs no change here.
-        columns = {
-            field.name.removeprefix("vm_").upper(): STYLES.get(
-                field.name, RIGHT if str(field.type).startswith(("int", "float")) else LEFT
-            )
-            for field in fields(VMInfo)
-        }
-        rows = [[_cell(info, field.name) for field in fields(VMInfo)] for info in infos]
-        show_table(columns, rows)
+        show_infos(VMInfo, infos)
     else:
         say("There are no VMs.")
-
-
-def _cell(info: VMInfo, name: str) -> str:
-    value = getattr(info, name)
-    if name == "age":
-        return _age(info.age)
-    if name == "memory":
-        return f"{info.memory} MiB"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value is None else str(value)
-
-
-def _age(seconds: float) -> str:
-    """Format seconds in the largest unit that fits at least once."""
-    length, unit = next((unit for unit in AGES if seconds >= unit[0]), AGES[-1])
-    return f"{seconds // length:.0f} {unit}"
 
 
 def stop(
@@ -153,6 +121,14 @@ def prune(
             metavar="NAME", help="A host that never runs again: its VMs have no owners any more."
         ),
     ] = None,
+    warm: Annotated[
+        bool,
+        typer.Option(
+            "--warm",
+            help="Also remove the cached snapshots from which the built-in Debian starts; the next "
+            "start makes its snapshot again.",
+        ),
+    ] = False,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
@@ -160,12 +136,15 @@ def prune(
 
     VMs of other hosts that share the directory stay as they are.
     """
-    infos = execute(AsyncSmolVM.prune(data_dir=data_dir, gone_host=gone_host), json=json)
+    pruning = AsyncSmolVM.prune(data_dir=data_dir, gone_host=gone_host, warm=warm)
+    infos = execute(pruning, json=json)
     if json:
         write_json([asdict(info) for info in infos])
         return
     for info in infos:
         kept = f"{info.vm_id} is kept; its status is now stopped."
         say(kept if info.keep else f"Removed {info.vm_id}.")
-    if not infos:
+    if warm:
+        say("Removed the snapshots of ready guests.")
+    elif not infos:
         say("Nothing to remove.")

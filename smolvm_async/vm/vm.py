@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from smolvm_async.config.checks import check_timeout, check_vm_id, shown
+from smolvm_async.config.checks import check_boolean, check_timeout, check_vm_id, shown
 from smolvm_async.config.options import (
     VMOptions,
     check_progress,
@@ -222,6 +222,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         *,
         data_dir: str | os_module.PathLike[str] | None = None,
         gone_host: str | None = None,
+        warm: bool = False,
     ) -> Sequence[VMInfo]:
         """Kill and remove the VMs whose owners died. A kept VM stays, with the status `stopped`.
 
@@ -231,6 +232,9 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             data_dir: See the class.
             gone_host: The name of a host that never runs again; its owners count as dead. If the
                 host does run, its running VMs lose their disks.
+            warm: Whether to remove also all cached snapshots from which the built-in Debian starts
+                (see `boot`), which all data directories share. VMs that run go on, and the next
+                start makes its snapshot again.
 
         Returns:
             These VMs, with their status before the call.
@@ -244,7 +248,13 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             raise ConfigError(
                 f"gone_host={shown(gone_host)} is wrong: pass the `host` of a VM that list() shows."
             )
-        return await prune_vms(_known_data_dir(data_dir), gone_host)
+        check_boolean("warm", warm)
+        pruned = await prune_vms(_known_data_dir(data_dir), gone_host)
+        if warm:
+            from smolvm_async.vm.warm import prune_ready_guests
+
+            await prune_ready_guests()
+        return pruned
 
     def __repr__(self) -> str:
         status = self.status if self._process.is_this else "of another process"
