@@ -109,6 +109,7 @@ SPAWNING = {
     *("Popen", "check_call", "check_output", "getoutput", "getstatusoutput", "open_process"),
     *("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "run_process"),
 }
+HARMLESS = ("platform.system", "vm.fork")
 
 
 def spawns(module: str) -> Iterator[str]:
@@ -118,7 +119,7 @@ def spawns(module: str) -> Iterator[str]:
             owner = node.value.id if isinstance(node.value, ast.Name) else ""
             by_name = node.attr in SPAWNING or re.match("(exec|spawn)[lv]", node.attr)
             call = f"{owner}.{node.attr}"
-            if call == "subprocess.run" or (by_name and call != "platform.system"):
+            if call == "subprocess.run" or (by_name and call not in HARMLESS):
                 yield call
         elif isinstance(node, ast.ImportFrom) and node.module in ("subprocess", "os", "pty"):
             yield f"from {node.module}"
