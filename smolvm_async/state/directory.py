@@ -299,8 +299,13 @@ class VMDirectory:
         await in_thread(self._fill, {layer: disk, **parts.files}, parts)
 
     async def write_layer(self, layer: str, content: bytes) -> None:
-        """Write a new layer of the disk."""
-        await in_thread(self._write, layer, content)
+        """Write a new layer of the disk, in place of one that a killed process has left."""
+
+        def write() -> None:
+            (self.path / layer).unlink(missing_ok=True)
+            self._write(layer, content)
+
+        await in_thread(write)
 
     def check_kept(self, layers: Iterable[str], parts: Parts) -> None:
         """Check that a kept VM's `layers` and `parts` exist and are not symbolic links."""

@@ -79,8 +79,8 @@ async def save_running(
     layer = next_layer(frozen)
     with ExitStack() as files:
         ram, state = await in_background(_open_files, vm, new, files)
-        await vm.directory.write_layer(layer, qcow2.empty(vm.prepared.image.virtual_size))
         try:
+            await vm.directory.write_layer(layer, qcow2.empty(vm.prepared.image.virtual_size))
             await vm.disk.add(layer)
 
             async def freeze() -> None:
