@@ -45,18 +45,18 @@ class Machine(NamedTuple):
         image_size: The size in bytes of the image that the overlay is based on.
         image_mtime_ns: The time of the image's last change: a later change would corrupt the disk.
         source: The image's files: a newer built-in image would be a different disk.
-        layers: The files of the disk, bottom to top: each has the differences from the layer below,
-            the first one from the image. The VM writes to the last one only.
         identity: The id that the UUID and the MAC address follow from: of a clone, the id of the
             VM that booted; empty for the VM's own id.
+        layers: The files of the disk, bottom to top: each has the differences from the layer below,
+            the first one from the image. The VM writes to the last one only.
     """
 
     type: MachineType
     image_size: int
     image_mtime_ns: int
     source: Source | None = None
-    layers: Layers = (OVERLAY,)
     identity: Annotated[str, Field(pattern=rf"^({VM_ID})?$")] = ""
+    layers: Layers = (OVERLAY,)
 
 
 class Record(BaseModel):

@@ -447,7 +447,7 @@ class VMRun:
         name = str(await self._monitor.execute("qom-get", where)).removesuffix("-machine")
         image, layers = self._prepared.image, self._disk.layers
         identity = self._origin.identity if self._origin is not None else ""
-        return Machine(name, image.size, image.mtime_ns, self._source, layers, identity)
+        return Machine(name, image.size, image.mtime_ns, self._source, identity, layers)
 
     async def _record_running(self, machine: Machine | None) -> None:
         processes = {child.name: child.identity for child in self.processes.children}

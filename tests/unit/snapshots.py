@@ -60,7 +60,7 @@ def make_vm(state: Path) -> Path:
 
 
 def make_machine(source: Source | None = None) -> Machine:
-    return Machine("pc-q35-7.2", 5, 6, source, LAYERS)
+    return Machine("pc-q35-7.2", 5, 6, source, layers=LAYERS)
 
 
 def make_record(
