@@ -18,7 +18,7 @@ class Progress:
     """One step of slow work.
 
     Attributes:
-        stage: The part that reports: `image`, `boot`, `stop`, `files` or `doctor`.
+        stage: The part that reports: `image`, `boot`, `stop`, `snapshot`, `files` or `doctor`.
         message: The current step, in plain English.
         elapsed: Seconds since the work began.
         done: The amount of work that is done; `None` if unknown.

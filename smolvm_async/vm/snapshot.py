@@ -20,6 +20,7 @@ from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import SnapshotError
 from smolvm_async.foundation.entries import copy_content
 from smolvm_async.foundation.fork import private
+from smolvm_async.foundation.progress import Meter
 from smolvm_async.foundation.tasks import in_background, in_thread, settle
 from smolvm_async.host.processor import describe_processor
 from smolvm_async.host.qemu_version import qemu_version
@@ -73,8 +74,11 @@ async def save_running(
         VMNotRunningError: The VM has ended.
         OSError: A file could not be written, as on a full disk.
     """
+    meter = Meter(vm.plan.on_progress, "snapshot")
     if len(vm.disk.layers) >= MOST:
+        meter.report("flattening the disk")
         await _flatten(vm)
+    meter.report("saving memory and devices")
     frozen = vm.disk.layers
     layer = next_layer(frozen)
     with ExitStack() as files:
@@ -96,6 +100,7 @@ async def save_running(
         finally:
             await settle(vm.disk.drop(layer))
     await in_background(_link, vm, new, frozen)
+    meter.report("memory and devices are saved")
     machine = (await vm.read_machine())._replace(layers=frozen)
     return await _record(vm.plan, machine, labels, live=True, ready=vm.ready)
 
