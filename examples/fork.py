@@ -1,4 +1,4 @@
-"""Live copies of a running sandbox: prepare one, fork it, and let each copy do a part of the work."""
+"""Live copies of a running sandbox: prepare one, fork it, and let each copy do a part."""
 
 from __future__ import annotations
 
