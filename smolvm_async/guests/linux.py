@@ -39,5 +39,5 @@ DEBIAN = LINUX._replace(
     cpu={"kvm": "host", "tcg": "qemu64,+rdrand"},
     devices=("pvpanic-pci",),  # its initramfs has the driver of this device, not of `pvpanic`
     login="fw_cfg",
-    usb=False,  # Debian's cloud kernel has no USB driver
+    usb=False,  # loading the USB drivers would make the boot longer
 )

@@ -49,11 +49,11 @@ class Parked(Tail):
 
     async def wait_parked(self, timeout: float) -> str:
         """Wait until the process is parked: after `timeout` seconds, return why it is not."""
-        return await self._wait_line(timeout, skip=RIGHT)
+        return (await self._wait_line(timeout, PARKED, skip=RIGHT))[0]
 
     async def set_right(
         self, name: str, host_key: bytes, authorized_keys: bytes, *, timeout: float
-    ) -> str:
+    ) -> tuple[str, bool]:
         """Give the guest new random numbers, the right time, a name and keys.
 
         Call it right after `cont`. The guest first reseeds, and at last makes its SSH server use
@@ -66,7 +66,8 @@ class Parked(Tail):
             timeout: Seconds for the answer.
 
         Returns:
-            The reason if the guest was not set right, else "".
+            The reason if the guest was not set right, else ""; and whether it has the new name and
+            keys, which it also has if only the random numbers could not be reseeded.
         """
         assert self._reader is not None
         keys = f"{host_key.hex()} {authorized_keys.hex()}"
@@ -78,21 +79,23 @@ class Parked(Tail):
             if not self._reader.ended.done():
                 os.write(self._fd, message.encode())
         except OSError as error:
-            return f"its parked process does not read: {error.strerror}"
-        return await self._wait_line(timeout, skip=PARKED)
+            return f"its parked process does not read: {error.strerror}", False
+        return await self._wait_line(timeout, RIGHT, skip=PARKED)
 
-    async def _wait_line(self, timeout: float, skip: str) -> str:
-        """Return "" if the next line, without `skip`, is the other expected one."""
-        expected = PARKED if skip == RIGHT else RIGHT
+    async def _wait_line(self, timeout: float, expected: str, skip: str) -> tuple[str, bool]:
+        """Return the next line, or "" if it is `expected`; and whether there was a line."""
         try:
             async with asyncio.timeout(timeout):
                 while (line := await self._next_line()) == skip:
                     pass
         except TimeoutError:
-            return f"its parked process did not answer within {timeout:g} s"
-        return "" if line == expected else line
+            return f"its parked process did not answer within {timeout:g} s", False
+        if line is None:
+            return "QEMU has ended", False
+        return "" if line == expected else line, True
 
-    async def _next_line(self) -> str:
+    async def _next_line(self) -> str | None:
+        """Return the next line; `None` if QEMU has ended."""
         assert self._reader is not None
         ended, news = self._reader.ended, asyncio.Event()
         ended.add_done_callback(lambda _: news.set())
@@ -105,7 +108,7 @@ class Parked(Tail):
                     self._read += len(line) + 1
                     return printable(line.decode(errors="replace"))
                 if ended.done():
-                    return "QEMU has ended"
+                    return None
                 news.clear()
                 await news.wait()
         finally:

@@ -66,8 +66,7 @@ class Clone:
         """Set the clone right, or log a warning; the parked process has `timeout` seconds."""
         if self._parked is not None:
             keys = (self._own.host_key.private, f"{self._own.key.public}\n".encode())
-            problem = await self._parked.set_right(self._vm_id, *keys, timeout=timeout)
-            done = not problem
+            problem, done = await self._parked.set_right(self._vm_id, *keys, timeout=timeout)
         else:
             problem, done = await self._set_right_over_ssh()
         self.is_right = True

@@ -40,7 +40,7 @@ async def test_the_message_is_a_line_of_five_words(parked: Parked, guest: socket
         await asyncio.sleep(0)
         seed, clock, *others = guest.recv(LIMIT).decode().split()
         guest.sendall(b"right\n")
-        assert await setting == ""
+        assert await setting == ("", True)
     assert len(set(bytes.fromhex(seed))) > 30
     assert before - 0.001 <= float(clock) <= time.time()
     assert others == ["one", b"host\nkey".hex(), b"keys\n".hex()]
@@ -52,7 +52,7 @@ async def test_a_late_answer_is_no_answer_to_the_next_message(
     seeds = []
     with guest:
         for _ in range(2):
-            assert "did not answer" in await parked.set_right("one", b"", b"", timeout=NEVER)
+            assert not (await parked.set_right("one", b"", b"", timeout=NEVER))[1]
             seeds.append(guest.recv(LIMIT).split()[0])
             guest.sendall(b"right\n")
     assert seeds[0] != seeds[1]
@@ -67,7 +67,7 @@ async def test_a_process_that_has_parked_again_is_no_answer(
         for part in (b"ked\nparked\n", b"ri", b"ght\n"):
             await asyncio.sleep(0.01)
             guest.sendall(part)
-        assert await setting == ""
+        assert await setting == ("", True)
         guest.sendall(b"parked\n")
         assert await parked.wait_parked(SOON) == ""
 
@@ -79,21 +79,21 @@ async def test_the_guests_reason_is_passed_on_without_control_characters(
         setting = asyncio.ensure_future(parked.set_right("one", b"", b"", timeout=SOON))
         await asyncio.sleep(0)
         guest.sendall(b"not \x1b[31mreseeded\n")
-        assert await setting == "not reseeded"
+        assert await setting == ("not reseeded", True)
 
 
 async def test_silence_and_floods_end_with_the_deadline(
     parked: Parked, guest: socket.socket
 ) -> None:
     with guest:
-        assert "did not answer within 0.05 s" in await parked.set_right(
-            "one", b"", b"", timeout=NEVER
-        )
+        problem, done = await parked.set_right("one", b"", b"", timeout=NEVER)
+        assert "did not answer within 0.05 s" in problem
+        assert not done
         guest.setblocking(False)
         with pytest.raises(BlockingIOError):
             while True:
                 guest.sendall(bytes(1_000_000))
-        assert "did not answer" in await parked.set_right("one", b"", b"", timeout=NEVER)
+        assert not (await parked.set_right("one", b"", b"", timeout=NEVER))[1]
         assert len(parked.text()) <= LIMIT
 
 
@@ -101,8 +101,9 @@ async def test_the_end_of_qemu_is_noticed_at_once(parked: Parked, guest: socket.
     setting = asyncio.ensure_future(parked.set_right("one", b"", b"", timeout=SOON))
     await asyncio.sleep(0)
     guest.close()
-    assert await setting == "QEMU has ended"
-    assert await parked.set_right("one", b"", b"", timeout=SOON) == "QEMU has ended"
+    assert await setting == ("QEMU has ended", False)
+    ended = await parked.set_right("one", b"", b"", timeout=SOON)
+    assert ended == ("QEMU has ended", False)
 
 
 def test_only_a_guest_with_the_process_has_the_port() -> None:

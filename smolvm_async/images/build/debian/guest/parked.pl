@@ -5,7 +5,7 @@
 #     SEED TIME NAME HOST_KEY AUTHORIZED_KEYS
 #
 # TIME is in seconds since the epoch, NAME is the host's; the others are in hexadecimal. The answer
-# is "right", or a reason. It is Perl without modules, since under TCG new code is slow to run: after
+# is "right", or the reason if only the random numbers are not. It is Perl without modules, since under TCG new code is slow to run: after
 # a restore, Python takes longer, and so does a start of it at each boot. Numbers of system calls
 # and flags are those of x86-64.
 
@@ -24,24 +24,29 @@ sub reseed {    # the kernel's pool mixes the seed in, then draws a new key for 
     syswrite($pool, pack 'H*', $_[0]) and ioctl $pool, 0x5207, 0;    # RNDRESEEDCRNG
 }
 
+sub wait_for_sshd {
+    for (1 .. 5000) {
+        return if -s $listening;
+        select undef, undef, undef, 0.002;
+    }
+}
+
 sub set_host_key {    # make the SSH server use a new key, and wait until it does
     my ($waiting, $key) = @_;
     if (!$waiting) {
+        wait_for_sshd();    # it may just be starting, with the old key
         open my $file, '<', $listening;
         my $pid = <$file>;
         unlink $listening;
         put($host_key, $key);
-        kill 'HUP', $pid if $pid;    # else it is just starting
+        kill 'HUP', $pid if $pid;
     } else {    # it has opened a pipe in the place of its key, and will open the key again
         put("$host_key.new", $key);
         rename "$host_key.new", $host_key;
         syswrite $waiting, $key;
         close $waiting;
     }
-    for (1 .. 5000) {
-        return if -s $listening;
-        select undef, undef, undef, 0.002;
-    }
+    wait_for_sshd();
 }
 
 my $waiting;
