@@ -135,19 +135,29 @@ def run(blank_image: Path, data_dir: Path) -> Run:
         image = [] if "--id" in arguments and "again" in arguments else [str(blank_image)]
         machine = ["--os", "windows", "--accel", "tcg"] if image else []
         words = [word for word in arguments if word != "again"]
-        command = [*CLI, "run", *image, *machine, "--data-dir", str(data_dir), *words]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=preexec
-        ) as process:
-            try:
-                running = Running(process)
-                if up:
-                    running.until(UP)
-                yield running
-            finally:
-                process.kill()
+        command = ["run", *image, *machine, "--data-dir", str(data_dir), *words]
+        with started(*command, preexec=preexec) as running:
+            if up:
+                running.until(UP)
+            yield running
 
     return start
+
+
+@contextlib.contextmanager
+def started(*arguments: str, preexec: Any = as_usual) -> Iterator[Running]:
+    """Start a command that holds VMs."""
+    with subprocess.Popen(
+        [*CLI, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=preexec,
+    ) as process:
+        try:
+            yield Running(process)
+        finally:
+            process.kill()
 
 
 def terminal(*arguments: object, typed: str = "", **env: str) -> tuple[str, int]:
@@ -290,6 +300,7 @@ def test_a_program_that_has_gone_before_is_noticed_too(blank_image: Path, data_d
         (["x.qcow2", "--os", "beos"], "--os"),
         (["x.qcow2"], "--os is missing"),
         (["x.qcow2", "--os", "windows", "--memory", "100"], "--memory 100 is less than"),
+        (["x.qcow2", "--os", "windows", "--boot", "warm"], "--boot warm is only for"),
         (["/nowhere/x.qcow2", "--os", "windows"], "/nowhere/x.qcow2"),
     ],
 )
@@ -543,6 +554,75 @@ def test_what_a_killed_run_leaves_is_pruned(run: Run, data_dir: Path, as_json: b
     assert (info["vm_id"], info["status"]) == ("kept", "stopped")
     assert document("prune", *place) == []
     cli("delete", "--yes", "kept", *place)
+
+
+# snapshot, fork
+
+
+def test_a_vm_of_another_process_is_saved_restored_and_forked(run: Run, data_dir: Path) -> None:
+    place = ["--data-dir", str(data_dir)]
+    with run("--id", "one", "--memory", "2048") as running:
+        made = document("snapshot", "create", "one", "first", "--label", "a=b=c", *place)
+        assert (made["name"], made["vm_id"], made["live"]) == ("first", "one", True)
+        assert made["labels"] == {"a": "b=c"}
+        taken = document("snapshot", "create", "one", "first", *place, code=2)["error"]
+        assert taken["type"] == "SnapshotExistsError"
+        with (
+            started("snapshot", "restore", "first", "--id", "two", "--keep", *place) as restored,
+            started("fork", "one", "2", "--json", *place) as forked,
+        ):
+            assert "two runs under" in restored.until(UP)
+            clones = {json.loads(forked.until('"started"'))["vm_id"] for _ in range(2)}
+            infos = document("list", *place)
+            assert {info["vm_id"] for info in infos} == {"one", "two", *clones}
+            assert {info["status"] for info in infos} == {"running"}
+            assert [info["name"] for info in document("snapshot", "list", *place)] == ["first"]
+            for command in (restored, forked):
+                command.kill(signal.SIGINT)
+            ends = [event for event in forked.events() if event["event"] == "ended"]
+            output, errors, code = restored.end()
+        assert {end["vm_id"] for end in ends} == clones
+        assert (errors, code, forked.process.returncode) == ("", 0, 0)
+        assert "restored from a snapshot of one" in output
+        assert "two is kept." in output
+        running.kill(signal.SIGINT)
+        running.end()
+    said = cli("snapshot", "create", "two", "second", *place).stdout  # at rest
+    assert said.startswith("Snapshot second of two takes ")
+    lines = cli("snapshot", "list", *place).stdout.splitlines()
+    assert lines[0].split()[:3] == ["NAME", "ID", "OS"]
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["first", "one", "windows"],
+        ["second", "two", "windows"],
+    ]
+    cli("delete", "--yes", "two", *place)
+    assert "'third'" in cli("snapshot", "delete", "first", "third", *place, code=4).stderr
+    deleted = document("snapshot", "delete", "first", "second", "first", *place)
+    assert deleted == {"deleted": ["first", "second"]}
+    assert cli("snapshot", "list", *place).stdout == "There are no snapshots.\n"
+
+
+def test_what_cannot_be_saved_restored_or_forked_is_told(data_dir: Path, tmp_path: Path) -> None:
+    place = ("--data-dir", data_dir)
+    for arguments in (["snapshot", "create", "one", "first"], ["fork", "one"]):
+        assert "there is no VM 'one'" in cli(*arguments, *place, code=4).stderr
+    assert (
+        "there is no snapshot 'first'" in cli("snapshot", "restore", "first", *place, code=4).stderr
+    )
+    cli("snapshot", "create", "one", "first", "--label", "a", *place, code=2)
+    cli("fork", "one", "0", *place, code=2)
+
+
+def test_the_snapshots_of_ready_guests_are_removed(data_dir: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "smolvm-async" / "warm" / "ready-0123456789abcdef"
+    cached.mkdir(0o700, parents=True)
+    (cached / "snapshot.json").write_text("damaged, but a snapshot")
+    env = {"XDG_CACHE_HOME": str(tmp_path)}
+    cli("prune", "--data-dir", data_dir, env=env)
+    assert cached.exists()
+    done = cli("prune", "--warm", "--data-dir", data_dir, env=env)
+    assert done.stdout == "Removed the snapshots of ready guests.\n"
+    assert not cached.exists()
 
 
 # screenshot, vnc

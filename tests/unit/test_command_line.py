@@ -21,7 +21,7 @@ from smolvm_async.host.accelerator import KVM, TCG, Accelerator
 from smolvm_async.host.firmware import Firmware
 from smolvm_async.host.tools import HostTools, find_tools
 from smolvm_async.images.qcow2 import empty
-from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
+from smolvm_async.qemu.arguments import Descriptors, MachineSpec, RAMFile, qemu_arguments
 from smolvm_async.qemu.sidecars import programs
 from smolvm_async.state.names import OVERLAY, VARS
 
@@ -130,6 +130,40 @@ def entries(argv: list[str]) -> list[str]:
 
 def test_the_whole_command_line_of_a_windows_guest() -> None:
     assert entries(arguments(config())) == GOLDEN_TCG
+
+
+def test_a_restored_machine_differs_by_its_memory_its_layers_and_its_wait() -> None:
+    layers = (OVERLAY, "disk-1.qcow2", "disk-2.qcow2")
+    given = MachineSpec(
+        config(),
+        TOOLS,
+        TCG,
+        BASE_IMAGE,
+        config().profile.sidecars,
+        machine_type="pc-q35-7.2",
+        layers=layers,
+        ram=RAMFile(15, shared=False),
+        incoming=True,
+    )
+    restored = entries(qemu_arguments(given, DESCRIPTORS, ATTACH))
+    frozen = [
+        f'-blockdev {{"driver": "qcow2", "node-name": "{name}", "read-only": true, '
+        f'"file": {{"driver": "file", "filename": "{file}", "read-only": true}}, '
+        f'"backing": "{backing}"}}'
+        for name, file, backing in (("disk", OVERLAY, "base"), ("disk-1", layers[1], "disk"))
+    ]
+    written = next(entry for entry in GOLDEN_TCG if OVERLAY in entry)
+    written = written.replace('"backing": "base"', '"backing": "disk-1"')
+    written = written.replace('"node-name": "disk"', '"node-name": "disk-2"')
+    assert [entry for entry in restored if entry not in GOLDEN_TCG] == [
+        "-machine pc-q35-7.2,smm=on,vmport=off,hpet=off,pflash0=code,pflash1=vars,"
+        "memory-backend=pc.ram",
+        "-object memory-backend-file,id=pc.ram,size=5000M,mem-path=/proc/self/fd/15,share=off",
+        "-incoming defer",
+        *frozen,
+        written.replace(OVERLAY, layers[2]),
+        "-device scsi-hd,drive=disk-2,bootindex=1",
+    ]
 
 
 def test_hyper_v_is_kvms_and_nothing_else_differs() -> None:
