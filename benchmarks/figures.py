@@ -27,12 +27,14 @@ class Figure:
         values: One of each round; times are in seconds.
         unit: The unit in which it is shown.
         headline: Whether the READMEs show it.
+        budget: The most that the median is to be, in the figure's unit; `None` if there is none.
     """
 
     name: str
     values: Sequence[float]
     unit: str = "ms"
     headline: bool = False
+    budget: float | None = None
 
     @property
     def median(self) -> float:
@@ -52,6 +54,7 @@ class Figure:
             "name": self.name,
             "unit": self.unit,
             "headline": self.headline,
+            "budget": self.budget,
             "median": self.median,
             "quartiles": self.spread,
             "rounds": len(values),
@@ -61,12 +64,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The library against the same work without the library, measured in turns."""
+    """The library against the same work without the library, measured in turns.
+
+    Attributes:
+        budget: The most that library / floor, round by round, is to be; `None` if there is none.
+    """
 
     name: str
     floor: Figure
     library: Figure
     headline: bool = True
+    budget: float | None = None
 
     @property
     def ratio(self) -> Figure:
@@ -82,6 +90,7 @@ class Comparison:
         return {
             "name": self.name,
             "headline": self.headline,
+            "budget": self.budget,
             "ratio_of_medians": medians,
             **shown,
         }
@@ -96,15 +105,29 @@ class Results:
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def compare(self, name: str, floor: Figure, library: Figure, *, headline: bool = True) -> None:
+    def compare(
+        self,
+        name: str,
+        floor: Figure,
+        library: Figure,
+        *,
+        headline: bool = True,
+        budget: float | None = None,
+    ) -> None:
         """Add a comparison."""
-        self.comparisons.append(Comparison(name, floor, library, headline))
+        self.comparisons.append(Comparison(name, floor, library, headline, budget))
 
     def add(
-        self, name: str, values: Sequence[float], unit: str = "ms", *, headline: bool = False
+        self,
+        name: str,
+        values: Sequence[float],
+        unit: str = "ms",
+        *,
+        headline: bool = False,
+        budget: float | None = None,
     ) -> None:
         """Add a figure."""
-        self.figures.append(Figure(name, values, unit, headline))
+        self.figures.append(Figure(name, values, unit, headline, budget))
 
     def to_json(self) -> dict[str, Any]:
         """Return the results as JSON."""
@@ -153,15 +176,16 @@ def show(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the JSON of one benchmark as a table."""
     table = Table(title=results["title"], title_justify="left")
     table.add_column("")
-    for name in ("median", "quartiles", "unit", "rounds"):
+    for name in ("median", "quartiles", "unit", "rounds", "budget"):
         table.add_column(name, justify="right")
     for comparison in results["comparisons"]:
         for part in ("floor", "library", "ratio"):
             figure = comparison[part]
             name = "ratio, round by round" if part == "ratio" else figure["name"]
-            _add_row(table, f"{comparison['name']} | {name}", figure)
+            budget = comparison["budget"] if part == "ratio" else figure["budget"]
+            _add_row(table, f"{comparison['name']} | {name}", {**figure, "budget": budget})
         ratio = shown(comparison["ratio_of_medians"])
-        table.add_row(f"{comparison['name']} | ratio of the medians", ratio, "", "", "")
+        table.add_row(f"{comparison['name']} | ratio of the medians", ratio, "", "", "", "")
         table.add_section()
     for figure in results["figures"]:
         _add_row(table, figure["name"], figure)
@@ -174,4 +198,6 @@ def show(results: Mapping[str, Any], console: Console | None = None) -> None:
 def _add_row(table: Table, name: str, figure: Mapping[str, Any]) -> None:
     low, high = figure["quartiles"]
     spread = f"{shown(low)} to {shown(high)}"
-    table.add_row(name, shown(figure["median"]), spread, figure["unit"], str(figure["rounds"]))
+    budget = "" if figure["budget"] is None else f"{figure['budget']:g}"
+    cells = (shown(figure["median"]), spread, figure["unit"], str(figure["rounds"]), budget)
+    table.add_row(name, *cells)

@@ -115,7 +115,7 @@ def _taken(vms: Sequence[AsyncSmolVM], wall: float) -> Taken:
     pids, each = [], []
     for vm in vms:
         supervisor: Any = vm._vm.run
-        pids.append({child.name: child.identity.pid for child in supervisor._children})
+        pids.append({child.name: child.identity.pid for child in supervisor.processes.children})
         each.append(supervisor.boot.last.elapsed)
     return Taken(wall, statistics.median(each), _memory(pids))
 
@@ -214,7 +214,7 @@ def measure_max_booting(image: Path, count: int, limits: Sequence[int]) -> Resul
     results = Results("max_booting")
     with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
         empty = {**template("linux", image), "data_dir": Path(name)}
-        debian = {"accel": "tcg", "memory": 256, "data_dir": Path(name)}
+        debian = {"accel": "tcg", "memory": 256, "boot": "cold", "data_dir": Path(name)}
         runner.run(booting(empty, 2, "firmware", 2))
         cases = [(empty, 16, "firmware"), (empty, 32, "firmware"), (debian, GUESTS, "ready")]
         for arguments, size, until in cases:

@@ -86,13 +86,14 @@ def prepare(template: Mapping[str, Any], stack: ExitStack) -> Bare:
     ends = stack.enter_context(ExitStack())
     for end in (qemus, qemus_console):
         ends.enter_context(end)
-    descriptors = Descriptors(qemus.fileno(), qemus_console.fileno(), _screen(stack))
+    descriptors = Descriptors(qemus.fileno(), qemus_console.fileno(), screen_file(stack))
     accelerator = choose_accelerator(config.accel)[0]
     spec = MachineSpec(config, tools, accelerator, base, profile.sidecars)
     return Bare(directory, ends.enter_context(commands(spec, descriptors)), ours, ends)
 
 
-def _screen(stack: ExitStack) -> int:
+def screen_file(stack: ExitStack) -> int:
+    """Return the descriptor of a file in memory, to which QEMU writes its screen."""
     memory = os.memfd_create("screen")
     stack.callback(os.close, memory)
     screen = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY)
@@ -124,9 +125,9 @@ def launched(
         began = time.perf_counter()
         for vm in vms:
             for command in vm.commands:
-                vm.pids[command.name] = _spawn(vm, command.argv, command.fds, stack).pid
+                vm.pids[command.name] = spawn(vm.directory, command.argv, command.fds, stack).pid
             if overlay:
-                made.append(_spawn(vm, _create(str(template["image"])), [], stack))
+                made.append(spawn(vm.directory, _create(str(template["image"])), [], stack))
         for vm in vms:
             vm.ends.close()
         at_once = ["cont"] if run and not together else []
@@ -145,8 +146,11 @@ def _create(image: str) -> list[str]:
     return [*create, image, "beside.qcow2"]
 
 
-def _spawn(vm: Bare, argv: list[str], fds: list[int], stack: ExitStack) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(argv, cwd=vm.directory, pass_fds=fds, start_new_session=True)
+def spawn(
+    directory: Path, argv: list[str], fds: list[int], stack: ExitStack
+) -> subprocess.Popen[bytes]:
+    """Spawn a process in a session of its own; `stack` kills it."""
+    process = subprocess.Popen(argv, cwd=directory, pass_fds=fds, start_new_session=True)
     stack.callback(process.wait)
     stack.callback(process.kill)
     return process

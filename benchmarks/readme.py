@@ -13,8 +13,8 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # The rows that the top-level README quotes.
 QUOTED = (
     "one VM, to running processors",
-    "16 windows VMs, booting",
-    "boot of the built-in Linux, to the first command's answer",
+    "warm start of the built-in Linux, to the first command's answer; the floor is a cold boot",
+    "16 fresh sandboxes, each answered one command; the floor boots them",
 )
 
 
@@ -32,8 +32,8 @@ def rewritten(readme: str, new: str) -> str:
 
 
 HEAD = [
-    "| | floor | library | of the medians | round by round (quartiles) |",
-    "|---|---|---|---|---|",
+    "| | floor | library | of the medians | round by round (quartiles) | budget |",
+    "|---|---|---|---|---|---|",
 ]
 
 
@@ -53,7 +53,8 @@ def table(found: Mapping[str, Any]) -> str:
     where = (
         f"{machine['qemu'].removeprefix('QEMU emulator ')}, {machine['accelerator'].upper()}, "
         f"{machine['processors']} processors, {machine['date'][:10]}. Floor and "
-        "library are medians; the last two columns are library / floor."
+        "library are medians. The other columns are library / floor; a budget of a single figure "
+        "has that figure's unit."
     )
     lines += ["", f"QEMU {where}"]
     if peers := found["benchmarks"].get("peers"):
@@ -69,10 +70,17 @@ def _rows(results: Mapping[str, Any]) -> Iterator[str]:
             spread = f" ({low:.2f} to {high:.2f})" if ratio["rounds"] > 1 else ""
             cells = [_cell(comparison[part]) for part in ("floor", "library")]
             cells += [f"{comparison['ratio_of_medians']:.2f}", f"{ratio['median']:.2f}{spread}"]
+            cells.append(_budget(comparison))
             yield f"| {comparison['name']} | {' | '.join(cells)} |"
     for figure in results["figures"]:
         if figure["headline"]:
-            yield f"| {figure['name']} | | {_cell(figure)} | | |"
+            budget = _budget(figure, figure["unit"])
+            yield f"| {figure['name']} | | {_cell(figure)} | | | {budget} |"
+
+
+def _budget(found: Mapping[str, Any], unit: str = "") -> str:
+    budget = found.get("budget")
+    return "" if budget is None else f"{budget:g} {unit}".strip()
 
 
 def _cell(figure: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ COMMANDS = 10
 
 
 async def main() -> None:
-    """Launch, run commands, stop."""
+    """Launch, run commands, take a checkpoint and go back to it, stop."""
     began = time.perf_counter()
     async with Sandbox(image="alpine", accel=Accelerator.TCG) as sandbox:
         await sandbox.execute("true")
@@ -23,10 +23,15 @@ async def main() -> None:
             await sandbox.execute("true")
             commands.append(time.perf_counter() - began)
         began = time.perf_counter()
+        await sandbox.checkpoint("here")
+        saved = time.perf_counter()
+        await sandbox.revert("here")
+        await sandbox.execute("true")
+        back = time.perf_counter()
         await sandbox.stop()
-        stopped = time.perf_counter() - began
+        stopped = time.perf_counter() - back
     found = {"import": imported, "first": first, "commands": commands, "stop": stopped}
-    print(json.dumps(found))
+    print(json.dumps({**found, "snapshot": saved - began, "restore": back - saved}))
 
 
 asyncio.run(main())
