@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import Results, show
+from benchmarks.linux import ours as start_debian
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.images.build.debian import build_debian
 
@@ -145,6 +146,7 @@ def _end_of(text: str) -> str:
 def measure(rounds: int) -> Results:
     """Measure all peers, in turns."""
     built = asyncio.run(build_debian())
+    asyncio.run(start_debian("warm"))  # makes the snapshot of the ready guest
     image = [str(built.kernel), str(built.initrd), str(built.disk), built.boot_args]
     found: dict[str, list[Mapping[str, Any]]] = {peer.name: [] for peer in PEERS}
     failures: dict[str, str] = {}
