@@ -30,7 +30,7 @@ from benchmarks.figures import Figure, Results, show
 from benchmarks.launch import longest_stall
 from benchmarks.memory import pss
 from benchmarks.restore import Restored, restore
-from smolvm_async import AcceleratorWarning, AsyncSmolVM
+from smolvm_async import AcceleratorWarning, AsyncSmolVM, Rung
 from smolvm_async.foundation.progress import Progress
 from smolvm_async.qemu.events import Event, parse_event
 from smolvm_async.state.snapshots import SNAPSHOTS
@@ -70,8 +70,9 @@ async def clone(name: str, data_dir: Path, *, power_off: bool = False) -> Cloned
     began = time.perf_counter()
     vm = await AsyncSmolVM.from_snapshot(name, data_dir=data_dir, on_progress=note)
     handed_over = time.perf_counter()
-    await vm.stop(timeout=None if power_off else 0)
+    report = await vm.stop(timeout=None if power_off else 0)
     off = time.perf_counter()
+    assert not power_off or report.rung is Rung.POWERDOWN, report
     await vm.delete()
     return Cloned(running[0] - began, handed_over - began, off - began)
 
