@@ -26,6 +26,7 @@ from smolvm_async.config.options import (
 )
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.tasks import running_loop
 from smolvm_async.state.snapshots import SNAPSHOTS, held_snapshot
 from smolvm_async.vm.compatibility import check_loadable
 from smolvm_async.vm.plan import Plan, find_source, make_clone_plan
@@ -80,7 +81,7 @@ class Template:
     async def look(self) -> Plan:
         """Return the plan that all VMs share; the first call builds or downloads the image."""
         if self._plan is None:
-            self.cloned = asyncio.get_running_loop().create_future()
+            self.cloned = running_loop().create_future()
             if not self.forks:
                 self.cloned.set_result(None)
             if self._name is not None:

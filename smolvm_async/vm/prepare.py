@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
@@ -29,10 +29,11 @@ from smolvm_async.qemu.sidecars import directories
 from smolvm_async.state.directory import Parts, VMDirectory
 from smolvm_async.state.names import OVERLAY, SEED, next_layer
 from smolvm_async.state.record import Machine
-from smolvm_async.state.snapshot_record import MACHINE, RAM, SnapshotRecord
-from smolvm_async.state.snapshots import Snapshot
-from smolvm_async.vm.compatibility import check_loadable
 from smolvm_async.vm.plan import Plan, find_source
+
+if TYPE_CHECKING:  # a boot does not need them
+    from smolvm_async.state.snapshot_record import SnapshotRecord
+    from smolvm_async.state.snapshots import Snapshot
 
 T = TypeVar("T")
 
@@ -115,6 +116,8 @@ async def prepare(
         stack: Closes the files.
     """
     if snapshot is not None:
+        from smolvm_async.vm.compatibility import check_loadable
+
         await check_loadable(snapshot, plan)
     origin = _origin(snapshot.record) if snapshot is not None else machine
     source = (origin and origin.source) or await find_source(plan, stack)
@@ -168,6 +171,8 @@ async def _fill_from(
     stack: ExitStack,
 ) -> tuple[tuple[str, ...], Login | None, SavedMachine | None]:
     """Fill the directory from a snapshot. Return the disk's layers, the login and the machine."""
+    from smolvm_async.state.snapshot_record import MACHINE, RAM
+
     record = snapshot.record
     frozen = record.machine.layers
     layers = (*frozen, next_layer(frozen))

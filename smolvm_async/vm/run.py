@@ -69,7 +69,6 @@ from smolvm_async.qemu.monitor import CommandQueue, Monitor
 from smolvm_async.qemu.parked import make_parked
 from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
-from smolvm_async.qemu.saving import load
 from smolvm_async.qemu.shutdown import WAKE, Rung, ShutdownReport, shut_down
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.directory import VMDirectory
@@ -79,11 +78,11 @@ from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_kills, oom_reason
 from smolvm_async.vm.plan import Plan
 from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare, snapshot_to_start
-from smolvm_async.vm.set_right import NOT_REACHED, Clone
 
-if TYPE_CHECKING:  # a snapshot imports them
+if TYPE_CHECKING:  # a snapshot, or a start from one, imports them
     from smolvm_async.state.snapshot_record import SnapshotRecord
     from smolvm_async.state.snapshots import NewSnapshot, Snapshot
+    from smolvm_async.vm.set_right import Clone
 
 logger = get_logger(__name__)
 
@@ -374,6 +373,8 @@ class VMRun:
                 amend=lambda argv: [*plan.prefix, *argv],
             )
             if saved is not None:
+                from smolvm_async.qemu.saving import load  # a boot does not need it
+
                 await load(self._monitor, saved.state)
 
     @property
@@ -395,6 +396,8 @@ class VMRun:
         if saved.login is not None:
             await self._set_right(saved.record, saved.login)
         elif saved.record.ready:
+            from smolvm_async.vm.set_right import NOT_REACHED
+
             logger.warning(NOT_REACHED)
         # Variables are set over SSH, which `_probe` does before the guest is ready.
         if saved.record.ready and not self._plan.config.env:
@@ -402,6 +405,8 @@ class VMRun:
 
     async def _set_right(self, record: SnapshotRecord, before: Login) -> None:
         """Set the clone right; if its guest was not ready yet, as soon as it is."""
+        from smolvm_async.vm.set_right import Clone
+
         assert self._login is not None
         config = self._plan.config
         self._clone = clone = Clone(config.vm_id, self.link, self.parked, before, self._login)
