@@ -181,7 +181,7 @@ async def send(
     """
     running = bool((await monitor.execute("query-status"))["running"])
     if not running:
-        await _activate(monitor)
+        await activate(monitor)
     # A clone has been loaded with x-ignore-shared, but the twin receives all memory.
     wanted = {"pause-before-switchover": True, "x-ignore-shared": shared}
     await monitor.execute("migrate-set-capabilities", _capabilities(**wanted))
@@ -247,7 +247,7 @@ async def _lasts(monitor: Monitor, query: str, status: str) -> bool:
     return True
 
 
-async def _activate(monitor: Monitor) -> None:
+async def activate(monitor: Monitor) -> None:
     """Activate the block nodes of a paused machine that was saved before."""
     if (await monitor.execute("query-status"))["status"] == "postmigrate":
         await asyncio.gather(monitor.execute("cont"), monitor.execute("stop"))

@@ -28,7 +28,7 @@ from smolvm_async.images import qcow2
 from smolvm_async.qemu.arguments import MachineSpec, RAMFile
 from smolvm_async.qemu.disk import MOST, Disk
 from smolvm_async.qemu.monitor import Monitor
-from smolvm_async.qemu.saving import Twin, open_new, send
+from smolvm_async.qemu.saving import Twin, activate, open_new, send
 from smolvm_async.qemu.sidecars import directories
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.names import VARS, next_layer
@@ -77,6 +77,7 @@ async def save_running(
     meter = Meter(vm.plan.on_progress, "snapshot")
     if len(vm.disk.layers) >= MOST:
         meter.report("flattening the disk")
+        await activate(vm.monitor)
         await _flatten(vm)
     meter.report("saving memory and devices")
     frozen = vm.disk.layers
