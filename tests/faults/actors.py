@@ -120,6 +120,27 @@ def killed_at(point: int, image: str, data_dir: str, keep: bool) -> None:
     assert not run.complaints, run.complaints
 
 
+async def save_and_fork(image: str, data_dir: str) -> None:
+    """Take a snapshot of a VM and one of its clone."""
+    say("starts")
+    vm = AsyncSmolVM(os="linux", image=image, memory=128, data_dir=data_dir, accel="tcg")
+    async with vm:
+        await vm.snapshot("one")
+        async with vm.fork(1) as clones:
+            await clones[0].snapshot("two")
+
+
+def killed_saving_at(point: int, image: str, data_dir: str) -> None:
+    """End by SIGKILL at the n-th await of `save_and_fork()`, if there are as many."""
+
+    def die(run: Run) -> Generator[int, None, None]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield 0
+
+    run = run_once(lambda: save_and_fork(image, data_dir), die, point)
+    assert not run.complaints, run.complaints
+
+
 ACTORS: tuple[Callable[..., Any], ...] = (
     owner,
     careless_owner,
@@ -131,6 +152,7 @@ ACTORS: tuple[Callable[..., Any], ...] = (
     visitor,
     short_life,
     killed_at,
+    killed_saving_at,
 )
 
 

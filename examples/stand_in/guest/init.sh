@@ -203,6 +203,16 @@ flood() {
     esac
 }
 
+# Commands.
+
+obey() { # runs each line that arrives on the serial console, without an echo
+    local line
+    stty -echo
+    while read -r line; do
+        eval "$line"
+    done
+}
+
 for directory in run tmp; do
     mount -t tmpfs tmpfs "/$directory"
 done
@@ -220,6 +230,7 @@ report_agent
 say ready
 and_then "$(option then)"
 flood "$(option flood)"
+[ "$(option shell)" != on ] || obey </dev/console &
 
 while :; do # process 1 must not end; `wait` also reaps orphans, and lets the traps run
     sleep 86400 &

@@ -1,0 +1,224 @@
+"""Snapshots, forks and restores of real guests: each part of a machine is of one moment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolvm_async import (
+    AsyncSmolVM,
+    ImageError,
+    Rung,
+    SnapshotError,
+    SnapshotNotFoundError,
+    Status,
+    VMNotRunningError,
+)
+from smolvm_async.vm import snapshot
+from stand_in import build_stand_in
+from tests.conftest import BOOT, console_shows, run_of
+
+pytestmark = pytest.mark.anyio
+
+
+async def said(vm: AsyncSmolVM, command: str) -> str:
+    return (await vm.run(command, check=True)).stdout.strip()
+
+
+async def test_a_linux_guest_goes_on_in_clones_of_clones_and_boots_from_a_snapshot_at_rest(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot, "MOST", 3)  # flatten again and again
+    async with AsyncSmolVM(data_dir=data_dir, accel="tcg") as vm:
+        count = "i=0; while sleep 0.05; do i=$((i+1)); echo $i >/run/count; done"
+        await said(vm, f"({count}) </dev/null >/dev/null 2>&1 & echo A >/root/state")
+        await said(vm, "head -c 4M /dev/urandom >/root/big; sha256sum /root/big >/root/sum; sync")
+        command = asyncio.create_task(
+            said(vm, "until [ -e /run/over ]; do sleep 0.1; done; echo done")
+        )
+        for name in ("running", "another"):
+            await vm.snapshot(name, labels={"for": "a test"})
+            await said(vm, f"echo {name} >>/root/log")
+        await said(vm, "touch /run/over; echo B >/root/state")
+        assert await command == "done"
+
+        await vm.pause()
+        for name in ("paused", "paused-again"):
+            await vm.snapshot(name)
+            assert vm.status is Status.PAUSED
+        await vm.resume()
+        before = int(await said(vm, "cat /run/count"))
+        found = await AsyncSmolVM.snapshots(data_dir=data_dir)
+        assert [one.name for one in found] == ["running", "another", "paused", "paused-again"]
+
+        look = "cat /root/state; sha256sum -c /root/sum >/dev/null && hostname"
+        async with AsyncSmolVM.from_snapshot("paused-again", data_dir=data_dir) as clone:
+            await AsyncSmolVM.delete_snapshot("paused-again", data_dir=data_dir)
+            assert await said(clone, look) == f"B\n{clone.vm_id}"
+            await said(clone, "echo C >/root/state")
+            async with clone.fork(1) as (child,), child.fork(1) as (grandchild,):
+                for each in (child, grandchild):
+                    assert await said(each, look) == f"C\n{each.vm_id}"
+                assert int(await said(grandchild, "cat /run/count")) >= before - 20
+        assert await said(vm, look) == f"B\n{vm.vm_id}"
+
+        restarted = await AsyncSmolVM.from_snapshot("running", data_dir=data_dir)
+        await said(restarted, "echo D >/root/state")
+        await restarted.stop(timeout=0)
+        await restarted.start()  # from the snapshot again
+        assert await said(restarted, "cat /root/state; cat /root/log || true") == "A"
+        await restarted.delete()
+
+        kept = await AsyncSmolVM.from_snapshot("another", data_dir=data_dir, keep=True)
+        await said(kept, "echo E >/root/state")
+        await kept.stop()
+        assert not (await kept.snapshot("rest")).live
+        await kept.start()
+        assert await said(kept, f"{look}; cat /root/log") == f"E\n{kept.vm_id}\nrunning"
+        await kept.delete()
+    async with AsyncSmolVM.from_snapshot("rest", data_dir=data_dir) as booted:
+        assert await said(booted, look) == f"E\n{booted.vm_id}"
+    for name in ("running", "another", "paused", "rest"):
+        await AsyncSmolVM.delete_snapshot(name, data_dir=data_dir)
+
+
+async def test_what_is_damaged_or_missing_is_refused_before_anything_is_made(
+    blank: dict[str, Any], tmp_path: Path
+) -> None:
+    data_dir, image = blank["data_dir"], tmp_path / "image.qcow2"
+    shutil.copy(blank["image"], image)
+    async with AsyncSmolVM(**{**blank, "image": image}) as vm:
+        await vm.snapshot("one")
+    files = data_dir / ".snapshots" / "one"
+    whole = files.parent / "whole"
+
+    async def refused(error: type[Exception], reason: str, name: str = "one") -> None:
+        with pytest.raises(error, match=reason):
+            await AsyncSmolVM.from_snapshot(name, data_dir=data_dir)
+        assert [path.name for path in data_dir.iterdir()] == [".snapshots"]
+
+    await refused(SnapshotNotFoundError, "none", "none")
+    for name in ("ram", "machine", "overlay.qcow2", "snapshot.json"):
+        shutil.copytree(files, whole)
+        with (files / name).open("r+b") as file:
+            file.truncate(100)
+        await refused(SnapshotError, name if name != "snapshot.json" else "record")
+        (files / name).unlink()
+        await refused(SnapshotNotFoundError if name == "snapshot.json" else SnapshotError, "one")
+        shutil.rmtree(files)
+        whole.rename(files)
+    os.utime(image)
+    await refused(ImageError, "was changed")
+    image.unlink()
+    await refused(ImageError, "image")
+    await AsyncSmolVM.delete_snapshot("one", data_dir=data_dir)
+    with pytest.raises(VMNotRunningError):
+        await vm.snapshot("one")
+
+
+# The Windows class: a test types commands on the serial console of the stand-in.
+
+AUTHORIZATION = "00000009400000090000000000"  # an empty password
+NV_INDEX = "01500011"
+GUID = "6e3d3f7c-2f0b-4f7c-9d5e-6b0c6a5d8f10"
+
+
+class Typist:
+    """Runs shell commands in a stand-in with `stand_in.shell=on`."""
+
+    def __init__(self, vm: AsyncSmolVM) -> None:
+        self.vm = vm
+        self._count = 0
+
+    async def ask(self, command: str) -> str:
+        """Return the output of a command."""
+        self._count += 1
+        name = f"{self.vm.vm_id}-{self._count}"
+        os.write(run_of(self.vm).console._reader._fd, f'say "{name}=$({command})."\n'.encode())
+        await console_shows(self.vm, f"STAND-IN: {name}=")
+        pattern = rf"STAND-IN: {name}=(.*?)\.\r?\n"
+        async with asyncio.timeout(BOOT):
+            while (found := re.search(pattern, self.vm.console_log(), re.DOTALL)) is None:
+                await asyncio.sleep(0.02)
+        return found[1]
+
+    async def tpm(self, tag: str, command: str, body: str) -> str:
+        """Execute a command of the TPM, and return the answer after its head of ten bytes."""
+        whole = bytes.fromhex(f"{tag}{10 + len(body) // 2:08x}{command}{body}")
+        octal = "".join(f"\\{byte:03o}" for byte in whole)
+        answer = await self.ask(
+            f"exec 3<>/dev/tpmrm0; printf '{octal}' >&3; dd bs=256 count=1 <&3 2>/dev/null | "
+            "hexdump -v -e '1/1 \"%02x\"'"
+        )
+        assert answer[12:20] == "00000000", answer
+        return answer[20:]
+
+    async def define(self) -> None:
+        """Define an index of eight bytes in the TPM's memory."""
+        public = f"000e{NV_INDEX}000b0206000600000008"
+        await self.tpm("8002", "0000012a", f"40000001{AUTHORIZATION}0000{public}")
+
+    async def change(self, mark: str) -> None:
+        """Change the disk, a UEFI variable, a PCR, and an index of the TPM's memory."""
+        variable = f"/sys/firmware/efi/efivars/Mark{mark}-{GUID}"
+        await self.ask(f"echo {mark} >/state; printf '\\007\\000\\000\\000\\001' >{variable}")
+        digest = mark.encode().hex() * 32
+        await self.tpm("8002", "00000182", f"00000010{AUTHORIZATION}00000001000b{digest}")
+        data = mark.encode().hex() * 8
+        await self.tpm("8002", "00000137", f"{NV_INDEX}{NV_INDEX}{AUTHORIZATION}0008{data}0000")
+
+    async def state(self) -> tuple[str, ...]:
+        """Return what `change()` changes, and whether Secure Boot is on."""
+        marks = "ls /sys/firmware/efi/efivars | grep ^Mark | cut -c 5"
+        look = f"cat /state; {marks}; efi_variable SecureBoot"
+        pcr = await self.tpm("8001", "0000017e", "00000001000b03000001")
+        index = await self.tpm("8002", "0000014e", f"{NV_INDEX}{NV_INDEX}{AUTHORIZATION}00080000")
+        return (*(await self.ask(look)).split(), pcr[-64:], bytes.fromhex(index[12:28]).decode())
+
+
+async def test_a_windows_guest_has_each_part_of_its_state_in_each_clone(data_dir: Path) -> None:
+    image = await build_stand_in(kernel_arguments=["stand_in.shell=on"], desktop=True)
+    before = image.stat().st_mtime_ns, image.read_bytes()
+    settings: dict[str, Any] = {"image": image, "memory": 2048, "accel": "tcg"}
+    async with AsyncSmolVM(os="windows", data_dir=data_dir, **settings) as vm:
+        await vm.wait_for("ready", timeout=BOOT)
+        await console_shows(vm, "STAND-IN: ready")
+        original = Typist(vm)
+        await original.define()
+        await original.change("A")
+        first = await original.state()
+        assert (first[0], first[1], first[2], first[-1]) == ("A", "A", "1", "AAAAAAAA")
+        await vm.keyboard.type("abc")
+        picture = (await vm.wait_for_screen(stable=1, timeout=BOOT)).pixels
+        await vm.snapshot("one")
+        await original.change("B")
+        second = await original.state()
+        assert second[:4] == ("B", "A", "B", "1")
+
+        clones = [await AsyncSmolVM.from_snapshot("one", data_dir=data_dir) for _ in range(2)]
+        typists = [Typist(clone) for clone in clones]
+        for typist, mark in zip(typists, "CD", strict=True):
+            assert (await typist.vm.screenshot()).pixels == picture
+            assert await typist.state() == first
+            await typist.change(mark)
+        for typist, mark in zip(typists, "CD", strict=True):
+            mine = await typist.state()
+            assert (*mine[:4], mine[-1]) == (mark, "A", mark, "1", mark * 8)
+        assert await original.state() == second
+        clock = int(await typists[0].ask("date +%s"))
+        assert abs(clock - int(await original.ask("date +%s"))) < BOOT
+        async with clones[0].fork(1) as (child,):
+            assert await Typist(child).state() == await typists[0].state()
+            assert (await child.stop()).rung is Rung.POWERDOWN
+        assert (await clones[1].stop()).rung is Rung.POWERDOWN
+        for clone in clones:
+            await clone.delete()
+        assert await original.state() == second
+    await AsyncSmolVM.delete_snapshot("one", data_dir=data_dir)
+    assert (image.stat().st_mtime_ns, image.read_bytes()) == before
