@@ -487,7 +487,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         stay the same: processes and files, the MAC address, the machine's UUID inside the guest,
         `/etc/machine-id`, the boot id, the TPM's endorsement key, a Windows computer's name and
         SID. A Windows guest gets only a new generation id (vmgenid), from which Windows reseeds its
-        random numbers. A kept clone boots with an address and UUID of its own when it starts again.
+        random numbers.
 
         The snapshot fixes the guest OS, image, memory, cores and resolution. A snapshot of a kept
         VM at rest boots.
