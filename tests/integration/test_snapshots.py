@@ -82,7 +82,7 @@ async def test_a_linux_guest_goes_on_in_clones_of_clones_and_boots_from_a_snapsh
         await kept.start()
         assert await said(kept, f"{look}; cat /root/log") == f"E\n{kept.vm_id}\nrunning"
         await kept.delete()
-    async with AsyncSmolVM.from_snapshot("rest", data_dir=data_dir) as booted:
+    async with AsyncSmolVM.from_snapshot("rest", data_dir=data_dir, accel="tcg") as booted:
         assert await said(booted, look) == f"E\n{booted.vm_id}"
     for name in ("running", "another", "paused", "rest"):
         await AsyncSmolVM.delete_snapshot(name, data_dir=data_dir)
