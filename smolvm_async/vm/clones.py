@@ -84,7 +84,7 @@ async def restore(kind: type[V], name: str, options: CloneOptions, data_dir: Pat
     """Start a VM from a snapshot in `data_dir`."""
     vms: list[V] = []
     async with _all_or_none(vms), held_snapshot(data_dir / SNAPSHOTS, name) as held:
-        await _start(kind, held, (data_dir / SNAPSHOTS, name), [options], vms)
+        await _start(kind, held, [options], vms)
     return vms
 
 
@@ -92,7 +92,7 @@ async def fork(vm: V, count: int, options: CloneOptions) -> list[V]:
     """Start clones of a running VM."""
     vms: list[V] = []
     async with _all_or_none(vms), forked(vm) as held:
-        await _start(type(vm), held, held, [options] * count, vms)
+        await _start(type(vm), held, [options] * count, vms)
     return vms
 
 
@@ -128,7 +128,6 @@ async def forked(vm: AsyncSmolVM) -> AsyncIterator[Snapshot]:
 async def _start(
     kind: type[V],
     held: Snapshot,
-    snapshot: Snapshot | tuple[Path, str],
     options: Sequence[CloneOptions],
     vms: list[V],
 ) -> None:
@@ -139,7 +138,7 @@ async def _start(
         defaults["accel"] = record.accelerator
     for each in options:
         config = make_clone_config(record.config, **{**defaults, **each})
-        plan = make_clone_plan(config, record, snapshot, each.get("on_progress"))
+        plan = make_clone_plan(config, record, held, each.get("on_progress"))
         vms.append(kind._of_plan(plan))
     starts = [asyncio.ensure_future(vm.start()) for vm in vms]
     try:

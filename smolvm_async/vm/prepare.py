@@ -83,22 +83,25 @@ async def snapshot_to_start(plan: Plan, machine: Machine | None) -> AsyncIterato
     snapshot = plan.snapshot
     if machine is not None:  # a kept VM that has run before
         yield None
-    elif isinstance(snapshot, tuple):
-        from smolvm_async.state.snapshots import held_snapshot  # a boot does not need it
-
-        async with held_snapshot(*snapshot) as held:
-            yield held
     elif snapshot is None and plan.config.boot == "warm":
-        from smolvm_async.vm.warm import ready_guest
+        from smolvm_async.vm.warm import ready_guest  # a boot does not need it
 
         async with ready_guest(plan) as ready:
             yield ready
-    elif snapshot is not None and snapshot.fd < 0:
-        raise VMNotRunningError(
-            f"{plan.config.vm_id} is a clone of fork(), which starts only once: call fork() again."
-        )
-    else:
+    elif snapshot is None or (not isinstance(snapshot, tuple) and snapshot.fd >= 0):
         yield snapshot
+    else:
+        from smolvm_async.state.snapshots import NewSnapshot, held_snapshot
+
+        if isinstance(snapshot, NewSnapshot):
+            raise VMNotRunningError(
+                f"{plan.config.vm_id} is a clone of fork(), which starts only once: call fork() "
+                "again."
+            )
+        if not isinstance(snapshot, tuple):
+            snapshot = (snapshot.path.parent, snapshot.path.name)
+        async with held_snapshot(*snapshot) as held:
+            yield held
 
 
 async def prepare(
