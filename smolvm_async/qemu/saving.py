@@ -29,7 +29,8 @@ explain the rest of the code:
   VM stays in QEMU's state `postmigrate`, and must run for an instant before it is saved again.
 - QEMU keeps `migrate fd:` in its process and may spawn nothing (`-sandbox spawn=deny` forbids
   `exec:`); `file:` needs QEMU 8.2.
-- While a machine loads, `cont` only notes that its guest is to run as soon as it is loaded.
+- While a machine loads, `cont` only notes that its guest may run; a guest that stood still when it
+  was saved then stands still.
 """
 
 from __future__ import annotations
@@ -258,6 +259,13 @@ async def load(monitor: Monitor, file: int) -> None:
     await monitor.execute("migrate-set-capabilities", _capabilities(**{"x-ignore-shared": True}))
     await monitor.send_descriptor(CHANNEL, file)
     await monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"})
+
+
+async def go_on_loaded(monitor: Monitor) -> None:
+    """Let the guest run as soon as the machine is loaded."""
+    while await _lasts(monitor, "query-status", "inmigrate"):
+        pass  # `cont` would have no effect: the machine was saved while its guest stood still
+    await monitor.execute("cont")
 
 
 def open_new(path: Path, size: int = 0) -> int:

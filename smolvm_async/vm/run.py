@@ -384,10 +384,14 @@ class VMRun:
 
     async def _go_on_from(self, saved: SavedMachine) -> None:
         """Let a loaded guest go on, and set it right before anybody uses it."""
-        await self._monitor.execute("cont")
-        waited: set[asyncio.Future[Any]] = {self._resumed, self.processes.qemu.exited}
+        from smolvm_async.qemu.saving import go_on_loaded  # a boot does not need it
+
         deadline = self._plan.config.timeouts.launch
-        await asyncio.wait(waited, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                await go_on_loaded(self._monitor)
+                waited: set[asyncio.Future[Any]] = {self._resumed, self.processes.qemu.exited}
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not self._resumed.done():
             raise LaunchError(f"QEMU did not load the saved machine within {deadline:g} s")
         vm_id = saved.record.config.vm_id
