@@ -108,8 +108,8 @@ PLAN: list[tuple[str, list[Story], int]] = [
     ("cancel", [restored, forked, attached], 37),
     ("cancel, and 1 await later", [saved, kept], 37),
     ("SIGKILL QEMU", [saved], 19),
-    ("SIGKILL QEMU", [saved_clone, restored, kept], 53),
-    ("EMFILE for 5 awaits", [saved_clone, forked], 43),
+    ("SIGKILL QEMU", [saved_clone, restored, kept], 79),
+    ("EMFILE for 5 awaits", [saved_clone, forked], 79),
     ("EMFILE to the end", [saved], 19),
 ]
 
