@@ -13,7 +13,7 @@ from tests.debian13.host import Debian13, debian13
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(3000)]
 
-SHORT = (  # the doctor, the built-in Linux, the main job, a kept VM, a crash, the desktop
+SHORT = (  # doctor, built-in Linux, main job, kept VM, crash, desktop, snapshots
     "tests/integration/test_doctor.py::test_this_host_runs_guests",
     "tests/integration/test_launch.py::test_qemu_warns_of_nothing",
     "tests/integration/test_linux.py::test_the_newcomers_line_answers",
@@ -21,11 +21,14 @@ SHORT = (  # the doctor, the built-in Linux, the main job, a kept VM, a crash, t
     "tests/integration/test_kept.py::test_every_boot_has_the_same_command_line_with_the_machine_type_pinned",
     "tests/faults/test_crashes.py::test_a_process_that_is_killed_cancels_the_body_and_is_named",
     "tests/integration/test_screen.py::test_screenshots_at_every_time_of_a_vms_life",
+    "tests/integration/test_snapshots.py::test_what_is_damaged_or_missing_is_refused_before_anything_is_made",
+    "tests/faults/test_snapshots.py::test_a_twin_or_a_disk_that_fails_leaves_the_vm_unharmed",
 )
 LONG = (
     *("tests/integration/test_doctor.py", "tests/integration/test_linux.py"),
     *("tests/integration/test_main_job.py", "tests/integration/test_kept.py"),
     *("tests/integration/test_fleet.py", "tests/integration/test_other_processes.py"),
+    *("tests/integration/test_snapshots.py", "tests/faults/test_snapshots.py"),
     *("tests/faults/test_crashes.py", "tests/integration/test_launch.py::test_any_path_will_do"),
     "tests/integration/test_launch.py::test_qemu_warns_of_nothing",
     "tests/integration/test_screen.py::test_screenshots_at_every_time_of_a_vms_life",
