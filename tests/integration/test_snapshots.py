@@ -88,6 +88,17 @@ async def test_a_linux_guest_goes_on_in_clones_of_clones_and_boots_from_a_snapsh
         await AsyncSmolVM.delete_snapshot(name, data_dir=data_dir)
 
 
+async def test_the_first_random_numbers_of_clones_differ(data_dir: Path) -> None:
+    look = (
+        "head -c 16 /dev/urandom | md5sum; cat /proc/sys/kernel/random/uuid; hostname; "
+        "md5sum </run/smolvm/host_key; cat /proc/sys/kernel/random/boot_id"
+    )
+    async with AsyncSmolVM(data_dir=data_dir, accel="tcg") as vm, vm.fork(8) as clones:
+        answers = await asyncio.gather(*(said(each, look) for each in (vm, *clones)))
+    drawn = zip(*(answer.splitlines() for answer in answers), strict=True)
+    assert [len(set(values)) for values in drawn] == [9] * 5
+
+
 async def test_what_is_damaged_or_missing_is_refused_before_anything_is_made(
     blank: dict[str, Any], tmp_path: Path
 ) -> None:
