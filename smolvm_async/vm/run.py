@@ -416,7 +416,7 @@ class VMRun:
         self._clone = clone = Clone(config.vm_id, self.link, self.parked, before, self._login)
         if record.ready:
             self.link.serving = True
-            await clone.set_right(config.timeouts.launch)
+            await clone.set_right(config.timeouts.boot)  # a busy guest may take long
         elif self.parked is not None:  # the process may not run yet, and reads the message later
             self._monitor.start_task(clone.set_right(config.timeouts.boot))
 

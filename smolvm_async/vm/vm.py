@@ -490,7 +490,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         random numbers.
 
         The snapshot fixes the guest OS, image, memory, cores and resolution. A snapshot of a kept
-        VM at rest boots.
+        VM at rest boots. Files that were changed are refused, but nothing shows who has made a
+        snapshot, and QEMU loads the state of its devices: start only snapshots of people you trust.
 
         Args:
             name: The snapshot's name.
