@@ -21,7 +21,7 @@ from smolvm_async.state.status import Status
 
 logger = get_logger(__name__)
 
-DYING = 2.0  # seconds to wait until the last thread of a dead owner releases the lock
+DYING = 10.0  # seconds to wait until the last thread of a dead owner releases the lock
 LOCK = "max_memory.lock"  # in the data directory; a VM cannot have this id
 
 

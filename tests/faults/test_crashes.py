@@ -105,7 +105,10 @@ async def test_a_crash_behind_the_back_of_a_busy_loop_is_seen(
 async def test_a_refusal_of_qemu_is_not_blamed_on_swtpm(
     blank_image: Path, data_dir: Path, fake: FakeProgram
 ) -> None:
-    fake("qemu-system-x86_64", 'exec $REAL "$@" -m size=9999G')
+    fake(
+        "qemu-system-x86_64",
+        'exec $REAL "$@" -object memory-backend-ram,id=more,size=9999G,prealloc=on',
+    )
     for _ in range(10):
         vm = AsyncSmolVM(os="windows", image=blank_image, data_dir=data_dir, accel="tcg")
         with pytest.raises(LaunchError, match=r"start\. QEMU ended: exit status 1") as raised:

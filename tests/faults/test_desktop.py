@@ -540,8 +540,13 @@ async def test_a_picture_for_which_there_is_no_memory_is_an_error_and_no_crash(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    memfd_create = os.memfd_create
+
+    def create(name: str) -> int:
+        return os.open(small_disk / name, flags) if name == "screen" else memfd_create(name)
+
     with monkeypatch.context() as patch:  # as a memfd is, where memory is not overcommitted
-        patch.setattr(os, "memfd_create", lambda name: os.open(small_disk / name, flags))
+        patch.setattr(os, "memfd_create", create)
         vm = vm_in(data_dir, blank_image, resolution="640x480")
         await vm.start()
     filler = fill_up(small_disk)
