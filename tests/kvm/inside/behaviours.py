@@ -165,24 +165,6 @@ async def beats(vm: AsyncSmolVM) -> int:
     return int((await vm.run("wc -l </run/beats", check=True)).stdout)
 
 
-async def test_a_snapshot_of_a_guest_that_writes_is_restored_and_forked(
-    vm: AsyncSmolVM, data_dir: Path
-) -> None:
-    """The memory is sent while the guest runs and changes it."""
-    writes = (
-        "while sleep 0.2; do head -c 64K /dev/urandom | tee /run/a >/run/b; cmp /run/a /run/b; done"
-    )
-    await vm.run(f"({writes}) </dev/null >/run/differences 2>&1 & echo A >/root/state", check=True)
-    await vm.snapshot("one")
-    await vm.run("echo B >/root/state", check=True)
-    async with AsyncSmolVM.from_snapshot("one", data_dir=data_dir) as clone, vm.fork(1) as forks:
-        look = "cat /root/state /run/differences; dmesg | grep -ci -e panic -e 'oops' || true"
-        said = [(await each.run(look, check=True)).stdout for each in (clone, *forks, vm)]
-    assert said == ["A\n0\n", "B\n0\n", "B\n0\n"]
-    await vm.run("pkill tee; pkill -f urandom || true")
-    await AsyncSmolVM.delete_snapshot("one", data_dir=data_dir)
-
-
 async def test_a_kept_vm_powers_down_and_starts_again(vm: AsyncSmolVM, data_dir: Path) -> None:
     await vm.run("echo precious >/root/note", check=True)
     report = await vm.stop()
