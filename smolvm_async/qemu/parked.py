@@ -18,6 +18,7 @@ from smolvm_async.guests import GuestProfile
 
 LIMIT = 4096  # bytes of the guest's answers that stay in memory; the guest may write more
 SEED = 64  # bytes of new entropy
+ENDED = "QEMU has ended"
 PARKED, RIGHT = "parked", "right"  # the guest's lines
 
 
@@ -91,7 +92,7 @@ class Parked(Tail):
         except TimeoutError:
             return f"its parked process did not answer within {timeout:g} s", False
         if line is None:
-            return "QEMU has ended", False
+            return ENDED, False
         return "" if line == expected else line, True
 
     async def _next_line(self) -> str | None:

@@ -117,7 +117,8 @@ async def forked(vm: AsyncSmolVM) -> AsyncIterator[Snapshot]:
             yield new
         return
     try:
-        await vm._vm.snapshot(name, {})  # only the owner can take it
+        # Only the owner can take it, and takes it even if this call is cancelled: then wait.
+        await settle(vm._vm.snapshot(name, {}))
         async with held_snapshot(root, name) as held:
             yield held
     finally:

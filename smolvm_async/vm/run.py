@@ -86,6 +86,7 @@ if TYPE_CHECKING:  # a snapshot, or a start from one, imports them
 
 logger = get_logger(__name__)
 
+NO_ROOM = "The disk is probably full: free some space for the guest's memory in {}."
 SAVABLE = ("running", "paused", "postmigrate")  # QEMU's run states in which a snapshot is possible
 
 T = TypeVar("T")
@@ -252,7 +253,9 @@ class VMRun:
                 if self.processes.ended:
                     raise VMNotRunningError(f"{vm_id} has ended.") from error
                 message = f"The snapshot of {vm_id} could not be made: {error}"
-                raise self.troubles.explain(SnapshotError(message)) from error
+                # A page of the RAM's file for which the disk has no room is a SIGBUS of the twin.
+                hint = NO_ROOM.format(new.path.parent) if "SIGBUS" in message else ""
+                raise self.troubles.explain(SnapshotError(message, hint=hint)) from error
         if status == "running" and await self.guest_status() not in (status, "") and self._stopped:
             self._on_event(self._stopped)  # it was not the snapshot that has stopped the guest
         return record
@@ -394,18 +397,22 @@ class VMRun:
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not self._resumed.done():
             raise LaunchError(f"QEMU did not load the saved machine within {deadline:g} s")
-        vm_id = saved.record.config.vm_id
-        evidence = f"restored from a snapshot of {vm_id}"
-        self.boot.enter(BootState.OPERATING_SYSTEM, evidence)
+        record = saved.record
+        source = record.config.vm_id
+        if self._plan.snapshot is None:  # the user does not know the VM of the cached snapshot
+            source = "a ready guest"
+        evidence = f"restored from a snapshot of {source}"
+        state = BootState.OPERATING_SYSTEM if record.ready else BootState.FIRMWARE
+        self.boot.enter(state, evidence)  # `watch` notices the operating system of a booting guest
         if saved.login is not None:
-            await self._set_right(saved.record, saved.login)
-        elif saved.record.ready:
+            await self._set_right(record, saved.login)
+        elif record.ready:
             from smolvm_async.vm.set_right import NOT_REACHED
 
             logger.warning(NOT_REACHED)
         # Variables are set over SSH, which `_probe` does before the guest is ready.
-        if saved.record.ready and not self._plan.config.env:
-            self.boot.enter(BootState.READY, f"{evidence}, whose guest was ready")
+        if record.ready and not self._plan.config.env:
+            self.boot.enter(BootState.READY, evidence)
 
     async def _set_right(self, record: SnapshotRecord, before: Login) -> None:
         """Set the clone right; if its guest was not ready yet, as soon as it is."""

@@ -23,7 +23,7 @@ from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Login
 from smolvm_async.errors import ConnectionLostError
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.qemu.parked import Parked
+from smolvm_async.qemu.parked import ENDED, Parked
 
 if TYPE_CHECKING:
     from asyncssh import SSHClientConnection
@@ -72,7 +72,7 @@ class Clone:
         self.is_right = True
         if done:
             self.login = self._own
-        if problem:
+        if problem and problem != ENDED:
             logger.warning(NOT_RESEEDED, problem)
 
     async def _set_right_over_ssh(self) -> tuple[str, bool]:

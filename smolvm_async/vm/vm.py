@@ -423,13 +423,16 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     async def snapshot(self, name: str, *, labels: Mapping[str, str] | None = None) -> SnapshotInfo:
         """Save the VM as it is: disk, UEFI variables, TPM, memory and devices, all of one moment.
 
-        The VM may run, be paused, or be a kept VM at rest. A running VM goes on: its guest stands
-        still for some milliseconds, while the save takes about a second for each GiB of used
-        memory. A paused VM stays paused; the second snapshot of the same pause lets it run for an
-        instant first. Snapshots share the layers of the disk with the VM and with each other. After
-        16 snapshots the disk is flattened into one layer, which copies what the guest has written.
+        The VM may run, be paused, or be a kept VM at rest. A running VM goes on. Under KVM, its
+        guest stands still for some milliseconds. Under TCG it stands still while its memory is
+        copied: a tenth of a second for a VM that has booted, but a second and more for each 512 MiB
+        of a clone, such as a VM that has started warm; deadlines of commands go on. A paused VM
+        stays paused; the second snapshot of the same pause lets it run for an instant first.
+        Snapshots share the layers of the disk with the VM and with each other. After 16 snapshots
+        the disk is flattened into one layer, which copies what the guest has written.
 
         The snapshot contains the guest's memory, and so its secrets. Only this user can read it.
+        The VM's owner takes the snapshot: in another process, a cancelled call does not stop it.
 
         Args:
             name: A name like a VM id: lower-case letters, digits, hyphens.
@@ -536,13 +539,19 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             SnapshotError, LaunchError, ...: See `snapshot()` and `from_snapshot()`.
         """
         from smolvm_async.config.checks import check_integer
-        from smolvm_async.config.options import check_clone_options
+        from smolvm_async.config.options import check_clone_options, make_clone_config
         from smolvm_async.vm.clones import Starting, fork
 
         check_integer("count", count, 1, 1000, "a whole number from 1 to 1000")
         check_clone_options(options)
         if options.get("vm_id") is not None:
             raise ConfigError("vm_id= cannot be given: each clone gets an id of its own.")
+        config = make_clone_config(self._vm.config, **options)  # before the guest stands still
+        if count > 1 and any(forward.host_port is not None for forward in config.port_forwards):
+            raise ConfigError(
+                "port_forwards= cannot have a port of the host: the clones cannot share it. Pass "
+                "only ports of the guest."
+            )
         running(self._vm)
         return Starting(lambda: fork(self, count, options), lambda vms: vms)
 

@@ -41,6 +41,7 @@ from smolvm_async.foundation.tasks import Shared, in_background, in_thread
 from smolvm_async.host.processor import describe_processor
 from smolvm_async.images.build.workshop import key_of
 from smolvm_async.qemu.arguments import Descriptors, DirectBoot, MachineSpec, qemu_arguments
+from smolvm_async.state.directory import check_data_dir
 from smolvm_async.state.registry import prune_vms
 from smolvm_async.state.snapshots import (
     Snapshot,
@@ -124,15 +125,18 @@ def _name(plan: Plan, source: Source) -> str:
 
 async def _make(plan: Plan, root: Path, name: str) -> None:
     await in_background(make_private, root)
+    await in_thread(check_data_dir, root)  # before the boot, which would be in vain
     lock = LockFile(root / f"{name}.lock")
-    report(plan.on_progress, Progress("boot", "waiting for another process's snapshot", 0.0))
+    if (root / f"{name}.lock").exists():
+        message = "waiting for the process that makes the snapshot of a ready guest"
+        report(plan.on_progress, Progress("snapshot", message, 0.0))
     async with lock.hold():
         if (root / name).exists():  # another process has made it
             return
         templates = root / "templates"
         await prune_vms(templates)  # of processes that were killed
         vm = _template(plan, templates)
-        report(plan.on_progress, Progress("boot", "booting a guest for the snapshot", 0.0))
+        report(plan.on_progress, Progress("snapshot", "booting a guest for the snapshot", 0.0))
         try:
             await vm.start()
             assert vm.run is not None
