@@ -47,7 +47,7 @@ from typing import Any
 
 from smolvm_async.errors import MonitorError, SmolVMError
 from smolvm_async.foundation.fork import private
-from smolvm_async.foundation.tasks import settle
+from smolvm_async.foundation.tasks import in_background, settle
 from smolvm_async.qemu.arguments import MachineSpec
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.launch import SAME_END, Processes, launch
@@ -60,6 +60,7 @@ PASSES = 4  # times that QEMU sends what has changed before the guest is stopped
 DOWNTIME = 50  # ms that the guest may stand still by QEMU's estimate before its end
 UNLIMITED = 1 << 40  # bytes per second
 LOOK = 0.002  # seconds between two looks at a migration; a look takes 0.2 ms
+CHUNK = 1 << 20  # bytes
 PATIENCE = 60.0  # seconds for each step, except sending the memory while the guest runs
 
 
@@ -255,10 +256,28 @@ async def activate(monitor: Monitor) -> None:
 
 
 async def load(monitor: Monitor, file: int) -> None:
-    """Begin to load a machine from an open file. QEMU ends if it cannot load the machine."""
+    """Begin to load a machine from an open file. QEMU ends if it cannot load the machine.
+
+    From QEMU 9.1 on, `fd:` with a file is deprecated, and `file:` needs QEMU 8.2. So QEMU gets a
+    socket, into which a thread writes the file.
+    """
     await monitor.execute("migrate-set-capabilities", _capabilities(**{"x-ignore-shared": True}))
-    await monitor.send_descriptor(CHANNEL, file)
-    await monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"})
+    ours, qemus = socket.socketpair()
+    with ours:
+        private(ours.fileno())
+        with qemus:
+            await monitor.send_descriptor(CHANNEL, qemus.fileno())
+        await monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"})
+        await in_background(_write, file, ours)
+
+
+def _write(file: int, channel: socket.socket) -> None:
+    channel.settimeout(PATIENCE)
+    offset = 0
+    with suppress(OSError):  # QEMU has ended, and its end tells more
+        while part := os.pread(file, CHUNK, offset):
+            channel.sendall(part)
+            offset += len(part)
 
 
 async def go_on_loaded(monitor: Monitor) -> None:
