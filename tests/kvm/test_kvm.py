@@ -77,7 +77,7 @@ def inside(tmp_path_factory: pytest.TempPathFactory) -> Inside:
 
 
 async def run_inside(directory: Path) -> Inside:
-    """Run all tests in a host guest; if it freezes, run the remaining ones in another."""
+    """Run all tests in a host guest; if it freezes or ends, run the remaining ones in another."""
     guest = await build_host_guest()
     packed = await asyncio.to_thread(pack, directory)
     results: dict[str, dict[str, Any]] = {}
@@ -97,7 +97,7 @@ async def run_in(
     results: dict[str, dict[str, Any]],
     printed: list[str],
 ) -> bool:
-    """Boot a host guest, and run tests in it until all have results; return whether it froze."""
+    """Boot a host guest, and run tests in it; return whether it froze or ended before the end."""
     vm = AsyncSmolVM(
         os="linux",
         image=guest.disk,
@@ -128,6 +128,7 @@ async def run_in(
         return True
     except SmolVMError as error:
         printed.append(f"The host guest's tests ended early: {error!r}")
+        return True
     finally:
         await vm.delete()
     return False
