@@ -13,14 +13,15 @@ import os
 import shlex
 import stat
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from smolvm_async.errors import (
     ConfigError,
+    SnapshotError,
     VMAlreadyExistsError,
     VMElsewhereError,
     VMNotFoundError,
@@ -49,6 +50,8 @@ from smolvm_async.state.orphans import end_orphans, killed_orphan
 from smolvm_async.state.record import Record, read_record
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 NO_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # missing, a file, or a link
 REMOVED = (errno.ENOENT, errno.ESTALE)  # the directory that was opened was removed since
@@ -519,6 +522,33 @@ def find_directory(path: Path) -> int:
         if error.errno in NO_DIRECTORY:
             raise not_found(path) from None
         raise cannot_use(path, error) from error
+
+
+def read_each(paths: Iterable[Path], read: Callable[[Path, int], T | None]) -> Iterator[T]:
+    """Yield what `read` returns for each directory, unless it returns `None`.
+
+    Args:
+        read: Called with the path and the descriptor of the open directory. If it raises a
+            `ConfigError` or a `SnapshotError`, the error is logged as a warning.
+    """
+    for path in paths:
+        try:
+            fd = open_directory(path)
+        except OSError as error:
+            if error.errno in (*NO_DIRECTORY, errno.EACCES):
+                continue  # it was removed meanwhile, or belongs to another user
+            raise cannot_use(path, error) from error
+        try:
+            found = read(path, fd)
+        except (ConfigError, SnapshotError) as error:
+            logger.warning("%s", error)
+            continue
+        except OSError as error:
+            raise cannot_use(path, error) from error
+        finally:
+            os.close(fd)
+        if found is not None:
+            yield found
 
 
 def open_directory(path: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import time
@@ -15,7 +14,11 @@ from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.foundation.locking import LockFile, is_locked, poll
 from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.tasks import in_background, in_thread
-from smolvm_async.state.directory import NO_DIRECTORY, VMDirectory, cannot_use, open_directory
+from smolvm_async.state.directory import (
+    VMDirectory,
+    cannot_use,
+    read_each,
+)
 from smolvm_async.state.record import Record, read_record
 from smolvm_async.state.status import Status
 
@@ -77,26 +80,13 @@ def describe(record: Record, status: Status) -> VMInfo:
 
 def survey(data_dir: Path) -> Iterator[tuple[Record, Status]]:
     """Yield the record of every VM, and the VM's status."""
-    for path in _directories(data_dir):
-        try:
-            fd = open_directory(path)
-        except OSError as error:
-            if error.errno in (*NO_DIRECTORY, errno.EACCES):
-                continue  # it was removed meanwhile, or belongs to another user
-            raise cannot_use(path, error) from error
-        try:
-            held = is_locked(fd)  # before reading the record: an owner writes it, then unlocks
-            record = read_record(path, fd)
-            status = record.status_seen(fd, held=held) if record is not None else None
-        except ConfigError as error:
-            logger.warning("%s", error)
-            continue
-        except OSError as error:
-            raise cannot_use(path, error) from error
-        finally:
-            os.close(fd)
-        if record is not None and status is not None:
-            yield record, status
+    return read_each(_directories(data_dir), _read)
+
+
+def _read(path: Path, fd: int) -> tuple[Record, Status] | None:
+    held = is_locked(fd)  # before reading the record: an owner writes it, then unlocks
+    record = read_record(path, fd)
+    return (record, record.status_seen(fd, held=held)) if record is not None else None
 
 
 async def prune_vms(data_dir: Path, gone_host: str | None = None) -> list[VMInfo]:

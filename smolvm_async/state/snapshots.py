@@ -13,25 +13,22 @@ still belong together; they do not prove who has made the snapshot.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from smolvm_async.config.checks import VM_ID, check_snapshot_name
-from smolvm_async.errors import SnapshotError
 from smolvm_async.foundation.entries import copy, link_or_copy, names_in, open_regular
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import acquired, in_background
 from smolvm_async.state.directory import (
-    NO_DIRECTORY,
     Lease,
     VMDirectory,
     cannot_use,
     discard,
     is_at,
-    open_directory,
+    read_each,
 )
 from smolvm_async.state.names import LAYER, TPM
 from smolvm_async.state.record import to_json
@@ -277,26 +274,13 @@ def survey_snapshots(root: Path) -> Iterator[tuple[SnapshotRecord, SnapshotInfo]
         return
     except OSError as error:
         raise cannot_use(root, error) from error
-    for name in sorted(name for name in names if re.fullmatch(VM_ID, name)):
-        path = root / name
-        try:
-            fd = open_directory(path)
-        except OSError as error:
-            if error.errno in (*NO_DIRECTORY, errno.EACCES):
-                continue  # it was deleted meanwhile, or belongs to another user
-            raise cannot_use(path, error) from error
-        try:
-            record = read_snapshot(path, fd)
-            found = (record, SnapshotInfo.of(name, record, fd)) if record is not None else None
-        except SnapshotError as error:
-            logger.warning("%s", error)
-            continue
-        except OSError as error:
-            raise cannot_use(path, error) from error
-        finally:
-            os.close(fd)
-        if found is not None:
-            yield found
+    paths = (root / name for name in sorted(names) if re.fullmatch(VM_ID, name))
+    yield from read_each(paths, _read)
+
+
+def _read(path: Path, fd: int) -> tuple[SnapshotRecord, SnapshotInfo] | None:
+    record = read_snapshot(path, fd)
+    return (record, SnapshotInfo.of(path.name, record, fd)) if record is not None else None
 
 
 def _make(path: Path) -> NewSnapshot:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Login
+from smolvm_async.controls.ssh.script import as_root
 from smolvm_async.errors import ConnectionLostError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.qemu.parked import ENDED, Parked
@@ -80,11 +81,10 @@ class Clone:
         values = {**message(self._vm_id, self._own), "old_key": self.login.key.public}
         lines = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in values.items())
         script = files(__package__).joinpath(SCRIPT).read_text()
-        as_root = f'[ "$(id -u)" = 0 ] || exec sudo -n sh -c {shlex.quote(script)}\n{script}'
 
         async def run(connection: SSHClientConnection) -> Any:
-            command = f"exec sh -c {shlex.quote(as_root)}"  # the secrets are only on the input
-            return await connection.run(command, input=lines.encode(), encoding=None)
+            # The secrets are only on the input.
+            return await connection.run(as_root(script), input=lines.encode(), encoding=None)
 
         try:
             async with self._link.apart(run) as result:

@@ -20,7 +20,7 @@ that has started from a snapshot does not need it any more.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -179,20 +179,22 @@ def _template(plan: Plan, data_dir: Path) -> OwnedVM:
 async def _limit(root: Path) -> None:
     """Remove the least recently used snapshots above the limit."""
     found = await in_background(_by_use, root)
-    for path in found[:-MOST]:
-        with suppress(SnapshotNotFoundError):
-            await delete_snapshot(root, path.name)
+    await _delete(found[:-MOST])
 
 
 async def prune_ready_guests() -> int:
     """Remove all snapshots of ready guests, and return their number. VMs that run go on."""
     root = cache_root()
     found = await in_background(_by_use, root)
-    for path in found:
-        with suppress(SnapshotNotFoundError):
-            await delete_snapshot(root, path.name)
+    await _delete(found)
     await prune_vms(root / "templates")
     return len(found)
+
+
+async def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(SnapshotNotFoundError):  # another process has deleted it
+            await delete_snapshot(path.parent, path.name)
 
 
 def _by_use(root: Path) -> list[Path]:

@@ -8,13 +8,13 @@ guest is still booting, the clock is set as soon as the guest is ready.
 from __future__ import annotations
 
 import asyncio
-import shlex
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from smolvm_async.controls.ssh.execution import run_apart
 from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.script import as_root
 from smolvm_async.errors import ConnectionLostError
 from smolvm_async.foundation.log import get_logger
 
@@ -104,5 +104,4 @@ def script(now: float) -> str:
         f'[ "$(date +%s)" -ge {int(now)} ] || date -s @{now:.3f} >/dev/null '
         f"|| date -s @{int(now)} >/dev/null"
     )
-    as_root = f'[ "$(id -u)" = 0 ] || exec sudo -n sh -c {shlex.quote(to_set)}\n{to_set}'
-    return f"exec sh -c {shlex.quote(as_root)}"  # the user's own shell may not be a POSIX shell
+    return as_root(to_set)

@@ -79,6 +79,14 @@ def killer(mark: str) -> str:
     return f"{own}\n{_AS_ROOT} sudo -n sh -c {shlex.quote(_tree_killer(find))}"
 
 
+def as_root(posix_script: str) -> str:
+    """Return a command that runs a script as root, if need be with sudo."""
+    sudo = f'[ "$(id -u)" = 0 ] || exec sudo -n sh -c {shlex.quote(posix_script)}'
+    # The user's own shell may not be a POSIX shell.
+    whole = f"{sudo}\n{posix_script}"
+    return f"exec sh -c {shlex.quote(whole)}"
+
+
 # Only root may kill processes that a user started with sudo, and read the mark of sudo itself.
 _AS_ROOT = '[ "$(id -u)" = 0 ] || ! grep -qsx sudo /proc/[0-9]*/comm ||'
 
