@@ -152,6 +152,24 @@ def test_a_program_on_a_file_system_without_execution_is_named(
     assert f"mount -o remount,exec {tmp_path}" in error["hint"]
 
 
+SYMPTOMS = (  # of QEMU 7.2 between 1.0 and 3.3 GB, by its memory and by chance
+    "cannot set up guest memory 'pc.ram': Cannot allocate memory",
+    "GLib: ../../../glib/gmem.c:136: failed to allocate 5 bytes",
+    "qemu: qemu_thread_create: Resource temporarily unavailable",
+    "QEMU ended: killed by SIGSEGV.\nLog:\n(empty)",
+)
+
+
+def test_each_symptom_of_too_little_address_space_names_the_limit() -> None:
+    program = (
+        "import sys; from smolvm_async.host.restrictions import find_cause; "
+        "print(*(find_cause(text).reason for text in sys.argv[1:]), sep='\\n')"
+    )
+    words = under(["RLIMIT_AS=3000000000"], "-c", program, *SYMPTOMS)
+    told = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    assert told.count("RLIMIT_AS of this process is 3000000000") == len(SYMPTOMS)
+
+
 async def run_to_launch_error(arguments: dict[str, Any]) -> LaunchError:
     with pytest.raises(LaunchError) as raised:
         await AsyncSmolVM(**arguments).start()
@@ -189,6 +207,6 @@ def test_a_restriction_that_the_host_does_not_have_is_not_blamed(tmp_path: Path)
         "Could not open 'x': Permission denied",
         "flock(2) failed: No locks available",
         "Operation not permitted",
-        "Resource temporarily unavailable",
+        *SYMPTOMS,
     ):
         assert find_cause(text, tmp_path) is None
