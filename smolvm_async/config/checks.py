@@ -134,6 +134,8 @@ def check_labels(labels: object) -> dict[str, str]:
             f"labels={shown(labels)} is wrong: pass a mapping with at most {MAX_LABELS} labels, "
             "such as labels={'project': 'x'}."
         )
+    if "" in labels:
+        raise ConfigError("labels= has an empty name: give each label a name.")
     for part in (*labels, *labels.values()):
         if not isinstance(part, str) or len(part) > MAX_LABEL or not part.isprintable():
             raise ConfigError(

@@ -153,25 +153,19 @@ class CloneOptions(TypedDict, total=False):
     on_progress: ProgressCallback | None
 
 
-def check_clone_options(options: Mapping[str, object]) -> None:
-    """Check the names of the arguments of a clone."""
+def check_clone_options(options: Mapping[str, object], function: str) -> None:
+    """Check the names of the arguments of a clone, which `function` got."""
     for name in options:
         if name in VMOptions.__annotations__ and name not in CloneOptions.__annotations__:
             raise ConfigError(f"{name}= cannot be given: the snapshot fixes it. Leave {name}= out.")
         if name not in CloneOptions.__annotations__:
-            raise TypeError(f"got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{function} got an unexpected keyword argument {name!r}")
 
 
 def make_clone_config(source: VMConfig, **options: Unpack[CloneOptions]) -> VMConfig:
     """Return the configuration of a clone of a VM that has the configuration `source`."""
-    check_clone_options(options)
-    own, fields = CloneOptions.__annotations__, VMConfig.model_fields
-    chosen = ((name, value) for name, value in source if value not in ("", fields[name].default))
-    fixed: Any = {name: value for name, value in chosen if name not in own}
-    if isinstance(source.origin, PublishedImage):
-        checked = make_config(**{**fixed, "os": None}, **options)
-        return complete(checked, source.os, None, None)
-    return make_config(**fixed, **options)
+    own = dict.fromkeys(CloneOptions.__annotations__)
+    return _make_again(source, {**own, **DEFAULTS, **options})
 
 
 def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) -> VMConfig:
@@ -201,15 +195,19 @@ def recheck(config: VMConfig) -> VMConfig:
     Raises:
         ConfigError: A value is wrong.
     """
-    fields = VMConfig.model_fields
-    options: dict[str, Any] = {n: value for n, value in config if value != fields[n].default}
-    options["image"] = config.image or None
     if config.os not in GUESTS:
         raise ConfigError(f"os={shown(config.os)} is not a known guest OS: pass {CHOICES}.")
+    return _make_again(config, {})
+
+
+def _make_again(config: VMConfig, options: Mapping[str, Any]) -> VMConfig:
+    """Make a configuration again from its arguments, with these `options` instead of its own."""
+    fields = VMConfig.model_fields
+    given: Any = {name: value for name, value in config if value != fields[name].default}
+    given.update(options, image=config.image or None)
     if isinstance(config.origin, PublishedImage):
-        options["os"] = None
-        return complete(make_config(**options), config.os, None, None)
-    return make_config(**options)
+        return complete(make_config(**{**given, "os": None}), config.os, None, None)
+    return make_config(**given)
 
 
 def new_vm_id() -> str:

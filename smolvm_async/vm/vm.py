@@ -513,7 +513,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         from smolvm_async.vm.clones import Starting, restore
 
         check_snapshot_name(name)
-        check_clone_options(options)
+        check_clone_options(options, "from_snapshot()")
         data_dir = _known_data_dir(options.get("data_dir"))
         return Starting(lambda: restore(cls, name, options, data_dir), lambda vms: vms[0])
 
@@ -543,7 +543,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         from smolvm_async.vm.clones import Starting, fork
 
         check_integer("count", count, 1, 1000, "a whole number from 1 to 1000")
-        check_clone_options(options)
+        check_clone_options(options, "fork()")
         if options.get("vm_id") is not None:
             raise ConfigError("vm_id= cannot be given: each clone gets an id of its own.")
         config = make_clone_config(self._vm.config, **options)  # before the guest stands still

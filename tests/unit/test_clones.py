@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from smolvm_async import ConfigError, SnapshotError
+from smolvm_async import AsyncSmolVM, ConfigError, SnapshotError
 from smolvm_async.config.options import make_clone_config, make_config
 from smolvm_async.host.processor import describe_processor
 from smolvm_async.host.qemu_version import qemu_version
@@ -51,9 +51,10 @@ def test_a_clone_has_the_machine_of_its_source_and_nothing_of_its_owner() -> Non
 def test_what_the_snapshot_fixes_cannot_be_given(name: str) -> None:
     options: Any = {name: 512}
     with pytest.raises(ConfigError, match=f"{name}= cannot be given: the snapshot fixes it"):
-        make_clone_config(make_config(), **options)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
-        make_clone_config(make_config(), **cast(Any, {"colour": 1}))
+        AsyncSmolVM.from_snapshot("first", **options)
+    wrong = r"from_snapshot\(\) got an unexpected keyword argument 'colour'"
+    with pytest.raises(TypeError, match=wrong):
+        AsyncSmolVM.from_snapshot("first", **cast(Any, {"colour": 1}))
 
 
 def test_a_clone_of_the_built_in_linux_and_of_a_published_image_can_be_made() -> None:

@@ -563,7 +563,16 @@ def test_the_configuration_of_a_published_image_is_checked_with_the_guest_of_its
 def test_labels_are_few_and_printable() -> None:
     assert check_labels(None) == {}
     assert check_labels({"a": "ü"}) == {"a": "ü"}
-    for wrong in ("a", ["a"], {"a": 1}, {1: "a"}, {"a": "\n"}, {"a": "x" * 257}, {"a": "\ud800"}):
+    for wrong in (
+        "a",
+        ["a"],
+        {"": "a"},
+        {"a": 1},
+        {1: "a"},
+        {"a": "\n"},
+        {"a": "x" * 257},
+        {"a": "\ud800"},
+    ):
         with pytest.raises(ConfigError, match="labels="):
             check_labels(wrong)
     with pytest.raises(ConfigError, match="at most 64 labels"):
