@@ -77,7 +77,20 @@ err = Screen(stderr=True)
 OPTIONS = {
     **{name: name for name in ("accel", "boot", "cpus", "memory", "os", "resolution", "vnc")},
     "data_dir": "data-dir",
+    "gone_host": "gone-host",
+    "keep": "keep",
+    "labels": "label",
     "vm_id": "id",
+}
+
+
+# The messages also name methods. A command, or a verb, has the same meaning.
+COMMANDS = {
+    "AsyncSmolVM.delete_snapshot()": "smolvm-async snapshot delete",
+    "AsyncSmolVM.list()": "smolvm-async list",
+    "AsyncSmolVM.snapshots()": "smolvm-async snapshot list",
+    "prune()": "smolvm-async prune",
+    **{f"{verb}()": verb for verb in ("delete", "start", "stop")},
 }
 
 
@@ -88,8 +101,10 @@ def in_options(message: str) -> str:
         value = shlex.quote(found["text"]) if found["text"] else found["number"] or ""
         return f"--{OPTIONS[found['name']]} {value}".rstrip()
 
-    value = r"(?:'(?P<text>[^'\n]*)'|(?P<number>\d+))?"
-    return re.sub(rf"\b(?P<name>{'|'.join(OPTIONS)})={value}", option, message)
+    value = r"(?:'(?P<text>[^'\n]*)'|(?P<number>\d+)|True)?"
+    message = re.sub(rf"\b(?P<name>{'|'.join(OPTIONS)})={value}", option, message)
+    calls = "|".join(map(re.escape, COMMANDS))
+    return re.sub(rf"(?<![\w.])(?:{calls})", lambda call: COMMANDS[call[0]], message)
 
 
 def say(text: str) -> None:

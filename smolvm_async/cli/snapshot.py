@@ -20,7 +20,8 @@ from smolvm_async.cli.command import (
 from smolvm_async.cli.hold import Feed, hold
 from smolvm_async.cli.output import busy, in_units, say, show_infos, write_json
 from smolvm_async.config.checks import AccelName
-from smolvm_async.config.options import CloneOptions
+from smolvm_async.config.options import CloneOptions, make_data_dir
+from smolvm_async.state.snapshots import SNAPSHOTS
 from smolvm_async.state.status import ACTIVE
 
 snapshot = typer.Typer(
@@ -152,12 +153,13 @@ def delete(
     json: Json = False,
 ) -> None:
     """Delete snapshots. The VMs that were started from them stay, and so do other snapshots."""
-    names = list(dict.fromkeys(names))
+    names, root = list(dict.fromkeys(names)), make_data_dir(data_dir) / SNAPSHOTS
 
     async def work() -> None:
         known = {info.name for info in await AsyncSmolVM.snapshots(data_dir=data_dir)}
         for name in names:
-            if name not in known:  # before anything is deleted
+            # Before anything is deleted; the list does not have a damaged snapshot.
+            if name not in known and not (root / name).is_dir():
                 raise _no_such_snapshot(name)
         for name in names:
             await AsyncSmolVM.delete_snapshot(name, data_dir=data_dir)

@@ -84,7 +84,8 @@ class Fleet:
             if that is more.
         warm: `True`: the VMs are clones of a VM that has booted. `False`: each VM boots. By
             default, only VMs of the built-in Debian are clones. A number does the same as `True`,
-            and the fleet keeps so many VMs ready ahead of the jobs of `map()`. They take memory.
+            and the fleet keeps so many VMs ready ahead of the jobs of `map()`, at most `max_live`.
+            They take memory.
         from_snapshot: The name of a snapshot that all VMs are clones of. `template` may then only
             have the arguments of `AsyncSmolVM.from_snapshot()`; `data_dir` has the snapshot.
         on_error: `"raise"`: a VM that fails cancels the block, which raises an `ExceptionGroup` of
@@ -126,6 +127,11 @@ class Fleet:
         self._max_booting = (
             booting if max_booting is None else check_count("max_booting", max_booting)
         )
+        if self._ahead > self._max_live:
+            raise ConfigError(
+                f"warm={self._ahead} VMs would wait forever: only max_live={self._max_live} may "
+                "run at once. Pass a smaller warm= or a larger max_live=."
+            )
         self._on_error = check_on_error(on_error)
         self._process = this_process()
         self._places: Places

@@ -20,7 +20,6 @@ from smolvm_async.config.checks import check_snapshot_name, shown
 from smolvm_async.config.options import (
     CloneOptions,
     VMOptions,
-    make_clone_config,
     make_config,
     new_vm_id,
 )
@@ -95,9 +94,7 @@ class Template:
     async def _look_at_snapshot(self, name: str) -> Plan:
         snapshot = (self._data_dir / SNAPSHOTS, name)
         async with held_snapshot(*snapshot) as held:
-            options = cast("CloneOptions", self._options)
-            config = make_clone_config(held.record.config, **options)
-            plan = make_clone_plan(config, held.record, snapshot, options.get("on_progress"))
+            plan = make_clone_plan(held.record, snapshot, cast("CloneOptions", self._options))
             await check_loadable(held, plan)
         return plan
 

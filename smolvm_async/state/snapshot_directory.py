@@ -28,6 +28,8 @@ from smolvm_async.errors import (
 from smolvm_async.foundation.files import make_private
 from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.process import Identity, own_identity
+from smolvm_async.host.identity import this_host
 from smolvm_async.state.directory import (
     NO_DIRECTORY,
     Lease,
@@ -37,11 +39,13 @@ from smolvm_async.state.directory import (
     is_at,
     open_directory,
 )
-from smolvm_async.state.snapshot_record import RECORD, unusable
+from smolvm_async.state.snapshot_record import is_snapshot, unusable
 
 logger = get_logger(__name__)
 
 TEMPORARY = rf"\.{VM_ID}\.(new|old)-[0-9a-f]{{8}}"
+# The snapshot of a fork that only one process uses: the key of its host, and its identity.
+FORK = r"fork-([0-9a-f]{8})-([0-9]{1,10})-([0-9]{1,19})-[0-9a-f]{8}"
 IN_USE = 5.0  # seconds to wait while another process finishes the snapshot, or looks at it
 POLL = 0.01  # seconds between two attempts
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
@@ -146,10 +150,11 @@ def delete_directory(path: Path) -> None:
         try:
             fd = open_directory(path)
             try:
-                os.stat(RECORD, dir_fd=fd, follow_symlinks=False)  # keep a directory of the user's
+                if not is_snapshot(fd):  # keep a directory of the user's
+                    raise not_found(path)
             finally:
                 os.close(fd)
-            path.rename(_temporary(path, "old"))
+            _unname(path)
         except OSError as error:
             raise (not_found(path) if error.errno in NO_DIRECTORY else error) from None
         remove_leftovers(path.parent)
@@ -161,8 +166,12 @@ def remove_leftovers(root: Path) -> None:
         names = os.listdir(root)
     except OSError:
         return  # no snapshot was ever made, or the caller finds the reason
-    for path in (root / name for name in names if re.fullmatch(TEMPORARY, name)):
+    for path in map(root.joinpath, names):
         try:
+            if is_of_fork(path.name, ended=True):
+                path = _unname(path)
+            elif not re.fullmatch(TEMPORARY, path.name):
+                continue
             # Its maker may have renamed the directory meanwhile: then `_lock()` returns `None`.
             if lease := _lock(path, shared=False):
                 try:
@@ -173,6 +182,27 @@ def remove_leftovers(root: Path) -> None:
             pass  # another process has removed it meanwhile
         except OSError as error:
             logger.warning("%s", cannot_use(path, error))
+
+
+def fork_name() -> str:
+    """Return a name for the snapshot of a fork. It is removed after this process has ended."""
+    pid, started = own_identity()
+    return f"fork-{this_host().key}-{pid}-{started}-{os.urandom(4).hex()}"
+
+
+def is_of_fork(name: str, *, ended: bool = False) -> bool:
+    """Return whether a name is from `fork_name()`; with `ended`, only if that process has ended."""
+    found = re.fullmatch(FORK, name)
+    if found is None or not ended:
+        return found is not None
+    return found[1] == this_host().key and not Identity(int(found[2]), int(found[3])).alive
+
+
+def _unname(path: Path) -> Path:
+    """Take a snapshot's name away, and return the new path."""
+    old = _temporary(path, "old")
+    path.rename(old)
+    return old
 
 
 def remove_directory(path: Path, lease: Lease) -> None:

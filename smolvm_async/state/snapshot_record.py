@@ -16,6 +16,7 @@ from smolvm_async.config.options import recheck
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import SnapshotError
 from smolvm_async.foundation.files import sha256_of
+from smolvm_async.state.directory import is_at
 from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, LAYER, SEED, SSH_KEY, TPM, VARS
 from smolvm_async.state.record import Machine, RecordError, Time, read_json
 
@@ -146,7 +147,17 @@ def read_snapshot(path: Path, fd: int) -> SnapshotRecord | None:
         raise unusable(path, f"its record {RECORD!r} cannot be read: {error}") from error
     if record is not None:
         record.check(path)
+    elif is_snapshot(fd) and is_at(fd, path):  # and no other process deletes it now
+        raise unusable(path, f"its record {RECORD!r} is missing")
     return record
+
+
+def is_snapshot(fd: int) -> bool:
+    """Return whether a directory is a snapshot's, although its record may be damaged or missing."""
+    names = os.listdir(fd)
+    own = (RAM, MACHINE, TPM, *COPIED)
+    only_own = all(name in own or re.search(LAYER, name) for name in names)
+    return RECORD in names or (bool(names) and only_own)
 
 
 class SnapshotInfo(NamedTuple):

@@ -36,6 +36,7 @@ from smolvm_async.state.snapshot_directory import (
     delete_directory,
     explained,
     final_path,
+    is_of_fork,
     make_directory,
     name_directory,
     not_found,
@@ -252,7 +253,7 @@ async def list_snapshots(root: Path) -> list[SnapshotInfo]:
 
     def find() -> list[SnapshotInfo]:
         remove_leftovers(root)
-        return [info for _, info in survey_snapshots(root)]
+        return [info for _, info in survey_snapshots(root) if not is_of_fork(info.name)]
 
     return sorted(await in_background(find), key=lambda info: -info.age)
 

@@ -7,16 +7,16 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from smolvm_async.config.options import CloneOptions, make_clone_config
+from smolvm_async.config.options import CloneOptions
 from smolvm_async.errors import SmolVMError, SnapshotNotFoundError
 from smolvm_async.foundation.tasks import end_tasks, in_background, settle
+from smolvm_async.state.snapshot_directory import fork_name
 from smolvm_async.state.snapshots import (
     SNAPSHOTS,
     Snapshot,
@@ -110,7 +110,7 @@ async def _all_or_none(vms: list[V]) -> AsyncIterator[None]:
 async def forked(vm: AsyncSmolVM) -> AsyncIterator[Snapshot]:
     """Take a snapshot without a name, for the time of the block."""
     root = vm._vm.config.data_dir / SNAPSHOTS
-    name = f"fork-{secrets.token_hex(4)}"
+    name = fork_name()
     if (owned := vm._owned) is not None:
         async with new_snapshot(root, name) as new:
             await in_background(new.complete, await owned.save(new, {}))
@@ -133,14 +133,7 @@ async def _start(
     vms: list[V],
 ) -> None:
     """Start one VM for each item of `options`, and add them to `vms`."""
-    record = held.record
-    defaults: Any = {"data_dir": record.config.data_dir}
-    if record.live:  # a saved machine goes on only under its own accelerator
-        defaults["accel"] = record.accelerator
-    for each in options:
-        config = make_clone_config(record.config, **{**defaults, **each})
-        plan = make_clone_plan(config, record, held, each.get("on_progress"))
-        vms.append(kind._of_plan(plan))
+    vms.extend(kind._of_plan(make_clone_plan(held.record, held, each)) for each in options)
     starts = [asyncio.ensure_future(vm.start()) for vm in vms]
     try:
         await asyncio.gather(*starts)

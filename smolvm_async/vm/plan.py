@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from smolvm_async.config.options import complete
+from smolvm_async.config.options import CloneOptions, complete, make_clone_config
 from smolvm_async.config.source import BuiltInImage, LocalDisk, PublishedImage, Source
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import AcceleratorWarning
@@ -77,15 +78,16 @@ def make_plan(
 
 
 def make_clone_plan(
-    config: VMConfig,
-    record: SnapshotRecord,
-    snapshot: Snapshot | tuple[Path, str],
-    on_progress: ProgressCallback | None,
+    record: SnapshotRecord, snapshot: Snapshot | tuple[Path, str], options: CloneOptions
 ) -> Plan:
     """Check the host, and return the plan of a VM that starts from a snapshot with this record."""
+    defaults: Any = {"data_dir": record.config.data_dir}
+    if record.live:  # a saved machine goes on only under its own accelerator
+        defaults["accel"] = record.accelerator
+    config = make_clone_config(record.config, **{**defaults, **options})
     check_data_dir(config.data_dir)
     tools, accelerator = _host(config)
-    source = record.machine.source
+    source, on_progress = record.machine.source, options.get("on_progress")
     prefix = scope_prefix(config)
     return Plan(config, source, tools, accelerator, prefix, on_progress, snapshot=snapshot)
 
@@ -95,8 +97,16 @@ def _host(config: VMConfig) -> tuple[HostTools, Accelerator]:
     smm = "requires-smm" in config.profile.firmware_features
     accelerator, warning = choose_accelerator(config.accel, smm=smm)
     if warning is not None:
-        warnings.warn(warning, AcceleratorWarning, stacklevel=4)
+        warnings.warn(warning, AcceleratorWarning, stacklevel=_level_of_caller())
     return tools, accelerator
+
+
+def _level_of_caller() -> int:
+    """Return the `stacklevel` of the code that called this package, for a warning of `_host()`."""
+    package, level, frame = __name__.partition(".")[0], 1, sys._getframe(1)
+    while frame.f_globals["__name__"].startswith(f"{package}.") and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def check_early(config: VMConfig) -> None:

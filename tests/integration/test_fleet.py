@@ -403,6 +403,7 @@ async def test_only_a_crash_is_a_jobs_failure(blank: Template, end: str) -> None
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"warm": 0}, "warm=0 is wrong: pass True, False, or a whole number"),
         ({"warm": "yes"}, "warm='yes'"),
+        ({"warm": 2, "max_live": 1}, "warm=2 VMs would wait forever: only max_live=1"),
         ({"from_snapshot": "A B"}, "from_snapshot='A B'"),
         ({"from_snapshot": "a"}, "cannot have image, memory, os together with from_snapshot="),
     ],

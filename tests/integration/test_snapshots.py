@@ -121,7 +121,7 @@ async def test_what_is_damaged_or_missing_is_refused_before_anything_is_made(
             file.truncate(100)
         await refused(SnapshotError, name if name != "snapshot.json" else "record")
         (files / name).unlink()
-        await refused(SnapshotNotFoundError if name == "snapshot.json" else SnapshotError, "one")
+        await refused(SnapshotError, f"{name}' is missing")
         shutil.rmtree(files)
         whole.rename(files)
     os.utime(image)

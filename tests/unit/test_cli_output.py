@@ -16,8 +16,13 @@ from smolvm_async.cli.output import in_options
         ("data_dir='/a b' cannot be used", "--data-dir '/a b' cannot be used"),
         ("vm_id='one' belongs to", "--id one belongs to"),
         ("os= is missing: pass os='linux'", "--os is missing: pass --os linux"),
+        ("a kept VM (keep=True): labels= has", "a kept VM (--keep): --label has"),
+        ("AsyncSmolVM.list() shows the VMs", "smolvm-async list shows the VMs"),
+        ("or delete() the VM; vm.stop(), from_id()", "or delete the VM; vm.stop(), from_id()"),
         ("image='x.qcow2', max_memory=5, -m memory", "image='x.qcow2', max_memory=5, -m memory"),
     ],
 )
-def test_arguments_in_messages_become_options(message: str, expected: str) -> None:
+def test_arguments_and_methods_in_messages_become_options_and_commands(
+    message: str, expected: str
+) -> None:
     assert in_options(message) == expected

@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -35,6 +36,7 @@ from smolvm_async.images.cache.layout import Layout
 from smolvm_async.images.cache.tidying import uses
 from smolvm_async.state.directory import VMDirectory
 from smolvm_async.state.record import to_json
+from smolvm_async.state.snapshot_directory import fork_name
 from smolvm_async.state.snapshot_record import FileFacts, read_snapshot
 from smolvm_async.state.snapshots import (
     SNAPSHOTS,
@@ -224,6 +226,33 @@ async def test_prune_removes_what_a_dead_process_left(state: Path, root: Path) -
     (root / "photos").mkdir()
     assert await AsyncSmolVM.prune(data_dir=state) == []
     assert os.listdir(root) == ["photos"]
+
+
+async def test_the_snapshot_of_a_fork_is_not_shown_and_goes_with_its_process(
+    state: Path, root: Path
+) -> None:
+    code = "from smolvm_async.state.snapshot_directory import fork_name; print(fork_name())"
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True)
+    left, used = printed.stdout.strip(), fork_name()
+    elsewhere = re.sub("fork-.{8}", "fork-00000000", left)  # another host judges its processes
+    for name in (used, elsewhere, left):
+        await make(state, name)
+    assert (root / left).exists()
+    assert await list_snapshots(root) == []
+    assert sorted(os.listdir(root)) == sorted([used, elsewhere])
+
+
+async def test_a_snapshot_without_its_record_is_told_and_can_be_deleted(
+    state: Path, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await make(state)
+    (root / "base" / "snapshot.json").unlink()
+    await refused(root, "its record 'snapshot.json' is missing")
+    assert await list_snapshots(root) == []
+    assert "its record 'snapshot.json' is missing" in caplog.text
+    await delete_snapshot(root, "base")
+    assert not root.exists()
 
 
 # Full disks, other file systems, few descriptors
