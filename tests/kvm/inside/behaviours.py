@@ -14,7 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -163,6 +163,44 @@ async def pause_a_guest_that_counts(vm: AsyncSmolVM) -> None:
 
 async def beats(vm: AsyncSmolVM) -> int:
     return int((await vm.run("wc -l </run/beats", check=True)).stdout)
+
+
+WRITING = """
+until [ -e /run/over ]; do
+    head -c 16K /dev/urandom >/run/a
+    cat /run/a >/run/b
+    cmp /run/a /run/b >>/run/differences 2>&1
+    echo >>/run/rounds
+    sleep 0.5
+done
+"""
+OOPS = 1 << 7  # in the kernel's taint mask
+
+
+async def test_a_guest_that_writes_goes_on_in_a_snapshot_and_in_a_fork(
+    vm: AsyncSmolVM, data_dir: Path
+) -> None:
+    """The memory is sent while the guest runs and changes it."""
+    start = f"echo A >/root/state; : >/run/differences; ({WRITING}) </dev/null >/dev/null 2>&1 &"
+    await vm.run(f"{start} until [ -s /run/rounds ]; do sleep 0.1; done", check=True, timeout=BOOT)
+    await vm.snapshot("one")
+    await vm.run("echo B >/root/state", check=True, timeout=BOOT)
+    timeouts = {"launch": BOOT, "boot": BOOT}
+    async with AsyncExitStack() as clones:
+        restored = await AsyncSmolVM.from_snapshot("one", data_dir=data_dir, timeouts=timeouts)
+        clones.push_async_callback(restored.delete)
+        (forked,) = await vm.fork(1, timeouts=timeouts)
+        clones.push_async_callback(forked.delete)
+        for each, state in ((restored, "A"), (forked, "B"), (vm, "B")):
+            rounds = "wc -l </run/rounds"
+            more = f"n=$({rounds}); until [ $({rounds}) -gt $((n + 2)) ]; do sleep 0.1; done"
+            oops = f"echo $(($(cat /proc/sys/kernel/tainted) & {OOPS}))"
+            look = (
+                f"{more}; cat /root/state /run/differences; {oops}; dmesg | grep -c 'segfault at'"
+            )
+            assert (await each.run(look, timeout=BOOT)).stdout == f"{state}\n0\n0\n"
+    await vm.run("touch /run/over", check=True, timeout=BOOT)
+    await AsyncSmolVM.delete_snapshot("one", data_dir=data_dir)
 
 
 async def test_a_kept_vm_powers_down_and_starts_again(vm: AsyncSmolVM, data_dir: Path) -> None:
