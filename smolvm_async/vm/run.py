@@ -71,7 +71,7 @@ from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import WAKE, Rung, ShutdownReport, shut_down
 from smolvm_async.qemu.troubles import Troubles
-from smolvm_async.state.directory import VMDirectory
+from smolvm_async.state.directory import VMDirectory, cannot_use
 from smolvm_async.state.record import Machine
 from smolvm_async.state.status import Status
 from smolvm_async.vm.launch_together import Launch
@@ -217,10 +217,8 @@ class VMRun:
             return ""
         missed = await self._clock.set() if self._has_clock() else ""
         if await self.guest_status() == "io-error":
-            error = VMNotRunningError(
-                f"{self._plan.config.vm_id} was resumed, and is paused again."
-            )
-            raise self.troubles.explain(error)
+            message = f"{self._plan.config.vm_id} was resumed, and is paused again."
+            raise self.troubles.explain(VMNotRunningError(message))
         return missed
 
     async def snapshot(self, new: NewSnapshot, labels: Mapping[str, str]) -> SnapshotRecord:
@@ -252,9 +250,11 @@ class VMRun:
             except (MonitorError, LaunchError, CommandError, OSError) as error:
                 if self.processes.ended:
                     raise VMNotRunningError(f"{vm_id} has ended.") from error
-                message = f"The snapshot of {vm_id} could not be made: {error}"
+                root = new.path.parent
+                reason = cannot_use(root, error) if isinstance(error, OSError) else error
+                message = f"The snapshot of {vm_id} could not be made: {reason.message}"
                 # A page of the RAM's file for which the disk has no room is a SIGBUS of the twin.
-                hint = NO_ROOM.format(new.path.parent) if "SIGBUS" in message else ""
+                hint = NO_ROOM.format(root) if "SIGBUS" in message else reason.hint
                 raise self.troubles.explain(SnapshotError(message, hint=hint)) from error
         if status == "running" and await self.guest_status() not in (status, "") and self._stopped:
             self._on_event(self._stopped)  # it was not the snapshot that has stopped the guest
@@ -398,9 +398,7 @@ class VMRun:
         if not self._resumed.done():
             raise LaunchError(f"QEMU did not load the saved machine within {deadline:g} s")
         record = saved.record
-        source = record.config.vm_id
-        if self._plan.snapshot is None:  # the user does not know the VM of the cached snapshot
-            source = "a ready guest"
+        source = record.config.vm_id if self._plan.snapshot else "a ready guest"  # of the cache
         evidence = f"restored from a snapshot of {source}"
         state = BootState.OPERATING_SYSTEM if record.ready else BootState.FIRMWARE
         self.boot.enter(state, evidence)  # `watch` notices the operating system of a booting guest
@@ -507,6 +505,8 @@ class VMRun:
             self._resumed.set_result(None)
         if self._saving.locked() and event.name in ("STOP", "RESUME"):
             self._stopped = event  # a snapshot lets the guest stand still for a moment
+            return
+        if event.name == "MIGRATION":  # the library loads the machine
             return
         self._hub.publish(event)
         self._warn(self.troubles.on_event(event))

@@ -486,11 +486,13 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         The guest of a snapshot that was taken of a running VM goes on where it was: no boot. First,
         the library gives a Linux guest new random numbers, the time, a host name, an SSH host key
-        and login keys of its own. The connections of the original have ended in the clone. These
-        stay the same: processes and files, the MAC address, the machine's UUID inside the guest,
-        `/etc/machine-id`, the boot id, the TPM's endorsement key, a Windows computer's name and
-        SID. A Windows guest gets only a new generation id (vmgenid), from which Windows reseeds its
-        random numbers.
+        and login keys of its own. If the guest was not ready yet in the snapshot, this happens
+        while the clone gets ready, after the clone was handed over. The connections of the original
+        have ended in the clone. These stay the same: processes and files, the MAC address, the
+        machine's UUID inside the guest, `/etc/machine-id`, the boot id if a program has read it
+        before the snapshot, the TPM's endorsement key, a Windows computer's name and SID. A Windows
+        guest gets only a new generation id (vmgenid), from which Windows reseeds its random
+        numbers.
 
         The snapshot fixes the guest OS, image, memory, cores and resolution. A snapshot of a kept
         VM at rest boots. Files that were changed are refused, but nothing shows who has made a

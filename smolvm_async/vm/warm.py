@@ -20,6 +20,7 @@ that has started from a snapshot does not need it any more.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -60,9 +61,14 @@ TRIES = 3  # a snapshot may be removed just after it was made
 RECIPE = 1
 TEMPLATE = "vm-template"  # the id in the hashed command line
 TEMPLATE_ARGUMENT = "smolvm.template"  # of the kernel; `guest/init.sh` of the image reads it
-NOT_WARM = "the guest boots, since no snapshot of a ready guest could be made: %s"
+PAUSE = 600.0  # seconds in which a process does not try again, since each try boots a guest
+NOT_WARM = (
+    "the guest boots, since no snapshot of a ready guest could be made: %s In the next 10 minutes, "
+    "such guests of this process boot without another try."
+)
 
 _makings: Shared[None] = Shared()
+_pauses: dict[Path, float] = {}  # the end of the pause, for each snapshot that could not be made
 
 
 @asynccontextmanager
@@ -75,7 +81,7 @@ async def ready_guest(plan: Plan) -> AsyncIterator[Snapshot | None]:
         try:
             held = await _hold(plan, stack)
         except (SmolVMError, OSError) as error:
-            logger.warning(NOT_WARM, error)
+            logger.warning(NOT_WARM, f"{error}".rstrip(".") + ".")
             held = None
         yield held
 
@@ -83,16 +89,27 @@ async def ready_guest(plan: Plan) -> AsyncIterator[Snapshot | None]:
 async def _hold(plan: Plan, stack: AsyncExitStack) -> Snapshot | None:
     with ExitStack() as files:
         source = await find_source(plan, files)
-    root, name = cache_root(), await in_thread(_name, plan, source)
+    path = cache_root() / await in_thread(_name, plan, source)
+    if time.monotonic() < _pauses.get(path, 0.0):
+        return None
+    try:
+        return await _find_or_make(plan._replace(source=source), path, stack)
+    except (SmolVMError, OSError):
+        _pauses[path] = time.monotonic() + PAUSE
+        raise
+
+
+async def _find_or_make(plan: Plan, path: Path, stack: AsyncExitStack) -> Snapshot | None:
+    root, name = path.parent, path.name
 
     async def make(on_progress: ProgressCallback) -> None:
-        await _make(plan._replace(source=source, on_progress=on_progress), root, name)
+        await _make(plan._replace(on_progress=on_progress), root, name)
 
     for _ in range(TRIES):
         try:
             held = await stack.enter_async_context(held_snapshot(root, name))
         except SnapshotNotFoundError:
-            await _makings.join(root / name, make, plan.on_progress)
+            await _makings.join(path, make, plan.on_progress)
         except SnapshotError as error:
             logger.warning("%s The snapshot is made anew.", error)
             await delete_snapshot(root, name)
@@ -160,7 +177,7 @@ def _template(plan: Plan, data_dir: Path) -> OwnedVM:
     Its SSH server waits for the host key, which each clone gets from the parked process.
     """
     own = {
-        "vm_id": new_vm_id(),
+        "vm_id": f"ready-{new_vm_id()}",  # in messages, whose reader does not know this VM
         "data_dir": data_dir,
         "boot": "cold",
         "env": {},
