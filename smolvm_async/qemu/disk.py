@@ -20,8 +20,11 @@ from smolvm_async.errors import MonitorError, SmolVMError
 from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import layer_options, node_of
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.state.record import MAX_LAYERS
 
-MOST = 16  # layers; QEMU has no limit, but each layer makes a first read of a cluster slower
+# QEMU has no limit, but each layer makes a first read of a cluster slower. A disk at rest, which
+# QEMU cannot flatten, gets twice as many layers, and a record may have four times as many.
+MOST = MAX_LAYERS // 4
 JOB = "flatten"
 LOOK = 0.02  # seconds between two looks at the job
 

@@ -289,11 +289,12 @@ class OwnedVM:
 
     async def _run(self, plan: Plan, run: VMRun) -> None:
         """Run the VM once, from locking its directory to reaping its last process."""
-        from smolvm_async.vm.attach.server import ControlServer
-
         current_vm.set(self.config.vm_id)
-        server = ControlServer(self, run)
+        server: ControlServer | None = None
         try:
+            from smolvm_async.vm.attach.server import ControlServer  # it may find no descriptor
+
+            server = ControlServer(self, run)
             directory = await self._take_directory()
             await server.start(directory.fd)
             self._server = server
@@ -315,7 +316,8 @@ class OwnedVM:
             try:
                 await self._record_end(run)
             finally:
-                await server.close()
+                if server is not None:
+                    await server.close()
 
     async def _take_directory(self) -> VMDirectory:
         """Lock the directory, check that the VM may start, and write the VM's record."""

@@ -51,6 +51,7 @@ from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Child
 from smolvm_async.foundation.tasks import Turns, end_tasks, first_of, in_thread
 from smolvm_async.host.memory import own_memory
+from smolvm_async.host.restrictions import find_cause  # an import needs a free descriptor
 from smolvm_async.qemu.arguments import MachineSpec, RAMFile
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
@@ -169,7 +170,9 @@ class VMRun:
                     await self._run(group)
                     group.cancel_scope.cancel()
         except* Exception as errors:
-            self.failure = first_of(errors)
+            error = first_of(errors)
+            config = self._plan.config
+            self.failure = unprepared(config, error) if isinstance(error, OSError) else error
         finally:
             self.boot.end()
             await end_tasks(*self._works)
@@ -289,12 +292,8 @@ class VMRun:
         await self._record(status=status)
 
     async def _run(self, group: TaskGroup) -> None:
-        config = self._plan.config
         try:
             await self._launch(group)
-        except OSError as error:
-            self.failure = unprepared(config, error)
-            return
         except SmolVMError as error:
             image = self._source.image if self._source else None
             self.failure = await self.processes.explain(error, self._state.path, image)
@@ -583,8 +582,6 @@ class VMRun:
 
         `process` names the part that died, if another part than `child` died.
         """
-        from smolvm_async.host.restrictions import find_cause  # rarely needed
-
         if not hint and (cause := find_cause(child.report())) is not None:
             reason, hint = f"{cause.reason}. {reason}", cause.cure
         self.console.drain()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
+import itertools
 import os
+import random
 import signal
 import sys
 import threading
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import smolvm_async
+from smolvm_async import SmolVMError
 from tests.conftest import children, descriptors
 
 PACKAGE = str(Path(smolvm_async.__file__).parent)
@@ -128,6 +131,17 @@ class Run:
                     os.kill(pid, number)
                     self.struck = True
 
+    def problems(self) -> list[str]:
+        """Return all complaints, and each problem with how the scenario ended."""
+        found = list(self.complaints)
+        if self.cancelled and not self.ended_cancelled:
+            found.append(f"the cancellation was swallowed: {self.error!r}")
+        if self.ended_cancelled and not self.cancelled:
+            found.append("it ended as cancelled, but was not cancelled")
+        if self.error is not None and not isinstance(self.error, SmolVMError):
+            found.append(f"it raised {self.error!r}")
+        return found
+
     async def main(self, scenario: Scenario) -> None:
         """Run the scenario; afterwards the loop must have no task."""
         loop = asyncio.get_running_loop()
@@ -228,6 +242,15 @@ def run_once(scenario: Scenario, fault: Fault | None = None, point: int = 0) -> 
         asyncio.run(run.main(scenario))
         _forget_frames(run.error)
     return run
+
+
+def at_the_awaits(scenario: Scenario, fault: Fault, stride: int) -> Iterator[Run]:
+    """Yield runs with a fault at every `stride`-th await from a random one on, then one without."""
+    for point in itertools.count(random.SystemRandom().randint(1, stride), stride):
+        run = run_once(scenario, fault, point)
+        yield run
+        if run.count < point:
+            break
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -24,9 +24,9 @@ from typing import Any
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, HostError, LaunchError, SmolVMError, Status, VMTimeoutError
+from smolvm_async import AsyncSmolVM, HostError, LaunchError, Status, VMTimeoutError
 from tests.conftest import descriptors, each_rung, fill_up
-from tests.faults.injection import PROGRAMS, Fault, Run, run_once
+from tests.faults.injection import PROGRAMS, Fault, Run, at_the_awaits, run_once
 
 QEMU, SWTPM = PROGRAMS
 MOMENT = 0.005  # seconds
@@ -308,16 +308,14 @@ def test_at_every_await(
     turn = random.SystemRandom().randrange(STARTS)
     struck = 0
     sites: set[str] = set()
-    for point in itertools.count(random.SystemRandom().randint(1, stride), stride):
-        run = run_once(lambda: story(world), inject, point)
-        if run.count < point:
+    for run in at_the_awaits(lambda: story(world), inject, stride):
+        if run.count < run.point:
             check(run, world, "no fault", prune=prune)
-            break
-        if run.struck:
+        elif run.struck:
             struck += 1
             sites.update(run.site.split())
             start = struck % STARTS == turn
-            check(run, world, f"{fault} at await {point}", prune=prune, start=start)
+            check(run, world, f"{fault} at await {run.point}", prune=prune, start=start)
     assert struck > 3
     record_property("injected", (fault, struck))
     record_property("injected at", sorted(sites))
@@ -368,22 +366,12 @@ def test_without_a_thread(world: World, story: Story, monkeypatch: pytest.Monkey
 
 
 def check(run: Run, world: World, fault: str, *, prune: bool = False, start: bool = True) -> None:
-    problems = [*run.complaints, *judge(run, world, prune=prune, start=start)]
-    assert not problems, f"{fault} ({run.site}), {run.error!r}: {problems}"
-
-
-def judge(run: Run, world: World, *, prune: bool, start: bool) -> Iterator[str]:
-    """Yield each problem with how a run ended, or with what it left."""
-    if run.cancelled and not run.ended_cancelled:
-        yield f"the cancellation was swallowed: {run.error!r}"
-    if run.ended_cancelled and not run.cancelled:
-        yield "it ended as cancelled, but was not cancelled"
-    if run.error is not None and not isinstance(run.error, SmolVMError):
-        yield f"it raised {run.error!r}"
+    problems = run.problems()
     try:
         asyncio.run(look_for_leftovers(World(world.image, world.data_dir), prune, start))
     except Exception as error:
-        yield f"something is left, or the next VM does not start: {error!r}"
+        problems.append(f"something is left, or the next VM does not start: {error!r}")
+    assert not problems, f"{fault} ({run.site}), {run.error!r}: {problems}"
 
 
 async def look_for_leftovers(world: World, prune: bool, start: bool) -> None:

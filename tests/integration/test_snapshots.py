@@ -88,15 +88,50 @@ async def test_a_linux_guest_goes_on_in_clones_of_clones_and_boots_from_a_snapsh
         await AsyncSmolVM.delete_snapshot(name, data_dir=data_dir)
 
 
-async def test_the_first_random_numbers_of_clones_differ(data_dir: Path) -> None:
+BOOT_ID = "cat /proc/sys/kernel/random/boot_id"
+
+
+async def test_the_first_random_numbers_names_and_keys_of_clones_differ(data_dir: Path) -> None:
     look = (
         "head -c 16 /dev/urandom | md5sum; cat /proc/sys/kernel/random/uuid; hostname; "
-        "md5sum </run/smolvm/host_key; cat /proc/sys/kernel/random/boot_id"
+        f"md5sum </run/smolvm/host_key; {BOOT_ID}; cat /sys/class/net/e*/address"
     )
-    async with AsyncSmolVM(data_dir=data_dir, accel="tcg") as vm, vm.fork(8) as clones:
+    async with AsyncSmolVM(data_dir=data_dir, accel="tcg") as vm, vm.fork(16) as clones:
         answers = await asyncio.gather(*(said(each, look) for each in (vm, *clones)))
+        for clone in clones:
+            await clone.delete()
+        async with vm.fork(1) as (late,):  # by now, the original has drawn its boot id
+            assert await said(late, BOOT_ID) == await said(vm, BOOT_ID)
     drawn = zip(*(answer.splitlines() for answer in answers), strict=True)
-    assert [len(set(values)) for values in drawn] == [9] * 5
+    assert [len(set(values)) for values in drawn] == [17] * 5 + [1]
+
+
+HELD = "fcntl.ioctl(open('/dev/input/event0', 'rb'), 0x80604518, bytes(96))"  # EVIOCGKEY
+
+
+async def test_a_command_and_a_held_key_go_on_and_in_the_clone_the_command_ends(
+    data_dir: Path,
+) -> None:
+    holds = f'python3 -c "import fcntl; print(any({HELD}))"'
+    tick = "while sleep 0.1; do echo tick; done"
+    async with (
+        AsyncSmolVM(data_dir=data_dir, accel="tcg") as vm,
+        vm.run_stream(tick) as lines,
+    ):
+        await anext(lines)
+        await vm.keyboard.down("shift")
+        async with vm.fork(1) as (clone,):
+            for _ in range(20):  # the library has read some of them before the fork
+                await anext(lines)
+            gone = "while pgrep -f 'echo ti[c]k' >/dev/null; do sleep 0.1; done"
+            await clone.run(gone, check=True, timeout=BOOT)
+            assert await said(clone, holds) == "True"
+            await clone.keyboard.up("shift")
+            assert await said(clone, holds) == "False"
+        assert await said(vm, holds) == "True"
+        await vm.keyboard.up("shift")
+        assert await said(vm, holds) == "False"
+        await anext(lines)
 
 
 async def test_what_is_damaged_or_missing_is_refused_before_anything_is_made(
