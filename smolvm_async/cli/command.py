@@ -7,7 +7,7 @@ import shlex
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 
@@ -56,6 +56,13 @@ DataDir = Annotated[
         help="The directory of the VMs.",
         show_default="$XDG_STATE_HOME/smolvm-async or ~/.local/state/smolvm-async",
     ),
+]
+Keep = Annotated[
+    bool, typer.Option("--keep", help="Keep the VM afterwards, so that it can boot again.")
+]
+VNC = Annotated[
+    Literal["loopback", "unix"] | None,
+    typer.Option(help="Turn on VNC; 'smolvm-async vnc ID' shows how to connect."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
 Timeout = Annotated[

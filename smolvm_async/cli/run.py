@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 import typer
 
 from smolvm_async import AsyncSmolVM, ConfigError, VMAlreadyExistsError, VMNotFoundError
-from smolvm_async.cli.command import DataDir, Json, Timeout, complete_vm_id, execute, find_vm
+from smolvm_async.cli.command import (
+    VNC,
+    DataDir,
+    Json,
+    Keep,
+    Timeout,
+    complete_vm_id,
+    execute,
+    find_vm,
+)
 from smolvm_async.cli.hold import Feed, hold
 from smolvm_async.cli.output import busy
 from smolvm_async.config.checks import AccelName
@@ -57,9 +66,7 @@ def run(
         AccelName | None,
         typer.Option(help="The accelerator of QEMU.", show_default="auto"),
     ] = None,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the VM afterwards, so that it can boot again.")
-    ] = False,
+    keep: Keep = False,
     boot: Annotated[
         Literal["warm", "cold"] | None,
         typer.Option(
@@ -71,10 +78,7 @@ def run(
         str | None,
         typer.Option(metavar="WIDTHxHEIGHT", help="The screen's size.", show_default="1280x800"),
     ] = None,
-    vnc: Annotated[
-        Literal["loopback", "unix"] | None,
-        typer.Option(help="Turn on VNC; 'smolvm-async vnc ID' shows how to connect."),
-    ] = None,
+    vnc: VNC = None,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,

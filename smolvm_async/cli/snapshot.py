@@ -9,8 +9,10 @@ import typer
 
 from smolvm_async import AsyncSmolVM, SmolVMError, SnapshotInfo, SnapshotNotFoundError
 from smolvm_async.cli.command import (
+    VNC,
     DataDir,
     Json,
+    Keep,
     Timeout,
     VMId,
     execute,
@@ -46,13 +48,6 @@ Name = Annotated[
 ]
 Accel = Annotated[
     AccelName | None, typer.Option(help="The accelerator of QEMU.", show_default="the snapshot's")
-]
-Keep = Annotated[
-    bool, typer.Option("--keep", help="Keep the VM afterwards, so that it can boot again.")
-]
-VNC = Annotated[
-    Literal["loopback", "unix"] | None,
-    typer.Option(help="Turn on VNC; 'smolvm-async vnc ID' shows how to connect."),
 ]
 
 
