@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -174,36 +174,40 @@ async def _fill_from(
     stack: ExitStack,
 ) -> tuple[tuple[str, ...], Login | None, SavedMachine | None]:
     """Fill the directory from a snapshot. Return the disk's layers, the login and the machine."""
-    from smolvm_async.state.snapshot_record import MACHINE, RAM
-
     record = snapshot.record
     frozen = record.machine.layers
     layers = (*frozen, next_layer(frozen))
-    login = await in_background(new_login, config) if config.profile.login != "none" else None
-    files = await in_background(login.files, config) if login is not None else {}
-    if record.live:  # the guest has read its seed
-        files.pop(SEED, None)
-    await in_background(_give, snapshot, state, files)
-    await in_background(_check_layers, state.path, frozen)
+    # One turn of a thread for all: each turn costs as much as what is done in it.
+    login, files, saved = await in_background(_take_from, snapshot, config, state, stack)
     # The state of the sidecars of a running machine is in the file `machine`.
     fresh = directories(config.profile) if record.live else ()
     await state.prepare(qcow2.empty(image.virtual_size), Parts(None, fresh, files), layers[-1])
+    return layers, login, saved
+
+
+def _take_from(
+    snapshot: Snapshot, config: VMConfig, state: VMDirectory, stack: ExitStack
+) -> tuple[Login | None, dict[str, bytes], SavedMachine | None]:
+    """Put a snapshot's files into the directory. Return the login, its files, and the machine."""
+    from smolvm_async.state.snapshot_record import MACHINE, RAM
+
+    record = snapshot.record
+    login = new_login(config) if config.profile.login != "none" else None
+    files = login.files(config) if login is not None else {}
+    if record.live:  # the guest has read its seed
+        files.pop(SEED, None)
+    snapshot.give(state)
+    for name in files:  # the clone has these of its own
+        (state.path / name).unlink(missing_ok=True)
+    _check_layers(state.path, record.machine.layers)
     if not record.live:
-        return layers, login, None
-    # The VM's directory has the clone's own keys.
-    before = await in_background(kept_login, config, snapshot.place) if login is not None else None
+        return login, files, None
+    before = kept_login(config, snapshot.place) if login is not None else None
     ram = snapshot.open(RAM)
     stack.callback(os.close, ram)
     machine = snapshot.open(MACHINE)
     stack.callback(os.close, machine)
-    return layers, login, SavedMachine(record, ram, machine, before)
-
-
-def _give(snapshot: Snapshot, state: VMDirectory, own: Collection[str]) -> None:
-    """Fill a directory from a snapshot, except the files that the clone has of its own."""
-    snapshot.give(state)
-    for name in own:
-        (state.path / name).unlink(missing_ok=True)
+    return login, files, SavedMachine(record, ram, machine, before)
 
 
 def _check_layers(directory: Path, layers: Sequence[str]) -> None:

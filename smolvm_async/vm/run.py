@@ -319,10 +319,10 @@ class VMRun:
         plan, saved = self._plan, self._prepared.saved
         layers, keep = self._prepared.layers, plan.config.keep
         self._disk = Disk(self._monitor, self._state.path, layers, keep=keep)
-        await self._open_ports()
         if not keep:  # before guests run and use the processors
             group.start_soon(self._record_running, None)
         if saved is None:
+            await self._open_ports()
             await self.launch.end_with_others()
             await self._monitor.execute("cont")
             self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
@@ -396,6 +396,7 @@ class VMRun:
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not self._resumed.done():
             raise LaunchError(f"QEMU did not load the saved machine within {deadline:g} s")
+        await self._open_ports()  # not before: QEMU answers slowly while it loads
         record = saved.record
         source = record.config.vm_id if self._plan.snapshot else "a ready guest"  # of the cache
         evidence = f"restored from a snapshot of {source}"
@@ -425,7 +426,7 @@ class VMRun:
             self._monitor.start_task(clone.set_right(config.timeouts.boot))
 
     async def _open_ports(self) -> None:
-        """Open VNC and the forwarded ports, before the guest runs."""
+        """Open VNC and the forwarded ports."""
         config = self._plan.config
         if config.vnc is not None:
             await self.peripherals.vnc.start(config.vnc)
