@@ -114,7 +114,7 @@ def profile(image: Path, data_dir: Path) -> list[str]:
 
     asyncio.run(launches())
     output = io.StringIO()
-    pstats.Stats(profiler, stream=output).sort_stats("tottime").print_stats(FUNCTIONS)
+    pstats.Stats(profiler, stream=output).strip_dirs().sort_stats("tottime").print_stats(FUNCTIONS)
     lines = [line.rstrip() for line in output.getvalue().splitlines() if line.strip()]
     head = f"cProfile of {PROFILED} launches, processor time of the event loop's thread:"
     begin = next(number for number, line in enumerate(lines) if "ncalls" in line)
