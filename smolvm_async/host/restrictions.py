@@ -407,6 +407,8 @@ FEW = 32  # threads; QEMU has about 10
 NO_MEMORY = r"(?i)(cannot|failed to) allocate|not enough memory|out of memory|failed to map segment"
 NO_PROCESS = r"Resource temporarily unavailable|thread_create|can't start new thread"
 DIED_SILENTLY = r"killed by SIG(ABRT|SEGV|TRAP)\.\nLog:\n\(empty\)"
+# A thread needs memory for its stack; not every program checks that it has got memory.
+NO_ADDRESSES = f"{NO_MEMORY}|{NO_PROCESS}|{DIED_SILENTLY}"
 REFUSED_CALL = r"Operation not permitted|Function not implemented|Operation not supported"
 REFUSED = r".*(?:Permission denied|not permitted)"
 
@@ -433,9 +435,8 @@ CAUSES = (
     Cause("Too many open files(?! in system)", _limit("NOFILE", "n")),
     Cause(NO_PROCESS, _tasks),
     Cause(NO_PROCESS, _own_tasks),
-    # A thread needs memory for its stack; not every program checks that it has got memory.
-    Cause(f"{NO_MEMORY}|{NO_PROCESS}|{DIED_SILENTLY}", _limit("AS", "v")),
-    Cause(f"{NO_MEMORY}|{NO_PROCESS}|{DIED_SILENTLY}", _limit("DATA", "d")),
+    Cause(NO_ADDRESSES, _limit("AS", "v")),
+    Cause(NO_ADDRESSES, _limit("DATA", "d")),
     Cause(NO_MEMORY, _overcommit),
     Cause("File too large|SIGXFSZ", _limit("FSIZE", "f")),
     Cause("SIGXCPU|killed by SIGKILL", _limit("CPU", "t")),

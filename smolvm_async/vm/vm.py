@@ -425,8 +425,9 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         The VM may run, be paused, or be a kept VM at rest. A running VM goes on. Under KVM, its
         guest stands still for some milliseconds. Under TCG it stands still while its memory is
-        copied: a tenth of a second for a VM that has booted, but a second and more for each 512 MiB
-        of a clone, such as a VM that has started warm; deadlines of commands go on. A paused VM
+        copied: a tenth of a second for a VM that has booted, but half a second for each 512 MiB of
+        a clone, such as a VM that has started warm, and more on a busy host; deadlines of commands
+        go on. A paused VM
         stays paused; the second snapshot of the same pause lets it run for an instant first.
         Snapshots share the layers of the disk with the VM and with each other. After 16 snapshots
         the disk is flattened into one layer, which copies what the guest has written.

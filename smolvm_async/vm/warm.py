@@ -143,11 +143,11 @@ def _name(plan: Plan, source: Source) -> str:
 async def _make(plan: Plan, root: Path, name: str) -> None:
     await in_background(make_private, root)
     await in_thread(check_data_dir, root)  # before the boot, which would be in vain
-    lock = LockFile(root / f"{name}.lock")
-    if (root / f"{name}.lock").exists():
+    lock_file = root / f"{name}.lock"
+    if lock_file.exists():
         message = "waiting for the process that makes the snapshot of a ready guest"
         report(plan.on_progress, Progress("snapshot", message, 0.0))
-    async with lock.hold():
+    async with LockFile(lock_file).hold():
         if (root / name).exists():  # another process has made it
             return
         templates = root / "templates"
