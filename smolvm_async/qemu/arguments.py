@@ -260,7 +260,9 @@ def _serial_ports(parked: int | None) -> list[str]:
     ports = [(AGENT_PORT, "null", "org.qemu.guest_agent.0")]
     if parked is not None:
         ports.append(("parked", f"socket,fd={parked}", PARKED_PORT))
-    options = ["-device", "virtio-serial-pci"]
+    # The first port is for a console. Each port has two queues, which take descriptors and time; by
+    # default, QEMU makes 31 ports.
+    options = ["-device", f"virtio-serial-pci,max_ports={len(ports) + 1}"]
     for port, backend, name in ports:
         options += ["-chardev", f"{backend},id={port}"]
         options += ["-device", f"virtserialport,id={port},chardev={port},name={name}"]

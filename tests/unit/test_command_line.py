@@ -74,7 +74,7 @@ GOLDEN_TCG = [
     "-device scsi-hd,drive=disk,bootindex=1",
     "-netdev user,id=network",
     "-device virtio-net-pci,netdev=network,mac=52:54:00:c0:fb:c5,romfile=",
-    "-device virtio-serial-pci",
+    "-device virtio-serial-pci,max_ports=2",
     "-chardev null,id=agent",
     "-device virtserialport,id=agent,chardev=agent,name=org.qemu.guest_agent.0",
     "-display none",
