@@ -261,13 +261,17 @@ async def load(monitor: Monitor, file: int) -> None:
     From QEMU 9.1 on, `fd:` with a file is deprecated, and `file:` needs QEMU 8.2. So QEMU gets a
     socket, into which a thread writes the file.
     """
-    await monitor.execute("migrate-set-capabilities", _capabilities(**{"x-ignore-shared": True}))
     ours, qemus = socket.socketpair()
     with ours:
         private(ours.fileno())
         with qemus:
-            await monitor.send_descriptor(CHANNEL, qemus.fileno())
-        await monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"})
+            await asyncio.gather(  # QEMU has the next command before it has answered the last one
+                monitor.execute(
+                    "migrate-set-capabilities", _capabilities(**{"x-ignore-shared": True})
+                ),
+                monitor.send_descriptor(CHANNEL, qemus.fileno()),
+                monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"}),
+            )
         await in_background(_write, file, ours)
 
 

@@ -396,12 +396,12 @@ class VMRun:
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not self._resumed.done():
             raise LaunchError(f"QEMU did not load the saved machine within {deadline:g} s")
-        await self._open_ports()  # not before: QEMU answers slowly while it loads
         record = saved.record
         source = record.config.vm_id if self._plan.snapshot else "a ready guest"  # of the cache
         evidence = f"restored from a snapshot of {source}"
         state = BootState.OPERATING_SYSTEM if record.ready else BootState.FIRMWARE
         self.boot.enter(state, evidence)  # `watch` notices the operating system of a booting guest
+        await self._open_ports()  # not before: QEMU answers slowly while it loads
         if saved.login is not None:
             await self._set_right(record, saved.login)
         elif record.ready:
