@@ -172,7 +172,7 @@ async def _prepare(
     profile, tools = machine.profile, machine.tools
     assert tools.firmware is not None
     parts = Parts(tools.firmware.vars_template, directories(profile))
-    await state.prepare(qcow2.empty(image.virtual_size), parts)
+    await in_thread(state.fill, qcow2.empty(image.virtual_size), parts)
     sidecars = tuple(name for name in profile.sidecars if name in machine.parts)
     return MachineSpec(config, tools, machine.accelerator, image.fd, sidecars)
 

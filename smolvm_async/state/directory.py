@@ -297,9 +297,14 @@ class VMDirectory:
             replace_file(RECORD, content, temporary=NEW_RECORD, mode=0o600, dir_fd=self.fd)
         self.record = record
 
-    async def prepare(self, disk: bytes, parts: Parts, layer: str = OVERLAY) -> None:
+    def fill(self, disk: bytes, parts: Parts, layer: str = OVERLAY) -> None:
         """Write `disk`, which is the layer of the disk that the VM writes to, and other parts."""
-        await in_thread(self._fill, {layer: disk, **parts.files}, parts)
+        for name, content in {layer: disk, **parts.files}.items():
+            self._write(name, content)
+        if parts.vars_template is not None:
+            self._write(VARS, parts.vars_template.read_bytes())
+        for name in parts.directories:
+            (self.path / name).mkdir(0o700)
 
     async def write_layer(self, layer: str, content: bytes) -> None:
         """Write a new layer of the disk, in place of one that a killed process has left."""
@@ -378,14 +383,6 @@ class VMDirectory:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(self.path / name, flags, 0o600), "wb") as file:
             file.write(content)
-
-    def _fill(self, files: Mapping[str, bytes], parts: Parts) -> None:
-        for name, content in files.items():
-            self._write(name, content)
-        if parts.vars_template is not None:
-            self._write(VARS, parts.vars_template.read_bytes())
-        for name in parts.directories:
-            (self.path / name).mkdir(0o700)
 
     def _check_ours(self, fd: int) -> None:
         names = os.listdir(fd)  # not self.path: its owner may be removing it just now

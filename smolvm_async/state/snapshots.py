@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Container, Iterator
 from pathlib import Path
 
 from smolvm_async.config.checks import VM_ID, check_snapshot_name
@@ -111,15 +111,18 @@ class Snapshot:
             raise
         return fd
 
-    def give(self, directory: VMDirectory) -> None:
-        """Link the layers into a VM's directory; copy all other files except `ram` and `machine`.
+    def give(self, directory: VMDirectory, but: Container[str] = ()) -> None:
+        """Link the layers into a VM's directory, and copy all other files.
+
+        Args:
+            but: Files to leave out, besides `ram` and `machine`.
 
         Raises:
             SnapshotError: A file is missing or was changed.
             OSError: The VM's directory has such a file already, or its disk is full.
         """
         for name in self.record.files:
-            if name not in (RAM, MACHINE):
+            if name not in (RAM, MACHINE) and name not in but:
                 _put(self.open(name), name, directory.fd)
 
 

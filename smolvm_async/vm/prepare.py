@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
@@ -34,8 +33,6 @@ from smolvm_async.vm.plan import Plan, find_source
 if TYPE_CHECKING:  # a boot does not need them
     from smolvm_async.state.snapshot_record import SnapshotRecord
     from smolvm_async.state.snapshots import Snapshot
-
-T = TypeVar("T")
 
 
 class SavedMachine(NamedTuple):
@@ -124,11 +121,9 @@ async def prepare(
         await check_loadable(snapshot, plan)
     origin = _origin(snapshot.record) if snapshot is not None else machine
     source = (origin and origin.source) or await find_source(plan, stack)
-    image = await _open(stack, partial(open_image, disk_format=source.format), source.image)
-    try_lock(image.fd, shared=True)  # QEMU inherits the lock, so the cache keeps the image
+    image, direct_boot = await in_thread(_open_files, source, stack)
     if origin is not None:
         _check_unchanged(image, origin, "snapshot" if snapshot is not None else "VM")
-    direct_boot = await open_boot_files(stack, source)
     tools = plan.tools
     if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):
         tools = tools._replace(firmware=find_plain_uefi())
@@ -151,8 +146,7 @@ async def look_at_disk(plan: Plan, source: Source) -> bool | None:
     if not _starts_by_itself(plan, source):
         return None
     with ExitStack() as stack:
-        opener = partial(open_image, disk_format=source.format)
-        return await _by_bios(plan, source, await _open(stack, opener, source.image))
+        return await _by_bios(plan, source, await in_thread(_open_disk, source, stack))
 
 
 def _starts_by_itself(plan: Plan, source: Source) -> bool:
@@ -177,18 +171,25 @@ async def _fill_from(
     record = snapshot.record
     frozen = record.machine.layers
     layers = (*frozen, next_layer(frozen))
+    disk = qcow2.empty(image.virtual_size)
     # One turn of a thread for all: each turn costs as much as what is done in it.
-    login, files, saved = await in_background(_take_from, snapshot, config, state, stack)
-    # The state of the sidecars of a running machine is in the file `machine`.
-    fresh = directories(config.profile) if record.live else ()
-    await state.prepare(qcow2.empty(image.virtual_size), Parts(None, fresh, files), layers[-1])
+    login, saved = await in_background(_take_from, snapshot, config, state, stack, disk, layers[-1])
     return layers, login, saved
 
 
 def _take_from(
-    snapshot: Snapshot, config: VMConfig, state: VMDirectory, stack: ExitStack
-) -> tuple[Login | None, dict[str, bytes], SavedMachine | None]:
-    """Put a snapshot's files into the directory. Return the login, its files, and the machine."""
+    snapshot: Snapshot,
+    config: VMConfig,
+    state: VMDirectory,
+    stack: ExitStack,
+    disk: bytes,
+    top: str,
+) -> tuple[Login | None, SavedMachine | None]:
+    """Fill the directory. Return the login and the machine.
+
+    Args:
+        disk: The content of `top`, the layer that the VM writes to.
+    """
     from smolvm_async.state.snapshot_record import MACHINE, RAM
 
     record = snapshot.record
@@ -196,18 +197,19 @@ def _take_from(
     files = login.files(config) if login is not None else {}
     if record.live:  # the guest has read its seed
         files.pop(SEED, None)
-    snapshot.give(state)
-    for name in files:  # the clone has these of its own
-        (state.path / name).unlink(missing_ok=True)
+    snapshot.give(state, but=files)
     _check_layers(state.path, record.machine.layers)
+    # The state of the sidecars of a running machine is in the file `machine`.
+    fresh = directories(config.profile) if record.live else ()
+    state.fill(disk, Parts(None, fresh, files), top)
     if not record.live:
-        return login, files, None
+        return login, None
     before = kept_login(config, snapshot.place) if login is not None else None
     ram = snapshot.open(RAM)
     stack.callback(os.close, ram)
     machine = snapshot.open(MACHINE)
     stack.callback(os.close, machine)
-    return login, files, SavedMachine(record, ram, machine, before)
+    return login, SavedMachine(record, ram, machine, before)
 
 
 def _check_layers(directory: Path, layers: Sequence[str]) -> None:
@@ -235,26 +237,31 @@ async def _fill(
     if has_login:
         login = await in_background(new_login, config)
         parts = parts._replace(files=await in_background(login.files, config))
-    await state.prepare(qcow2.empty(image.virtual_size), parts)
+    await in_thread(state.fill, qcow2.empty(image.virtual_size), parts)
     return login
 
 
 async def open_boot_files(stack: ExitStack, source: Source) -> DirectBoot | None:
     """Open the kernel and the initramfs that QEMU loads, if the image has no boot loader."""
+    return await in_thread(_open_boot_files, source, stack)
+
+
+def _open_boot_files(source: Source, stack: ExitStack) -> DirectBoot | None:
     if source.kernel is None:
         return None
-    kernel = await _open(stack, open_kernel, source.kernel)
-    initrd = await _open(stack, open_initrd, source.initrd) if source.initrd else None
+    kernel = stack.enter_context(open_kernel(source.kernel))
+    initrd = stack.enter_context(open_initrd(source.initrd)) if source.initrd else None
     return DirectBoot(kernel, initrd, source.boot_args)
 
 
-async def _open(
-    stack: ExitStack, opener: Callable[[Path], AbstractContextManager[T]], path: Path
-) -> T:
-    opening = opener(path)
-    opened = await in_thread(opening.__enter__)
-    stack.push(opening.__exit__)
-    return opened
+def _open_disk(source: Source, stack: ExitStack) -> BaseImage:
+    return stack.enter_context(open_image(source.image, source.format))
+
+
+def _open_files(source: Source, stack: ExitStack) -> tuple[BaseImage, DirectBoot | None]:
+    image = _open_disk(source, stack)
+    try_lock(image.fd, shared=True)  # QEMU inherits the lock, so the cache keeps the image
+    return image, _open_boot_files(source, stack)
 
 
 def _check_unchanged(image: BaseImage, machine: Machine, made: str) -> None:
