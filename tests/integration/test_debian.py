@@ -16,6 +16,7 @@ from smolvm_async.images.build.debian import build_debian, find_debian
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(200, func_only=True)]
 
 LAST = "configuring packages in the guest"  # the step in which QEMU runs
+EARLY = "unpacking packages"  # the build has its directory
 BUILD = f"""
 import asyncio, sys
 from pathlib import Path
@@ -54,7 +55,7 @@ async def test_a_build_that_is_killed_or_cancelled_leaves_nothing_in_the_way(cac
     begun = asyncio.Event()
 
     def watch(progress: Progress) -> None:
-        if progress.message == LAST:
+        if progress.message == EARLY:
             begun.set()
 
     building = asyncio.ensure_future(build_debian(cache_dir=cache, on_progress=watch))
