@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from smolvm_async.config.checks import PortForward
+from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import Limits, Timeouts
 from smolvm_async.controls.desktop.comparison import Region
 from smolvm_async.controls.desktop.picture import Screenshot
@@ -48,6 +49,7 @@ from smolvm_async.qemu.events import (
     Event,
     EventStream,
     GuestPanicked,
+    NetworkDenied,
     PortChanged,
     Reset,
     Shutdown,
@@ -89,6 +91,7 @@ __all__ = [
     "HostError",
     "ImageError",
     "ImageStore",
+    "InternetSettings",
     "JobFailedError",
     "LaunchError",
     "Limits",
@@ -97,6 +100,7 @@ __all__ = [
     "MemberFailedError",
     "MemberStatus",
     "MonitorError",
+    "NetworkDenied",
     "PictureError",
     "PortChanged",
     "PortForward",

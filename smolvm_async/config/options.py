@@ -27,9 +27,11 @@ from smolvm_async.config.checks import (
     is_integer,
     shown,
 )
+from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import BuiltInImage, LocalDisk, Origin, PublishedImage, make_origin
+from smolvm_async.config.strict import StrictModel
 from smolvm_async.config.uri import is_published, local_path, parse_uri
-from smolvm_async.config.vm_config import Limits, StrictModel, Timeouts, VMConfig, find_profile
+from smolvm_async.config.vm_config import Limits, Timeouts, VMConfig, find_profile
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.paths import xdg_home
 from smolvm_async.foundation.progress import ProgressCallback
@@ -66,7 +68,7 @@ class VMOptions(TypedDict, total=False):
     limits: Limits | Mapping[str, float] | None
     mounts: Sequence[object]
     writable_mounts: bool
-    internet_settings: object | None
+    internet_settings: InternetSettings | Mapping[str, object] | None
     timeouts: Timeouts | Mapping[str, float] | None
     data_dir: str | os_module.PathLike[str] | None
     on_progress: ProgressCallback | None
@@ -107,7 +109,7 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
     origin = make_origin(image)
     profile = _profile(given["os"], given["image"], origin)
     for name in ARGUMENTS:
-        if given[name] or (name == "internet_settings" and given[name] is not None):
+        if given[name]:
             profile.require(name)
     if not image and profile.name not in BUILT_IN:
         raise ConfigError(
@@ -131,6 +133,7 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
         resolution=check_resolution(given["resolution"]),
         vnc=check_vnc_kind(given["vnc"]),
         limits=_nested(Limits, "limits", given["limits"]),
+        internet_settings=check_internet_settings(given["internet_settings"]),
         timeouts=_nested(Timeouts, "timeouts", given["timeouts"]),
         data_dir=make_data_dir(given["data_dir"]),
     )
@@ -148,6 +151,7 @@ class CloneOptions(TypedDict, total=False):
     keep: bool
     vnc: Literal["loopback", "unix"] | bool | None
     limits: Limits | Mapping[str, float] | None
+    internet_settings: InternetSettings | Mapping[str, object] | None
     timeouts: Timeouts | Mapping[str, float] | None
     data_dir: str | os_module.PathLike[str] | None
     on_progress: ProgressCallback | None
@@ -163,7 +167,12 @@ def check_clone_options(options: Mapping[str, object], function: str) -> None:
 
 
 def make_clone_config(source: VMConfig, **options: Unpack[CloneOptions]) -> VMConfig:
-    """Return the configuration of a clone of a VM that has the configuration `source`."""
+    """Return the configuration of a clone of a VM that has the configuration `source`.
+
+    A clone may reach what its source may reach, unless its own `internet_settings=` are given.
+    """
+    if options.get("internet_settings") is None:
+        options["internet_settings"] = source.internet_settings
     own = dict.fromkeys(CloneOptions.__annotations__)
     return _make_again(source, {**own, **DEFAULTS, **options})
 
@@ -208,6 +217,11 @@ def _make_again(config: VMConfig, options: Mapping[str, Any]) -> VMConfig:
     if isinstance(config.origin, PublishedImage):
         return complete(make_config(**{**given, "os": None}), config.os, None, None)
     return make_config(**given)
+
+
+def check_internet_settings(settings: object) -> InternetSettings:
+    """Return the argument `internet_settings=` as a model."""
+    return _nested(InternetSettings, "internet_settings", settings)
 
 
 def new_vm_id() -> str:

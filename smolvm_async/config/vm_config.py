@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from smolvm_async.config.checks import AccelName, PortForward, VNCKind, shown
+from smolvm_async.config.checks import AccelName, PortForward, VNCKind
+from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import BuiltInImage, Origin, make_origin
-from smolvm_async.errors import ConfigError
+from smolvm_async.config.strict import StrictModel
 from smolvm_async.guests import BUILT_IN, GUESTS, PUBLISHED, GuestProfile
 
 DAY = 86_400  # seconds
 
 Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
 DeadlineOrZero = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
-
-
-class StrictModel(BaseModel):
-    """A frozen, strict model, which raises pydantic's first validation error as a `ConfigError`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    argument: ClassVar[str] = ""  # the argument of `AsyncSmolVM`, for messages
-    example: ClassVar[str] = ""
-
-    def __init__(self, **values: object) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(
-                f"{self.argument}{name}={shown(first['input'])} is wrong: {first['msg']}."
-            ) from None
 
 
 class Timeouts(StrictModel):
@@ -98,13 +81,14 @@ class VMConfig(StrictModel):
     initrd: str = ""
     boot_args: str | None = None
     user: str = "root"
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default={})
     port_forwards: Annotated[tuple[PortForward, ...], Field(strict=False)] = ()
     accel: AccelName
     keep: bool
     resolution: Annotated[tuple[int, int], Field(strict=False)] = (1280, 800)  # JSON has no tuples
     vnc: VNCKind | None = None
     limits: Limits
+    internet_settings: InternetSettings = InternetSettings()
     timeouts: Timeouts
     data_dir: Path
     boot: Literal["warm", "cold"] = "cold"

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-FeatureName = Literal[
-    "commands", "files", "variables", "user", "kernel", "mounts", "internet_settings"
-]
+FeatureName = Literal["commands", "files", "variables", "user", "kernel", "mounts"]
+
+
+BY_NETWORK = (
+    "Put the files into the image, or exchange them with a server on this host: "
+    "internet_settings={'allowed_host_ports': [8000]} lets the guest reach port 8000 of this host, "
+    "as 10.0.2.2:8000."
+)
 
 
 class Feature(NamedTuple):
@@ -26,8 +31,7 @@ FEATURES: dict[FeatureName, Feature] = {
     "files": Feature(
         ("upload_file", "download_file"),
         (),
-        "Put the files into the image, or let the guest fetch and send them over its network "
-        "(from the guest, the host's address is 10.0.2.2).",
+        BY_NETWORK,
     ),
     "variables": Feature(
         ("set_env_vars", "unset_env_vars", "list_env_vars"),
@@ -44,14 +48,7 @@ FEATURES: dict[FeatureName, Feature] = {
     "mounts": Feature(
         (),
         ("mounts", "writable_mounts"),
-        "Put the files into the image, or let the guest fetch them over its network "
-        "(from the guest, the host's address is 10.0.2.2).",
-    ),
-    "internet_settings": Feature(
-        (),
-        ("internet_settings",),
-        "Use the firewall or proxy settings of the guest OS inside the image, or filter on the "
-        "host.",
+        BY_NETWORK,
     ),
 }
 

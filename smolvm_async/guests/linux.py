@@ -26,11 +26,8 @@ LINUX = GuestProfile(
     disk_bus="virtio",
     login="nocloud",
     features=frozenset({"commands", "files", "variables", "user", "kernel"}),
-    planned=frozenset({"mounts", "internet_settings"}),
-    instead={
-        "mounts": "Use upload_file() instead.",
-        "internet_settings": "Use the guest's own firewall (nftables), or filter on the host.",
-    },
+    planned=frozenset({"mounts"}),
+    instead={"mounts": "Use upload_file() instead."},
 )
 
 DEBIAN = LINUX._replace(

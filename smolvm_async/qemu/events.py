@@ -172,12 +172,60 @@ class Trouble(Event):
         return f"{self.message}{times}.{' ' if self.hint else ''}{self.hint}"
 
 
+class NetworkDenied(Event):
+    """The network policy has refused a destination. `name` is `NETWORK_DENIED`, not QEMU's name.
+
+    At most `DENIALS` events a second are made for each VM; `omitted` counts the others.
+    """
+
+    NAME: ClassVar[str] = "NETWORK_DENIED"
+
+    @property
+    def protocol(self) -> str:
+        """`tcp`, `udp`, `icmp`, or `dns` for a name that was not resolved."""
+        return str(self.data.get("protocol", ""))
+
+    @property
+    def address(self) -> str:
+        """The address that the guest wanted to reach; empty for `dns`."""
+        return str(self.data.get("address", ""))
+
+    @property
+    def port(self) -> int:
+        """The port; 0 if the protocol has no ports."""
+        return int(self.data.get("port", 0))
+
+    @property
+    def domain(self) -> str:
+        """The domain name that the guest had asked for; empty if it used an address."""
+        return str(self.data.get("domain", ""))
+
+    @property
+    def reason(self) -> str:
+        """The reason in plain English, without a full stop."""
+        return str(self.data.get("reason", ""))
+
+    @property
+    def omitted(self) -> int:
+        """The number of denials since the last event that got no event of their own."""
+        return int(self.data.get("omitted", 0))
+
+    def __str__(self) -> str:
+        place = f"[{self.address}]" if ":" in self.address else self.address
+        target = f"{place}:{self.port}" if self.port and place else place
+        named = f"{self.domain} ({target})" if self.domain and target else self.domain or target
+        reason = f": {self.reason}" if self.reason else ""
+        more = f" (and {self.omitted} more)" if self.omitted else ""
+        return f"the network policy denied {self.protocol} to {named}{reason}{more}"
+
+
 TYPES: Mapping[str, type[Event]] = {
     "SHUTDOWN": Shutdown,
     "RESET": Reset,
     "GUEST_PANICKED": GuestPanicked,
     "VSERPORT_CHANGE": PortChanged,
     Trouble.NAME: Trouble,
+    NetworkDenied.NAME: NetworkDenied,
 }
 
 

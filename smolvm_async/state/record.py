@@ -22,8 +22,8 @@ from smolvm_async.host.identity import HostIdentity, Relation, relation, this_ho
 from smolvm_async.state.names import LAYER, OVERLAY, RECORD
 from smolvm_async.state.status import Status
 
-SCHEMA_VERSION = 3  # with each new field, increase the number: earlier versions refuse it
-READABLE = (1, 2, 3)  # version 1 has no `host`, version 2 has no `layers`
+SCHEMA_VERSION = 4  # with each new field, increase the number: earlier versions refuse it
+READABLE = (1, 2, 3, 4)  # 1 has no `host`, 2 no `layers`, 3 no `internet_settings`
 MAX_SIZE = 1 << 20  # bytes
 MAX_LAYERS = 64  # each layer takes QEMU memory, and time for each read
 

@@ -25,7 +25,8 @@ RAM = "ram"  # the guest's memory
 MACHINE = "machine"  # the state of the processors and devices
 COPIED = (VARS, SEED, SSH_KEY, HOST_KEY, AUTHORIZED_KEYS)
 TPM_FILE = rf"^{TPM}/[A-Za-z0-9_-][A-Za-z0-9._-]{{0,63}}$"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)  # 1 has no `internet_settings` in its `config`
 HASHED = 16 << 20  # bytes; each use of the snapshot would read a larger file
 AGAIN = (
     "Take the snapshot again, or copy the whole directory again together with the times of the "
@@ -142,7 +143,7 @@ def read_snapshot(path: Path, fd: int) -> SnapshotRecord | None:
     """
     here = {"data_dir": path.parent.parent}
     try:
-        record = read_json(SnapshotRecord, RECORD, fd, (SCHEMA_VERSION,), **here)
+        record = read_json(SnapshotRecord, RECORD, fd, READABLE, **here)
     except RecordError as error:
         raise unusable(path, f"its record {RECORD!r} cannot be read: {error}") from error
     if record is not None:

@@ -97,7 +97,9 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         limits: Limits on the host's resources: a `Limits`, or a mapping with its field names.
         mounts: No guest supports this yet.
         writable_mounts: No guest supports this yet.
-        internet_settings: No guest supports this yet.
+        internet_settings: The network policy, for any guest OS: an `InternetSettings`, or a
+            mapping with its field names. By default, a guest reaches the internet and the local
+            network, but not this host.
         timeouts: Deadlines in seconds: a `Timeouts`, or a mapping with its field names.
         data_dir: The directory for the files of VMs; by default `$XDG_STATE_HOME/smolvm-async`
             (`~/.local/state/smolvm-async`).
@@ -501,8 +503,9 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Args:
             name: The snapshot's name.
-            options: `vm_id`, `accel`, `env`, `port_forwards`, `keep`, `vnc`, `limits`, `timeouts`,
-                `data_dir` and `on_progress`, as for the class.
+            options: `vm_id`, `accel`, `env`, `port_forwards`, `keep`, `vnc`, `limits`,
+                `internet_settings`, `timeouts`, `data_dir` and `on_progress`, as for the class. A
+                clone has the network policy that its source had, unless you pass another one.
 
         Raises:
             SnapshotNotFoundError: No snapshot has this name.

@@ -157,11 +157,9 @@ def test_an_os_and_an_image_that_do_not_go_together_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "feature", "workaround"),
     [
-        ({"mounts": ["/srv"]}, "mounts=", "Put the files into the image"),
+        ({"mounts": ["/srv"]}, "mounts=", "allowed_host_ports"),
         ({"mounts": ("/srv",)}, "mounts=", "Put the files into the image"),
         ({"writable_mounts": True}, "mounts=", "Put the files into the image"),
-        ({"internet_settings": {"mode": "off"}}, "internet_settings=", "firewall"),
-        ({"internet_settings": {}}, "internet_settings=", "firewall"),
     ],
     ids=repr,
 )

@@ -44,7 +44,6 @@ def test_an_image_of_ones_own_is_no_built_in_one() -> None:
     [
         ({"memory": 100}, ["memory=100", "128 MiB"]),
         ({"mounts": ["/x"]}, ["mounts=", "not in this version yet", "upload_file"]),
-        ({"internet_settings": {}}, ["internet_settings=", "not in this version yet"]),
         ({"kernel": "/k"}, ["kernel=", "image=", "root disk"]),
         ({"image": "x", "initrd": "/i"}, ["initrd=", "kernel="]),
         ({"image": "x", "boot_args": "quiet"}, ["boot_args=", "kernel="]),
@@ -78,9 +77,7 @@ def test_a_wrong_argument_is_named_with_what_to_do(
     assert not data_dir.exists()
 
 
-@pytest.mark.parametrize(
-    "feature", ["env", "user", "kernel", "initrd", "boot_args", "mounts", "internet_settings"]
-)
+@pytest.mark.parametrize("feature", ["env", "user", "kernel", "initrd", "boot_args", "mounts"])
 def test_what_windows_guests_lack_is_refused_by_name(feature: str) -> None:
     values: dict[str, Any] = {feature: {"A": "b"} if feature == "env" else "x"}
     with pytest.raises(UnsupportedError, match=f"{feature}= is not available for Windows guests"):

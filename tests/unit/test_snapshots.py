@@ -465,7 +465,7 @@ def outside(values: dict[str, Any], name: str) -> None:
 
 
 HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    (lambda values: values.update(schema_version=2), "another version of this library wrote it"),
+    (lambda values: values.update(schema_version=99), "another version of this library wrote it"),
     (lambda values: values.update(more=1), "another version of this library wrote it"),
     (lambda values: values["config"].update(more=1), "another version of this library wrote it"),
     (lambda values: values.pop("live"), "it is damaged"),
