@@ -3,7 +3,9 @@
 The kernel kills every child when its owner dies, even if SIGKILL ends Python: `setpriv --pdeathsig
 KILL` asks for a SIGKILL when the parent dies. The parent may have died before that call, so a shell
 first checks the id of its parent, and only then executes the program. The kernel sends the signal
-when the *thread* that spawned the child ends, so the event loop's thread spawns all children.
+when the *thread* that spawned the child ends. So a `Spawner`, a thread that lasts as long as a VM,
+spawns the processes of the VM, and the event loop may move to another thread. The event loop's
+thread spawns all other children.
 
 The event loop watches all children through pidfds. asyncio's own child watchers differ between
 versions of Python, and report the status 255 if they lose an exit status.
@@ -25,19 +27,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from queue import SimpleQueue
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
 from smolvm_async.errors import CommandError, HostError, LaunchError
-from smolvm_async.foundation.fork import this_process
+from smolvm_async.foundation.fork import end_in_child, this_process, uses_loop
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tail import QUOTED, LogFile, Reader, Tail
-from smolvm_async.foundation.tasks import Slots, settle
+from smolvm_async.foundation.tasks import Slots, has_result, no_thread, settle
 
 logger = get_logger(__name__)
+
+T = TypeVar("T")
 
 LOG_LIMIT = 256 * 1024  # bytes of output to keep for each process
 KILLED = 5.0  # seconds for the end of a command's own children after SIGKILL
@@ -270,21 +278,95 @@ class Child:
             return None
 
 
+class Spawner:
+    """A thread that spawns the processes of one VM, and lasts as long as the VM.
+
+    The thread's children inherit the seccomp filter that it puts on itself. The kernel kills them
+    when the thread ends: after `close()`, once the spawner is forgotten, or with this process.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._started = False
+        weakref.finalize(self, self._jobs.put, None).atexit = False
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Run `function` in the thread; wait for its end, even if cancelled. See `settle`.
+
+        This process does not fork meanwhile.
+
+        Raises:
+            HostError: If the host cannot start a thread.
+        """
+        return await settle(self._submit(function))
+
+    async def popen(self, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        """Spawn a process in the thread, and kill the process if the caller is cancelled."""
+        future = self._submit(start)
+        try:
+            return await settle(future)
+        except BaseException:
+            if has_result(future):
+                _end(future.result())
+            raise
+
+    def close(self) -> None:
+        """End the thread. Its processes have ended before, or the kernel kills them."""
+        self._jobs.put(None)
+
+    def _submit(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        end_in_child()
+        uses_loop(asyncio.get_running_loop())
+        if not self._started:
+            thread = threading.Thread(
+                target=_do, args=(self._jobs,), name="smolvm-spawner", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise no_thread(error) from error
+            self._started = True
+        future: Future[T] = Future()
+        self._jobs.put(partial(_fulfil, future, function))
+        return asyncio.wrap_future(future)
+
+
+def _do(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job
+
+
+def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
+    try:
+        future.set_result(_without_fork(function))
+    except BaseException as error:
+        future.set_exception(error)
+
+
 async def spawn(
-    name: str, argv: Sequence[str], *, cwd: Path, log: Path, fds: Sequence[int]
+    name: str,
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    log: Path,
+    fds: Sequence[int],
+    spawner: Spawner | None = None,
 ) -> Child:
     """Start `argv` in `cwd`, pass it `fds`, and keep the end of its output in the file `log`.
+
+    The kernel kills the process when the thread of `spawner`, or else this thread, ends.
 
     Raises:
         LaunchError: If the operating system cannot start `argv` (no memory, descriptor or program).
     """
     async with _turns.of_this_loop():
         await asyncio.sleep(0)
-        return _spawn(name, argv, cwd, log, fds)
+        return await _spawn(name, argv, cwd, log, fds, spawner)
 
 
 # Popen waits until all copies of its pipe are closed. If another thread forks meanwhile, the child
-# has a copy, and Popen would block the event loop until that child ends. So fork() waits for Popen.
+# has a copy, and Popen would block its thread until that child ends. So fork() waits for Popen.
 _spawning = threading.RLock()  # reentrant: a signal handler may fork
 os.register_at_fork(
     before=_spawning.acquire,
@@ -293,21 +375,35 @@ os.register_at_fork(
 )
 
 
-# Spawn once per loop iteration: a spawn blocks for 1 to 3 ms, and many VMs may start at once.
+def _without_fork(function: Callable[[], T]) -> T:
+    with _spawning:
+        return function()
+
+
+# Spawn once per loop iteration: a spawn holds the interpreter for 1 to 3 ms, and many VMs may start
+# at once.
 _turns = Slots(1)
 
 
-def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[int]) -> Child:
+async def _spawn(
+    name: str,
+    argv: Sequence[str],
+    cwd: Path,
+    log: Path,
+    fds: Sequence[int],
+    spawner: Spawner | None,
+) -> Child:
     if logger.isEnabledFor(logging.DEBUG):  # quoting QEMU's command line takes almost 1 ms
         logger.debug("%s: %s", name, shlex.join(argv))
     with contextlib.ExitStack() as undo:
         try:
             kept = LogFile(log, LOG_LIMIT)
             undo.callback(kept.close)
-            child = _start(
+            child = await _start(
                 name,
                 argv,
                 kept,
+                spawner=spawner,
                 cwd=cwd,
                 env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
                 pass_fds=fds,
@@ -320,11 +416,12 @@ def _spawn(name: str, argv: Sequence[str], cwd: Path, log: Path, fds: Sequence[i
         return child
 
 
-def _start(
+async def _start(
     name: str,
     argv: Sequence[str],
     log: Tail,
     *,
+    spawner: Spawner | None = None,
     script: str = EXECUTE,
     stdin: int = subprocess.DEVNULL,
     **options: Any,
@@ -332,20 +429,31 @@ def _start(
     with contextlib.ExitStack() as undo:
         output, childs = os.pipe()
         undo.callback(os.close, output)
-        with open(childs, "wb") as childs_end, _spawning:
-            process = subprocess.Popen(
-                [*die_with_owner(script), *argv],
-                stdin=stdin,
-                stdout=childs_end,
-                stderr=childs_end,
-                start_new_session=True,
-                **options,
-            )
-        undo.callback(process.wait)
-        undo.callback(process.kill)
+        with _closing(childs):
+            words = [*die_with_owner(script), *argv]
+            start = partial(_popen, words, stdin=stdin, stdout=childs, stderr=childs, **options)
+            process = _without_fork(start) if spawner is None else await spawner.popen(start)
+        undo.callback(_end, process)
         child = Child(name, argv, process, output, log)
         undo.pop_all()
         return child
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def _popen(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(argv, start_new_session=True, **options)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
 
 
 async def run(
@@ -369,7 +477,7 @@ async def run(
         await asyncio.sleep(0)
         variables = {**os.environ, **(env or {})}
         try:
-            child, report = _start_shell(
+            child, report = await _start_shell(
                 words, output, reported, cwd=cwd or "/", env=variables, pass_fds=fds
             )
         except OSError as error:
@@ -393,17 +501,17 @@ async def run(
     return output.text()
 
 
-def _start_shell(
+async def _start_shell(
     words: Sequence[str], output: Tail, reported: Tail, *, pass_fds: Sequence[int], **options: Any
 ) -> tuple[Child, Reader]:
     """Start a shell that runs a command; return the shell, and the reader of its report."""
     ours, shells = os.pipe()
     report = Reader(ours, reported)
     try:
-        with open(shells, "wb") as stdin:
+        with _closing(shells):
             script = _reporting(pass_fds)
-            options |= {"script": script, "stdin": stdin.fileno(), "pass_fds": pass_fds}
-            return _start(words[0], words, output, **options), report
+            options |= {"script": script, "stdin": shells, "pass_fds": pass_fds}
+            return await _start(words[0], words, output, **options), report
     except BaseException:
         report.close()
         raise

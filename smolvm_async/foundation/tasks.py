@@ -154,12 +154,17 @@ def submit(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         return _submit(worker, function, arguments)
     except RuntimeError as error:
         del _workers[loop]  # with its queue, or a later thread would run the function
-        raise HostError(
-            f"This host cannot start a thread: {error}.",
-            hint="Stop other processes, or raise the process limit (ulimit -u). In a container, a "
-            "seccomp profile may refuse clone3(2): update the container runtime and libseccomp.",
-            missing=("threads",),
-        ) from error
+        raise no_thread(error) from error
+
+
+def no_thread(error: RuntimeError) -> HostError:
+    """Return the error for a host that cannot start a thread."""
+    return HostError(
+        f"This host cannot start a thread: {error}.",
+        hint="Stop other processes, or raise the process limit (ulimit -u). In a container, a "
+        "seccomp profile may refuse clone3(2): update the container runtime and libseccomp.",
+        missing=("threads",),
+    )
 
 
 async def in_thread(function: Callable[..., T], *arguments: object) -> T:

@@ -34,6 +34,8 @@ SECCOMP_GET_ACTION_AVAIL = 2  # <linux/seccomp.h>; this changes nothing
 PR_GET_DUMPABLE = 3
 PR_GET_MDWE = 66  # prctl(2), Linux 6.3
 
+OLDEST_GUARD = (5, 9)  # Linux
+
 FILTER = (
     "Allow {} where it is refused: for a container, docker run --security-opt seccomp=PROFILE.json "
     "(or seccomp=unconfined); for a systemd unit, {}."
@@ -112,6 +114,28 @@ def _seccomp(failure: Failure) -> Problem | None:
     refusal = os.strerror(ctypes.get_errno())
     use = ", with which QEMU and swtpm set up their sandboxes"
     return _refused("seccomp", refusal, use, " seccomp (or none)")
+
+
+def without_guard(error: OSError) -> Problem:
+    """Return why a guest's network cannot be guarded; `error` is of `host/seccomp.py`."""
+    call = re.match(r"(\w+)\(2\)", error.strerror or "")
+    if error.errno == errno.EBUSY:
+        return Problem(
+            "another program, such as a container runtime, already answers system calls of this "
+            "process, and the kernel allows only one",
+            "Start this process outside of that container or service, or with a seccomp profile "
+            "without SCMP_ACT_NOTIFY.",
+        )
+    if _kernel() < OLDEST_GUARD:
+        return Problem(
+            f"Linux {platform.release()} is too old", "Use Linux 5.9 or newer on x86_64 or aarch64."
+        )
+    name = call[1] if call else "pidfd_open"
+    return _refused(name, os.strerror(error.errno or errno.EPERM), extra=f" {name}")
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
 
 
 def _without_sandbox(failure: Failure) -> Problem | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import CommandError, LaunchError, SmolVMError, VMNotRunningError
-from smolvm_async.foundation.process import Child, spawn
+from smolvm_async.foundation.process import Child, Spawner, spawn
 from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
 from smolvm_async.qemu.console import Console
@@ -174,13 +174,14 @@ async def launch(
     *,
     timeout: float,
     amend: Callable[[list[str]], list[str]] = list,
+    spawner: Spawner | None = None,
 ) -> None:
     """Spawn QEMU and its sidecars, and connect the monitor. The guest does not run yet.
 
     The processes start up concurrently: spawn all of them before waiting for one. Spawn QEMU
     first, because it takes longest. The caller has filled the directory, and has not opened
     monitor, console, screen and parked. QEMU has `timeout` seconds for its first answer; `amend`
-    changes QEMU's command line.
+    changes QEMU's command line; `spawner` spawns the processes.
 
     Raises:
         LaunchError: A process could not be spawned (`__cause__` is then an `OSError`) or ended, or
@@ -196,6 +197,8 @@ async def launch(
         )
         qemu, *sidecars = ends.enter_context(commands(spec, descriptors))
         for name, argv, log, fds in (qemu._replace(argv=amend(qemu.argv)), *sidecars):
-            processes.add(await spawn(name, argv, cwd=directory, log=directory / log, fds=fds))
+            path = directory / log
+            child = await spawn(name, argv, cwd=directory, log=path, fds=fds, spawner=spawner)
+            processes.add(child)
     # Our copies of the children's sockets are closed, so the end of a child shows as end of file.
     await monitor.connect([child.exited for child in processes.children], timeout)
