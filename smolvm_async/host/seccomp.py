@@ -239,7 +239,7 @@ def check_waiting(listener: int, call: Call) -> None:
         raise ProcessLookupError(errno.ESRCH, "the caller was killed")
 
 
-def open_process(thread: int) -> tuple[int, int]:
+def find_process(thread: int) -> tuple[int, int]:
     """Return the id of a thread's process, and a pidfd for the process."""
     with open(f"/proc/{thread}/status") as file:
         fields = dict(line.split(":", 1) for line in file)

@@ -306,7 +306,7 @@ class Guard:
         if len(self._processes) >= THREADS:
             oldest = next(iter(self._processes))
             close_private(self._processes.pop(oldest)[1])
-        pid, pidfd = seccomp.open_process(thread)
+        pid, pidfd = seccomp.find_process(thread)
         self._processes[thread] = pid, private(pidfd)
         return seccomp.take_descriptor(pidfd, number)
 
