@@ -6,22 +6,14 @@ requests the shutdown ladder, `abort()` requests an immediate end. Both return a
 caller then waits for the task of `run()`.
 
 This task sleeps in `_until_end` until the run may be over: a process has ended, QEMU has reported a
-panic or a pause, or a caller has called `stop()`. The end of one process ends the run of all
-processes. Then `_judge` decides whether the run crashed. No single sign is enough for this
-decision. The run crashed if
-
-- the guest panicked, or the accelerator cannot run the guest any further;
-- a sidecar failed, or ended before QEMU;
-- QEMU ended with an error, or without the event SHUTDOWN, or because of a signal from outside.
-
-The run did not crash if the guest powered itself down, or if a rung of the ladder ended QEMU.
+panic or a pause, or a caller has called `stop()`. Then `vm/crash.py` decides whether the run
+crashed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 from collections.abc import Coroutine, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
@@ -32,7 +24,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from smolvm_async.config.source import Source
-from smolvm_async.controls.interface import console_tail, unprepared
+from smolvm_async.controls.interface import unprepared
 from smolvm_async.controls.ssh.clock import GuestClock
 from smolvm_async.controls.ssh.environment import set_variables
 from smolvm_async.controls.ssh.link import Link
@@ -48,10 +40,8 @@ from smolvm_async.errors import (
 )
 from smolvm_async.foundation.entries import memory_file
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.process import Child
 from smolvm_async.foundation.tasks import Turns, end_tasks, first_of, in_thread
 from smolvm_async.host.memory import own_memory
-from smolvm_async.host.restrictions import find_cause  # an import needs a free descriptor
 from smolvm_async.qemu.arguments import MachineSpec, RAMFile
 from smolvm_async.qemu.boot import BootTracker
 from smolvm_async.qemu.console import Console
@@ -75,8 +65,9 @@ from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.directory import VMDirectory, cannot_use
 from smolvm_async.state.record import Machine
 from smolvm_async.state.status import Status
+from smolvm_async.vm.crash import find_crash
 from smolvm_async.vm.launch_together import Launch
-from smolvm_async.vm.limits import oom_kills, oom_reason
+from smolvm_async.vm.limits import oom_kills
 from smolvm_async.vm.plan import Plan
 from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare, snapshot_to_start
 
@@ -555,44 +546,12 @@ class VMRun:
         self._news.set()
 
     def _judge(self) -> VMCrashedError | None:
-        """Return an error if the run crashed. The module's docstring has the rules.
-
-        Call this before this library kills any process: our signal would look like a crash.
-        """
-        qemu = self.processes.qemu
-        if self._crash:
-            return self._crashed(self._crash, qemu, process="guest")
-        for sidecar in self.processes.children[1:]:
-            if sidecar.returncode or (sidecar.ended and not qemu.ended):
-                return self._crashed(sidecar.report(), sidecar)
-        if self.report.rung not in (Rung.GUEST, Rung.POWERDOWN):
+        """Return an error if the run crashed: see `vm/crash.py`."""
+        crash = find_crash(
+            self.processes, self._crash, self._shutdown, self.report.rung, self._oom_kills
+        )
+        if crash is None:
             return None
-        if not qemu.returncode and self._shutdown is not None:
-            if self._shutdown.guest or self._shutdown.reason.startswith("host-qmp"):
-                return None
-            reason = f"QEMU was ended from outside ({self._shutdown.reason}). "
-            return self._crashed(reason + qemu.report(), qemu)
-        oom = oom_reason(self._oom_kills) if qemu.returncode in (-signal.SIGKILL, None) else ""
-        hint = "Use a smaller memory=, or fewer VMs at once." if oom else ""
-        return self._crashed(oom + qemu.report(), qemu, hint=hint)
-
-    def _crashed(
-        self, reason: str, child: Child, *, process: str = "", hint: str = ""
-    ) -> VMCrashedError:
-        """Note that the run crashed, and return the error, with the log of `child`.
-
-        `process` names the part that died, if another part than `child` died.
-        """
-        if not hint and (cause := find_cause(child.report())) is not None:
-            reason, hint = f"{cause.reason}. {reason}", cause.cure
         self.console.drain()
         self.report = replace(self.report, rung=Rung.CRASH)
-        error = VMCrashedError(
-            f"{self._plan.config.vm_id} crashed: {reason}\n{console_tail(self.console)}",
-            hint=hint,
-            process=process or child.name,
-            returncode=None if process else child.returncode,
-            log=child.log.quote(),
-            console=self.console.quote(),
-        )
-        return self.troubles.explain(error)
+        return self.troubles.explain(crash.to_error(self._plan.config.vm_id, self.console))
