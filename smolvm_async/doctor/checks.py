@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from smolvm_async.doctor.findings import Check, Verdict, blamed, failed, ok, warning
+from smolvm_async.doctor.network_guard import check_network_guard
 from smolvm_async.doctor.probe import DISK, make_disk, scratch
 from smolvm_async.errors import CommandError, ConfigError, HostError, ImageError
 from smolvm_async.foundation.process import check_pidfds, run
@@ -55,6 +56,7 @@ def host_checks(data_dir: Path) -> list[Check]:
         Check("setpriv", check_setpriv),
         Check("system-calls", check_system_calls),
         Check("data-dir", partial(check_data_dir, data_dir)),
+        Check("network-guard", partial(check_network_guard, data_dir), ("setpriv", "data-dir")),
         Check("disk", partial(check_disk, data_dir), needs=("data-dir",)),
     ]
 

@@ -126,10 +126,9 @@ def without_guard(error: OSError) -> Problem:
             "Start this process outside of that container or service, or with a seccomp profile "
             "without SCMP_ACT_NOTIFY.",
         )
-    if _kernel() < OLDEST_GUARD:
-        return Problem(
-            f"Linux {platform.release()} is too old", "Use Linux 5.9 or newer on x86_64 or aarch64."
-        )
+    if _kernel() < OLDEST_GUARD or platform.machine() not in SYS_SECCOMP:
+        found = f"Linux {platform.release()} on {platform.machine()} has no way to do so"
+        return Problem(found, "Use Linux 5.9 or newer on x86_64 or aarch64.")
     name = call[1] if call else "pidfd_open"
     return _refused(name, os.strerror(error.errno or errno.EPERM), extra=f" {name}")
 
