@@ -416,7 +416,8 @@ def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     """The kernel kills a child with the thread that spawned it, which is the spawner's."""
     spawner, loop, log = Spawner(), asyncio.new_event_loop(), tmp_path / "log"
     read, write = os.pipe()
-    argv = ["sh", "-c", f"read word <&{read}; echo $word; sleep 600"]
+    code = f"import os, time; print(os.read({read}, 9).decode(), flush=True); time.sleep(600)"
+    argv = [sys.executable, "-I", "-S", "-c", code]
     starting = spawn("it", argv, cwd=tmp_path, log=log, fds=[read], spawner=spawner)
 
     def start() -> tuple[int, Child]:
@@ -426,7 +427,7 @@ def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
         thread, child = pool.submit(start).result()
     while Path(f"/proc/self/task/{thread}").exists():
         time.sleep(0.001)
-    os.write(write, b"alive\n")
+    os.write(write, b"alive")
     while child.log.text() != "alive\n":
         assert not child.ended, child.report()
         loop.run_until_complete(asyncio.sleep(0.01))
