@@ -30,7 +30,7 @@
     ├── MonitorError                     QEMU refused a QMP command
     └── SnapshotError                    the snapshot cannot be made or used
 
-and one warning, `AcceleratorWarning`.
+and two warnings, `AcceleratorWarning` and `NetworkWarning`.
 
 `str(error)` is for people: it contains the message, then the hint. The attributes are for programs.
 Each attribute is a dataclass field with a default, and no other list of the fields exists:
@@ -354,3 +354,7 @@ class SnapshotError(SmolVMError):
 
 class AcceleratorWarning(UserWarning):
     """KVM cannot be used; the guest runs under TCG, many times slower."""
+
+
+class NetworkWarning(UserWarning):
+    """This host cannot enforce a network policy; the guest can reach the host's loopback."""

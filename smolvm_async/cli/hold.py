@@ -7,7 +7,14 @@ import shlex
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
-from smolvm_async import AsyncSmolVM, BootState, BootStateChanged, EventStream, Progress
+from smolvm_async import (
+    AsyncSmolVM,
+    BootState,
+    BootStateChanged,
+    EventStream,
+    NetworkDenied,
+    Progress,
+)
 from smolvm_async.cli.command import Interrupts
 from smolvm_async.cli.output import (
     describe_ending,
@@ -49,7 +56,7 @@ class Feed(NamedTuple):
             self.interrupts.first.set()
 
     def on_progress(self, progress: Progress) -> None:
-        """Write a progress step, except boot states: `tell_boot()` writes more details of these.
+        """Write a progress step, except boot states: `tell_events()` writes more details of these.
 
         In text output, write a download only at each tenth.
         """
@@ -64,11 +71,13 @@ class Feed(NamedTuple):
             text = _line(progress.elapsed, progress.stage, progress.message)
             self.tell("progress", text, **asdict(progress))
 
-    async def tell_boot(self, vm_id: str, events: EventStream) -> None:
-        """Write the boot states until the VM ends."""
+    async def tell_events(self, vm_id: str, events: EventStream) -> None:
+        """Write the boot states, and the refusals of the network policy, until the VM ends."""
         async for event in events:
             if isinstance(event, BootStateChanged):
                 self.tell_state(vm_id, event)
+            elif isinstance(event, NetworkDenied):
+                self.tell("network_denied", f"{vm_id}: {event}", **event.data, vm_id=vm_id)
 
     def tell_state(self, vm_id: str, event: BootStateChanged) -> None:
         """Write a boot state."""
@@ -95,7 +104,7 @@ async def hold(vm: AsyncSmolVM, timeout: float | None, feed: Feed) -> None:
 
 async def _hold(vm: AsyncSmolVM, timeout: float | None, feed: Feed) -> None:
     events = vm.events()
-    showing = asyncio.ensure_future(feed.tell_boot(vm.vm_id, events))
+    showing = asyncio.ensure_future(feed.tell_events(vm.vm_id, events))
     asked = asyncio.ensure_future(feed.interrupts.first.wait())
     try:
         if vm.status in ACTIVE:  # a clone has been in this state since before its first event

@@ -80,6 +80,7 @@ OPTIONS = {
     "gone_host": "gone-host",
     "keep": "keep",
     "labels": "label",
+    "mode": "internet",
     "vm_id": "id",
 }
 

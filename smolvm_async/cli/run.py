@@ -18,6 +18,13 @@ from smolvm_async.cli.command import (
     find_vm,
 )
 from smolvm_async.cli.hold import Feed, hold
+from smolvm_async.cli.internet import (
+    AllowCIDR,
+    AllowDomain,
+    AllowHostPort,
+    Internet,
+    settings_given,
+)
 from smolvm_async.cli.output import busy
 from smolvm_async.config.checks import AccelName
 from smolvm_async.config.options import VMOptions
@@ -79,6 +86,10 @@ def run(
         typer.Option(metavar="WIDTHxHEIGHT", help="The screen's size.", show_default="1280x800"),
     ] = None,
     vnc: VNC = None,
+    internet: Internet = None,
+    allow_domain: AllowDomain = None,
+    allow_cidr: AllowCIDR = None,
+    allow_host_port: AllowHostPort = None,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
@@ -100,6 +111,8 @@ def run(
 
       smolvm-async run --id office
 
+      smolvm-async run --allow-domain pypi.org --allow-domain '*.pythonhosted.org'
+
       smolvm-async run s3://bucket/images/debian-12/
     """
     feed = Feed.make(data_dir, json=json)
@@ -112,6 +125,7 @@ def run(
         "boot": boot,
         "resolution": resolution,
         "vnc": vnc,
+        "internet_settings": settings_given(internet, allow_domain, allow_cidr, allow_host_port),
         "data_dir": data_dir,
         "on_progress": feed.on_progress,
     }
@@ -125,6 +139,8 @@ def run(
     async def work() -> None:
         if at_rest:
             vm = await _find_at_rest(str(vm_id), data_dir, given, feed)
+            if (settings := options["internet_settings"]) is not None:
+                await vm.set_internet_settings(settings)
         else:
             vm = AsyncSmolVM(**options)
         feed.tell("starting", f"Starting {vm.vm_id}.", vm_id=vm.vm_id)

@@ -20,6 +20,13 @@ from smolvm_async.cli.command import (
     running_vm,
 )
 from smolvm_async.cli.hold import Feed, hold
+from smolvm_async.cli.internet import (
+    AllowCIDR,
+    AllowDomain,
+    AllowHostPort,
+    Internet,
+    settings_given,
+)
 from smolvm_async.cli.output import busy, in_units, say, show_infos, write_json
 from smolvm_async.config.checks import AccelName
 from smolvm_async.config.options import CloneOptions, make_data_dir
@@ -111,6 +118,10 @@ def restore(
     accel: Accel = None,
     keep: Keep = False,
     vnc: VNC = None,
+    internet: Internet = None,
+    allow_domain: AllowDomain = None,
+    allow_cidr: AllowCIDR = None,
+    allow_host_port: AllowHostPort = None,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
@@ -122,6 +133,8 @@ def restore(
     """
     feed = Feed.make(data_dir, json=json)
     options = _options(accel, vnc, data_dir, keep=keep)
+    given = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
+    options["internet_settings"] = given
     options |= {"vm_id": vm_id, "on_progress": feed.on_progress}
 
     async def work() -> None:
@@ -171,6 +184,10 @@ def fork(
     count: Annotated[int, typer.Argument(min=1, max=1000, help="The number of copies.")] = 1,
     keep: Keep = False,
     vnc: VNC = None,
+    internet: Internet = None,
+    allow_domain: AllowDomain = None,
+    allow_cidr: AllowCIDR = None,
+    allow_host_port: AllowHostPort = None,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
@@ -183,6 +200,8 @@ def fork(
     """
     feed = Feed.make(data_dir, json=json)
     options = _options(None, vnc, data_dir, keep=keep)
+    given = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
+    options["internet_settings"] = given
 
     async def work() -> None:
         feed.tell("starting", f"Forking {vm_id}.", vm_id=vm_id, count=count)

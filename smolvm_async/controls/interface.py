@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import anyio
 
+from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access
@@ -108,6 +109,10 @@ class VM(Protocol):
     @rpc
     async def resume(self) -> str:
         """See `AsyncSmolVM.resume()`. Return the reason if the guest's clock could not be set."""
+
+    @rpc
+    async def set_internet_settings(self, settings: InternetSettings) -> None:
+        """See `AsyncSmolVM.set_internet_settings()`."""
 
     @rpc
     async def delete(self) -> None:

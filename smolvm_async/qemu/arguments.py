@@ -86,6 +86,7 @@ class MachineSpec(NamedTuple):
         ram: The file with the guest's RAM, if there is one.
         identity: The id that the UUID and the MAC address follow from; by default, the VM's id.
         incoming: Whether QEMU waits for the state of a saved machine (`migrate-incoming`).
+        isolated: Whether QEMU itself passes nothing on that the guest sends to the network.
     """
 
     config: VMConfig
@@ -100,6 +101,7 @@ class MachineSpec(NamedTuple):
     ram: RAMFile | None = None
     identity: str = ""
     incoming: bool = False
+    isolated: bool = False
 
 
 def machine_uuid(vm_id: str) -> uuid.UUID:
@@ -146,7 +148,7 @@ def qemu_arguments(
         *_firmware(tools, keep=config.keep),
         *(_direct_boot(direct_boot) if direct_boot is not None else ()),
         *_disk(spec, profile.disk_bus),
-        *_network(identity, ssh=profile.login != "none"),
+        *_network(identity, ssh=profile.login != "none", isolated=spec.isolated),
         *_login(profile, config.vm_id, direct_boot),
         *_serial_ports(descriptors.parked),
         *_display(config.resolution, descriptors.screen, usb=profile.usb),
@@ -227,13 +229,14 @@ def _disk(spec: MachineSpec, bus: str) -> list[str]:
     ]
 
 
-def _network(identity: uuid.UUID, *, ssh: bool) -> list[str]:
+def _network(identity: uuid.UUID, *, ssh: bool, isolated: bool) -> list[str]:
     # An empty romfile= leaves out the boot ROM, which would try the network before the disk.
     # With host port 0 the kernel chooses a free port, so two VMs never get the same port.
     forward = ",hostfwd=tcp:127.0.0.1:0-:22" if ssh else ""
+    restrict = ",restrict=on" if isolated else ""
     mac = "52:54:00:" + identity.bytes[:3].hex(":")  # QEMU's own range of addresses
     return [
-        *("-netdev", f"user,id={NETWORK}{forward}"),
+        *("-netdev", f"user,id={NETWORK}{restrict}{forward}"),
         *("-device", f"virtio-net-pci,netdev={NETWORK},mac={mac},romfile="),
     ]
 

@@ -30,11 +30,15 @@ from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from smolvm_async.config.checks import check_timeout
+from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.interface import check_run, unprepared, until_over
 from smolvm_async.errors import (
     ConfigError,
+    HostError,
     VMAlreadyExistsError,
     VMCrashedError,
     VMNotFoundError,
@@ -90,6 +94,7 @@ class OwnedVM:
         self._created = record.created if record else None
         self._recorded_status = record.status if record else Status.CREATED  # before our first run
         self._directory: VMDirectory | None = None
+        self._changing = anyio.Lock()  # the network policy changes once at a time
         self._server: ControlServer | None = None
         self._starters = 0  # waiting calls of start()
         self._stopping = False
@@ -219,6 +224,40 @@ class OwnedVM:
         """See `AsyncSmolVM.resume()`. Return the reason if the guest's clock could not be set."""
         assert self.run is not None
         return await self.run.resume()
+
+    async def set_internet_settings(self, settings: InternetSettings) -> None:
+        """See `AsyncSmolVM.set_internet_settings()`."""
+        self._check_loop()
+        async with self._changing:
+            plan = await self.planned()
+            if not plan.guarded and settings != plan.config.internet_settings:
+                from smolvm_async.qemu.internet.trial import find_problem
+
+                raise find_problem() or HostError("A guest's network could not be guarded.")
+            run, over = self.run, self.over
+            if run is not None and over is not None:
+                await asyncio.wait({over, run.started}, return_when=asyncio.FIRST_COMPLETED)
+                if not over.done():
+                    await run.set_internet_settings(settings)
+            config = self.config.model_copy(update={"internet_settings": settings})
+            if config.keep and self._created is not None and self._directory is None:
+                await self._rewrite(config)
+            self.config, self._plan = config, plan._replace(config=config)
+        if self._server is not None:
+            self._server.tell_status()
+
+    async def _rewrite(self, config: VMConfig) -> None:
+        """Change the configuration in the record of a kept VM that is at rest."""
+        directory = VMDirectory(config.data_dir, config.vm_id)
+        await directory.hold(create=False)
+        try:
+            record = directory.record
+            self._check_not_taken(record)
+            assert record is not None
+            update = record.model_copy(update={"config": config})
+            await in_thread(directory.write, update)
+        finally:
+            await in_thread(directory.release)
 
     async def snapshot(self, name: str, labels: dict[str, str]) -> dict[str, Any]:
         """See `AsyncSmolVM.snapshot()`."""

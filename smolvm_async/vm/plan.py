@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from smolvm_async.config.options import CloneOptions, complete, make_clone_config
 from smolvm_async.config.source import BuiltInImage, LocalDisk, PublishedImage, Source
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.errors import AcceleratorWarning
+from smolvm_async.errors import AcceleratorWarning, HostError, NetworkWarning
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.accelerator import Accelerator
 from smolvm_async.host.tools import HostTools, choose_accelerator, find_tools
+from smolvm_async.qemu.internet.trial import find_problem
 from smolvm_async.qemu.sidecars import programs
 from smolvm_async.state.directory import check_data_dir
 from smolvm_async.vm.limits import scope_prefix
@@ -27,6 +28,9 @@ if TYPE_CHECKING:  # only VMs that need S3 or the builder import them
     from smolvm_async.state.snapshots import Snapshot
 
 logger = get_logger(__name__)
+
+WITHOUT_GUARD = "Without it, only mode='open' and mode='off' of internet_settings= work."
+NO_NETWORK = "For a guest without a network, pass internet_settings={'mode': 'off'}."
 
 
 class Plan(NamedTuple):
@@ -39,6 +43,7 @@ class Plan(NamedTuple):
         published: The published image, after its manifest has been read.
         by_bios: Whether the disk has a boot loader for a BIOS; `None` if this is not known yet.
             A fleet looks at the disk once for all its VMs.
+        guarded: Whether a guard enforces the network policy: see `qemu/internet/`.
         snapshot: The snapshot to start from, if there is one, or its root and its name.
     """
 
@@ -51,6 +56,7 @@ class Plan(NamedTuple):
     published: Published | None = None
     by_bios: bool | None = None
     snapshot: Snapshot | tuple[Path, str] | None = None
+    guarded: bool = True
 
 
 def make_plan(
@@ -67,14 +73,14 @@ def make_plan(
 
         source = own_source(origin)
     check_data_dir(config.data_dir)
-    tools, accelerator = _host(config)
+    tools, accelerator, guarded = _host(config)
     if isinstance(origin, BuiltInImage):
         from smolvm_async.images.build.debian import check_host, find_debian
 
         if find_debian() is None:
             check_host()
     prefix = scope_prefix(config)
-    return Plan(config, source, tools, accelerator, prefix, on_progress, published)
+    return Plan(config, source, tools, accelerator, prefix, on_progress, published, guarded=guarded)
 
 
 def make_clone_plan(
@@ -86,19 +92,35 @@ def make_clone_plan(
         defaults["accel"] = record.accelerator
     config = make_clone_config(record.config, **{**defaults, **options})
     check_data_dir(config.data_dir)
-    tools, accelerator = _host(config)
+    tools, accelerator, guarded = _host(config)
     source, on_progress = record.machine.source, options.get("on_progress")
     prefix = scope_prefix(config)
-    return Plan(config, source, tools, accelerator, prefix, on_progress, snapshot=snapshot)
+    return Plan(
+        config,
+        source,
+        tools,
+        accelerator,
+        prefix,
+        on_progress,
+        snapshot=snapshot,
+        guarded=guarded,
+    )
 
 
-def _host(config: VMConfig) -> tuple[HostTools, Accelerator]:
+def _host(config: VMConfig) -> tuple[HostTools, Accelerator, bool]:
     tools = find_tools(config.profile, programs(config.profile))
     smm = "requires-smm" in config.profile.firmware_features
     accelerator, warning = choose_accelerator(config.accel, smm=smm)
     if warning is not None:
         warnings.warn(warning, AcceleratorWarning, stacklevel=_level_of_caller())
-    return tools, accelerator
+    problem = find_problem()
+    mode = config.internet_settings.mode
+    if problem is not None and mode == "restricted":
+        raise HostError(problem.message, hint=f"{problem.hint} {WITHOUT_GUARD}".lstrip())
+    if problem is not None and mode == "open":
+        warning = f"The guest can reach this host's loopback and its own addresses. {problem}"
+        warnings.warn(f"{warning} {NO_NETWORK}", NetworkWarning, stacklevel=_level_of_caller())
+    return tools, accelerator, problem is None
 
 
 def _level_of_caller() -> int:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
+from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import Source
 from smolvm_async.controls.interface import unprepared
 from smolvm_async.controls.ssh.clock import GuestClock
@@ -51,6 +53,7 @@ from smolvm_async.qemu.events import (
     Event,
     EventHub,
     GuestPanicked,
+    NetworkDenied,
     Reset,
     Shutdown,
     Trouble,
@@ -71,7 +74,9 @@ from smolvm_async.vm.limits import oom_kills
 from smolvm_async.vm.plan import Plan
 from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare, snapshot_to_start
 
-if TYPE_CHECKING:  # a snapshot, or a start from one, imports them
+if TYPE_CHECKING:  # a launch, a snapshot, or a start from one, imports them
+    from smolvm_async.qemu.internet.guard import Denied
+    from smolvm_async.qemu.internet.service import Internet
     from smolvm_async.state.snapshot_record import SnapshotRecord
     from smolvm_async.state.snapshots import NewSnapshot, Snapshot
     from smolvm_async.vm.set_right import Clone
@@ -112,6 +117,7 @@ class VMRun:
         self._monitor = Monitor(self._on_event, self.troubles.explain)
         self.peripherals = Peripherals.make(self._monitor, self.pauses, plan.config)
         self.link = Link(plan.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
+        self._internet: Internet | None = None  # if a guard enforces the network policy
         self._prepared: PreparedVM
         self._source: Source | None = plan.source
         self._login: Login | None = None
@@ -157,7 +163,7 @@ class VMRun:
         self._machine = state.record.machine
         try:
             with self._scope:
-                async with anyio.create_task_group() as group, self.processes:
+                async with anyio.create_task_group() as group, self._guarding(), self.processes:
                     await self._run(group)
                     group.cancel_scope.cancel()
         except* Exception as errors:
@@ -178,6 +184,40 @@ class VMRun:
                 if self._ram is not None:
                     os.close(self._ram)
                 self.peripherals.screen.close()
+
+    @asynccontextmanager
+    async def _guarding(self) -> AsyncIterator[None]:
+        """Enforce the network policy until all processes have ended, if the host can."""
+        if not self._plan.guarded:
+            yield
+            return
+        from smolvm_async.qemu.internet.service import Internet  # `import` does not need it
+
+        config = self._plan.config
+        async with Internet(config.internet_settings, config.vm_id, self._on_denied) as internet:
+            self._internet = internet
+            yield
+
+    async def set_internet_settings(self, settings: InternetSettings) -> None:
+        """Change the network policy, and record it."""
+        if self._internet is not None:
+            await self._internet.change(settings)
+        config = self._plan.config.model_copy(update={"internet_settings": settings})
+        self._plan = self._plan._replace(config=config)
+        await self._record(config=config)
+
+    def _on_denied(self, denied: Denied) -> None:
+        data = {
+            "protocol": denied.protocol,
+            "address": str(denied.address),
+            "port": denied.port,
+            "domain": denied.name,
+            "reason": denied.reason,
+            "omitted": denied.left_out,
+        }
+        event = NetworkDenied(NetworkDenied.NAME, time.time(), data)
+        self._hub.publish(event)
+        logger.info("%s", event)
 
     def own_memory(self) -> int:
         """Return the memory of all processes that no other VM shares, in MiB."""
@@ -353,6 +393,7 @@ class VMRun:
                 ram=RAMFile(saved.ram, shared=False) if saved is not None else self._make_ram(),
                 identity=self._origin.identity if self._origin is not None else "",
                 incoming=saved is not None,
+                isolated=self._internet is None and plan.config.internet_settings.mode == "off",
             )
             await launch(
                 self.processes,
@@ -364,6 +405,7 @@ class VMRun:
                 self.parked,
                 timeout=plan.config.timeouts.launch,
                 amend=lambda argv: [*plan.prefix, *argv],
+                spawner=self._internet.spawner if self._internet is not None else None,
             )
             if saved is not None:
                 from smolvm_async.qemu.saving import load  # a boot does not need it

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from smolvm_async.config.checks import check_boolean, check_timeout, check_vm_id, shown
 from smolvm_async.config.options import (
     VMOptions,
+    check_internet_settings,
     check_progress,
     make_config,
     make_data_dir,
@@ -38,6 +39,7 @@ from smolvm_async.state.status import Status
 from smolvm_async.vm.block import Block
 
 if TYPE_CHECKING:  # imported on first use
+    from smolvm_async.config.internet import InternetSettings
     from smolvm_async.config.options import CloneOptions
     from smolvm_async.state.registry import VMInfo
     from smolvm_async.state.snapshot_record import SnapshotInfo
@@ -393,6 +395,32 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         """
         running(self._vm)
         await self._vm.resume()
+
+    @property
+    def internet_settings(self) -> InternetSettings:
+        """The VM's network policy: see `set_internet_settings()`."""
+        return self._handle.config.internet_settings
+
+    async def set_internet_settings(
+        self, settings: InternetSettings | Mapping[str, object]
+    ) -> None:
+        """Change the network policy. Connections that it does not allow any more end.
+
+        The new policy is the policy of later starts, too, and of clones that are made from now on.
+        Snapshots that exist keep theirs.
+
+        Args:
+            settings: The new policy as a whole, as for `internet_settings=`.
+
+        Raises:
+            ConfigError: The settings are wrong; nothing has changed.
+            HostError: This host cannot guard a guest's network; nothing has changed.
+        """
+        if settings is None:
+            raise ConfigError("settings=None is wrong: pass InternetSettings() for the default.")
+        checked = check_internet_settings(settings)
+        await self._look_again()
+        await self._vm.set_internet_settings(checked)
 
     async def delete(self) -> None:
         """Delete the VM and all its files. If the VM runs, kill it first.

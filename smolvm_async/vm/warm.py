@@ -25,6 +25,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
+from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.options import new_vm_id
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import Limits
@@ -185,6 +186,7 @@ def _template(plan: Plan, data_dir: Path) -> OwnedVM:
         "keep": False,
         "vnc": None,
         "limits": Limits(),
+        "internet_settings": InternetSettings(mode="off"),  # each clone has its own
     }
     config = plan.config.model_copy(update=own)
     assert plan.source is not None

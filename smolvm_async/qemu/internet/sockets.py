@@ -82,6 +82,17 @@ def bind_to_loopback(fd: int, form: int) -> int:
     return int.from_bytes(name.raw[2:4], "big")
 
 
+def is_local(address: IPv4Address | IPv6Address) -> bool:
+    """Return whether this host has the address, or it is a broadcast address of its links."""
+    form = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    fd = _checked(_libc.socket(form, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0))
+    try:
+        packed = pack(SocketAddress(address, 0), form)
+        return not _libc.bind(fd, packed, len(packed))
+    finally:
+        close(fd)
+
+
 def send(fd: int, data: bytes, flags: int, to: bytes) -> int:
     """Send a datagram, as sendto(2) does."""
     size = ctypes.c_size_t(len(data))

@@ -28,6 +28,7 @@ from typing import Any, Self
 
 from pydantic import TypeAdapter
 
+from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.interface import VM, Run, check_run
 from smolvm_async.controls.ssh.clock import PROBLEM
@@ -83,6 +84,7 @@ class AttachedVM:
         run = make_proxy(Run, "", self._request, self._post)  # type: ignore[type-abstract]
         self.start, self.pause, self._resume = owner.start, owner.pause, owner.resume
         self.snapshot = owner.snapshot
+        self.set_internet_settings = owner.set_internet_settings
         self.ssh_access = run.ssh_access
         self._stop, self._delete = owner.stop, owner.delete
         self.troubles = Troubles(self.config, lambda: log_end(path, "qemu"))
@@ -254,6 +256,9 @@ class AttachedVM:
     def _on_status(self, params: Mapping[str, Any]) -> None:
         self.status = Status(params["status"])
         self.pauses.set(**params["pauses"])
+        if (settings := params.get("internet_settings")) is not None:
+            update = {"internet_settings": InternetSettings(**settings)}
+            self.config = self.config.model_copy(update=update)
 
     def _on_console(self, params: Mapping[str, Any]) -> None:
         self.console.feed(params["text"].encode("latin-1"))

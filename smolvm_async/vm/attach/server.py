@@ -164,7 +164,8 @@ class ControlServer:
     def _status(self) -> dict[str, Any]:
         pauses = self._run.pauses
         state = {"active": pauses.active, "fault": pauses.fault, "held": pauses.held}
-        return {"status": str(self._vm.status), "pauses": state}
+        settings = self._vm.config.internet_settings
+        return {"status": str(self._vm.status), "pauses": state, "internet_settings": settings}
 
     def _send_news(self, writer: asyncio.StreamWriter, events: EventStream, read: int) -> int:
         for event in events.pending():
