@@ -12,6 +12,7 @@ from smolvm_async.doctor.findings import Verdict, ok, warning
 from smolvm_async.doctor.probe import scratch
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.process import spawn
+from smolvm_async.host.seccomp import check_seccomp
 from smolvm_async.qemu.internet.guard import Denied, Guard
 from smolvm_async.qemu.internet.policy import Address, Transport
 from smolvm_async.qemu.internet.policy import Verdict as Decision
@@ -54,6 +55,7 @@ async def check_network_guard(data_dir: Path) -> Verdict:
     with socket.create_server(("127.0.0.1", 0)) as server:
         guard = Guard(_Policy(server.getsockname()[1]), denied.append)
         try:
+            check_seccomp()
             await guard.start()
             said = await _try(guard, data_dir)
         except HostError as error:

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -38,10 +38,10 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import Field
 
 from smolvm_async.errors import CommandError, HostError, LaunchError
-from smolvm_async.foundation.fork import end_in_child, this_process, uses_loop
+from smolvm_async.foundation.fork import this_process
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tail import QUOTED, LogFile, Reader, Tail
-from smolvm_async.foundation.tasks import Slots, has_result, no_thread, settle
+from smolvm_async.foundation.tasks import Slots, no_thread, settle
 
 logger = get_logger(__name__)
 
@@ -290,45 +290,30 @@ class Spawner:
         self._started = False
         weakref.finalize(self, self._jobs.put, None).atexit = False
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Run `function` in the thread; wait for its end, even if cancelled. See `settle`.
+    def run(self, function: Callable[[], T]) -> T:
+        """Run a short `function` in the thread, and wait for its end.
 
-        This process does not fork meanwhile.
+        This blocks the calling thread, as a spawn in that thread would. Beside a busy event loop,
+        two changes between threads without blocking would take up to 10 ms. This process does not
+        fork meanwhile.
 
         Raises:
             HostError: If the host cannot start a thread.
         """
-        return await settle(self._submit(function))
-
-    async def popen(self, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-        """Spawn a process in the thread, and kill the process if the caller is cancelled."""
-        future = self._submit(start)
-        try:
-            return await settle(future)
-        except BaseException:
-            if has_result(future):
-                _end(future.result())
-            raise
-
-    def close(self) -> None:
-        """End the thread. Its processes have ended before, or the kernel kills them."""
-        self._jobs.put(None)
-
-    def _submit(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        end_in_child()
-        uses_loop(asyncio.get_running_loop())
         if not self._started:
-            thread = threading.Thread(
-                target=_do, args=(self._jobs,), name="smolvm-spawner", daemon=True
-            )
+            name, jobs = "smolvm-spawner", (self._jobs,)
             try:
-                thread.start()
+                threading.Thread(target=_do, name=name, args=jobs, daemon=True).start()
             except RuntimeError as error:
                 raise no_thread(error) from error
             self._started = True
         future: Future[T] = Future()
         self._jobs.put(partial(_fulfil, future, function))
-        return asyncio.wrap_future(future)
+        return future.result()
+
+    def close(self) -> None:
+        """End the thread. Its processes have ended before, or the kernel kills them."""
+        self._jobs.put(None)
 
 
 def _do(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
@@ -362,7 +347,7 @@ async def spawn(
     """
     async with _turns.of_this_loop():
         await asyncio.sleep(0)
-        return await _spawn(name, argv, cwd, log, fds, spawner)
+        return _spawn(name, argv, cwd, log, fds, spawner)
 
 
 # Popen waits until all copies of its pipe are closed. If another thread forks meanwhile, the child
@@ -380,12 +365,11 @@ def _without_fork(function: Callable[[], T]) -> T:
         return function()
 
 
-# Spawn once per loop iteration: a spawn holds the interpreter for 1 to 3 ms, and many VMs may start
-# at once.
+# Spawn once per loop iteration: a spawn blocks for 1 to 3 ms, and many VMs may start at once.
 _turns = Slots(1)
 
 
-async def _spawn(
+def _spawn(
     name: str,
     argv: Sequence[str],
     cwd: Path,
@@ -399,7 +383,7 @@ async def _spawn(
         try:
             kept = LogFile(log, LOG_LIMIT)
             undo.callback(kept.close)
-            child = await _start(
+            child = _start(
                 name,
                 argv,
                 kept,
@@ -416,7 +400,7 @@ async def _spawn(
         return child
 
 
-async def _start(
+def _start(
     name: str,
     argv: Sequence[str],
     log: Tail,
@@ -429,31 +413,19 @@ async def _start(
     with contextlib.ExitStack() as undo:
         output, childs = os.pipe()
         undo.callback(os.close, output)
-        with _closing(childs):
+        with open(childs, "wb") as end:
             words = [*die_with_owner(script), *argv]
-            start = partial(_popen, words, stdin=stdin, stdout=childs, stderr=childs, **options)
-            process = _without_fork(start) if spawner is None else await spawner.popen(start)
-        undo.callback(_end, process)
+            start = partial(_popen, words, stdin=stdin, stdout=end, stderr=end, **options)
+            process = _without_fork(start) if spawner is None else spawner.run(start)
+        undo.callback(process.wait)
+        undo.callback(process.kill)
         child = Child(name, argv, process, output, log)
         undo.pop_all()
         return child
 
 
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        os.close(fd)
-
-
 def _popen(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, start_new_session=True, **options)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
 
 
 async def run(
@@ -477,7 +449,7 @@ async def run(
         await asyncio.sleep(0)
         variables = {**os.environ, **(env or {})}
         try:
-            child, report = await _start_shell(
+            child, report = _start_shell(
                 words, output, reported, cwd=cwd or "/", env=variables, pass_fds=fds
             )
         except OSError as error:
@@ -501,17 +473,17 @@ async def run(
     return output.text()
 
 
-async def _start_shell(
+def _start_shell(
     words: Sequence[str], output: Tail, reported: Tail, *, pass_fds: Sequence[int], **options: Any
 ) -> tuple[Child, Reader]:
     """Start a shell that runs a command; return the shell, and the reader of its report."""
     ours, shells = os.pipe()
     report = Reader(ours, reported)
     try:
-        with _closing(shells):
+        with open(shells, "wb") as stdin:
             script = _reporting(pass_fds)
-            options |= {"script": script, "stdin": shells, "pass_fds": pass_fds}
-            return await _start(words[0], words, output, **options), report
+            options |= {"script": script, "stdin": stdin.fileno(), "pass_fds": pass_fds}
+            return _start(words[0], words, output, **options), report
     except BaseException:
         report.close()
         raise

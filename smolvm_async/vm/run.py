@@ -16,7 +16,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +42,7 @@ from smolvm_async.errors import (
 )
 from smolvm_async.foundation.entries import memory_file
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.process import Spawner
 from smolvm_async.foundation.tasks import Turns, end_tasks, first_of, in_thread
 from smolvm_async.host.memory import own_memory
 from smolvm_async.qemu.arguments import MachineSpec, RAMFile
@@ -118,6 +119,7 @@ class VMRun:
         self.peripherals = Peripherals.make(self._monitor, self.pauses, plan.config)
         self.link = Link(plan.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
         self._internet: Internet | None = None  # if a guard enforces the network policy
+        self._spawner: Spawner
         self._prepared: PreparedVM
         self._source: Source | None = plan.source
         self._login: Login | None = None
@@ -189,13 +191,14 @@ class VMRun:
     async def _guarding(self) -> AsyncIterator[None]:
         """Enforce the network policy until all processes have ended, if the host can."""
         if not self._plan.guarded:
-            yield
+            with closing(Spawner()) as self._spawner:
+                yield
             return
         from smolvm_async.qemu.internet.service import Internet  # `import` does not need it
 
         config = self._plan.config
         async with Internet(config.internet_settings, config.vm_id, self._on_denied) as internet:
-            self._internet = internet
+            self._internet, self._spawner = internet, internet.spawner
             yield
 
     async def set_internet_settings(self, settings: InternetSettings) -> None:
@@ -405,7 +408,7 @@ class VMRun:
                 self.parked,
                 timeout=plan.config.timeouts.launch,
                 amend=lambda argv: [*plan.prefix, *argv],
-                spawner=self._internet.spawner if self._internet is not None else None,
+                spawner=self._spawner,
             )
             if saved is not None:
                 from smolvm_async.qemu.saving import load  # a boot does not need it

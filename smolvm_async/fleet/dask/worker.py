@@ -5,9 +5,8 @@ A worker has two event loops:
 - Dask's loop, in the worker's main thread. It sends heartbeats and runs `perform()` as a task for
   each job. If a job blocked this loop, the worker would send no heartbeats, and the scheduler would
   consider the worker dead.
-- Our loop, in a separate thread. It runs the jobs and owns their VMs. The thread runs as long as
-  the worker, since the kernel kills a QEMU process when the thread that spawned QEMU ends (the
-  parent-death signal belongs to the thread, not to the process).
+- Our loop, in a separate thread that runs as long as the worker. It runs the jobs and owns their
+  VMs.
 
 `WorkerJobs` connects the loops. `perform()` makes a `concurrent.futures.Future`, starts a task for
 the job on our loop by `call_soon_threadsafe`, and waits for the future. Our loop sets the future

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from smolvm_async.foundation.fork import close_private, private
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Spawner
+from smolvm_async.foundation.tasks import no_thread
 from smolvm_async.host import seccomp
 from smolvm_async.host.seccomp import Call
 from smolvm_async.qemu.internet import sockets
@@ -131,14 +132,13 @@ class Guard:
         self._left_out = 0
 
     async def start(self) -> None:
-        """Start both threads.
+        """Start both threads. See `seccomp.check_seccomp` for the other calls of a guard.
 
         Raises:
-            HostError: The host refuses what this needs, or cannot start a thread.
+            HostError: The host refuses the filter, or cannot start a thread.
         """
-        seccomp.check_seccomp()
         try:
-            await self.spawner.run(self._install)
+            self.spawner.run(self._install)
         except OSError as error:
             raise seccomp.refused(error) from error
         self._thread = threading.Thread(target=self._serve, name="smolvm-guard", daemon=True)
@@ -146,7 +146,7 @@ class Guard:
             self._thread.start()
         except RuntimeError as error:
             self._thread = None
-            raise seccomp.refused(OSError(errno.EAGAIN, str(error))) from error
+            raise no_thread(error) from error
 
     def _install(self) -> None:
         self._listener = private(seccomp.install())
