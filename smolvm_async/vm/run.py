@@ -210,15 +210,7 @@ class VMRun:
         await self._record(config=config)
 
     def _on_denied(self, denied: Denied) -> None:
-        data = {
-            "protocol": denied.protocol,
-            "address": str(denied.address),
-            "port": denied.port,
-            "domain": denied.name,
-            "reason": denied.reason,
-            "omitted": denied.left_out,
-        }
-        event = NetworkDenied(NetworkDenied.NAME, time.time(), data)
+        event = NetworkDenied(NetworkDenied.NAME, time.time(), denied.data())
         self._hub.publish(event)
         logger.info("%s", event)
 

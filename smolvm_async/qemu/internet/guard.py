@@ -77,6 +77,17 @@ class Denied(NamedTuple):
     reason: str
     left_out: int
 
+    def data(self) -> dict[str, object]:
+        """Return the data of the event; see `NetworkDenied`."""
+        return {
+            "protocol": self.protocol,
+            "address": str(self.address),
+            "port": self.port,
+            "domain": self.name,
+            "reason": self.reason,
+            "omitted": self.left_out,
+        }
+
 
 class Connection(NamedTuple):
     """A TCP connection: where the guest wanted to go, and where it really goes."""
