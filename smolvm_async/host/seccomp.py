@@ -51,6 +51,7 @@ SECCOMP_USER_NOTIF_FLAG_CONTINUE = 1
 NOTIFICATION = struct.Struct("=QIIiIQ6Q")  # struct seccomp_notif
 RESPONSE = struct.Struct("=QqiI")  # struct seccomp_notif_resp
 NUMBER, ARCHITECTURE, ADDRESS = 0, 4, 48  # offsets in struct seccomp_data; the fifth argument
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 X32 = 0x40000000  # the numbers of the x32 ABI begin here
 
 
@@ -178,6 +179,7 @@ def check_seccomp() -> None:
 
     Raises:
         HostError: The host refuses one of them.
+        OSError: The host lacks memory or descriptors now.
     """
     try:
         this_machine()
@@ -194,7 +196,13 @@ def check_seccomp() -> None:
 
 
 def refused(error: OSError) -> HostError:
-    """Return the error for a host that refuses a call of this module."""
+    """Return the error for a host that refuses a call of this module.
+
+    Raises:
+        OSError: The host does not refuse, but lacks memory or descriptors now.
+    """
+    if error.errno in SHORTAGES:
+        raise error
     from smolvm_async.host.restrictions import without_guard  # rarely needed
 
     reason, cure = without_guard(error)

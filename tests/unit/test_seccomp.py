@@ -14,6 +14,7 @@ import pytest
 from smolvm_async import HostError
 from smolvm_async.host import seccomp
 from smolvm_async.host.seccomp import MACHINES, Machine
+from smolvm_async.qemu.internet.trial import find_problem
 
 NOTIFY, ALLOW, KILL = 0x7FC00000, 0x7FFF0000, 0x80000000
 NOT_THERE = 0x00050000 | errno.ENOSYS
@@ -98,6 +99,20 @@ def test_a_host_that_refuses_is_told_with_the_call_and_the_cure(
     error = caught.value
     assert "cannot be guarded" in error.message
     assert re.search(told, f"{error.message} {error.hint}")
+
+
+def test_a_shortage_is_not_a_host_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, all later guests of this process would have an open network."""
+
+    def lack(pidfd: int, descriptor: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    find_problem.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(seccomp, "take_descriptor", lack)
+        with pytest.raises(HostError, match="cannot be guarded now"):
+            find_problem()
+    assert find_problem() is None
 
 
 def test_an_old_kernel_and_an_unknown_processor_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ class Guard:
 
         Raises:
             HostError: The host refuses the filter, or cannot start a thread.
+            OSError: The host lacks memory or descriptors now.
         """
         try:
             self.spawner.run(self._install)
