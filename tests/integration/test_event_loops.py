@@ -143,6 +143,7 @@ def test_vms_that_a_threads_loop_forgot_end_with_it(blank_image: Path, data_dir:
     assert not list(data_dir.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore::smolvm_async.errors.NetworkWarning")
 @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "without a guard"])
 def test_a_vm_goes_on_after_the_end_of_the_thread_that_started_it(
     blank_image: Path, data_dir: Path, guarded: bool, monkeypatch: pytest.MonkeyPatch
