@@ -141,7 +141,7 @@ def test_a_library_does_not_print(module: str) -> None:
 
 
 # Modules of more than 600 lines, and why each is one thing.
-LONG: dict[str, str] = {}
+LONG = {"vm.vm": "the class that users see: most lines are docstrings for them"}
 
 
 @pytest.mark.parametrize("module", MODULES)

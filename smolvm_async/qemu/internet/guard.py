@@ -47,6 +47,12 @@ THREADS = 64  # that have made a call
 SOCKETS, SOURCES = 4096, 64  # with rewritten datagrams, and rewritten addresses of one socket
 CONNECTIONS = 4096  # before those that are closed are forgotten
 
+# If connect(2) is refused at once, QEMU's network frees the packet twice, and QEMU's heap breaks:
+# tcp_input() of libslirp 4.7, after tcp_respond(). So a refused connection looks as if it began.
+# The next poll(2) of the socket, which was never connected, tells its end, and the guest gets a
+# reset.
+REFUSED_LATER = errno.EINPROGRESS
+
 # With systemd-run, which limits a VM's memory and processors, QEMU's process asks the bus for its
 # limits before it executes QEMU.
 BUS_CLIENT = "systemd-run"
@@ -214,6 +220,8 @@ class Guard:
             error, punish = errno.EPERM, not self._unpunished.take()
             if self._reports.take():
                 logger.exception("the guard could not decide, and refuses the packet")
+        if error == errno.ECONNREFUSED and call.number == seccomp.this_machine().connect:
+            error = REFUSED_LATER
         if punish:
             time.sleep(PAUSE * (time.thread_time() - started))
         seccomp.answer(self._listener, call, result, error)
