@@ -1,0 +1,102 @@
+"""The network policy: a guest tries everything, between a host and an internet of the test's own.
+
+Three programs play: see `tests/internet/`. The guest is the built-in Debian.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.internet import near
+
+MODES = ("open", "clone", "restricted", "off")
+
+# Where a server answers, and in which modes. All other targets of the guest are shut.
+ANSWERED = {
+    ("tcp", "203.0.113.1", 80): {"open", "clone"},
+    ("tcp", "198.51.100.1", 80): {"open", "clone", "restricted"},
+    ("tcp", "2001:db8::1", 80): {"open", "clone"},
+    ("udp", "203.0.113.1", 9000): {"open", "clone"},
+    ("udp", "2001:db8::1", 9000): {"open", "clone"},
+    ("udp", "198.51.100.1", 9000): {"open", "clone", "restricted"},
+    ("tcp", "10.0.2.2", 8000): {"open", "clone"},
+    ("udp", "10.0.2.2", 8000): {"open", "clone"},
+    ("tcp", "fec0::2", 8000): {"open", "clone"},
+    ("icmp", "203.0.113.1", 0): {"open", "clone"},
+}
+OF_THE_HOST = {("127.0.0.1", 8000), ("::1", 8000)}  # what 10.0.2.2 and fec0::2 are
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """Let the guest try everything under each policy, once for all tests."""
+    new_namespaces = ["unshare", "--net", "--mount"]
+    if subprocess.run([*new_namespaces, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot make network namespaces")
+    data_dir = tmp_path_factory.mktemp("internet")
+    argv = [*new_namespaces, sys.executable, "-m", "tests.internet.near", str(data_dir)]
+    host = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    assert host.returncode == 0, host.stderr
+    result: Mapping[str, Any] = json.loads(host.stdout)
+    return result
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_guest_reaches_what_its_policy_allows_and_nothing_else(
+    results: Mapping[str, Any], mode: str
+) -> None:
+    allowed = {target for target, modes in ANSWERED.items() if mode in modes}
+    for protocol, address, port in near.TARGETS:
+        result = results[mode]["ways"][f"{protocol} {address} {port}"]
+        answered = (protocol, address, port) in allowed
+        assert (result == "ok") == answered, (protocol, address, port, result)
+    seen = {tuple(target) for target in results[mode]["seen"]}
+    internet = {target for target in allowed if target[1] not in ("10.0.2.2", "fec0::2")}
+    assert internet <= seen
+    if mode in ("restricted", "off"):
+        assert seen == internet
+    heard = {tuple(contact) for contact in results[mode]["heard"]}
+    assert heard == (OF_THE_HOST if mode in ("open", "clone") else set())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_refused_connection_is_reset_at_once(results: Mapping[str, Any], mode: str) -> None:
+    refused = [
+        result
+        for way, result in results[mode]["ways"].items()
+        if way.startswith("tcp") and result != "ok"
+    ]
+    assert refused
+    assert set(refused) == {"ECONNREFUSED"}
+
+
+def test_each_refusal_is_an_event_or_is_counted_by_one(results: Mapping[str, Any]) -> None:
+    opened = results["open"]
+    denied = {tuple(refusal) for refusal in opened["denied"]}
+    expected = {
+        ("tcp", "169.254.169.254", 80),
+        ("udp", "169.254.169.254", 9000),
+        ("tcp", "100.100.100.200", 80),
+        ("tcp", "192.0.2.1", 8000),
+        ("udp", "192.0.2.1", 8000),
+        ("tcp", "192.0.2.1", 8002),  # the frame to the gateway has arrived there
+        ("tcp", "2001:db8:f::1", 8000),
+    }
+    assert len(expected - denied) <= opened["omitted"]
+    assert results["off"]["omitted"] > 0  # a bounded rate
+
+
+def test_a_change_of_the_policy_ends_the_connections_that_it_shuts(
+    results: Mapping[str, Any],
+) -> None:
+    assert results["held"] == "ended"
+
+
+def test_a_guest_connects_while_the_event_loop_is_blocked(results: Mapping[str, Any]) -> None:
+    assert results["beat"] < near.BLOCKED / 2
