@@ -13,7 +13,8 @@ from smolvm_async.doctor.probe import scratch
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.process import spawn
 from smolvm_async.host.seccomp import check_seccomp
-from smolvm_async.qemu.internet.guard import Denied, Guard
+from smolvm_async.qemu.internet.denials import Denied
+from smolvm_async.qemu.internet.guard import Guard
 from smolvm_async.qemu.internet.policy import Address, Transport
 from smolvm_async.qemu.internet.policy import Verdict as Decision
 

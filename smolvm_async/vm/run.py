@@ -76,7 +76,7 @@ from smolvm_async.vm.plan import Plan
 from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare, snapshot_to_start
 
 if TYPE_CHECKING:  # a launch, a snapshot, or a start from one, imports them
-    from smolvm_async.qemu.internet.guard import Denied
+    from smolvm_async.qemu.internet.denials import Denied
     from smolvm_async.qemu.internet.service import Internet
     from smolvm_async.state.snapshot_record import SnapshotRecord
     from smolvm_async.state.snapshots import NewSnapshot, Snapshot

@@ -21,7 +21,8 @@ import pytest
 from smolvm_async.foundation.process import Child, Spawner, spawn
 from smolvm_async.host import seccomp
 from smolvm_async.qemu.internet import guard as guards
-from smolvm_async.qemu.internet.guard import Denied, Guard
+from smolvm_async.qemu.internet.denials import Denied
+from smolvm_async.qemu.internet.guard import Guard
 from smolvm_async.qemu.internet.policy import Address, Transport, Verdict
 
 pytestmark = pytest.mark.anyio

@@ -1,12 +1,13 @@
-"""Addresses that an open network does not include.
+"""Addresses that an open network does not include, and those that names may not have.
 
-Those of this host, of its link, of the metadata services of clouds, and all that reach many hosts.
+An open network does not include the addresses of this host, of its link, of the metadata services
+of clouds, and all that reach many hosts. A name of the internet has no private address.
 """
 
 from __future__ import annotations
 
 import time
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 
 from smolvm_async.qemu.internet import sockets
@@ -33,14 +34,38 @@ SHUT: dict[IPv4Network | IPv6Network, str] = {
     }.items()
 }
 
+PRIVATE = [
+    ip_network(network)
+    for network in (
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "240.0.0.0/4",
+        "fc00::/7",
+    )
+]
+NAT64 = ip_network("64:ff9b::/96")  # RFC 6052
+
 
 def shut_network(address: Address) -> IPv4Network | IPv6Network | None:
     """Return the network of `SHUT` that has the address."""
     return next((network for network in SHUT if address in network), None)
 
 
+def embedded(address: Address) -> Address:
+    """Return the IPv4 address that a gateway reaches for an IPv6 address, or else the address."""
+    if not isinstance(address, IPv6Address):
+        return address
+    if address in NAT64:
+        return ip_address(address.packed[12:])
+    return address.sixtofour or address
+
+
 class Host:
-    """This host's own addresses and name servers, looked at anew every second."""
+    """This host's own addresses and name servers, looked at anew every second, in any thread."""
 
     def __init__(self) -> None:
         self._looked = 0.0
@@ -50,9 +75,10 @@ class Host:
     def has(self, address: Address) -> bool:
         """Return whether an address is one of this host's, or a broadcast address of its links."""
         self._refresh()
-        if address not in self._own:
-            self._own[address] = sockets.is_local(address)
-        return self._own[address]
+        own = self._own  # another thread may refresh it
+        if address not in own:
+            own[address] = sockets.is_local(address)
+        return own[address]
 
     def asks(self, address: Address) -> bool:
         """Return whether this host asks a DNS server with this address."""

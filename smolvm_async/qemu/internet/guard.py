@@ -11,7 +11,6 @@ So the guard holds guests, and not a QEMU that a guest has taken over.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -28,7 +27,8 @@ from smolvm_async.foundation.tasks import no_thread
 from smolvm_async.host import seccomp
 from smolvm_async.host.seccomp import Call
 from smolvm_async.qemu.internet import sockets
-from smolvm_async.qemu.internet.policy import Address, Policy, Transport
+from smolvm_async.qemu.internet.denials import Bucket, Denied, Reports
+from smolvm_async.qemu.internet.policy import Policy, Transport
 from smolvm_async.qemu.internet.sockets import SocketAddress
 
 logger = get_logger(__name__)
@@ -61,38 +61,7 @@ BUS_CLIENT = "systemd-run"
 UNPUNISHED, PER_SECOND = 500, 50  # refusals at once, and those that are forgiven in a second
 PAUSE = 20  # after more, wait for so many times the time that a refusal takes
 
-REPORTS = 10  # refusals to report in a second
-
-
-class Denied(NamedTuple):
-    """A refusal.
-
-    Attributes:
-        protocol: `tcp`, `udp` or `icmp`.
-        address: The address that the guest spoke to.
-        port: The port, 0 for ICMP.
-        name: The domain name that the guest had asked for, if any.
-        reason: Why.
-        left_out: The number of refusals since the last report that were not reported.
-    """
-
-    protocol: Transport
-    address: Address
-    port: int
-    name: str
-    reason: str
-    left_out: int
-
-    def data(self) -> dict[str, object]:
-        """Return the data of the event; see `NetworkDenied`."""
-        return {
-            "protocol": self.protocol,
-            "address": str(self.address),
-            "port": self.port,
-            "domain": self.name,
-            "reason": self.reason,
-            "omitted": self.left_out,
-        }
+ERRORS = 10  # of the policy to log in a second
 
 
 class Connection(NamedTuple):
@@ -100,24 +69,6 @@ class Connection(NamedTuple):
 
     wanted: SocketAddress
     real: SocketAddress
-
-
-class Bucket:
-    """A bucket of tokens, `rate` new ones a second, at most `size`."""
-
-    def __init__(self, size: float, rate: float) -> None:
-        self._size, self._rate = size, rate
-        self._tokens, self._filled = size, time.monotonic()
-
-    def take(self) -> bool:
-        """Take a token; return whether there was one."""
-        now = time.monotonic()
-        self._tokens = min(self._size, self._tokens + (now - self._filled) * self._rate)
-        self._filled = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
 
 
 class Guard:
@@ -134,8 +85,7 @@ class Guard:
     def __init__(self, policy: Policy, on_denied: Callable[[Denied], None]) -> None:
         self.spawner = Spawner()
         self._policy = policy
-        self._on_denied = on_denied
-        self._loop = asyncio.get_running_loop()
+        self._reports = Reports(on_denied)
         self._listener = -1
         self._thread: threading.Thread | None = None
         self._at_work = threading.Lock()  # held while a call is made, and while the policy changes
@@ -145,8 +95,7 @@ class Guard:
         # By the socket's cookie and the real address: the address that the guest had sent to.
         self._sources: dict[int, dict[SocketAddress, bytes]] = {}
         self._unpunished = Bucket(UNPUNISHED, PER_SECOND)
-        self._reports = Bucket(REPORTS, REPORTS)
-        self._left_out = 0
+        self._errors = Bucket(ERRORS, ERRORS)
 
     async def start(self) -> None:
         """Start both threads. See `seccomp.check_seccomp` for the other calls of a guard.
@@ -168,6 +117,10 @@ class Guard:
 
     def _install(self) -> None:
         self._listener = private(seccomp.install())
+
+    def report(self, denied: Denied) -> None:
+        """Report a refusal, in any thread, or count it if there are too many."""
+        self._reports.report(denied)
 
     def set_policy(self, policy: Policy) -> None:
         """Change the policy, and end the connections that it refuses. Call this in a thread.
@@ -213,12 +166,12 @@ class Guard:
                 result = self._make(call)
         except _DeniedError as denied:
             error, punish = errno.ECONNREFUSED, not self._unpunished.take()
-            self._report(denied.what)
+            self.report(denied.what)
         except OSError as failure:
             error = failure.errno or errno.EPERM
         except Exception:
             error, punish = errno.EPERM, not self._unpunished.take()
-            if self._reports.take():
+            if self._errors.take():
                 logger.exception("the guard could not decide, and refuses the packet")
         if error == errno.ECONNREFUSED and call.number == seccomp.this_machine().connect:
             error = REFUSED_LATER
@@ -249,7 +202,8 @@ class Guard:
             raise PermissionError(errno.EPERM, "not a call of QEMU's network")
         verdict = self._policy.decide(protocol, *to)
         if verdict.address is None:
-            raise _DeniedError(Denied(protocol, *to, verdict.name, verdict.reason, 0))
+            asked = verdict.asked or to.address
+            raise _DeniedError(Denied(protocol, asked, to.port, verdict.name, verdict.reason))
         real = SocketAddress(verdict.address, verdict.port)
         goal = packed if real == to else sockets.pack(real, sockets.family(packed))
         data = b"" if connect else seccomp.read_memory(call.thread, *call.arguments[1:3])
@@ -299,14 +253,6 @@ class Guard:
             del sources[next(iter(sources))]
         if len(self._sources) > SOCKETS:
             del self._sources[next(iter(self._sources))]
-
-    def _report(self, denied: Denied) -> None:
-        if not self._reports.take():
-            self._left_out += 1
-            return
-        report, self._left_out = denied._replace(left_out=self._left_out), 0
-        with contextlib.suppress(RuntimeError):  # the event loop is closed
-            self._loop.call_soon_threadsafe(self._on_denied, report)
 
     @contextlib.contextmanager
     def _descriptor(self, call: Call) -> Iterator[int]:

@@ -21,6 +21,7 @@ class Verdict(NamedTuple):
         name: The domain name that the guest had asked for, if any.
         announce: Called with the local port of a TCP connection on 127.0.0.1 before the
             connection is made, so that the server knows the connection.
+        asked: The address that the guest used, if QEMU's network has changed the address.
     """
 
     address: Address | None
@@ -28,6 +29,7 @@ class Verdict(NamedTuple):
     reason: str = ""
     name: str = ""
     announce: Callable[[int], None] | None = None
+    asked: Address | None = None
 
 
 class Policy(Protocol):
