@@ -21,6 +21,7 @@
     │   └── CommandTimeoutError          a command in the guest took too long and was killed
     ├── CommandFailedError               a command in the guest ended with an exit code other than 0
     ├── ConnectionLostError              the guest cannot be reached over SSH (any more)
+    ├── MountError                       the guest cannot mount a host directory
     ├── FileTransferError                a file could not be transferred
     ├── FleetError                       a part of a fleet failed
     │   ├── MemberFailedError            a VM did not start, or crashed
@@ -292,6 +293,10 @@ class ConnectionLostError(SmolVMError):
 
 class FileTransferError(SmolVMError):
     """A file could not be transferred; no partial file is left under its name."""
+
+
+class MountError(SmolVMError):
+    """The guest cannot mount or unmount a host directory; `hint` says what it lacks."""
 
 
 class FleetError(SmolVMError):

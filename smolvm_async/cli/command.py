@@ -64,6 +64,14 @@ VNC = Annotated[
     Literal["loopback", "unix"] | None,
     typer.Option(help="Turn on VNC; 'smolvm-async vnc ID' shows how to connect."),
 ]
+Mount = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR[:PATH][:rw]",
+        help="A host directory that a Linux guest sees at PATH, by default /workspace/NAME; with "
+        ":rw, the guest may change it; may be given several times.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
 Timeout = Annotated[
     float | None,

@@ -12,6 +12,7 @@ from smolvm_async.cli.command import (
     DataDir,
     Json,
     Keep,
+    Mount,
     Timeout,
     complete_vm_id,
     execute,
@@ -86,6 +87,7 @@ def run(
         typer.Option(metavar="WIDTHxHEIGHT", help="The screen's size.", show_default="1280x800"),
     ] = None,
     vnc: VNC = None,
+    mount: Mount = None,
     internet: Internet = None,
     allow_domain: AllowDomain = None,
     allow_cidr: AllowCIDR = None,
@@ -111,6 +113,8 @@ def run(
 
       smolvm-async run --id office
 
+      smolvm-async run --mount ~/project --mount ~/data:/mnt/data:rw
+
       smolvm-async run --allow-domain pypi.org --allow-domain '*.pythonhosted.org'
 
       smolvm-async run s3://bucket/images/debian-12/
@@ -125,6 +129,7 @@ def run(
         "boot": boot,
         "resolution": resolution,
         "vnc": vnc,
+        "mounts": mount or (),
         "internet_settings": settings_given(internet, allow_domain, allow_cidr, allow_host_port),
         "data_dir": data_dir,
         "on_progress": feed.on_progress,
@@ -135,6 +140,8 @@ def run(
         options["keep"] = keep
     at_rest = image is None and vm_id is not None and os is None
     given = [name for name in MACHINE if options.get(name) is not None]
+    if mount:
+        given.append("mount")
 
     async def work() -> None:
         if at_rest:

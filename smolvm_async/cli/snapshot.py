@@ -13,6 +13,7 @@ from smolvm_async.cli.command import (
     DataDir,
     Json,
     Keep,
+    Mount,
     Timeout,
     VMId,
     execute,
@@ -118,6 +119,7 @@ def restore(
     accel: Accel = None,
     keep: Keep = False,
     vnc: VNC = None,
+    mount: Mount = None,
     internet: Internet = None,
     allow_domain: AllowDomain = None,
     allow_cidr: AllowCIDR = None,
@@ -135,6 +137,7 @@ def restore(
     options = _options(accel, vnc, data_dir, keep=keep)
     given = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
     options["internet_settings"] = given
+    options["mounts"] = mount or ()
     options |= {"vm_id": vm_id, "on_progress": feed.on_progress}
 
     async def work() -> None:
@@ -184,6 +187,7 @@ def fork(
     count: Annotated[int, typer.Argument(min=1, max=1000, help="The number of copies.")] = 1,
     keep: Keep = False,
     vnc: VNC = None,
+    mount: Mount = None,
     internet: Internet = None,
     allow_domain: AllowDomain = None,
     allow_cidr: AllowCIDR = None,
@@ -202,6 +206,7 @@ def fork(
     options = _options(None, vnc, data_dir, keep=keep)
     given = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
     options["internet_settings"] = given
+    options["mounts"] = mount or ()
 
     async def work() -> None:
         feed.tell("starting", f"Forking {vm_id}.", vm_id=vm_id, count=count)

@@ -66,7 +66,7 @@ class VMOptions(TypedDict, total=False):
     resolution: tuple[int, int] | str | None  # pixels
     vnc: Literal["loopback", "unix"] | bool | None
     limits: Limits | Mapping[str, float] | None
-    mounts: Sequence[object]
+    mounts: Sequence[str | os_module.PathLike[str]]  # SRC[:DST][:rw|:ro]
     writable_mounts: bool
     internet_settings: InternetSettings | Mapping[str, object] | None
     timeouts: Timeouts | Mapping[str, float] | None
@@ -133,6 +133,7 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
         resolution=check_resolution(given["resolution"]),
         vnc=check_vnc_kind(given["vnc"]),
         limits=_nested(Limits, "limits", given["limits"]),
+        mounts=_mounts(given["mounts"], given["writable_mounts"]),
         internet_settings=check_internet_settings(given["internet_settings"]),
         timeouts=_nested(Timeouts, "timeouts", given["timeouts"]),
         data_dir=make_data_dir(given["data_dir"]),
@@ -151,6 +152,8 @@ class CloneOptions(TypedDict, total=False):
     keep: bool
     vnc: Literal["loopback", "unix"] | bool | None
     limits: Limits | Mapping[str, float] | None
+    mounts: Sequence[str | os_module.PathLike[str]]
+    writable_mounts: bool
     internet_settings: InternetSettings | Mapping[str, object] | None
     timeouts: Timeouts | Mapping[str, float] | None
     data_dir: str | os_module.PathLike[str] | None
@@ -186,7 +189,8 @@ def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) ->
         cpus: Cores that the manifest recommends, in case the user chose no cores.
     """
     profile = find_profile(os, config.origin)
-    for name, given in (("env", config.env), ("user", config.user != "root")):
+    needs = (("env", config.env), ("user", config.user != "root"), ("mounts", config.mounts))
+    for name, given in needs:
         if given:
             profile.require(name)
     recommended = max(memory, profile.minimum_memory) if memory is not None else None
@@ -332,6 +336,14 @@ def _boot(boot: object, origin: Origin) -> Literal["warm", "cold"]:
             "guest that is ready, use snapshot() and from_snapshot(), fork(), or a Fleet."
         )
     return "warm"
+
+
+def _mounts(mounts: object, writable: object) -> tuple[str, ...]:
+    if mounts == () and writable is False:  # most VMs
+        return ()
+    from smolvm_async.config.mounts import check_mounts
+
+    return tuple(map(str, check_mounts(mounts, writable)))
 
 
 def _user(user: object, profile: GuestProfile) -> str:

@@ -69,6 +69,7 @@ class VMConfig(StrictModel):
     Attributes:
         image: Empty for the built-in image, an absolute path, or the URI of a manifest. Use
             `origin` instead: it has a type for each of the three.
+        mounts: Complete entries, `SRC:DST:ro` or `SRC:DST:rw`: see `config/mounts.py`.
         boot: `warm` if the first start may restore a snapshot of a guest that is ready.
     """
 
@@ -88,6 +89,7 @@ class VMConfig(StrictModel):
     resolution: Annotated[tuple[int, int], Field(strict=False)] = (1280, 800)  # JSON has no tuples
     vnc: VNCKind | None = None
     limits: Limits
+    mounts: Annotated[tuple[str, ...], Field(strict=False)] = ()
     internet_settings: InternetSettings = InternetSettings()
     timeouts: Timeouts
     data_dir: Path

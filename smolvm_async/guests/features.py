@@ -48,7 +48,7 @@ FEATURES: dict[FeatureName, Feature] = {
     "mounts": Feature(
         (),
         ("mounts", "writable_mounts"),
-        BY_NETWORK,
+        f"Copy the files with upload_file(), if the guest supports it. {BY_NETWORK}",
     ),
 }
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from smolvm_async.guests.profile import GuestProfile
 
+# The slot for the devices of `mounts=`: see `qemu/mounts.py`. All Linux machines have one, so that
+# clones of any snapshot can have mounts.
+MOUNTS = "pcie-root-port,id=mounts,chassis=1,slot=1"
+
 LINUX = GuestProfile(
     name="linux",
     title="Linux",
@@ -25,16 +29,16 @@ LINUX = GuestProfile(
     accelerator_globals={"kvm": ("kvm-pit.lost_tick_policy=discard",)},
     disk_bus="virtio",
     login="nocloud",
-    features=frozenset({"commands", "files", "variables", "user", "kernel"}),
-    planned=frozenset({"mounts"}),
-    instead={"mounts": "Use upload_file() instead."},
+    devices=(MOUNTS,),
+    features=frozenset({"commands", "files", "variables", "user", "kernel", "mounts"}),
 )
 
 DEBIAN = LINUX._replace(
     firmware="never",
     machine_options="smbus=off,sata=off,vmport=off,hpet=off",
     cpu={"kvm": "host", "tcg": "qemu64,+rdrand"},
-    devices=("pvpanic-pci",),  # its initramfs has the driver of this device, not of `pvpanic`
+    # Its initramfs has the driver of `pvpanic-pci`, not of `pvpanic`.
+    devices=("pvpanic-pci", MOUNTS),
     login="fw_cfg",
     usb=False,  # loading the USB drivers would make the boot longer
 )

@@ -38,7 +38,6 @@ class GuestProfile(NamedTuple):
     login: Literal["none", "nocloud", "fw_cfg"] = "none"
     usb: bool = True  # a USB controller, with the tablet that serves as the mouse
     features: frozenset[FeatureName] = frozenset()  # supported; using any other raises an error
-    planned: frozenset[FeatureName] = frozenset()  # not in this version yet; errors say so
     # Advice for missing features, if the advice in `FEATURES` does not fit this guest OS.
     instead: Mapping[FeatureName, str] = MappingProxyType({})
 
@@ -51,6 +50,7 @@ class GuestProfile(NamedTuple):
         """Return the error for a method or an argument that this guest OS does not support."""
         feature = NEEDED[name]
         spelled = f"{name}=" if name in FEATURES[feature].arguments else f"{name}()"
-        how = "in this version yet" if feature in self.planned else "available"
         instead = self.instead.get(feature, FEATURES[feature].instead)
-        return UnsupportedError(f"{spelled} is not {how} for {self.title} guests.", hint=instead)
+        return UnsupportedError(
+            f"{spelled} is not available for {self.title} guests.", hint=instead
+        )

@@ -21,6 +21,7 @@ from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, OVERLAY, SEED, V
 
 if TYPE_CHECKING:
     from smolvm_async.host.accelerator import Accelerator
+    from smolvm_async.host.shares import Share
     from smolvm_async.host.tools import HostTools
 
 AGENT_PORT = "agent"  # the guest agent's virtio-serial port, as VSERPORT_CHANGE names it
@@ -87,6 +88,7 @@ class MachineSpec(NamedTuple):
         identity: The id that the UUID and the MAC address follow from; by default, the VM's id.
         incoming: Whether QEMU waits for the state of a saved machine (`migrate-incoming`).
         isolated: Whether QEMU itself passes nothing on that the guest sends to the network.
+        shares: The host directories of the guest: see `mounts.py`.
     """
 
     config: VMConfig
@@ -102,6 +104,7 @@ class MachineSpec(NamedTuple):
     identity: str = ""
     incoming: bool = False
     isolated: bool = False
+    shares: tuple[Share, ...] = ()
 
 
 def machine_uuid(vm_id: str) -> uuid.UUID:
@@ -155,6 +158,7 @@ def qemu_arguments(
         *("-device", "pvpanic"),  # a guest's panic becomes GUEST_PANICKED
         *("-device", "vmgenid,guid=auto"),  # a restored guest reseeds its random numbers
         *(word for device in profile.devices for word in ("-device", device)),
+        *_shares(spec.shares),
         *sidecar_options,
     ]
 
@@ -270,6 +274,22 @@ def _serial_ports(parked: int | None) -> list[str]:
         options += ["-chardev", f"{backend},id={port}"]
         options += ["-device", f"virtserialport,id={port},chardev={port},name={name}"]
     return options
+
+
+def share_tag(index: int) -> str:
+    """Return the name by which the guest mounts a share; also the id of the share in QEMU."""
+    return f"mount{index}"
+
+
+def _shares(shares: Sequence[Share]) -> list[str]:
+    """Return the backends of the shares; `mounts.py` plugs their devices in."""
+    words = []
+    for index, share in enumerate(shares):
+        model = "mapped-xattr" if share.writable else "none,readonly=on"
+        # Files of several file systems below the directory may have the same inode number.
+        options = f"security_model={model},multidevs=remap"
+        words += ["-fsdev", f"local,id={share_tag(index)},path=/proc/self/fd/{share.fd},{options}"]
+    return words
 
 
 def _display(resolution: tuple[int, int], screen: int, *, usb: bool) -> list[str]:

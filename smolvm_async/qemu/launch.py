@@ -52,6 +52,7 @@ def commands(spec: MachineSpec, descriptors: Descriptors) -> Iterator[list[Comma
         fds += [fd for fd in (boot.kernel, boot.initrd) if fd is not None]
     if spec.ram is not None:
         fds.append(spec.ram.fd)
+    fds += [share.fd for share in spec.shares]
     options: list[str] = []
     sidecars: list[Command] = []
     with ExitStack() as ends:

@@ -39,6 +39,7 @@ from smolvm_async.controls.interface import check_run, unprepared, until_over
 from smolvm_async.errors import (
     ConfigError,
     HostError,
+    MountError,
     VMAlreadyExistsError,
     VMCrashedError,
     VMNotFoundError,
@@ -350,7 +351,7 @@ class OwnedVM:
             run.launch.end()
             self._server = None
             self.hub.close()
-            if isinstance(run.failure, VMCrashedError):
+            if isinstance(run.failure, VMCrashedError | MountError):
                 self.on_crash()
             try:
                 await self._record_end(run)

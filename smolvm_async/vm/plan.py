@@ -108,6 +108,7 @@ def make_clone_plan(
 
 
 def _host(config: VMConfig) -> tuple[HostTools, Accelerator, bool]:
+    check_host_directories(config)
     tools = find_tools(config.profile, programs(config.profile))
     smm = "requires-smm" in config.profile.firmware_features
     accelerator, warning = choose_accelerator(config.accel, smm=smm)
@@ -123,6 +124,15 @@ def _host(config: VMConfig) -> tuple[HostTools, Accelerator, bool]:
     return tools, accelerator, problem is None
 
 
+def check_host_directories(config: VMConfig) -> None:
+    """Check the host directories of `mounts=`."""
+    if config.mounts:
+        from smolvm_async.config.mounts import check_mounts
+        from smolvm_async.host.shares import check_shares
+
+        check_shares(check_mounts(config.mounts), config.data_dir)
+
+
 def _level_of_caller() -> int:
     """Return the `stacklevel` of the code that called this package, for a warning of `_host()`."""
     package, level, frame = __name__.partition(".")[0], 1, sys._getframe(1)
@@ -134,6 +144,7 @@ def _level_of_caller() -> int:
 def check_early(config: VMConfig) -> None:
     """Check the needs of a published image's VM that are the same for every guest OS."""
     check_data_dir(config.data_dir)
+    check_host_directories(config)
     find_tools(config.profile, programs(config.profile))
     scope_prefix(config)
 

@@ -31,6 +31,7 @@ from smolvm_async.state.record import Machine
 from smolvm_async.vm.plan import Plan, find_source
 
 if TYPE_CHECKING:  # a boot does not need them
+    from smolvm_async.host.shares import Share
     from smolvm_async.state.snapshot_record import SnapshotRecord
     from smolvm_async.state.snapshots import Snapshot
 
@@ -62,6 +63,7 @@ class PreparedVM(NamedTuple):
         layers: The layers of the disk.
         origin: The machine of the snapshot that the VM starts from, if there is one.
         saved: The machine to load instead of booting.
+        shares: The open host directories of the guest.
     """
 
     source: Source
@@ -72,6 +74,7 @@ class PreparedVM(NamedTuple):
     layers: tuple[str, ...]
     origin: Machine | None
     saved: SavedMachine | None
+    shares: tuple[Share, ...]
 
 
 @asynccontextmanager
@@ -132,7 +135,20 @@ async def prepare(
     else:
         login = await _fill(plan.config, state, machine, image, tools)
         layers, saved = machine.layers if machine is not None else (OVERLAY,), None
-    return PreparedVM(source, image, tools, direct_boot, login, layers, origin, saved)
+    shares = await in_thread(_open_shares, plan.config, stack) if plan.config.mounts else ()
+    return PreparedVM(source, image, tools, direct_boot, login, layers, origin, saved, shares)
+
+
+def _open_shares(config: VMConfig, stack: ExitStack) -> tuple[Share, ...]:
+    from smolvm_async.config.mounts import check_mounts
+    from smolvm_async.host.shares import open_share
+
+    shares = []
+    for mount in check_mounts(config.mounts):
+        share = open_share(mount, config.data_dir)
+        stack.callback(os.close, share.fd)
+        shares.append(share)
+    return tuple(shares)
 
 
 def _origin(record: SnapshotRecord) -> Machine:

@@ -35,6 +35,7 @@ from smolvm_async.errors import (
     CommandError,
     LaunchError,
     MonitorError,
+    MountError,
     SmolVMError,
     SnapshotError,
     VMCrashedError,
@@ -72,6 +73,7 @@ from smolvm_async.state.status import Status
 from smolvm_async.vm.crash import find_crash
 from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_kills
+from smolvm_async.vm.mounting import Mounting
 from smolvm_async.vm.plan import Plan
 from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare, snapshot_to_start
 
@@ -118,6 +120,7 @@ class VMRun:
         self._monitor = Monitor(self._on_event, self.troubles.explain)
         self.peripherals = Peripherals.make(self._monitor, self.pauses, plan.config)
         self.link = Link(plan.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
+        self._mounting = Mounting(plan.config, self._monitor, self.link)
         self._internet: Internet | None = None  # if a guard enforces the network policy
         self._spawner: Spawner
         self._prepared: PreparedVM
@@ -275,8 +278,9 @@ class VMRun:
                 self._read_machine,
             )
             try:
-                record = await self._within_run(save_running(machine, new, labels))
-            except (MonitorError, LaunchError, CommandError, OSError) as error:
+                async with self._mounting.released(machine.ready and status == "running"):
+                    record = await self._within_run(save_running(machine, new, labels))
+            except (MountError, MonitorError, LaunchError, CommandError, OSError) as error:
                 if self.processes.ended:
                     raise VMNotRunningError(f"{vm_id} has ended.") from error
                 root = new.path.parent
@@ -306,8 +310,7 @@ class VMRun:
         record = self._state.record
         if record is not None and record.machine is not None:
             machine = record.machine._replace(layers=self._disk.layers)
-            update = record.model_copy(update={"machine": machine})
-            await in_thread(self._state.write, update)
+            await in_thread(self._state.write, record.model_copy(update={"machine": machine}))
 
     def _has_clock(self) -> bool:
         """Return whether the library can set the guest's clock."""
@@ -348,7 +351,7 @@ class VMRun:
         if not keep:  # before guests run and use the processors
             group.start_soon(self._record_running, None)
         if saved is None:
-            await self._open_ports()
+            await self._open_to_host()
             await self.launch.end_with_others()
             await self._monitor.execute("cont")
             self.boot.enter(BootState.FIRMWARE, "QEMU runs the guest's processors (cont)")
@@ -388,6 +391,7 @@ class VMRun:
                 ram=RAMFile(saved.ram, shared=False) if saved is not None else self._make_ram(),
                 identity=self._origin.identity if self._origin is not None else "",
                 incoming=saved is not None,
+                shares=prepared.shares,
                 isolated=self._internet is None and plan.config.internet_settings.mode == "off",
             )
             await launch(
@@ -429,15 +433,15 @@ class VMRun:
         evidence = f"restored from a snapshot of {source}"
         state = BootState.OPERATING_SYSTEM if record.ready else BootState.FIRMWARE
         self.boot.enter(state, evidence)  # `watch` notices the operating system of a booting guest
-        await self._open_ports()  # not before: QEMU answers slowly while it loads
+        await self._open_to_host()  # not before: QEMU answers slowly while it loads
         if saved.login is not None:
             await self._set_right(record, saved.login)
         elif record.ready:
             from smolvm_async.vm.set_right import NOT_REACHED
 
             logger.warning(NOT_REACHED)
-        # Variables are set over SSH, which `_probe` does before the guest is ready.
-        if record.ready and not self._plan.config.env:
+        # `_probe` sets variables and mounts directories over SSH, before the guest is ready.
+        if record.ready and not self._plan.config.env and not self._mounting.mounts:
             self.boot.enter(BootState.READY, evidence)
 
     async def _set_right(self, record: SnapshotRecord, before: Login) -> None:
@@ -453,9 +457,10 @@ class VMRun:
         elif self.parked is not None:  # the process may not run yet, and reads the message later
             self._monitor.start_task(clone.set_right(config.timeouts.boot))
 
-    async def _open_ports(self) -> None:
-        """Open VNC and the forwarded ports."""
+    async def _open_to_host(self) -> None:
+        """Plug the host's directories in, and open VNC and the forwarded ports."""
         config = self._plan.config
+        await self._mounting.plug()
         if config.vnc is not None:
             await self.peripherals.vnc.start(config.vnc)
         if self._login is not None:
@@ -478,7 +483,10 @@ class VMRun:
                 await self._clone.set_right(self._plan.config.timeouts.boot)
             if env := self._plan.config.env:
                 await set_variables(self.link, env)
+            await self._mounting.mount()
             await self._clock.set_if_late()
+        except MountError:  # another try would not help
+            raise
         except SmolVMError as error:
             logger.warning("the guest is not ready yet: %s", error)
             return None
@@ -561,9 +569,7 @@ class VMRun:
     async def _explain_pause(self, event: Event) -> None:
         status = await self.guest_status()
         if status == "internal-error":
-            self._give_up(
-                "the accelerator cannot run the guest any further (status internal-error)"
-            )
+            self._give_up(f"the accelerator cannot run the guest any further (status {status})")
         self._warn(await in_thread(self.troubles.stopped, event, status))
 
     def _warn(self, trouble: Trouble | None) -> None:

@@ -185,7 +185,7 @@ async def _record(
     processor = describe_processor(plan.config.profile.cpu[plan.accelerator.name], version)
     make = partial(  # the first one builds its validator, which takes some milliseconds
         SnapshotRecord,
-        config=plan.config,
+        config=plan.config.model_copy(update={"mounts": ()}),  # a clone has its own
         machine=machine,
         created=time.time_ns(),
         live=live,

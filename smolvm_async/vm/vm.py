@@ -97,8 +97,10 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             3840x2160; by default 1280x800. The guest may choose another resolution.
         vnc: `"loopback"` or `"unix"` turns on the VNC server; see `VNC`.
         limits: Limits on the host's resources: a `Limits`, or a mapping with its field names.
-        mounts: No guest supports this yet.
-        writable_mounts: No guest supports this yet.
+        mounts: Host directories for a Linux guest, as `SRC[:DST][:rw|:ro]`; DST is by default
+            `/workspace/NAME`. The guest may write, but to a layer of its own on its disk: the
+            host's files change only with `:rw`. The directories are mounted when it is `ready`.
+        writable_mounts: Whether the guest may change the directories without `:rw` or `:ro`, too.
         internet_settings: The network policy, for any guest OS: an `InternetSettings`, or a
             mapping with its field names. By default, a guest reaches the internet and the local
             network, but not this host.
@@ -454,13 +456,12 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         """Save the VM as it is: disk, UEFI variables, TPM, memory and devices, all of one moment.
 
         The VM may run, be paused, or be a kept VM at rest. A running VM goes on. Under KVM, its
-        guest stands still for some milliseconds. Under TCG it stands still while its memory is
-        copied: a tenth of a second for a VM that has booted, but half a second for each 512 MiB of
-        a clone, such as a VM that has started warm, and more on a busy host; deadlines of commands
-        go on. A paused VM
-        stays paused; the second snapshot of the same pause lets it run for an instant first.
-        Snapshots share the layers of the disk with the VM and with each other. After 16 snapshots
-        the disk is flattened into one layer, which copies what the guest has written.
+        guest stands still for some milliseconds; under TCG, while its memory is copied: a tenth of
+        a second after a boot, half a second for each 512 MiB of a clone, as after a warm start, and
+        more on a busy host. Deadlines of commands go on. A paused VM stays paused; the second
+        snapshot of one pause lets it run for an instant. The directories of `mounts=` are unmounted
+        meanwhile. Snapshots share the layers of the disk with the VM and each other; after 16, the
+        disk is flattened into one layer, which copies what the guest has written.
 
         The snapshot contains the guest's memory, and so its secrets. Only this user can read it.
         The VM's owner takes the snapshot: in another process, a cancelled call does not stop it.
@@ -471,7 +472,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Raises:
             SnapshotExistsError: A snapshot with this name exists.
-            SnapshotError: The snapshot could not be made, as on a full disk; the VM is unharmed.
+            SnapshotError: The snapshot could not be made, as on a full disk, or while a program of
+                the guest uses a directory of `mounts=`; the VM is unharmed.
             VMNotRunningError: The VM does not run, and is not a kept VM at rest.
         """
         from smolvm_async.config.checks import check_labels, check_snapshot_name
@@ -531,9 +533,10 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Args:
             name: The snapshot's name.
-            options: `vm_id`, `accel`, `env`, `port_forwards`, `keep`, `vnc`, `limits`,
-                `internet_settings`, `timeouts`, `data_dir` and `on_progress`, as for the class. A
-                clone has the network policy that its source had, unless you pass another one.
+            options: `vm_id`, `accel`, `env`, `port_forwards`, `keep`, `vnc`, `limits`, `mounts`,
+                `writable_mounts`, `internet_settings`, `timeouts`, `data_dir` and `on_progress`, as
+                for the class. A clone has the network policy of its source, unless you pass
+                another one, and no `mounts` that you do not pass.
 
         Raises:
             SnapshotNotFoundError: No snapshot has this name.

@@ -184,6 +184,7 @@ def _template(plan: Plan, data_dir: Path) -> OwnedVM:
         "env": {},
         "port_forwards": (),
         "keep": False,
+        "mounts": (),
         "vnc": None,
         "limits": Limits(),
         "internet_settings": InternetSettings(mode="off"),  # each clone has its own

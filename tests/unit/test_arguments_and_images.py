@@ -158,7 +158,7 @@ def test_an_os_and_an_image_that_do_not_go_together_are_refused(
     ("arguments", "feature", "workaround"),
     [
         ({"mounts": ["/srv"]}, "mounts=", "allowed_host_ports"),
-        ({"mounts": ("/srv",)}, "mounts=", "Put the files into the image"),
+        ({"mounts": ("/srv",)}, "mounts=", "upload_file()"),
         ({"writable_mounts": True}, "mounts=", "Put the files into the image"),
     ],
     ids=repr,

@@ -16,6 +16,7 @@ from smolvm_async.config.options import make_config
 from smolvm_async.controls.ssh.login import Login, make_key_pair, make_seed
 from smolvm_async.guests import BUILT_IN, GUESTS
 from smolvm_async.host.accelerator import TCG
+from smolvm_async.host.shares import Share
 from smolvm_async.host.tools import find_tools
 from smolvm_async.qemu.arguments import Descriptors, DirectBoot, MachineSpec, qemu_arguments
 
@@ -43,7 +44,7 @@ def test_an_image_of_ones_own_is_no_built_in_one() -> None:
     ("options", "phrases"),
     [
         ({"memory": 100}, ["memory=100", "128 MiB"]),
-        ({"mounts": ["/x"]}, ["mounts=", "not in this version yet", "upload_file"]),
+        ({"mounts": ["/none-there"]}, ["mounts: '/none-there'", "create the directory"]),
         ({"kernel": "/k"}, ["kernel=", "image=", "root disk"]),
         ({"image": "x", "initrd": "/i"}, ["initrd=", "kernel="]),
         ({"image": "x", "boot_args": "quiet"}, ["boot_args=", "kernel="]),
@@ -89,6 +90,19 @@ def test_port_forwards_take_ports_pairs_and_mappings() -> None:
     given: Any
     for given in ([80, (443, 8443)], {80: None, 443: 8443}, expected):
         assert make_config(port_forwards=given).port_forwards == expected
+
+
+def test_shares_are_descriptors_and_only_a_writable_one_can_be_written() -> None:
+    config = make_config(vm_id="one", accel="tcg")
+    shares = (Share(8, writable=False), Share(9, writable=True))
+    spec = MachineSpec(config, find_tools(config.profile, []), TCG, 5, (), shares=shares)
+    argv = qemu_arguments(spec, Descriptors(3, 4, 6), [])
+    common = "multidevs=remap"
+    assert [word for word in argv if word.startswith("local,")] == [
+        f"local,id=mount0,path=/proc/self/fd/8,security_model=none,readonly=on,{common}",
+        f"local,id=mount1,path=/proc/self/fd/9,security_model=mapped-xattr,{common}",
+    ]
+    assert "pcie-root-port,id=mounts,chassis=1,slot=1" in argv  # a free slot for their devices
 
 
 def test_the_built_in_image_is_started_without_firmware_or_usb() -> None:

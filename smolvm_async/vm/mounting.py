@@ -1,0 +1,78 @@
+"""The host directories of one run: plugged in, mounted in the guest, and out of a snapshot's way.
+
+QEMU refuses to save a machine that has a directory mounted. So a snapshot unmounts the directories
+and unplugs their devices, and mounts them again at its end, whatever happens. A clone thus has
+nothing of its source's directories, and plugs in its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from smolvm_async.config.mounts import check_mounts
+from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.mounts import mount, unmount
+from smolvm_async.errors import SnapshotError
+from smolvm_async.foundation.tasks import settle
+from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.mounts import plug, unplug
+
+
+class Mounting:
+    """The directories of one run; for a VM without any, nothing is done.
+
+    Attributes:
+        mounts: The directories, in the order of their devices.
+    """
+
+    def __init__(self, config: VMConfig, monitor: Monitor, link: Link) -> None:
+        self._vm_id = config.vm_id
+        self.mounts = check_mounts(config.mounts)
+        self._monitor = monitor
+        self._link = link
+        self._plugged = False
+
+    async def plug(self) -> None:
+        """Plug the devices in, unless they are."""
+        if self.mounts and not self._plugged:
+            await plug(self._monitor, len(self.mounts))
+            self._plugged = True
+
+    async def mount(self) -> None:
+        """Mount the directories in a guest that has just become ready."""
+        if self.mounts:
+            await mount(self._link, self.mounts)
+
+    @asynccontextmanager
+    async def released(self, possible: bool) -> AsyncIterator[None]:
+        """Unmount the directories for the time of the block.
+
+        Args:
+            possible: Whether the guest runs and is ready.
+
+        Raises:
+            SnapshotError: The guest does not run, or is not ready.
+            MountError, MonitorError: The guest still uses a directory.
+        """
+        if not self.mounts:
+            yield
+            return
+        if not possible:
+            raise SnapshotError(
+                f"{self._vm_id} cannot be saved: the guest must unmount its mounts= first, and "
+                "only a guest that runs and is ready does this.",
+                hint="Call resume(), or wait_for('ready'), before snapshot().",
+            )
+        try:
+            await unmount(self._link, self.mounts)
+            await unplug(self._monitor)
+            self._plugged = False
+            yield
+        finally:
+            await settle(self._restore())
+
+    async def _restore(self) -> None:
+        await self.plug()
+        await self.mount()
