@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 
+from smolvm_async.errors import HostError
 from smolvm_async.foundation.fork import private, uses_loop
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import no_thread
@@ -39,8 +40,7 @@ class Gateway:
         report: Called with each refusal, in the gateway's thread.
 
     Raises:
-        HostError: The host cannot start a thread.
-        OSError: The host lacks descriptors or ports.
+        HostError: The host lacks threads, descriptors or ports now.
     """
 
     def __init__(self, report: Callable[[Denied], None]) -> None:
@@ -57,9 +57,12 @@ class Gateway:
         except RuntimeError as error:
             self._opened.close()
             raise no_thread(error) from error
-        except BaseException:
+        except OSError as error:
             self._opened.close()
-            raise
+            raise HostError(
+                f"A guest's network cannot be restricted to names now: {error.strerror}.",
+                hint="Close files, or raise the limit: ulimit -n.",
+            ) from error
 
     def _open(self) -> None:
         self._datagrams, self._queries = _sockets_on_one_port(self._opened)

@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 
 LOOPBACK = "127.0.0.1"
 EXPECTED = 4096  # connections that the guard has announced and that have not come yet
-BUFFER = 1 << 18  # bytes that each direction of a connection holds
+BUFFER = 1 << 19  # bytes that each direction of a connection holds
 CONNECT = 5.0  # seconds for a connection to one address
 ADDRESSES = 4  # to try
 GREETING = 30.0  # seconds for a greeting that is held back

@@ -61,8 +61,7 @@ class Internet:
         """Change the policy, and end the connections that it refuses.
 
         Raises:
-            HostError: The host cannot start a thread; nothing has changed.
-            OSError: The host lacks descriptors or ports; nothing has changed.
+            HostError: The host lacks threads, descriptors or ports now; nothing has changed.
         """
         await in_thread(self._change, settings)
 
