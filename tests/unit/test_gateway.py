@@ -21,7 +21,7 @@ from smolvm_async import InternetSettings
 from smolvm_async.foundation.process import Child, spawn
 from smolvm_async.qemu.internet import gateway, lookup, relay
 from smolvm_async.qemu.internet.denials import Denied
-from smolvm_async.qemu.internet.names import SYNTHETIC
+from smolvm_async.qemu.internet.names import SYNTHETIC, Names
 from smolvm_async.qemu.internet.policy import Address
 from smolvm_async.qemu.internet.service import Internet
 from tests.unit.test_guard import PROGRAM
@@ -241,7 +241,7 @@ for _ in range(4):
         said = await guest.said(child, 4)
     assert said == ["b'127.0.1.1: hello'", "b'127.0.1.2: hello'", "ended", "ended"]
     (denied,) = guest.denied
-    assert denied[:4] == ("tcp", next(SYNTHETIC.hosts()), port, "a.org")
+    assert denied[:4] == ("tcp", Names().address_of("a.org", []), port, "a.org")
     assert denied.reason == "127.0.0.1 is this host's loopback"
 
 
@@ -381,7 +381,7 @@ async def test_the_mode_can_change_while_the_guest_runs(tmp_path: Path) -> None:
             await guest.internet.change(InternetSettings(**SETTINGS))
             code = f"say(talk('a.org', {port}, b'hello'))"
             assert await guest.say(code) == ["b'127.0.1.1: hello'"]
-            address = next(SYNTHETIC.hosts())
+            address = Names().address_of("a.org", [])
             await guest.internet.change(InternetSettings(mode="off"))
             assert await guest.say(f"say(tcp('{address}', {port}))") == ["refused"]
             await guest.internet.change(InternetSettings(**SETTINGS))

@@ -47,7 +47,7 @@ class Gateway:
         self._report = report
         self._rules: Rules | None = None
         self._lookup = Lookup()
-        self._relay = Relay(self._find, self._refuse)
+        self._relay = Relay(self._find, self._still_allows, self._refuse)
         self._over = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="smolvm-gateway", daemon=True)
         self._opened = contextlib.ExitStack()  # the thread closes them
@@ -81,7 +81,7 @@ class Gateway:
     def set_rules(self, rules: Rules) -> None:
         """Change the policy, and end the connections that it refuses. Call this in a thread."""
         self._rules = rules
-        ending = self._relay.end(rules.still_allows)
+        ending = self._relay.end_refused()
         try:
             asyncio.run_coroutine_threadsafe(ending, self._loop).result(PATIENCE)
         except RuntimeError:  # the thread has failed, and all connections have ended
@@ -137,6 +137,9 @@ class Gateway:
         if found and not allowed:
             self._refuse(goal, reason)
         return allowed
+
+    def _still_allows(self, goal: Goal, address: Address | None) -> bool:
+        return self._rules is not None and self._rules.still_allows(goal, address)
 
     def _split(self, found: Sequence[Address]) -> tuple[Sequence[Address], str]:
         """Return the addresses that a name may have, and the reason against the others."""

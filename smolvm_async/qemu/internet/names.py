@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from ipaddress import IPv4Address, ip_network
@@ -45,7 +46,11 @@ class Names:
         self._numbers: OrderedDict[str, int] = OrderedDict()  # the least recently asked is first
         self._names: dict[int, str] = {}
         self._real: dict[str, IPv4Address] = {}
-        self._next = 0
+
+    def add(self, name: str) -> None:
+        """Give a name its synthetic address, which the guest may know from an earlier process."""
+        with self._lock:
+            self._number(name)
 
     def address_of(self, name: str, real: Iterable[Address]) -> IPv4Address:
         """Return the synthetic address of a name, and remember a real one for datagrams.
@@ -55,10 +60,7 @@ class Names:
         """
         found = [address for address in real if isinstance(address, IPv4Address)]
         with self._lock:
-            number = self._numbers.pop(name, None)
-            if number is None:
-                number = self._free_number()
-            self._numbers[name], self._names[number] = number, name
+            number = self._number(name)
             if not found:
                 self._real.pop(name, None)
             elif self._real.get(name) not in found:
@@ -75,13 +77,20 @@ class Names:
         """Return the real IPv4 address for datagrams to a name; `None` if the name has none."""
         return self._real.get(name)
 
-    def _free_number(self) -> int:
-        """Return a number that was not in use for as long as possible: the guest may have it."""
-        if len(self._numbers) >= self._most:
-            oldest, number = self._numbers.popitem(last=False)
-            self._real.pop(oldest, None)
-            del self._names[number]
-        while self._next in self._names:
-            self._next = (self._next + 1) % COUNT
-        number, self._next = self._next, (self._next + 1) % COUNT
+    def _number(self, name: str) -> int:
+        """Return the number of a name, which is now the latest one.
+
+        A name has nearly always the same number, also for a clone of the guest, and two names
+        rarely have the same one, even at different times: programs may keep an address.
+        """
+        number = self._numbers.pop(name, None)
+        if number is None:
+            if len(self._numbers) >= self._most:
+                oldest, free = self._numbers.popitem(last=False)
+                self._real.pop(oldest, None)
+                del self._names[free]
+            number = zlib.crc32(name.encode()) % COUNT
+            while number in self._names:
+                number = (number + 1) % COUNT
+        self._numbers[name], self._names[number] = number, name
         return number

@@ -54,20 +54,22 @@ class Goal(NamedTuple):
     port: int
 
 
-# Returns the addresses of a name that the guest may reach now; raises an OSError for none.
 Find = Callable[[Goal], Awaitable[Sequence[Address]]]
+Allows = Callable[[Goal, Address | None], bool]
 
 
 class Relay:
     """Relays the connections that `expect` has announced.
 
     Args:
-        find: Looks up a goal's addresses.
+        find: Looks up a goal's addresses, or raises an OSError.
+        allows: Returns whether a connection is allowed now; the address may not be known yet.
         refuse: Called with a goal and the reason, when a connection is refused.
     """
 
-    def __init__(self, find: Find, refuse: Callable[[Goal, str], None]) -> None:
+    def __init__(self, find: Find, allows: Allows, refuse: Callable[[Goal, str], None]) -> None:
         self._find = find
+        self._allows = allows
         self._refuse = refuse
         self._expected: OrderedDict[int, Goal] = OrderedDict()  # by local port
         # The real address is `None` until the connection to the server is made.
@@ -102,9 +104,9 @@ class Relay:
                 self._connections[task] = goal, None
                 task.add_done_callback(self._forget)
 
-    async def end(self, allowed: Callable[[Goal, Address | None], bool]) -> None:
-        """Reset the connections that are not allowed."""
-        tasks = [task for task, to in self._connections.items() if not allowed(*to)]
+    async def end_refused(self) -> None:
+        """Reset the connections that are not allowed any more."""
+        tasks = [task for task, to in self._connections.items() if not self._allows(*to)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -132,6 +134,8 @@ class Relay:
         assert task is not None
         error = OSError(f"{goal.name} has no address")
         for address in (await self._find(goal))[:ADDRESSES]:
+            if not self._allows(goal, address):
+                continue
             self._connections[task] = goal, address
             family = socket.AF_INET if address.version == 4 else socket.AF_INET6
             server = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

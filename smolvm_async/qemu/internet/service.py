@@ -69,6 +69,9 @@ class Internet:
         if settings.mode == "restricted" and self._gateway is None:
             self._gateway = Gateway(self._guard.report)
         services = None if self._gateway is None else self._gateway.services
+        for name in settings.allowed_domains:
+            if services is not None and not name.startswith("*."):
+                services.names.add(name)
         rules = Rules(settings, self._host, services)
         self._guard.set_policy(rules)
         if self._gateway is not None:
