@@ -5,6 +5,7 @@ restricted.py RESTRICTION ... -- COMMAND, where a restriction is one of
 - `CALL=ERRNO`: a seccomp filter refuses the system call with this error, or kills the process
   (`CALL=KILL`); `socket:FAMILY=ERRNO` refuses only one address family, as systemd's
   RestrictAddressFamilies= does;
+- `listener`: another program answers system calls of this process, as a container's may do;
 - `mdwe`: no memory can become executable, as with systemd's MemoryDenyWriteExecute=;
 - `RLIMIT_NAME=NUMBER`: a resource limit, as with `ulimit`.
 """
@@ -26,6 +27,8 @@ CALLS = {
     "memfd_create": 319,
     "mprotect": 10,
     "prctl": 157,
+    "process_vm_readv": 310,
+    "pidfd_getfd": 438,
     "pidfd_open": 434,
     "pidfd_send_signal": 424,
     "seccomp": 317,
@@ -33,6 +36,7 @@ CALLS = {
     "waitid": 247,
 }
 PR_SET_NO_NEW_PRIVS, PR_SET_MDWE, SECCOMP = 38, 65, 317
+NEW_LISTENER = 8  # SECCOMP_FILTER_FLAG_NEW_LISTENER
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06  # <linux/bpf_common.h>, with BPF_W | BPF_ABS, BPF_K
 NUMBER, ARGUMENT = 0, 16  # offsets in `struct seccomp_data`
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -56,8 +60,8 @@ def rule(text: str) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def install(rules: list[str]) -> None:
-    """Install a filter in this process, which the command inherits."""
+def install(rules: list[str], flags: int = 0) -> int:
+    """Install a filter in this process, which the command inherits; return the kernel's answer."""
     steps = [(LOAD, 0, 0, NUMBER)]
     for text in rules:
         steps += rule(text)
@@ -66,7 +70,9 @@ def install(rules: list[str]) -> None:
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(buffer))
     assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    assert libc.syscall(SECCOMP, 1, 0, header) == 0, os.strerror(ctypes.get_errno())
+    answer = libc.syscall(SECCOMP, 1, flags, header)
+    assert answer >= 0, os.strerror(ctypes.get_errno())
+    return int(answer)
 
 
 def main(restrictions: list[str], command: list[str]) -> None:
@@ -76,6 +82,8 @@ def main(restrictions: list[str], command: list[str]) -> None:
             resource.setrlimit(getattr(resource, name), (int(number), int(number)))
         elif name == "mdwe":
             assert libc.prctl(PR_SET_MDWE, 1, 0, 0, 0) == 0
+        elif name == "listener":
+            os.set_inheritable(install([], NEW_LISTENER), True)
     rules = [text for text in restrictions if "=" in text and not text.startswith("RLIMIT_")]
     if rules:
         install(rules)

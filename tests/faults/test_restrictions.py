@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from smolvm_async import AsyncSmolVM, LaunchError
 from smolvm_async.host.restrictions import find_cause
+from smolvm_async.images.build.debian import DebianImage
 from tests import restricted
 from tests.conftest import FakeProgram
 
@@ -119,6 +121,85 @@ def test_a_vm_is_killed_and_reaped_without_newer_system_calls(
     restrictions = ["pidfd_send_signal=EPERM", "waitid=EPERM"]
     assert start(under(restrictions), data_dir, blank_image) is None
     assert not list(data_dir.iterdir())
+
+
+GUARD = """
+import asyncio, json, sys, threading, warnings
+from pathlib import Path
+from smolvm_async import AsyncSmolVM, HostError
+
+async def main(data_dir, image):
+    vms = {"accel": "tcg", "data_dir": data_dir}
+    blank = {**vms, "os": "windows", "image": image, "memory": 2048}
+    result = {}
+    try:
+        await AsyncSmolVM(**vms, internet_settings={"mode": "restricted"}).start()
+    except HostError as error:
+        result["restricted"] = str(error)
+    if sys.argv[3:]:
+        return result
+    with warnings.catch_warnings(record=True) as caught:
+        for _ in range(2):
+            async with AsyncSmolVM(**blank) as vm:
+                try:
+                    await vm.set_internet_settings({"mode": "off"})
+                except HostError as error:
+                    result["change"] = str(error)
+                result["open"] = vm.internet_settings.mode
+    result["warnings"] = [f"{each.category.__name__}: {each.message}" for each in caught]
+    served = []
+    server = await asyncio.start_server(lambda _, writer: served.append(1), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with warnings.catch_warnings(record=True) as caught:
+        async with AsyncSmolVM(**vms, internet_settings={"mode": "off"}) as vm:
+            reach = f"timeout 5 bash -c '</dev/tcp/10.0.2.2/{port}' || echo no"
+            result["off"] = (await vm.run(reach)).stdout.strip()
+    result["silent"] = not caught
+    result["served"] = served
+    server.close()
+    return result
+
+print(json.dumps(asyncio.run(main(*sys.argv[1:3]))))
+"""
+
+
+def guard(restriction: str, data_dir: Path, image: Path, *only: str) -> Any:
+    words = [*under([restriction]), "-c", GUARD, str(data_dir), str(image), *only]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("restriction", "told"),
+    [
+        ("seccomp=EPERM", "seccomp(2) (Operation not permitted)"),
+        ("pidfd_getfd=ENOSYS", "pidfd_getfd(2)"),
+        ("process_vm_readv=EPERM", "process_vm_readv(2)"),
+        ("listener", "already answers system calls"),
+    ],
+)
+def test_a_host_that_cannot_guard_refuses_a_restricted_guest(
+    data_dir: Path, blank_image: Path, restriction: str, told: str
+) -> None:
+    error = guard(restriction, data_dir, blank_image, "only restricted")["restricted"]
+    assert told in error
+    assert "mode='off'" in error
+    assert not data_dir.exists() or not list(data_dir.iterdir())
+
+
+@pytest.mark.anyio
+async def test_without_a_guard_an_open_guest_warns_once_and_off_shuts_the_network(
+    data_dir: Path, blank_image: Path, debian: DebianImage
+) -> None:
+    result = await asyncio.to_thread(guard, "pidfd_getfd=EPERM", data_dir, blank_image)
+    for error in result["restricted"], result["change"]:
+        assert "pidfd_getfd(2)" in error
+        assert "seccomp" in error  # where to allow the call
+    assert result["open"] == "open"
+    (warning,) = result["warnings"]
+    assert warning.startswith("NetworkWarning: The guest can reach this host's loopback")
+    assert (result["off"], result["served"], result["silent"]) == ("no", [], True)
 
 
 def in_mounts(script: str) -> list[str]:

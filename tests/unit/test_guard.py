@@ -219,6 +219,23 @@ say(failure(lambda: netlink.sendto(bytes(16), (0, 0))))
     assert said[4:] == ["EACCES", "EACCES", "EACCES", "EPERM", "EPERM", "EACCES"]
 
 
+async def test_a_ping_is_reported_as_a_ping(guarded: Guarded) -> None:
+    """Without the right to send ICMP, QEMU's network sends a text by UDP."""
+    await guarded.say(f"""
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+    failure(lambda: own.sendto(b"This is a pseudo-PING packet used by Slirp to", ("{OTHER}", 7)))
+    failure(lambda: own.sendto(b"x", ("{OTHER}", 7)))
+try:
+    own = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+    failure(lambda: own.sendto(bytes(8), ("{OTHER}", 4711)))
+except PermissionError:
+    pass
+""")
+    reported = [(denied.protocol, denied.port) for denied in guarded.denied]
+    assert reported[:2] == [("icmp", 0), ("udp", 7)]
+    assert reported[2:] in ([("icmp", 0)], [])
+
+
 async def test_calls_that_would_hide_an_address_do_not_exist(guarded: Guarded) -> None:
     numbers = seccomp.this_machine()
     code = f"""
@@ -357,6 +374,42 @@ async def test_two_guards_have_policies_of_their_own(
         assert (said, others) == (["connected"], ["refused"])
     finally:
         await other.guard.close()
+
+
+async def test_32_guards_in_one_process_have_policies_of_their_own(tmp_path: Path) -> None:
+    """Each allows another address, and is judged by its own refusals."""
+
+    class One(Only):
+        def __init__(self, number: int, port: int) -> None:
+            super().__init__()
+            self.allowed, self.port = ip_address(f"203.0.113.{number}"), port
+
+        def decide(self, protocol: Transport, address: Address, port: int) -> Verdict:
+            if address == self.allowed:
+                return Verdict(LOOPBACK, self.port)
+            return Verdict(None, 0, "of another guard")
+
+    numbers = range(1, 33)
+    code = "\n".join(f"say(tcp('203.0.113.{number}', 80))" for number in numbers)
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        port = server.getsockname()[1]
+
+        async def judge(number: int) -> None:
+            directory = tmp_path / str(number)
+            directory.mkdir()
+            other = Guarded(directory)
+            await other.guard.start()
+            try:
+                other.guard.set_policy(One(number, port))
+                said = await other.say(code)
+            finally:
+                await other.guard.close()
+            assert [each for each in numbers if said[each - 1] == "connected"] == [number]
+            denied = {int(str(each.address).rpartition(".")[2]) for each in other.denied}
+            assert denied
+            assert number not in denied
+
+        await asyncio.gather(*map(judge, numbers))
 
 
 async def test_the_owners_own_connections_are_free(guarded: Guarded) -> None:

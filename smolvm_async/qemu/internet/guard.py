@@ -42,6 +42,9 @@ PROTOCOLS: dict[int, Transport] = {
 UNSIGNED = 0xFFFFFFFF  # the kernel ignores the upper half of an argument of the type int
 DATAGRAM = 65536  # bytes; no datagram is larger
 
+# Without the right to send ICMP, QEMU's network sends each ping as this text to a UDP port.
+PING, ECHO = b"This is a pseudo-PING packet used by Slirp", 7
+
 # Numbers to remember. A guest can exceed all of them.
 THREADS = 64  # that have made a call
 SOCKETS, SOURCES = 4096, 64  # with rewritten datagrams, and rewritten addresses of one socket
@@ -200,8 +203,12 @@ class Guard:
         protocol = PROTOCOLS.get(sockets.protocol(fd))
         if protocol is None or (protocol == "tcp" and (not connect or sockets.waits(fd))):
             raise PermissionError(errno.EPERM, "not a call of QEMU's network")
+        if protocol == "icmp":
+            to = to._replace(port=0)  # it was the number of the ping
         verdict = self._policy.decide(protocol, *to)
         if verdict.address is None:
+            if to.port == ECHO and not connect and _is_ping(call):
+                protocol, to = "icmp", to._replace(port=0)
             asked = verdict.asked or to.address
             raise _DeniedError(Denied(protocol, asked, to.port, verdict.name, verdict.reason))
         real = SocketAddress(verdict.address, verdict.port)
@@ -292,6 +299,11 @@ class Guard:
 class _DeniedError(Exception):
     def __init__(self, what: Denied) -> None:
         self.what = what
+
+
+def _is_ping(call: Call) -> bool:
+    """Return whether a call sends a ping as a datagram."""
+    return seccomp.read_memory(call.thread, call.arguments[1], len(PING)) == PING
 
 
 def _is_bus_client(thread: int) -> bool:

@@ -17,6 +17,8 @@ from typing import NamedTuple
 _libc = ctypes.PyDLL(None, use_errno=True)
 
 SO_COOKIE = 57  # <asm-generic/socket.h>: a number that the kernel never uses again
+RTM_NEWROUTE, RTM_GETROUTE, RTA_DST, RTN_UNICAST = 24, 26, 1, 1  # <linux/rtnetlink.h>
+NLM_F_REQUEST = 1  # <linux/netlink.h>
 LARGEST = 128  # bytes, struct sockaddr_storage
 AT_ONCE = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 V4_MAPPED = bytes(10) + b"\xff\xff"
@@ -88,9 +90,30 @@ def is_local(address: IPv4Address | IPv6Address) -> bool:
     fd = _checked(_libc.socket(form, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0))
     try:
         packed = pack(SocketAddress(address, 0), form)
-        return not _libc.bind(fd, packed, len(packed))
+        bound = not _libc.bind(fd, packed, len(packed))
     finally:
         close(fd)
+    # With net.ipv4.ip_nonlocal_bind=1, a socket can have any address.
+    return bound and not _leaves(address, form)
+
+
+def _leaves(address: IPv4Address | IPv6Address, form: int) -> bool:
+    """Return whether packets to an address leave this host; see rtnetlink(7)."""
+    to = address.packed
+    wanted = struct.pack("=BBBBBBBBI", form, 8 * len(to), 0, 0, 0, 0, 0, 0, 0)
+    wanted += struct.pack("=HH", 4 + len(to), RTA_DST) + to
+    request = struct.pack("=IHHII", 16 + len(wanted), RTM_GETROUTE, NLM_F_REQUEST, 0, 0) + wanted
+    fd = _libc.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+    if fd < 0:  # by systemd's RestrictAddressFamilies=
+        return False
+    try:
+        answer = ctypes.create_string_buffer(4096)
+        _libc.send(fd, request, ctypes.c_size_t(len(request)), AT_ONCE)
+        _libc.recv(fd, answer, ctypes.c_size_t(len(answer)), AT_ONCE)
+    finally:
+        close(fd)
+    kind, route = struct.unpack_from("=4xH17xB", answer)
+    return (kind, route) == (RTM_NEWROUTE, RTN_UNICAST)
 
 
 def send(fd: int, data: bytes, flags: int, to: bytes) -> int:
