@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from smolvm_async.cli.command import FAILED
 from smolvm_async.cli.desktop import screenshot, vnc
 from smolvm_async.cli.doctor import doctor
+from smolvm_async.cli.events import events
 from smolvm_async.cli.image import image
 from smolvm_async.cli.internet import network
 from smolvm_async.cli.logs import logs
@@ -43,7 +44,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command("list")(list_vms)
-for command in (stop, delete, prune, logs, network, screenshot, vnc, fork, doctor):
+for command in (stop, delete, prune, logs, events, network, screenshot, vnc, fork, doctor):
     app.command()(command)
 app.add_typer(snapshot, name="snapshot")
 app.add_typer(image, name="image")
