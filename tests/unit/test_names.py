@@ -9,8 +9,7 @@ import pytest
 from smolvm_async import InternetSettings
 from smolvm_async.qemu.internet import names as module
 from smolvm_async.qemu.internet.addresses import Host
-from smolvm_async.qemu.internet.names import SYNTHETIC, Domains, Names
-from smolvm_async.qemu.internet.relay import Goal
+from smolvm_async.qemu.internet.names import SYNTHETIC, Domains, Goal, Names
 from smolvm_async.qemu.internet.rules import Rules, Services
 
 REAL = IPv4Address("203.0.113.1")

@@ -18,9 +18,9 @@ from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import no_thread
 from smolvm_async.qemu.internet.denials import Denied
 from smolvm_async.qemu.internet.lookup import Lookup
-from smolvm_async.qemu.internet.names import Names
-from smolvm_async.qemu.internet.policy import Address
-from smolvm_async.qemu.internet.relay import LOOPBACK, Goal, Relay
+from smolvm_async.qemu.internet.names import Goal, Names
+from smolvm_async.qemu.internet.policy import LOOPBACK, Address
+from smolvm_async.qemu.internet.relay import Relay
 from smolvm_async.qemu.internet.rules import Rules, Services
 
 logger = get_logger(__name__)
@@ -67,7 +67,7 @@ class Gateway:
     def _open(self) -> None:
         self._datagrams, self._queries = _sockets_on_one_port(self._opened)
         self._listener = self._opened.enter_context(
-            socket.create_server((LOOPBACK, 0), backlog=BACKLOG)
+            socket.create_server((str(LOOPBACK), 0), backlog=BACKLOG)
         )
         for sock in self._datagrams, self._queries, self._listener:
             private(sock.fileno())
@@ -155,7 +155,7 @@ class Gateway:
 def _sockets_on_one_port(opened: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
     """Return a socket for datagrams, and one that listens."""
     for attempt in range(1, ATTEMPTS + 1):
-        listener = socket.create_server((LOOPBACK, 0))
+        listener = socket.create_server((str(LOOPBACK), 0))
         datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
             datagrams.bind(listener.getsockname())

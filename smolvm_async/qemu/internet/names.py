@@ -13,6 +13,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from ipaddress import IPv4Address, ip_network
+from typing import NamedTuple
 
 from smolvm_async.config.internet import LABEL
 from smolvm_async.qemu.internet.policy import Address
@@ -20,6 +21,14 @@ from smolvm_async.qemu.internet.policy import Address
 SYNTHETIC = ip_network("198.18.0.0/15")  # for tests of networks: RFC 2544
 FIRST, COUNT = int(SYNTHETIC.network_address) + 1, SYNTHETIC.num_addresses - 2
 MOST = 1 << 14  # names; of more, the least recently asked one loses its address
+
+
+class Goal(NamedTuple):
+    """Where a connection of the guest goes: the name, its synthetic address, and the port."""
+
+    name: str
+    address: IPv4Address
+    port: int
 
 
 class Domains:

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, Protocol
 Transport = Literal["tcp", "udp", "icmp"]
 Address = IPv4Address | IPv6Address
 
+LOOPBACK = IPv4Address("127.0.0.1")
+
 
 class Verdict(NamedTuple):
     """A decision about a packet or a connection.

@@ -16,8 +16,6 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from ipaddress import IPv4Address
-from typing import NamedTuple
 
 from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.log import get_logger
@@ -29,11 +27,11 @@ from smolvm_async.qemu.internet.first_packet import (
     is_harmless,
     stated_names,
 )
-from smolvm_async.qemu.internet.policy import Address
+from smolvm_async.qemu.internet.names import Goal
+from smolvm_async.qemu.internet.policy import LOOPBACK, Address
 
 logger = get_logger(__name__)
 
-LOOPBACK = "127.0.0.1"
 EXPECTED = 4096  # connections that the guard has announced and that have not come yet
 BUFFER = 1 << 19  # bytes that each direction of a connection holds
 CONNECT = 5.0  # seconds for a connection to one address
@@ -44,14 +42,6 @@ NO_DESCRIPTORS = 0.1  # seconds until the next try
 RESET = struct.pack("ii", 1, 0)  # struct linger: close() sends a reset
 
 TOO_MANY = "too many connections are open: for more, raise the limit of descriptors (ulimit -n)"
-
-
-class Goal(NamedTuple):
-    """Where a connection of the guest goes: the name, its synthetic address, and the port."""
-
-    name: str
-    address: IPv4Address
-    port: int
 
 
 Find = Callable[[Goal], Awaitable[Sequence[Address]]]
@@ -92,7 +82,7 @@ class Relay:
             except OSError:
                 await asyncio.sleep(NO_DESCRIPTORS)
                 continue
-            goal = self._expected.pop(port, None) if host == LOOPBACK else None
+            goal = self._expected.pop(port, None) if host == str(LOOPBACK) else None
             if goal is None:
                 guest.close()
             elif not _budget.take(len(self._connections)):

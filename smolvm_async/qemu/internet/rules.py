@@ -9,15 +9,14 @@ from typing import NamedTuple
 
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.qemu.internet.addresses import PRIVATE, SHUT, Host, embedded, shut_network
-from smolvm_async.qemu.internet.names import Domains, Names
-from smolvm_async.qemu.internet.policy import Address, Transport, Verdict
-from smolvm_async.qemu.internet.relay import LOOPBACK, Goal
+from smolvm_async.qemu.internet.names import Domains, Goal, Names
+from smolvm_async.qemu.internet.policy import LOOPBACK, Address, Transport, Verdict
 
 DNS = 53
 
 # QEMU's network has turned the guest's addresses for its host and for its DNS server into others.
 HOST: dict[Address, Address] = {
-    ip_address(LOOPBACK): ip_address("10.0.2.2"),
+    LOOPBACK: ip_address("10.0.2.2"),
     ip_address("::1"): ip_address("fec0::2"),
 }
 SERVER = {4: ip_address("10.0.2.3"), 6: ip_address("fec0::3")}
@@ -61,7 +60,7 @@ class Rules:
         """See `Policy`."""
         if self._services is not None and self._mode != "off":
             if self._mode == "restricted" and port == DNS and protocol != "icmp":
-                return Verdict(ip_address(LOOPBACK), self._services.dns)
+                return Verdict(LOOPBACK, self._services.dns)
             name = self._services.names.name_of(address)
             if name is not None and isinstance(address, IPv4Address):
                 return self._named(self._services, protocol, Goal(name, address, port))
@@ -95,7 +94,7 @@ class Rules:
             return Verdict(None, 0, "a name that is not allowed any more", name)
         if protocol == "tcp":
             announce = partial(services.expect, goal)
-            return Verdict(ip_address(LOOPBACK), services.relay, name=name, announce=announce)
+            return Verdict(LOOPBACK, services.relay, name=name, announce=announce)
         real = services.names.real_address(name)
         reason = self.reason_against(real) if real else "a name without an IPv4 address"
         return Verdict(None, 0, reason, name) if reason else Verdict(real, port, name=name)

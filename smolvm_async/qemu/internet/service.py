@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.foundation.process import Spawner
 from smolvm_async.foundation.tasks import in_thread, settle
 from smolvm_async.qemu.internet.addresses import Host
 from smolvm_async.qemu.internet.denials import Denied
-from smolvm_async.qemu.internet.gateway import Gateway
 from smolvm_async.qemu.internet.guard import Guard
 from smolvm_async.qemu.internet.rules import Rules
+
+if TYPE_CHECKING:
+    from smolvm_async.qemu.internet.gateway import Gateway
 
 
 class Internet:
@@ -67,6 +69,8 @@ class Internet:
 
     def _change(self, settings: InternetSettings) -> None:
         if settings.mode == "restricted" and self._gateway is None:
+            from smolvm_async.qemu.internet.gateway import Gateway  # other modes do not need it
+
             self._gateway = Gateway(self._guard.report)
         services = None if self._gateway is None else self._gateway.services
         for name in settings.allowed_domains:
