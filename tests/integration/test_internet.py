@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
@@ -30,6 +31,9 @@ ANSWERED = {
     ("tcp", "fec0::2", 8000): {"open", "clone"},
     ("icmp", "203.0.113.1", 0): {"open", "clone"},
 }
+# The host connects to allowed names for the guest, and asks its DNS server for them.
+NAMED = ("one.example", "deep.two.example")
+BY_NAME = {("tcp", "203.0.113.1", 80), ("tcp", "198.51.100.2", 80), ("udp", "203.0.113.53", 53)}
 OF_THE_HOST = {("127.0.0.1", 8000), ("::1", 8000)}  # what 10.0.2.2 and fec0::2 are
 
 
@@ -60,9 +64,20 @@ def test_a_guest_reaches_what_its_policy_allows_and_nothing_else(
     internet = {target for target in allowed if target[1] not in ("10.0.2.2", "fec0::2")}
     assert internet <= seen
     if mode in ("restricted", "off"):
-        assert seen == internet
+        assert seen == internet | (BY_NAME if mode == "restricted" else set())
     heard = {tuple(contact) for contact in results[mode]["heard"]}
     assert heard == (OF_THE_HOST if mode in ("open", "clone") else set())
+
+
+def test_a_restricted_guest_reaches_allowed_names_and_no_others(results: Mapping[str, Any]) -> None:
+    restricted = results["restricted"]
+    for query, answer in restricted["names"].items():
+        if query.split()[0] in NAMED:
+            assert ip_address(answer) in ip_network("198.18.0.0/15"), query
+        else:
+            assert answer == "code 3", query
+    reached = {name for name, result in restricted["fetched"].items() if result == "ok"}
+    assert reached == set(NAMED)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -88,7 +88,7 @@ def query(name: str, server: str, *, tcp: bool) -> str:
     message = struct.pack("!HHHHHH", 7, 0x100, 1, 0, 0, 0) + labels + b"\0\0\1\0\1"
     kind = socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM
     try:
-        with socket.socket(socket.AF_INET, kind) as own:
+        with socket.socket(socket.AF_INET6 if ":" in server else socket.AF_INET, kind) as own:
             own.settimeout(3)
             own.connect((server, 53))
             own.send(struct.pack("!H", len(message)) + message if tcp else message)
@@ -137,7 +137,7 @@ def main() -> None:
     targets = json.loads(sys.argv[1])
     with open("/etc/resolv.conf", "w") as file:
         file.write("nameserver 10.0.2.3\noptions timeout:2 attempts:1\n")
-    servers = ("10.0.2.3", "8.8.8.8", "203.0.113.53")
+    servers = ("10.0.2.3", "8.8.8.8", "2001:db8::53")
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
         results = list(pool.map(lambda target: attempt(*target), targets))
         asked = [(name, server, tcp) for name in NAMES for server in servers for tcp in (0, 1)]
