@@ -283,6 +283,24 @@ def end_first(connection: socket.socket) -> None:
     connection.recv(1)
 
 
+@pytest.mark.parametrize(("constant", "most"), [("GREETING", 0.1), ("PIECES", 1)])
+async def test_a_greeting_that_never_ends_is_refused(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch, constant: str, most: float
+) -> None:
+    monkeypatch.setattr(relay, constant, most)
+    received: list[bytes] = []
+    with server(lambda connection: received.append(connection.recv(9))) as port:
+        code = f"""
+tcp(ask("a.org"), {port})
+connection.setblocking(True)
+connection.send({REQUEST[:-2]!r})
+say(failure(lambda: connection.recv(1)))
+"""
+        assert await guest.say(code) == ["ECONNRESET"]
+    assert [denied.name for denied in guest.denied] == ["a.org"]
+    assert not any(received)
+
+
 async def test_a_server_may_speak_first_and_each_end_may_end_first(guest: Guest) -> None:
     with server(echo) as port:
         said = await guest.say(f"""

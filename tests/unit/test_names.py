@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from ipaddress import IPv4Address, ip_address
+from pathlib import Path
 
 import pytest
 
 from smolvm_async import InternetSettings
+from smolvm_async.qemu.internet import lookup
 from smolvm_async.qemu.internet import names as module
 from smolvm_async.qemu.internet.addresses import Host
 from smolvm_async.qemu.internet.names import SYNTHETIC, Domains, Goal, Names
@@ -57,6 +60,25 @@ def test_two_names_never_have_the_same_address_at_once(monkeypatch: pytest.Monke
         names.add(f"{number}.org")
     latest = [names.address_of(f"{number}.org", []) for number in range(200, 300)]
     assert [names.name_of(address) for address in latest] == [f"{n}.org" for n in range(200, 300)]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [("a.org", b"a.org"), ("b.org", b"b.org."), ("c.org", b"c.org."), ("short", b"short")],
+)
+def test_no_search_list_changes_a_name_with_a_dot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, asked: bytes
+) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("203.0.113.1 x A.org # b.org\n203.0.113.2 c.org.example\n")
+    monkeypatch.setattr(lookup, "HOSTS", hosts)
+
+    def getaddrinfo(name: bytes, *_: object, **__: object) -> object:
+        assert name == asked
+        return [(2, 1, 6, "", ("::ffff:203.0.113.1", 0)), (2, 1, 6, "", ("203.0.113.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert lookup._look_up(name) == (REAL,)
 
 
 def test_datagrams_of_a_name_keep_their_real_ipv4_address() -> None:

@@ -12,11 +12,13 @@ import socket
 import threading
 from collections.abc import Sequence
 from ipaddress import ip_address
+from pathlib import Path
 
 from smolvm_async.foundation.tasks import no_thread
 from smolvm_async.qemu.internet.policy import Address
 
 AT_ONCE = 16  # threads
+HOSTS = Path("/etc/hosts")
 PATIENCE = 10.0  # seconds for a lookup, with the wait for a thread
 
 
@@ -69,13 +71,30 @@ class Lookup:
 
 def _look_up(name: str) -> Sequence[Address]:
     try:
-        found = socket.getaddrinfo(name.encode("ascii"), None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(_exact(name), None, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         if error.errno in (socket.EAI_NONAME, socket.EAI_NODATA):
             return ()
         raise
-    texts = dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found)
-    return tuple(_unmapped(ip_address(text)) for text in texts)
+    texts = (str(address[0]).partition("%")[0] for *_, address in found)
+    return tuple(dict.fromkeys(_unmapped(ip_address(text)) for text in texts))
+
+
+def _exact(name: str) -> bytes:
+    """Return a name with a last dot: the host's search list does not make other names of it.
+
+    The host does not find a name with a last dot in its hosts file, and a name of one label needs
+    the search list.
+    """
+    try:
+        hosts = HOSTS.read_text(errors="replace").lower()
+    except OSError:
+        hosts = ""
+    as_it_is = "." not in name or (
+        name in hosts
+        and any(name in line.partition("#")[0].split()[1:] for line in hosts.splitlines())
+    )
+    return f"{name}{'' if as_it_is else '.'}".encode("ascii")
 
 
 def _unmapped(address: Address) -> Address:
