@@ -297,6 +297,8 @@ connection.send({REQUEST[:-2]!r})
 say(failure(lambda: connection.recv(1)))
 """
         assert await guest.say(code) == ["ECONNRESET"]
+    while not guest.denied:  # is reported after the reset
+        await asyncio.sleep(0.01)
     assert [denied.name for denied in guest.denied] == ["a.org"]
     assert not any(received)
 
