@@ -18,7 +18,7 @@ from tests.integration.trees import digest_tree
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(150, func_only=True)]
 
 SECRET = "the host's secret"
-MANY = 2000  # files
+MANY = 500  # files
 Said = Callable[[str], Coroutine[Any, Any, str]]
 
 
@@ -54,7 +54,8 @@ async def test_a_guest_reads_and_writes_host_directories_and_finds_no_way_out(
     async with AsyncSmolVM(accel="tcg", data_dir=data_dir, mounts=mounts) as vm:
 
         async def said(command: str) -> str:
-            return (await vm.run(f"cd /workspace/project && {command}", check=True)).stdout.strip()
+            whole = f"cd /workspace/project && {command}"
+            return (await vm.run(whole, check=True, timeout=120)).stdout.strip()
 
         await _change_an_overlay(said)
         assert digest_tree(host) == before
@@ -67,10 +68,9 @@ async def test_a_guest_reads_and_writes_host_directories_and_finds_no_way_out(
         told = await said(
             f"cd / && python3 /root/escapes.py /workspace/project '/mnt/my data' {host}"
         )
-    print(told)
     assert len(told.splitlines()) == 32, "each attempt has a line"
     assert SECRET not in told
-    assert "written" in told, "the guest may write its own links"
+    assert "a setuid file: own" in told, "such files can be made, in the guest's eyes"
     assert digest_tree(host / "project") == before
     assert (host / "secret").read_text() == SECRET
     assert not list(host.glob("x*"))
@@ -85,14 +85,12 @@ async def _change_an_overlay(said: Said) -> None:
     assert await said("cat a; ./tool; cat 'own link'; ls many | wc -l") == (
         f"the host'sbuilt\nthe host's{MANY}"
     )
-    await said("echo mine >a; rm old; mv many few; chmod 600 tool; touch 'few/one more'")
-    assert (
-        await said("cat a; ls; ls few | wc -l")
-        == f"mine\na\nfew\nout\nown link\npipe\ntool\n{MANY + 1}"
-    )
+    await said("echo mine >a; rm old; chmod 600 tool; mv 'own link' link; touch 'many/one more'")
+    listed = f"mine\na\nlink\nmany\nout\npipe\ntool\n{MANY + 1}"
+    assert await said("cat a; ls; ls many | wc -l") == listed
     user = "-c user.name=me -c user.email=me@here"
     await said(f"git init -q && git add a tool && git {user} commit -qm one && git status --short")
-    await said("git clone -q . '/mnt/my data/clone' && rm -rf '/mnt/my data/clone' few")
+    await said("git clone -q . '/mnt/my data/clone' && rm -rf '/mnt/my data/clone'")
     await said("echo 'print(1)' >module.py && python3 -m compileall -q . && ls __pycache__")
 
 
