@@ -33,7 +33,13 @@ ANSWERED = {
 }
 # The host connects to allowed names for the guest, and asks its DNS server for them.
 NAMED = ("one.example", "deep.two.example")
-BY_NAME = {("tcp", "203.0.113.1", 80), ("tcp", "198.51.100.2", 80), ("udp", "203.0.113.53", 53)}
+BY_NAME = {
+    ("tcp", "203.0.113.1", 80),
+    ("udp", "203.0.113.1", 9000),
+    ("icmp", "203.0.113.1", 0),
+    ("tcp", "198.51.100.2", 80),
+    ("udp", "203.0.113.53", 53),
+}
 OF_THE_HOST = {("127.0.0.1", 8000), ("::1", 8000)}  # what 10.0.2.2 and fec0::2 are
 
 
@@ -78,6 +84,7 @@ def test_a_restricted_guest_reaches_allowed_names_and_no_others(results: Mapping
             assert answer == "code 3", query
     reached = {name for name, result in restricted["fetched"].items() if result == "ok"}
     assert reached == set(NAMED)
+    assert restricted["sent"] == ["ok", "ok", "no such name"]  # datagrams, and a ping
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -19,6 +19,7 @@ NAMES = (
     "metadata.example",
     "own.example",
 )
+TO_NAMES = [("udp", "one.example", 9000), ("icmp", "one.example", 0), ("udp", "own.example", 8000)]
 ICMP_ECHO = b"\x08\x00\xf7\xff\x00\x00\x00\x00"
 LINK = next(name for _, name in socket.if_nameindex() if name != "lo")
 GATEWAY = bytes.fromhex("52550a000202")
@@ -108,6 +109,13 @@ def fetch(name: str) -> str:
         return errno.errorcode.get(error.errno or 0, type(error).__name__)
 
 
+def send_to_name(protocol: str, name: str, port: int) -> str:
+    try:
+        return attempt(protocol, socket.gethostbyname(name), port)
+    except OSError:
+        return "no such name"
+
+
 def hold() -> str:
     """Keep a connection until it ends."""
     with socket.create_connection(("203.0.113.1", 443), timeout=60) as own:
@@ -143,6 +151,7 @@ def main() -> None:
         asked = [(name, server, tcp) for name in NAMES for server in servers for tcp in (0, 1)]
         answers = list(pool.map(lambda one: query(one[0], one[1], tcp=bool(one[2])), asked))
         fetched = list(pool.map(fetch, NAMES))
+        sent = [send_to_name(*each) for each in TO_NAMES]
     ways = {
         f"{p} {address} {port}": r for (p, address, port), r in zip(targets, results, strict=True)
     }
@@ -152,7 +161,12 @@ def main() -> None:
     }
     print(
         json.dumps(
-            {"ways": ways, "names": names, "fetched": dict(zip(NAMES, fetched, strict=True))}
+            {
+                "ways": ways,
+                "names": names,
+                "fetched": dict(zip(NAMES, fetched, strict=True)),
+                "sent": sent,
+            }
         )
     )
 
