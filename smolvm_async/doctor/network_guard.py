@@ -22,17 +22,19 @@ from smolvm_async.qemu.internet.policy import Verdict as Decision
 ALLOWED, REFUSED = ip_address("198.51.100.1"), ip_address("198.51.100.2")
 
 CONNECT = f"""
-import errno, select, socket
+import select, socket
 for address in "{ALLOWED}", "{REFUSED}":
     connection = socket.socket()
     connection.setblocking(False)
-    error = connection.connect_ex((address, 9))
-    if error == errno.EINPROGRESS:
-        select.select([], [connection], [])
-        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    print(errno.errorcode.get(error, "connected"))
+    connection.connect_ex((address, 9))
+    select.select([], [connection], [], 10)
+    try:
+        connection.getpeername()
+        print("connected")
+    except OSError:
+        print("refused")
 """
-EXPECTED = "connected\nECONNREFUSED"
+EXPECTED = "connected\nrefused"
 
 WITHOUT = (
     "Guests start nevertheless, but they reach the services on this host's loopback (10.0.2.2), "

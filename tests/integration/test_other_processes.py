@@ -194,7 +194,8 @@ async def test_one_that_was_attached_can_delete_what_the_owner_keeps(
 
 async def test_a_crash_cancels_the_attached_block_too(blank_image: Path, data_dir: Path) -> None:
     async with owner(blank_image, data_dir) as process:
-        pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+        pids = [pid for thread in threads for pid in thread.read_text().split()]
         with pytest.raises(VMCrashedError, match="ended: killed by SIGKILL") as raised:
             async with await AsyncSmolVM.from_id("shared", data_dir=data_dir):
                 os.kill(int(pids[0]), signal.SIGKILL)
