@@ -5,15 +5,23 @@ Three programs play: see `tests/internet/`. The guest is the built-in Debian.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from smolvm_async import AsyncSmolVM, Fleet, InternetSettings, VMCrashedError
+from smolvm_async.config.options import VMOptions
+from smolvm_async.host import seccomp
+from tests.conftest import children
 from tests.internet import near
 
 MODES = ("open", "clone", "restricted", "off")
@@ -122,3 +130,99 @@ def test_a_change_of_the_policy_ends_the_connections_that_it_shuts(
 
 def test_a_guest_connects_while_the_event_loop_is_blocked(results: Mapping[str, Any]) -> None:
     assert results["beat"] < near.BLOCKED / 2
+
+
+async def reached(vm: AsyncSmolVM, *ports: int) -> list[int]:
+    """Return the ports of the host's loopback that the guest reaches."""
+    tries = "; ".join(f"(</dev/tcp/10.0.2.2/{port}) 2>/dev/null && echo {port}" for port in ports)
+    return [int(port) for port in (await vm.run(f"bash -c '{tries}; true'")).stdout.split()]
+
+
+async def cli(*words: object) -> asyncio.subprocess.Process:
+    argv = [sys.executable, "-m", "smolvm_async", *map(str, words)]
+    return await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE)
+
+
+@pytest.mark.anyio
+async def test_the_policy_goes_with_a_kept_vm_to_other_processes_clones_and_later_starts(
+    data_dir: Path,
+) -> None:
+    servers = [
+        await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        for _ in range(2)
+    ]
+    one, two = ports = [server.sockets[0].getsockname()[1] for server in servers]
+    only_one = InternetSettings(mode="restricted", allowed_host_ports=(one,))
+    settings: dict[str, Any] = {"accel": "tcg", "vm_id": "kept", "keep": True}
+    async with AsyncSmolVM(data_dir=data_dir, internet_settings=only_one, **settings) as vm:
+        assert await reached(vm, *ports) == [one]
+        await vm.snapshot("one")
+
+        place = ("--data-dir", data_dir, "--json")
+        watching = await cli("events", "kept", *place)
+        change = await cli("network", "kept", "--internet", "off", *place)
+        assert json.loads((await change.communicate())[0])["mode"] == "off"
+        assert vm.internet_settings.mode == "off"
+        assert await reached(vm, *ports) == []
+        assert watching.stdout is not None
+        reading = asyncio.ensure_future(watching.stdout.readuntil(b'"NETWORK_DENIED"'))
+        while not reading.done():  # it may not watch yet
+            assert await reached(vm, one) == []
+        event = json.loads(b"{" + (await watching.stdout.readline()).lstrip(b", "))
+        assert (event["data"]["address"], event["data"]["port"]) == ("10.0.2.2", one)
+
+        template: VMOptions = {"data_dir": data_dir}
+        said: VMOptions = {
+            **template,
+            "internet_settings": {"mode": "restricted", "allowed_host_ports": [two]},
+        }
+        for options, expected in (template, [one]), (said, [two]):
+            async with Fleet(options, size=1, from_snapshot="one") as fleet:
+                async for clone in fleet:
+                    assert await reached(clone, *ports) == expected
+        await vm.stop()
+        await watching.communicate()
+        assert watching.returncode == 0
+    change = await cli("network", "kept", "--allow-host-port", two, *place)
+    assert json.loads((await change.communicate())[0])["allowed_host_ports"] == [two]
+    async with await AsyncSmolVM.from_id("kept", data_dir=data_dir) as vm:
+        assert await reached(vm, *ports) == [two]
+    await AsyncSmolVM.delete_snapshot("one", data_dir=data_dir)
+    await vm.delete()
+    for server in servers:
+        server.close()
+
+
+@pytest.mark.anyio
+async def test_a_failed_guard_shuts_the_network_and_lets_the_guest_go_on(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a flood of refused packets. Neither the failure nor QEMU's end leaves anything."""
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    only_one: dict[str, object] = {"allowed_host_ports": [port]}
+    vm = AsyncSmolVM(accel="tcg", data_dir=data_dir, internet_settings=only_one)
+
+    async def crash() -> None:
+        flood = f"while :; do (</dev/udp/10.0.2.2/9; </dev/tcp/10.0.2.2/{port + 1}); done"
+        flooding = asyncio.ensure_future(vm.run(f"bash -c '{flood}' 2>/dev/null"))
+        changes: list[dict[str, object]] = [{"mode": "off"}, {"mode": "restricted"}, only_one]
+        await asyncio.gather(*map(vm.set_internet_settings, changes))
+        assert await reached(vm, port) == [port]
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(seccomp, "answer", fail)
+            assert await reached(vm, port) == []
+        assert await reached(vm, port) == []
+        assert (await vm.run("echo alive")).stdout == "alive\n"
+        (qemu,) = children()
+        os.kill(qemu, signal.SIGKILL)
+        await flooding
+
+    with pytest.raises(VMCrashedError, match="SIGKILL"):
+        async with vm:
+            await crash()
+    server.close()

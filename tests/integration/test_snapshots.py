@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from smolvm_async import (
     AsyncSmolVM,
     ImageError,
+    NetworkDenied,
     Rung,
     SnapshotError,
     SnapshotNotFoundError,
@@ -227,15 +229,48 @@ class Typist:
         index = await self.tpm("8002", "0000014e", f"{NV_INDEX}{NV_INDEX}{AUTHORIZATION}00080000")
         return (*(await self.ask(look)).split(), pcr[-64:], bytes.fromhex(index[12:28]).decode())
 
+    async def reached(self, *ports: int) -> list[int]:
+        """Return the ports of the host's loopback that the guest reaches, each at once."""
+        tries = "; ".join(
+            f"nc 10.0.2.2 {port} </dev/null >/dev/null 2>&1 && echo {port}" for port in ports
+        )
+        return [int(port) for port in (await self.ask(tries)).split()]
+
 
 async def test_a_windows_guest_has_each_part_of_its_state_in_each_clone(data_dir: Path) -> None:
     image = await build_stand_in(kernel_arguments=["stand_in.shell=on"], desktop=True)
     before = image.stat().st_mtime_ns, image.read_bytes()
+    async with contextlib.AsyncExitStack() as servers:
+        ports = [await a_server(servers) for _ in range(2)]
+        await try_the_state(image, data_dir, *ports)
+    await AsyncSmolVM.delete_snapshot("one", data_dir=data_dir)
+    assert (image.stat().st_mtime_ns, image.read_bytes()) == before
+
+
+async def a_server(stack: contextlib.AsyncExitStack) -> int:
+    """Return the port of a new server that ends all connections."""
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    stack.push_async_callback(server.wait_closed)
+    stack.callback(server.close)
+    return int(server.sockets[0].getsockname()[1])
+
+
+async def try_the_state(image: Path, data_dir: Path, port: int, other: int) -> None:
     settings: dict[str, Any] = {"image": image, "memory": 2048, "accel": "tcg"}
+    settings["internet_settings"] = {"allowed_host_ports": [port]}
     async with AsyncSmolVM(os="windows", data_dir=data_dir, **settings) as vm:
         await vm.wait_for("ready", timeout=BOOT)
         await console_shows(vm, "STAND-IN: ready")
+        await console_shows(vm, "STAND-IN: address=")
         original = Typist(vm)
+        events = vm.events()
+        assert await original.reached(port, other) == [port]
+        denied = [
+            (each.address, each.port)
+            for each in events.pending()
+            if isinstance(each, NetworkDenied)
+        ]
+        assert denied == [("10.0.2.2", other)]
         await original.define()
         await original.change("A")
         first = await original.state()
@@ -247,8 +282,15 @@ async def test_a_windows_guest_has_each_part_of_its_state_in_each_clone(data_dir
         second = await original.state()
         assert second[:4] == ("B", "A", "B", "1")
 
-        clones = [await AsyncSmolVM.from_snapshot("one", data_dir=data_dir) for _ in range(2)]
+        await vm.set_internet_settings({"mode": "off"})
+        policies = None, {"allowed_host_ports": [other]}
+        clones = [
+            await AsyncSmolVM.from_snapshot("one", data_dir=data_dir, internet_settings=policy)
+            for policy in policies
+        ]
         typists = [Typist(clone) for clone in clones]
+        reached = [await typist.reached(port, other) for typist in (original, *typists)]
+        assert reached == [[], [port], [other]]
         for typist, mark in zip(typists, "CD", strict=True):
             assert (await typist.vm.screenshot()).pixels == picture
             assert await typist.state() == first
@@ -266,5 +308,3 @@ async def test_a_windows_guest_has_each_part_of_its_state_in_each_clone(data_dir
         for clone in clones:
             await clone.delete()
         assert await original.state() == second
-    await AsyncSmolVM.delete_snapshot("one", data_dir=data_dir)
-    assert (image.stat().st_mtime_ns, image.read_bytes()) == before

@@ -110,6 +110,16 @@ class Guarded:
         self.children.append(child)
         return child
 
+    async def end(self) -> None:
+        """End the programs, and wait for the end of the guard."""
+        for child in self.children:
+            await child.reap()
+        await self.guard.close()
+        thread = self.guard._thread
+        assert thread is not None
+        await asyncio.to_thread(thread.join, 20)
+        assert not thread.is_alive()
+
     async def say(self, code: str) -> list[str]:
         """Run a program, and return the lines that it says."""
         child = await self.start(code)
@@ -123,13 +133,7 @@ async def guarded(tmp_path: Path) -> AsyncIterator[Guarded]:
     guarded = Guarded(tmp_path)
     await guarded.guard.start()
     yield guarded
-    for child in guarded.children:
-        await child.reap()
-    await guarded.guard.close()
-    thread = guarded.guard._thread
-    assert thread is not None
-    await asyncio.to_thread(thread.join, 20)
-    assert not thread.is_alive()
+    await guarded.end()
 
 
 @pytest.fixture
@@ -348,6 +352,39 @@ say(accepted.recv(9).decode())
         assert (await said(4))[3] == "alive"
 
 
+async def test_the_memory_of_a_guard_is_bounded_and_keeps_what_is_open(
+    guarded: Guarded, only: Only, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "CONNECTIONS", "SOCKETS", "SOURCES":
+        monkeypatch.setattr(guards, name, 32)
+    guard = guarded.guard
+    guard._most_connections = 32
+    child = await guarded.start(f"""
+tcp("{NAMED}", 80)
+held = connection
+for number in range(100):  # as many may wait for the server
+    tcp("{NAMED}", 80)
+senders = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(100)]
+for sender in senders:
+    sender.sendto(b"x", ("{NAMED}", 53))
+for port in range(1, 101):
+    sender.sendto(b"x", ("{NAMED}", port))
+say("done")
+select.select([held], [], [])
+say(failure(lambda: held.send(b"x")))
+""")
+    while not child.log.text():
+        assert not child.ended, child.report()
+        await asyncio.sleep(0.01)
+    assert len(only.announced) == 101
+    assert len(guard._connections) <= 32
+    assert len(guard._sources) == 32
+    assert max(map(len, guard._sources.values())) <= 32
+    await asyncio.to_thread(guard.set_policy, Only())
+    await asyncio.wait([child.exited])
+    assert child.log.text() == "done\nEPIPE\n"
+
+
 async def test_reports_of_a_flood_are_few_and_count_the_rest(guarded: Guarded) -> None:
     floods = guards.UNPUNISHED // 2
     await guarded.say(f"for _ in range({floods}): udp('{OTHER}', 53)\nudp('{OTHER}', 53)")
@@ -373,7 +410,7 @@ async def test_two_guards_have_policies_of_their_own(
         said, others = await asyncio.gather(guarded.say(code), other.say(code))
         assert (said, others) == (["connected"], ["refused"])
     finally:
-        await other.guard.close()
+        await other.end()
 
 
 async def test_32_guards_in_one_process_have_policies_of_their_own(tmp_path: Path) -> None:
@@ -403,7 +440,7 @@ async def test_32_guards_in_one_process_have_policies_of_their_own(tmp_path: Pat
                 other.guard.set_policy(One(number, port))
                 said = await other.say(code)
             finally:
-                await other.guard.close()
+                await other.end()
             assert [each for each in numbers if said[each - 1] == "connected"] == [number]
             denied = {int(str(each.address).rpartition(".")[2]) for each in other.denied}
             assert denied
