@@ -19,6 +19,8 @@ share has `mapped-xattr`: QEMU keeps such modes, owners and links in attributes 
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import suppress
 
 from smolvm_async.errors import MonitorError
 from smolvm_async.qemu.arguments import share_tag
@@ -30,7 +32,9 @@ LOOK = 0.02  # seconds between two looks at the slot
 
 
 async def plug(monitor: Monitor, count: int) -> None:
-    """Plug the devices of `count` shares into the slot."""
+    """Plug the devices of `count` shares into the slot, unless they are there."""
+    if await _plugged(monitor):
+        return
     for index in reversed(range(count)):
         name = share_tag(index)
         where = {"bus": SLOT, "addr": f"0.{index}", "multifunction": True}
@@ -39,7 +43,7 @@ async def plug(monitor: Monitor, count: int) -> None:
 
 
 async def unplug(monitor: Monitor) -> None:
-    """Take all devices out of the slot; the guest has nothing mounted.
+    """Take all devices out of the slot, if there are any; the guest has nothing mounted.
 
     Raises:
         MonitorError: QEMU still serves a mount, or the guest does not let go of the devices.
@@ -47,16 +51,14 @@ async def unplug(monitor: Monitor) -> None:
     reasons = (await monitor.execute("query-migrate")).get("blocked-reasons", [])
     if reasons:
         raise MonitorError(f"a share is still in use: {'; '.join(reasons)}", command="device_del")
-    await monitor.execute(
-        "device_del", {"id": share_tag(0)}
-    )  # the guest ejects the slot as a whole
-    try:
-        async with asyncio.timeout(PATIENCE):
-            while await _plugged(monitor):  # noqa: ASYNC110 -- QEMU has no event for a whole slot
-                await asyncio.sleep(LOOK)
-    except TimeoutError:
-        message = f"the guest has not released its shares within {PATIENCE:g} s"
-        raise MonitorError(message, command="device_del") from None
+    deadline = time.monotonic() + PATIENCE
+    while await _plugged(monitor):
+        if time.monotonic() > deadline:
+            message = f"the guest has not released its shares within {PATIENCE:g} s"
+            raise MonitorError(message, command="device_del")
+        with suppress(MonitorError):  # the guest has been asked, or the device has just gone
+            await monitor.execute("device_del", {"id": share_tag(0)})  # ejects the whole slot
+        await asyncio.sleep(LOOK)
 
 
 async def _plugged(monitor: Monitor) -> bool:

@@ -32,13 +32,11 @@ class Mounting:
         self.mounts = check_mounts(config.mounts)
         self._monitor = monitor
         self._link = link
-        self._plugged = False
 
     async def plug(self) -> None:
         """Plug the devices in, unless they are."""
-        if self.mounts and not self._plugged:
+        if self.mounts:
             await plug(self._monitor, len(self.mounts))
-            self._plugged = True
 
     async def mount(self) -> None:
         """Mount the directories in a guest that has just become ready."""
@@ -66,12 +64,14 @@ class Mounting:
                 hint="Call resume(), or wait_for('ready'), before snapshot().",
             )
         try:
-            await unmount(self._link, self.mounts)
-            await unplug(self._monitor)
-            self._plugged = False
+            await settle(self._release())  # half of it could not be undone
             yield
         finally:
             await settle(self._restore())
+
+    async def _release(self) -> None:
+        await unmount(self._link, self.mounts)
+        await unplug(self._monitor)
 
     async def _restore(self) -> None:
         await self.plug()

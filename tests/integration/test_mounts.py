@@ -121,6 +121,12 @@ async def _save_and_clone(vm: AsyncSmolVM, said: Said, host: Path) -> None:
         await vm.snapshot("busy")
     await said("pkill sleep")
     await user
+    saving = asyncio.create_task(vm.snapshot("cancelled"))
+    await vm.run("while mountpoint -q '/mnt/my data'; do sleep 0.1; done", check=True)
+    saving.cancel()
+    await asyncio.wait([saving])
+    assert await said("cat a '/mnt/my data/two'") == "mine\nnew"
+
     async with vm.fork(mounts=[f"{host}/data:/workspace/project"]) as (clone,):
         listed = "ls '/mnt/my data' | wc -l; cat /workspace/project/two"
         assert (await clone.run(listed)).stdout == "0\nnew\n"
