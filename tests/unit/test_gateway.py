@@ -142,22 +142,31 @@ def server(
     answer: Callable[[socket.socket], object], address: str = "127.0.1.1", port: int = 0
 ) -> Iterator[int]:
     """Serve each connection in a thread; yield the port."""
-    with socket.create_server((address, port)) as listener:
+    open_ones: list[socket.socket] = []
+    threads: list[threading.Thread] = []
 
-        def serve() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    threading.Thread(target=one, args=(connection,), daemon=True).start()
-
-        def one(connection: socket.socket) -> None:
-            with connection, contextlib.suppress(OSError):
-                answer(connection)
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield listener.getsockname()[1]
+    def serve() -> None:
         with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
+            while True:
+                open_ones.append(listener.accept()[0])
+                begin(one, open_ones[-1])
+
+    def one(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            answer(connection)
+
+    def begin(target: Callable[..., None], *arguments: object) -> None:
+        threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        threads[-1].start()
+
+    with socket.create_server((address, port)) as listener:
+        begin(serve)
+        yield listener.getsockname()[1]
+        for each in listener, *open_ones:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(20)
 
 
 def echo(connection: socket.socket) -> None:

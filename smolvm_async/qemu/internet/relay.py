@@ -33,7 +33,7 @@ from smolvm_async.qemu.internet.policy import LOOPBACK, Address
 logger = get_logger(__name__)
 
 EXPECTED = 4096  # connections that the guard has announced and that have not come yet
-BUFFER = 1 << 19  # bytes that each direction of a connection holds
+SMALL, LARGE = 1 << 14, 1 << 19  # bytes that a direction holds, at first and if it is fast
 CONNECT = 5.0  # seconds for a connection to one address
 ADDRESSES = 4  # to try
 GREETING = 30.0  # seconds for a greeting that is held back
@@ -186,9 +186,11 @@ async def _greet(
 async def _pump(source: socket.socket, goal: socket.socket) -> None:
     """Carry bytes until the end of file, and pass the end on."""
     loop = asyncio.get_running_loop()
-    buffer = memoryview(bytearray(BUFFER))
+    buffer = memoryview(bytearray(SMALL))
     while count := await loop.sock_recv_into(source, buffer):
         await loop.sock_sendall(goal, buffer[:count])
+        if count == len(buffer) < LARGE:
+            buffer = memoryview(bytearray(2 * count))
         await asyncio.sleep(0)  # neither call waits as long as both sides are fast
     goal.shutdown(socket.SHUT_WR)
 
