@@ -11,6 +11,7 @@ So the guard holds guests, and not a QEMU that a guest has taken over.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -64,6 +65,7 @@ BUS_CLIENT = "systemd-run"
 UNPUNISHED, PER_SECOND = 500, 50  # refusals at once, and those that are forgiven in a second
 PAUSE = 20  # after more, wait for so many times the time that a refusal takes
 
+PATIENCE = 10.0  # seconds for the answering thread to see that all processes have ended
 ERRORS = 10  # of the policy to log in a second
 
 
@@ -90,7 +92,9 @@ class Guard:
         self._policy = policy
         self._reports = Reports(on_denied)
         self._listener = -1
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # answers
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()  # the answering thread has left nothing
         self._at_work = threading.Lock()  # held while a call is made, and while the policy changes
         self._processes: dict[int, tuple[int, int]] = {}  # by thread: id and pidfd of the process
         self._connections: dict[int, Connection] = {}  # by the socket's cookie
@@ -141,7 +145,11 @@ class Guard:
     async def close(self) -> None:
         """End both threads, after QEMU has ended."""
         self.spawner.close()
-        if self._thread is None and self._listener >= 0:
+        if self._thread is not None:
+            with contextlib.suppress(TimeoutError):  # a process with the filter still lives
+                async with asyncio.timeout(PATIENCE):
+                    await self._ended.wait()
+        elif self._listener >= 0:
             close_private(self._listener)
 
     # The rest runs in the answering thread.
@@ -159,6 +167,8 @@ class Guard:
             close_private(self._listener)
             for _, pidfd in self._processes.values():
                 close_private(pidfd)
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                self._loop.call_soon_threadsafe(self._ended.set)
 
     def _answer(self, call: Call) -> None:
         started = time.thread_time()
