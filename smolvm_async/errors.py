@@ -20,14 +20,15 @@
     ├── VMTimeoutError (TimeoutError)    a deadline passed
     │   └── CommandTimeoutError          a command in the guest took too long and was killed
     ├── CommandFailedError               a command in the guest ended with an exit code other than 0
-    ├── ConnectionLostError              the guest cannot be reached over SSH (any more)
     ├── MountError                       the guest cannot mount a host directory
+    ├── ConnectionLostError              the guest cannot be reached (any more)
     ├── FileTransferError                a file could not be transferred
     ├── FleetError                       a part of a fleet failed
     │   ├── MemberFailedError            a VM did not start, or crashed
     │   ├── JobFailedError               a job of map() failed for an item
     │   ├── RemoteError                  an exception of another machine that cannot be loaded here
     │   └── WorkerLostError              a Dask worker was lost during a job
+    ├── GuestAgentError                  the guest agent refused a command
     ├── MonitorError                     QEMU refused a QMP command
     └── SnapshotError                    the snapshot cannot be made or used
 
@@ -288,7 +289,7 @@ class CommandFailedError(SmolVMError):
 
 
 class ConnectionLostError(SmolVMError):
-    """SSH cannot reach the guest (any more): the guest was reset, or its SSH server died."""
+    """The guest cannot be reached (any more): it was reset, or its SSH server or agent died."""
 
 
 class FileTransferError(SmolVMError):
@@ -337,6 +338,20 @@ class RemoteError(FleetError):
 
 class WorkerLostError(FleetError):
     """The Dask worker or scheduler was lost during a job; the job may have run partly."""
+
+
+@error_class(kw_only=True)
+class GuestAgentError(SmolVMError):
+    """The guest agent refused a command, or its reply makes no sense.
+
+    Attributes:
+        command: The agent's command, such as `guest-exec`.
+        error_class: The agent's error class, such as `GenericError` or `CommandNotFound`; empty
+            if it did not answer with an error.
+    """
+
+    command: str = ""
+    error_class: str = ""
 
 
 @error_class(kw_only=True)

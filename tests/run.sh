@@ -6,10 +6,10 @@
 #             tests once more on Debian 13, with QEMU 10 and QEMU 11
 
 set -eu
-# An SSH server, the layouts that the keyboard's tests type on, a VNC client, and what makes the
-# cloud image and installs Debian 13.
-more_packages=(openssh-server libxkbcommon0 xkb-data libx11-data vncsnapshot tigervnc-tools mmdebstrap
-    debian-archive-keyring)
+# An SSH server, the guest agent, the layouts that the keyboard's tests type on, a VNC client, and
+# what makes the cloud image and installs Debian 13.
+more_packages=(openssh-server qemu-guest-agent libxkbcommon0 xkb-data libx11-data vncsnapshot
+    tigervnc-tools mmdebstrap debian-archive-keyring)
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
 
 # The main job on the stand-in, the built-in Linux with a command, a crash, a kept VM, the command

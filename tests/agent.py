@@ -1,0 +1,113 @@
+"""The real QEMU guest agent on this host, behind a socket that takes QEMU's port's place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from smolvm_async.qemu.arguments import AGENT_PORT
+from smolvm_async.qemu.events import PortChanged
+from smolvm_async.qemu.guest_agent import GuestAgent
+from smolvm_async.qemu.pauses import Pauses
+
+# The agent runs as the user of the tests, so it must not execute what would harm this host.
+BLOCKED = (
+    *("guest-shutdown", "guest-suspend-disk", "guest-suspend-ram", "guest-suspend-hybrid"),
+    *("guest-fsfreeze-freeze", "guest-fsfreeze-freeze-list", "guest-fsfreeze-thaw", "guest-fstrim"),
+    *("guest-set-user-password", "guest-set-time", "guest-set-vcpus", "guest-set-memory-blocks"),
+    *("guest-ssh-add-authorized-keys", "guest-ssh-remove-authorized-keys"),
+)
+SOON = 30.0  # seconds; the agent starts in 20 ms
+
+
+def program() -> str:
+    """Return the path of qemu-ga, which is not on every user's path."""
+    path = shutil.which("qemu-ga", path=f"{os.environ['PATH']}:/usr/sbin:/usr/bin")
+    assert path, "qemu-ga is missing: install the package qemu-guest-agent, as tests/run.sh does"
+    return path
+
+
+class Host:
+    """A guest whose agent runs on this host.
+
+    Attributes:
+        channel: The channel to the agent.
+        process: The agent's process.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.channel = GuestAgent(Pauses())
+        self.process: asyncio.subprocess.Process
+        self._directory = directory
+        self._end: socket.socket
+
+    async def start(self) -> None:
+        """Start an agent, which opens the port."""
+        path = self._directory / "agent.sock"
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        self.process = await asyncio.create_subprocess_exec(
+            *(program(), "-m", "unix-listen", "-p", path, "-b", ",".join(BLOCKED)),
+            *("-t", self._directory, "-f", self._directory / "agent.pid"),
+            cwd=self._directory,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"},
+        )
+        async with asyncio.timeout(SOON):
+            while True:
+                with contextlib.suppress(OSError):
+                    reader, writer = await asyncio.open_unix_connection(path)
+                    break
+                await asyncio.sleep(0.01)
+        self._pumps = [
+            asyncio.ensure_future(self._to_agent(writer)),
+            asyncio.ensure_future(self._to_host(reader)),
+        ]
+        self._changed(open=True)
+
+    async def kill(self) -> None:
+        """Kill the agent, which closes the port."""
+        self.process.kill()
+        await self.process.wait()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.wait(self._pumps)
+        self._changed(open=False)
+
+    def _changed(self, *, open: bool) -> None:
+        event = PortChanged("VSERPORT_CHANGE", time.time(), {"id": AGENT_PORT, "open": open})
+        self.channel.on_event(event)
+
+    async def _to_agent(self, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await asyncio.get_running_loop().sock_recv(self._end, 65536):
+                writer.write(data)
+                await writer.drain()
+        finally:
+            writer.close()
+
+    async def _to_host(self, reader: asyncio.StreamReader) -> None:
+        while data := await reader.read(65536):
+            await asyncio.get_running_loop().sock_sendall(self._end, data)
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, directory: Path) -> AsyncIterator[Host]:
+        """Run an agent during the block."""
+        host = cls(directory)
+        host._end = host.channel.open()
+        host._end.setblocking(False)
+        try:
+            await host.start()
+            yield host
+        finally:
+            await host.kill()
+            host._end.close()
+            await host.channel.close()
