@@ -77,8 +77,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         kernel: A Linux kernel for QEMU to load, instead of the image's boot loader.
         initrd: The kernel's initramfs.
         boot_args: The kernel's command line; by default `console=ttyS0 root=/dev/vda rw`.
-        user: The login user of `run()` and file transfer in a Linux image: `"root"`, the
-            default, or a user with sudo that cloud-init creates.
+        user: The login user of `run()` and file transfer in a Linux image: `"root"`, the default,
+            or a user with sudo that cloud-init creates.
         memory: Memory in MiB. The guest OS sets the minimum and the default (Linux: 128 and 512).
         cpus: The number of cores, all in one socket. The guest OS sets the default (Linux: 1).
         vm_id: The id: lower-case letters, digits, hyphens; by default `vm-` and 8 hex digits.
@@ -101,9 +101,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             `/workspace/NAME`. The guest may write, but to a layer of its own on its disk: the
             host's files change only with `:rw`. The directories are mounted when it is `ready`.
         writable_mounts: Whether the guest may change the directories without `:rw` or `:ro`, too.
-        internet_settings: The network policy, for any guest OS: an `InternetSettings`, or a
-            mapping with its field names. By default, a guest reaches the internet and the local
-            network, but not this host.
+        internet_settings: The network policy: an `InternetSettings`, or a mapping of its fields. By
+            default, a guest reaches the internet and the local network, but not this host.
         timeouts: Deadlines in seconds: a `Timeouts`, or a mapping with its field names.
         data_dir: The directory for the files of VMs; by default `$XDG_STATE_HOME/smolvm-async`
             (`~/.local/state/smolvm-async`).
@@ -164,8 +163,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
     @property
     def _run(self) -> VMRun | None:
         """The current run, if this process owns the VM."""
-        owned = self._owned
-        return owned.run if owned is not None else None
+        return None if (owned := self._owned) is None else owned.run
 
     @property
     def _vm(self) -> VM:
@@ -585,10 +583,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             raise ConfigError("vm_id= cannot be given: each clone gets an id of its own.")
         config = make_clone_config(self._vm.config, **options)  # before the guest stands still
         if count > 1 and any(forward.host_port is not None for forward in config.port_forwards):
-            raise ConfigError(
-                "port_forwards= cannot have a port of the host: the clones cannot share it. Pass "
-                "only ports of the guest."
-            )
+            message = "port_forwards= cannot have a port of the host: the clones cannot share it."
+            raise ConfigError(f"{message} Pass only ports of the guest.")
         running(self._vm)
         return Starting(lambda: fork(self, count, options), lambda vms: vms)
 
