@@ -44,6 +44,7 @@ class Descriptors(NamedTuple):
     console: int
     screen: int
     parked: int | None = None  # the parked process's port, if the guest has that process
+    agent: int | None = None  # the guest agent's port, if the library speaks to the agent
 
 
 class DirectBoot(NamedTuple):
@@ -153,7 +154,7 @@ def qemu_arguments(
         *_disk(spec, profile.disk_bus),
         *_network(identity, ssh=profile.login != "none", isolated=spec.isolated),
         *_login(profile, config.vm_id, direct_boot),
-        *_serial_ports(descriptors.parked),
+        *_serial_ports(descriptors.agent, descriptors.parked),
         *_display(config.resolution, descriptors.screen, usb=profile.usb),
         *("-device", "pvpanic"),  # a guest's panic becomes GUEST_PANICKED
         *("-device", "vmgenid,guid=auto"),  # a restored guest reseeds its random numbers
@@ -262,9 +263,10 @@ def _login(profile: GuestProfile, vm_id: str, direct_boot: DirectBoot | None) ->
     return [*entropy, *own] if profile.login == "fw_cfg" else []
 
 
-def _serial_ports(parked: int | None) -> list[str]:
-    # This library does not use the agent's port, but QEMU reports when the guest agent opens it.
-    ports = [(AGENT_PORT, "null", "org.qemu.guest_agent.0")]
+def _serial_ports(agent: int | None, parked: int | None) -> list[str]:
+    # Without a channel, too, the guest keeps the port: snapshots have it.
+    backend = "null" if agent is None else f"socket,fd={agent}"
+    ports = [(AGENT_PORT, backend, "org.qemu.guest_agent.0")]
     if parked is not None:
         ports.append(("parked", f"socket,fd={parked}", PARKED_PORT))
     # The first port is for a console. Each port has two queues, which take descriptors and time; by

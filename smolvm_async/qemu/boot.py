@@ -5,7 +5,7 @@ QEMU has no event for most boot states, so the tracker combines signs from outsi
 - `cont` and QEMU's RESET start the firmware.
 - An operating system runs as soon as it has enabled ACPI events. The tracker polls `acpi.py`.
 - The guest is ready when its SSH server accepts the login. Without SSH, the guest is ready when its
-  agent has opened its port; without an agent, when its disk has been idle for 10 s.
+  agent has answered a ping; without an agent, when its disk has been idle for 10 s.
   A paused guest is not idle.
 
 A reset may come at any time, even during a probe. The result of this probe describes the boot
@@ -25,13 +25,11 @@ import anyio
 from smolvm_async.errors import MonitorError, VMNotRunningError
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
 from smolvm_async.qemu.acpi import os_in_control
-from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.events import (
     BootState,
     BootStateChanged,
     Event,
     EventHub,
-    PortChanged,
     Reset,
 )
 from smolvm_async.qemu.monitor import Monitor
@@ -42,8 +40,7 @@ EARLY = 10.0  # seconds until the first probe if no operating system was detecte
 PROBE = 0.05  # seconds between two probes of a guest that is not ready
 IDLE = 10.0  # seconds without disk I/O after which a guest without an agent counts as ready
 
-# Returns the evidence that the guest is ready; `None` if the guest is not ready yet. Without a
-# probe, the guest's agent or its disk shows that the guest is ready.
+# Returns the evidence that the guest is ready; `None` if the guest is not ready yet.
 Probe = Callable[[], Awaitable[str | None]]
 
 
@@ -97,7 +94,6 @@ class BootTracker(BootStates):
         self._on_progress = on_progress
         self._started = time.monotonic()
         self._changed = asyncio.Event()
-        self._probe: Probe | None = None
         self._resets = 0
         super().__init__(hub, BootStateChanged(BootStateChanged.NAME, time.time()))
         self.enter(BootState.LAUNCHING, "start() was called")
@@ -116,19 +112,18 @@ class BootTracker(BootStates):
         if isinstance(event, Reset):
             self._resets += 1
             self.enter(BootState.FIRMWARE, f"the machine was reset ({event.reason})")
-        elif self._probe is None and _is_agent(event):
-            self._become_ready("the guest agent opened its port (VSERPORT_CHANGE)")
 
-    async def watch(self, monitor: Monitor, probe: Probe | None) -> None:
-        """Poll for the states without an event of QEMU, until cancelled or QEMU has ended."""
-        self._probe = probe
+    async def watch(self, monitor: Monitor, probe: Probe, *, guess: bool) -> None:
+        """Poll for the states without an event of QEMU, until cancelled or QEMU has ended.
+
+        With `guess`, a guest with an idle disk is ready, too.
+        """
         async with anyio.create_task_group() as group:
-            if probe is not None:
-                group.start_soon(self._probe_until_ready, probe)
-            await self._look(monitor)
+            group.start_soon(self._probe_until_ready, probe)
+            await self._look(monitor, guess=guess)
             group.cancel_scope.cancel()
 
-    async def _look(self, monitor: Monitor) -> None:
+    async def _look(self, monitor: Monitor, *, guess: bool) -> None:
         await asyncio.sleep(POLL)  # the firmware has only just started
         while True:
             try:
@@ -136,7 +131,7 @@ class BootTracker(BootStates):
                     evidence = "an operating system listens to ACPI events (PM1_EN)"
                     if self.last.state is BootState.FIRMWARE:
                         self.enter(BootState.OPERATING_SYSTEM, evidence)
-                elif self.last.state is BootState.OPERATING_SYSTEM and self._probe is None:
+                elif self.last.state is BootState.OPERATING_SYSTEM and guess:
                     await self._look_at_disk(monitor)
             except MonitorError:
                 pass  # QEMU is busy; the next poll may succeed
@@ -152,7 +147,7 @@ class BootTracker(BootStates):
             if self.last.state is BootState.READY:
                 await self._changed.wait()
                 continue
-            if self.last.state is BootState.FIRMWARE:  # the SSH server probably does not run yet
+            if self.last.state is BootState.FIRMWARE:  # server and agent probably do not run yet
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(EARLY):
                         await self._changed.wait()
@@ -178,10 +173,6 @@ class BootTracker(BootStates):
         idle = _idle_seconds(await monitor.execute("query-blockstats"))
         if idle >= IDLE and self.last is entered:
             self.enter(BootState.READY, f"no guest agent; the disk was idle for {IDLE:g} s")
-
-
-def _is_agent(event: Event) -> bool:
-    return isinstance(event, PortChanged) and event.port == AGENT_PORT and event.open
 
 
 def _idle_seconds(blockstats: Any) -> float:

@@ -26,9 +26,9 @@ class BootState(StrEnum):
     FIRMWARE: the processors run the firmware, then the boot loader or the start of the kernel. A
         reset leads back to this state.
     OPERATING_SYSTEM: an operating system has enabled the chipset's ACPI events (it has set PM1_EN,
-        which is 0 while firmware and boot loader run), or the guest agent has opened its port.
+        which is 0 while firmware and boot loader run), or the guest agent answers.
     READY: the SSH server of the guest answers and accepts our login. If the library cannot log in
-        to the guest OS, READY means that the guest agent has opened its port. Without an agent,
+        to the guest OS, READY means that the guest agent has answered a ping. Without an agent,
         READY means that the disk was idle for 10 s. `BootStateChanged.evidence` names the reason.
     """
 

@@ -32,15 +32,19 @@ from typing import Any
 from smolvm_async.errors import (
     ConnectionLostError,
     GuestAgentError,
+    SmolVMError,
+    UnsupportedError,
     VMNotRunningError,
     VMTimeoutError,
 )
 from smolvm_async.foundation.fork import private
+from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tail import printable
 from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.events import Event, PortChanged
 from smolvm_async.qemu.pauses import GuestTimeout, Pauses
 
+PROBE = 5.0  # seconds for the answer to a ping, while the guest may not run an agent yet
 ANSWER = 30.0  # seconds that a caller waits for the agent; usually, it answers in 0.4 ms
 AGAIN = 2.0  # seconds until the synchronization is sent again; each time twice as long
 CHUNK = 65536  # bytes to read at once
@@ -48,6 +52,7 @@ LIMIT = 1 << 17  # bytes of a reply
 STALE = 1 << 20  # bytes that a call skips before its reply; more is a flood
 OVERLAP = 64  # bytes that an answer to a synchronization has at most
 QUOTED = 200  # characters of the guest's in an error message
+Result = dict[str, Any] | list[Any] | str | int | float | bool | None  # any JSON value
 DELIMITER = b"\xff"  # is in no UTF-8 text, so in no request and no reply
 
 
@@ -87,14 +92,23 @@ class GuestAgent:
                 self._left = True
                 self._waiting.restart(0.0)
 
+    async def probe(self) -> str | None:
+        """Return the evidence that an agent answers; `None` if none answers within 5 s."""
+        try:
+            await self.execute("guest-ping", timeout=PROBE)
+        except SmolVMError:
+            return None
+        return "the guest agent answered a ping"
+
+    @rpc
     async def execute(
         self,
         command: str,
         arguments: Mapping[str, object] | None = None,
         *,
         timeout: float | None = ANSWER,
-    ) -> Any:
-        """Execute a command of the agent and return its result, any JSON value.
+    ) -> Result:
+        """Execute a command of the agent and return its result: the guest may send anything.
 
         A cancelled call returns at once, but the agent may still execute its command.
 
@@ -108,7 +122,10 @@ class GuestAgent:
             ConnectionLostError: The agent ended, so the command may have been executed.
             VMTimeoutError: The agent did not answer in time; there may be no agent.
             VMNotRunningError: QEMU has ended.
+            UnsupportedError: The library does not speak to an agent in this guest.
         """
+        if self._socket is None:
+            raise UnsupportedError("the built-in image has no QEMU guest agent: use SSH.")
         request = {"execute": command, **({"arguments": dict(arguments)} if arguments else {})}
         try:
             async with self._pauses.timeout(timeout) as bound, self._turn:
@@ -129,7 +146,8 @@ class GuestAgent:
             raise self._explain(VMTimeoutError(message, seconds=timeout or 0.0)) from None
         if "error" in reply:
             raise _refused(command, reply["error"])
-        return reply["return"]
+        result: Result = reply["return"]
+        return result
 
     async def _synchronize(self, command: str) -> None:
         """Bring the channel into step: send a number, and skip all bytes until its answer."""
@@ -167,17 +185,16 @@ class GuestAgent:
         return line
 
     async def _receive(self, command: str) -> bytes:
+        assert self._socket is not None
         data = b""
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                data = await asyncio.get_running_loop().sock_recv(self._socket, CHUNK)
+        with contextlib.suppress(OSError):
+            data = await asyncio.get_running_loop().sock_recv(self._socket, CHUNK)
         if not data:
             raise _ended(command)
         return data
 
     async def _send(self, request: bytes, command: str) -> None:
-        if self._socket is None:
-            raise _ended(command)
+        assert self._socket is not None
         try:
             await asyncio.get_running_loop().sock_sendall(self._socket, request)
         except OSError:

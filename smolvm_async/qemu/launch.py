@@ -19,6 +19,7 @@ from smolvm_async.foundation.process import Child, Spawner, spawn
 from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
 from smolvm_async.qemu.console import Console
+from smolvm_async.qemu.guest_agent import GuestAgent
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.parked import Parked
 from smolvm_async.qemu.screen import Screen
@@ -172,6 +173,7 @@ async def launch(
     console: Console,
     screen: Screen,
     parked: Parked | None = None,
+    agent: GuestAgent | None = None,
     *,
     timeout: float,
     amend: Callable[[list[str]], list[str]] = list,
@@ -181,8 +183,8 @@ async def launch(
 
     The processes start up concurrently: spawn all of them before waiting for one. Spawn QEMU
     first, because it takes longest. The caller has filled the directory, and has not opened
-    monitor, console, screen and parked. QEMU has `timeout` seconds for its first answer; `amend`
-    changes QEMU's command line; `spawner` spawns the processes.
+    monitor, console, screen, parked and agent. QEMU has `timeout` seconds for its first answer;
+    `amend` changes QEMU's command line; `spawner` spawns the processes.
 
     Raises:
         LaunchError: A process could not be spawned (`__cause__` is then an `OSError`) or ended, or
@@ -195,6 +197,7 @@ async def launch(
             ends.enter_context(console.open()).fileno(),
             screen.open(),
             ends.enter_context(parked.open()).fileno() if parked is not None else None,
+            ends.enter_context(agent.open()).fileno() if agent is not None else None,
         )
         qemu, *sidecars = ends.enter_context(commands(spec, descriptors))
         for name, argv, log, fds in (qemu._replace(argv=amend(qemu.argv)), *sidecars):

@@ -1,10 +1,11 @@
-"""The parts of a running VM that its controls use: screen, input devices, VNC server, ports."""
+"""The parts of a running VM that its controls use: screen, input, VNC server, ports, agent."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Self
 
 from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.qemu.guest_agent import GuestAgent
 from smolvm_async.qemu.input import Input
 from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.pauses import Pauses
@@ -24,6 +25,7 @@ class Peripherals(NamedTuple):
     input: Input
     vnc: VNCServer
     ports: Ports
+    agent: GuestAgent
 
     @classmethod
     def make(cls, monitor: Monitor, pauses: Pauses, config: VMConfig) -> Self:
@@ -33,4 +35,5 @@ class Peripherals(NamedTuple):
             input=Input(monitor, pauses),
             vnc=VNCServer(monitor, config.data_dir / config.vm_id),
             ports=Ports(monitor),
+            agent=GuestAgent(pauses, monitor.explain),
         )

@@ -189,6 +189,7 @@ class VMRun:
                 if self._ram is not None:
                     os.close(self._ram)
                 self.peripherals.screen.close()
+                await self.peripherals.agent.close()
 
     @asynccontextmanager
     async def _guarding(self) -> AsyncIterator[None]:
@@ -327,8 +328,9 @@ class VMRun:
             image = self._source.image if self._source else None
             self.failure = await self.processes.explain(error, self._state.path, image)
             return
-        probe = self._probe if self._login is not None else None
-        group.start_soon(self.boot.watch, self._monitor, probe)
+        guess = self._login is None
+        probe = self.peripherals.agent.probe if guess else self._probe
+        group.start_soon(partial(self.boot.watch, self._monitor, probe, guess=guess))
         self.started.set_result(None)
         await self._until_end()
         if self.processes.qemu.ended:
@@ -402,6 +404,7 @@ class VMRun:
                 self.console,
                 self.peripherals.screen,
                 self.parked,
+                self.peripherals.agent if self.parked is None else None,  # the built-in has none
                 timeout=plan.config.timeouts.launch,
                 amend=lambda argv: [*plan.prefix, *argv],
                 spawner=self._spawner,
@@ -547,6 +550,7 @@ class VMRun:
         self._hub.publish(event)
         self._warn(self.troubles.on_event(event))
         self.boot.on_event(event)
+        self.peripherals.agent.on_event(event)
         if event.name == "RESUME" and self.pauses.active and not self._stop.is_set():
             if self._has_clock():
                 self._clock.set_soon()  # before the event lets the waiting commands go on

@@ -7,6 +7,7 @@ import base64
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -25,7 +26,7 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
 
 
 async def test_the_agent_answers_and_refuses(host: Host) -> None:
-    agent = host.channel
+    agent: Any = host.channel
     assert await agent.execute("guest-ping") == {}
     information = await agent.execute("guest-info")
     assert {"name": "guest-exec", "enabled": True, "success-response": True} in information[
@@ -42,7 +43,7 @@ async def test_the_agent_answers_and_refuses(host: Host) -> None:
 
 async def test_a_file_goes_and_comes_back_in_pieces(host: Host, tmp_path: Path) -> None:
     content = bytes(range(256)) * 1024
-    path, agent = str(tmp_path / "file"), host.channel
+    path, agent = str(tmp_path / "file"), cast(Any, host.channel)
     handle = await agent.execute("guest-file-open", {"path": path, "mode": "w+"})
     for start in range(0, len(content), 65536):
         piece = base64.b64encode(content[start : start + 65536]).decode()

@@ -31,7 +31,7 @@ TOOLS = HostTools(
     firmware=Firmware(Path("/fw/CODE.fd"), "raw", Path("/fw/VARS.fd"), "raw"),
 )
 BASE_IMAGE = 12
-DESCRIPTORS = Descriptors(monitor=10, console=11, screen=14)
+DESCRIPTORS = Descriptors(monitor=10, console=11, screen=14, agent=15)
 ATTACH = ("-chardev", "socket,id=tpm,fd=13", "-tpmdev", "emulator,id=tpm0,chardev=tpm")
 
 GOLDEN_TCG = [
@@ -75,7 +75,7 @@ GOLDEN_TCG = [
     "-netdev user,id=network",
     "-device virtio-net-pci,netdev=network,mac=52:54:00:c0:fb:c5,romfile=",
     "-device virtio-serial-pci,max_ports=2",
-    "-chardev null,id=agent",
+    "-chardev socket,fd=15,id=agent",
     "-device virtserialport,id=agent,chardev=agent,name=org.qemu.guest_agent.0",
     "-display none",
     "-vnc none,password=on,share=ignore",

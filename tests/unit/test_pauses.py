@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,10 +117,13 @@ async def test_a_paused_guest_with_an_idle_disk_is_not_ready(
     class Monitor:
         async def execute(self, _: str) -> None: ...
 
+    async def silent() -> None: ...
+
+    monitor: Any = Monitor()
     tracker = BootTracker(EventHub(), guest.pauses, None)
     tracker.enter(BootState.OPERATING_SYSTEM, "a test")
     guest.sees("STOP")
-    watching = asyncio.ensure_future(tracker.watch(Monitor(), None))  # type: ignore[arg-type]
+    watching = asyncio.ensure_future(tracker.watch(monitor, silent, guess=True))
     await never(LONG)
     assert tracker.last.state is BootState.OPERATING_SYSTEM
     guest.sees("RESUME")
