@@ -294,6 +294,7 @@ async def try_the_state(image: Path, data_dir: Path, port: int, other: int) -> N
         for typist, mark in zip(typists, "CD", strict=True):
             assert (await typist.vm.screenshot()).pixels == picture
             assert await typist.state() == first
+            assert await run_of(typist.vm).peripherals.agent.execute("guest-ping") == {}
             await typist.change(mark)
         for typist, mark in zip(typists, "CD", strict=True):
             mine = await typist.state()
