@@ -102,6 +102,7 @@ class Host:
     async def running(cls, directory: Path) -> AsyncIterator[Host]:
         """Run an agent during the block."""
         host = cls(directory)
+        program()
         host._end = host.channel.open()
         host._end.setblocking(False)
         try:

@@ -44,7 +44,7 @@ from smolvm_async.errors import (
 from smolvm_async.foundation.entries import memory_file
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.process import Spawner
-from smolvm_async.foundation.tasks import Turns, end_tasks, first_of, in_thread
+from smolvm_async.foundation.tasks import Turns, end_tasks, first_of, in_thread, settle
 from smolvm_async.host.memory import own_memory
 from smolvm_async.qemu.arguments import MachineSpec, RAMFile
 from smolvm_async.qemu.boot import BootTracker
@@ -189,7 +189,7 @@ class VMRun:
                 if self._ram is not None:
                     os.close(self._ram)
                 self.peripherals.screen.close()
-                await self.peripherals.agent.close()
+                await settle(self.peripherals.agent.close())
 
     @asynccontextmanager
     async def _guarding(self) -> AsyncIterator[None]:

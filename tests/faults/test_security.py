@@ -346,7 +346,7 @@ async def test_a_flood_of_the_agents_channel_is_bounded(data_dir: Path) -> None:
     flood = ("stand_in.agent=off", "stand_in.flood=agent")
     image = await build_stand_in(kernel_arguments=flood)
     async with vm_in(data_dir, image) as vm:
-        await vm.wait_for("ready", timeout=BOOT)  # the port is open
+        await vm.wait_for("ready", timeout=BOOT)  # its disk is idle
         await console_shows(vm, "STAND-IN: ready")
         before = owned_bytes(data_dir / vm.vm_id)
         for _ in range(200):

@@ -1,0 +1,1 @@
+"""Commands and files in a guest through its QEMU guest agent: no network, no password."""

@@ -1,0 +1,212 @@
+"""Commands through the guest agent, with QEMU's own agent, which runs on this host."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolvm_async.controls.agent import linux
+from smolvm_async.controls.agent.execution import Execution, GuestShell
+from smolvm_async.controls.agent.session import Session
+from smolvm_async.errors import ConnectionLostError
+from smolvm_async.qemu.pauses import Pauses
+from tests.agent import Host
+
+pytestmark = pytest.mark.anyio
+
+SOON = 30.0  # seconds
+
+
+class Guest:
+    """A guest whose agent runs on this host, and the results of its commands."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.session = Session(host.channel, Pauses())
+        self.shell = GuestShell(self.session)
+
+    @asynccontextmanager
+    async def executing(
+        self, command: str, output: dict[str, bytearray] | None = None, **options: Any
+    ) -> AsyncIterator[Execution]:
+        kept = output if output is not None else {}
+        values = {"shell": "raw", "env": {}, "content": b"", **options}
+
+        def receive(stream: str, data: bytes) -> None:
+            kept.setdefault(stream, bytearray()).extend(data)
+
+        async with self.shell.executing(command, receive=receive, **values) as execution:
+            yield execution
+
+    async def run(self, command: str, **options: Any) -> tuple[int | None, bytes, bytes]:
+        output: dict[str, bytearray] = {}
+        async with self.executing(command, output, **options) as execution:
+            await asyncio.wait([execution.ended])
+        if execution.error is not None:
+            raise execution.error
+        stdout, stderr = (bytes(output.get(name, b"")) for name in ("stdout", "stderr"))
+        return execution.exit_code, stdout, stderr
+
+
+@pytest.fixture
+async def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Guest]:
+    files = tmp_path / "files"
+    files.mkdir()
+    monkeypatch.setattr(linux, "DIRECTORY", str(files))
+    async with Host.running(tmp_path) as host:
+        guest = Guest(host)
+        yield guest
+        async with asyncio.timeout(SOON):
+            while [*files.iterdir()] and host.process.returncode is None:
+                await asyncio.sleep(0.01)
+        await guest.session.close()
+
+
+def sleepers(seconds: str) -> list[int]:
+    """Return the processes `sleep SECONDS`, in any state but dead."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cmdline").read_bytes() == f"sleep\0{seconds}\0".encode():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+async def until_sleeping(seconds: str, count: int) -> None:
+    async with asyncio.timeout(SOON):
+        while len(sleepers(seconds)) != count:
+            await asyncio.sleep(0.01)
+
+
+async def test_exit_code_and_output(guest: Guest) -> None:
+    assert await guest.run("echo out; echo err >&2; exit 3") == (3, b"out\n", b"err\n")
+    assert await guest.run("kill -9 $$") == (-9, b"", b"")
+    assert await guest.run("exec true") == (0, b"", b"")
+    assert (await guest.run("if"))[0] == 2
+    assert await guest.run('echo "$#$*"; pwd; umask', env={"HOME": "/usr"}) == (
+        *(0, b"0\n" + f"{Path.home()}\n".encode() + b"0022\n", b""),
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["'\"\\ \n\t%PATH% $HOME `id` ${x} $(id) ! # ; & | > < * ? ~", "é 😀 \x01\x7f", "x" * 100_000],
+)
+async def test_a_command_and_its_variables_arrive_as_they_were_sent(
+    guest: Guest, text: str
+) -> None:
+    end = "a line that nobody writes"
+    script = f"cat <<'{end}'\n{text}\n{end}\n"
+    assert await guest.run(script) == (0, text.encode() + b"\n", b"")
+    assert await guest.run('printf %s "$V"', env={"V": text}) == (0, text.encode(), b"")
+
+
+async def test_neither_command_nor_variable_is_on_a_command_line_or_in_a_file(
+    guest: Guest, tmp_path: Path
+) -> None:
+    secret = f"secret-{os.getpid()}-text"
+    command = f": {secret}; ls -l {linux.DIRECTORY}; echo started; exec sleep 1003"
+    output: dict[str, bytearray] = {}
+    async with guest.executing(command, output, env={"V": secret}) as execution:
+        await until_sleeping("1003", 1)
+        found = [path for path in Path("/proc").glob("[0-9]*/cmdline") if secret in content(path)]
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and secret in content(path)]
+        while b"started" not in output.get("stdout", b""):
+            await asyncio.sleep(0.01)
+    assert (found, files) == ([], [])
+    assert execution.exit_code is None
+    modes = [line.split()[0] for line in output["stdout"].decode().splitlines() if "smolvm" in line]
+    assert modes == ["-rw-------", "-rw-------"]
+
+
+def content(path: Path) -> str:
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+async def test_input_arrives_and_may_be_long(guest: Guest) -> None:
+    data = os.urandom(3 << 20)
+    code, output, _ = await guest.run("sha256sum; stat -Lc %a /dev/fd/0", content=data)
+    digest, mode = output.decode().split("  -\n")
+    assert (code, digest, mode) == (0, hashlib.sha256(data).hexdigest(), "600\n")
+    assert await guest.run("cat") == (0, b"", b"")
+
+
+async def test_long_binary_output_is_complete(guest: Guest) -> None:
+    size = 40 << 20  # bytes; the agent itself keeps 16 MiB
+    code, output, errors = await guest.run(f"head -c {size} /dev/urandom | tee /dev/stderr")
+    assert (code, len(output)) == (0, size)
+    assert output == errors
+
+
+async def test_lines_arrive_while_the_command_runs(guest: Guest) -> None:
+    output: dict[str, bytearray] = {}
+    async with guest.executing("echo one; read line; echo two; sleep 1004", output):
+        async with asyncio.timeout(SOON):
+            while bytes(output.get("stdout", b"")) != b"one\ntwo\n":
+                await asyncio.sleep(0.01)
+    assert sleepers("1004") == []
+
+
+async def test_a_child_that_is_left_behind_does_not_hold_the_command(guest: Guest) -> None:
+    code, pid, _ = await guest.run("sleep 1005 & echo $!")
+    assert (code, sleepers("1005")) == (0, [int(pid)])
+    os.kill(int(pid), signal.SIGKILL)
+    writer = "sh -c 'while :; do echo y; done' & echo $! >&2; sleep 0.2; exit 4"
+    code, output, pid = await guest.run(writer)  # it never stops writing
+    os.kill(int(pid), signal.SIGKILL)
+    assert (code, output[:4]) == (4, b"y\ny\n")
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 8, 12, 50, None])
+async def test_leaving_the_block_kills_the_whole_tree(guest: Guest, steps: int | None) -> None:
+    command = "sleep 1006 & setsid sleep 1006 & (sleep 1006; echo) & sh -c 'sleep 1006; echo'"
+    async with guest.executing(command):
+        if steps is None:
+            await until_sleeping("1006", 4)
+        for _ in range(steps or 0):
+            await asyncio.sleep(0)
+    assert await guest.run("true") == (0, b"", b"")  # the agent answers
+    assert sleepers("1006") == []
+
+
+async def test_a_hundred_commands_many_at_once(guest: Guest) -> None:
+    async def one(number: int) -> None:
+        result = await guest.run(f"echo {number}; exit {number % 7}")
+        assert result == (number % 7, f"{number}\n".encode(), b"")
+
+    await asyncio.gather(*[one(number) for number in range(100)])
+
+
+async def test_an_agent_that_ends_is_an_error_and_the_next_one_works(guest: Guest) -> None:
+    output: dict[str, bytearray] = {}
+    async with guest.executing("echo running; sleep 1007", output) as execution:
+        await until_sleeping("1007", 1)
+        await guest.host.kill()
+        restarting = asyncio.ensure_future(guest.host.start())
+        await asyncio.wait([execution.ended])
+        await restarting
+    assert execution.exit_code is None
+    assert execution.error is not None
+    async with asyncio.timeout(SOON):
+        while sleepers("1007"):
+            await asyncio.sleep(0.01)
+    assert await guest.run("echo again") == (0, b"again\n", b"")
+
+
+async def test_a_guest_without_room_is_told(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux, "DIRECTORY", "/proc/none")
+    with pytest.raises(ConnectionLostError, match="did not keep the command's output"):
+        await guest.run("true")
