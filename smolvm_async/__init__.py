@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from smolvm_async.config.checks import PortForward
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import Limits, Timeouts
+from smolvm_async.controls.commands.lines import LineStream
+from smolvm_async.controls.commands.result import CommandResult, Line
 from smolvm_async.controls.desktop.comparison import Region
 from smolvm_async.controls.desktop.picture import Screenshot
-from smolvm_async.controls.ssh.commands import CommandResult, Line, LineStream
 from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import (
     AcceleratorWarning,

@@ -53,7 +53,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dataclasses import dataclass as error_class
 
-    from smolvm_async.controls.ssh.commands import CommandResult
+    from smolvm_async.controls.commands.result import CommandResult
     from smolvm_async.qemu.events import Trouble
 
 else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from smolvm_async.controls.commands.commands import Commands
+from smolvm_async.controls.commands.transport import Transport
 from smolvm_async.controls.interface import running
 from smolvm_async.controls.observation import Observation
-from smolvm_async.controls.ssh.commands import Commands
 from smolvm_async.controls.ssh.environment import Environment
+from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.qemu.events import BootState
@@ -18,6 +20,9 @@ class Shell(Commands, Files, Environment, Observation):
         running(self._vm)
         await self.wait_for(BootState.READY)
         return running(self._vm).link
+
+    async def _transport(self) -> Transport:
+        return SSHTransport(await self._reach())
 
     def _require(self, feature: str) -> None:
         self._vm.config.profile.require(feature)

@@ -24,7 +24,8 @@ from smolvm_async import (
     ConnectionLostError,
     FileTransferError,
 )
-from smolvm_async.controls.ssh.commands import Commands
+from smolvm_async.controls.commands.commands import Commands
+from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, make_key_pair
@@ -96,6 +97,9 @@ class Guest(Commands, Files):
 
     async def _reach(self) -> Link:
         return self._link
+
+    async def _transport(self) -> SSHTransport:
+        return SSHTransport(self._link)
 
     def _require(self, feature: str) -> None:
         pass

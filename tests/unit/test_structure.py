@@ -42,7 +42,7 @@ ROOMS = {
 ORDER = list(ROOMS)
 ROOT = {"__init__", "__main__", "errors"}  # the modules that are not in a folder
 # A type of a later room that a module names for type checkers only, and never imports when it runs.
-TYPES = {"errors": ("controls.ssh.commands", "qemu.events")}
+TYPES = {"errors": ("controls.commands.result", "qemu.events")}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

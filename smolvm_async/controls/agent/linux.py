@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from smolvm_async.controls.ssh.script import ENV_FILE, MARK, exports
+from smolvm_async.controls.commands.script import MARK, SOURCE, exports
 
 SHELL = "/bin/sh"
 REMOVER = "/bin/rm"
@@ -21,7 +21,6 @@ _EXCLUSIVE = "umask 077\nset -C\n"  # only the owner can read a file, and nobody
 _USUAL = "umask 022\nset +C\n"
 _HOME = '[ -n "$HOME" ] || { [ "$(id -u)" = 0 ] && HOME=/root || HOME=/; }\nexport HOME\ncd\n'
 _PROFILES = 'for file in /etc/profile ~/.profile; do [ ! -r "$file" ] || . "$file"; done\n'
-_VARIABLES = f"[ ! -r ~/{ENV_FILE} ] || . ~/{ENV_FILE}\n"
 
 
 def arguments(mark: str) -> list[str]:
@@ -53,7 +52,7 @@ def program(
     # The shell reads up to the closing brace first: in the braces, its own input changes.
     return (
         f"{{\n{_EXCLUSIVE}exec {files} || exit {UNUSABLE}\n{_USUAL}shift\n"
-        f"{_HOME}{profiles}export {MARK}={mark}\n{_VARIABLES}"
+        f"{_HOME}{profiles}export {MARK}={mark}\n{SOURCE}"
         f"{exports(env)}eval {shlex.quote(command)}\nexit\n}}\n"
     )
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from smolvm_async.config.checks import check_env, shown
+from smolvm_async.controls.commands.script import ENV_FILE, exports, parse_exports
 from smolvm_async.controls.ssh.files import explained
 from smolvm_async.controls.ssh.link import Link, OverSSH
-from smolvm_async.controls.ssh.script import ENV_FILE, exports, parse_exports
 from smolvm_async.errors import ConfigError, FileTransferError
 
 if TYPE_CHECKING:

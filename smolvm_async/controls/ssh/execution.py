@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from smolvm_async.controls.commands.transport import Command, Stream
+from smolvm_async.controls.commands.transport import Execution as AnyExecution
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.script import killer
+from smolvm_async.controls.ssh.script import killer, script
 from smolvm_async.errors import ConnectionLostError
+from smolvm_async.qemu.pauses import Pauses
 
 if TYPE_CHECKING:
     from asyncssh import SSHClientChannel, SSHClientConnection
 
 AGAIN = 1.0  # seconds between two attempts to kill a command
-
-Stream = Literal["stdout", "stderr"]
 
 
 class Execution:
@@ -33,17 +35,18 @@ class Execution:
         ended: Done when the session is over.
     """
 
-    def __init__(self, receive: Callable[[Stream, bytes], None]) -> None:
+    def __init__(self, receive: Callable[[Stream, bytes], None], content: bytes = b"") -> None:
         self.exit_code: int | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.channel: SSHClientChannel[bytes]
         self._receive = receive
+        self._content = content  # the standard input
         self._writable = asyncio.Event()
         self._writable.set()
 
-    async def write(self, content: bytes) -> None:
+    async def write(self) -> None:
         """Write all of the command's standard input; stop early if the command ends."""
-        step = 1 << 16
+        content, step = self._content, 1 << 16
         for start in range(0, len(content), step):
             await self._until_writable()
             if self.ended.done() or self.channel.is_closing():
@@ -51,6 +54,14 @@ class Execution:
             self.channel.write(content[start : start + step])
         if not self.ended.done() and not self.channel.is_closing():
             self.channel.write_eof()
+
+    def pause_reading(self) -> None:
+        """Let the command wait until its output is read."""
+        self.channel.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Continue to read."""
+        self.channel.resume_reading()
 
     async def _until_writable(self) -> None:
         if not self._writable.is_set():
@@ -138,37 +149,61 @@ async def run_apart(
 
 
 async def _open(
-    command: str, receive: Callable[[Stream, bytes], None], connection: SSHClientConnection
+    command: str,
+    receive: Callable[[Stream, bytes], None],
+    connection: SSHClientConnection,
+    content: bytes = b"",
 ) -> Execution:
-    execution = Execution(receive)
+    execution = Execution(receive, content)
     line: Any = command.encode(errors="surrogateescape")  # as os.fsdecode() made it from bytes
     await connection.create_session(lambda: cast(Any, execution), line, encoding=None)
     return execution
 
 
-@asynccontextmanager
-async def executing(
-    link: Link,
-    command: str,
-    mark: str,
-    receive: Callable[[Stream, bytes], None],
-    on_turn: Callable[[bool], None],
-) -> AsyncIterator[Execution]:
-    """Run a command during the block; kill the command if it still runs at the block's end.
+class SSHTransport(NamedTuple):
+    """The way to run commands over SSH: a `Transport`."""
 
-    Args:
-        mark: The mark of the command's processes; see `script()`.
-        on_turn: See `Link.open()`.
-    """
+    link: Link
 
-    async def kill(execution: Execution) -> None:
-        await execution.kill(link, mark)
+    @property
+    def pauses(self) -> Pauses:
+        """Return whether the guest is paused."""
+        return self.link.pauses
 
-    execution = await link.open(partial(_open, command, receive), kill, on_turn)
-    try:
-        yield execution
-    finally:
-        if execution.ended.done():
-            link.release()
-        else:
-            await link.end(kill(execution))
+    def explain(self, error: Any) -> Any:
+        """Add the VM's troubles to the error of a deadline."""
+        return self.link.explain(error)
+
+    def lost(self, _: AnyExecution) -> ConnectionLostError:
+        """Return the error for a command whose connection was lost."""
+        return self.link.lost()
+
+    @asynccontextmanager
+    async def executing(
+        self,
+        command: Command,
+        receive: Callable[[Stream, bytes], None],
+        on_turn: Callable[[bool], None],
+    ) -> AsyncIterator[Execution]:
+        """Run a command during the block; kill the command if it still runs at the block's end.
+
+        Args:
+            command: The command.
+            receive: Called with all output.
+            on_turn: See `Link.open()`.
+        """
+        link, mark = self.link, secrets.token_hex(8)
+        line, first = script(command.text, command.shell, command.env, mark)
+
+        async def kill(execution: Execution) -> None:
+            await execution.kill(link, mark)
+
+        opener = partial(_open, line, receive, content=first + command.content)
+        execution = await link.open(opener, kill, on_turn)
+        try:
+            yield execution
+        finally:
+            if execution.ended.done():
+                link.release()
+            else:
+                await link.end(kill(execution))

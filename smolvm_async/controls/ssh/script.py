@@ -1,4 +1,4 @@
-"""The shell scripts for the guest: to run a command with its variables, and to kill a command."""
+"""The scripts for an SSH server: to run a command with its variables, and to kill a command."""
 
 from __future__ import annotations
 
@@ -6,38 +6,7 @@ import secrets
 import shlex
 from collections.abc import Mapping
 
-from smolvm_async.config.checks import encoded, shown
-from smolvm_async.errors import ConfigError
-
-ENV_FILE = ".smolvm_env.sh"  # in the user's home: the variables of `set_env_vars()`
-MARK = "SMOLVM_COMMAND"  # the variable that marks a command's processes
-SHELLS = ("raw", "login")
-
-_SOURCE = f"[ ! -r ~/{ENV_FILE} ] || . ~/{ENV_FILE}\n"
-
-
-def check_command(command: object, shell: object) -> None:
-    """Check a command and the kind of its shell."""
-    if not isinstance(command, str) or not command.strip() or "\0" in command:
-        raise ConfigError(
-            f"command={shown(command)} is wrong: pass the shell command as str, without NUL "
-            "characters; shlex.join() makes a command from a list of words."
-        )
-    if encoded(command) is None:
-        raise ConfigError(
-            f"command={shown(command)} is wrong: it has a lone surrogate, which UTF-8 cannot "
-            "encode; decode bytes with os.fsdecode(), or pass them as input=."
-        )
-    if shell not in SHELLS:
-        raise ConfigError(
-            f"shell={shown(shell)} is wrong: pass 'raw' (the user's shell runs the command) or "
-            "'login' (it reads its profile first)."
-        )
-
-
-def exports(env: Mapping[str, str]) -> str:
-    """Return a POSIX shell script that sets variables."""
-    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
+from smolvm_async.controls.commands.script import MARK, SOURCE, exports
 
 
 def script(command: str, shell: str, env: Mapping[str, str], mark: str) -> tuple[str, bytes]:
@@ -50,7 +19,7 @@ def script(command: str, shell: str, env: Mapping[str, str], mark: str) -> tuple
     """
     if shell == "login":
         command = f'exec "$SHELL" -lc {shlex.quote(command)}'
-    source = f"export {MARK}={mark}\n{_SOURCE}"
+    source = f"export {MARK}={mark}\n{SOURCE}"
     if not env:
         return f"{source}{command}", b""
     end = secrets.token_hex(16)
@@ -102,14 +71,3 @@ def _tree_killer(find: str) -> str:
         "done\n"
         "kill -KILL $all 2>/dev/null"
     )
-
-
-def parse_exports(text: str) -> dict[str, str]:
-    """Return the variables that a script of `exports()` sets.
-
-    Raises:
-        ValueError: The text is not such a script.
-    """
-    words = shlex.split(text, posix=True)
-    pairs = [word.partition("=") for word in words if word != "export"]
-    return {name: value for name, _, value in pairs}

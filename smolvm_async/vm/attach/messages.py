@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter
 
 from smolvm_async import errors
-from smolvm_async.controls.ssh.commands import CommandResult
+from smolvm_async.controls.commands.result import CommandResult
 from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.rpc import to_json
 from smolvm_async.qemu.events import Trouble

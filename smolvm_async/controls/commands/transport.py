@@ -1,0 +1,92 @@
+"""A way to run commands in a guest: over SSH (`ssh/execution.py`), or by the guest's agent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal, NamedTuple, Protocol
+
+from smolvm_async.errors import SmolVMError
+from smolvm_async.qemu.pauses import Pauses
+
+Stream = Literal["stdout", "stderr"]
+ShellKind = Literal["raw", "login"]
+
+
+class Command(NamedTuple):
+    """A command for a shell of the guest.
+
+    Attributes:
+        text: The command.
+        shell: See `Commands.run()`.
+        env: The command's own variables.
+        content: The standard input.
+    """
+
+    text: str
+    shell: ShellKind
+    env: Mapping[str, str]
+    content: bytes
+
+
+class Execution(Protocol):
+    """A running command.
+
+    Attributes:
+        exit_code: The exit code as in `subprocess`: negative for a signal; `None` while the command
+            runs, or if the guest was lost before it reported the exit code.
+        ended: Done when the command is over.
+    """
+
+    exit_code: int | None
+    ended: asyncio.Future[None]
+
+    async def write(self) -> None:
+        """Write all of the command's standard input; stop early if the command ends."""
+
+    def pause_reading(self) -> None:
+        """Stop reading output, but lose none."""
+
+    def resume_reading(self) -> None:
+        """Continue to read output."""
+
+
+class Transport(Protocol):
+    """A way to run commands in a guest."""
+
+    @property
+    def pauses(self) -> Pauses:
+        """Return whether the guest is paused."""
+
+    def explain(self, error: Any) -> Any:
+        """Add the VM's troubles to the error of a deadline, and return it."""
+
+    def lost(self, execution: Execution) -> SmolVMError:
+        """Return the error for a command that was lost: its exit code is not known."""
+
+    def executing(
+        self,
+        command: Command,
+        receive: Callable[[Stream, bytes], None],
+        on_turn: Callable[[bool], None],
+    ) -> AbstractAsyncContextManager[Execution]:
+        """Run a command during the block; kill the command if it still runs at the block's end.
+
+        Args:
+            command: The command.
+            receive: Called with all output.
+            on_turn: Called when the command starts, and with false if it has to wait again.
+        """
+
+
+class OverTransport:
+    """Base class of the controls that run commands."""
+
+    async def _transport(self) -> Transport:
+        """Wait until the guest is ready, and return the way to run commands in it."""
+        raise NotImplementedError
+
+    def _require(self, feature: str) -> None:
+        """Check that the guest supports this feature, and that the VM runs."""
+        raise NotImplementedError
