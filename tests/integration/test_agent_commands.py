@@ -14,9 +14,18 @@ from typing import Any
 import pytest
 
 from smolvm_async.controls.agent import linux
-from smolvm_async.controls.agent.execution import Execution, GuestShell
+from smolvm_async.controls.agent.execution import AgentTransport, Execution
 from smolvm_async.controls.agent.session import Session
-from smolvm_async.errors import ConnectionLostError
+from smolvm_async.controls.commands.commands import Commands
+from smolvm_async.controls.commands.lines import LineStream
+from smolvm_async.controls.commands.result import Line
+from smolvm_async.controls.commands.transport import Command, Transport
+from smolvm_async.errors import (
+    CommandFailedError,
+    CommandTimeoutError,
+    ConfigError,
+    ConnectionLostError,
+)
 from smolvm_async.qemu.pauses import Pauses
 from tests.agent import Host
 
@@ -25,28 +34,34 @@ pytestmark = pytest.mark.anyio
 SOON = 30.0  # seconds
 
 
-class Guest:
-    """A guest whose agent runs on this host, and the results of its commands."""
+class Guest(Commands):
+    """A guest whose agent runs on this host."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.session = Session(host.channel, Pauses())
-        self.shell = GuestShell(self.session)
+        self.transport = AgentTransport(self.session)
+
+    async def _transport(self) -> Transport:
+        return self.transport
+
+    def _require(self, feature: str) -> None:
+        pass
 
     @asynccontextmanager
     async def executing(
         self, command: str, output: dict[str, bytearray] | None = None, **options: Any
     ) -> AsyncIterator[Execution]:
         kept = output if output is not None else {}
-        values = {"shell": "raw", "env": {}, "content": b"", **options}
+        given = Command(command, **{"shell": "raw", "env": {}, "content": b"", **options})
 
         def receive(stream: str, data: bytes) -> None:
             kept.setdefault(stream, bytearray()).extend(data)
 
-        async with self.shell.executing(command, receive=receive, **values) as execution:
+        async with self.transport.executing(given, receive, lambda _: None) as execution:
             yield execution
 
-    async def run(self, command: str, **options: Any) -> tuple[int | None, bytes, bytes]:
+    async def result(self, command: str, **options: Any) -> tuple[int | None, bytes, bytes]:
         output: dict[str, bytearray] = {}
         async with self.executing(command, output, **options) as execution:
             await asyncio.wait([execution.ended])
@@ -89,11 +104,11 @@ async def until_sleeping(seconds: str, count: int) -> None:
 
 
 async def test_exit_code_and_output(guest: Guest) -> None:
-    assert await guest.run("echo out; echo err >&2; exit 3") == (3, b"out\n", b"err\n")
-    assert await guest.run("kill -9 $$") == (-9, b"", b"")
-    assert await guest.run("exec true") == (0, b"", b"")
-    assert (await guest.run("if"))[0] == 2
-    assert await guest.run('echo "$#$*"; pwd; umask', env={"HOME": "/usr"}) == (
+    assert await guest.result("echo out; echo err >&2; exit 3") == (3, b"out\n", b"err\n")
+    assert await guest.result("kill -9 $$") == (-9, b"", b"")
+    assert await guest.result("exec true") == (0, b"", b"")
+    assert (await guest.result("if"))[0] == 2
+    assert await guest.result('echo "$#$*"; pwd; umask', env={"HOME": "/usr"}) == (
         *(0, b"0\n" + f"{Path.home()}\n".encode() + b"0022\n", b""),
     )
 
@@ -107,8 +122,8 @@ async def test_a_command_and_its_variables_arrive_as_they_were_sent(
 ) -> None:
     end = "a line that nobody writes"
     script = f"cat <<'{end}'\n{text}\n{end}\n"
-    assert await guest.run(script) == (0, text.encode() + b"\n", b"")
-    assert await guest.run('printf %s "$V"', env={"V": text}) == (0, text.encode(), b"")
+    assert await guest.result(script) == (0, text.encode() + b"\n", b"")
+    assert await guest.result('printf %s "$V"', env={"V": text}) == (0, text.encode(), b"")
 
 
 async def test_neither_command_nor_variable_is_on_a_command_line_or_in_a_file(
@@ -138,15 +153,15 @@ def content(path: Path) -> str:
 
 async def test_input_arrives_and_may_be_long(guest: Guest) -> None:
     data = os.urandom(3 << 20)
-    code, output, _ = await guest.run("sha256sum; stat -Lc %a /dev/fd/0", content=data)
+    code, output, _ = await guest.result("sha256sum; stat -Lc %a /dev/fd/0", content=data)
     digest, mode = output.decode().split("  -\n")
     assert (code, digest, mode) == (0, hashlib.sha256(data).hexdigest(), "600\n")
-    assert await guest.run("cat") == (0, b"", b"")
+    assert await guest.result("cat") == (0, b"", b"")
 
 
 async def test_long_binary_output_is_complete(guest: Guest) -> None:
     size = 40 << 20  # bytes; the agent itself keeps 16 MiB
-    code, output, errors = await guest.run(f"head -c {size} /dev/urandom | tee /dev/stderr")
+    code, output, errors = await guest.result(f"head -c {size} /dev/urandom | tee /dev/stderr")
     assert (code, len(output)) == (0, size)
     assert output == errors
 
@@ -161,11 +176,11 @@ async def test_lines_arrive_while_the_command_runs(guest: Guest) -> None:
 
 
 async def test_a_child_that_is_left_behind_does_not_hold_the_command(guest: Guest) -> None:
-    code, pid, _ = await guest.run("sleep 1005 & echo $!")
+    code, pid, _ = await guest.result("sleep 1005 & echo $!")
     assert (code, sleepers("1005")) == (0, [int(pid)])
     os.kill(int(pid), signal.SIGKILL)
     writer = "sh -c 'while :; do echo y; done' & echo $! >&2; sleep 0.2; exit 4"
-    code, output, pid = await guest.run(writer)  # it never stops writing
+    code, output, pid = await guest.result(writer)  # it never stops writing
     os.kill(int(pid), signal.SIGKILL)
     assert (code, output[:4]) == (4, b"y\ny\n")
 
@@ -178,13 +193,13 @@ async def test_leaving_the_block_kills_the_whole_tree(guest: Guest, steps: int |
             await until_sleeping("1006", 4)
         for _ in range(steps or 0):
             await asyncio.sleep(0)
-    assert await guest.run("true") == (0, b"", b"")  # the agent answers
+    assert await guest.result("true") == (0, b"", b"")  # the agent answers
     assert sleepers("1006") == []
 
 
 async def test_a_hundred_commands_many_at_once(guest: Guest) -> None:
     async def one(number: int) -> None:
-        result = await guest.run(f"echo {number}; exit {number % 7}")
+        result = await guest.result(f"echo {number}; exit {number % 7}")
         assert result == (number % 7, f"{number}\n".encode(), b"")
 
     await asyncio.gather(*[one(number) for number in range(100)])
@@ -203,10 +218,34 @@ async def test_an_agent_that_ends_is_an_error_and_the_next_one_works(guest: Gues
     async with asyncio.timeout(SOON):
         while sleepers("1007"):
             await asyncio.sleep(0.01)
-    assert await guest.run("echo again") == (0, b"again\n", b"")
+    assert await guest.result("echo again") == (0, b"again\n", b"")
 
 
 async def test_a_guest_without_room_is_told(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linux, "DIRECTORY", "/proc/none")
     with pytest.raises(ConnectionLostError, match="did not keep the command's output"):
-        await guest.run("true")
+        await guest.result("true")
+
+
+async def test_run_and_run_stream_are_the_same_as_over_ssh(guest: Guest) -> None:
+    result = await guest.run("tr a-z A-Z; echo $V >&2", input="aé\n", env={"V": "v"}, check=True)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "Aé\n", "v\n")
+    assert (await guest.run("printf '\\377'", text=False)).stdout == b"\xff"
+    assert (await guest.run("printf '\\377'")).stdout == "\ufffd"
+    with pytest.raises(CommandFailedError, match="ended with exit code 3"):
+        await guest.run("exit 3", check=True)
+    with pytest.raises(CommandTimeoutError, match=r"within 0.5 s, and was killed") as caught:
+        await guest.run("echo before; sleep 1008", timeout=0.5)
+    assert caught.value.stdout == "before\n"
+    assert sleepers("1008") == []
+    with pytest.raises(ConfigError, match="more than 1 MiB"):
+        await guest.run("# " + "x" * (1 << 20))
+    async with guest.run_stream("echo one; echo two >&2; sleep 1009") as lines:
+        seen = {(line.stream, line.text) async for line in first_of(lines, 2)}
+    assert seen == {("stdout", "one"), ("stderr", "two")}
+    assert sleepers("1009") == []
+
+
+async def first_of(lines: LineStream, count: int) -> AsyncIterator[Line]:
+    for _ in range(count):
+        yield await anext(lines)

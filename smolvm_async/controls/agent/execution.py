@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Literal
 
 from smolvm_async.controls.agent import linux
 from smolvm_async.controls.agent.files import GuestFile, field, open_file
 from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.commands.transport import Command, Stream
+from smolvm_async.controls.commands.transport import Execution as AnyExecution
 from smolvm_async.errors import ConfigError, ConnectionLostError, GuestAgentError, SmolVMError
 from smolvm_async.foundation.tasks import end_tasks
 from smolvm_async.qemu.guest_agent import GuestAgent
@@ -30,10 +31,8 @@ SHARE = 0.1  # of the time that the command has run: the time until the next loo
 EARLY = 0.05  # seconds after which the output is read while the command runs
 SOME = 1 << 20  # bytes of output to read between two looks at a command
 MAX_PROGRAM = 1 << 20  # bytes: one request to the agent has all of them
-
 TIDY = 0.1  # seconds until files are removed: many commands need one program for that
 
-Stream = Literal["stdout", "stderr"]
 SUFFIXES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
 
 
@@ -103,6 +102,9 @@ class Execution:
         self._files: dict[Stream, GuestFile] = {}
         self._reading = asyncio.Event()
         self._reading.set()
+
+    async def write(self) -> None:
+        """Do nothing: `run()` has written the input before the command starts."""
 
     def pause_reading(self) -> None:
         """Stop reading output: it waits in the guest's files."""
@@ -179,33 +181,44 @@ class Execution:
                 rest = SOME
 
 
-class GuestShell:
-    """The commands of this process in a Linux guest, through its agent."""
+class AgentTransport:
+    """The way to run commands in a Linux guest through its agent: a `Transport`.
+
+    A slow reader does not slow down a command: the output waits in the guest's files. A command
+    runs as the agent does, usually as root.
+    """
 
     def __init__(self, session: Session) -> None:
+        self.pauses = session.pauses
+        self.explain = session.explain
         self._session = session
         self._garbage: list[str] = []  # files in the guest that nobody needs any more
         self._removing = False
 
+    def lost(self, execution: AnyExecution) -> SmolVMError:
+        """Return the error for a command whose exit code is not known."""
+        error = execution.error if isinstance(execution, Execution) else None
+        return error or ConnectionLostError("the guest agent lost the command")
+
     @asynccontextmanager
     async def executing(
         self,
-        command: str,
-        shell: str,
-        env: Mapping[str, str],
-        content: bytes,
+        command: Command,
         receive: Callable[[Stream, bytes], None],
+        on_turn: Callable[[bool], None],
     ) -> AsyncIterator[Execution]:
         """Run a command during the block; kill the command if it still runs at the block's end.
 
         Args:
-            command, shell, env: See `linux.program()`.
-            content: The standard input.
+            command: The command.
             receive: Called with all output.
+            on_turn: Called at once: a command waits for no other.
         """
         mark, name = secrets.token_hex(8), secrets.token_hex(16)
         stem = f"{linux.DIRECTORY}/smolvm-{name}"
-        program = linux.program(command, shell, env, mark, stem, has_input=bool(content))
+        text, shell, env, content = command
+        program = linux.program(text, shell, env, mark, stem, has_input=bool(content))
+        on_turn(True)
         execution = Execution(self._session, stem, receive)
         running = asyncio.ensure_future(execution.run(mark, program, content))
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -22,11 +22,18 @@ class Session:
     Attributes:
         agent: The agent.
         pauses: Whether the guest is paused.
+        explain: Adds the VM's troubles to the error of a deadline; see `Troubles.explain()`.
     """
 
-    def __init__(self, agent: GuestAgent, pauses: Pauses) -> None:
+    def __init__(
+        self,
+        agent: GuestAgent,
+        pauses: Pauses,
+        explain: Callable[[Any], Any] = lambda error: error,
+    ) -> None:
         self.agent = agent
         self.pauses = pauses
+        self.explain = explain
         self._endings: set[asyncio.Task[None]] = set()
 
     async def end(self, ending: Coroutine[Any, Any, None]) -> None:
