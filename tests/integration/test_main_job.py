@@ -23,9 +23,12 @@ from smolvm_async import (
     VMCrashedError,
     VMTimeoutError,
 )
+from smolvm_async.controls.agent.execution import AgentTransport
+from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.commands.transport import Command
 from smolvm_async.state.names import SECRETS, SOCKETS
 from stand_in import build_stand_in
-from tests.conftest import BOOT, children, console_shows, descriptors
+from tests.conftest import BOOT, children, console_shows, descriptors, run_of
 
 pytestmark = pytest.mark.anyio
 
@@ -145,6 +148,8 @@ async def test_a_guest_that_reboots_goes_on(data_dir: Path) -> None:
                 if len(seen) == 5:
                     break
         await console_shows(vm, "STAND-IN: ready", times=2)
+        code, output = await run_by_agent(vm, "cat; echo $V; ls /tmp | wc -l; exit 3")
+        assert (code, output) == (3, b"input\0value\n3\n")  # the files of the command itself
         boots = re.findall(r"STAND-IN: boot_id=(\S+)", vm.console_log())
         assert "STAND-IN: rebooting" in vm.console_log()
         assert len(set(boots)) == 2
@@ -152,6 +157,18 @@ async def test_a_guest_that_reboots_goes_on(data_dir: Path) -> None:
     up = ["operating_system", "ready"]
     assert [str(event.state) for event in seen] == [*up, "firmware", *up]
     assert "guest-reset" in seen[2].evidence
+
+
+async def run_by_agent(vm: AsyncSmolVM, command: str) -> tuple[int | None, bytes]:
+    """Run a command through the agent of the stand-in, which is a Linux with busybox."""
+    run, output = run_of(vm), bytearray()
+    transport = AgentTransport(Session(run.peripherals.agent, run.pauses))
+    given = Command(command, "raw", {"V": "value"}, b"input\0")
+    async with transport.executing(
+        given, lambda _, data: output.extend(data), lambda _: None
+    ) as execution:
+        await asyncio.wait([execution.ended])
+    return execution.exit_code, bytes(output)
 
 
 async def test_a_guest_that_panics_is_a_crash(data_dir: Path) -> None:
