@@ -17,6 +17,7 @@ from smolvm_async import (
     AsyncSmolVM,
     BootState,
     ConfigError,
+    GuestAgentError,
     LaunchError,
     Rung,
     Status,
@@ -349,6 +350,8 @@ async def test_a_flood_of_the_agents_channel_is_bounded(data_dir: Path) -> None:
         await vm.wait_for("ready", timeout=BOOT)  # its disk is idle
         await console_shows(vm, "STAND-IN: ready")
         before = owned_bytes(data_dir / vm.vm_id)
+        with pytest.raises(GuestAgentError, match="writes without end"):
+            await run_of(vm).peripherals.agent.execute("guest-ping")
         for _ in range(200):
             assert (await run_of(vm)._monitor.execute("query-status"))["running"]
         assert owned_bytes(data_dir / vm.vm_id) - before < 8 << 20
