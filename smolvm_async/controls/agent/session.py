@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any
 
 from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.fork import end_in_child
-from smolvm_async.foundation.tasks import end_tasks, settle
+from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
 from smolvm_async.qemu.guest_agent import GuestAgent
 from smolvm_async.qemu.pauses import Pauses
 
@@ -47,14 +46,17 @@ class Session:
     def go_on(self, ending: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run `ending` in the background."""
         end_in_child(ending)
-        task = asyncio.ensure_future(self._quietly(ending))
+        task = asyncio.ensure_future(ending)
         self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+        task.add_done_callback(self._ended)
         return task
 
-    async def _quietly(self, ending: Coroutine[Any, Any, None]) -> None:
-        with suppress(SmolVMError):
-            await ending
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._endings.discard(task)
+        error = take_exception(task)
+        if error is not None and not isinstance(error, SmolVMError):
+            context = {"message": "a cleanup in a guest failed", "exception": error, "task": task}
+            task.get_loop().call_exception_handler(context)
 
     async def close(self) -> None:
         """Wait for the end of all cleanups, after QEMU has ended or this process has detached."""
