@@ -1,12 +1,15 @@
-"""A computer for computer-use models: a VM that executes the actions of any such model.
+"""A computer for computer-use models: a VM that executes the actions of such a model.
 
-`Computer(vm)` takes actions in the models' SDK format (mappings with `action`, `coordinate`,
-`text`, ...), and returns a screenshot after each action. In an agent's loop:
+`smolvm_async.agents.Computer` takes actions as the vendors' SDKs give them, and returns a
+screenshot after each of them. In an agent's loop:
 
     computer = Computer(vm)
-    for call in calls:  # the model's tool calls, as objects of the SDK
-        picture = await computer.act(call.input)
-        result = base64.b64encode(picture.png).decode()  # an image of type image/png
+    for call in calls:  # Anthropic's `tool_use` blocks, or OpenAI's `computer_call` items
+        try:
+            result = await computer.act(call)
+        except ActionError as error:
+            ...  # send str(error) back to the model
+        image = base64.b64encode(result.screenshot.png).decode()  # an image of type image/png
 
 Tell the model the size of the screen: 1280x800, unless you pass `resolution=`.
 
@@ -22,135 +25,34 @@ import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from smolvm_async import AsyncSmolVM, Screenshot, SmolVMError, VMTimeoutError
+from smolvm_async import AsyncSmolVM, SmolVMError, VMTimeoutError
+from smolvm_async.agents import Computer
 
-SETTLED = 1.0  # seconds without a change of the screen, after which an action is done
+SETTLED = 1.0  # seconds without a change of the screen, after which the firmware waits for a key
 SETUP = "=Select Entry"  # in the last line of OVMF's set-up
-PATIENCE = 5.0  # seconds to wait for a stable screen; some screens never stop changing
+PATIENCE = 5.0  # seconds to wait for a change of the screen
 
-Button = Literal["left", "middle", "right"]
-CLICKS: dict[str, tuple[Button, int]] = {
-    "left_click": ("left", 1),
-    "right_click": ("right", 1),
-    "middle_click": ("middle", 1),
-    "double_click": ("left", 2),
-    "triple_click": ("left", 3),
-}
-
-
-class Computer:
-    """Executes a model's actions on a VM."""
-
-    def __init__(self, vm: AsyncSmolVM) -> None:
-        self.vm = vm
-
-    async def act(self, action: Mapping[str, Any]) -> Screenshot:
-        """Execute one action, and return a screenshot of its effect.
-
-        Raises:
-            ValueError: The action or an argument is wrong: pass the message on to the model.
-        """
-        try:
-            await self._perform(str(action["action"]), action)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{action!r} has a missing or wrong argument: {error}.") from error
-        with contextlib.suppress(VMTimeoutError):
-            return await self.vm.wait_for_screen(stable=SETTLED, timeout=PATIENCE)
-        return await self.vm.screenshot()
-
-    async def _perform(self, name: str, action: Mapping[str, Any]) -> None:
-        mouse, keyboard = self.vm.mouse, self.vm.keyboard
-        match name:
-            case "screenshot":
-                pass  # act() takes a screenshot after every action
-            case "wait":
-                await asyncio.sleep(max(0, action["duration"]))
-            case "mouse_move":
-                await mouse.move(*action["coordinate"])
-            case "left_mouse_down":
-                await mouse.down()
-            case "left_mouse_up":
-                await mouse.up()
-            case "left_click_drag":
-                await self._drag(action.get("start_coordinate"), *action["coordinate"])
-            case "type":
-                await keyboard.type(action["text"])
-            case "key":
-                await self._press(action["text"])
-            case "hold_key":
-                await keyboard.press(action["text"], hold=action["duration"])
-            case "scroll":
-                await self._scroll(action)
-            case _ if name in CLICKS:
-                button, count = CLICKS[name]
-                async with self._held(action.get("text")):
-                    await mouse.click(*action.get("coordinate", ()), button=button, count=count)
-            case _:
-                raise ValueError(
-                    f"action={name!r} is unknown: use an action of the Computer class."
-                )
-
-    async def _press(self, text: str) -> None:
-        """Press one chord, such as `ctrl + s` or `Page Down`, or several keys one after another."""
-        try:
-            await self.vm.keyboard.press(text)
-        except ValueError:
-            if len(keys := text.replace(" + ", "+").split()) < 2:
-                raise
-            for key in keys:
-                await self.vm.keyboard.press(key)
-
-    async def _drag(self, start: tuple[int, int] | None, x: int, y: int) -> None:
-        """Drag from `start`, or from the mouse's position, as older models omit `start`."""
-        if start is not None:
-            start_x, start_y = start
-            await self.vm.mouse.drag(start_x, start_y, x, y)
-            return
-        await self.vm.mouse.down()
-        try:
-            await self.vm.mouse.move(x, y)
-        finally:
-            await self.vm.mouse.up()
-
-    async def _scroll(self, action: Mapping[str, Any]) -> None:
-        direction, amount = action["scroll_direction"], action["scroll_amount"]
-        if direction not in ("up", "down", "left", "right"):
-            raise ValueError(
-                f"scroll_direction={direction!r} is wrong: use up, down, left or right."
-            )
-        # Most programs scroll sideways while Shift is held.
-        sideways = "shift" if direction in ("left", "right") else None
-        if "coordinate" in action:
-            await self.vm.mouse.move(*action["coordinate"])
-        async with self._held(action.get("text")), self._held(sideways):
-            await self.vm.mouse.scroll(amount if direction in ("down", "right") else -amount)
-
-    @contextlib.asynccontextmanager
-    async def _held(self, key: str | None) -> AsyncIterator[None]:
-        """Hold a modifier key down during the block."""
-        if not key:
-            yield
-            return
-        await self.vm.keyboard.down(key)
-        try:
-            yield
-        finally:
-            await self.vm.keyboard.up(key)
-
-
-SCRIPT: tuple[dict[str, Any], ...] = (  # actions that a model might send for the firmware's set-up
+SCRIPT: tuple[dict[str, Any], ...] = (  # actions that models might send for the firmware's set-up
+    # Anthropic's computer tool, computer_20251124 and earlier.
     {"action": "screenshot"},
     {"action": "key", "text": "Down"},
     {"action": "key", "text": "Return"},
-    {"action": "key", "text": "Down Down"},
-    {"action": "wait", "duration": 1},
-    {"action": "key", "text": "Escape"},
-    {"action": "key", "text": "Up"},
-    {"action": "key", "text": "Return"},
+    {"action": "zoom", "region": [0, 0, 640, 400]},
+    # Anthropic's computer_toolset_20260801: the name of the block is the action.
+    {"type": "tool_use", "name": "key", "input": {"text": "Down", "repeat": 2}},
+    {"type": "tool_use", "name": "wait", "input": {"duration": 1}},
+    # OpenAI's computer tool: one action, and a call with several.
+    {"type": "keypress", "keys": ["ESC"]},
+    {
+        "type": "computer_call",
+        "actions": [
+            {"type": "keypress", "keys": ["ARROWUP"]},
+            {"type": "keypress", "keys": ["ENTER"]},
+        ],
+    },
 )
 
 
@@ -173,7 +75,7 @@ async def look_around(image: Path, pictures: Path) -> None:
         await enter_setup(vm)
         computer = Computer(vm)
         for number, action in enumerate(SCRIPT):
-            picture = await computer.act(action)
+            picture = (await computer.act(action)).screenshot
             file = pictures / f"{number}.png"
             picture.save(file)
             print(f"{file}: {picture.width}x{picture.height}  after {action}", flush=True)

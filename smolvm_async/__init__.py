@@ -15,6 +15,7 @@ from smolvm_async.controls.desktop.picture import Screenshot
 from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import (
     AcceleratorWarning,
+    ActionError,
     CommandError,
     CommandFailedError,
     CommandTimeoutError,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AcceleratorWarning",
     "Access",
+    "ActionError",
     "AsyncSmolVM",
     "BootState",
     "BootStateChanged",

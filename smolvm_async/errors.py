@@ -4,6 +4,7 @@
 
     SmolVMError
     ├── ConfigError (ValueError)         an argument is wrong
+    │   ├── ActionError                  a computer-use model's action is wrong
     │   ├── ImageError                   the image cannot be used
     │   ├── PictureError                 the data is not a complete picture
     │   ├── SnapshotExistsError          the snapshot's name is taken
@@ -137,6 +138,17 @@ def _plain(value: object) -> Any:
 
 class ConfigError(SmolVMError, ValueError):
     """An argument is wrong; nothing was created."""
+
+
+@error_class(kw_only=True)
+class ActionError(ConfigError):
+    """A computer-use model's action is wrong: pass the message on to the model.
+
+    Attributes:
+        action: The action.
+    """
+
+    action: object = None
 
 
 class ImageError(ConfigError):

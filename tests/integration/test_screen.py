@@ -18,6 +18,7 @@ import pytest
 
 from computer_use import enter_setup
 from smolvm_async import (
+    ActionError,
     AsyncSmolVM,
     ConfigError,
     Screenshot,
@@ -25,6 +26,7 @@ from smolvm_async import (
     VMNotRunningError,
     VMTimeoutError,
 )
+from smolvm_async.agents import Computer
 from smolvm_async.qemu import arguments
 from tests.conftest import child_named, descriptors, vm_in
 
@@ -72,6 +74,20 @@ async def test_the_firmwares_set_up_is_navigated_by_keys_alone(in_setup: AsyncSm
     assert menu not in (first, second, entry)
     await vm.keyboard.press("Esc")  # out of the menu again
     assert await vm.wait_for_screen(like=second, timeout=FIRMWARE) == second
+
+
+async def test_a_models_actions_navigate_the_firmware(in_setup: AsyncSmolVM) -> None:
+    computer = Computer(in_setup)
+    first = (await computer.act({"action": "screenshot"})).screenshot
+    key = {"type": "tool_use", "name": "key", "input": {"text": "Down", "repeat": 2}}
+    assert (await computer.act(key)).screenshot != first
+    up = {"type": "keypress", "keys": ["ARROWUP"]}
+    back = await computer.act({"type": "computer_call", "actions": [up, up]})
+    assert back.screenshot == first
+    zoomed = await computer.act({"action": "zoom", "region": [0, 0, 640, 400]})
+    assert zoomed.screenshot.size == first.size
+    with pytest.raises(ActionError, match="x=1280 is not on the screen"):
+        await computer.act({"type": "click", "x": 1280, "y": 0, "button": "left"})
 
 
 async def test_the_computer_use_example_saves_what_it_saw(tmp_path: Path) -> None:

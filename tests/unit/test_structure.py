@@ -35,6 +35,7 @@ ROOMS = {
     "doctor": "controls",
     "vm": "doctor",
     "fleet": "vm",
+    "agents": "vm",
     "__init__": "fleet",
     "cli": "__init__",
     "__main__": "cli",
