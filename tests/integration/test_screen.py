@@ -84,10 +84,13 @@ async def test_a_models_actions_navigate_the_firmware(in_setup: AsyncSmolVM) -> 
     up = {"type": "keypress", "keys": ["ARROWUP"]}
     back = await computer.act({"type": "computer_call", "actions": [up, up]})
     assert back.screenshot == first
-    zoomed = await computer.act({"action": "zoom", "region": [0, 0, 640, 400]})
-    assert zoomed.screenshot.size == first.size
-    with pytest.raises(ActionError, match="x=1280 is not on the screen"):
-        await computer.act({"type": "click", "x": 1280, "y": 0, "button": "left"})
+    width, height = first.size
+    zoom = {"action": "zoom", "region": [0, 0, width // 2, height // 2]}
+    zoomed = (await computer.act(zoom)).screenshot
+    assert zoomed.size == first.size
+    assert zoomed != first
+    with pytest.raises(ActionError, match=f"x={width} is not on the screen"):
+        await computer.act({"type": "click", "x": width, "y": 0, "button": "left"})
 
 
 async def test_the_computer_use_example_saves_what_it_saw(tmp_path: Path) -> None:
