@@ -13,6 +13,7 @@ from smolvm_async.controls.commands.result import CommandResult, Line
 from smolvm_async.controls.desktop.comparison import Region
 from smolvm_async.controls.desktop.picture import Screenshot
 from smolvm_async.controls.ssh.login import Access
+from smolvm_async.controls.ssh.processes import GuestProcess, Terminal
 from smolvm_async.errors import (
     AcceleratorWarning,
     ActionError,
@@ -95,6 +96,7 @@ __all__ = [
     "FleetStatus",
     "GuestAgentError",
     "GuestPanicked",
+    "GuestProcess",
     "HostError",
     "ImageError",
     "ImageStore",
@@ -128,6 +130,7 @@ __all__ = [
     "SnapshotNotFoundError",
     "Status",
     "Step",
+    "Terminal",
     "Timeouts",
     "Trouble",
     "UnsupportedError",

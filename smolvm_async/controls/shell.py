@@ -10,10 +10,11 @@ from smolvm_async.controls.ssh.environment import Environment
 from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.processes import Processes
 from smolvm_async.qemu.events import BootState
 
 
-class Shell(Commands, Files, Environment, Observation):
+class Shell(Commands, Processes, Files, Environment, Observation):
     """`AsyncSmolVM`'s commands and files. Each method waits until the guest is `ready`."""
 
     async def _reach(self) -> Link:

@@ -24,7 +24,7 @@ class Feature(NamedTuple):
 
 FEATURES: dict[FeatureName, Feature] = {
     "commands": Feature(
-        ("run", "run_stream", "ssh_access"),
+        ("run", "run_stream", "spawn", "open_terminal", "ssh_access"),
         (),
         "Install the program as a service or a scheduled task in the image.",
     ),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import filecmp
 import getpass
+import hashlib
 import itertools
 import os
+import secrets
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, make_key_pair
+from smolvm_async.controls.ssh.processes import Processes
+from smolvm_async.foundation.locking import poll
 from smolvm_async.qemu.pauses import Pauses
 from tests.integration.trees import digest_tree, make_tree
 
@@ -48,6 +52,7 @@ Subsystem sftp internal-sftp
 """
 
 Serve = Callable[[int], Link]
+PATIENCE = 20  # seconds
 
 
 @pytest.fixture
@@ -89,20 +94,28 @@ def link_with(access: Access) -> Link:
     return Link("host", known, Pauses())
 
 
-class Guest(Commands, Files):
+class Guest(Commands, Processes, Files):
     """The host, as if it were a guest."""
 
     def __init__(self, link: Link) -> None:
-        self._link = link
+        self.link = link
 
     async def _reach(self) -> Link:
-        return self._link
+        return self.link
 
     async def _transport(self) -> SSHTransport:
-        return SSHTransport(self._link)
+        return SSHTransport(self.link)
 
     def _require(self, feature: str) -> None:
         pass
+
+
+@pytest.fixture
+async def guest(serve: Serve) -> AsyncIterator[Guest]:
+    """The host, with a server that allows a few sessions."""
+    link = serve(3)
+    yield Guest(link)
+    link.close()
 
 
 async def test_only_the_known_host_key_is_accepted(start_server: Callable[[int], Access]) -> None:
@@ -330,3 +343,123 @@ async def test_the_error_of_a_command_quotes_its_output(
         await Guest(link).run(command, check=True)
     assert str(failed.value).endswith(f"ended with exit code 1.\n{quoted}")
     link.close()
+
+
+async def test_a_process_is_talked_to_while_it_runs(guest: Guest, tmp_path: Path) -> None:
+    odd = "'$(id)\n\t\\x"
+    command = 'while read -r line; do echo "$line in $PWD"; echo "$ODD" >&2; done; exit 7'
+    process = await guest.spawn(command, env={"ODD": odd}, cwd=str(tmp_path))
+    async with process:
+        for word in ("first", "second"):
+            await process.write(f"{word}\n")
+            assert await process.stdout.readline() == f"{word} in {tmp_path}\n".encode()
+        process.close_input()
+        assert await process.stderr.read() == f"{odd}\n{odd}\n".encode()
+        assert (await process.stdout.read(), await process.wait()) == (b"", 7)
+    await process.terminate()  # does nothing now
+
+
+async def test_a_process_ends_with_its_block_unless_it_is_detached(
+    guest: Guest, tmp_path: Path
+) -> None:
+    mark = secrets.token_hex(8)
+    command = f"exec -a {mark} sleep 1000"
+    async with await guest.spawn(f"bash -c '{command} & wait'") as process:
+        assert await poll(lambda: running_as(mark), PATIENCE)
+    assert process.exit_code is not None
+    assert await poll(lambda: not running_as(mark), PATIENCE)
+    async with await guest.spawn(f"bash -c '{command}'", detached=True) as process:
+        assert await poll(lambda: running_as(mark), PATIENCE)
+    assert (await guest.run("echo free")).stdout == "free\n"
+    assert running_as(mark)
+    await process.kill()
+    assert await poll(lambda: not running_as(mark), PATIENCE)
+
+
+def running_as(name: str) -> bool:
+    """Return whether a process runs whose first argument is this name."""
+    found = subprocess.run(["pgrep", "-f", f"^{name}"], stdout=subprocess.DEVNULL)
+    return found.returncode == 0
+
+
+async def test_a_process_gets_the_signals_that_it_is_sent(guest: Guest) -> None:
+    for send, caught in (("terminate", b"TERM"), ("kill", None)):
+        script = "trap 'echo TERM; exit 3' TERM; echo up; while :; do sleep 0.05; done"
+        async with await guest.spawn(script) as process:
+            assert await process.stdout.readline() == b"up\n"
+            await getattr(process, send)()
+            code = await process.wait()
+            assert code == (3 if caught else -9)
+            assert (await process.stdout.read()).split() == ([caught] if caught else [])
+    async with await guest.spawn("true", cwd="/nowhere") as process:
+        assert await process.wait() == 126
+
+
+async def test_unread_output_makes_a_process_wait(guest: Guest) -> None:
+    """Fill what the two ends keep, then see that all of it comes, in order."""
+    size = 64 << 20
+    async with await guest.spawn(f"seq 1 9999999 | head -c {size}") as process:
+        await asyncio.wait([asyncio.ensure_future(process.wait())], timeout=1)
+        assert process.exit_code is None, "the output does not fit into the buffers"
+        kept, block = 0, b"-"
+        while block:
+            block = await process.stdout.read(1 << 20)
+            kept += len(block)
+        assert (kept, await process.wait()) == (size, 0)
+
+
+async def test_a_terminal_has_a_size_and_no_echo_of_variables(guest: Guest) -> None:
+    secret = "a b\n" * 2000 + "\x03\x04\r\x11 ü'end"
+    command = 'stty size; printf %s "$ODD" | sha256sum; read -r line; stty size; tty; exit 5'
+    opening = guest.open_terminal(100, 30, command=command, env={"ODD": secret})
+    async with await opening as terminal:
+        assert await terminal.stdout.readline() == b"30 100\r\n"
+        digest = hashlib.sha256(secret.encode()).hexdigest()
+        assert await terminal.stdout.readline() == f"{digest}  -\r\n".encode()
+        await terminal.resize(33, 11)
+        await terminal.write("echoed\n")
+        rest = await terminal.stdout.read()
+        assert rest.startswith(b"echoed\r\n11 33\r\n/dev/"), rest
+        assert await terminal.wait() == 5
+
+
+async def test_a_terminal_passes_on_ctrl_c(guest: Guest) -> None:
+    command = "trap 'echo caught; exit 9' INT; echo up; while :; do sleep 0.05; done"
+    async with await guest.open_terminal(command=command) as terminal:
+        await terminal.stdout.readuntil(b"up\r\n")
+        await terminal.write(b"\x03")
+        await terminal.stdout.readuntil(b"caught\r\n")
+        assert await terminal.wait() == 9
+
+
+async def test_a_terminal_has_a_login_shell(guest: Guest) -> None:
+    async with await guest.open_terminal(term="vt100") as terminal:
+        await terminal.write("shopt -q login_shell; echo $? $((6 * 7)) $TERM; exit 4\n")
+        await terminal.stdout.readuntil(b"0 42 vt100\r\n")
+        assert await terminal.wait() == 4
+
+
+async def test_a_lost_connection_ends_a_process(guest: Guest) -> None:
+    async with await guest.spawn("echo up; sleep 1000") as process:
+        await process.stdout.readline()
+        guest.link.abort()
+        for waiting in (process.stdout.read(), process.wait()):
+            with pytest.raises(ConnectionLostError):
+                await waiting
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("spawn", {"command": ""}),
+        ("spawn", {"command": "true", "cwd": b"/"}),
+        ("spawn", {"command": "true", "detached": 1}),
+        ("open_terminal", {"columns": 0}),
+        ("open_terminal", {"term": "a b\n"}),
+    ],
+)
+async def test_wrong_arguments_of_processes_are_refused(
+    guest: Guest, method: str, arguments: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"{[*arguments][-1]}="):
+        await getattr(guest, method)(**arguments)

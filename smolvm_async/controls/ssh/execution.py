@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from smolvm_async.controls.commands.transport import Command, Stream
 from smolvm_async.controls.commands.transport import Execution as AnyExecution
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.script import killer, script
+from smolvm_async.controls.ssh.script import script, signaller
 from smolvm_async.errors import ConnectionLostError
 from smolvm_async.qemu.pauses import Pauses
 
@@ -46,12 +46,20 @@ class Execution:
 
     async def write(self) -> None:
         """Write all of the command's standard input; stop early if the command ends."""
-        content, step = self._content, 1 << 16
+        await self.feed(self._content)
+        self.end_input()
+
+    async def feed(self, content: bytes) -> None:
+        """Write a part of the command's standard input; stop early if the command ends."""
+        step = 1 << 16
         for start in range(0, len(content), step):
             await self._until_writable()
             if self.ended.done() or self.channel.is_closing():
                 return
             self.channel.write(content[start : start + step])
+
+    def end_input(self) -> None:
+        """End the command's standard input."""
         if not self.ended.done() and not self.channel.is_closing():
             self.channel.write_eof()
 
@@ -126,8 +134,13 @@ class Execution:
 
 async def _kill(link: Link, mark: str) -> bool:
     """Kill the processes with this mark; return whether the guest answered."""
-    killing = await run_apart(link, lambda: killer(mark), lambda _: None)
-    return killing.exit_code is not None
+    return await send_signal(link, mark, "KILL")
+
+
+async def send_signal(link: Link, mark: str, name: str) -> bool:
+    """Send a signal to the processes with this mark; return whether the guest answered."""
+    sending = await run_apart(link, lambda: signaller(mark, name), lambda _: None)
+    return sending.exit_code is not None
 
 
 async def run_apart(
@@ -141,22 +154,25 @@ async def run_apart(
     """
 
     async def opener(connection: SSHClientConnection) -> Execution:
-        return await _open(command(), lambda _, data: receive(data), connection)
+        return await open_session(command(), lambda _, data: receive(data), connection)
 
     async with link.apart(opener) as execution:
         await asyncio.wait([execution.ended])
         return execution
 
 
-async def _open(
+async def open_session(
     command: str,
     receive: Callable[[Stream, bytes], None],
     connection: SSHClientConnection,
     content: bytes = b"",
+    terminal: Mapping[str, Any] | None = None,
 ) -> Execution:
+    """Start a command. `terminal` has asyncssh's arguments for a terminal."""
     execution = Execution(receive, content)
     line: Any = command.encode(errors="surrogateescape")  # as os.fsdecode() made it from bytes
-    await connection.create_session(lambda: cast(Any, execution), line, encoding=None)
+    options = terminal or {}
+    await connection.create_session(lambda: cast(Any, execution), line, encoding=None, **options)
     return execution
 
 
@@ -198,7 +214,7 @@ class SSHTransport(NamedTuple):
         async def kill(execution: Execution) -> None:
             await execution.kill(link, mark)
 
-        opener = partial(_open, line, receive, content=first + command.content)
+        opener = partial(open_session, line, receive, content=first + command.content)
         execution = await link.open(opener, kill, on_turn)
         try:
             yield execution

@@ -9,33 +9,50 @@ from collections.abc import Mapping
 from smolvm_async.controls.commands.script import MARK, SOURCE, exports
 
 
-def script(command: str, shell: str, env: Mapping[str, str], mark: str) -> tuple[str, bytes]:
+def script(
+    command: str, shell: str, env: Mapping[str, str], mark: str, *, terminal: bool = False
+) -> tuple[str, bytes]:
     """Return the script for the SSH server, and the bytes to send first on its standard input.
 
-    Every process of the command has `mark` in its environment, so that `killer()` finds them all.
+    Every process of the command has `mark` in its environment, so that `signaller()` finds them
+    all.
 
     The values of `env` are only on the input, since every user of the guest can read a command
     line. The shell's `read` reads single bytes, so it leaves the rest of the input to the command.
+    A `terminal`, which must not echo yet, would interpret control characters and cut long lines: it
+    gets short lines of printable characters.
     """
     if shell == "login":
         command = f'exec "$SHELL" -lc {shlex.quote(command)}'
     source = f"export {MARK}={mark}\n{SOURCE}"
+    echo = "stty echo\n" if terminal else ""
     if not env:
-        return f"{source}{command}", b""
+        return f"{source}{echo}{command}", b""
     end = secrets.token_hex(16)
+    content = exports(env).encode(errors="surrogateescape")
+    line_end, evaluate = "\n", 'eval "$smolvm_env"'
+    if terminal:
+        content = _in_octal(content)
+        line_end, evaluate = "", f"""eval "$(printf '%b' "$smolvm_env")"\n{echo}"""
     reader = (
         "smolvm_env=\n"
         f'while IFS= read -r smolvm_line && [ "$smolvm_line" != {end} ]; do\n'
-        'smolvm_env="$smolvm_env$smolvm_line\n"\n'
+        f'smolvm_env="$smolvm_env$smolvm_line{line_end}"\n'
         "done\n"
-        'eval "$smolvm_env"\n'
+        f"{evaluate}\n"
         "unset smolvm_env smolvm_line\n"
     )
-    return f"{source}{reader}{command}", f"{exports(env)}{end}\n".encode(errors="surrogateescape")
+    return f"{source}{reader}{command}", content + f"{end}\n".encode()
 
 
-def killer(mark: str) -> str:
-    """Return a script that kills every process of a `script()`.
+def _in_octal(content: bytes) -> bytes:
+    """Return short lines, of which `printf %b` makes the content."""
+    lines = (content[start : start + 100] for start in range(0, len(content), 100))
+    return b"".join(b"".join(b"\\0%03o" % byte for byte in line) + b"\n" for line in lines)
+
+
+def signaller(mark: str, name: str) -> str:
+    """Return a script that sends a signal, such as `KILL`, to every process of a `script()`.
 
     SSH can send signals, but OpenSSH refuses to do so for root, and the signal would not reach a
     process that has left the command's process group. The first shell has the mark only on its
@@ -44,8 +61,9 @@ def killer(mark: str) -> str:
     pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # the brackets keep grep from finding itself
     places = "/proc/[0-9]*/environ /proc/[0-9]*/cmdline"
     find = f"grep -ls '{pattern}' {places} | cut -d/ -f3"
-    own = f"for again in 1 2; do kill -KILL $({find}) 2>/dev/null; done"
-    return f"{own}\n{_AS_ROOT} sudo -n sh -c {shlex.quote(_tree_killer(find))}"
+    times = "1 2" if name == "KILL" else "1"  # a process may have made another one meanwhile
+    own = f"for again in {times}; do kill -{name} $({find}) 2>/dev/null; done"
+    return f"{own}\n{_AS_ROOT} sudo -n sh -c {shlex.quote(_tree_signaller(find, name))}"
 
 
 def as_root(posix_script: str) -> str:
@@ -60,8 +78,8 @@ def as_root(posix_script: str) -> str:
 _AS_ROOT = '[ "$(id -u)" = 0 ] || ! grep -qsx sudo /proc/[0-9]*/comm ||'
 
 
-def _tree_killer(find: str) -> str:
-    """Return a script that also kills all descendants: sudo removed the mark from them."""
+def _tree_signaller(find: str, name: str) -> str:
+    """Return a script that reaches also all descendants: sudo removed the mark from them."""
     parents = "^PPid:.($(echo $next | tr ' ' '|'))\\$"
     return (
         f"all=; next=$({find})\n"
@@ -69,5 +87,5 @@ def _tree_killer(find: str) -> str:
         'all="$all $next"\n'
         f'next=$(grep -lsE "{parents}" /proc/[0-9]*/status | cut -d/ -f3)\n'
         "done\n"
-        "kill -KILL $all 2>/dev/null"
+        f"kill -{name} $all 2>/dev/null"
     )

@@ -1,0 +1,327 @@
+"""Processes and terminals in a guest, which the caller talks to while they run.
+
+Both streams of a process share one SSH session. While a stream has too much unread output, the
+session pauses and the guest waits, so a caller who wants one stream only should join both in the
+guest (`2>&1`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shlex
+import signal as signals
+from collections.abc import Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from smolvm_async.config.checks import check_boolean, check_env, check_integer, encoded, shown
+from smolvm_async.controls.commands.script import check_command
+from smolvm_async.controls.commands.transport import ShellKind, Stream
+from smolvm_async.controls.ssh.execution import Execution, open_session, send_signal
+from smolvm_async.controls.ssh.link import Link, OverSSH
+from smolvm_async.controls.ssh.script import script
+from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.fork import this_process
+
+UNREAD = 1 << 20  # bytes; asyncio pauses at twice as many, and refuses longer lines
+LOGIN_SHELL = 'exec "${SHELL:-/bin/sh}" -l'
+_APART = "exec </dev/null >/dev/null 2>&1\n"  # so that the end of the session disturbs nothing
+PTY_ECHO = 53  # RFC 4254, section 8
+
+
+class _Side(asyncio.ReadTransport):
+    """The transport of a stream: asyncio pauses and resumes it."""
+
+    def __init__(self, output: _Output, stream: Stream) -> None:
+        super().__init__()
+        self._output, self._stream = output, stream
+
+    def pause_reading(self) -> None:
+        self._output.full.add(self._stream)
+        self._output.throttle()
+
+    def resume_reading(self) -> None:
+        self._output.full.discard(self._stream)
+        self._output.throttle()
+
+
+class _Output:
+    """The unread output of a process. The guest waits while one stream is `full`."""
+
+    def __init__(self) -> None:
+        self.full: set[Stream] = set()
+        self._paused = False
+        self._execution: Execution | None = None
+        self.stdout, self.stderr = (asyncio.StreamReader(UNREAD) for _ in range(2))
+        self.stdout.set_transport(_Side(self, "stdout"))
+        self.stderr.set_transport(_Side(self, "stderr"))
+
+    def receive(self, stream: Stream, data: bytes) -> None:
+        (self.stdout if stream == "stdout" else self.stderr).feed_data(data)
+
+    def follow(self, execution: Execution) -> None:
+        """Throttle this execution, whose first output may have come already."""
+        self._execution = execution
+        self.throttle()
+
+    def throttle(self) -> None:
+        if self._execution is None or self._execution.ended.done():
+            return
+        if bool(self.full) != self._paused:
+            self._paused = bool(self.full)
+            channel = self._execution.channel
+            (channel.pause_reading if self._paused else channel.resume_reading)()
+
+    def end(self, error: Exception | None) -> None:
+        for reader in (self.stdout, self.stderr):
+            if error is None:
+                reader.feed_eof()
+            else:
+                reader.set_exception(error)
+
+
+class GuestProcess:
+    """A running process in the guest. Leaving its `async with` block kills the process.
+
+    Attributes:
+        command: The command as it was passed.
+        stdout: The output, as an `asyncio.StreamReader` of bytes: `async for line in stdout`,
+            `read()`, `readline()`. More than 2 MiB of unread output make the process wait, also
+            with its other stream. If the connection is lost, reading raises `ConnectionLostError`.
+        stderr: The error output, in the same form.
+    """
+
+    def __init__(self, command: str, link: Link, mark: str, *, detached: bool = False) -> None:
+        self.command = command
+        self._output = _Output()
+        self.stdout, self.stderr = self._output.stdout, self._output.stderr
+        self._link = link
+        self._mark = mark
+        self._detached = detached
+        self._maker = this_process()
+        self._execution: Execution
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code as in `subprocess`, negative for a signal; `None` while it runs."""
+        return self._execution.exit_code
+
+    async def start(
+        self, line: str, first: bytes, terminal: Mapping[str, Any] | None = None
+    ) -> None:
+        """Start the process, and write its `first` input."""
+        opener = partial(open_session, line, self._output.receive, terminal=terminal)
+        self._execution = await self._link.open(opener, self._kill)
+        self._execution.ended.add_done_callback(self._end)
+        self._output.follow(self._execution)
+        try:
+            await self._execution.feed(first)
+        except BaseException:
+            await self._close()
+            raise
+
+    async def _kill(self, execution: Execution) -> None:
+        await execution.kill(self._link, self._mark)
+
+    def _end(self, _: object) -> None:
+        self._link.release()
+        lost = self.exit_code is None and not self._detached
+        self._output.end(self._link.lost() if lost else None)
+
+    async def write(self, data: str | bytes) -> None:
+        """Write to the standard input, and wait while the process does not read.
+
+        Data for a process that has ended is dropped.
+        """
+        self._check()
+        if not isinstance(data, str | bytes | bytearray | memoryview):
+            raise ConfigError(f"data={shown(data)} is wrong: pass bytes or str.")
+        await self._execution.feed(data.encode() if isinstance(data, str) else bytes(data))
+
+    def close_input(self) -> None:
+        """End the standard input: the process reads an end of file."""
+        self._check()
+        self._execution.end_input()
+
+    async def wait(self) -> int:
+        """Wait for the end of the process, and return its exit code.
+
+        Read the output meanwhile if there may be more than 2 MiB.
+
+        Raises:
+            ConnectionLostError: The guest or its SSH server was reset or has ended.
+        """
+        self._check()
+        await asyncio.wait([self._execution.ended])
+        if self.exit_code is None:
+            raise self._link.lost()
+        return self.exit_code
+
+    async def send_signal(self, number: int) -> None:
+        """Send a signal to the process and to all processes that it has started.
+
+        Raises:
+            ConnectionLostError: The guest does not answer.
+        """
+        self._check()
+        try:
+            name = signals.Signals(number).name.removeprefix("SIG")
+        except ValueError:
+            raise ConfigError(
+                f"number={shown(number)} is wrong: pass a signal, such as signal.SIGHUP."
+            ) from None
+        if self._detached or not self._execution.ended.done():
+            await send_signal(self._link, self._mark, name)
+
+    async def terminate(self) -> None:
+        """Send SIGTERM; see `send_signal()`."""
+        await self.send_signal(signals.SIGTERM)
+
+    async def kill(self) -> None:
+        """Send SIGKILL; see `send_signal()`."""
+        await self.send_signal(signals.SIGKILL)
+
+    def _check(self) -> None:
+        self._maker.check(shown(self.command), "Attach to the VM with from_id().")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._maker.is_this or self._execution.ended.done():
+            return
+        if self._detached:
+            self._execution.channel.close()
+        else:
+            await self._close()
+
+    async def _close(self) -> None:
+        """Kill the process."""
+        self._execution.ended.remove_done_callback(self._end)  # end() releases the session, too
+        self._execution.ended.add_done_callback(lambda _: self._output.end(None))
+        await self._link.end(self._kill(self._execution))
+
+
+class Terminal(GuestProcess):
+    """A process in the guest with a terminal of its own; all output is in `stdout`."""
+
+    async def resize(self, columns: int, rows: int) -> None:
+        """Change the size of the terminal; the process gets SIGWINCH."""
+        self._check()
+        _check_size(columns, rows)
+        if not self._execution.ended.done():
+            self._execution.channel.change_terminal_size(columns, rows)
+
+
+class Processes(OverSSH):
+    """`AsyncSmolVM`'s processes and terminals."""
+
+    async def spawn(
+        self,
+        command: str,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        shell: ShellKind = "raw",
+        detached: bool = False,
+    ) -> GuestProcess:
+        r"""Start a process in the guest, and return while the process runs.
+
+        ::
+
+            async with await vm.spawn("sort") as process:
+                await process.write("b\na\n")
+                process.close_input()
+                async for line in process.stdout:
+                    print(line)
+            print(process.exit_code)
+
+        Leaving the block kills the process with all processes that it has started.
+
+        Args:
+            command, env, shell: See `run()`.
+            cwd: The directory to start in; by default the user's home. If the directory does not
+                exist, the exit code is 126.
+            detached: Whether the process goes on after its block, and after the end of this
+                program, until it ends or the VM ends. It has no input and no output.
+
+        Raises:
+            ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
+        """
+        self._require("spawn")
+        check_boolean("detached", detached)
+        check_command(command, shell)
+        whole = _in_directory(_APART + command if detached else command, cwd)
+        mark = secrets.token_hex(8)
+        line, first = script(whole, shell, check_env(env), mark)
+        link = await self._reach()
+        process = GuestProcess(command, link, mark, detached=detached)
+        await process.start(line, first)
+        return process
+
+    async def open_terminal(
+        self,
+        columns: int = 80,
+        rows: int = 24,
+        *,
+        command: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        term: str = "xterm-256color",
+    ) -> Terminal:
+        r"""Start a process that has a terminal, by default a login shell of the user.
+
+        ::
+
+            async with await vm.open_terminal(120, 40) as terminal:
+                await terminal.write("top\n")
+                print(await terminal.stdout.read(4096))
+
+        Leaving the block kills the process with all processes that it has started.
+
+        Args:
+            columns, rows: The size of the terminal, in characters.
+            command: The command to run instead of the login shell.
+            env, cwd: See `spawn()`.
+            term: The kind of the terminal, for the variable `TERM`.
+
+        Raises:
+            ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
+        """
+        self._require("open_terminal")
+        _check_size(columns, rows)
+        if not isinstance(term, str) or not term.isascii() or not term.isprintable() or not term:
+            raise ConfigError(f"term={shown(term)} is wrong: pass a name, such as 'xterm'.")
+        if command is None:
+            command = LOGIN_SHELL
+        check_command(command, "raw")
+        mark = secrets.token_hex(8)
+        line, first = script(
+            _in_directory(command, cwd), "raw", check_env(env), mark, terminal=True
+        )
+        process = Terminal(command, await self._reach(), mark)
+        modes = {PTY_ECHO: 0}  # until the script has read its variables
+        size = {"term_type": term, "term_size": (columns, rows), "term_modes": modes}
+        await process.start(line, first, size)
+        return process
+
+
+def _in_directory(command: str, cwd: str | None) -> str:
+    """Return a command that first changes to a directory."""
+    if cwd is None:
+        return command
+    if not isinstance(cwd, str) or not cwd or "\0" in cwd or encoded(cwd) is None:
+        raise ConfigError(f"cwd={shown(cwd)} is wrong: pass a directory of the guest as str.")
+    return f"cd {shlex.quote(cwd)} || exit 126\n{command}"
+
+
+def _check_size(columns: int, rows: int) -> None:
+    check_integer("columns", columns, 1, 10_000, "characters, from 1 to 10000")
+    check_integer("rows", rows, 1, 10_000, "characters, from 1 to 10000")
