@@ -19,6 +19,7 @@ from smolvm_async.cli.events import events
 from smolvm_async.cli.image import image
 from smolvm_async.cli.internet import network
 from smolvm_async.cli.logs import logs
+from smolvm_async.cli.mcp import mcp
 from smolvm_async.cli.output import complain, err, in_options, say, write_nowhere
 from smolvm_async.cli.run import run
 from smolvm_async.cli.snapshot import fork, snapshot
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command("list")(list_vms)
-for command in (stop, delete, prune, logs, events, network, screenshot, vnc, fork, doctor):
+for command in (stop, delete, prune, logs, events, network, screenshot, vnc, fork, mcp, doctor):
     app.command()(command)
 app.add_typer(snapshot, name="snapshot")
 app.add_typer(image, name="image")

@@ -1,0 +1,77 @@
+"""`mcp`: serve sandboxes to an agent over the Model Context Protocol."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from smolvm_async.cli.command import DataDir, execute
+from smolvm_async.cli.internet import (
+    AllowCIDR,
+    AllowDomain,
+    AllowHostPort,
+    Internet,
+    settings_given,
+)
+from smolvm_async.config.checks import AccelName
+
+
+def mcp(
+    max_sandboxes: Annotated[int, typer.Option(min=1, help="Sandboxes at the same time.")] = 8,
+    max_memory: Annotated[
+        int, typer.Option(metavar="MIB", min=1, help="Memory of all sandboxes together.")
+    ] = 8192,
+    max_snapshots: Annotated[int, typer.Option(min=0, help="Snapshots at the same time.")] = 8,
+    lifetime: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="A sandbox is deleted after this time.")
+    ] = 3600.0,
+    command_time: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="The longest timeout of a command.")
+    ] = 600.0,
+    linux_image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="A Linux image, not the built-in Debian.")
+    ] = None,
+    windows_image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Offer Windows sandboxes from this image.")
+    ] = None,
+    snapshot: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Offer a snapshot of yours; may be given several times."),
+    ] = None,
+    accel: Annotated[AccelName, typer.Option(help="The accelerator of QEMU.")] = "auto",
+    internet: Internet = None,
+    allow_domain: AllowDomain = None,
+    allow_cidr: AllowCIDR = None,
+    allow_host_port: AllowHostPort = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Serve sandboxes to an agent, over the Model Context Protocol on stdin and stdout.
+
+    An MCP client starts this command. All sandboxes end with the client's session. Without a
+    network option, sandboxes have no network.
+
+    For example, in a client's settings: {"command": "smolvm-async", "args": ["mcp"]}
+    """
+    from smolvm_async.agents.sandboxes import SessionLimits
+    from smolvm_async.agents.server import serve
+
+    settings = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
+    images = {"linux": linux_image, "windows": windows_image}
+    options: dict[str, Any] = {"accel": accel, "data_dir": data_dir}
+    options["internet_settings"] = settings or {"mode": "off"}
+
+    async def work() -> None:
+        limits = SessionLimits(
+            max_sandboxes=max_sandboxes,
+            max_memory=max_memory,
+            max_snapshots=max_snapshots,
+            lifetime=lifetime,
+            command_time=command_time,
+            images={guest: image for guest, image in images.items() if image is not None},
+            snapshots=tuple(snapshot or ()),
+            options=options,  # type: ignore[arg-type]  # typer has checked them
+        )
+        await serve(limits)
+
+    execute(work(), json=False)
