@@ -76,7 +76,7 @@ async def serve(limits: SessionLimits) -> None:
             logger.error("the session has failed", exc_info=failure)
 
 
-def make_handlers(tools: Tools) -> dict[str, Callable[..., Awaitable[Any]]]:
+def make_handlers(tools: Tools) -> dict[str, Any]:
     """Return the SDK's handlers of requests for the tools."""
     from mcp.server.mcpserver import Image, MCPServer
     from mcp.server.mcpserver.exceptions import ToolError
