@@ -116,11 +116,17 @@ class Sandboxes:
 
     async def __aexit__(self, *error: object) -> None:
         await end_tasks(*self._timers)
+        await self.delete_all()
+
+    async def delete_all(self) -> None:
+        """Delete all sandboxes and snapshots of the session, except those that are being made."""
         await settle(self._delete_all())
 
     async def _delete_all(self) -> None:
         deletions = [sandbox.vm.delete() for sandbox in self._live.values()]
         deletions += [self._forget(name) for name in self._snapshots]
+        self._live.clear()
+        self._snapshots.clear()
         for result in await asyncio.gather(*deletions, return_exceptions=True):
             if isinstance(result, BaseException):
                 logger.warning("a sandbox or a snapshot could not be deleted: %s", result)

@@ -67,11 +67,15 @@ async def serve(limits: SessionLimits) -> None:
 
         # A task of its own: the SDK turns a cancellation between two messages into other errors.
         speaking = asyncio.create_task(speak())
+        leaving = asyncio.create_task(lines.ended.wait())
         try:
-            await asyncio.wait([speaking])
+            await asyncio.wait([speaking, leaving], return_when=asyncio.FIRST_COMPLETED)
+            failure = take_exception(speaking) if speaking.done() else None
         finally:
-            await end_tasks(speaking)
-        failure = take_exception(speaking)
+            speaking.cancel()
+            # First of all: a call ends at once if its VM is gone, and clients wait for 2 seconds.
+            await sandboxes.delete_all()
+            await end_tasks(speaking, leaving)
         if failure is not None:
             logger.error("the session has failed", exc_info=failure)
 
@@ -136,9 +140,14 @@ def explained(tool: str, error: Exception) -> str:
 
 
 class Lines:
-    """The client's messages: an async iterator of the lines of stdin."""
+    """The client's messages: an async iterator of the lines of stdin.
+
+    Attributes:
+        ended: Set once the client has disconnected.
+    """
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
+        self.ended = asyncio.Event()
         self._reader = reader
 
     def __aiter__(self) -> Lines:
@@ -151,6 +160,7 @@ class Lines:
             logger.error("the client sent a message of more than %d bytes", MAX_LINE)
             line = b""
         if not line:
+            self.ended.set()
             raise StopAsyncIteration
         return line.decode(errors="replace")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import shlex
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
@@ -118,12 +119,8 @@ class Tools:
         Every command has a shell of its own: `cd` does not outlast it. Of a long output you get the
         beginning and the end; read_output shows the rest.
         """
-        found, most = self._sandboxes.find(sandbox), self._sandboxes.limits.command_time
-        if timeout > most:
-            raise ConfigError(
-                f"timeout={timeout:g} is too long: pass at most {most:g} s, or start the command "
-                "in the background, with nohup and &."
-            )
+        found = self._sandboxes.find(sandbox)
+        self._check_time(timeout, "start the command in the background, with nohup and &")
         output = found.output = Output()
         ended = f"killed after {timeout:g} s"
         try:
@@ -135,6 +132,13 @@ class Tools:
             pass  # the output until then is worth more to a model than an error
         more = f"read_output({sandbox!r}, offset={PAGE // 2}) shows them"
         return [f"{ended}\n{output.summary(more)}"]
+
+    def _check_time(self, timeout: float, instead: str) -> None:
+        most = self._sandboxes.limits.command_time
+        if not 0 <= timeout <= most:
+            raise ConfigError(
+                f"timeout={timeout:g} is wrong: pass 0 to {most:g} seconds, or {instead}."
+            )
 
     async def read_output(
         self, sandbox: Id, offset: Annotated[int, Field(ge=0, description="Characters.")] = 0
@@ -151,18 +155,21 @@ class Tools:
     ) -> Content:
         """Read a file of a Linux sandbox, a page at a time."""
         vm, file = self._sandboxes.find(sandbox).vm, shlex.quote(path)
-        page = f"tail -c +{offset + 1} -- {file} | head -c {PAGE}"
+        page = f"tail -c +{offset + 1} -- {file} | head -c {PAGE + 1}"
         done = await vm.run(f"stat -Lc %s -- {file} && test ! -d {file} && {page}", text=False)
         size, _, data = done.stdout.partition(b"\n")
         if not done.ok:
             reason = done.stderr.decode(errors="replace").strip() or "it is a directory"
             raise FileTransferError(f"{path} cannot be read: {reason}.")
-        binary = encoding == "base64"
-        text = base64.b64encode(data).decode() if binary else data.decode(errors="replace")
-        end = offset + len(data)
-        if end >= int(size):
+        more, data = len(data) > PAGE, data[:PAGE]
+        if encoding == "base64":
+            text, end = base64.b64encode(data).decode(), offset + len(data)
+        else:  # a character may go on in the next page
+            text, used = codecs.utf_8_decode(data, "replace", not more)
+            end = offset + used
+        if not more:
             return [text]
-        return [text, f"[bytes {offset} to {end} of {int(size)}: pass offset={end} for more]"]
+        return [text, f"[bytes {offset} to {end} of {size.decode()}: pass offset={end} for more]"]
 
     async def write_file(
         self, sandbox: Id, path: Path, content: str, encoding: Encoding = "utf-8"
@@ -211,6 +218,7 @@ class Tools:
     ) -> Content:
         """Wait until the screen has changed or is stable, and return a picture of it."""
         found = self._sandboxes.find(sandbox)
+        self._check_time(timeout, "wait again")
         since: bool | Screenshot = (found.seen or True) if changed else False
         try:
             picture = await found.vm.wait_for_screen(changed=since, stable=stable, timeout=timeout)
