@@ -6,10 +6,12 @@ pictures; errors are `SmolVMError`s, whose message is for the model.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import codecs
 import shlex
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,8 +20,8 @@ from pydantic import Field
 from smolvm_async.agents.output import PAGE, Output
 from smolvm_async.agents.sandboxes import Sandbox, Sandboxes
 from smolvm_async.controls.desktop.picture import Screenshot
+from smolvm_async.controls.ssh.processes import GuestProcess
 from smolvm_async.errors import (
-    CommandTimeoutError,
     ConfigError,
     FileTransferError,
     VMTimeoutError,
@@ -33,6 +35,18 @@ Encoding = Annotated[
 ]
 Path = Annotated[str, Field(description="An absolute path in the sandbox.")]
 WAIT = 30.0  # seconds, for the screen or a command
+
+
+async def _feed(process: GuestProcess, stdin: str) -> None:
+    await process.write(stdin)
+    process.close_input()
+
+
+async def _collect(process: GuestProcess, output: Output) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    while data := await process.stdout.read(1 << 16):
+        output.add(decoder.decode(data))
+    output.add(decoder.decode(b"", final=True))
 
 
 class Tools:
@@ -113,23 +127,27 @@ class Tools:
         command: Annotated[str, Field(description="For the shell, sh.")],
         timeout: Annotated[float, Field(description="Seconds until it is killed.")] = WAIT,
         stdin: Annotated[str, Field(description="The command's input.")] = "",
+        cwd: Annotated[str | None, Field(description="The directory; else the home.")] = None,
     ) -> Content:
         """Run a command in a Linux sandbox; return its exit code and output.
 
         Every command has a shell of its own: `cd` does not outlast it. Of a long output you get the
-        beginning and the end; read_output shows the rest.
+        beginning and the end; read_output shows the rest. For a program that goes on in the
+        background, redirect its output: nohup ... > log 2>&1 &
         """
         found = self._sandboxes.find(sandbox)
-        self._check_time(timeout, "start the command in the background, with nohup and &")
+        self._check_time(timeout, "start it in the background: nohup ... > log 2>&1 &")
         output = found.output = Output()
         ended = f"killed after {timeout:g} s"
-        try:
-            async with found.vm.run_stream(command, timeout=timeout, input=stdin) as lines:
-                async for line in lines:
-                    output.add(f"{line.text}\n")
-            ended = f"exit code {lines.exit_code}"
-        except CommandTimeoutError:
-            pass  # the output until then is worth more to a model than an error
+        there = f"cd -- {shlex.quote(cwd)} || exit\n" if cwd else ""
+        # The guest joins both streams, so that their order is kept.
+        async with await found.vm.spawn(f"exec 2>&1\n{there}{command}") as process:
+            with suppress(TimeoutError):  # the output until then is worth more than an error
+                async with asyncio.timeout(timeout):
+                    async with asyncio.TaskGroup() as both:
+                        both.create_task(_feed(process, stdin))
+                        both.create_task(_collect(process, output))
+                    ended = f"exit code {await process.wait()}"
         more = f"read_output({sandbox!r}, offset={PAGE // 2}) shows them"
         return [f"{ended}\n{output.summary(more)}"]
 

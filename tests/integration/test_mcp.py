@@ -90,6 +90,10 @@ async def test_an_agent_writes_a_program_runs_it_and_forks_the_sandbox(data_dir:
             await ask(client, "read_file", sandbox=clone, path=program["path"])
         late = await ask(client, "run_command", sandbox=clone, command="echo a; sleep 9", timeout=1)
         assert late == "killed after 1 s\na\n"
+        there = {"command": "pwd >&2; head -c 3", "cwd": "/tmp", "stdin": "é" * 1_000_000}
+        assert (
+            await ask(client, "run_command", sandbox=clone, **there) == "exit code 0\n/tmp\né\ufffd"
+        )
         reach = "import socket; socket.create_connection(('1.1.1.1', 80), 5)"
         said = await ask(client, "run_command", sandbox=clone, command=f'python3 -c "{reach}"')
         assert said.startswith("exit code 1\n"), "the network is off"
