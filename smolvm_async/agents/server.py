@@ -172,11 +172,12 @@ class Writer:
         self._writer = writer
 
     async def write(self, text: str) -> None:
-        """Send a text."""
-        self._writer.write(text.encode())
+        """Send a text, unless the client has closed stdout: then stdin ends the session, too."""
+        if not self._writer.is_closing():
+            self._writer.write(text.encode())
 
     async def flush(self) -> None:
-        """Wait until the client takes more; if the client is gone, stdin ends the session."""
+        """Wait until the client takes more."""
         with suppress(ConnectionError):
             await self._writer.drain()
 
