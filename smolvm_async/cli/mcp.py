@@ -7,14 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from smolvm_async.cli.command import DataDir, execute
-from smolvm_async.cli.internet import (
-    AllowCIDR,
-    AllowDomain,
-    AllowHostPort,
-    Internet,
-    settings_given,
-)
+from smolvm_async.cli.internet import AllowCIDR, AllowDomain, AllowHostPort, settings_given
 from smolvm_async.config.checks import AccelName
+from smolvm_async.config.internet import Mode
+
+Internet = Annotated[
+    Mode | None,
+    typer.Option(
+        "--internet",
+        help="The network policy of all sandboxes: the internet and the local network, but not "
+        "this host; only what is allowed; or nothing.",
+        show_default="off; restricted with an --allow option",
+    ),
+]
 
 
 def mcp(
@@ -57,9 +62,11 @@ def mcp(
     from smolvm_async.agents.server import serve
 
     settings = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
+    # Never `open` by default: elsewhere, an allowed port of the host alone leaves the network open.
+    settings = {"mode": "restricted", **settings} if settings else {"mode": "off"}
     images = {"linux": linux_image, "windows": windows_image}
     options: dict[str, Any] = {"accel": accel, "data_dir": data_dir}
-    options["internet_settings"] = settings or {"mode": "off"}
+    options["internet_settings"] = settings
 
     async def work() -> None:
         limits = SessionLimits(

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from smolvm_async import ConfigError, HostError, SnapshotNotFoundError, VMNotFoundError
+from smolvm_async.agents import server
 from smolvm_async.agents.output import KEPT, PAGE, Output
 from smolvm_async.agents.sandboxes import Sandboxes, SessionLimits
-from smolvm_async.agents.server import serve
 from smolvm_async.cli.app import app
 
 
@@ -76,11 +76,36 @@ def test_a_session_has_no_network_unless_the_user_says_so() -> None:
     assert SessionLimits().clone_options()["internet_settings"] == {"mode": "off"}
 
 
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ([], {"mode": "off"}),
+        (["--internet", "open"], {"mode": "open"}),
+        (["--allow-host-port", "80"], {"mode": "restricted", "allowed_host_ports": [80]}),
+        (["--allow-cidr", "1.2.3.4"], {"mode": "restricted", "allowed_cidrs": ["1.2.3.4"]}),
+    ],
+)
+def test_the_server_opens_only_what_its_options_name(
+    options: list[str], settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = []
+
+    async def note(limits: SessionLimits) -> None:
+        served.append(limits)
+
+    monkeypatch.setattr(server, "serve", note)
+    assert CliRunner().invoke(app, ["mcp", "--lifetime", "60", *options]).exit_code == 0
+    (limits,) = served
+    assert limits.options["internet_settings"] == settings
+    assert limits.clone_options()["internet_settings"] == settings
+    assert limits.lifetime == 60
+
+
 def test_without_the_sdk_the_server_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "mcp"] + ["mcp"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(HostError, match=r"pip install 'smolvm-async\[mcp\]'"):
-        asyncio.run(serve(SessionLimits()))
+        asyncio.run(server.serve(SessionLimits()))
     result = CliRunner().invoke(app, ["mcp"])
     assert result.exit_code == 3
 
