@@ -13,17 +13,20 @@ import typer
 from rich.logging import RichHandler
 
 from smolvm_async.cli.command import FAILED
+from smolvm_async.cli.copy import cp
 from smolvm_async.cli.desktop import screenshot, vnc
 from smolvm_async.cli.doctor import doctor
 from smolvm_async.cli.events import events
+from smolvm_async.cli.exec import COMMAND, exec_command, shell
 from smolvm_async.cli.image import image
 from smolvm_async.cli.internet import network
 from smolvm_async.cli.logs import logs
 from smolvm_async.cli.mcp import mcp
 from smolvm_async.cli.output import complain, err, in_options, say, write_nowhere
+from smolvm_async.cli.ports import forward, ssh_config
 from smolvm_async.cli.run import run
 from smolvm_async.cli.snapshot import fork, snapshot
-from smolvm_async.cli.vms import delete, list_vms, prune, stop
+from smolvm_async.cli.vms import delete, list_vms, pause, prune, resume, stop
 from smolvm_async.foundation.log import get_logger
 
 NAME = "smolvm-async"
@@ -45,7 +48,12 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command("list")(list_vms)
-for command in (stop, delete, prune, logs, events, network, screenshot, vnc, fork, mcp, doctor):
+app.command("exec", context_settings=COMMAND)(exec_command)
+app.command("ssh-config")(ssh_config)
+for command in (
+    *(shell, cp, forward, stop, pause, resume, delete, prune),
+    *(logs, events, network, screenshot, vnc, fork, mcp, doctor),
+):
     app.command()(command)
 app.add_typer(snapshot, name="snapshot")
 app.add_typer(image, name="image")

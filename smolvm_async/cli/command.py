@@ -127,10 +127,9 @@ def no_such_vm(vm_id: str) -> VMNotFoundError:
 class Interrupts:
     """The signals that cancel a command: SIGINT, SIGTERM and SIGHUP.
 
-    With `spare_first`, the first signal only sets `first`, and SIGHUP never cancels the command,
-    since a closing terminal may send several SIGHUPs.
-
     Attributes:
+        spare_first: Whether the first signal only sets `first`, and SIGHUP never cancels the
+            command, since a closing terminal may send several SIGHUPs.
         first: Set by the first signal.
         number: The latest signal.
     """
@@ -138,7 +137,7 @@ class Interrupts:
     def __init__(self, *, spare_first: bool = False) -> None:
         self.first = asyncio.Event()
         self.number = signal.SIGINT
-        self._spare_first = spare_first
+        self.spare_first = spare_first
 
     async def during(self, command: Coroutine[Any, Any, T]) -> T:
         """Run the command; let the signals cancel it."""
@@ -152,7 +151,7 @@ class Interrupts:
 
     def _on_signal(self, number: signal.Signals, task: asyncio.Task[Any]) -> None:
         self.number = number
-        if not self._spare_first or (self.first.is_set() and number != signal.SIGHUP):
+        if not self.spare_first or (self.first.is_set() and number != signal.SIGHUP):
             task.cancel()
         self.first.set()
 
@@ -162,10 +161,14 @@ def execute(
     *,
     json: bool,
     interrupts: Interrupts | None = None,
+    failed: int | None = None,
 ) -> T:
     """Run a command; turn an error into a message and an exit code.
 
     Pass a function that returns the command if making the command can fail.
+
+    Args:
+        failed: The exit code of every error, instead of the codes in `CODES`.
     """
     interrupts = interrupts or Interrupts()
     try:
@@ -177,6 +180,7 @@ def execute(
         raise typer.Exit(FAILED) from None  # the reader of stdout is gone
     except (SmolVMError, OSError) as error:
         code = next((CODES[kind] for kind in CODES if isinstance(error, kind)), FAILED)
+        code = code if failed is None else failed
         data = error.to_json() if isinstance(error, SmolVMError) else {}
         fail(type(error).__name__, in_options(str(error)), code, json=json, data=data)
 

@@ -1,41 +1,55 @@
-"""`events`: what happens to a VM, as it happens."""
+"""`events`: what happens to a VM of any process."""
 
 from __future__ import annotations
 
-import json as json_module
+from dataclasses import asdict
 from datetime import datetime
+from typing import Annotated
 
-from smolvm_async import Event, NetworkDenied, Trouble, VMNotRunningError
-from smolvm_async.cli.command import DataDir, Json, VMId, execute, find_vm
+import typer
+
+from smolvm_async import BootState, Event, NetworkDenied, Trouble
+from smolvm_async.cli.command import DataDir, Json, VMId, execute, running_vm
 from smolvm_async.cli.output import say, write_json
-from smolvm_async.state.status import ACTIVE
 
 
-def events(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> None:
-    """Show the events of a VM of any process as they happen, until the VM ends.
+def events(
+    vm_id: VMId,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show new events, until the VM ends.")
+    ] = False,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Show the boot state of a VM of any process, and the events that follow.
 
-    Among them: boot states, QEMU's events, troubles, and refusals of the network policy.
+    Among them: changes of the boot state, QEMU's events such as RESET and SHUTDOWN, troubles, and
+    refusals of the network policy.
     """
 
-    async def show() -> None:
-        vm = await find_vm(vm_id, data_dir)
-        if vm.status not in ACTIVE:
-            raise VMNotRunningError(f"{vm_id} is {vm.status}, and only a running VM has events.")
-        try:
-            async for event in vm.events():
-                if json:
-                    fields = {"event": event.name, "timestamp": event.timestamp}
-                    write_json({**fields, "vm_id": vm_id, "data": event.data})
-                else:
-                    say(_line(event))
-        finally:
-            await vm.detach()
+    def show(event: Event) -> None:
+        if json:
+            write_json({"vm_id": vm_id, **asdict(event)})
+            return
+        time = datetime.fromtimestamp(event.timestamp).astimezone().isoformat(" ", "seconds")
+        say(f"{time}  {event.name}  {_details(event)}".rstrip())
 
-    execute(show(), json=json)
+    async def work() -> None:
+        async with running_vm(vm_id, data_dir) as vm:
+            stream = vm.events()
+            show(await vm.wait_for(BootState.LAUNCHING))
+            if follow:
+                async for event in stream:
+                    show(event)
+            stream.close()
+
+    execute(work(), json=json)
 
 
-def _line(event: Event) -> str:
-    time = datetime.fromtimestamp(event.timestamp).strftime("%H:%M:%S")
-    text = isinstance(event, NetworkDenied | Trouble)
-    shown = str(event) if text else json_module.dumps(event.data, default=str)
-    return f"{time}  {event.name:<16}  {shown if event.data else ''}".rstrip()
+def _details(event: Event) -> str:
+    """Return what an event says, without what each event has."""
+    if isinstance(event, NetworkDenied | Trouble):
+        return str(event)
+    fields = {**asdict(event), **event.data}
+    common = ("name", "timestamp", "data")
+    return ", ".join(f"{name}={value}" for name, value in fields.items() if name not in common)

@@ -1,8 +1,9 @@
-"""`list`, `stop`, `delete` and `prune`: commands for the VMs of all processes."""
+"""`list`, `stop`, `pause`, `resume`, `delete` and `prune`: commands for VMs of all processes."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from smolvm_async.cli.command import (
     fail,
     find_vm,
     no_such_vm,
+    running_vm,
 )
 from smolvm_async.cli.output import (
     busy,
@@ -71,6 +73,39 @@ def stop(
         write_json(ending_fields(vm_id, report or ShutdownReport(Rung.NONE)))
     else:
         say(describe_ending(vm_id, report) if report else f"{vm_id} is already stopped.")
+
+
+def pause(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> None:
+    """Stop the processors of a VM of any process, until resume.
+
+    Its commands and file transfers wait; keyboard and mouse are refused.
+    """
+    _change(vm_id, data_dir, AsyncSmolVM.pause, "is paused", json=json)
+
+
+def resume(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> None:
+    """Let the processors of a paused VM run again, and set the clock of a Linux guest."""
+    _change(vm_id, data_dir, AsyncSmolVM.resume, "runs", json=json)
+
+
+def _change(
+    vm_id: str,
+    data_dir: str | None,
+    change: Callable[[AsyncSmolVM], Awaitable[None]],
+    done: str,
+    *,
+    json: bool,
+) -> None:
+    async def work() -> Status:
+        async with running_vm(vm_id, data_dir) as vm:
+            await change(vm)
+            return vm.status
+
+    status = execute(work(), json=json)
+    if json:
+        write_json({"vm_id": vm_id, "status": status})
+    else:
+        say(f"{vm_id} {done}.")
 
 
 def delete(
