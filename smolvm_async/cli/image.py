@@ -6,14 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from smolvm_async import CachedImage, ImageStore, push_image
+import smolvm_async
 from smolvm_async.cli.command import FAILED, Json, execute
 from smolvm_async.cli.output import in_units, say, show_table, transfer, write_json
 from smolvm_async.guests import GuestName
+
+if TYPE_CHECKING:
+    from smolvm_async import CachedImage
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -82,7 +85,7 @@ def push(
     be disk.qcow2 (or a single qcow2), vmlinuz or kernel, initrd, boot_args.
     """
     with transfer(f"pushing {directory}", json=json) as show:
-        push = push_image(
+        push = smolvm_async.push_image(
             directory,
             uri,
             name=name,
@@ -105,7 +108,9 @@ def push(
 def pull(uri: Uri, image_dir: ImageDir = None, json: Json = False) -> None:
     """Download a published image, or only its missing files."""
     with transfer(f"pulling {uri}", json=json) as show:
-        pulled = execute(lambda: ImageStore(image_dir).pull(uri, on_progress=show), json=json)
+        pulled = execute(
+            lambda: smolvm_async.ImageStore(image_dir).pull(uri, on_progress=show), json=json
+        )
     if json:
         write_json(asdict(pulled))
     else:
@@ -115,7 +120,7 @@ def pull(uri: Uri, image_dir: ImageDir = None, json: Json = False) -> None:
 @image.command("list")
 def list_images(image_dir: ImageDir = None, json: Json = False) -> None:
     """Show the images on this machine, the most recently used first."""
-    images = execute(lambda: ImageStore(image_dir).list(), json=json)
+    images = execute(lambda: smolvm_async.ImageStore(image_dir).list(), json=json)
     if json:
         write_json([asdict(one) for one in images])
     elif images:
@@ -127,7 +132,9 @@ def list_images(image_dir: ImageDir = None, json: Json = False) -> None:
 @image.command()
 def remove(name_or_uri: Which, image_dir: ImageDir = None, json: Json = False) -> None:
     """Remove an image from this machine, unless a VM needs it."""
-    _tell_gone(execute(lambda: ImageStore(image_dir).remove(name_or_uri), json=json), json)
+    _tell_gone(
+        execute(lambda: smolvm_async.ImageStore(image_dir).remove(name_or_uri), json=json), json
+    )
 
 
 @image.command()
@@ -156,7 +163,7 @@ def prune(
     most = _bytes(max_size)
 
     async def work() -> Sequence[CachedImage]:
-        return await ImageStore(image_dir).prune(max_bytes=most, unused_since=since)
+        return await smolvm_async.ImageStore(image_dir).prune(max_bytes=most, unused_since=since)
 
     _tell_gone(execute(work(), json=json), json)
 
@@ -171,7 +178,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare all files with their digests. Damaged files are removed, unless a VM needs them."""
-    damages = execute(lambda: ImageStore(image_dir).verify(name_or_uri), json=json)
+    damages = execute(lambda: smolvm_async.ImageStore(image_dir).verify(name_or_uri), json=json)
     if json:
         write_json([damage._asdict() for damage in damages])
     for damage in () if json else damages:
