@@ -159,7 +159,7 @@ async def test_the_policy_goes_with_a_kept_vm_to_other_processes_clones_and_late
         await vm.snapshot("one")
 
         place = ("--data-dir", data_dir, "--json")
-        watching = await cli("events", "kept", *place)
+        watching = await cli("events", "kept", "--follow", *place)
         change = await cli("network", "kept", "--internet", "off", *place)
         assert json.loads((await change.communicate())[0])["mode"] == "off"
         assert vm.internet_settings.mode == "off"
