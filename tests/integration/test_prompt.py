@@ -160,12 +160,11 @@ async def test_a_shell_follows_the_window_and_gives_the_terminal_back(
 ) -> None:
     screen.resize(100, 30)
     process = await screen.start(words(vm, "shell", "shared"))
-    screen.type(b"stty size; echo $((6*7)); sleep 1000\n")
-    await screen.shows(b"30 100\r\n42\r\n")
+    script = b"stty size; until stty size | grep '^20 90'; do sleep 0.1; done; exit 3\n"
+    screen.type(script)
+    await screen.shows(b"30 100\r\n")
     screen.resize(90, 20)
-    await asyncio.sleep(0)
-    screen.type(b"\x03stty size; exit 3\n")
-    await screen.shows(b"20 90\r\n")
+    await screen.shows(b"\n20 90\r\n")
     async with asyncio.timeout(PATIENCE):
         assert await process.wait() == 3
     assert termios.tcgetattr(screen.theirs) == screen.settings
