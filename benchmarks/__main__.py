@@ -19,7 +19,17 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import clones, comparable, desktop, fleet, launch, linux, sandboxes, stopping
+from benchmarks import (
+    clones,
+    comparable,
+    desktop,
+    fleet,
+    launch,
+    linux,
+    network,
+    sandboxes,
+    stopping,
+)
 from benchmarks.figures import Results, machine, show
 from benchmarks.readme import quoted, rewritten, table
 from smolvm_async import AcceleratorWarning
@@ -39,6 +49,7 @@ def benchmarks(image: Path, rounds: int) -> Mapping[str, Callable[[], Results]]:
         "boot": lambda: asyncio.run(linux.measure_boot(some)),
         "sandboxes": lambda: asyncio.run(sandboxes.measure(few)),
         "clones": partial(clones.measure, some),
+        "network": lambda: asyncio.run(network.measure(some)),
         "command": lambda: asyncio.run(linux.measure_commands(5 * rounds)),
         "screenshot": lambda: asyncio.run(desktop.measure(image, 5 * rounds, "1920x1080")),
         "import": partial(launch.measure_import, rounds),

@@ -428,6 +428,18 @@ def _popen(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, start_new_session=True, **options)
 
 
+def exit_code(argv: Sequence[str]) -> int | None:
+    """Run a program that ends at once, and return its exit code; `None` if it cannot start.
+
+    This blocks, some 20 ms for a small Python program.
+    """
+    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        return _without_fork(partial(_popen, argv, **silent)).wait()
+    except OSError:
+        return None
+
+
 async def run(
     argv: Sequence[str | Path],
     *,

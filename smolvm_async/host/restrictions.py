@@ -85,15 +85,22 @@ def find_restrictions() -> list[Problem]:
 
 
 def _killed(failure: Failure) -> Problem | None:
+    if not has_filter():
+        return None
+    return Problem(
+        "a seccomp filter killed it with SIGSYS: this container or service, or the sandbox "
+        "of QEMU or swtpm, forbids a system call",
+        FILTER.format("the system call", "SystemCallFilter=")
+        + " The kernel's log names the system call: journalctl -k | grep SECCOMP.",
+    )
+
+
+def has_filter() -> bool:
+    """Return whether this process has a seccomp filter, as a container's or a service's."""
     with suppress(OSError):
-        if re.search(r"(?m)^Seccomp:\s*[12]$", Path("/proc/self/status").read_text()):
-            return Problem(
-                "a seccomp filter killed it with SIGSYS: this container or service, or the sandbox "
-                "of QEMU or swtpm, forbids a system call",
-                FILTER.format("the system call", "SystemCallFilter=")
-                + " The kernel's log names the system call: journalctl -k | grep SECCOMP.",
-            )
-    return None
+        status = Path("/proc/self/status").read_text()
+        return re.search(r"(?m)^Seccomp:\s*[12]$", status) is not None
+    return False
 
 
 def _refused(call: str, refusal: str | None, use: str = "", extra: str = "") -> Problem:
