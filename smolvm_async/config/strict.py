@@ -13,7 +13,8 @@ from smolvm_async.errors import ConfigError
 class StrictModel(BaseModel):
     """A frozen, strict model, which raises pydantic's first validation error as a `ConfigError`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Validators that no VM of this process needs yet are not built: an import is to be quick.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
     argument: ClassVar[str] = ""  # the argument of `AsyncSmolVM`, for messages
     example: ClassVar[str] = ""
 
