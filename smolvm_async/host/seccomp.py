@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.process import exit_code
-from smolvm_async.host.restrictions import has_filter, without_guard
+from smolvm_async.host.restrictions import SYS_SECCOMP, has_filter, without_guard
 
 # Unlike CDLL, PyDLL keeps the interpreter's lock during a call. To get the lock back beside a busy
 # thread takes 5 ms, and none of these calls waits.
@@ -78,8 +78,8 @@ class Machine(NamedTuple):
 
 
 MACHINES = {
-    "x86_64": Machine(0xC000003E, 317, 42, 44, 45, 307, 310, 311),
-    "aarch64": Machine(0xC00000B7, 277, 203, 206, 207, 269, 270, 271),
+    "x86_64": Machine(0xC000003E, SYS_SECCOMP["x86_64"], 42, 44, 45, 307, 310, 311),
+    "aarch64": Machine(0xC00000B7, SYS_SECCOMP["aarch64"], 203, 206, 207, 269, 270, 271),
 }
 
 

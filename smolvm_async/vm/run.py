@@ -201,7 +201,7 @@ class VMRun:
         from smolvm_async.qemu.internet.service import Internet  # `import` does not need it
 
         config = self._plan.config
-        async with Internet(config.internet_settings, config.vm_id, self._on_denied) as internet:
+        async with Internet(config.internet_settings, self._on_denied) as internet:
             self._internet, self._spawner = internet, internet.spawner
             yield
 

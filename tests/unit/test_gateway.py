@@ -104,7 +104,7 @@ class Guest:
 
     @contextlib.asynccontextmanager
     async def begin(self) -> AsyncIterator[Guest]:
-        async with Internet(self.settings, "vm", self.denied.append) as self.internet:
+        async with Internet(self.settings, self.denied.append) as self.internet:
             yield self
             for child in self.children:
                 await child.reap()

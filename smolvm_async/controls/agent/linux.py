@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from smolvm_async.controls.commands.script import MARK, SOURCE, exports
+from smolvm_async.controls.commands.script import MARK, SOURCE, exports, find_marked
 
 SHELL = "/bin/sh"
 REMOVER = "/bin/rm"
@@ -64,11 +64,10 @@ def killer(mark: str) -> str:
     A process that another program is just being loaded into has no environment, so the program
     looks until it has found nothing twice.
     """
-    pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # the brackets keep grep from finding itself
     return (
         "none=0 round=0\n"
         "while [ $none -lt 2 ] && [ $round -lt 100 ]; do\n"
-        f"found=$(grep -ls '{pattern}' /proc/[0-9]*/environ /proc/[0-9]*/cmdline | cut -d/ -f3)\n"
+        f"found=$({find_marked(mark)})\n"
         'if [ -n "$found" ]; then none=0; kill -KILL $found; else none=$((none + 1)); fi\n'
         "round=$((round + 1))\n"
         "sleep 0.02\n"

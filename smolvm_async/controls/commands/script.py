@@ -39,6 +39,15 @@ def exports(env: Mapping[str, str]) -> str:
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
 
 
+def find_marked(mark: str) -> str:
+    """Return a pipeline for the shell that prints the ids of the processes with this mark.
+
+    A shell that has just started has the mark only on its command line.
+    """
+    pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # the brackets keep grep from finding itself
+    return f"grep -ls '{pattern}' /proc/[0-9]*/environ /proc/[0-9]*/cmdline | cut -d/ -f3"
+
+
 def parse_exports(text: str) -> dict[str, str]:
     """Return the variables that a script of `exports()` sets.
 

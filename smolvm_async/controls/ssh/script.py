@@ -6,7 +6,7 @@ import secrets
 import shlex
 from collections.abc import Mapping
 
-from smolvm_async.controls.commands.script import MARK, SOURCE, exports
+from smolvm_async.controls.commands.script import MARK, SOURCE, exports, find_marked
 
 
 def script(
@@ -55,12 +55,9 @@ def signaller(mark: str, name: str) -> str:
     """Return a script that sends a signal, such as `KILL`, to every process of a `script()`.
 
     SSH can send signals, but OpenSSH refuses to do so for root, and the signal would not reach a
-    process that has left the command's process group. The first shell has the mark only on its
-    command line, so the script searches command lines, too.
+    process that has left the command's process group.
     """
-    pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # the brackets keep grep from finding itself
-    places = "/proc/[0-9]*/environ /proc/[0-9]*/cmdline"
-    find = f"grep -ls '{pattern}' {places} | cut -d/ -f3"
+    find = find_marked(mark)
     times = "1 2" if name == "KILL" else "1"  # a process may have made another one meanwhile
     own = f"for again in {times}; do kill -{name} $({find}) 2>/dev/null; done"
     return f"{own}\n{_AS_ROOT} sudo -n sh -c {shlex.quote(_tree_signaller(find, name))}"

@@ -33,7 +33,7 @@ LARGEST = 65535  # bytes of a message over TCP
 CONNECTIONS, IDLE = 64, 10.0  # at once, and the seconds for a query on a connection
 QUERIES = 512  # that wait for their answers; a guest asks again for those that are dropped
 
-# A flood of queries costs a tenth of a processor or two.
+# A flood of queries costs this thread about a tenth of a processor, and the guard two tenths more.
 AT_ONCE, PER_SECOND = 2000, 400  # queries
 REST = 0.05  # seconds to read no queries, after a flood
 

@@ -31,15 +31,12 @@ class Internet:
         on_denied: See `Guard`.
     """
 
-    def __init__(
-        self, settings: InternetSettings, vm_id: str, on_denied: Callable[[Denied], None]
-    ) -> None:
+    def __init__(self, settings: InternetSettings, on_denied: Callable[[Denied], None]) -> None:
         self._host = Host()
         self._gateway: Gateway | None = None
         self._settings = settings
         self._guard = Guard(Rules(settings, self._host), on_denied)
         self.spawner: Spawner = self._guard.spawner
-        self._vm_id = vm_id
 
     async def __aenter__(self) -> Self:
         await self._guard.start()
