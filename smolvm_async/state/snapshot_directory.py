@@ -184,9 +184,10 @@ def remove_leftovers(root: Path) -> None:
             logger.warning("%s", cannot_use(path, error))
 
 
-def fork_name() -> str:
-    """Return a name for the snapshot of a fork. It is removed after this process has ended."""
-    pid, started = own_identity()
+def fork_name(root: Path) -> str:
+    """Return a name for a fork's snapshot in `root`, which goes after this process has ended."""
+    with explained(root):
+        pid, started = own_identity()
     return f"fork-{this_host().key}-{pid}-{started}-{os.urandom(4).hex()}"
 
 

@@ -110,7 +110,7 @@ async def _all_or_none(vms: list[V]) -> AsyncIterator[None]:
 async def forked(vm: AsyncSmolVM) -> AsyncIterator[Snapshot]:
     """Take a snapshot without a name, for the time of the block."""
     root = vm._vm.config.data_dir / SNAPSHOTS
-    name = fork_name()
+    name = fork_name(root)
     if (owned := vm._owned) is not None:
         async with new_snapshot(root, name) as new:
             await in_background(new.complete, await owned.save(new, {}))

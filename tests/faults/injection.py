@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Coroutine, Generator, Iterator
@@ -95,6 +96,7 @@ class Run:
         cancelled: True if the fault cancelled the scenario.
         ended_cancelled: True if the scenario ended as cancelled.
         error: The exception of the scenario.
+        raised_at: The lines that the exception went through, outermost first.
         site: The place of the task that was suspended at the point.
         sites: All places in the library at which a task was suspended.
         complaints: All problems that were found.
@@ -107,6 +109,7 @@ class Run:
     cancelled: bool = False
     ended_cancelled: bool = False
     error: BaseException | None = None
+    raised_at: tuple[str, ...] = ()
     site: str = ""
     sites: set[str] = field(default_factory=set)
     complaints: list[str] = field(default_factory=list)
@@ -139,7 +142,7 @@ class Run:
         if self.ended_cancelled and not self.cancelled:
             found.append("it ended as cancelled, but was not cancelled")
         if self.error is not None and not isinstance(self.error, SmolVMError):
-            found.append(f"it raised {self.error!r}")
+            found.append(f"it raised {self.error!r}, from {self.raised_at}")
         return found
 
     async def main(self, scenario: Scenario) -> None:
@@ -240,6 +243,9 @@ def run_once(scenario: Scenario, fault: Fault | None = None, point: int = 0) -> 
     run = Run(fault, point)
     with watched(run.complaints):
         asyncio.run(run.main(scenario))
+        if run.error is not None:
+            frames = traceback.extract_tb(run.error.__traceback__)
+            run.raised_at = tuple(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
         _forget_frames(run.error)
     return run
 

@@ -231,10 +231,10 @@ async def test_prune_removes_what_a_dead_process_left(state: Path, root: Path) -
 async def test_the_snapshot_of_a_fork_is_not_shown_and_goes_with_its_process(
     state: Path, root: Path
 ) -> None:
-    code = "from smolvm_async.state.snapshot_directory import fork_name; print(fork_name())"
+    code = f"from {fork_name.__module__} import *; print(fork_name(Path()))"
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, check=True, capture_output=True, text=True)
-    left, used = printed.stdout.strip(), fork_name()
+    left, used = printed.stdout.strip(), fork_name(Path())
     elsewhere = re.sub("fork-.{8}", "fork-00000000", left)  # another host judges its processes
     for name in (used, elsewhere, left):
         await make(state, name)
