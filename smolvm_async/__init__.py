@@ -66,6 +66,7 @@ from smolvm_async.state.status import Status
 from smolvm_async.vm.vm import AsyncSmolVM
 
 if TYPE_CHECKING:
+    from smolvm_async.controls.file_info import FileInfo
     from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
     from smolvm_async.images.cache import CachedImage, Damage, ImageStore
     from smolvm_async.images.publish import push_image
@@ -90,6 +91,7 @@ __all__ = [
     "DaskFleet",
     "Event",
     "EventStream",
+    "FileInfo",
     "FileTransferError",
     "Fleet",
     "FleetError",
@@ -148,6 +150,7 @@ __all__ = [
 # A program with one VM does not need fleets or S3, whose import takes as long as all other imports.
 # So these names are imported on first use (PEP 562).
 _ON_FIRST_USE = {
+    "FileInfo": "smolvm_async.controls.file_info",
     "DaskFleet": "smolvm_async.fleet",
     "Fleet": "smolvm_async.fleet",
     "FleetStatus": "smolvm_async.fleet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.transport import Transport
+from smolvm_async.controls.contents import Contents, FileAccess
 from smolvm_async.controls.interface import running
 from smolvm_async.controls.observation import Observation
 from smolvm_async.controls.ssh.environment import Environment
@@ -14,7 +15,7 @@ from smolvm_async.controls.ssh.processes import Processes
 from smolvm_async.qemu.events import BootState
 
 
-class Shell(Commands, Processes, Files, Environment, Observation):
+class Shell(Commands, Processes, Files, Contents, Environment, Observation):
     """`AsyncSmolVM`'s commands and files. Each method waits until the guest is `ready`."""
 
     async def _reach(self) -> Link:
@@ -24,6 +25,11 @@ class Shell(Commands, Processes, Files, Environment, Observation):
 
     async def _transport(self) -> Transport:
         return SSHTransport(await self._reach())
+
+    async def _file_access(self) -> FileAccess:
+        from smolvm_async.controls.ssh.contents import SFTPAccess
+
+        return SFTPAccess(await self._reach())
 
     def _require(self, feature: str) -> None:
         self._vm.config.profile.require(feature)

@@ -29,7 +29,10 @@ FEATURES: dict[FeatureName, Feature] = {
         "Install the program as a service or a scheduled task in the image.",
     ),
     "files": Feature(
-        ("upload_file", "download_file"),
+        (
+            *("upload_file", "download_file", "read_file", "write_file", "list_files", "remove"),
+            *("make_directory", "exists"),
+        ),
         (),
         BY_NETWORK,
     ),

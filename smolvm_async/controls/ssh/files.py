@@ -18,6 +18,7 @@ from smolvm_async.controls.ssh.link import Link, OverSSH
 from smolvm_async.controls.ssh.transfer import (
     Entry,
     FromGuest,
+    IntoGuest,
     ToGuest,
     TransferMeter,
     guest_tree,
@@ -67,7 +68,7 @@ class Files(OverSSH):
         self._require("upload_file")
         check_progress(on_progress)
         source = check_path(local_path, "local_path", "a file or directory")
-        target = _guest_path(guest_path)
+        target = check_guest_path(guest_path)
         tree = await in_background(_local_source, source)
         link = await self._reach()
         async with explained(link, f"{str(source)!r} to {target!r}"), link.sftp() as sftp:
@@ -77,7 +78,7 @@ class Files(OverSSH):
             if make_dirs:
                 await sftp.makedirs(parent, exist_ok=True)
             meter = TransferMeter(on_progress, f"uploading {printable(source.name)}", _size(tree))
-            await _carry_out(ToGuest(sftp, source, target, meter), tree, sftp, parent)
+            await carry_out(ToGuest(sftp, source, target, meter), tree, sftp, parent)
             meter.tell()
         return target
 
@@ -109,7 +110,7 @@ class Files(OverSSH):
         """
         self._require("download_file")
         check_progress(on_progress)
-        source = _guest_path(guest_path).rstrip("/") or "/"
+        source = check_guest_path(guest_path).rstrip("/") or "/"
         target = check_path(local_path, "local_path", "a file or directory")
         if max_bytes is not None:
             check_integer("max_bytes", max_bytes, 0, None, "bytes, 0 or more")
@@ -131,13 +132,13 @@ class Files(OverSSH):
             if make_dirs:
                 await in_background(os.makedirs, target.parent, 0o777, True)
             meter = TransferMeter(on_progress, f"downloading {printable(name)}", size)
-            await _carry_out(FromGuest(sftp, source, target, meter), tree)
+            await carry_out(FromGuest(sftp, source, target, meter), tree)
             meter.tell()
         return target
 
 
-async def _carry_out(
-    transfer: ToGuest | FromGuest,
+async def carry_out(
+    transfer: IntoGuest | FromGuest,
     tree: list[Entry],
     sftp: SFTPClient | None = None,
     directory: str = "",
@@ -160,7 +161,7 @@ async def _carry_out(
         raise
 
 
-async def _clean(transfer: ToGuest | FromGuest) -> None:
+async def _clean(transfer: IntoGuest | FromGuest) -> None:
     """Remove the temporary copy of a failed transfer, if the guest still answers."""
     import asyncssh
 
@@ -217,7 +218,8 @@ def _full(whose: str, where: str) -> FileTransferError:
     )
 
 
-def _guest_path(path: object) -> str:
+def check_guest_path(path: object, name: str = "guest_path") -> str:
+    """Check a path in the guest; `name` is the argument's."""
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
     if (
@@ -227,7 +229,7 @@ def _guest_path(path: object) -> str:
         or encoded(path) is None
     ):
         raise ConfigError(
-            f"guest_path={shown(path)} is wrong: pass an absolute path in the guest, such as "
+            f"{name}={shown(path)} is wrong: pass an absolute path in the guest, such as "
             "'/root/data.csv'; os.fsdecode() makes a path from bytes."
         )
     return path

@@ -199,49 +199,17 @@ async def copy_blocks(
             size += count
 
 
-class ToGuest:
+class IntoGuest:
     """A transfer into the guest."""
 
-    def __init__(self, sftp: SFTPClient, source: Path, target: str, meter: TransferMeter) -> None:
-        self._sftp, self._source, self._meter = sftp, source, meter
-        self._target = target
+    def __init__(self, sftp: SFTPClient, target: str) -> None:
+        self._sftp, self._target = sftp, target
         path = PurePosixPath(target)
         self.temporary = str(path.with_name(temporary_name(path.name)))
 
     async def copy(self, tree: Sequence[Entry]) -> None:
         """Copy everything under the temporary name."""
-        from asyncssh import SFTPAttrs
-
-        directories = [entry for entry in tree if entry.kind == S_IFDIR]
-        for entry in directories:
-            await self._sftp.mkdir(self._at(entry), SFTPAttrs(permissions=0o700))
-        await each([entry for entry in tree if entry.kind == S_IFREG], self._file)
-        for entry in tree:
-            if entry.kind == S_IFLNK:
-                link = await in_background(os.readlink, self._source / entry.path)
-                await self._sftp.symlink(link, self._at(entry))
-        for entry in reversed(directories):
-            await self._sftp.setstat(self._at(entry), _attributes(entry))
-
-    def _at(self, entry: Entry) -> str:
-        return f"{self.temporary}/{entry.path}" if entry.path else self.temporary
-
-    async def _file(self, entry: Entry) -> None:
-        source = self._source / entry.path if entry.path else self._source
-        async with (
-            opened(source, os.O_RDONLY) as fd,
-            self._sftp.open(self._at(entry), "xb", **ONE_BY_ONE) as target,
-        ):
-            block = _block(self._sftp.limits.max_write_len)
-            await copy_blocks(entry.size, block, partial(self._block, fd, target))
-            await target.setstat(_attributes(entry))
-
-    async def _block(self, fd: int, target: SFTPClientFile, offset: int, size: int) -> int:
-        content = await in_background(os.pread, fd, size, offset)
-        if content:
-            await target.write(content, offset)
-            self._meter.add(len(content))
-        return len(content)
+        raise NotImplementedError
 
     async def publish(self, temporary: str | None = None, target: str | None = None) -> None:
         """Rename to the final name; merge into a directory that exists already."""
@@ -269,6 +237,49 @@ class ToGuest:
             await self._sftp.rmtree(self.temporary)
         else:
             await self._sftp.remove(self.temporary)
+
+
+class ToGuest(IntoGuest):
+    """A transfer of a file or a directory of this host into the guest."""
+
+    def __init__(self, sftp: SFTPClient, source: Path, target: str, meter: TransferMeter) -> None:
+        super().__init__(sftp, target)
+        self._source, self._meter = source, meter
+
+    async def copy(self, tree: Sequence[Entry]) -> None:
+        """Copy everything under the temporary name."""
+        from asyncssh import SFTPAttrs
+
+        directories = [entry for entry in tree if entry.kind == S_IFDIR]
+        for entry in directories:
+            await self._sftp.mkdir(self._at(entry), SFTPAttrs(permissions=0o700))
+        await each([entry for entry in tree if entry.kind == S_IFREG], self._file)
+        for entry in tree:
+            if entry.kind == S_IFLNK:
+                link = await in_background(os.readlink, self._source / entry.path)
+                await self._sftp.symlink(link, self._at(entry))
+        for entry in reversed(directories):
+            await self._sftp.setstat(self._at(entry), _attributes(entry))
+
+    def _at(self, entry: Entry) -> str:
+        return f"{self.temporary}/{entry.path}" if entry.path else self.temporary
+
+    async def _file(self, entry: Entry) -> None:
+        source = self._source / entry.path if entry.path else self._source
+        async with (
+            opened(source, os.O_RDONLY) as fd,
+            self._sftp.open(self._at(entry), "xb", **ONE_BY_ONE) as target,
+        ):
+            block = block_size(self._sftp.limits.max_write_len)
+            await copy_blocks(entry.size, block, partial(self._block, fd, target))
+            await target.setstat(_attributes(entry))
+
+    async def _block(self, fd: int, target: SFTPClientFile, offset: int, size: int) -> int:
+        content = await in_background(os.pread, fd, size, offset)
+        if content:
+            await target.write(content, offset)
+            self._meter.add(len(content))
+        return len(content)
 
 
 class FromGuest:
@@ -300,7 +311,7 @@ class FromGuest:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         async with opened(self._at(entry), flags) as fd:
             async with self._sftp.open(source, "rb", **ONE_BY_ONE) as file:
-                block = _block(self._sftp.limits.max_read_len)
+                block = block_size(self._sftp.limits.max_read_len)
                 await copy_blocks(entry.size, block, partial(self._block, file, fd))
             await in_background(_set_attributes, fd, entry)
 
@@ -321,7 +332,8 @@ class FromGuest:
         await in_background(_remove, self.temporary)
 
 
-def _block(most: int) -> int:
+def block_size(most: int) -> int:
+    """Return the bytes of a block; `most` is the server's limit."""
     return max(LEAST_BLOCK, min(most, MOST_BLOCK))
 
 
