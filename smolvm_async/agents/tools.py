@@ -12,7 +12,6 @@ import binascii
 import codecs
 import shlex
 from contextlib import suppress
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
@@ -21,11 +20,7 @@ from smolvm_async.agents.output import PAGE, Output
 from smolvm_async.agents.sandboxes import Sandbox, Sandboxes
 from smolvm_async.controls.desktop.picture import Screenshot
 from smolvm_async.controls.ssh.processes import GuestProcess
-from smolvm_async.errors import (
-    ConfigError,
-    FileTransferError,
-    VMTimeoutError,
-)
+from smolvm_async.errors import ConfigError, VMTimeoutError
 
 Content: TypeAlias = list[str | Screenshot]
 Id = Annotated[str, Field(description="The sandbox's id, from create_sandbox.")]
@@ -172,13 +167,8 @@ class Tools:
         encoding: Encoding = "utf-8",
     ) -> Content:
         """Read a file of a Linux sandbox, a page at a time."""
-        vm, file = self._sandboxes.find(sandbox).vm, shlex.quote(path)
-        page = f"tail -c +{offset + 1} -- {file} | head -c {PAGE + 1}"
-        done = await vm.run(f"stat -Lc %s -- {file} && test ! -d {file} && {page}", text=False)
-        size, _, data = done.stdout.partition(b"\n")
-        if not done.ok:
-            reason = done.stderr.decode(errors="replace").strip() or "it is a directory"
-            raise FileTransferError(f"{path} cannot be read: {reason}.")
+        vm = self._sandboxes.find(sandbox).vm
+        data = await vm.read_file(path, text=False, offset=offset, length=PAGE + 1)
         more, data = len(data) > PAGE, data[:PAGE]
         if encoding == "base64":
             text, end = base64.b64encode(data).decode(), offset + len(data)
@@ -187,7 +177,7 @@ class Tools:
             end = offset + used
         if not more:
             return [text]
-        return [text, f"[bytes {offset} to {end} of {size.decode()}: pass offset={end} for more]"]
+        return [text, f"[bytes {offset} to {end}: pass offset={end} for more]"]
 
     async def write_file(
         self, sandbox: Id, path: Path, content: str, encoding: Encoding = "utf-8"
@@ -197,11 +187,7 @@ class Tools:
             data = base64.b64decode(content) if encoding == "base64" else content.encode()
         except (binascii.Error, ValueError) as error:
             raise ConfigError(f"content is not {encoding}: {error}.") from error
-        vm, directory = self._sandboxes.find(sandbox).vm, str(PurePosixPath(path).parent)
-        command = f"mkdir -p -- {shlex.quote(directory)} && cat > {shlex.quote(path)}"
-        done = await vm.run(command, input=data)
-        if not done.ok:
-            raise FileTransferError(f"{path} cannot be written: {done.stderr.strip()}.")
+        await self._sandboxes.find(sandbox).vm.write_file(path, data)
         return [f"{path}: {len(data)} bytes written"]
 
     async def screenshot(
