@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -276,6 +277,30 @@ async def test_without_an_answering_thread_calls_fail(
         said = await guarded.say(f"say(tcp('{NAMED}', 80)); say(tcp('{NAMED}', 80))")
     assert said == ["ENOSYS", "ENOSYS"]
     assert "no new connections" in caplog.text
+
+
+async def test_without_an_answering_thread_a_new_policy_still_ends_connections(
+    guarded: Guarded, only: Only, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = await guarded.start(f"""
+tcp("{NAMED}", 80)
+say(failure(lambda: socket.create_connection(("{NAMED}", 80))))
+select.select([connection], [], [], 30)
+say(failure(lambda: connection.send(b"x")))
+""")
+    answer = seccomp.answer
+
+    def answer_once(*call: Any) -> None:
+        monkeypatch.setattr(seccomp, "answer", lambda *_: 1 / 0)
+        answer(*call)
+
+    monkeypatch.setattr(seccomp, "answer", answer_once)
+    while not child.log.text():
+        assert not child.ended, child.report()
+        await asyncio.sleep(0.01)
+    await asyncio.to_thread(guarded.guard.set_policy, Only())
+    await asyncio.wait([child.exited])
+    assert child.log.text() == "ENOSYS\nEPIPE\n"
 
 
 async def test_calls_are_answered_while_the_event_loop_is_blocked(

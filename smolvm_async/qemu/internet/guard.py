@@ -151,6 +151,13 @@ class Guard:
                     await self._ended.wait()
         elif self._listener >= 0:
             close_private(self._listener)
+        self._forget_processes()
+
+    def _forget_processes(self) -> None:
+        with self._at_work:
+            for _, pidfd in self._processes.values():
+                close_private(pidfd)
+            self._processes.clear()
 
     # The rest runs in the answering thread.
 
@@ -160,13 +167,11 @@ class Guard:
                 if (call := seccomp.receive(self._listener)) is not None:
                     self._answer(call)
         except EOFError:  # all processes with the filter have ended
-            pass
-        except BaseException:
+            self._forget_processes()
+        except BaseException:  # a change of the policy still finds the connections of the processes
             logger.exception("the guard has failed: the guest can make no new connections")
         finally:
             close_private(self._listener)
-            for _, pidfd in self._processes.values():
-                close_private(pidfd)
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 self._loop.call_soon_threadsafe(self._ended.set)
 
