@@ -36,7 +36,9 @@ explain the rest of the code:
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import select
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -46,7 +48,7 @@ from types import TracebackType
 from typing import Any
 
 from smolvm_async.errors import MonitorError, SmolVMError
-from smolvm_async.foundation.fork import private
+from smolvm_async.foundation.fork import close_private, private
 from smolvm_async.foundation.tasks import in_background, settle
 from smolvm_async.qemu.arguments import MachineSpec
 from smolvm_async.qemu.console import Console
@@ -255,40 +257,47 @@ async def activate(monitor: Monitor) -> None:
         await asyncio.gather(monitor.execute("cont"), monitor.execute("stop"))
 
 
-async def load(monitor: Monitor, file: int) -> None:
-    """Begin to load a machine from an open file. QEMU ends if it cannot load the machine.
+async def load(monitor: Monitor, file: int, resumed: asyncio.Future[None]) -> None:
+    """Load a machine from an open file, and let its guest run. QEMU ends if it cannot load.
 
     From QEMU 9.1 on, `fd:` with a file is deprecated, and `file:` needs QEMU 8.2. So QEMU gets a
-    socket, into which a thread writes the file.
+    pipe, into which a thread writes the file. The pipe takes the whole of most machines: then QEMU
+    has loaded the machine when it comes to `cont`.
+
+    Args:
+        resumed: Done when the guest runs.
     """
-    ours, qemus = socket.socketpair()
-    with ours:
-        private(ours.fileno())
-        with qemus:
-            await asyncio.gather(  # QEMU has the next command before it has answered the last one
-                monitor.execute(
-                    "migrate-set-capabilities", _capabilities(**{"x-ignore-shared": True})
-                ),
-                monitor.send_descriptor(CHANNEL, qemus.fileno()),
-                monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"}),
-            )
-        await in_background(_write, file, ours)
+    qemus, ours = os.pipe()
+    with suppress(OSError):  # this user has too many large pipes: a small one is slower
+        fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, CHUNK)
+    writing = asyncio.ensure_future(in_background(_write, file, private(ours)))
+    try:
+        await asyncio.gather(  # QEMU has the next command before it has answered the last one
+            monitor.execute("migrate-set-capabilities", _capabilities(**{"x-ignore-shared": True})),
+            monitor.send_descriptor(CHANNEL, qemus),
+            monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"}),
+            monitor.execute("cont"),
+        )
+    finally:
+        os.close(qemus)
+        await settle(writing)
+        close_private(ours)
+    while not resumed.done() and await _lasts(monitor, "query-status", "inmigrate"):
+        pass
+    if not resumed.done():  # QEMU was still loading when it came to `cont`
+        await monitor.execute("cont")
 
 
-def _write(file: int, channel: socket.socket) -> None:
-    channel.settimeout(PATIENCE)
+def _write(file: int, pipe: int) -> None:
+    os.set_blocking(pipe, False)
+    free = select.poll()
+    free.register(pipe, select.POLLOUT)
     offset = 0
-    with suppress(OSError):  # QEMU has ended, and its end tells more
-        while part := os.pread(file, CHUNK, offset):
-            channel.sendall(part)
+    with suppress(BrokenPipeError):  # QEMU has ended, and its end tells more
+        while part := memoryview(os.pread(file, CHUNK, offset)):
             offset += len(part)
-
-
-async def go_on_loaded(monitor: Monitor) -> None:
-    """Let the guest run as soon as the machine is loaded."""
-    while await _lasts(monitor, "query-status", "inmigrate"):
-        pass  # `cont` would have no effect: the machine was saved while its guest stood still
-    await monitor.execute("cont")
+            while part and free.poll(PATIENCE * 1000):
+                part = part[os.write(pipe, part) :]
 
 
 def open_new(path: Path, size: int = 0) -> int:

@@ -372,7 +372,7 @@ class VMRun:
         return RAMFile(self._ram, shared=True)
 
     async def _launch_from(self, snapshot: Snapshot | None) -> None:
-        """Launch QEMU and its sidecars, and begin to load the machine of a snapshot."""
+        """Launch QEMU and its sidecars, and load the machine of a snapshot."""
         plan = self._plan
         with ExitStack() as files:
             prepared = await prepare(plan, self._state, self._machine, snapshot, files)
@@ -410,9 +410,20 @@ class VMRun:
                 spawner=self._spawner,
             )
             if saved is not None:
-                from smolvm_async.qemu.saving import load  # a boot does not need it
+                await self._load(saved.state)
 
-                await load(self._monitor, saved.state)
+    async def _load(self, file: int) -> None:
+        """Load a saved machine, and let its guest go on."""
+        from smolvm_async.qemu.saving import load  # a boot does not need it
+
+        deadline = self._plan.config.timeouts.launch
+        with suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                await load(self._monitor, file, self._resumed)
+                waited: set[asyncio.Future[Any]] = {self._resumed, self.processes.qemu.exited}
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not self._resumed.done():
+            raise LaunchError(f"QEMU did not load the saved machine within {deadline:g} s")
 
     @property
     def _origin(self) -> Machine | None:
@@ -420,17 +431,7 @@ class VMRun:
         return self._machine or self._prepared.origin
 
     async def _go_on_from(self, saved: SavedMachine) -> None:
-        """Let a loaded guest go on, and set it right before anybody uses it."""
-        from smolvm_async.qemu.saving import go_on_loaded  # a boot does not need it
-
-        deadline = self._plan.config.timeouts.launch
-        with suppress(TimeoutError):
-            async with asyncio.timeout(deadline):
-                await go_on_loaded(self._monitor)
-                waited: set[asyncio.Future[Any]] = {self._resumed, self.processes.qemu.exited}
-                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if not self._resumed.done():
-            raise LaunchError(f"QEMU did not load the saved machine within {deadline:g} s")
+        """Set a guest that goes on right before anybody uses it."""
         record = saved.record
         source = record.config.vm_id if self._plan.snapshot else "a ready guest"  # of the cache
         evidence = f"restored from a snapshot of {source}"
