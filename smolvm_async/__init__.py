@@ -43,6 +43,7 @@ from smolvm_async.errors import (
     VMAlreadyExistsError,
     VMCrashedError,
     VMElsewhereError,
+    VMExpiredError,
     VMNotFoundError,
     VMNotRunningError,
     VMTimeoutError,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from smolvm_async.images.publish import push_image
     from smolvm_async.state.registry import VMInfo
     from smolvm_async.state.snapshot_record import SnapshotInfo
+    from smolvm_async.vm.stats import VMStats
 
 __all__ = [
     "AcceleratorWarning",
@@ -139,9 +141,11 @@ __all__ = [
     "VMAlreadyExistsError",
     "VMCrashedError",
     "VMElsewhereError",
+    "VMExpiredError",
     "VMInfo",
     "VMNotFoundError",
     "VMNotRunningError",
+    "VMStats",
     "VMTimeoutError",
     "WorkerLostError",
     "push_image",
@@ -161,6 +165,7 @@ _ON_FIRST_USE = {
     "push_image": "smolvm_async.images.publish",
     "SnapshotInfo": "smolvm_async.state.snapshot_record",
     "VMInfo": "smolvm_async.state.registry",
+    "VMStats": "smolvm_async.vm.stats",
 }
 
 

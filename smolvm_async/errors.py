@@ -18,6 +18,7 @@
     ├── LaunchError                      QEMU or a sidecar did not start
     ├── VMCrashedError                   QEMU, a sidecar or the guest died
     ├── VMNotRunningError                the VM is not running (any more)
+    │   └── VMExpiredError               the VM's time (ttl=) is over
     ├── VMTimeoutError (TimeoutError)    a deadline passed
     │   └── CommandTimeoutError          a command in the guest took too long and was killed
     ├── CommandFailedError               a command in the guest ended with an exit code other than 0
@@ -256,6 +257,10 @@ class VMCrashedError(SmolVMError):
 
 class VMNotRunningError(SmolVMError):
     """The VM was not started, has stopped, or was deleted."""
+
+
+class VMExpiredError(VMNotRunningError):
+    """The VM was deleted because its time, the argument `ttl=`, is over."""
 
 
 @error_class(kw_only=True)

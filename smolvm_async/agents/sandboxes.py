@@ -12,13 +12,14 @@ from typing import Any, Self
 
 from smolvm_async.agents.computer import Computer
 from smolvm_async.agents.output import Output
-from smolvm_async.config.checks import check_integer, check_seconds, shown
+from smolvm_async.config.checks import check_integer, check_life, check_seconds, shown
 from smolvm_async.config.options import CloneOptions, VMOptions
 from smolvm_async.controls.desktop.picture import Screenshot
 from smolvm_async.errors import ConfigError, HostError, SnapshotNotFoundError, VMNotFoundError
 from smolvm_async.foundation.log import get_logger
-from smolvm_async.foundation.tasks import end_tasks, settle
+from smolvm_async.foundation.tasks import settle
 from smolvm_async.guests import BUILT_IN, GUESTS
+from smolvm_async.state.status import Status
 from smolvm_async.vm.vm import AsyncSmolVM
 
 logger = get_logger(__name__)
@@ -56,8 +57,8 @@ class SessionLimits:
         for name in ("max_sandboxes", "max_memory"):
             check_integer(name, getattr(self, name), 1, None, "a whole number, 1 or more")
         check_integer("max_snapshots", self.max_snapshots, 0, None, "a whole number, 0 or more")
-        for name in ("lifetime", "command_time"):
-            check_seconds(name, getattr(self, name))
+        check_life("lifetime", self.lifetime)
+        check_seconds("command_time", self.command_time)
 
     @property
     def data_dir(self) -> str | os.PathLike[str] | None:
@@ -66,7 +67,7 @@ class SessionLimits:
 
     def clone_options(self) -> CloneOptions:
         """Return the arguments of every clone of a snapshot or of a sandbox."""
-        clone: CloneOptions = {"data_dir": self.data_dir}
+        clone: CloneOptions = {"data_dir": self.data_dir, "ttl": self.lifetime}
         clone["internet_settings"] = self.options.get("internet_settings")
         clone["accel"] = self.options.get("accel", "auto")
         return clone
@@ -108,14 +109,11 @@ class Sandboxes:
         self._live: dict[str, Sandbox] = {}
         self._starting: list[int] = []  # the memory of each sandbox that is being made
         self._snapshots: list[str] = []
-        self._expired: set[str] = set()
-        self._timers: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await end_tasks(*self._timers)
         await self.delete_all()
 
     async def delete_all(self) -> None:
@@ -137,7 +135,7 @@ class Sandboxes:
 
     def all(self) -> list[Sandbox]:
         """Return the sandboxes, the oldest first."""
-        return list(self._live.values())
+        return [each for each in self._live.values() if each.vm.status is not Status.DELETED]
 
     def find(self, name: str) -> Sandbox:
         """Return a sandbox of this session.
@@ -145,16 +143,16 @@ class Sandboxes:
         Raises:
             VMNotFoundError: No sandbox of this session has this id.
         """
-        if name in self._live:
-            return self._live[name]
-        if name in self._expired:
+        if name not in self._live:
+            raise VMNotFoundError(
+                f"this session has no sandbox {shown(name)}: list_sandboxes shows all."
+            )
+        if self._live[name].vm.status is Status.DELETED:
             raise VMNotFoundError(
                 f"sandbox {name} was deleted after its lifetime of {self.limits.lifetime:g} s: "
                 "create a new one."
             )
-        raise VMNotFoundError(
-            f"this session has no sandbox {shown(name)}: list_sandboxes shows all."
-        )
+        return self._live[name]
 
     async def create(self, guest: str, memory: int | None) -> Sandbox:
         """Start a sandbox; `memory` is in MiB."""
@@ -165,14 +163,14 @@ class Sandboxes:
         wanted = GUESTS[guest].default_memory if memory is None else memory
         check_integer("memory", wanted, 1, None, "MiB, such as 1024")
         options: dict[str, Any] = {**self.limits.options, "os": guest, "image": image}
-        async with self._room([wanted]):
-            vm = AsyncSmolVM(**options, memory=wanted)
+        async with self._room([wanted]) as ends:
+            vm = AsyncSmolVM(**options, memory=wanted, ttl=self.limits.lifetime)
             try:
                 await vm.start()
             except BaseException:
                 await settle(vm.delete())
                 raise
-            return self._add(vm, guest, wanted)
+            return self._add(vm, guest, wanted, ends)
 
     async def restore(self, name: str) -> Sandbox:
         """Start a sandbox from a snapshot of this session, or of the user."""
@@ -182,17 +180,17 @@ class Sandboxes:
             raise SnapshotNotFoundError(
                 f"there is no snapshot {shown(name)} for this session: list_sandboxes shows all."
             )
-        async with self._room([info.memory]):
+        async with self._room([info.memory]) as ends:
             vm = await AsyncSmolVM.from_snapshot(name, **self.limits.clone_options())
-            return self._add(vm, info.os, info.memory)
+            return self._add(vm, info.os, info.memory, ends)
 
     async def copy(self, source: Sandbox, count: int) -> list[Sandbox]:
         """Start live copies of a sandbox."""
         check_integer("count", count, 1, 1000, "a whole number from 1 to 1000")
-        async with self._room([source.memory] * count):
+        async with self._room([source.memory] * count) as ends:
             vm = source.vm
             clones = await vm.fork(count, **self.limits.clone_options())
-            return [self._add(clone, source.guest, source.memory) for clone in clones]
+            return [self._add(clone, source.guest, source.memory, ends) for clone in clones]
 
     @property
     def snapshots(self) -> list[str]:
@@ -223,13 +221,15 @@ class Sandboxes:
         await settle(sandbox.vm.delete())
 
     @asynccontextmanager
-    async def _room(self, memory: Sequence[int]) -> AsyncIterator[None]:
+    async def _room(self, memory: Sequence[int]) -> AsyncIterator[float]:
         """Take room for new sandboxes with this memory during the block, which starts them.
+
+        Yield the time at which they end, of `time.monotonic()`.
 
         Raises:
             HostError: They do not fit into the limits.
         """
-        limits, taken = self.limits, [sandbox.memory for sandbox in self._live.values()]
+        limits, taken = self.limits, [sandbox.memory for sandbox in self.all()]
         taken += self._starting
         if len(taken) + len(memory) > limits.max_sandboxes:
             problem = f"this session has {len(taken)} of at most {limits.max_sandboxes} sandboxes"
@@ -238,7 +238,7 @@ class Sandboxes:
         else:
             self._starting += memory
             try:
-                yield
+                yield time.monotonic() + limits.lifetime
             finally:
                 for amount in memory:
                     self._starting.remove(amount)
@@ -249,17 +249,7 @@ class Sandboxes:
             missing=("memory",),
         )
 
-    def _add(self, vm: AsyncSmolVM, guest: str, memory: int) -> Sandbox:
-        ends = time.monotonic() + self.limits.lifetime
+    def _add(self, vm: AsyncSmolVM, guest: str, memory: int, ends: float) -> Sandbox:
         sandbox = Sandbox(vm, guest, memory, ends, Computer(vm))
         self._live[vm.vm_id] = sandbox
-        timer = asyncio.create_task(self._expire(sandbox))
-        self._timers.add(timer)
-        timer.add_done_callback(self._timers.discard)
         return sandbox
-
-    async def _expire(self, sandbox: Sandbox) -> None:
-        await asyncio.sleep(sandbox.left)
-        if sandbox.vm.vm_id in self._live:
-            self._expired.add(sandbox.vm.vm_id)
-            await self.delete(sandbox)

@@ -26,6 +26,7 @@ from smolvm_async.cli.output import complain, err, in_options, say, write_nowher
 from smolvm_async.cli.ports import forward, ssh_config
 from smolvm_async.cli.run import run
 from smolvm_async.cli.snapshot import fork, snapshot
+from smolvm_async.cli.stats import stats
 from smolvm_async.cli.vms import delete, list_vms, pause, prune, resume, stop
 from smolvm_async.foundation.log import get_logger
 
@@ -52,7 +53,7 @@ app.command("exec", context_settings=COMMAND)(exec_command)
 app.command("ssh-config")(ssh_config)
 for command in (
     *(shell, cp, forward, stop, pause, resume, delete, prune),
-    *(logs, events, network, screenshot, vnc, fork, mcp, doctor),
+    *(logs, events, stats, network, screenshot, vnc, fork, mcp, doctor),
 ):
     app.command()(command)
 app.add_typer(snapshot, name="snapshot")

@@ -84,6 +84,32 @@ Timeout = Annotated[
 ]
 
 
+Label = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="A text of your own; may be given several times."),
+]
+TTL = Annotated[
+    float | None,
+    typer.Option(metavar="SECONDS", help="Seconds after which the VM is deleted, kept or not."),
+]
+IdleTimeout = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Seconds without a command, input or other call after which the VM is paused; the "
+        "next call resumes it.",
+    ),
+]
+
+
+def labels_given(texts: list[str] | None) -> dict[str, str]:
+    """Return the labels of the option `--label`, by name."""
+    for text in texts or ():
+        if "=" not in text:
+            raise typer.BadParameter(f"pass KEY=VALUE, not {text!r}", param_hint="--label")
+    return dict(text.split("=", 1) for text in texts or ())
+
+
 async def find_vm(
     vm_id: str, data_dir: str | None, on_progress: ProgressCallback | None = None
 ) -> AsyncSmolVM:

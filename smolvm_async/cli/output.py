@@ -38,6 +38,7 @@ STYLES: dict[str, dict[str, Any]] = {  # of columns; the type aligns other colum
     "image": {"overflow": "fold"},
     "labels": {"overflow": "fold"},
 }
+OPTIONAL = ("host", "labels", "resident", "processors")  # columns
 UNBOUNDED = 1 << 16  # columns, if stdout is not a terminal, so that rich does not wrap lines
 
 
@@ -76,6 +77,8 @@ err = Screen(stderr=True)
 # The library's messages name its arguments; these have an option with the same meaning.
 OPTIONS = {
     **{name: name for name in ("accel", "boot", "cpus", "memory", "os", "resolution", "vnc")},
+    "idle_timeout": "idle-timeout",
+    "ttl": "ttl",
     "data_dir": "data-dir",
     "gone_host": "gone-host",
     "keep": "keep",
@@ -152,22 +155,32 @@ def show_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> Non
 
 
 def show_infos(kind: type, infos: Sequence[object]) -> None:
-    """Write a table with a column for each field of `kind`, the class of all `infos`."""
+    """Write a table with a column for each field of `kind`, the class of all `infos`.
+
+    Leave out an `OPTIONAL` column that would be empty.
+    """
+    names = [
+        name
+        for name in kind.__annotations__
+        if name not in OPTIONAL or any(_cell(info, name) != "-" for info in infos)
+    ]
     columns = {
         name.removeprefix("vm_").upper(): STYLES.get(
-            name, RIGHT if str(hint).startswith(("int", "float")) else LEFT
+            name, RIGHT if str(kind.__annotations__[name]).startswith(("int", "float")) else LEFT
         )
-        for name, hint in kind.__annotations__.items()
+        for name in names
     }
-    show_table(columns, [[_cell(info, name) for name in kind.__annotations__] for info in infos])
+    show_table(columns, [[_cell(info, name) for name in names] for info in infos])
 
 
 def _cell(info: object, name: str) -> str:
     value = getattr(info, name)
     if name == "age":
         return _age(value)
-    if name == "memory":
-        return f"{value} MiB"
+    if name in ("memory", "resident"):
+        return "-" if value is None else f"{value} MiB"
+    if name == "processors":
+        return "-" if value is None else f"{value:.2f}"
     if name == "size":
         return in_units(value)
     if isinstance(value, bool):

@@ -8,15 +8,19 @@ import typer
 
 from smolvm_async import AsyncSmolVM, ConfigError, VMAlreadyExistsError, VMNotFoundError
 from smolvm_async.cli.command import (
+    TTL,
     VNC,
     DataDir,
+    IdleTimeout,
     Json,
     Keep,
+    Label,
     Mount,
     Timeout,
     complete_vm_id,
     execute,
     find_vm,
+    labels_given,
 )
 from smolvm_async.cli.hold import Feed, hold
 from smolvm_async.cli.internet import (
@@ -32,7 +36,8 @@ from smolvm_async.config.options import VMOptions
 from smolvm_async.guests import GUESTS, GuestName
 from smolvm_async.state.status import ACTIVE
 
-MACHINE = ("memory", "cpus", "accel", "keep", "boot", "resolution", "vnc")  # fixed in a kept VM
+# Fixed in a kept VM.
+MACHINE = ("memory", "cpus", "accel", "keep", "boot", "resolution", "vnc", "ttl", "idle_timeout")
 
 
 def _defaults(field: str) -> str:
@@ -92,6 +97,9 @@ def run(
     allow_domain: AllowDomain = None,
     allow_cidr: AllowCIDR = None,
     allow_host_port: AllowHostPort = None,
+    label: Label = None,
+    ttl: TTL = None,
+    idle_timeout: IdleTimeout = None,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
@@ -113,6 +121,8 @@ def run(
 
       smolvm-async run --id office
 
+      smolvm-async run --ttl 3600 --idle-timeout 300 --label task=42
+
       smolvm-async run --mount ~/project --mount ~/data:/mnt/data:rw
 
       smolvm-async run --allow-domain pypi.org --allow-domain '*.pythonhosted.org'
@@ -131,6 +141,9 @@ def run(
         "vnc": vnc,
         "mounts": mount or (),
         "internet_settings": settings_given(internet, allow_domain, allow_cidr, allow_host_port),
+        "labels": labels_given(label) or None,
+        "ttl": ttl,
+        "idle_timeout": idle_timeout,
         "data_dir": data_dir,
         "on_progress": feed.on_progress,
     }
@@ -140,8 +153,7 @@ def run(
         options["keep"] = keep
     at_rest = image is None and vm_id is not None and os is None
     given = [name for name in MACHINE if options.get(name) is not None]
-    if mount:
-        given.append("mount")
+    given += [name for name, values in (("mount", mount), ("label", label)) if values]
 
     async def work() -> None:
         if at_rest:
@@ -175,6 +187,6 @@ async def _find_at_rest(
             f"smolvm-async logs --follow {vm_id}."
         )
     if given:
-        names = ", ".join(f"--{name}" for name in given)
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(f"{vm_id} is a kept VM, which has its own settings: leave out {names}.")
     return vm

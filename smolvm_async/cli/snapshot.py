@@ -13,11 +13,13 @@ from smolvm_async.cli.command import (
     DataDir,
     Json,
     Keep,
+    Label,
     Mount,
     Timeout,
     VMId,
     execute,
     find_vm,
+    labels_given,
     running_vm,
 )
 from smolvm_async.cli.hold import Feed, hold
@@ -63,10 +65,7 @@ Accel = Annotated[
 def create(
     vm_id: VMId,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The snapshot's name.")],
-    label: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A text of your own; may be given several times."),
-    ] = None,
+    label: Label = None,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
@@ -77,7 +76,7 @@ def create(
 
     For example: smolvm-async snapshot create office before-the-update --label ticket=17
     """
-    labels = _labels(label or [])
+    labels = labels_given(label)
 
     async def work() -> SnapshotInfo:
         vm = await find_vm(vm_id, data_dir)
@@ -233,13 +232,6 @@ def _options(
     if accel is not None:
         options["accel"] = accel
     return options
-
-
-def _labels(texts: list[str]) -> dict[str, str]:
-    for text in texts:
-        if "=" not in text:
-            raise typer.BadParameter(f"pass KEY=VALUE, not {text!r}", param_hint="--label")
-    return dict(text.split("=", 1) for text in texts)
 
 
 def _no_such_snapshot(name: str) -> SnapshotNotFoundError:

@@ -27,6 +27,7 @@ from smolvm_async.cli.command import (
     execute,
     fail,
     find_vm,
+    labels_given,
     no_such_vm,
     running_vm,
 )
@@ -40,15 +41,30 @@ from smolvm_async.cli.output import (
 )
 
 
-def list_vms(data_dir: DataDir = None, json: Json = False) -> None:
-    """Show the VMs of this user: running, kept and orphaned."""
-    infos = execute(AsyncSmolVM.list(data_dir=data_dir), json=json)
+def list_vms(
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Show only VMs with this label; may be given several times.",
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Show the VMs of this user: running, kept and orphaned.
+
+    RESIDENT is the memory of the host that a VM uses now, PROCESSORS the number of the host's
+    processors that it has used on average.
+    """
+    labels = labels_given(label)
+    infos = execute(AsyncSmolVM.list(labels=labels, data_dir=data_dir), json=json)
     if json:
         write_json([asdict(info) for info in infos])
     elif infos:
         show_infos(VMInfo, infos)
     else:
-        say("There are no VMs.")
+        say("There are no VMs with these labels." if labels else "There are no VMs.")
 
 
 def stop(

@@ -40,7 +40,7 @@ MAX_CPUS = 255  # QEMU's q35 allows more only with an interrupt remapper
 MAX_MEMORY = 4 << 20  # MiB; a q35 guest's addresses end at 2**42 bytes on many processors
 MAX_HEAD = 15  # a QEMU display adapter has at most 16 heads, numbered from 0
 MAX_SECONDS = 1e9
-MAX_LABELS, MAX_LABEL = 64, 256  # labels of a snapshot, and characters of a name or value
+MAX_LABELS, MAX_LABEL = 64, 256  # labels, and characters of a name or value
 MAX_SHOWN = 200  # characters of a value in a message
 MIN_RESOLUTION, MAX_RESOLUTION = (640, 480), (3840, 2160)  # VGA's own mode, and 4K
 
@@ -105,6 +105,16 @@ def check_seconds(argument: str, seconds: object) -> None:
         raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass seconds, 0 or more.")
 
 
+def check_life(argument: str, seconds: object) -> float | None:
+    """Check `ttl=` or `idle_timeout=`, and return the seconds; `None` means no limit."""
+    if seconds is None:
+        return None
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0:
+        check_seconds(argument, seconds)
+        return float(seconds)
+    raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass seconds, more than 0.")
+
+
 def check_vm_id(vm_id: object) -> str:
     """Check the id of a VM against the pattern `VM_ID`, and return the id."""
     return _check_id("vm_id", vm_id, "an id", "build-42")
@@ -126,7 +136,7 @@ def _check_id(argument: str, value: object, noun: str, example: str) -> str:
 
 
 def check_labels(labels: object) -> dict[str, str]:
-    """Check the labels of a snapshot, which are texts by name; return a copy."""
+    """Check the labels of a VM or a snapshot, which are texts by name; return a copy."""
     if labels is None:
         return {}
     if not isinstance(labels, Mapping) or len(labels) > MAX_LABELS:

@@ -19,6 +19,8 @@ from smolvm_async.config.checks import (
     check_boolean,
     check_cpus,
     check_env,
+    check_labels,
+    check_life,
     check_path,
     check_port_forwards,
     check_resolution,
@@ -70,6 +72,9 @@ class VMOptions(TypedDict, total=False):
     writable_mounts: bool
     internet_settings: InternetSettings | Mapping[str, object] | None
     timeouts: Timeouts | Mapping[str, float] | None
+    labels: Mapping[str, str] | None
+    ttl: float | None  # seconds
+    idle_timeout: float | None  # seconds
     data_dir: str | os_module.PathLike[str] | None
     on_progress: ProgressCallback | None
 
@@ -136,6 +141,9 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
         mounts=_mounts(given["mounts"], given["writable_mounts"]),
         internet_settings=check_internet_settings(given["internet_settings"]),
         timeouts=_nested(Timeouts, "timeouts", given["timeouts"]),
+        labels=check_labels(given["labels"]),
+        ttl=check_life("ttl", given["ttl"]),
+        idle_timeout=check_life("idle_timeout", given["idle_timeout"]),
         data_dir=make_data_dir(given["data_dir"]),
     )
     check_progress(on_progress)
@@ -156,6 +164,9 @@ class CloneOptions(TypedDict, total=False):
     writable_mounts: bool
     internet_settings: InternetSettings | Mapping[str, object] | None
     timeouts: Timeouts | Mapping[str, float] | None
+    labels: Mapping[str, str] | None
+    ttl: float | None  # seconds
+    idle_timeout: float | None  # seconds
     data_dir: str | os_module.PathLike[str] | None
     on_progress: ProgressCallback | None
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from smolvm_async.config.checks import AccelName, PortForward, VNCKind
+from smolvm_async.config.checks import MAX_SECONDS, AccelName, PortForward, VNCKind
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import BuiltInImage, Origin, make_origin
 from smolvm_async.config.strict import StrictModel
@@ -16,6 +16,7 @@ from smolvm_async.guests import BUILT_IN, GUESTS, PUBLISHED, GuestProfile
 DAY = 86_400  # seconds
 
 Deadline = Annotated[float, Field(gt=0, le=DAY, allow_inf_nan=False)]
+Life = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
 DeadlineOrZero = Annotated[float, Field(ge=0, le=DAY, allow_inf_nan=False)]
 
 
@@ -71,6 +72,8 @@ class VMConfig(StrictModel):
             `origin` instead: it has a type for each of the three.
         mounts: Complete entries, `SRC:DST:ro` or `SRC:DST:rw`: see `config/mounts.py`.
         boot: `warm` if the first start may restore a snapshot of a guest that is ready.
+        ttl: Seconds from the first start to the VM's deletion.
+        idle_timeout: Seconds without a call after which the VM is paused.
     """
 
     os: str
@@ -94,6 +97,9 @@ class VMConfig(StrictModel):
     timeouts: Timeouts
     data_dir: Path
     boot: Literal["warm", "cold"] = "cold"
+    labels: dict[str, str] = Field(default={})
+    ttl: Life | None = None
+    idle_timeout: Life | None = None
 
     @property
     def origin(self) -> Origin:

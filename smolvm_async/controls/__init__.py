@@ -2,5 +2,6 @@
 
 A new control needs four changes: a class in `qemu/` that talks to QEMU, with `@rpc` on the methods
 that attached processes may call; a field for it in `qemu/peripherals.py`; a class here, which
-checks arguments and calls `self.running().peripherals`; and its attribute in `desktop/desktop.py`.
+checks arguments and calls `(await self.in_use()).peripherals`; and its attribute in
+`desktop/desktop.py`.
 """

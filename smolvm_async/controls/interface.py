@@ -8,6 +8,7 @@ attached to the owner (`vm/attach/client.py`): both have the attributes and meth
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -64,6 +65,10 @@ class Run(Protocol):
     async def ssh_access(self) -> Access:
         """Return the address and the keys to log in to the guest."""
 
+    @rpc
+    async def stats(self) -> dict[str, Any]:
+        """See `AsyncSmolVM.stats()`. Return the fields of the `VMStats`."""
+
 
 class VM(Protocol):
     """A VM that this process owns or is attached to.
@@ -109,6 +114,10 @@ class VM(Protocol):
     @rpc
     async def resume(self) -> str:
         """See `AsyncSmolVM.resume()`. Return the reason if the guest's clock could not be set."""
+
+    @rpc
+    async def wake(self) -> None:
+        """Note a use of the VM; resume it if it was paused because it was idle."""
 
     @rpc
     async def set_internet_settings(self, settings: InternetSettings) -> None:
@@ -185,6 +194,30 @@ def running(vm: VM) -> Run:
     return run
 
 
+async def in_use(vm: VM) -> Run:
+    """Return the run of a VM for a call of the user: see `running()`.
+
+    This resumes a VM that was paused because it was idle.
+    """
+    run = running(vm)
+    await wake(vm)
+    return run
+
+
+async def wake(vm: VM) -> None:
+    """Note a use of the VM: see `VM.wake()`."""
+    if vm.config.idle_timeout is not None:
+        await vm.wake()
+
+
+def last_use(run: Run) -> float:
+    """Return the time of the last use of a guest by this process, of `time.monotonic()`.
+
+    This does not include calls of `wake()`.
+    """
+    return time.monotonic() if run.boot.awaited else run.link.last_use
+
+
 class Control:
     """Base class of the controls: one group of actions on a running VM.
 
@@ -216,9 +249,13 @@ class Control:
         """Return the VM's run. See the function `running()`."""
         return running(self.vm)
 
-    def taking_input(self) -> Run:
+    async def in_use(self) -> Run:
+        """Return the VM's run. See the function `in_use()`."""
+        return await in_use(self.vm)
+
+    async def taking_input(self) -> Run:
         """Return the VM's run; raise an error if the guest is paused: QEMU would drop the input."""
-        run = self.running()
+        run = await self.in_use()
         if self.vm.status is Status.PAUSED:
             message = f"{self.vm.config.vm_id} is paused and accepts no input: call resume() first."
             raise run.troubles.explain(VMNotRunningError(message))

@@ -14,6 +14,7 @@ from smolvm_async.controls.interface import (
     console_tail,
     ended,
     until_over,
+    wake,
 )
 from smolvm_async.errors import ConfigError, VMTimeoutError
 from smolvm_async.qemu.events import BootState, BootStateChanged, EventStream
@@ -69,6 +70,7 @@ class Observation:
         run, over = begun(self._vm)
         if over.done():
             raise ended(self._vm.config.vm_id, run)
+        await wake(self._vm)
         seconds = self._vm.config.timeouts.boot if timeout is None else timeout
         bound = run.pauses.timeout(seconds) if timeout is None else asyncio.timeout(seconds)
         try:

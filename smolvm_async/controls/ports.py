@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from smolvm_async.config.checks import PortForward, check_port
-from smolvm_async.controls.interface import VM, running
+from smolvm_async.controls.interface import VM, in_use
 
 
 class PortForwarding:
@@ -34,7 +34,7 @@ class PortForwarding:
         check_port("guest_port", guest_port)
         if host_port is not None:
             check_port("host_port", host_port)
-        return await running(self._vm).peripherals.ports.expose(guest_port, host_port)
+        return await (await in_use(self._vm)).peripherals.ports.expose(guest_port, host_port)
 
     async def unexpose_local(self, host_port: int) -> None:
         """Stop forwarding a port of the host. Open connections stay open.
@@ -44,7 +44,7 @@ class PortForwarding:
             VMNotRunningError: The VM is not running.
         """
         check_port("host_port", host_port)
-        await running(self._vm).peripherals.ports.unexpose(host_port)
+        await (await in_use(self._vm)).peripherals.ports.unexpose(host_port)
 
     async def list_port_forwards(self) -> Sequence[PortForward]:
         """Return the ports that are forwarded now.
@@ -52,4 +52,4 @@ class PortForwarding:
         Raises:
             VMNotRunningError: The VM is not running.
         """
-        return await running(self._vm).peripherals.ports.forwards()
+        return await (await in_use(self._vm)).peripherals.ports.forwards()

@@ -156,7 +156,10 @@ class Member:
         This asks QEMU, since this process may not know yet that QEMU was just killed.
         """
         run = self.vm._run
-        return run is not None and await run.guest_status() == "running" and not self.over.done()
+        if run is None:
+            return False
+        await run.idleness.wake()
+        return await run.guest_status() == "running" and not self.over.done()
 
     @property
     def others_wait(self) -> bool:

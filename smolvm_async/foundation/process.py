@@ -27,12 +27,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import Field
@@ -286,7 +287,8 @@ class Spawner:
     """
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._ended: Future[bool] = Future()  # its result: whether a deadline has passed
         self._started = False
         weakref.finalize(self, self._jobs.put, None).atexit = False
 
@@ -299,27 +301,60 @@ class Spawner:
 
         Raises:
             HostError: If the host cannot start a thread.
+            LaunchError: If the thread has ended.
         """
         if not self._started:
-            name, jobs = "smolvm-spawner", (self._jobs,)
+            name, arguments = "smolvm-spawner", (self._jobs, self._ended)
             try:
-                threading.Thread(target=_do, name=name, args=jobs, daemon=True).start()
+                threading.Thread(target=_do, name=name, args=arguments, daemon=True).start()
             except RuntimeError as error:
                 raise no_thread(error) from error
             self._started = True
         future: Future[T] = Future()
         self._jobs.put(partial(_fulfil, future, function))
+        either: list[Future[Any]] = [future, self._ended]
+        wait(either, return_when=FIRST_COMPLETED)
+        if not future.done():
+            raise LaunchError("The thread that spawns the VM's processes has ended.")
         return future.result()
+
+    def end_after(self, seconds: float) -> None:
+        """End the thread after so many seconds, and thereby its processes.
+
+        This needs neither the event loop nor any other thread of this process.
+        """
+        self._jobs.put(time.monotonic() + seconds)
+
+    @property
+    def expired(self) -> bool:
+        """True if the deadline of `end_after()` has ended the thread."""
+        return self._ended.done() and self._ended.result()
 
     def close(self) -> None:
         """End the thread. Its processes have ended before, or the kernel kills them."""
         self._jobs.put(None)
 
 
-def _do(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job
+Job = Callable[[], None] | float | None  # for the thread: work, its deadline, or its end
+
+
+def _do(jobs: SimpleQueue[Job], ended: Future[bool]) -> None:
+    deadline: float | None = None
+    try:
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            job = jobs.get(timeout=left)
+            if job is None:
+                break
+            if isinstance(job, float):
+                deadline = job
+            else:
+                job()
+            del job
+    except Empty:
+        ended.set_result(True)
+    else:
+        ended.set_result(False)
 
 
 def _fulfil(future: Future[T], function: Callable[[], T]) -> None:

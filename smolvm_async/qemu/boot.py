@@ -49,9 +49,11 @@ class BootStates:
 
     Attributes:
         last: The latest change of the boot state.
+        changed_at: The time of this change, of `time.monotonic()`.
     """
 
     def __init__(self, hub: EventHub, first: BootStateChanged) -> None:
+        self.changed_at = time.monotonic()
         self._hub = hub
         self._waiting: list[tuple[BootState, asyncio.Future[BootStateChanged | None]]] = []
         self._ended = False
@@ -59,11 +61,16 @@ class BootStates:
 
     def change(self, change: BootStateChanged) -> None:
         """Enter a boot state, publish the event and wake the waiting tasks."""
-        self.last = change
+        self.last, self.changed_at = change, time.monotonic()
         self._hub.publish(change)
         for wanted, future in self._waiting:
             if change.state.reaches(wanted) and not future.done():
                 future.set_result(change)
+
+    @property
+    def awaited(self) -> bool:
+        """True while a task waits for a boot state."""
+        return bool(self._waiting)
 
     def end(self) -> None:
         """Note that the VM has ended, and wake all waiting tasks."""

@@ -26,6 +26,7 @@ import json
 import re
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,7 @@ class GuestAgent:
         self._received = bytearray()  # bytes that no call has used
         self._waiting: GuestTimeout | None = None  # the deadline of a request that was sent
         self._left = False  # whether the agent closed its port during that request
+        self.used = 0.0  # the time of the last request, of `time.monotonic()`
 
     def open(self) -> socket.socket:
         """Make the socketpair and return QEMU's end. The caller closes it once QEMU has it."""
@@ -126,6 +128,7 @@ class GuestAgent:
         """
         if self._socket is None:
             raise UnsupportedError("the built-in image has no QEMU guest agent: use SSH.")
+        self.used = time.monotonic()
         request = {"execute": command, **({"arguments": dict(arguments)} if arguments else {})}
         try:
             async with self._pauses.timeout(timeout) as bound, self._turn:

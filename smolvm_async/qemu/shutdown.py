@@ -42,7 +42,8 @@ Act = Callable[[Child, Monitor], Coroutine[Any, Any, str]]
 class Rung(StrEnum):
     """The cause of a VM's end: a rung of the shutdown ladder, in order, or another cause.
 
-    GUEST: the guest had powered itself down. CRASH: the VM had crashed. NONE: no VM was running.
+    GUEST: the guest had powered itself down. CRASH: the VM had crashed. TTL: its time was over.
+    NONE: no VM was running.
     """
 
     POWERDOWN = "powerdown"
@@ -51,6 +52,7 @@ class Rung(StrEnum):
     SIGKILL = "sigkill"
     GUEST = "guest"
     CRASH = "crash"
+    TTL = "ttl"
     NONE = "none"
 
 
@@ -61,6 +63,7 @@ ENDINGS = {
     Rung.SIGKILL: "QEMU was killed",
     Rung.GUEST: "the guest had shut itself down",
     Rung.CRASH: "the VM had crashed",
+    Rung.TTL: "the VM's time was over",
     Rung.NONE: "the VM was not running",
 }
 

@@ -432,7 +432,8 @@ def empty(directory: Path, keep: Container[str] = ()) -> None:
     """Remove everything in a directory; this needs only one descriptor, `shutil` needs two."""
     for name in os.listdir(directory):
         if name not in keep:
-            discard(directory / name)
+            with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+                discard(directory / name)
 
 
 def discard(path: Path) -> None:

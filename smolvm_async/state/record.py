@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from smolvm_async.config.checks import VM_ID
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.errors import ConfigError
+from smolvm_async.errors import ConfigError, VMExpiredError
 from smolvm_async.foundation.entries import open_regular
 from smolvm_async.foundation.locking import excludes_others
 from smolvm_async.foundation.process import Identity
@@ -22,8 +23,8 @@ from smolvm_async.host.identity import HostIdentity, Relation, relation, this_ho
 from smolvm_async.state.names import LAYER, OVERLAY, RECORD
 from smolvm_async.state.status import Status
 
-SCHEMA_VERSION = 4  # with each new field, increase the number: earlier versions refuse it
-READABLE = (1, 2, 3, 4)  # 1 has no `host`, 2 no `layers`, 3 no `internet_settings`
+SCHEMA_VERSION = 5  # with each new field, increase the number: earlier versions refuse it
+READABLE = (1, 2, 3, 4, 5)  # 1 has no `host`, 2 no `layers`, 3 no `internet_settings`, 4 no `ttl`
 MAX_SIZE = 1 << 20  # bytes
 MAX_LAYERS = 64  # each layer takes QEMU memory, and time for each read
 
@@ -86,6 +87,18 @@ class Record(BaseModel):
     machine: Machine | None = None
 
     @property
+    def expired(self) -> bool:
+        """True if the VM's time, its `ttl`, is over."""
+        left = self.seconds_left
+        return left is not None and left <= 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The seconds until the VM's time is over; `None` if it has no `ttl`."""
+        ttl = self.config.ttl
+        return None if ttl is None else self.created / 1e9 + ttl - time.time()
+
+    @property
     def relation(self) -> Relation:
         """How the host of the VM's owner is related to this host."""
         return relation(self.host, this_host())
@@ -140,6 +153,14 @@ class Record(BaseModel):
     def to_json(self) -> bytes:
         """See `to_json()`."""
         return to_json(self)
+
+
+def expired(config: VMConfig) -> VMExpiredError:
+    """Return the error for a VM whose time is over."""
+    return VMExpiredError(
+        f"The time of {config.vm_id} is over: it is deleted {config.ttl:g} s (ttl=) after its "
+        "first start. Make a new AsyncSmolVM, or pass a larger ttl=."
+    )
 
 
 def beyond_reach(related: Relation, dir_fd: int) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from smolvm_async.config.checks import VM_ID
@@ -14,11 +14,16 @@ from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.foundation.locking import LockFile, is_locked, poll
 from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.tasks import in_background, in_thread
+from smolvm_async.host.usage import read_usage
 from smolvm_async.state.directory import (
     VMDirectory,
     cannot_use,
+    empty,
+    find_directory,
     read_each,
 )
+from smolvm_async.state.names import MARKS
+from smolvm_async.state.orphans import end_orphans
 from smolvm_async.state.record import Record, read_record
 from smolvm_async.state.status import Status
 
@@ -42,6 +47,11 @@ class VMInfo:
         keep: Whether the VM stays when its owner ends.
         image: The image that the VM was made from; empty for the built-in Linux.
         host: The name of the other host that the VM belongs to; `None` for a VM of this host.
+        labels: The labels that were given to the VM.
+        resident: MiB of the host's memory that the VM's processes use now; `None` if they do not
+            run on this host. The memory that clones share counts for each of them.
+        processors: The number of the host's processors that they have used on average since they
+            started; `None` likewise.
     """
 
     vm_id: str
@@ -53,18 +63,38 @@ class VMInfo:
     keep: bool
     image: str
     host: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    resident: int | None = None
+    processors: float | None = None
 
 
-async def list_vms(data_dir: Path) -> list[VMInfo]:
-    """Return all VMs in `data_dir`, the oldest first, without disturbing them."""
-    infos = await in_thread(lambda: [describe(*found) for found in survey(data_dir)])
+async def list_vms(data_dir: Path, labels: Mapping[str, str]) -> list[VMInfo]:
+    """Return the VMs in `data_dir` that have these `labels`, the oldest first.
+
+    Delete the VMs whose time is over. Do not disturb the others.
+    """
+    infos, expired = await in_thread(_look, data_dir, labels)
+    for vm_id in expired:
+        await _prune_or_warn(VMDirectory(data_dir, vm_id))
     return sorted(infos, key=lambda info: -info.age)
+
+
+def _look(data_dir: Path, labels: Mapping[str, str]) -> tuple[list[VMInfo], list[str]]:
+    """Return the VMs that have these labels, and the ids of the VMs whose time is over."""
+    infos, expired = [], []
+    for record, status in survey(data_dir):
+        if record.expired and status is not Status.ELSEWHERE:
+            expired.append(record.config.vm_id)
+        elif labels.items() <= record.config.labels.items():
+            infos.append(describe(record, status))
+    return infos, expired
 
 
 def describe(record: Record, status: Status) -> VMInfo:
     """Return the information in a record; `status` is from `Record.status_seen()`."""
     config = record.config
     elsewhere = status is Status.ELSEWHERE and record.host is not None
+    usage = read_usage(record.processes_here)
     return VMInfo(
         vm_id=config.vm_id,
         os=config.os,
@@ -75,6 +105,9 @@ def describe(record: Record, status: Status) -> VMInfo:
         keep=config.keep,
         image=config.image,
         host=record.host.name if record.host is not None and elsewhere else None,
+        labels=config.labels,
+        resident=usage.resident if usage is not None else None,
+        processors=round(usage.processors, 3) if usage is not None else None,
     )
 
 
@@ -93,8 +126,8 @@ async def prune_vms(data_dir: Path, gone_host: str | None = None) -> list[VMInfo
     """Remove the VMs of dead owners from `data_dir`; return their information from before.
 
     Kept VMs stay and become `stopped`. Processes that dead owners left running are killed. The
-    owners on the host with the name `gone_host` are dead; other hosts' VMs stay. Also remove what
-    killed processes left of snapshots.
+    owners on the host with the name `gone_host` are dead; other hosts' VMs stay. Also remove the
+    VMs whose time is over, and what killed processes left of snapshots.
     """
     # list() does not need them
     from smolvm_async.state.snapshot_directory import remove_leftovers
@@ -104,18 +137,22 @@ async def prune_vms(data_dir: Path, gone_host: str | None = None) -> list[VMInfo
     await in_thread(_remove_stale_lock, data_dir / LOCK)
     pruned = []
     for path in await in_thread(lambda: list(_directories(data_dir))):
-        token = current_vm.set(path.name)
-        try:
-            info = await _prune(VMDirectory(data_dir, path.name, gone_host))
-        except VMNotFoundError:
-            pass  # another process has removed it meanwhile
-        except (ConfigError, OSError) as error:
-            logger.warning("not pruned: %s", error)
-        else:
-            pruned += [info] if info is not None else []
-        finally:
-            current_vm.reset(token)
+        info = await _prune_or_warn(VMDirectory(data_dir, path.name, gone_host))
+        pruned += [info] if info is not None else []
     return pruned
+
+
+async def _prune_or_warn(state: VMDirectory) -> VMInfo | None:
+    token = current_vm.set(state.path.name)
+    try:
+        return await _prune(state)
+    except VMNotFoundError:
+        return None  # another process has removed it meanwhile
+    except (ConfigError, OSError) as error:
+        logger.warning("not pruned: %s", error)
+        return None
+    finally:
+        current_vm.reset(token)
 
 
 async def _prune(state: VMDirectory) -> VMInfo | None:
@@ -123,13 +160,13 @@ async def _prune(state: VMDirectory) -> VMInfo | None:
         # A killed owner holds the lock until its last thread has ended.
         await poll(lambda: state.try_hold(False) or not state.owner_is_dead, DYING)
         if state.fd < 0:
-            return None
+            return await _end_expired(state.path)
         record = state.record
-        if record is None or record.owner is None:
+        if record is None or (record.owner is None and not record.expired):
             return None
         info = describe(record, record.status_seen(state.fd, held=False))
         await state.end_orphans()
-        if record.config.keep and record.machine is not None:
+        if record.config.keep and record.machine is not None and not record.expired:
             await in_thread(state.write, record.at_rest(Status.STOPPED))
         else:
             await in_thread(state.remove)
@@ -137,6 +174,25 @@ async def _prune(state: VMDirectory) -> VMInfo | None:
     finally:
         # This also removes the directory of an owner that died before it wrote a record.
         await in_thread(state.abandon)
+
+
+async def _end_expired(path: Path) -> VMInfo | None:
+    """End a VM whose time is over although its owner lives, and return its information.
+
+    The owner may hang, or be stopped. It has the lock, so only the owner or a later `prune()` can
+    remove the directory, but until then only the record is left in it.
+    """
+    fd = find_directory(path)  # another VM may be at this path later
+    try:
+        record = await in_thread(read_record, path, fd)
+        if record is None or not record.expired or record.is_elsewhere(fd):
+            return None
+        info = describe(record, record.status)
+        await end_orphans(record.processes_here, fd)
+        await in_thread(empty, Path(f"/proc/self/fd/{fd}"), MARKS)
+        return info
+    finally:
+        os.close(fd)
 
 
 def _remove_stale_lock(path: Path) -> None:

@@ -25,8 +25,8 @@ RAM = "ram"  # the guest's memory
 MACHINE = "machine"  # the state of the processors and devices
 COPIED = (VARS, SEED, SSH_KEY, HOST_KEY, AUTHORIZED_KEYS)
 TPM_FILE = rf"^{TPM}/[A-Za-z0-9_-][A-Za-z0-9._-]{{0,63}}$"
-SCHEMA_VERSION = 2
-READABLE = (1, 2)  # 1 has no `internet_settings` in its `config`
+SCHEMA_VERSION = 3
+READABLE = (1, 2, 3)  # in their `config`, 1 has no `internet_settings`, 2 no `ttl`
 HASHED = 16 << 20  # bytes; each use of the snapshot would read a larger file
 AGAIN = (
     "Take the snapshot again, or copy the whole directory again together with the times of the "

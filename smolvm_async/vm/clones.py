@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from smolvm_async.config.options import CloneOptions
+from smolvm_async.controls.interface import wake
 from smolvm_async.errors import SmolVMError, SnapshotNotFoundError
 from smolvm_async.foundation.tasks import end_tasks, in_background, settle
 from smolvm_async.state.snapshot_directory import fork_name
@@ -111,6 +112,7 @@ async def forked(vm: AsyncSmolVM) -> AsyncIterator[Snapshot]:
     """Take a snapshot without a name, for the time of the block."""
     root = vm._vm.config.data_dir / SNAPSHOTS
     name = fork_name(root)
+    await wake(vm._vm)
     if (owned := vm._owned) is not None:
         async with new_snapshot(root, name) as new:
             await in_background(new.complete, await owned.save(new, {}))

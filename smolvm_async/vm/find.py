@@ -12,7 +12,7 @@ from smolvm_async.foundation.locking import is_locked
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.state.directory import cannot_use, elsewhere, find_directory, not_found
-from smolvm_async.state.record import Record, read_record
+from smolvm_async.state.record import Record, expired, read_record
 from smolvm_async.state.status import Status
 from smolvm_async.vm.attach.client import AttachedVM
 from smolvm_async.vm.owner import OwnedVM
@@ -28,6 +28,7 @@ async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | At
     Raises:
         VMNotFoundError: `path` is not the directory of a VM.
         VMElsewhereError: The VM belongs to another host.
+        VMExpiredError: The time of the VM is over.
         VMNotRunningError: The owner is alive but does not answer.
         ConfigError: The VM's record cannot be read.
     """
@@ -44,6 +45,8 @@ async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | At
                 raise not_found(path)
             if record is not None and record.is_elsewhere(fd):
                 raise elsewhere(path, record.host.name if record.host is not None else "")
+            if record is not None and record.expired:
+                raise expired(record.config)
             held = held or (record is not None and record.is_used(fd, held=False))
             if record is not None and not held:
                 return _at_rest(record, on_progress)

@@ -42,6 +42,7 @@ from smolvm_async.errors import (
     MountError,
     VMAlreadyExistsError,
     VMCrashedError,
+    VMExpiredError,
     VMNotFoundError,
     VMNotRunningError,
 )
@@ -59,7 +60,7 @@ from smolvm_async.host.identity import this_host
 from smolvm_async.qemu.events import EventHub
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.state.directory import VMDirectory
-from smolvm_async.state.record import Record
+from smolvm_async.state.record import Record, expired
 from smolvm_async.state.status import Status
 
 if TYPE_CHECKING:  # the first VM or the first start imports them
@@ -157,6 +158,9 @@ class OwnedVM:
             await until_over(self.over)
         plan = None if self._deleted else await self.planned()
         if plan is None or self._deleted:
+            failure = self.run.failure if self.run is not None else None
+            if isinstance(failure, VMExpiredError):
+                raise failure
             raise VMNotRunningError(f"{self.config.vm_id} was deleted: make a new AsyncSmolVM.")
         if self.run is None or self.over is None or self.over.done():
             from smolvm_async.vm.run import VMRun
@@ -219,12 +223,18 @@ class OwnedVM:
     async def pause(self) -> None:
         """See `AsyncSmolVM.pause()`."""
         assert self.run is not None
+        self.run.idleness.paused = False  # stay paused
         await self.run.pause()
 
     async def resume(self) -> str:
         """See `AsyncSmolVM.resume()`. Return the reason if the guest's clock could not be set."""
         assert self.run is not None
         return await self.run.resume()
+
+    async def wake(self) -> None:
+        """Note a use of the VM; resume it if it was paused because it was idle."""
+        if self.run is not None:
+            await self.run.idleness.wake()
 
     async def set_internet_settings(self, settings: InternetSettings) -> None:
         """See `AsyncSmolVM.set_internet_settings()`."""
@@ -353,11 +363,15 @@ class OwnedVM:
             self.hub.close()
             if isinstance(run.failure, VMCrashedError | MountError):
                 self.on_crash()
+            self._deleted = self._deleted or isinstance(run.failure, VMExpiredError)
             try:
                 await self._record_end(run)
             finally:
                 if server is not None:
                     await server.close()
+        if isinstance(run.failure, VMExpiredError):  # nobody need call delete()
+            with suppress(ConfigError):  # list() and prune() try again
+                await self._discard()
 
     async def _take_directory(self) -> VMDirectory:
         """Lock the directory, check that the VM may start, and write the VM's record."""
@@ -383,12 +397,17 @@ class OwnedVM:
 
         Raises:
             VMNotFoundError: This VM was deleted.
+            VMExpiredError: The time of this VM is over.
             VMAlreadyExistsError: The directory holds another VM, which is kept.
         """
         vm_id = self.config.vm_id
         same = found is not None and found.created == self._created
         if self._created is not None and not same:
             raise VMNotFoundError(f"{vm_id} has been deleted: make a new AsyncSmolVM.")
+        if found is not None and found.expired:
+            if same:
+                raise expired(found.config)
+            return
         if found is not None and found.config.keep and not same:
             raise VMAlreadyExistsError(
                 f"vm_id={vm_id!r} is the id of a kept VM: start the kept VM with "

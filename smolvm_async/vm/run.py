@@ -26,7 +26,7 @@ from anyio.abc import TaskGroup
 
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import Source
-from smolvm_async.controls.interface import unprepared
+from smolvm_async.controls.interface import last_use, unprepared
 from smolvm_async.controls.ssh.clock import GuestClock
 from smolvm_async.controls.ssh.environment import set_variables
 from smolvm_async.controls.ssh.link import Link
@@ -68,9 +68,10 @@ from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import WAKE, Rung, ShutdownReport, shut_down
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.directory import VMDirectory, cannot_use
-from smolvm_async.state.record import Machine
+from smolvm_async.state.record import Machine, expired
 from smolvm_async.state.status import Status
 from smolvm_async.vm.crash import find_crash
+from smolvm_async.vm.idle import Idleness
 from smolvm_async.vm.launch_together import Launch
 from smolvm_async.vm.limits import oom_kills
 from smolvm_async.vm.mounting import Mounting
@@ -135,6 +136,9 @@ class VMRun:
         self._resumed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._clock = GuestClock(self.link, self._monitor.start_task)
         self._commands = CommandQueue(self._monitor)
+        self.idleness = Idleness(
+            plan.config, self.boot, self.pauses, self._last_use, self.pause, self.resume
+        )
         self._scope = anyio.CancelScope()
         self._news = asyncio.Event()  # set when the run may be over
         self.processes = Processes(self._news.set)
@@ -169,7 +173,12 @@ class VMRun:
         try:
             with self._scope:
                 async with anyio.create_task_group() as group, self._guarding(), self.processes:
+                    if (left := state.record.seconds_left) is not None:
+                        self._spawner.end_after(left)  # even if this loop hangs then
                     await self._run(group)
+                    if self._spawner.expired or state.record.expired:
+                        self.failure = expired(self._plan.config)
+                        self.report = replace(self.report, rung=Rung.TTL)
                     group.cancel_scope.cancel()
         except* Exception as errors:
             error = first_of(errors)
@@ -223,6 +232,18 @@ class VMRun:
         files = self._ram is not None  # else the RAM is anonymous, or a snapshot's file
         pids = [child.identity.pid for child in self.processes.children]
         return sum(own_memory(pid, files=files) for pid in pids)
+
+    def _last_use(self) -> float:
+        return max(last_use(self), self.peripherals.agent.used)
+
+    async def stats(self) -> dict[str, Any]:
+        """See `AsyncSmolVM.stats()`. Return the fields of the `VMStats`."""
+        from smolvm_async.vm.stats import measure
+
+        identities = [child.identity for child in self.processes.children]
+        own = await in_thread(self.own_memory)
+        stats = await measure(identities, own, self._monitor, self._state.path)
+        return stats._asdict()
 
     async def guest_status(self) -> str:
         """Return QEMU's run state of the guest; empty if QEMU has ended."""
@@ -331,6 +352,7 @@ class VMRun:
         guess = self._login is None
         probe = self.peripherals.agent.probe if guess else self._probe
         group.start_soon(partial(self.boot.watch, self._monitor, probe, guess=guess))
+        group.start_soon(self.idleness.watch)
         self.started.set_result(None)
         await self._until_end()
         if self.processes.qemu.ended:

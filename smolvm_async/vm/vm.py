@@ -22,7 +22,7 @@ from smolvm_async.config.options import (
 )
 from smolvm_async.config.source import PublishedImage
 from smolvm_async.controls.desktop.desktop import Desktop
-from smolvm_async.controls.interface import VM, running, usable
+from smolvm_async.controls.interface import VM, in_use, running, usable, wake
 from smolvm_async.controls.ports import PortForwarding
 from smolvm_async.controls.shell import Shell
 from smolvm_async.controls.ssh.login import Access
@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # imported on first use
     from smolvm_async.vm.owner import OwnedVM
     from smolvm_async.vm.plan import Plan
     from smolvm_async.vm.run import VMRun
+    from smolvm_async.vm.stats import VMStats
 
 
 class AsyncSmolVM(Shell, Desktop, PortForwarding):
@@ -104,6 +105,16 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         internet_settings: The network policy: an `InternetSettings`, or a mapping of its fields. By
             default, a guest reaches the internet and the local network, but not this host.
         timeouts: Deadlines in seconds: a `Timeouts`, or a mapping with its field names.
+        labels: Texts for your own use, by name; `list()` shows them and finds VMs by them.
+        ttl: Seconds from the first start after which the VM is deleted, kept or not. Later calls
+            raise `VMExpiredError`. QEMU and swtpm end in time even if this process's event loop
+            hangs; the files go when the loop goes on, or at the next `list()` or `prune()` of any
+            process. If this whole process is stopped (SIGSTOP), or native code holds the
+            interpreter, that `list()` or `prune()` also ends QEMU and swtpm.
+        idle_timeout: Seconds without a call after which the VM is paused, from `ready` on. The next
+            call resumes it first, in any process. A command, transfer, process or terminal that
+            runs counts as a call, and `stats()` does not; neither do clients of forwarded ports and
+            of VNC, and detached processes. A VM that `pause()` has paused stays paused.
         data_dir: The directory for the files of VMs; by default `$XDG_STATE_HOME/smolvm-async`
             (`~/.local/state/smolvm-async`).
         on_progress: Called with a `Progress` for each step.
@@ -213,12 +224,23 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
     @classmethod
     async def list(
-        cls, *, data_dir: str | os_module.PathLike[str] | None = None
+        cls,
+        *,
+        labels: Mapping[str, str] | None = None,
+        data_dir: str | os_module.PathLike[str] | None = None,
     ) -> Sequence[VMInfo]:
-        """Return all VMs in `data_dir`, the oldest first: running, kept and orphaned."""
+        """Return the VMs in `data_dir`, the oldest first: running, kept and orphaned.
+
+        Delete the VMs whose `ttl` is over.
+
+        Args:
+            labels: Return only VMs that have all these labels.
+            data_dir: See the class.
+        """
+        from smolvm_async.config.checks import check_labels
         from smolvm_async.state.registry import list_vms
 
-        return await list_vms(_known_data_dir(data_dir))
+        return await list_vms(_known_data_dir(data_dir), check_labels(labels))
 
     @classmethod
     async def prune(
@@ -229,6 +251,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         warm: bool = False,
     ) -> Sequence[VMInfo]:
         """Kill and remove the VMs whose owners died. A kept VM stays, with the status `stopped`.
+
+        Also delete the VMs whose `ttl` is over, kept or not, even if their owner hangs.
 
         VMs of other hosts that share `data_dir` stay as they are.
 
@@ -440,7 +464,17 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             UnsupportedError: The library cannot log in to this guest OS.
         """
         self._vm.config.profile.require("ssh_access")
-        return await running(self._vm).ssh_access()
+        return await (await in_use(self._vm)).ssh_access()
+
+    async def stats(self) -> VMStats:
+        """Return the resources that the running VM has used, seen from the host.
+
+        Raises:
+            VMNotRunningError: The VM does not run.
+        """
+        from smolvm_async.vm.stats import VMStats
+
+        return VMStats(**await running(self._vm).stats())
 
     async def detach(self) -> None:
         """Disconnect from a VM that `from_id()` attached to. The owner keeps the VM running.
@@ -477,8 +511,9 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         from smolvm_async.config.checks import check_labels, check_snapshot_name
         from smolvm_async.state.snapshot_record import SnapshotInfo
 
-        name, checked = check_snapshot_name(name), check_labels(labels or {})
+        name, checked = check_snapshot_name(name), check_labels(labels)
         await self._look_again()
+        await wake(self._vm)
         return SnapshotInfo(**await self._vm.snapshot(name, checked))
 
     @classmethod

@@ -368,13 +368,21 @@ def test_verbose_shows_the_command_lines(blank_image: Path, data_dir: Path) -> N
 
 def test_a_running_vm_is_listed(run: Run, blank_image: Path, data_dir: Path) -> None:
     name = "a-name-of-sixty-three-characters-which-is-as-long-as-they-can-b"
-    with run("--id", name) as running:
-        (info,) = document("list", "--data-dir", data_dir)
+    with run("--id", name, "--label", "task=42", "--label", "of=a=b") as running:
+        (info,) = document("list", "--data-dir", data_dir, "--label", "task=42")
+        assert document("list", "--data-dir", data_dir, "--label", "task=4") == []
         lines = cli("list", "--data-dir", data_dir).stdout.splitlines()
+        used = document("stats", name, "--data-dir", data_dir)
+        table = cli("stats", name, "--data-dir", data_dir).stdout.splitlines()
         running.kill(signal.SIGINT)
         running.end()
     owner = running.process.pid
     assert 0 <= info.pop("age") < PATIENCE
+    assert info["resident"] > 0
+    assert info["processors"] > 0
+    assert (used["vm_id"], used["resident"] > 0, used["network_sent"]) == (name, True, None)
+    assert table[0].split()[:2] == ["PROCESSORS", "RESIDENT"]
+    assert float(table[1].split()[0]) > 0
     assert (
         info
         | {
@@ -385,14 +393,23 @@ def test_a_running_vm_is_listed(run: Run, blank_image: Path, data_dir: Path) -> 
             "memory": 4096,
             "keep": False,
             "image": str(blank_image),
+            "labels": {"task": "42", "of": "a=b"},
         }
         == info
     )
     columns = [field.name.removeprefix("vm_").upper() for field in fields(VMInfo)]
+    columns.remove("HOST")  # it would be empty
     assert lines[0].split() == columns
     words = lines[1].split()
     assert words[:4] == [name, "windows", "running", str(owner)]
     assert " ".join(("4096", "MiB", "no", str(blank_image))) in " ".join(words)
+
+
+def test_it_ends_with_its_time(run: Run, data_dir: Path) -> None:
+    with run("--id", "one", "--ttl", "1", "--keep") as running:
+        output, _, code = running.end()
+    assert "one has stopped: the VM's time was over (ttl, 0.00 s)." in output
+    assert (code, document("list", "--data-dir", data_dir)) == (0, [])
 
 
 def test_it_is_stopped_from_elsewhere(run: Run, data_dir: Path) -> None:

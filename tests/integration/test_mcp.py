@@ -144,12 +144,12 @@ async def test_a_hundred_sandboxes_at_once_are_as_many_as_the_limit(
 
 
 async def test_a_sandbox_is_deleted_after_its_lifetime(blank_image: Path, data_dir: Path) -> None:
-    options = ("--linux-image", blank_image, "--lifetime", "1")
+    options = ("--linux-image", blank_image, "--lifetime", "2")
     async with session(data_dir, *options) as client:
         sandbox = await create(client, memory=128)
         while sandbox in await ask(client, "list_sandboxes"):
             await asyncio.sleep(0.1)
-        with pytest.raises(ValueError, match="deleted after its lifetime of 1 s"):
+        with pytest.raises(ValueError, match="deleted after its lifetime of 2 s"):
             await ask(client, "screenshot", sandbox=sandbox)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from smolvm_async.errors import LaunchError
 from smolvm_async.foundation.process import Child, Spawner, spawn
 from smolvm_async.host import seccomp
 from smolvm_async.qemu.internet import guard as guards
@@ -526,6 +527,23 @@ def test_nothing_outlives_an_owner_that_did_not_close_the_guard(end: str, tmp_pa
     while Path(f"/proc/{int(done.stdout)}").exists():
         assert time.monotonic() < deadline, "the program has outlived its owner"
         time.sleep(0.01)
+
+
+def test_a_child_ends_at_a_deadline_although_the_loop_hangs(tmp_path: Path) -> None:
+    spawner, loop = Spawner(), asyncio.new_event_loop()
+    argv = ["sleep", "600"]
+    spawner.end_after(0.5)
+    child = loop.run_until_complete(
+        spawn("it", argv, cwd=tmp_path, log=tmp_path / "log", fds=[], spawner=spawner)
+    )
+    while child.identity.alive:
+        time.sleep(0.01)  # the loop does not run
+    assert spawner.expired
+    with pytest.raises(LaunchError, match="has ended"):
+        spawner.run(lambda: None)
+    loop.run_until_complete(asyncio.wait([child.exited]))
+    assert child.returncode == -signal.SIGKILL
+    loop.close()
 
 
 def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, DaskFleet, Fleet, UnsupportedError
-from smolvm_async.config.options import VMOptions, make_config
+from smolvm_async.config.options import VMOptions, make_clone_config, make_config, recheck
 from smolvm_async.config.source import BuiltInImage, LocalDisk, PublishedImage
 from smolvm_async.guests import DEFAULT, GUESTS, PUBLISHED, GuestName
 from smolvm_async.guests.features import FEATURES, NEEDED
@@ -92,3 +92,22 @@ def test_a_published_image_may_have_all_that_some_guest_has() -> None:
     PUBLISHED.require("run")
     PUBLISHED.require("kernel")
     PUBLISHED.require("mounts")
+
+
+@pytest.mark.parametrize("name", ["ttl", "idle_timeout"])
+@pytest.mark.parametrize("wrong", [0, -1, True, "60", float("nan"), float("inf"), 10**400])
+def test_a_time_to_live_is_more_than_0_seconds(name: str, wrong: object) -> None:
+    options: Any = {name: wrong}
+    with pytest.raises(ConfigError, match=f"{name}=.* is wrong: pass seconds"):
+        make_config(**options)
+    options[name] = 60
+    assert getattr(make_config(**options), name) == 60.0
+
+
+def test_a_clone_has_neither_the_labels_nor_the_time_of_its_source() -> None:
+    config = make_config(labels={"task": "42"}, ttl=60, idle_timeout=5)
+    clone = make_clone_config(config)
+    assert (clone.labels, clone.ttl, clone.idle_timeout) == ({}, None, None)
+    assert recheck(config) == config
+    own = make_clone_config(config, labels={"task": "43"}, ttl=1)
+    assert (own.labels, own.ttl) == ({"task": "43"}, 1.0)

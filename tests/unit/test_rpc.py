@@ -125,7 +125,7 @@ async def test_marked_methods_and_no_others_can_be_called_by_attached_processes(
     run = SimpleNamespace(peripherals=peripherals, **dict.fromkeys(rpc_methods(Run)))
     vm = SimpleNamespace(**dict.fromkeys(rpc_methods(VM)))
     expected = {"start", "stop", "pause", "resume", "delete", "snapshot", "ssh_access"}
-    expected.add("set_internet_settings")
+    expected |= {"set_internet_settings", "wake", "stats"}
     for name, kind in get_type_hints(Peripherals).items():
         expected |= {f"{name}.{method}" for method in rpc_methods(kind)}
     assert "screen.dump" in expected

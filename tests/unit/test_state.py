@@ -6,13 +6,15 @@ import fcntl
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Barrier, Thread
+from typing import Any
 
 import pytest
 
-from smolvm_async import ConfigError, Status
+from smolvm_async import AsyncSmolVM, ConfigError, Status, VMExpiredError
 from smolvm_async.config.options import make_config
 from smolvm_async.doctor.checks import check_data_dir
 from smolvm_async.doctor.findings import Outcome
@@ -329,6 +331,69 @@ def test_a_record_with_an_unknown_field_is_of_another_version_and_not_damaged(
     (tmp_path / RECORD).write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="another version of this library wrote it; use that one"):
         read_record(tmp_path, directory)
+
+
+def record_of(data_dir: Path, vm_id: str, age: float, **options: Any) -> Record:
+    """The record of a kept VM at rest that was created `age` seconds ago."""
+    config = make_config(
+        os="windows", image=__file__, data_dir=data_dir, vm_id=vm_id, keep=True, **options
+    )
+    created = time.time_ns() - round(age * 1e9)
+    return Record(config=config, created=created, machine=Machine("pc-q35-7.2", 1, 1))
+
+
+def test_the_time_of_a_vm_is_over_after_its_ttl(tmp_path: Path) -> None:
+    assert record_of(tmp_path, "a", 60).seconds_left is None
+    assert not record_of(tmp_path, "a", 60).expired
+    assert not record_of(tmp_path, "a", 60, ttl=3600).expired
+    left = record_of(tmp_path, "a", 60, ttl=3600).seconds_left
+    assert left is not None
+    assert 3500 < left <= 3540
+    assert record_of(tmp_path, "a", 60, ttl=60).expired
+
+
+@pytest.mark.anyio
+async def test_vms_are_listed_by_labels_and_deleted_when_their_time_is_over(
+    tmp_path: Path,
+) -> None:
+    tmp_path.chmod(0o700)
+    labels = {"task": "42", "by": "me"}
+    for record in (
+        record_of(tmp_path, "old", 60, ttl=1, labels=labels),
+        record_of(tmp_path, "new", 60, ttl=3600, labels=labels),
+        record_of(tmp_path, "other", 30, labels={"task": "43"}),
+    ):
+        state = VMDirectory(tmp_path, record.config.vm_id)
+        assert state.try_hold(create=True)
+        state.write(record.at_rest(Status.STOPPED))
+        state.release()
+    with pytest.raises(VMExpiredError, match=r"1 s \(ttl=\)"):
+        await AsyncSmolVM.from_id("old", data_dir=tmp_path)
+    (found,) = await AsyncSmolVM.list(data_dir=tmp_path, labels={"task": "42"})
+    assert (found.vm_id, found.labels, found.resident) == ("new", labels, None)
+    assert not (tmp_path / "old").exists()
+    assert [info.vm_id for info in await AsyncSmolVM.list(data_dir=tmp_path)] == ["new", "other"]
+    assert await AsyncSmolVM.list(data_dir=tmp_path, labels={"task": "42", "by": "you"}) == []
+    with pytest.raises(ConfigError, match="labels="):
+        await AsyncSmolVM.list(data_dir=tmp_path, labels={"task": 42})  # type: ignore[dict-item]
+
+
+def test_a_record_without_a_ttl_is_read_and_a_wrong_one_is_damaged(
+    directory: int, tmp_path: Path
+) -> None:
+    values = json.loads(record_of(tmp_path.parent, "a", 0, ttl=5).to_json())
+    for wrong in (float("inf"), float("nan"), -1, "5"):
+        values["config"]["ttl"] = wrong
+        (tmp_path / RECORD).write_text(json.dumps(values))
+        with pytest.raises(ConfigError, match="it is damaged"):
+            read_record(tmp_path, directory)
+    values["schema_version"] = 4
+    for name in ("labels", "ttl", "idle_timeout"):
+        del values["config"][name]
+    (tmp_path / RECORD).write_text(json.dumps(values))
+    found = read_record(tmp_path, directory)
+    assert found is not None
+    assert (found.config.labels, found.config.ttl) == ({}, None)
 
 
 def test_a_record_lists_the_layers_of_the_disk_and_accepts_only_their_names(

@@ -112,7 +112,7 @@ class Keyboard(Control):
 
     async def _send(self, events: Sequence[InputEvent]) -> None:
         patience = self.vm.config.timeouts.input
-        await self.taking_input().peripherals.input.strike(events, patience)
+        await (await self.taking_input()).peripherals.input.strike(events, patience)
 
 
 def _down(codes: Sequence[str]) -> list[InputEvent]:

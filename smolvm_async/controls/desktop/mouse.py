@@ -185,7 +185,7 @@ class Mouse(Control):
             raise self.running().troubles.explain(error) from None
 
     async def _is_taken(self) -> bool:
-        run = self.taking_input()
+        run = await self.taking_input()
         # After a reset QEMU still reports the tablet's state before the reset.
         in_control = run.boot.last.state.reaches(BootState.OPERATING_SYSTEM)
         return in_control and await run.peripherals.input.tablet_taken()
@@ -221,7 +221,7 @@ class Mouse(Control):
             await asyncio.sleep(PACE)
 
     async def _send(self, *events: InputEvent) -> None:
-        await self.taking_input().peripherals.input.send(events)
+        await (await self.taking_input()).peripherals.input.send(events)
 
 
 def _press(button: str) -> InputEvent:

@@ -45,7 +45,7 @@ class Screen(Control):
         return picture
 
     async def _shoot(self, image_format: str, display: str | None, head: int) -> Screenshot:
-        run, taken, began = self.running(), time.time(), time.monotonic()
+        run, taken, began = await self.in_use(), time.time(), time.monotonic()
         data = await run.peripherals.screen.dump(image_format, display, head)
         make = Screenshot.from_png if image_format == "png" else Screenshot.from_ppm
         elapsed = time.monotonic() - began

@@ -21,7 +21,7 @@ class VNC(Control):
             ConfigError: The VNC server is off (a `ValueError`).
             VMNotRunningError: The VM is not running.
         """
-        url = await self.running().peripherals.vnc.url()
+        url = await (await self.in_use()).peripherals.vnc.url()
         if url is None:
             raise ConfigError(
                 f"the VNC server of {self.vm.config.vm_id} is off: call vm.vnc.start(), or pass "
@@ -50,7 +50,7 @@ class VNC(Control):
                 f"kind={kind!r} is wrong: pass 'loopback' or 'unix'. To turn the VNC server off, "
                 "call stop()."
             )
-        return await self.running().peripherals.vnc.start(checked)
+        return await (await self.in_use()).peripherals.vnc.start(checked)
 
     async def stop(self) -> None:
         """Stop listening. Connected clients stay connected until they disconnect.
@@ -58,4 +58,4 @@ class VNC(Control):
         Raises:
             VMNotRunningError: The VM is not running.
         """
-        await self.running().peripherals.vnc.stop()
+        await (await self.in_use()).peripherals.vnc.stop()

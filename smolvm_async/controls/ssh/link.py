@@ -32,6 +32,7 @@ import importlib
 import os
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,6 +84,11 @@ class Sessions:
         self._limit = MOST
         self._learned = 0  # how often the limit was learned
         self._waiting: list[asyncio.Future[None]] = []
+
+    @property
+    def busy(self) -> bool:
+        """True while a place is taken."""
+        return self._entered > 0
 
     async def enter(self) -> int:
         """Wait for a place, in the order of the calls; return the argument for `refused()`."""
@@ -170,9 +176,18 @@ class Link:
         self._sessions = Sessions()
         self._endings: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._openings = 0  # calls of `open()`
+        self._used = 0.0
         self._greeting = GREETING
         self.serving = False
         self.env_turn = asyncio.Lock()  # for writers of the guest's environment variables
+
+    @property
+    def last_use(self) -> float:
+        """The time of the last use, of `time.monotonic()`: now, while a session is open."""
+        if self._openings or self._sessions.busy:
+            self._used = time.monotonic()
+        return self._used
 
     async def connect(self) -> bool:
         """Try once to connect; return whether the guest's server answered.
@@ -219,6 +234,18 @@ class Link:
         Raises:
             ConnectionLostError: The guest does not answer.
         """
+        self._openings += 1
+        try:
+            return await self._open(opener, end, on_turn)
+        finally:
+            self._openings -= 1
+
+    async def _open(
+        self,
+        opener: Callable[[SSHClientConnection], Awaitable[T]],
+        end: Callable[[T], Coroutine[None, None, None]],
+        on_turn: Callable[[bool], None],
+    ) -> T:
         tries = 0
         while True:
             await self.pauses.until_open()
@@ -254,6 +281,7 @@ class Link:
 
     def release(self) -> None:
         """Release the place of a session that has ended; see `open()`."""
+        self._used = time.monotonic()
         self._sessions.leave()
 
     async def end(self, ending: Coroutine[None, None, None]) -> None:
@@ -280,7 +308,7 @@ class Link:
             with suppress(ConnectionLostError, Error, OSError):
                 await ending
         finally:
-            self._sessions.leave()
+            self.release()
 
     async def _end_late(
         self, opening: Awaitable[T], end: Callable[[T], Coroutine[None, None, None]]

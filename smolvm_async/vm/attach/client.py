@@ -30,10 +30,10 @@ from pydantic import TypeAdapter
 
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.controls.interface import VM, Run, check_run
+from smolvm_async.controls.interface import VM, Run, check_run, last_use
 from smolvm_async.controls.ssh.clock import PROBLEM
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.errors import VMCrashedError, VMNotRunningError
+from smolvm_async.errors import SmolVMError, VMCrashedError, VMExpiredError, VMNotRunningError
 from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.locking import poll
 from smolvm_async.foundation.log import get_logger
@@ -58,6 +58,7 @@ from smolvm_async.vm.attach.messages import (
     version,
 )
 from smolvm_async.vm.attach.proxy import make_peripherals, make_proxy
+from smolvm_async.vm.idle import TELLS
 
 GREETING = 5.0  # seconds for the owner's event loop to answer
 REMOVED = 30.0  # seconds for the owner to remove the directory
@@ -83,9 +84,9 @@ class AttachedVM:
         owner = make_proxy(VM, "", self._request, self._post)  # type: ignore[type-abstract]
         run = make_proxy(Run, "", self._request, self._post)  # type: ignore[type-abstract]
         self.start, self.pause, self._resume = owner.start, owner.pause, owner.resume
-        self.snapshot = owner.snapshot
+        self.snapshot, self.wake = owner.snapshot, owner.wake
         self.set_internet_settings = owner.set_internet_settings
-        self.ssh_access = run.ssh_access
+        self.ssh_access, self.stats = run.ssh_access, run.stats
         self._stop, self._delete = owner.stop, owner.delete
         self.troubles = Troubles(self.config, lambda: log_end(path, "qemu"))
         self.pauses = Pauses()
@@ -201,7 +202,20 @@ class AttachedVM:
         if not self._writer.is_closing():
             self._writer.write(encode(request))
 
+    async def _tell_use(self, timeout: float) -> None:
+        """Tell the owner again and again that this process uses the guest: see `vm/idle.py`."""
+        told = time.monotonic()
+        while True:
+            await asyncio.sleep(timeout / TELLS)
+            if last_use(self) > told:
+                told = time.monotonic()
+                with contextlib.suppress(SmolVMError):  # the command itself fails, too
+                    await self.wake()
+
     async def _read(self, reader: asyncio.StreamReader) -> None:
+        telling = None
+        if self.config.idle_timeout is not None:
+            telling = asyncio.ensure_future(self._tell_use(self.config.idle_timeout))
         try:
             with contextlib.suppress(OSError, EOFError, ValueError, KeyError, TypeError):
                 while line := await reader.readline():
@@ -213,6 +227,8 @@ class AttachedVM:
             self._detached = True
             raise
         finally:
+            if telling is not None:
+                telling.cancel()
             self._end()
 
     def _handle(self, message: Mapping[str, Any]) -> None:
@@ -269,6 +285,8 @@ class AttachedVM:
         self.report = TypeAdapter(ShutdownReport).validate_python(params["report"])
         if params["failure"] is not None:
             self.failure = error_from_json(params["failure"])
+        if isinstance(self.failure, VMExpiredError):
+            self.status = Status.DELETED
 
     def _end(self) -> None:
         """End all waiting calls, because the run, the owner or the connection has ended."""
@@ -289,10 +307,12 @@ class AttachedVM:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(self._gone())
-        if self.failure is not None and not self._detached:
+        if self.failure is not None and not isinstance(self.failure, VMNotRunningError):
             self.on_crash()
 
     def _gone(self) -> VMNotRunningError:
+        if isinstance(self.failure, VMExpiredError):
+            return self.failure
         reason = "the VM has ended"
         if self._detached:
             reason = "this process has detached from the VM, or the event loop has ended in which "
