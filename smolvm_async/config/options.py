@@ -43,6 +43,7 @@ from smolvm_async.guests import (
     CHOICES,
     DEFAULT,
     GUESTS,
+    Channel,
     GuestName,
     GuestProfile,
 )
@@ -57,6 +58,7 @@ class VMOptions(TypedDict, total=False):
     initrd: str | os_module.PathLike[str] | None  # the kernel's initramfs
     boot_args: str | None  # the kernel's command line
     user: str | None  # the user name for SSH
+    channel: Literal["ssh", "agent"] | None  # the way to run commands
     memory: int | None  # MiB
     cpus: int | None  # cores
     vm_id: str | None
@@ -112,7 +114,8 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
     given: dict[str, Any] = {**dict.fromkeys(VMOptions.__annotations__), **DEFAULTS, **options}
     image = _image(given["image"])
     origin = make_origin(image)
-    profile = _profile(given["os"], given["image"], origin)
+    channel = _channel(given["channel"])
+    profile = _profile(given["os"], given["image"], origin).over(channel)
     for name in ARGUMENTS:
         if given[name]:
             profile.require(name)
@@ -130,6 +133,7 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
         vm_id=new_vm_id() if vm_id is None else check_vm_id(vm_id),
         **_direct_boot(origin, given),
         user=_user(given["user"], profile),
+        channel=channel,
         env=check_env(given["env"]),
         port_forwards=check_port_forwards(given["port_forwards"]),
         accel=check_accel(given["accel"]),
@@ -199,7 +203,7 @@ def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) ->
         memory: MiB that the manifest recommends, in case the user chose no memory.
         cpus: Cores that the manifest recommends, in case the user chose no cores.
     """
-    profile = find_profile(os, config.origin)
+    profile = find_profile(os, config.origin).over(config.channel)
     needs = (("env", config.env), ("user", config.user != "root"), ("mounts", config.mounts))
     for name, given in needs:
         if given:
@@ -355,6 +359,14 @@ def _mounts(mounts: object, writable: object) -> tuple[str, ...]:
     from smolvm_async.config.mounts import check_mounts
 
     return tuple(map(str, check_mounts(mounts, writable)))
+
+
+def _channel(channel: object) -> Channel | None:
+    if channel is None or channel == "ssh" or channel == "agent":
+        return channel
+    raise ConfigError(
+        f"channel={shown(channel)} is wrong: pass 'ssh', or 'agent' for the QEMU guest agent."
+    )
 
 
 def _user(user: object, profile: GuestProfile) -> str:

@@ -11,7 +11,7 @@ from smolvm_async.config.checks import MAX_SECONDS, AccelName, PortForward, VNCK
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import BuiltInImage, Origin, make_origin
 from smolvm_async.config.strict import StrictModel
-from smolvm_async.guests import BUILT_IN, GUESTS, PUBLISHED, GuestProfile
+from smolvm_async.guests import BUILT_IN, GUESTS, PUBLISHED, Channel, GuestProfile
 
 DAY = 86_400  # seconds
 
@@ -71,6 +71,7 @@ class VMConfig(StrictModel):
         image: Empty for the built-in image, an absolute path, or the URI of a manifest. Use
             `origin` instead: it has a type for each of the three.
         mounts: Complete entries, `SRC:DST:ro` or `SRC:DST:rw`: see `config/mounts.py`.
+        channel: The way to run commands; `None` for the guest OS's first one.
         boot: `warm` if the first start may restore a snapshot of a guest that is ready.
         ttl: Seconds from the first start to the VM's deletion.
         idle_timeout: Seconds without a call after which the VM is paused.
@@ -85,6 +86,7 @@ class VMConfig(StrictModel):
     initrd: str = ""
     boot_args: str | None = None
     user: str = "root"
+    channel: Channel | None = None
     env: dict[str, str] = Field(default={})
     port_forwards: Annotated[tuple[PortForward, ...], Field(strict=False)] = ()
     accel: AccelName
@@ -109,7 +111,7 @@ class VMConfig(StrictModel):
     @property
     def profile(self) -> GuestProfile:
         """The profile of the guest OS, or of its built-in image."""
-        return find_profile(self.os, self.origin)
+        return find_profile(self.os, self.origin).over(self.channel)
 
 
 def find_profile(os: str, origin: Origin) -> GuestProfile:

@@ -17,6 +17,7 @@ import anyio
 
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access
 from smolvm_async.errors import LaunchError, VMNotRunningError
@@ -40,6 +41,7 @@ class Run(Protocol):
     Attributes:
         peripherals: Screen, input devices, VNC server and ports.
         link: The SSH connection to the guest.
+        session: The guest's agent.
         troubles: The problems that QEMU has reported; they explain a deadline that passed.
         pauses: Whether the guest is paused.
         failure: The error if the run could not start or crashed; otherwise `None`.
@@ -48,6 +50,7 @@ class Run(Protocol):
 
     peripherals: Peripherals
     link: Link
+    session: Session
     troubles: Troubles
     pauses: Pauses
     failure: Exception | None

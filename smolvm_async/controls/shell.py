@@ -1,7 +1,8 @@
-"""Commands and files in a Linux guest, over SSH."""
+"""Commands and files in a guest, over SSH or through the guest's agent."""
 
 from __future__ import annotations
 
+from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.transport import Transport
 from smolvm_async.controls.contents import Contents, FileAccess
@@ -12,6 +13,7 @@ from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.processes import Processes
+from smolvm_async.errors import VMTimeoutError
 from smolvm_async.qemu.events import BootState
 
 
@@ -23,7 +25,34 @@ class Shell(Commands, Processes, Files, Contents, Environment, Observation):
         await self.wait_for(BootState.READY)
         return running(self._vm).link
 
-    async def _transport(self) -> Transport:
+    async def _session(self, feature: str) -> Session:
+        """Wait until the guest is ready, and return the way to its agent.
+
+        Args:
+            feature: The method that needs the agent.
+
+        Raises:
+            UnsupportedError: The guest has no agent.
+        """
+        late: VMTimeoutError | None = None
+        try:
+            await self.wait_for(BootState.READY)
+        except VMTimeoutError as error:
+            if self.boot_state is not BootState.OPERATING_SYSTEM:
+                raise
+            late = error
+        session = running(self._vm).session
+        if not await session.agent.present():
+            raise self._vm.config.profile.without_agent(feature) from late
+        if late is not None:
+            raise late
+        return session
+
+    async def _transport(self, feature: str) -> Transport:
+        if self._vm.config.profile.channels[0] == "agent":
+            from smolvm_async.controls.agent.execution import AgentTransport  # few guests need it
+
+            return AgentTransport(await self._session(feature))
         return SSHTransport(await self._reach())
 
     async def _file_access(self) -> FileAccess:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from smolvm_async.guests.features import ARGUMENTS
+from smolvm_async.guests.features import ARGUMENTS, Channel
 from smolvm_async.guests.linux import DEBIAN, LINUX
 from smolvm_async.guests.profile import GuestProfile
 from smolvm_async.guests.windows import WINDOWS
@@ -16,6 +16,7 @@ __all__ = [
     "DEFAULT",
     "GUESTS",
     "PUBLISHED",
+    "Channel",
     "GuestName",
     "GuestProfile",
 ]

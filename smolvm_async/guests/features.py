@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-FeatureName = Literal["commands", "files", "variables", "user", "kernel", "mounts"]
+FeatureName = Literal[
+    "commands", "processes", "ssh", "files", "variables", "user", "kernel", "mounts"
+]
+Channel = Literal["ssh", "agent"]  # SSH, or the QEMU guest agent
 
 
 BY_NETWORK = (
@@ -24,9 +27,19 @@ class Feature(NamedTuple):
 
 FEATURES: dict[FeatureName, Feature] = {
     "commands": Feature(
-        ("run", "run_stream", "spawn", "open_terminal", "ssh_access"),
+        ("run", "run_stream"),
         (),
         "Install the program as a service or a scheduled task in the image.",
+    ),
+    "processes": Feature(
+        ("spawn", "open_terminal"),
+        (),
+        "Use run() with input=, or run_stream(), if the guest supports them.",
+    ),
+    "ssh": Feature(
+        ("ssh_access",),
+        (),
+        "Install an SSH server in the image, and reach its port with expose_local(22).",
     ),
     "files": Feature(
         (
@@ -58,4 +71,7 @@ FEATURES: dict[FeatureName, Feature] = {
 NEEDED: dict[str, FeatureName] = {  # method or argument -> the feature that it needs
     name: feature for feature, row in FEATURES.items() for name in (*row.methods, *row.arguments)
 }
+NEED_SSH: frozenset[FeatureName] = frozenset(
+    {"processes", "ssh", "files", "variables", "user", "mounts"}
+)
 ARGUMENTS = tuple(name for row in FEATURES.values() for name in row.arguments)

@@ -30,15 +30,20 @@ LINUX = GuestProfile(
     disk_bus="virtio",
     login="nocloud",
     devices=(MOUNTS,),
-    features=frozenset({"commands", "files", "variables", "user", "kernel", "mounts"}),
+    features=frozenset(
+        {"commands", "processes", "ssh", "files", "variables", "user", "kernel", "mounts"}
+    ),
+    agent="Install the package qemu-guest-agent in the image, or leave channel= out: that is SSH.",
 )
 
 DEBIAN = LINUX._replace(
+    title="built-in Linux",
     firmware="never",
     machine_options="smbus=off,sata=off,vmport=off,hpet=off",
     cpu={"kvm": "host", "tcg": "qemu64,+rdrand"},
     # Its initramfs has the driver of `pvpanic-pci`, not of `pvpanic`.
     devices=("pvpanic-pci", MOUNTS),
     login="fw_cfg",
+    channels=("ssh",),
     usb=False,  # loading the USB drivers would make the boot longer
 )

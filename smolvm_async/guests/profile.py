@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from smolvm_async.errors import UnsupportedError
-from smolvm_async.guests.features import FEATURES, NEEDED, FeatureName
+from smolvm_async.guests.features import FEATURES, NEED_SSH, NEEDED, Channel, FeatureName
 
 
 class GuestProfile(NamedTuple):
@@ -36,15 +36,42 @@ class GuestProfile(NamedTuple):
     # The source of the guest's SSH keys: a `nocloud` seed for cloud-init, or `fw_cfg` for the image
     # that this library builds. With `none`, SSH cannot be used.
     login: Literal["none", "nocloud", "fw_cfg"] = "none"
+    channels: tuple[Channel, ...] = ("ssh", "agent")  # the ways to run commands; the default first
+    agent: str = ""  # how the guest agent gets into an image, for messages
     usb: bool = True  # a USB controller, with the tablet that serves as the mouse
     features: frozenset[FeatureName] = frozenset()  # supported; using any other raises an error
     # Advice for missing features, if the advice in `FEATURES` does not fit this guest OS.
     instead: Mapping[FeatureName, str] = MappingProxyType({})
 
+    def over(self, channel: Channel | None) -> GuestProfile:
+        """Return the profile of this guest OS if the library uses this channel to the guest.
+
+        Raises:
+            UnsupportedError: The guest OS does not have this channel.
+        """
+        if channel is None or channel == self.channels[0]:
+            return self
+        if channel not in self.channels:
+            raise UnsupportedError(
+                f"channel={channel!r} is not available for {self.title} guests.",
+                hint="Leave channel= out.",
+            )
+        return self._replace(
+            title=f"{self.title} (channel={channel!r})",
+            channels=(channel,),
+            login="none",
+            features=self.features - NEED_SSH,
+        )
+
     def require(self, name: str) -> None:
         """Raise an `UnsupportedError` if the guest OS does not support a method or an argument."""
         if NEEDED[name] not in self.features:
             raise self.refusal(name)
+
+    def without_agent(self, name: str) -> UnsupportedError:
+        """Return the error for a method that needs the agent in a guest without the agent."""
+        message = f"{name}() needs the QEMU guest agent, which does not run in this guest."
+        return UnsupportedError(message, hint=self.agent)
 
     def refusal(self, name: str) -> UnsupportedError:
         """Return the error for a method or an argument that this guest OS does not support."""

@@ -42,7 +42,7 @@ from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.rpc import rpc
 from smolvm_async.foundation.tail import printable
 from smolvm_async.qemu.arguments import AGENT_PORT
-from smolvm_async.qemu.events import Event, PortChanged
+from smolvm_async.qemu.events import Event, PortChanged, Reset
 from smolvm_async.qemu.pauses import GuestTimeout, Pauses
 
 PROBE = 5.0  # seconds for the answer to a ping, while the guest may not run an agent yet
@@ -68,6 +68,8 @@ class GuestAgent:
         self._in_step = False
         self._received = bytearray()  # bytes that no call has used
         self._waiting: GuestTimeout | None = None  # the deadline of a request that was sent
+        self._open = False  # whether a program of the guest has opened the agent's port
+        self._answered = False  # whether an agent has answered since the guest's last reset
         self._left = False  # whether the agent closed its port during that request
         self.used = 0.0  # the time of the last request, of `time.monotonic()`
 
@@ -88,11 +90,21 @@ class GuestAgent:
 
     def on_event(self, event: Event) -> None:
         """End the current request if its agent has ended. Call this with every event of QEMU."""
-        if isinstance(event, PortChanged) and event.port == AGENT_PORT and not event.open:
+        if isinstance(event, Reset):
+            self._answered = False
+        if not isinstance(event, PortChanged) or event.port != AGENT_PORT:
+            return
+        self._open = event.open
+        if not event.open:
             self._in_step = False
             if self._waiting is not None:
                 self._left = True
                 self._waiting.restart(0.0)
+
+    @rpc
+    async def present(self) -> bool:
+        """Return whether the guest has an agent, which may be starting again at the moment."""
+        return self._open or self._answered
 
     async def probe(self) -> str | None:
         """Return the evidence that an agent answers; `None` if none answers within 5 s."""
@@ -149,6 +161,7 @@ class GuestAgent:
             raise self._explain(VMTimeoutError(message, seconds=timeout or 0.0)) from None
         if "error" in reply:
             raise _refused(command, reply["error"])
+        self._answered = True
         result: Result = reply["return"]
         return result
 

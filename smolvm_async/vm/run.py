@@ -26,6 +26,7 @@ from anyio.abc import TaskGroup
 
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import Source
+from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.interface import last_use, unprepared
 from smolvm_async.controls.ssh.clock import GuestClock
 from smolvm_async.controls.ssh.environment import set_variables
@@ -121,6 +122,7 @@ class VMRun:
         self._monitor = Monitor(self._on_event, self.troubles.explain)
         self.peripherals = Peripherals.make(self._monitor, self.pauses, plan.config)
         self.link = Link(plan.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
+        self.session = Session(self.peripherals.agent, self.pauses, self.troubles.explain)
         self._mounting = Mounting(plan.config, self._monitor, self.link)
         self._internet: Internet | None = None  # if a guard enforces the network policy
         self._spawner: Spawner
@@ -198,7 +200,11 @@ class VMRun:
                 if self._ram is not None:
                     os.close(self._ram)
                 self.peripherals.screen.close()
-                await settle(self.peripherals.agent.close())
+                await settle(self._close_agent())
+
+    async def _close_agent(self) -> None:
+        await self.peripherals.agent.close()
+        await self.session.close()
 
     @asynccontextmanager
     async def _guarding(self) -> AsyncIterator[None]:
@@ -426,7 +432,7 @@ class VMRun:
                 self.console,
                 self.peripherals.screen,
                 self.parked,
-                self.peripherals.agent if self.parked is None else None,  # the built-in has none
+                self.peripherals.agent if "agent" in plan.config.profile.channels else None,
                 timeout=plan.config.timeouts.launch,
                 amend=lambda argv: [*plan.prefix, *argv],
                 spawner=self._spawner,
@@ -560,6 +566,8 @@ class VMRun:
         if self._powerdown_timeout is not None:
             timeouts = timeouts.model_copy(update={"powerdown": self._powerdown_timeout})
         await self._record(status=Status.STOPPING)
+        if self._plan.config.keep:  # else the guest's disk goes
+            await self.session.finish()
         self.report = await shut_down(qemu, self._monitor, timeouts, self._plan.on_progress)
 
     def _on_event(self, event: Event) -> None:
@@ -574,6 +582,7 @@ class VMRun:
         self._warn(self.troubles.on_event(event))
         self.boot.on_event(event)
         self.peripherals.agent.on_event(event)
+        self.session.on_event(event)
         if event.name == "RESUME" and self.pauses.active and not self._stop.is_set():
             if self._has_clock():
                 self._clock.set_soon()  # before the event lets the waiting commands go on

@@ -42,7 +42,7 @@ class Guest(Commands):
         self.session = Session(host.channel, Pauses())
         self.transport = AgentTransport(self.session)
 
-    async def _transport(self) -> Transport:
+    async def _transport(self, feature: str) -> Transport:
         return self.transport
 
     def _require(self, feature: str) -> None:

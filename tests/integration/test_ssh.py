@@ -105,7 +105,7 @@ class Guest(Commands, Processes, Files, Contents):
     async def _reach(self) -> Link:
         return self.link
 
-    async def _transport(self) -> SSHTransport:
+    async def _transport(self, feature: str) -> SSHTransport:
         return SSHTransport(self.link)
 
     async def _file_access(self) -> SFTPAccess:

@@ -20,7 +20,7 @@ from smolvm_async.errors import (
     VMTimeoutError,
 )
 from smolvm_async.qemu.arguments import AGENT_PORT
-from smolvm_async.qemu.events import PortChanged
+from smolvm_async.qemu.events import PortChanged, Reset
 from smolvm_async.qemu.guest_agent import LIMIT, STALE, GuestAgent
 from smolvm_async.qemu.pauses import Pauses
 
@@ -335,3 +335,17 @@ async def test_a_closed_channel_answers_at_once(agent: GuestAgent, guest: Guest)
     with contextlib.suppress(VMNotRunningError):
         await agent.execute("guest-ping")
         pytest.fail("it answered")
+
+
+async def test_an_agent_is_there_once_it_opens_its_port_and_until_a_reset(
+    agent: GuestAgent, guest: Guest
+) -> None:
+    assert not await agent.present()
+    agent.on_event(opened(True))
+    assert await agent.present()
+    agent.on_event(opened(False))
+    assert not await agent.present()  # some firmware opens each port, too
+    await agent.execute("guest-ping")
+    assert await agent.present()  # it may be starting again
+    agent.on_event(Reset("RESET", time.time(), {}))
+    assert not await agent.present()

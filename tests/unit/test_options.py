@@ -10,7 +10,13 @@ from typing import Any, get_args
 import pytest
 
 from smolvm_async import AsyncSmolVM, ConfigError, DaskFleet, Fleet, UnsupportedError
-from smolvm_async.config.options import VMOptions, make_clone_config, make_config, recheck
+from smolvm_async.config.options import (
+    VMOptions,
+    complete,
+    make_clone_config,
+    make_config,
+    recheck,
+)
 from smolvm_async.config.source import BuiltInImage, LocalDisk, PublishedImage
 from smolvm_async.guests import DEFAULT, GUESTS, PUBLISHED, GuestName
 from smolvm_async.guests.features import FEATURES, NEEDED
@@ -111,3 +117,28 @@ def test_a_clone_has_neither_the_labels_nor_the_time_of_its_source() -> None:
     assert recheck(config) == config
     own = make_clone_config(config, labels={"task": "43"}, ttl=1)
     assert (own.labels, own.ttl) == ({"task": "43"}, 1.0)
+
+
+def test_a_guest_that_is_used_through_its_agent_has_no_login() -> None:
+    config = make_config(os="linux", image="x.qcow2", channel="agent")
+    assert (config.channel, config.profile.channels, config.profile.login) == (
+        *("agent", ("agent",), "none"),
+    )
+    config.profile.require("run")
+    for name in ("spawn", "ssh_access", "open_terminal"):
+        with pytest.raises(UnsupportedError, match=r"Linux \(channel='agent'\) guests"):
+            config.profile.require(name)
+    with pytest.raises(UnsupportedError, match="mounts= is not available"):
+        make_config(os="linux", image="x.qcow2", channel="agent", mounts=["/tmp"])
+
+
+def test_a_channel_that_a_guest_does_not_have_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="channel='agent' is not available for built-in"):
+        make_config(channel="agent")
+    with pytest.raises(UnsupportedError, match="channel='ssh' is not available for Windows"):
+        make_config(os="windows", image="x.qcow2", channel="ssh")
+    with pytest.raises(ConfigError, match="channel='telnet' is wrong: pass 'ssh', or 'agent'"):
+        make_config(os="linux", image="x.qcow2", channel="telnet")  # type: ignore[arg-type]
+    published = make_config(image="s3://bucket/a", channel="ssh")
+    with pytest.raises(UnsupportedError, match="channel='ssh' is not available for Windows"):
+        complete(published, "windows", None, None)

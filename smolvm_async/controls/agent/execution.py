@@ -31,7 +31,6 @@ SHARE = 0.1  # of the time that the command has run: the time until the next loo
 EARLY = 0.05  # seconds after which the output is read while the command runs
 SOME = 1 << 20  # bytes of output to read between two looks at a command
 MAX_PROGRAM = 1 << 20  # bytes: one request to the agent has all of them
-TIDY = 0.1  # seconds until files are removed: many commands need one program for that
 
 SUFFIXES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
 
@@ -99,6 +98,7 @@ class Execution:
         self._session = session
         self._stem = stem
         self._receive = receive
+        self._running: asyncio.Task[None] | None = None
         self._files: dict[Stream, GuestFile] = {}
         self._reading = asyncio.Event()
         self._reading.set()
@@ -116,6 +116,8 @@ class Execution:
 
     async def run(self, mark: str, program: str, content: bytes) -> None:
         """Run the command to its end; keep its exit code or the error."""
+        self._running = asyncio.current_task()
+        self._session.watchers.add(self._lose)
         try:
             if content:
                 await self._write_input(mark, content)
@@ -124,7 +126,15 @@ class Execution:
         except SmolVMError as error:
             self.error = error
         finally:
+            self._session.watchers.discard(self._lose)
             self.ended.set_result(None)
+
+    def _lose(self) -> None:
+        """Give up: no later agent knows this command."""
+        message = "the guest agent ended, or the guest was reset, while the command ran"
+        self.error = self.error or ConnectionLostError(message)
+        assert self._running is not None
+        self._running.cancel()
 
     async def _write_input(self, mark: str, content: bytes) -> None:
         path = f"{self._stem}.in"
@@ -192,8 +202,6 @@ class AgentTransport:
         self.pauses = session.pauses
         self.explain = session.explain
         self._session = session
-        self._garbage: list[str] = []  # files in the guest that nobody needs any more
-        self._removing = False
 
     def lost(self, execution: AnyExecution) -> SmolVMError:
         """Return the error for a command whose exit code is not known."""
@@ -226,10 +234,8 @@ class AgentTransport:
         finally:
             if execution.exit_code is None:
                 await self._session.end(self._kill(running, mark))
-            self._garbage += [f"{stem}.{suffix}" for suffix in ("in", *SUFFIXES.values())]
-            if not self._removing:
-                self._removing = True
-                self._session.go_on(self._remove())
+            files = [f"{stem}.{suffix}" for suffix in ("in", *SUFFIXES.values())]
+            self._session.remove(files, self._remove)
 
     async def _kill(self, running: asyncio.Task[None], mark: str) -> None:
         """Kill a command, which may be starting: the agent executes requests in their order."""
@@ -238,13 +244,6 @@ class AgentTransport:
         # The killer must not have the mark, or it would kill itself.
         await wait(agent, await start(agent, secrets.token_hex(8), linux.killer(mark)))
 
-    async def _remove(self) -> None:
-        """Remove files that nobody needs any more, many at once."""
-        try:
-            while self._garbage:
-                await asyncio.sleep(TIDY)
-                paths, self._garbage = self._garbage, []
-                agent = self._session.agent
-                await wait(agent, await execute(agent, linux.REMOVER, ["-f", *paths]))
-        finally:
-            self._removing = False
+    async def _remove(self, paths: list[str]) -> None:
+        agent = self._session.agent
+        await wait(agent, await execute(agent, linux.REMOVER, ["-f", *paths]))

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from smolvm_async.errors import SmolVMError
 from smolvm_async.foundation.fork import end_in_child
 from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
+from smolvm_async.qemu.arguments import AGENT_PORT
+from smolvm_async.qemu.events import Event, PortChanged, Reset
 from smolvm_async.qemu.guest_agent import GuestAgent
 from smolvm_async.qemu.pauses import Pauses
 
 ENDING = 2.0  # seconds that a call waits for its cleanup in the guest
+TIDY = 0.1  # seconds until files are removed: many commands need one program for that
 
 
 class Session:
     """The guest agent, and the cleanup in the guest that goes on after its call.
 
+    In an attached process, each call of the agent is a request to the VM's owner.
+
     Attributes:
         agent: The agent.
         pauses: Whether the guest is paused.
         explain: Adds the VM's troubles to the error of a deadline; see `Troubles.explain()`.
+        watchers: Called when the agent ends, which forgets its commands then.
     """
 
     def __init__(
@@ -33,7 +39,17 @@ class Session:
         self.agent = agent
         self.pauses = pauses
         self.explain = explain
+        self.watchers: set[Callable[[], None]] = set()
         self._endings: set[asyncio.Task[None]] = set()
+        self._garbage: list[str] = []  # files in the guest that nobody needs any more
+        self._removing = False
+
+    def on_event(self, event: Event) -> None:
+        """Note that the agent has ended. Call this with every event of QEMU."""
+        closed = isinstance(event, PortChanged) and event.port == AGENT_PORT and not event.open
+        if closed or isinstance(event, Reset):
+            for watcher in [*self.watchers]:
+                watcher()
 
     async def end(self, ending: Coroutine[Any, Any, None]) -> None:
         """Run `ending`, which cleans up in the guest.
@@ -51,6 +67,22 @@ class Session:
         task.add_done_callback(self._ended)
         return task
 
+    def remove(self, paths: list[str], remover: Callable[[list[str]], Awaitable[object]]) -> None:
+        """Remove files of the guest soon, in the background, many at once by `remover`."""
+        self._garbage += paths
+        if not self._removing:
+            self._removing = True
+            self.go_on(self._remove(remover))
+
+    async def _remove(self, remover: Callable[[list[str]], Awaitable[object]]) -> None:
+        try:
+            while self._garbage:
+                await asyncio.sleep(TIDY)
+                paths, self._garbage = self._garbage, []
+                await remover(paths)
+        finally:
+            self._removing = False
+
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._endings.discard(task)
         error = take_exception(task)
@@ -58,6 +90,11 @@ class Session:
             context = {"message": "a cleanup in a guest failed", "exception": error, "task": task}
             task.get_loop().call_exception_handler(context)
 
+    async def finish(self) -> None:
+        """Wait at most 2 s until the guest is clean."""
+        if self._endings:
+            await asyncio.wait([*self._endings], timeout=ENDING)
+
     async def close(self) -> None:
-        """Wait for the end of all cleanups, after QEMU has ended or this process has detached."""
+        """End all cleanups, after QEMU has ended or this process has detached."""
         await end_tasks(*self._endings)

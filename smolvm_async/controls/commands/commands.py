@@ -99,7 +99,7 @@ class Commands(OverTransport):
         prepared = _prepare(command, timeout, env, shell, input)
         for name, value in (("check", check), ("text", text)):
             check_boolean(name, value)
-        transport = await self._transport()
+        transport = await self._transport("run")
         await _until_open(transport, command, timeout, text=text)
         output = Output(text)
         began = time.monotonic()
@@ -173,7 +173,7 @@ class Commands(OverTransport):
         input: str | bytes | None,
     ) -> AsyncIterator[LineStream]:
         prepared = _prepare(command, timeout, env, shell, input)
-        transport = await self._transport()
+        transport = await self._transport("run_stream")
         await _until_open(transport, command, timeout)
         lines = LineStream(command, timeout, transport)
         async with AsyncExitStack() as stack:

@@ -83,8 +83,12 @@ class Transport(Protocol):
 class OverTransport:
     """Base class of the controls that run commands."""
 
-    async def _transport(self) -> Transport:
-        """Wait until the guest is ready, and return the way to run commands in it."""
+    async def _transport(self, feature: str) -> Transport:
+        """Wait until the guest is ready, and return the way to run commands in it.
+
+        Args:
+            feature: The method that needs it, for the error.
+        """
         raise NotImplementedError
 
     def _require(self, feature: str) -> None:

@@ -30,6 +30,7 @@ from pydantic import TypeAdapter
 
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.interface import VM, Run, check_run, last_use
 from smolvm_async.controls.ssh.clock import PROBLEM
 from smolvm_async.controls.ssh.link import Link
@@ -91,6 +92,7 @@ class AttachedVM:
         self.troubles = Troubles(self.config, lambda: log_end(path, "qemu"))
         self.pauses = Pauses()
         self.link = Link(self.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
+        self.session = Session(self.peripherals.agent, self.pauses, self.troubles.explain)
         self.status = record.status
         self.accelerator = ""
         self._path = path
@@ -178,6 +180,7 @@ class AttachedVM:
         """Close the connection. The VM keeps running."""
         check_run(self._reading, self.config.vm_id)
         if not self._reading.done():
+            await self.session.finish()
             await end_tasks(self._reading)
         if self._reading.cancelled() and not self._detached:  # before its first step
             self._detached = True
@@ -230,6 +233,7 @@ class AttachedVM:
             if telling is not None:
                 telling.cancel()
             self._end()
+            await self.session.close()
 
     def _handle(self, message: Mapping[str, Any]) -> None:
         if "method" in message:
@@ -266,6 +270,7 @@ class AttachedVM:
         else:
             self.hub.publish(event)
             self.troubles.follow(event)
+            self.session.on_event(event)
         if isinstance(event, Reset):
             self.link.abort()
 
