@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.transport import Transport
@@ -48,11 +50,16 @@ class Shell(Commands, Processes, Files, Contents, Environment, Observation):
             raise late
         return session
 
+    @property
+    def _shells(self) -> Sequence[str]:
+        return self._vm.config.profile.shells
+
     async def _transport(self, feature: str) -> Transport:
         if self._vm.config.profile.channels[0] == "agent":
-            from smolvm_async.controls.agent.execution import AgentTransport  # few guests need it
+            from smolvm_async.controls.agent.execution import AgentTransport, find_system
 
-            return AgentTransport(await self._session(feature))
+            system = find_system(self._vm.config.profile.name)
+            return AgentTransport(await self._session(feature), system)
         return SSHTransport(await self._reach())
 
     async def _file_access(self) -> FileAccess:

@@ -36,6 +36,7 @@ class GuestProfile(NamedTuple):
     # The source of the guest's SSH keys: a `nocloud` seed for cloud-init, or `fw_cfg` for the image
     # that this library builds. With `none`, SSH cannot be used.
     login: Literal["none", "nocloud", "fw_cfg"] = "none"
+    shells: tuple[str, ...] = ("raw", "login")  # the values of `run()`'s `shell=`
     channels: tuple[Channel, ...] = ("ssh", "agent")  # the ways to run commands; the default first
     agent: str = ""  # how the guest agent gets into an image, for messages
     usb: bool = True  # a USB controller, with the tablet that serves as the mouse

@@ -43,7 +43,9 @@ WINDOWS = GuestProfile(
     accelerator_globals={"kvm": ("kvm-pit.lost_tick_policy=discard",)},
     rtc="base=localtime,driftfix=slew",  # Windows expects local time in the hardware clock
     sidecars=("swtpm",),
+    shells=("raw", "cmd"),
     channels=("agent",),
+    features=frozenset({"commands"}),
     agent="Install the guest tools of the virtio-win ISO (virtio-win-guest-tools.exe) in the image:"
     " they have the agent and the driver of its port.",
     instead={"variables": "Set the variables inside the image (setx NAME VALUE)."},

@@ -19,6 +19,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from smolvm_async.controls.agent import linux
 from smolvm_async.controls.agent.files import GuestFile, field, open_file
 from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.agent.system import Program, System
 from smolvm_async.controls.commands.transport import Command, Stream
 from smolvm_async.controls.commands.transport import Execution as AnyExecution
 from smolvm_async.errors import ConfigError, ConnectionLostError, GuestAgentError, SmolVMError
@@ -32,17 +33,24 @@ EARLY = 0.05  # seconds after which the output is read while the command runs
 SOME = 1 << 20  # bytes of output to read between two looks at a command
 MAX_PROGRAM = 1 << 20  # bytes: one request to the agent has all of them
 
-SUFFIXES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
+NAMES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
 
 
-async def start(agent: GuestAgent, mark: str, program: str) -> int:
-    """Start a shell with a program, and return its process id."""
-    content = program.encode(errors="surrogateescape")
-    if len(content) > MAX_PROGRAM:
+def find_system(os: str) -> System:
+    """Return what differs for a guest OS."""
+    if os == "windows":
+        from smolvm_async.controls.agent import windows
+
+        return windows
+    return linux
+
+
+async def launch(agent: GuestAgent, program: Program) -> int:
+    """Start a program in the guest, and return its process id."""
+    if len(program.content) > MAX_PROGRAM:
         raise ConfigError("command= has more than 1 MiB: upload it as a file, and run the file.")
-    return await execute(
-        agent, linux.SHELL, linux.arguments(mark), **{"input-data": b64encode(content).decode()}
-    )
+    more = {"input-data": b64encode(program.content).decode()} if program.content else {}
+    return await execute(agent, program.path, [*program.arguments], **more)
 
 
 async def execute(agent: GuestAgent, path: str, arguments: list[str], **more: object) -> int:
@@ -51,8 +59,8 @@ async def execute(agent: GuestAgent, path: str, arguments: list[str], **more: ob
     return field(await agent.execute("guest-exec", request), "pid", int, "guest-exec")
 
 
-async def look(agent: GuestAgent, pid: int) -> int | None:
-    """Return the exit code of a program, negative for a signal; `None` while it runs.
+async def look(agent: GuestAgent, pid: int, system: System = linux) -> int | None:
+    """Return the exit code of a program; `None` while it runs.
 
     The agent tells the exit code only once.
     """
@@ -61,8 +69,8 @@ async def look(agent: GuestAgent, pid: int) -> int | None:
     if not field(status, "exited", bool, command):
         return None
     if isinstance(status, dict) and "signal" in status:
-        return -field(status, "signal", int, command)
-    return field(status, "exitcode", int, command)
+        return system.exit_code(field(status, "signal", int, command), signal=True)
+    return system.exit_code(field(status, "exitcode", int, command), signal=False)
 
 
 async def wait(agent: GuestAgent, pid: int) -> int:
@@ -90,18 +98,25 @@ class Execution:
     """
 
     def __init__(
-        self, session: Session, stem: str, receive: Callable[[Stream, bytes], None]
+        self,
+        session: Session,
+        system: System,
+        receive: Callable[[Stream, bytes], None],
     ) -> None:
         self.exit_code: int | None = None
         self.error: SmolVMError | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._session = session
-        self._stem = stem
+        self._system = system
         self._receive = receive
-        self._running: asyncio.Task[None] | None = None
-        self._files: dict[Stream, GuestFile] = {}
+        self._mark = secrets.token_hex(8)
+        self._stem = system.stem(secrets.token_hex(16))
+        self._files: dict[Stream, GuestFile] = {}  # that stay open
+        self._positions: dict[Stream, int] = {}  # in files that do not
         self._reading = asyncio.Event()
         self._reading.set()
+        self._starting: asyncio.Future[int] | None = None
+        self._running: asyncio.Task[None]
 
     async def write(self) -> None:
         """Do nothing: `run()` has written the input before the command starts."""
@@ -114,15 +129,21 @@ class Execution:
         """Continue to read."""
         self._reading.set()
 
-    async def run(self, mark: str, program: str, content: bytes) -> None:
+    def begin(self, command: Command) -> None:
         """Run the command to its end; keep its exit code or the error."""
-        self._running = asyncio.current_task()
+        large = len(command.content) > self._system.MAX_CONTENT
+        kept = command._replace(content=b"") if large else command
+        runner = self._system.runner(kept, self._mark, self._stem, has_input=large)
+        self._running = asyncio.ensure_future(self._run(runner, command.content if large else b""))
+
+    async def _run(self, runner: Program, content: bytes) -> None:
         self._session.watchers.add(self._lose)
         try:
             if content:
-                await self._write_input(mark, content)
-            pid = await start(self._session.agent, mark, program)
-            self.exit_code = await self._follow(pid)
+                await self._write_input(content)
+            # A cancelled call must not lose the id, by which the command is killed.
+            self._starting = asyncio.ensure_future(launch(self._session.agent, runner))
+            self.exit_code = await self._follow(await asyncio.shield(self._starting))
         except SmolVMError as error:
             self.error = error
         finally:
@@ -133,14 +154,12 @@ class Execution:
         """Give up: no later agent knows this command."""
         message = "the guest agent ended, or the guest was reset, while the command ran"
         self.error = self.error or ConnectionLostError(message)
-        assert self._running is not None
         self._running.cancel()
 
-    async def _write_input(self, mark: str, content: bytes) -> None:
-        path = f"{self._stem}.in"
-        await wait(
-            self._session.agent, await start(self._session.agent, mark, linux.make_file(path))
-        )
+    async def _write_input(self, content: bytes) -> None:
+        agent = self._session.agent
+        await wait(agent, await launch(agent, self._system.maker(self._stem, self._mark)))
+        path = self._system.file(self._stem, "in")
         async with open_file(self._session, path, "r+") as file:
             await file.write(content)
 
@@ -151,25 +170,35 @@ class Execution:
         async with AsyncExitStack() as stack:
             while code is None:
                 await asyncio.sleep(until_next_look(began))
-                code = await look(self._session.agent, pid)
+                code = await look(self._session.agent, pid, self._system)
                 if code is not None or loop.time() - began > EARLY:
                     await self._read(stack, last=code is not None)
         return code
 
     async def _read(self, stack: AsyncExitStack, *, last: bool) -> None:
         """Pass on the new output."""
-        for stream, suffix in SUFFIXES.items():
-            if stream not in self._files:
-                try:
-                    opening = open_file(self._session, f"{self._stem}.{suffix}", "r")
-                    self._files[stream] = await stack.enter_async_context(opening)
-                except GuestAgentError as error:
-                    if not last:
-                        return  # the shell has not made it yet
-                    hint = f"Is the disk of the guest full, or {linux.DIRECTORY} read-only?"
-                    message = f"the guest did not keep the command's output: {error.message}"
-                    raise ConnectionLostError(message, hint=hint) from error
-            await self._read_file(stream, self._files[stream], last=last)
+        for stream, name in NAMES.items():
+            if (file := self._files.get(stream)) is not None:
+                await self._read_file(stream, file, last=last)
+                continue
+            try:
+                async with AsyncExitStack() as closing:
+                    keeping = stack if self._system.KEEPS_OPEN else closing
+                    path = self._system.file(self._stem, name)
+                    opening = open_file(self._session, path, "r")
+                    file = await keeping.enter_async_context(opening)
+                    if self._system.KEEPS_OPEN:
+                        self._files[stream] = file
+                    elif position := self._positions.get(stream):
+                        await file.seek(position, "set")
+                    await self._read_file(stream, file, last=last)
+            except GuestAgentError as error:
+                if not last:
+                    return  # it is not made yet, or being written
+                hint = "Is the disk of the guest full, or its directory for temporary files "
+                hint += "read-only?"
+                message = f"the guest did not keep the command's output: {error.message}"
+                raise ConnectionLostError(message, hint=hint) from error
 
     async def _read_file(self, stream: Stream, file: GuestFile, *, last: bool) -> None:
         """Pass on a part of a file, or at last the rest that is there: some programs never stop."""
@@ -178,30 +207,52 @@ class Execution:
             await self._reading.wait()
             data, is_end = await file.read()
             if data:
+                self._positions[stream] = self._positions.get(stream, 0) + len(data)
                 self._receive(stream, data)
             if is_end:
                 return
             if rest is not None:
                 rest -= len(data)
             elif last:
-                position = await file.seek(0, "cur")
+                position = self._positions[stream]
                 rest = await file.seek(0, "end") - position
                 await file.seek(position, "set")
             else:
                 rest = SOME
 
+    async def end(self) -> None:
+        """Kill the command if it still runs, and remove its files."""
+        try:
+            if self.exit_code is None:
+                await self._session.end(self._kill())
+        finally:
+            self._session.remove([self._stem], self._remove)
+
+    async def _kill(self) -> None:
+        """Kill the command, which may be starting."""
+        await end_tasks(self._running)
+        if self._starting is not None:
+            agent = self._session.agent
+            killer = self._system.killer(self._mark, await self._starting)
+            await wait(agent, await launch(agent, killer))
+
+    async def _remove(self, stems: list[str]) -> None:
+        agent = self._session.agent
+        await wait(agent, await launch(agent, self._system.remover(stems)))
+
 
 class AgentTransport:
-    """The way to run commands in a Linux guest through its agent: a `Transport`.
+    """The way to run commands in a guest through its agent: a `Transport`.
 
     A slow reader does not slow down a command: the output waits in the guest's files. A command
-    runs as the agent does, usually as root.
+    runs as the agent does: usually as root, or as LocalSystem.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, system: System = linux) -> None:
         self.pauses = session.pauses
         self.explain = session.explain
         self._session = session
+        self._system = system
 
     def lost(self, execution: AnyExecution) -> SmolVMError:
         """Return the error for a command whose exit code is not known."""
@@ -222,28 +273,10 @@ class AgentTransport:
             receive: Called with all output.
             on_turn: Called at once: a command waits for no other.
         """
-        mark, name = secrets.token_hex(8), secrets.token_hex(16)
-        stem = f"{linux.DIRECTORY}/smolvm-{name}"
-        text, shell, env, content = command
-        program = linux.program(text, shell, env, mark, stem, has_input=bool(content))
+        execution = Execution(self._session, self._system, receive)
         on_turn(True)
-        execution = Execution(self._session, stem, receive)
-        running = asyncio.ensure_future(execution.run(mark, program, content))
+        execution.begin(command)
         try:
             yield execution
         finally:
-            if execution.exit_code is None:
-                await self._session.end(self._kill(running, mark))
-            files = [f"{stem}.{suffix}" for suffix in ("in", *SUFFIXES.values())]
-            self._session.remove(files, self._remove)
-
-    async def _kill(self, running: asyncio.Task[None], mark: str) -> None:
-        """Kill a command, which may be starting: the agent executes requests in their order."""
-        await end_tasks(running)
-        agent = self._session.agent
-        # The killer must not have the mark, or it would kill itself.
-        await wait(agent, await start(agent, secrets.token_hex(8), linux.killer(mark)))
-
-    async def _remove(self, paths: list[str]) -> None:
-        agent = self._session.agent
-        await wait(agent, await execute(agent, linux.REMOVER, ["-f", *paths]))
+            await execution.end()

@@ -8,14 +8,23 @@ its variables are in an argument or in a file.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 
-from smolvm_async.controls.commands.script import MARK, SOURCE, exports, find_marked
+from smolvm_async.controls.agent.system import Program
+from smolvm_async.controls.commands.script import (
+    MARK,
+    SOURCE,
+    UNUSABLE,
+    exports,
+    find_marked,
+    in_directory,
+)
+from smolvm_async.controls.commands.transport import Command
 
 SHELL = "/bin/sh"
-REMOVER = "/bin/rm"
+KEEPS_OPEN = True
+MAX_CONTENT = 0  # the shell has its program there
 DIRECTORY = "/tmp"  # `_EXCLUSIVE` makes each file, with a random name
-UNUSABLE = 125  # the exit code if the files of a command cannot be made
 
 _EXCLUSIVE = "umask 077\nset -C\n"  # only the owner can read a file, and nobody has made it before
 _USUAL = "umask 022\nset +C\n"
@@ -24,52 +33,65 @@ _HOME = '[ -n "$HOME" ] || { [ -O /root ] && HOME=/root || HOME=/; }\nexport HOM
 _PROFILES = 'for file in /etc/profile ~/.profile; do [ ! -r "$file" ] || . "$file"; done\n'
 
 
-def arguments(mark: str) -> list[str]:
-    """Return the shell's arguments; `killer()` finds a command's processes by the mark in them."""
-    return ["-s", f"{MARK}={mark}"]
+def stem(name: str) -> str:
+    """Return the path of a command's files without their endings."""
+    return f"{DIRECTORY}/smolvm-{name}"
 
 
-def make_file(path: str) -> str:
-    """Return a program that makes an empty file, which only its owner can read."""
-    return f"{_EXCLUSIVE}: >{path}\n"
+def file(stem: str, name: str) -> str:
+    """Return the path of one of a command's files."""
+    return f"{stem}.{name}"
 
 
-def program(
-    command: str, shell: str, env: Mapping[str, str], mark: str, stem: str, *, has_input: bool
-) -> str:
-    """Return the program that runs a command with its output in files.
-
-    Args:
-        command: The command, for the shell.
-        shell: "login" reads the profiles first.
-        env: The command's variables.
-        mark: The mark of the command's processes.
-        stem: The path of the files, without `.in`, `.out` and `.err`.
-        has_input: Whether there is a file with the standard input.
-    """
+def runner(command: Command, mark: str, stem: str, *, has_input: bool) -> Program:
+    """Return the shell that runs a command with its output in files."""
+    text = in_directory(command.text, command.cwd)
     source = f"{stem}.in" if has_input else "/dev/null"
     files = f"<{source} >{stem}.out 2>{stem}.err"
-    profiles = _PROFILES if shell == "login" else ""
+    profiles = _PROFILES if command.shell == "login" else ""
     # The shell reads up to the closing brace first: in the braces, its own input changes.
-    return (
+    return _shell(
         f"{{\n{_EXCLUSIVE}exec {files} || exit {UNUSABLE}\n{_USUAL}shift\n"
-        f"{_HOME}{profiles}export {MARK}={mark}\n{SOURCE}"
-        f"{exports(env)}eval {shlex.quote(command)}\nexit\n}}\n"
+        f"{_HOME}{profiles}export {MARK}={mark}\n{SOURCE}{exports(command.env)}"
+        f"eval {shlex.quote(text)}\nexit\n}}\n",
+        mark,
     )
 
 
-def killer(mark: str) -> str:
+def maker(stem: str, mark: str) -> Program:
+    """Return the program that makes an empty `in`, which only its owner can read."""
+    return _shell(f"{_EXCLUSIVE}: >{stem}.in\n", mark)
+
+
+def remover(stems: Sequence[str]) -> Program:
+    """Return the program that removes the files of commands."""
+    files = [file(stem, name) for stem in stems for name in ("in", "out", "err")]
+    return Program("/bin/rm", ["-f", *files])
+
+
+def exit_code(code: int, *, signal: bool) -> int:
+    """Return the exit code as in `subprocess`."""
+    return -code if signal else code
+
+
+def _shell(program: str, mark: str) -> Program:
+    """Return a shell that reads its program; a process has the mark before the program begins."""
+    return Program(SHELL, ["-s", f"{MARK}={mark}"], program.encode(errors="surrogateescape"))
+
+
+def killer(mark: str, _: int) -> Program:
     """Return a program that kills every process of a command.
 
     A process that another program is just being loaded into has no environment, so the program
     looks until it has found nothing twice.
     """
-    return (
+    return _shell(
         "none=0 round=0\n"
         "while [ $none -lt 2 ] && [ $round -lt 100 ]; do\n"
         f"found=$({find_marked(mark)})\n"
         'if [ -n "$found" ]; then none=0; kill -KILL $found; else none=$((none + 1)); fi\n'
         "round=$((round + 1))\n"
         "sleep 0.02\n"
-        "done 2>/dev/null\n"
+        "done 2>/dev/null\n",
+        "",  # else the program would find itself
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Literal, overload
@@ -12,7 +13,7 @@ from typing import Any, Literal, overload
 from smolvm_async.config.checks import check_boolean, check_env, check_timeout, encoded, shown
 from smolvm_async.controls.commands.lines import LineStream
 from smolvm_async.controls.commands.result import CommandResult
-from smolvm_async.controls.commands.script import check_command
+from smolvm_async.controls.commands.script import check_command, check_directory, check_words
 from smolvm_async.controls.commands.transport import (
     Command,
     OverTransport,
@@ -34,19 +35,20 @@ class Commands(OverTransport):
     @overload
     async def run(
         self,
-        command: str,
+        command: str | Sequence[str],
         timeout: float | None = 30,
         env: Mapping[str, str] | None = None,
         shell: ShellKind = "raw",
         input: str | bytes | None = None,
         check: bool = False,
         text: Literal[True] = True,
+        cwd: str | None = None,
     ) -> CommandResult[str]: ...
 
     @overload
     async def run(
         self,
-        command: str,
+        command: str | Sequence[str],
         timeout: float | None = 30,
         env: Mapping[str, str] | None = None,
         shell: ShellKind = "raw",
@@ -54,34 +56,47 @@ class Commands(OverTransport):
         check: bool = False,
         *,
         text: Literal[False],
+        cwd: str | None = None,
     ) -> CommandResult[bytes]: ...
 
     async def run(
         self,
-        command: str,
+        command: str | Sequence[str],
         timeout: float | None = 30,
         env: Mapping[str, str] | None = None,
         shell: ShellKind = "raw",
         input: str | bytes | None = None,
         check: bool = False,
         text: bool = True,
+        cwd: str | None = None,
     ) -> CommandResult[Any]:
         """Run a command in the guest, and wait for its end.
 
         Cancelling the call kills the command and the processes that it started in the guest.
 
+        In a Windows guest, the QEMU guest agent runs the command as LocalSystem in session 0: the
+        command may do everything, but nobody sees its windows. To start a program on the desktop,
+        use the keyboard: `press("win+r")`, then `type()` its name and Enter. PowerShell reads no
+        profile, and gets the input as the lines of `$input`. Commands print UTF-8, if they follow
+        the code page of their console. The end of a command's process tree includes no child whose
+        parent has ended before. No Windows was run to test this.
+
         Args:
-            command: A command for the user's shell.
+            command: A command for the user's shell (PowerShell in a Windows guest), or a list: a
+                program and its arguments.
             timeout: Seconds from the start of the command until it is killed; `None` for no limit.
                 The time of a pause does not count, unless QEMU paused the VM (as on a full disk).
                 If the VM is paused already, also the seconds to wait for `resume()`.
             env: Variables for this command, in addition to the variables of `set_env_vars()`. They
                 never appear on a command line.
-            shell: `"raw"`: the user's shell runs the command as it is. `"login"`: a login shell
-                reads the user's profile first, then runs the command.
+            shell: `"raw"`: the user's shell runs the command as it is. `"login"` (Linux): a login
+                shell reads the user's profile first, then runs the command. `"cmd"` (Windows):
+                cmd.exe runs the command as a batch file.
             input: The standard input of the command; empty by default.
             check: Whether an exit code other than 0 is an error.
             text: Whether the output is text (invalid UTF-8 becomes U+FFFD) or bytes.
+            cwd: The directory to start in; by default the user's home. If the directory does not
+                exist, the exit code is 126.
 
         Returns:
             Exit code, output and duration.
@@ -93,10 +108,12 @@ class Commands(OverTransport):
             ConnectionLostError: The guest or its SSH server was reset or has ended.
             VMTimeoutError: The guest was not ready within `Timeouts.boot`.
             VMNotRunningError: The VM is not running.
-            ConfigError: An argument is wrong, or the guest is Windows (a `ValueError`).
+            UnsupportedError: The guest has to run the QEMU guest agent, and does not.
+            ConfigError: An argument is wrong (a `ValueError`).
         """
         self._require("run")
-        prepared = _prepare(command, timeout, env, shell, input)
+        prepared = _prepare(command, timeout, env, shell, input, cwd, self._shells)
+        command = prepared.text
         for name, value in (("check", check), ("text", text)):
             check_boolean(name, value)
         transport = await self._transport("run")
@@ -134,11 +151,12 @@ class Commands(OverTransport):
 
     def run_stream(
         self,
-        command: str,
+        command: str | Sequence[str],
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         shell: ShellKind = "raw",
         input: str | bytes | None = None,
+        cwd: str | None = None,
     ) -> AbstractAsyncContextManager[LineStream]:
         """Run a command and read its output line by line, as the command prints it.
 
@@ -154,25 +172,27 @@ class Commands(OverTransport):
         1 MiB comes in pieces.
 
         Args:
-            command, timeout, env, shell, input: See `run()`; there is no timeout by default.
+            command, timeout, env, shell, input, cwd: See `run()`; there is no timeout by default.
 
         Raises:
             CommandTimeoutError, ConnectionLostError: During the iteration; see `run()`.
             VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("run_stream")
-        return self._stream(command, timeout, env, shell, input)
+        return self._stream(command, timeout, env, shell, input, cwd)
 
     @asynccontextmanager
     async def _stream(
         self,
-        command: str,
+        command: str | Sequence[str],
         timeout: float | None,
         env: Mapping[str, str] | None,
         shell: ShellKind,
         input: str | bytes | None,
+        cwd: str | None,
     ) -> AsyncIterator[LineStream]:
-        prepared = _prepare(command, timeout, env, shell, input)
+        prepared = _prepare(command, timeout, env, shell, input, cwd, self._shells)
+        command = prepared.text
         transport = await self._transport("run_stream")
         await _until_open(transport, command, timeout)
         lines = LineStream(command, timeout, transport)
@@ -193,16 +213,22 @@ class Commands(OverTransport):
 
 
 def _prepare(
-    command: str,
+    command: str | Sequence[str],
     timeout: float | None,
     env: Mapping[str, str] | None,
     shell: ShellKind,
     input: str | bytes | None,
+    cwd: str | None,
+    shells: Sequence[str],
 ) -> Command:
     """Check the arguments."""
-    check_command(command, shell)
+    words = None
+    if not isinstance(command, str):
+        words = check_words(command, shell)
+        command = shlex.join(words)
+    check_command(command, shell, shells)
     check_timeout(timeout)
-    return Command(command, shell, check_env(env), _input(input))
+    return Command(command, shell, check_env(env), _input(input), check_directory(cwd), words)
 
 
 async def _until_open(

@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from smolvm_async.config.checks import encoded, shown
 from smolvm_async.errors import ConfigError
 
 ENV_FILE = ".smolvm_env.sh"  # in the user's home: the variables of `set_env_vars()`
 MARK = "SMOLVM_COMMAND"  # the variable that marks a command's processes
-SHELLS = ("raw", "login")
+UNUSABLE = 125  # the exit code if the files of a command cannot be made
+SHELLS = {
+    "raw": "the guest's own shell runs the command",
+    "login": "a login shell reads its profile first",
+    "cmd": "cmd.exe runs the command as a batch file",
+}
 
 SOURCE = f"[ ! -r ~/{ENV_FILE} ] || . ~/{ENV_FILE}\n"
 
 
-def check_command(command: object, shell: object) -> None:
-    """Check a command and the kind of its shell."""
+def check_command(command: object, shell: object, shells: Sequence[str] = ("raw", "login")) -> None:
+    """Check a command, and the kind of its shell, which must be one of `shells`."""
     if not isinstance(command, str) or not command.strip() or "\0" in command:
         raise ConfigError(
             f"command={shown(command)} is wrong: pass the shell command as str, without NUL "
-            "characters; shlex.join() makes a command from a list of words."
+            "characters; to run() and run_stream() also a program and its arguments as a list."
         )
     if encoded(command) is None:
         raise ConfigError(
             f"command={shown(command)} is wrong: it has a lone surrogate, which UTF-8 cannot "
             "encode; decode bytes with os.fsdecode(), or pass them as input=."
         )
-    if shell not in SHELLS:
-        raise ConfigError(
-            f"shell={shown(shell)} is wrong: pass 'raw' (the user's shell runs the command) or "
-            "'login' (it reads its profile first)."
-        )
+    if shell not in shells:
+        known = " or ".join(f"{name!r} ({SHELLS[name]})" for name in shells)
+        raise ConfigError(f"shell={shown(shell)} is wrong in this guest: pass {known}.")
+
+
+def check_words(words: object, shell: object) -> tuple[str, ...]:
+    """Check a program and its arguments."""
+    wrong = f"command={shown(words)} is wrong: "
+    if not isinstance(words, list | tuple) or not words or not words[0]:
+        raise ConfigError(f"{wrong}pass a str, or a list: a program and its arguments.")
+    for word in words:
+        if not isinstance(word, str) or "\0" in word or encoded(word) is None:
+            raise ConfigError(f"{wrong}{shown(word)} is not a str without NUL characters.")
+    if shell != "raw":
+        raise ConfigError(f"shell={shown(shell)} is wrong: a list of words needs no shell.")
+    return tuple(words)
+
+
+def in_directory(command: str, cwd: str | None) -> str:
+    """Return a command for a POSIX shell that first changes to a directory."""
+    return command if cwd is None else f"cd {shlex.quote(cwd)} || exit 126\n{command}"
+
+
+def check_directory(cwd: object) -> str | None:
+    """Check a directory of the guest."""
+    if cwd is None or (isinstance(cwd, str) and cwd and "\0" not in cwd and encoded(cwd)):
+        return cwd
+    raise ConfigError(f"cwd={shown(cwd)} is wrong: pass a directory of the guest as str.")
 
 
 def exports(env: Mapping[str, str]) -> str:

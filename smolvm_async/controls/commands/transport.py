@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -11,23 +11,27 @@ from smolvm_async.errors import SmolVMError
 from smolvm_async.qemu.pauses import Pauses
 
 Stream = Literal["stdout", "stderr"]
-ShellKind = Literal["raw", "login"]
+ShellKind = Literal["raw", "login", "cmd"]
 
 
 class Command(NamedTuple):
     """A command for a shell of the guest.
 
     Attributes:
-        text: The command.
+        text: The command, for a shell.
         shell: See `Commands.run()`.
         env: The command's own variables.
         content: The standard input.
+        cwd: The working directory; `None` for the home of the user.
+        words: A program and its arguments, of which `text` is the command for a POSIX shell.
     """
 
     text: str
     shell: ShellKind
     env: Mapping[str, str]
     content: bytes
+    cwd: str | None = None
+    words: tuple[str, ...] | None = None
 
 
 class Execution(Protocol):
@@ -82,6 +86,11 @@ class Transport(Protocol):
 
 class OverTransport:
     """Base class of the controls that run commands."""
+
+    @property
+    def _shells(self) -> Sequence[str]:
+        """The values of `shell=` that the guest knows."""
+        return ("raw", "login")
 
     async def _transport(self, feature: str) -> Transport:
         """Wait until the guest is ready, and return the way to run commands in it.

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from smolvm_async.controls.commands.script import in_directory
 from smolvm_async.controls.commands.transport import Command, Stream
 from smolvm_async.controls.commands.transport import Execution as AnyExecution
 from smolvm_async.controls.ssh.link import Link
@@ -209,7 +210,8 @@ class SSHTransport(NamedTuple):
             on_turn: See `Link.open()`.
         """
         link, mark = self.link, secrets.token_hex(8)
-        line, first = script(command.text, command.shell, command.env, mark)
+        text = in_directory(command.text, command.cwd)
+        line, first = script(text, command.shell, command.env, mark)
 
         async def kill(execution: Execution) -> None:
             await execution.kill(link, mark)

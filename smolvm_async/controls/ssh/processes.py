@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import shlex
 import signal as signals
 from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from smolvm_async.config.checks import check_boolean, check_env, check_integer, encoded, shown
-from smolvm_async.controls.commands.script import check_command
+from smolvm_async.config.checks import check_boolean, check_env, check_integer, shown
+from smolvm_async.controls.commands.script import check_command, check_directory, in_directory
 from smolvm_async.controls.commands.transport import ShellKind, Stream
 from smolvm_async.controls.ssh.execution import Execution, open_session, send_signal
 from smolvm_async.controls.ssh.link import Link, OverSSH
@@ -315,11 +314,7 @@ class Processes(OverSSH):
 
 def _in_directory(command: str, cwd: str | None) -> str:
     """Return a command that first changes to a directory."""
-    if cwd is None:
-        return command
-    if not isinstance(cwd, str) or not cwd or "\0" in cwd or encoded(cwd) is None:
-        raise ConfigError(f"cwd={shown(cwd)} is wrong: pass a directory of the guest as str.")
-    return f"cd {shlex.quote(cwd)} || exit 126\n{command}"
+    return in_directory(command, check_directory(cwd))
 
 
 def _check_size(columns: int, rows: int) -> None:

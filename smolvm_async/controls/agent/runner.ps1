@@ -1,0 +1,131 @@
+# Runs a command in a Windows guest: see windows.py. It reads values from its standard input, and
+# copies the command's output to the files `out` and `err`. It needs PowerShell 5.1.
+$ErrorActionPreference = 'Stop'
+$ProgressPreference = 'SilentlyContinue'
+$utf8 = New-Object Text.UTF8Encoding $false
+try {
+    [Console]::InputEncoding = $utf8
+    [Console]::OutputEncoding = $utf8
+} catch {
+    # Without a console, there is no code page.
+}
+
+$value = @{}
+$content = New-Object byte[] 0
+$variables = @{}
+foreach ($line in $input) {
+    $name, $encoded = ([string] $line).Split(' ')
+    $bytes = [Convert]::FromBase64String($encoded)
+    if ($name -eq 'content') {
+        $content = $bytes
+    } elseif ($name.StartsWith('env.')) {
+        $variables[$name.Substring(4)] = $utf8.GetString($bytes)
+    } else {
+        $value[$name] = $utf8.GetString($bytes)
+    }
+}
+$directory = $value['directory']
+
+# Only LocalSystem and the owner may use the directory, from its beginning.
+$security = New-Object Security.AccessControl.DirectorySecurity
+$security.SetSecurityDescriptorSddlForm('D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;OW)')
+[void] [IO.Directory]::CreateDirectory($directory, $security)
+if ($value['input'] -eq 'empty') {
+    [IO.File]::WriteAllBytes("$directory\in", $content)
+    exit 0
+}
+
+function Add-Output([string] $name, [byte[]] $bytes, [int] $count) {
+    while ($true) {
+        try {
+            $file = [IO.File]::Open("$directory\$name", 'Append', 'Write', 'None')
+            break
+        } catch {
+            # The agent has the file open: ERROR_SHARING_VIOLATION.
+            if ($_.Exception.GetBaseException().HResult -ne 0x80070020) { throw }
+            Start-Sleep -Milliseconds 5
+        }
+    }
+    $file.Write($bytes, 0, $count)
+    $file.Close()
+}
+
+Add-Output 'out' $content 0
+Add-Output 'err' $content 0
+try {
+    if ($value['script']) {
+        # The encoding adds no byte order mark to the one in the text.
+        [IO.File]::WriteAllText($value['script'], $value['text'], $utf8)
+    }
+    $start = New-Object Diagnostics.ProcessStartInfo $value['program'], $value['arguments']
+    $start.UseShellExecute = $false
+    $start.RedirectStandardInput = $true
+    $start.RedirectStandardOutput = $true
+    $start.RedirectStandardError = $true
+    $start.WorkingDirectory = $env:USERPROFILE
+    if ($value['cwd']) { $start.WorkingDirectory = $value['cwd'] }
+    foreach ($name in $variables.Keys) {
+        $start.EnvironmentVariables[$name] = $variables[$name]
+    }
+    $process = [Diagnostics.Process]::Start($start)
+} catch {
+    $bytes = $utf8.GetBytes("$($_.Exception.GetBaseException().Message)`r`n")
+    Add-Output 'err' $bytes $bytes.Length
+    exit 126
+}
+
+$source = New-Object IO.MemoryStream (, $content)
+if ($value['input'] -eq 'file') { $source = [IO.File]::OpenRead("$directory\in") }
+$sink = $process.StandardInput.BaseStream
+$feeding = $source.CopyToAsync($sink)
+
+$size = 65536
+$since = [Diagnostics.Stopwatch]::StartNew()
+$after = New-Object Diagnostics.Stopwatch
+$outputs = foreach ($name in 'out', 'err') {
+    $stream = $process.StandardOutput.BaseStream
+    if ($name -eq 'err') { $stream = $process.StandardError.BaseStream }
+    $buffer = New-Object byte[] $size
+    @{
+        name = $name
+        stream = $stream
+        buffer = $buffer
+        pending = New-Object IO.MemoryStream
+        reading = $stream.ReadAsync($buffer, 0, $size)
+    }
+}
+do {
+    [Threading.Tasks.Task[]] $tasks = @($outputs | ForEach-Object { $_.reading } | Where-Object { $_ })
+    if ($tasks.Length) {
+        [void] [Threading.Tasks.Task]::WaitAny($tasks, 50)
+    } else {
+        [void] $process.WaitForExit(50)
+    }
+    foreach ($output in $outputs) {
+        if ($output.reading -and $output.reading.IsCompleted) {
+            $count = $output.reading.Result
+            $output.pending.Write($output.buffer, 0, $count)
+            $output.reading = $null
+            if ($count) { $output.reading = $output.stream.ReadAsync($output.buffer, 0, $size) }
+        }
+    }
+    if ($feeding -and $feeding.IsCompleted) {
+        # The command may have closed its standard input, or ended.
+        try { $sink.Close() } catch { }
+        $feeding = $null
+    }
+    # Children that are left behind may keep the output open for ever.
+    if ($process.HasExited -and -not $after.IsRunning) { $after.Start() }
+    $over = $after.IsRunning -and (-not $tasks.Length -or $after.ElapsedMilliseconds -gt 1000)
+    foreach ($output in $outputs) {
+        $length = [int] $output.pending.Length
+        if ($length -and ($over -or $length -ge 1MB -or $since.ElapsedMilliseconds -ge 50)) {
+            Add-Output $output.name $output.pending.GetBuffer() $length
+            $output.pending.SetLength(0)
+            $flushed = $true
+        }
+    }
+    if ($flushed) { $since.Restart(); $flushed = $false }
+} until ($over)
+$process.WaitForExit()
+exit $process.ExitCode
