@@ -8,10 +8,17 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+from smolvm_async.controls.agent import linux
+from smolvm_async.controls.agent.execution import AgentTransport, Execution
+from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.agent.system import System
+from smolvm_async.controls.commands.commands import Commands
+from smolvm_async.controls.commands.transport import Command, Transport
 from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.events import PortChanged
 from smolvm_async.qemu.guest_agent import GuestAgent
@@ -42,7 +49,8 @@ class Host:
         process: The agent's process.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, programs: Path | None = None) -> None:
+        self._path = os.environ["PATH"] if programs is None else f"{programs}:{os.environ['PATH']}"
         self.channel = GuestAgent(Pauses())
         self.process: asyncio.subprocess.Process
         self._directory = directory
@@ -58,7 +66,7 @@ class Host:
             *("-t", self._directory, "-f", self._directory / "agent.pid"),
             cwd=self._directory,
             stderr=asyncio.subprocess.DEVNULL,
-            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"},
+            env={"PATH": self._path, "LANG": "C.UTF-8"},
         )
         async with asyncio.timeout(SOON):
             while True:
@@ -74,7 +82,8 @@ class Host:
 
     async def kill(self) -> None:
         """Kill the agent, which closes the port."""
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
         await self.process.wait()
         for pump in self._pumps:
             pump.cancel()
@@ -99,9 +108,9 @@ class Host:
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, directory: Path) -> AsyncIterator[Host]:
-        """Run an agent during the block."""
-        host = cls(directory)
+    async def running(cls, directory: Path, programs: Path | None = None) -> AsyncIterator[Host]:
+        """Run an agent during the block. It finds programs first in the directory `programs`."""
+        host = cls(directory, programs)
         program()
         host._end = host.channel.open()
         host._end.setblocking(False)
@@ -112,3 +121,63 @@ class Host:
             await host.kill()
             host._end.close()
             await host.channel.close()
+
+
+class Guest(Commands):
+    """A guest whose agent runs on this host."""
+
+    def __init__(self, host: Host, system: System = linux) -> None:
+        self.host = host
+        self.session = Session(host.channel, Pauses())
+        self.transport = AgentTransport(self.session, system)
+        self._system = system
+
+    async def _transport(self, feature: str) -> Transport:
+        return self.transport
+
+    @property
+    def _shells(self) -> Sequence[str]:
+        return ("raw", "login") if self._system is linux else ("raw", "cmd")
+
+    def _require(self, feature: str) -> None:
+        pass
+
+    @asynccontextmanager
+    async def executing(
+        self, command: str, output: dict[str, bytearray] | None = None, **options: Any
+    ) -> AsyncIterator[Execution]:
+        kept = output if output is not None else {}
+        given = Command(command, **{"shell": "raw", "env": {}, "content": b"", **options})
+
+        def receive(stream: str, data: bytes) -> None:
+            kept.setdefault(stream, bytearray()).extend(data)
+
+        async with self.transport.executing(given, receive, lambda _: None) as execution:
+            yield execution
+
+    async def result(self, command: str, **options: Any) -> tuple[int | None, bytes, bytes]:
+        output: dict[str, bytearray] = {}
+        async with self.executing(command, output, **options) as execution:
+            await asyncio.wait([execution.ended])
+        if execution.error is not None:
+            raise execution.error
+        stdout, stderr = (bytes(output.get(name, b"")) for name in ("stdout", "stderr"))
+        return execution.exit_code, stdout, stderr
+
+
+def sleepers(seconds: str) -> list[int]:
+    """Return the processes `sleep SECONDS`, in any state but dead."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "cmdline").read_bytes() == f"sleep\0{seconds}\0".encode():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+async def until_sleeping(seconds: str, count: int) -> None:
+    async with asyncio.timeout(SOON):
+        while len(sleepers(seconds)) != count:
+            await asyncio.sleep(0.01)

@@ -35,7 +35,7 @@ SHIMS = ("shimx64.efi.signed", "shimx64.efi.signed.latest", "shimx64.efi.dualsig
 LOADER = "ld-linux-x86-64.so.2"
 GRUBS = ("grubx64.efi.signed", "grubx64.efi.signed.latest")
 
-DISK_DRIVERS = ("virtio_pci", "virtio_scsi", "sd_mod", "crc32c_generic", "ext4")
+DISK_DRIVERS = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "crc32c_generic", "ext4")
 OTHER_DRIVERS = (
     "virtio_console",
     "virtio_net",
@@ -119,6 +119,8 @@ def _arrange_root(
     (root / "bin/init").unlink(missing_ok=True)  # install() would write through the link to busybox
     for script in ("init", "shutdown", *scripts):
         install(GUEST_SCRIPTS / f"{script}.sh", root / "bin" / script, 0o755)
+    for name in ("powershell", "cmd", "taskkill"):
+        install(GUEST_SCRIPTS / "windows.sh", root / f"bin/{name}.exe", 0o755)
     install(GUEST_SCRIPTS / "network.sh", root / "etc/network.sh", 0o755)
     install(find_file(unpacked, ["qemu-ga"]), root / "bin/qemu-ga", 0o755)
     for library in libraries:

@@ -7,68 +7,22 @@ import hashlib
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from smolvm_async.controls.agent import linux
-from smolvm_async.controls.agent.execution import AgentTransport, Execution
-from smolvm_async.controls.agent.session import Session
-from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.lines import LineStream
 from smolvm_async.controls.commands.result import Line
-from smolvm_async.controls.commands.transport import Command, Transport
 from smolvm_async.errors import (
     CommandFailedError,
     CommandTimeoutError,
     ConfigError,
     ConnectionLostError,
 )
-from smolvm_async.qemu.pauses import Pauses
-from tests.agent import Host
+from tests.agent import SOON, Guest, Host, sleepers, until_sleeping
 
 pytestmark = pytest.mark.anyio
-
-SOON = 30.0  # seconds
-
-
-class Guest(Commands):
-    """A guest whose agent runs on this host."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self.session = Session(host.channel, Pauses())
-        self.transport = AgentTransport(self.session)
-
-    async def _transport(self, feature: str) -> Transport:
-        return self.transport
-
-    def _require(self, feature: str) -> None:
-        pass
-
-    @asynccontextmanager
-    async def executing(
-        self, command: str, output: dict[str, bytearray] | None = None, **options: Any
-    ) -> AsyncIterator[Execution]:
-        kept = output if output is not None else {}
-        given = Command(command, **{"shell": "raw", "env": {}, "content": b"", **options})
-
-        def receive(stream: str, data: bytes) -> None:
-            kept.setdefault(stream, bytearray()).extend(data)
-
-        async with self.transport.executing(given, receive, lambda _: None) as execution:
-            yield execution
-
-    async def result(self, command: str, **options: Any) -> tuple[int | None, bytes, bytes]:
-        output: dict[str, bytearray] = {}
-        async with self.executing(command, output, **options) as execution:
-            await asyncio.wait([execution.ended])
-        if execution.error is not None:
-            raise execution.error
-        stdout, stderr = (bytes(output.get(name, b"")) for name in ("stdout", "stderr"))
-        return execution.exit_code, stdout, stderr
 
 
 @pytest.fixture
@@ -83,24 +37,6 @@ async def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
             while [*files.iterdir()] and host.process.returncode is None:
                 await asyncio.sleep(0.01)
         await guest.session.close()
-
-
-def sleepers(seconds: str) -> list[int]:
-    """Return the processes `sleep SECONDS`, in any state but dead."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if (entry / "cmdline").read_bytes() == f"sleep\0{seconds}\0".encode():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-async def until_sleeping(seconds: str, count: int) -> None:
-    async with asyncio.timeout(SOON):
-        while len(sleepers(seconds)) != count:
-            await asyncio.sleep(0.01)
 
 
 async def test_exit_code_and_output(guest: Guest) -> None:

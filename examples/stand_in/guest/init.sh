@@ -79,8 +79,10 @@ start_agent() { # sets $agent to the agent's process id
     local port
     port=$(agent_port)
     [ "$port" ] && [ "$(option agent)" != off ] || return
+    cd /tmp # for the files of commands: see windows.sh
     qemu-ga --method=virtio-serial --path="$port" --statedir=/run >/dev/null 2>&1 &
     agent=$!
+    cd /
 }
 
 report_agent() { # the agent has started when it has opened its port

@@ -1,0 +1,108 @@
+#!/bin/sh
+# Windows' powershell.exe, cmd.exe and taskkill.exe, as far as smolvm_async uses them: they decode
+# what they are given, and run it with sh. A path of Windows is one name in the agent's directory.
+
+decoded() { # $1: PowerShell's -EncodedCommand
+    printf %s "$1" | base64 -d | tr -d '\000'
+}
+
+words() { # $1: a command line; prints the words that Windows' C library makes of it, for eval
+    printf %s "$1" | awk '
+        BEGIN { RS = "\001"; quote = "\047" }
+        {
+            word = ""; inside = 0; some = 0; backslashes = 0; size = length($0)
+            for (i = 1; i <= size + 1; i++) {
+                c = substr($0, i, 1)
+                if (c == "\\") { backslashes++; continue }
+                half = c == "\"" ? int(backslashes / 2) : backslashes
+                odd = c == "\"" && backslashes % 2
+                if (backslashes) some = 1
+                for (; half > 0; half--) word = word "\\"
+                backslashes = 0
+                if (c == "\"" && !odd) { inside = !inside; some = 1; continue }
+                if (i > size || (!inside && (c == " " || c == "\t" || c == "\n"))) {
+                    if (some) printf "%s ", quote word quote
+                    word = ""; some = 0; continue
+                }
+                word = word (c == quote ? quote "\\" quote quote : c); some = 1
+            }
+        }'
+}
+
+value() { # $1: the name of a value of the request
+    printf '%s\n' "$request" | sed -n "s/^$1 //p" | base64 -d
+}
+
+run() { # runner.ps1
+    request=$(cat)
+    directory=$here/$(value directory)
+    if [ "$(value input)" = empty ]; then
+        : >"$directory\\in"
+        return
+    fi
+    source=$directory\\in
+    [ "$(value input)" = file ] || { source=$directory\\content && value content >"$source"; }
+    : >"$directory\\out"
+    : >"$directory\\err"
+    [ -z "$(value script)" ] || value text >"$here/$(value script)"
+    for name in $(printf '%s\n' "$request" | sed -n 's/^env\.\([^ ]*\) .*/\1/p'); do
+        text=$(value "env\\.$name" && echo .)
+        export "$name=${text%.}"
+    done
+    text=$(value arguments && echo .)
+    eval "set -- $(words "${text%.}")"
+    program=$(value program)
+    where=$(value cwd)
+    cd "${where:-/}" 2>>"$directory\\err" || exit 126
+    "$program" "$@" <"$source" >>"$directory\\out" 2>>"$directory\\err"
+}
+
+powershell() {
+    for encoded; do :; done # the last argument
+    script=$(decoded "$encoded")
+    case $script in
+    *Add-Output*) run ;;
+    *"| & '"*)
+        path=${script#*"| & '"}
+        path=$here/${path%%"'"*}
+        [ "$(head -c 3 "$path" | base64)" = 77u/ ] || exit 99 # the byte order mark of UTF-8
+        tail -c +4 "$path" | sed '$d' >"$path.sh"             # without the line of the exit code
+        sh "$path.sh"
+        ;;
+    esac
+}
+
+cmd() {
+    case $3 in
+    rmdir)
+        shift 5
+        for directory; do rm -f "$here/$directory"\\*; done
+        ;;
+    *)
+        path=$here/$3
+        [ "$(head -n 2 "$path")" = "$(printf '@echo off\r\nchcp 65001 >nul\r')" ] || exit 99
+        tail -n +3 "$path" | sed 's/\r$//' >"$path.sh"
+        sh "$path.sh"
+        ;;
+    esac
+}
+
+tree() { # $1: a process; stops its tree, and prints the numbers
+    local child
+    kill -STOP "$1"
+    echo "$1"
+    for child in $(grep -lsx "PPid:.$1" /proc/[0-9]*/status | cut -d/ -f3); do
+        tree "$child"
+    done
+}
+
+taskkill() { # /t /f /fi "PID eq N" /fi "IMAGENAME eq powershell.exe"
+    [ "$6" = "IMAGENAME eq $(cat "/proc/${4#PID eq }/comm")" ] || exit 128
+    kill -KILL $(tree "${4#PID eq }")
+}
+
+umask 077
+here=${SMOLVM_HERE:-$PWD}
+export SMOLVM_HERE="$here"
+name=${0##*/}
+"${name%.exe}" "$@"

@@ -1,0 +1,149 @@
+"""Commands of a Windows guest: QEMU's agent runs on this host, with a `powershell.exe` in `sh`.
+
+They test how a command gets to PowerShell, cmd.exe or a program, and its output back. No Windows
+was run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from smolvm_async.controls.agent import windows
+from smolvm_async.errors import CommandTimeoutError, ConfigError, ConnectionLostError
+from tests.agent import SOON, Guest, Host, sleepers, until_sleeping
+
+pytestmark = pytest.mark.anyio
+
+SCRIPT = Path(__file__).parents[2] / "examples/stand_in/guest/windows.sh"
+HARD = '\'"\\ \n\t%PATH% $HOME `id` ${x} $(id) ! # ; & | > < * ? ~ ^ %%i é 😀 \x7f\\\\" \\'
+
+
+@pytest.fixture
+async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("powershell", "cmd", "taskkill"):
+        shutil.copy(SCRIPT, programs / f"{name}.exe")
+    async with Host.running(tmp_path, programs) as host:
+        guest = Guest(host, windows)
+        yield guest
+        async with asyncio.timeout(SOON):
+            while left(tmp_path) and host.process.returncode is None:
+                await asyncio.sleep(0.01)
+        await guest.session.close()
+
+
+def left(directory: Path) -> list[str]:
+    """Return the files of commands."""
+    return [path.name for path in directory.iterdir() if path.name.startswith("C:")]
+
+
+async def test_powershell_and_cmd_run_scripts_and_a_list_is_a_program(guest: Guest) -> None:
+    assert await guest.result("echo out; echo err >&2; exit 3") == (3, b"out\n", b"err\n")
+    for shell, name in (("raw", "command.ps1"), ("cmd", "command.cmd")):
+        code, output, _ = await guest.result('printf %s "$0"', shell=shell)
+        assert (code, output.decode().split("\\")[-1]) == (0, f"{name}.sh")
+    words = ["printf", r"%s\n", HARD, "", "a b", "\\", 'x"y\\"', "c:\\d\\ "]
+    result = await guest.run(words, check=True)
+    assert result.stdout == "\n".join([*words[2:], ""])
+    assert (await guest.run(["no-such-program"])).exit_code == 127
+    with pytest.raises(ConfigError, match=r"shell='login' .*pass 'raw' .* or 'cmd'"):
+        await guest.run("dir", shell="login")
+    with pytest.raises(ConfigError, match=r"a list of words needs no shell"):
+        await guest.run(["dir"], shell="cmd")
+
+
+@pytest.mark.parametrize("text", [HARD, "x\n" * 50_000], ids=["hard", "long"])
+async def test_a_script_its_variables_and_its_input_arrive_as_they_were_sent(
+    guest: Guest, text: str
+) -> None:
+    script = f"cat <<'end of it'\n{text}\nend of it\n"
+    assert (await guest.run(script)).stdout == f"{text}\n"
+    assert (await guest.run(script, shell="cmd")).stdout == f"{text}\n"
+    assert (await guest.run('printf %s "$V"', env={"V": text})).stdout == text
+    assert (await guest.run("cat", input=text)).stdout == text
+
+
+async def test_bytes_are_bytes_and_text_is_utf_8(guest: Guest) -> None:
+    for data in (os.urandom(3 << 20), b"\xff\xfea\0\r\0\n\0", bytes(range(256))):
+        assert (await guest.run(["cat"], input=data, text=False, timeout=SOON)).stdout == data
+    assert (await guest.run("printf 'caf\\351'")).stdout == "caf\ufffd"
+
+
+async def test_a_directory_that_does_not_exist_is_told(guest: Guest, tmp_path: Path) -> None:
+    assert (await guest.run("pwd", cwd=str(tmp_path))).stdout == f"{tmp_path}\n"
+    result = await guest.run("pwd", cwd="/none")
+    assert (result.exit_code, result.stdout) == (126, "")
+    assert "/none" in result.stderr
+
+
+async def test_neither_script_nor_variable_nor_input_is_on_a_command_line(
+    guest: Guest, tmp_path: Path
+) -> None:
+    secret = f"secret-{os.getpid()}-text"
+    output: dict[str, bytearray] = {}
+    command = f": {secret}; echo started; exec sleep 1103"
+    async with guest.executing(
+        command, output, env={"V": secret}, content=secret.encode()
+    ) as execution:
+        await until_sleeping("1103", 1)
+        lines = [
+            path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)
+        ]
+        modes = {path.stat().st_mode & 0o077 for path in tmp_path.iterdir() if ":" in path.name}
+        async with asyncio.timeout(SOON):
+            while b"started" not in output.get("stdout", b""):
+                await asyncio.sleep(0.01)
+    assert not [line for line in lines if secret.encode() in line]
+    assert modes == {0}
+    assert execution.exit_code is None
+    assert sleepers("1103") == []
+
+
+def readable(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes())
+    except OSError:
+        return False
+
+
+async def test_a_timeout_ends_the_whole_tree(guest: Guest) -> None:
+    with pytest.raises(CommandTimeoutError) as caught:
+        await guest.run("echo before; sh -c 'sleep 1104; echo'; echo", timeout=1.0)
+    assert caught.value.stdout == "before\n"
+    assert sleepers("1104") == []
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 8, 50])
+async def test_a_cancelled_command_leaves_nothing(guest: Guest, steps: int) -> None:
+    async with guest.executing("sh -c 'sleep 1106; echo'; echo"):
+        for _ in range(steps):
+            await asyncio.sleep(0)
+    async with asyncio.timeout(SOON):
+        while sleepers("1106"):
+            await asyncio.sleep(0.01)
+
+
+async def test_many_commands_at_once(guest: Guest) -> None:
+    async def one(number: int) -> None:
+        result = await guest.run(f"echo {number}; exit {number % 7}")
+        assert (result.exit_code, result.stdout) == (number % 7, f"{number}\n")
+
+    await asyncio.gather(*[one(number) for number in range(50)])
+
+
+async def test_a_command_that_kills_the_agent_is_lost(guest: Guest) -> None:
+    pid = guest.host.process.pid
+    running = asyncio.ensure_future(guest.run(f"kill -KILL {pid}; exec sleep 1107"))
+    await guest.host.process.wait()
+    await guest.host.kill()
+    await guest.host.start()
+    with pytest.raises(ConnectionLostError, match="guest agent ended"):
+        await running
+    assert (await guest.run("echo again")).stdout == "again\n"
