@@ -522,7 +522,7 @@ async def test_what_windows_lacks_is_said_at_once(blank_image: Path, data_dir: P
         with pytest.raises(UnsupportedError, match="not available for Windows guests"):
             await call
     with pytest.raises(UnsupportedError, match="not available for Windows guests"):
-        vm.run_stream("dir")
+        await vm.spawn("dir")
 
 
 async def test_a_port_that_never_speaks_costs_a_moment(tmp_path: Path) -> None:

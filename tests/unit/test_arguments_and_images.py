@@ -175,15 +175,15 @@ def test_options_that_windows_lacks_are_refused_with_the_workaround(
 
 
 @pytest.mark.anyio
-async def test_commands_that_windows_lacks_are_refused_before_anything_is_created(
+async def test_methods_that_windows_lacks_are_refused_before_anything_is_created(
     make: Make, data_dir: Path
 ) -> None:
     vm = make()
     with pytest.raises(UnsupportedError) as caught:
-        await vm.run("dir")
+        await vm.spawn("dir")
     assert not exists(data_dir)
     assert isinstance(caught.value, ValueError)
-    for phrase in ("run()", "Windows", "scheduled task"):
+    for phrase in ("spawn()", "Windows", "run_stream()"):
         assert phrase in str(caught.value)
 
 
