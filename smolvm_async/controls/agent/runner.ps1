@@ -119,7 +119,7 @@ do {
     $over = $after.IsRunning -and (-not $tasks.Length -or $after.ElapsedMilliseconds -gt 1000)
     foreach ($output in $outputs) {
         $length = [int] $output.pending.Length
-        if ($length -and ($over -or $length -ge 1MB -or $since.ElapsedMilliseconds -ge 50)) {
+        if ($length -and ($over -or $length -ge 1048576 -or $since.ElapsedMilliseconds -ge 50)) {
             Add-Output $output.name $output.pending.GetBuffer() $length
             $output.pending.SetLength(0)
             $flushed = $true
