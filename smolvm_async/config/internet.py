@@ -34,6 +34,7 @@ class InternetSettings(StrictModel):
             names below debian.org, but not debian.org itself.
         allowed_cidrs: Networks, or single addresses, that a `restricted` guest may reach by their
             addresses. A name that resolves to a private address needs the address here, too.
+            An address of this host needs an entry of its own.
         allowed_host_ports: Ports of this host's loopback (127.0.0.1) that the guest may reach, as
             10.0.2.2:PORT.
     """

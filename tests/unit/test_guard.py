@@ -378,6 +378,29 @@ say(accepted.recv(9).decode())
         assert (await said(4))[3] == "alive"
 
 
+async def test_no_datagram_comes_from_where_a_new_policy_lets_none_go(guarded: Guarded) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        allowing = Only(udp=server.getsockname()[1])
+        guarded.guard.set_policy(allowing)
+        child = await guarded.start(f"""
+own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+own.sendto(b"question", ("{NAMED}", 53))
+for _ in range(3):
+    select.select([own], [], [], 30)
+    say(failure(lambda: own.recvfrom(100)))
+""")
+        _, guest = await asyncio.to_thread(server.recvfrom, 100)
+        for number, policy in enumerate((allowing, Only(), allowing), start=1):
+            await asyncio.to_thread(guarded.guard.set_policy, policy)
+            server.sendto(b"answer", guest)
+            while len(child.log.text().splitlines()) < number:
+                assert not child.ended, child.report()
+                await asyncio.sleep(0.01)
+    await asyncio.wait([child.exited])
+    assert child.log.text().splitlines() == ["done", "EAGAIN", "done"]
+
+
 async def test_the_memory_of_a_guard_is_bounded_and_keeps_what_is_open(
     guarded: Guarded, only: Only, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smolvm_async import InternetSettings
-from smolvm_async.qemu.internet import lookup
+from smolvm_async.qemu.internet import lookup, sockets
 from smolvm_async.qemu.internet import names as module
 from smolvm_async.qemu.internet.addresses import Host
 from smolvm_async.qemu.internet.names import SYNTHETIC, Domains, Goal, Names
@@ -155,6 +155,22 @@ def test_a_name_is_reached_as_long_as_it_is_allowed() -> None:
     assert rules(names).still_allows(goal, ip_address("10.0.0.1"))
     assert rules(names, mode="off").decide("tcp", address, 443).address is None
     assert not rules(names, mode="off").still_allows(goal, REAL)
+
+
+@pytest.mark.parametrize("address", ["64:ff9b::a9fe:a9fe", "2002:7f00:1::"])
+def test_an_open_guest_reaches_no_shut_address_by_a_gateway_of_ipv6(address: str) -> None:
+    assert Rules(InternetSettings(), Host()).decide("tcp", ip_address(address), 80).reason
+
+
+def test_a_network_that_is_allowed_does_not_include_this_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sockets, "is_local", lambda address: address == REAL)
+    for networks, reached in (["203.0.113.0/24"], False), (["0.0.0.0/0", "203.0.113.1"], True):
+        allowing = Rules(InternetSettings(allowed_cidrs=networks), Host())
+        assert bool(allowing.decide("tcp", REAL, 80).address) is reached
+        assert bool(allowing.reason_against(REAL)) is not reached
+        assert allowing.decide("tcp", REAL + 1, 80).address == REAL + 1
 
 
 def test_a_refusal_names_the_address_that_the_guest_used() -> None:

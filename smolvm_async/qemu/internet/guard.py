@@ -99,6 +99,7 @@ class Guard:
         self._processes: dict[int, tuple[int, int]] = {}  # by thread: id and pidfd of the process
         self._connections: dict[int, Connection] = {}  # by the socket's cookie
         self._most_connections = CONNECTIONS
+        self._changed = False  # datagrams may come from a source that an earlier policy allowed
         # By the socket's cookie and the real address: the address that the guest had sent to.
         self._sources: dict[int, dict[SocketAddress, bytes]] = {}
         self._unpunished = Bucket(UNPUNISHED, PER_SECOND)
@@ -135,7 +136,7 @@ class Guard:
         Afterwards, no call is under way by the old policy.
         """
         with self._at_work:
-            self._policy = policy
+            self._policy, self._changed = policy, True
             for fd, number in self._open_sockets():
                 if (connection := self._connections.get(number)) is not None:
                     verdict = policy.decide("tcp", *connection.wanted)
@@ -200,7 +201,7 @@ class Guard:
     def _make(self, call: Call) -> int | None:
         """Make a call in QEMU's place and return its result; `None` lets QEMU make the call."""
         machine = seccomp.this_machine()
-        if call.number == machine.recvfrom and not self._sources:
+        if call.number == machine.recvfrom and not (self._sources or self._changed):
             return None
         with self._descriptor(call) as fd:
             if call.number == machine.recvfrom:
@@ -241,10 +242,14 @@ class Guard:
         return sockets.send(fd, data, call.arguments[3] & UNSIGNED, goal)
 
     def _receive(self, call: Call, fd: int) -> int | None:
-        """Receive a datagram, and name the source that the guest had sent to."""
-        sources = self._sources.get(sockets.cookie(fd))
-        if sources is None:
+        """Receive a datagram, and name the source that the guest had sent to.
+
+        Raises:
+            BlockingIOError: The guest may not send to this source, and the datagram is dropped.
+        """
+        if sockets.protocol(fd) != socket.IPPROTO_UDP:
             return None
+        sources = self._sources.get(sockets.cookie(fd), {})
         _, at, size, flags, sender_at, length_at = call.arguments
         length = int.from_bytes(seccomp.read_memory(call.thread, length_at, 4), "little")
         seccomp.check_waiting(self._listener, call)
@@ -252,6 +257,9 @@ class Guard:
         real = sockets.unpack(sender)
         if real is not None:
             sender = sources.get(real, sender)
+            wanted = sockets.unpack(sender) or real
+            if self._policy.decide("udp", *wanted)[:2] != real:
+                raise BlockingIOError(errno.EAGAIN, "a source that the policy shuts")
         if data:
             seccomp.write_memory(call.thread, at, data)
         seccomp.write_memory(call.thread, sender_at, sender[:length])

@@ -114,16 +114,21 @@ class Rules:
 
     def _has(self, address: Address) -> bool:
         """Return whether `allowed_cidrs` has the address."""
-        shut = shut_network(address)
+        lengths = [each.prefixlen for each in self._networks if address in each]
+        if not lengths:
+            return False
         # A larger network, such as 0.0.0.0/0, does not mean the host.
-        least = 0 if shut is None else shut.prefixlen
-        return any(address in each and each.prefixlen >= least for each in self._networks)
+        shut = shut_network(address)
+        own = address.max_prefixlen if self._host.has(address) else 0
+        return max(lengths) >= (own if shut is None else shut.prefixlen)
 
     def _reason_shut(self, address: Address) -> str:
-        shut = shut_network(address)
-        if shut is not None:
-            return SHUT[shut]
-        return "an address of this host" if self._host.has(address) else ""
+        for each in dict.fromkeys((address, embedded(address))):
+            if (shut := shut_network(each)) is not None:
+                return SHUT[shut]
+            if self._host.has(each):
+                return "an address of this host"
+        return ""
 
     def _as_the_guest_says(self, address: Address, port: int) -> Address | None:
         if port == DNS and self._host.asks(address):
