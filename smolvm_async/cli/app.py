@@ -24,7 +24,7 @@ from smolvm_async.cli.logs import logs
 from smolvm_async.cli.mcp import mcp
 from smolvm_async.cli.output import complain, err, in_options, say, write_nowhere
 from smolvm_async.cli.ports import forward, ssh_config
-from smolvm_async.cli.run import run
+from smolvm_async.cli.run import WithCommand, run
 from smolvm_async.cli.snapshot import fork, snapshot
 from smolvm_async.cli.stats import stats
 from smolvm_async.cli.vms import delete, list_vms, pause, prune, resume, stop
@@ -47,7 +47,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(run)
+app.command(cls=WithCommand)(run)
 app.command("list")(list_vms)
 app.command("exec", context_settings=COMMAND)(exec_command)
 app.command("ssh-config")(ssh_config)

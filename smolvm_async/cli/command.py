@@ -33,6 +33,7 @@ CODES: dict[type[Exception], int] = {
     HostError: 3,
     ConfigError: WRONG,
 }
+SHORT_PAUSE = 1.0  # seconds of a pause that need no message
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -121,24 +122,43 @@ async def find_vm(
 
 
 @asynccontextmanager
-async def running_vm(vm_id: str, data_dir: str | None) -> AsyncIterator[AsyncSmolVM]:
-    """Attach to a running VM during the block."""
+async def running_vm(
+    vm_id: str, data_dir: str | None, *, tell_pause: bool = False
+) -> AsyncIterator[AsyncSmolVM]:
+    """Attach to a running VM during the block.
+
+    Args:
+        vm_id, data_dir: The values of the command line.
+        tell_pause: Whether to say on stderr that the block waits because the VM is paused.
+    """
     vm = await find_vm(vm_id, data_dir)
     if vm.status not in ACTIVE:
         raise VMNotRunningError(
             f"{vm_id} is not running (it is {vm.status}): run {next_step(vm, data_dir)}."
         )
+    telling = asyncio.ensure_future(_tell_pause(vm, data_dir)) if tell_pause else None
     try:
         yield vm
     finally:
+        if telling is not None:
+            telling.cancel()
         await vm.detach()
 
 
+async def _tell_pause(vm: AsyncSmolVM, data_dir: str | None) -> None:
+    await asyncio.sleep(SHORT_PAUSE)
+    if vm.status is Status.PAUSED:
+        text = f"waiting, since {vm.vm_id} is paused. To go on: {next_step(vm, data_dir)}"
+        complain("Note", text, "bold yellow")
+
+
 def next_step(vm: AsyncSmolVM, data_dir: str | None) -> str:
-    """Return the command that boots a kept VM again, or repairs an orphan."""
+    """Return the command that boots a kept VM again, resumes a VM, or repairs an orphan."""
     place = f" --data-dir {shlex.quote(data_dir)}" if data_dir else ""
     if vm.status is Status.ORPHANED:
         return f"smolvm-async prune{place}"
+    if vm.status is Status.PAUSED:
+        return f"smolvm-async resume {vm.vm_id}{place}"
     return f"smolvm-async run --id {vm.vm_id}{place}"
 
 

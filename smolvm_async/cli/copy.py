@@ -33,7 +33,7 @@ def cp(
         raise typer.BadParameter("pass exactly one path in a VM, as ID:PATH", param_hint="SOURCE")
 
     async def work() -> str:
-        async with running_vm(vm_id, data_dir) as vm:
+        async with running_vm(vm_id, data_dir, tell_pause=True) as vm:
             if to_vm:
                 return await vm.upload_file(source_path, target_path, on_progress=on_progress)
             return str(await vm.download_file(source_path, target_path, on_progress=on_progress))

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -78,7 +79,7 @@ def exec_command(
       smolvm-async exec -it office bash
     """
     given = GuestCommand(command, env, workdir, tty=tty, detach=detach)
-    exit_with(given, running_vm(vm_id, data_dir))
+    exit_with(given, running_vm(vm_id, data_dir, tell_pause=True))
 
 
 def shell(vm_id: VMId, env: Env = None, workdir: Workdir = None, data_dir: DataDir = None) -> None:
@@ -86,7 +87,8 @@ def shell(vm_id: VMId, env: Env = None, workdir: Workdir = None, data_dir: DataD
 
     The shell ends with exit or Ctrl-D. Enter, ~ and . leave a VM that does not answer any more.
     """
-    exit_with(GuestCommand([], env, workdir, tty=True), running_vm(vm_id, data_dir))
+    given = GuestCommand([], env, workdir, tty=True)
+    exit_with(given, running_vm(vm_id, data_dir, tell_pause=True))
 
 
 class GuestCommand:
@@ -116,7 +118,7 @@ class GuestCommand:
             )
         # `exec`, so that no shell stands between a signal and the command.
         self.command = f"exec {shlex.join(words)}" if words else None
-        self.env = dict(filter(None, map(_variable, env or ())))
+        self.env = variables(env or ())
         self.workdir = workdir
         self.tty = tty
         self.detach = detach
@@ -162,12 +164,14 @@ def _exit_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _variable(text: str) -> tuple[str, str] | None:
-    """Return the variable of an option: `NAME=VALUE`, or `NAME` with this program's value."""
-    name, given, value = text.partition("=")
-    if given:
-        return name, value
-    return (name, os.environ[name]) if name in os.environ else None
+def variables(texts: Iterable[str]) -> dict[str, str]:
+    """Return the variables of options: `NAME=VALUE`, or `NAME` with this program's value."""
+    found = {}
+    for text in texts:
+        name, given, value = text.partition("=")
+        if given or name in os.environ:
+            found[name] = value if given else os.environ[name]
+    return found
 
 
 def exit_with(

@@ -1,4 +1,4 @@
-"""Hold VMs in the foreground: run each VM until a signal or its end, and show every event."""
+"""Hold VMs: run each VM until a signal or its end, and show every event."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from smolvm_async import (
     NetworkDenied,
     Progress,
 )
+from smolvm_async.cli.background import Background
 from smolvm_async.cli.command import Interrupts
 from smolvm_async.cli.output import (
     describe_ending,
@@ -23,6 +24,8 @@ from smolvm_async.cli.output import (
     write_json,
     write_nowhere,
 )
+from smolvm_async.config.options import make_data_dir
+from smolvm_async.state.names import OWNER_LOG
 from smolvm_async.state.status import ACTIVE
 
 
@@ -32,17 +35,24 @@ class Feed(NamedTuple):
     Attributes:
         data_dir: The value of `--data-dir`.
         tenths: For each download, the last tenth that was shown.
+        background: This process, if it leaves the terminal when the VM is ready.
     """
 
     json: bool
     interrupts: Interrupts
     data_dir: str | None
     tenths: dict[str, int]
+    background: Background | None
 
     @classmethod
-    def make(cls, data_dir: str | None, *, json: bool) -> Feed:
-        """Return a feed whose first signal does not cancel the command."""
-        return cls(json, Interrupts(spare_first=True), data_dir, {})
+    def make(
+        cls, data_dir: str | None, *, json: bool, background: Background | None = None
+    ) -> Feed:
+        """Return a feed whose first signal does not cancel the command, except in the background.
+
+        There, the first signal cancels the command until the VM is ready.
+        """
+        return cls(json, Interrupts(spare_first=background is None), data_dir, {}, background)
 
     def tell(self, event: str, text: str, **fields: object) -> None:
         """Write an event: its text, or for JSON its name and fields."""
@@ -70,6 +80,19 @@ class Feed(NamedTuple):
         if progress.stage != "boot":
             text = _line(progress.elapsed, progress.stage, progress.message)
             self.tell("progress", text, **asdict(progress))
+
+    async def tell_started(self, vm: AsyncSmolVM) -> None:
+        """Write that the VM runs. In the background, wait until it is ready; leave the terminal."""
+        vm_id, accelerator = vm.vm_id, vm.accelerator
+        if self.background is None:
+            text = f"{vm_id} runs under {accelerator}; Ctrl-C powers it down."
+            self.tell("started", text, vm_id=vm_id, accelerator=accelerator)
+            return
+        await vm.wait_for(BootState.READY)
+        self.background.restore_stdout()
+        self.tell("detached", vm_id, vm_id=vm_id, accelerator=accelerator)
+        self.background.leave_terminal(make_data_dir(self.data_dir) / vm_id / OWNER_LOG)
+        self.interrupts.spare_first = True
 
     async def tell_events(self, vm_id: str, events: EventStream) -> None:
         """Write the boot states, and the refusals of the network policy, until the VM ends."""
@@ -110,12 +133,7 @@ async def _hold(vm: AsyncSmolVM, timeout: float | None, feed: Feed) -> None:
         if vm.status in ACTIVE:  # a clone has been in this state since before its first event
             feed.tell_state(vm.vm_id, await vm.wait_for(BootState.FIRMWARE))
         async with vm:
-            feed.tell(
-                "started",
-                f"{vm.vm_id} runs under {vm.accelerator}; Ctrl-C powers it down.",
-                vm_id=vm.vm_id,
-                accelerator=vm.accelerator,
-            )
+            await feed.tell_started(vm)
             # `showing` ends when the VM has ended; a crash cancels this block.
             await asyncio.wait({asked, showing}, return_when=asyncio.FIRST_COMPLETED)
             if asked.done():

@@ -206,13 +206,13 @@ def in_units(size: float) -> str:
 
 
 @contextmanager
-def busy(text: str, *, json: bool) -> Iterator[Callable[[str], None]]:
+def busy(text: str, *, json: bool, console: Screen = out) -> Iterator[Callable[[str], None]]:
     """Show a text and the elapsed time on a terminal; yield a function that changes the text."""
-    if json or not out.is_interactive:
+    if json or not console.is_interactive:
         yield lambda text: None
         return
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    with Progress(*columns, console=out, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(text, total=None)
         yield lambda text: bar.update(task, description=printable(text))
 

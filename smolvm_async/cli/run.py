@@ -1,12 +1,22 @@
-"""`run`: boot an image, run the VM until a signal or its end, and show every event."""
+"""`run`: boot an image, and run the VM until its end, for one command, or in the background."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
-from smolvm_async import AsyncSmolVM, ConfigError, VMAlreadyExistsError, VMNotFoundError
+from smolvm_async import (
+    AsyncSmolVM,
+    BootState,
+    ConfigError,
+    VMAlreadyExistsError,
+    VMNotFoundError,
+)
+from smolvm_async.cli.background import Background
 from smolvm_async.cli.command import (
     TTL,
     VNC,
@@ -22,6 +32,15 @@ from smolvm_async.cli.command import (
     find_vm,
     labels_given,
 )
+from smolvm_async.cli.exec import (
+    Env,
+    GuestCommand,
+    Interactive,
+    Tty,
+    Workdir,
+    exit_with,
+    variables,
+)
 from smolvm_async.cli.hold import Feed, hold
 from smolvm_async.cli.internet import (
     AllowCIDR,
@@ -30,9 +49,10 @@ from smolvm_async.cli.internet import (
     Internet,
     settings_given,
 )
-from smolvm_async.cli.output import busy
+from smolvm_async.cli.output import busy, err
 from smolvm_async.config.checks import AccelName
 from smolvm_async.config.options import VMOptions
+from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.guests import GUESTS, GuestName
 from smolvm_async.state.status import ACTIVE
 
@@ -45,6 +65,17 @@ def _defaults(field: str) -> str:
     return ", ".join(f"{guest.title} {getattr(guest, field)}" for guest in GUESTS.values())
 
 
+class WithCommand(TyperCommand):
+    """A command whose argument COMMAND has all words after `--`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words before `--`."""
+        end = args.index("--") if "--" in args else len(args)
+        rest = super().parse_args(ctx, args[:end])
+        ctx.params["command"] = [*(ctx.params["command"] or ()), *args[end + 1 :]]
+        return rest
+
+
 def run(
     image: Annotated[
         str | None,
@@ -53,6 +84,10 @@ def run(
             help="A qcow2 to start from, or s3://BUCKET/PREFIX/. By default, the built-in Debian; "
             "with only --id, the kept VM with this id boots again.",
         ),
+    ] = None,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- COMMAND", help="A command, and its arguments."),
     ] = None,
     os: Annotated[
         GuestName | None,
@@ -100,14 +135,33 @@ def run(
     label: Label = None,
     ttl: TTL = None,
     idle_timeout: IdleTimeout = None,
+    env: Env = None,
+    workdir: Workdir = None,
+    tty: Tty = False,
+    interactive: Interactive = False,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach", "-d", help="Run the VM in the background, and show its id when it is ready."
+        ),
+    ] = False,
+    remove: Annotated[
+        bool, typer.Option("--rm", help="For users of docker: without --keep, no VM is kept.")
+    ] = False,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Start a VM from an image, show the boot states, and run the VM until Ctrl-C.
+    """Start a VM from an image, and run it until Ctrl-C, or for one COMMAND, or in the background.
 
     The first Ctrl-C (or SIGTERM, or a terminal that closes) powers the guest down; the next signal
     kills the VM at once. Then the VM is deleted, unless it is kept.
+
+    With a COMMAND, the VM is there for the COMMAND only, which runs as by exec: its streams pass
+    through, and the exit code is the COMMAND's. With --tty alone, the COMMAND is a login shell.
+
+    With --detach, the VM runs until stop or delete, and is independent of this terminal; logs
+    --source owner shows the messages.
 
     For example:
 
@@ -128,8 +182,22 @@ def run(
       smolvm-async run --allow-domain pypi.org --allow-domain '*.pythonhosted.org'
 
       smolvm-async run s3://bucket/images/debian-12/
+
+      smolvm-async run -- python3 -c 'print(1)'
+
+      smolvm-async run -d --id worker
     """
-    feed = Feed.make(data_dir, json=json)
+    if remove and keep:
+        raise typer.BadParameter("pass either --rm or --keep", param_hint="--rm, --keep")
+    if command or tty:
+        if json or detach:
+            other = "--json" if json else "--detach"
+            raise typer.BadParameter(f"pass either {other} or a COMMAND", param_hint=other)
+        guest_command = GuestCommand(command or [], env, workdir, tty=tty)
+    elif workdir is not None:
+        raise typer.BadParameter("pass a COMMAND, too", param_hint="--workdir")
+    background = Background(json=json) if detach else None
+    feed = Feed.make(data_dir, json=json, background=background)
     options: VMOptions = {
         "os": os,
         "image": image,
@@ -145,7 +213,6 @@ def run(
         "ttl": ttl,
         "idle_timeout": idle_timeout,
         "data_dir": data_dir,
-        "on_progress": feed.on_progress,
     }
     if accel is not None:
         options["accel"] = accel
@@ -155,13 +222,22 @@ def run(
     given = [name for name in MACHINE if options.get(name) is not None]
     given += [name for name, values in (("mount", mount), ("label", label)) if values]
 
+    async def make(on_progress: ProgressCallback) -> AsyncSmolVM:
+        if not at_rest:
+            options["on_progress"] = on_progress
+            return AsyncSmolVM(**options)
+        vm = await _find_at_rest(str(vm_id), data_dir, given, on_progress)
+        if (settings := options["internet_settings"]) is not None:
+            await vm.set_internet_settings(settings)
+        return vm
+
+    if command or tty:
+        exit_with(guest_command, _for_a_command(make, timeout))
+    if env:
+        options["env"] = variables(env)
+
     async def work() -> None:
-        if at_rest:
-            vm = await _find_at_rest(str(vm_id), data_dir, given, feed)
-            if (settings := options["internet_settings"]) is not None:
-                await vm.set_internet_settings(settings)
-        else:
-            vm = AsyncSmolVM(**options)
+        vm = await make(feed.on_progress)
         feed.tell("starting", f"Starting {vm.vm_id}.", vm_id=vm.vm_id)
         with busy(vm.vm_id, json=json):
             await hold(vm, timeout, feed)
@@ -169,12 +245,25 @@ def run(
     execute(work(), json=json, interrupts=feed.interrupts)
 
 
+@asynccontextmanager
+async def _for_a_command(
+    make: Callable[[ProgressCallback], Awaitable[AsyncSmolVM]], timeout: float | None
+) -> AsyncIterator[AsyncSmolVM]:
+    """Run a VM during the block, and show its progress on stderr."""
+    async with AsyncExitStack() as stack:
+        with busy("Starting a VM", json=False, console=err) as show:
+            vm = await stack.enter_async_context(await make(lambda step: show(step.message)))
+            await vm.wait_for(BootState.READY)
+        yield vm
+        await vm.stop(timeout)
+
+
 async def _find_at_rest(
-    vm_id: str, data_dir: str | None, given: list[str], feed: Feed
+    vm_id: str, data_dir: str | None, given: list[str], on_progress: ProgressCallback
 ) -> AsyncSmolVM:
     """Find a kept VM, which has its own settings: none may be `given`."""
     try:
-        vm = await find_vm(vm_id, data_dir, on_progress=feed.on_progress)
+        vm = await find_vm(vm_id, data_dir, on_progress=on_progress)
     except VMNotFoundError as error:
         raise VMNotFoundError(
             f"{error.message} To make a new VM with this id, pass an IMAGE, or --os linux for the "

@@ -34,7 +34,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 from pydantic import Field
 
@@ -362,6 +362,45 @@ def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
         future.set_result(_without_fork(function))
     except BaseException as error:
         future.set_exception(error)
+
+
+def continue_in_background() -> int:
+    """Continue in a child process that has a session of its own; this process waits, and exits.
+
+    The child, in which this function returns, gets no terminal's signals. It returns a descriptor:
+    when the child writes there, this process exits with status 0. If the child ends first, this
+    process exits with its status. Until then, this process passes signals on to the child.
+
+    Call this function before the first event loop and the first thread.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        _wait_for_background(child, reading)
+    os.close(reading)
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with open(os.devnull) as nowhere:
+        os.dup2(nowhere.fileno(), 0)
+    for name in os.listdir("/proc/self/fd"):  # such as the lock of a shell script
+        with contextlib.suppress(OSError):
+            if int(name) > 2 and os.get_inheritable(int(name)):
+                os.close(int(name))
+    return writing
+
+
+def _wait_for_background(child: int, reading: int) -> NoReturn:
+    def pass_on(number: int, _: object) -> None:
+        os.kill(child, signal.SIGTERM if number == signal.SIGHUP else number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    if os.read(reading, 1):
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(status if status >= 0 else 128 - status)
 
 
 async def spawn(

@@ -18,7 +18,7 @@ from smolvm_async.foundation.tail import QUOTED, printable
 from smolvm_async.state.directory import find_directory, open_directory
 from smolvm_async.state.names import SIDECARS, log_name
 
-PROCESSES = ("qemu", *sorted(SIDECARS))  # the processes of a VM that write a log
+PROCESSES = ("qemu", *sorted(SIDECARS), "owner")  # the processes of a VM that write a log
 POLL = 0.2  # seconds between two reads
 
 

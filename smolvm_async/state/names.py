@@ -62,6 +62,7 @@ def log_name(process: str) -> str:
 
 
 _row(log_name("qemu"))
+OWNER_LOG = _row(log_name("owner"))  # of an owner without a terminal
 
 # The processes that may run beside QEMU. This folder must not import their descriptions, so the
 # names of a sidecar's files follow from its name: its directory is `NAME`, and its other files
