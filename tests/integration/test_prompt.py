@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import pty
 import random
+import select
 import signal
 import struct
 import sys
 import termios
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
 import pytest
 
 from smolvm_async import AsyncSmolVM
+from smolvm_async.foundation.locking import poll
 from smolvm_async.images.build.debian.builder import build_debian
+from tests.conftest import processes
+from tests.integration.trees import digest_tree, make_tree
 
 pytestmark = pytest.mark.anyio
 PATIENCE = 120  # seconds
@@ -181,6 +188,160 @@ async def test_a_terminal_that_is_lost_ends_its_command(vm: AsyncSmolVM, screen:
     async with asyncio.timeout(PATIENCE):
         assert await process.wait() != 0
     assert (await vm.run("pgrep -x cat")).exit_code == 1
+
+
+async def test_directories_are_copied_both_ways_with_a_progress_bar(
+    vm: AsyncSmolVM, screen: Screen, tmp_path: Path
+) -> None:
+    make_tree(tmp_path / "tree", 50)
+    process = await screen.start(words(vm, "cp", str(tmp_path / "tree"), "shared:/srv/"))
+    await screen.shows(b"uploading tree")
+    await screen.shows(b"shared:/srv/tree\r\n")
+    assert await process.wait() == 0
+    code, output, errors = await cli(vm, "cp", "shared:/srv/tree", f"{tmp_path}/back", "--json")
+    assert (code, errors) == (0, b"")
+    assert json.loads(output) == {"vm_id": "shared", "path": f"{tmp_path}/back"}
+    assert digest_tree(tmp_path / "back") == digest_tree(tmp_path / "tree")
+
+
+async def test_a_port_is_forwarded_until_it_is_removed(vm: AsyncSmolVM) -> None:
+    serve = "python3 -m http.server --bind 127.0.0.1 8000"
+    async with await vm.spawn(f"cd /etc && exec {serve}"):
+        code, output, _ = await cli(vm, "forward", "shared", "8000", "--json")
+        assert code == 0
+        (forward,) = json.loads(output)
+        url = f"http://127.0.0.1:{forward['host_port']}/hostname"
+        fetch = ["curl", "-sf", "--retry", "20", "--retry-all-errors", "--retry-delay", "1", url]
+        assert await done(*fetch) == (0, b"shared\n")
+        shown = f"127.0.0.1:{forward['host_port']} -> shared:8000\n".encode()
+        assert await cli(vm, "forward", "shared") == (0, shown, b"")
+        port = f"--host-port={forward['host_port']}"
+        removed = await cli(vm, "forward", "shared", port, "--remove")
+        assert removed == (0, b"No ports of shared are forwarded.\n", b"")
+        assert (await done("curl", "-sf", url))[0] == 7, "nobody listens"
+
+
+async def test_ssh_and_scp_use_the_configuration(vm: AsyncSmolVM, tmp_path: Path) -> None:
+    code, config, _ = await cli(vm, "ssh-config", "shared")
+    assert code == 0
+    (tmp_path / "config").write_bytes(config)
+    (tmp_path / "sent").write_bytes(random.randbytes(100_000))
+    options = ("-F", str(tmp_path / "config"))
+    assert await done("ssh", *options, "shared", "hostname; exit 7") == (7, b"shared\n")
+    for source, target in ((tmp_path / "sent", "shared:/srv/scp"), ("shared:/srv/scp", tmp_path)):
+        assert (await done("scp", *options, str(source), str(target)))[0] == 0
+    assert (tmp_path / "scp").read_bytes() == (tmp_path / "sent").read_bytes()
+
+
+async def test_a_pause_is_told_and_commands_wait_for_its_end(vm: AsyncSmolVM) -> None:
+    events = await start(vm, "events", "shared", "--follow", "--json")
+    async with asyncio.timeout(PATIENCE):
+        assert json.loads(await events.stdout.readline())["state"] == "ready"
+        assert await cli(vm, "pause", "shared") == (0, b"shared is paused.\n", b"")
+        assert json.loads(await events.stdout.readline())["name"] == "STOP"
+        waiting = await start(vm, "exec", "shared", "echo", "on")
+        told = await waiting.stderr.readline()
+        assert b"shared is paused. To go on: smolvm-async resume shared --data-dir" in told
+        resumed = await cli(vm, "resume", "shared", "--json")
+        assert (resumed[0], json.loads(resumed[1])["status"]) == (0, "running")
+        assert json.loads(await events.stdout.readline())["name"] == "RESUME"
+        assert await waiting.communicate() == (b"on\n", b"")
+        events.send_signal(signal.SIGINT)
+        await events.communicate()
+        assert events.returncode == 130
+
+
+def has_ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], (), (), 0)[0])
+
+
+def is_empty(directory: Path) -> bool:
+    return not processes(directory)
+
+
+async def ids(vm: AsyncSmolVM) -> list[str]:
+    return [info.vm_id for info in await AsyncSmolVM.list(data_dir=vm._vm.config.data_dir)]
+
+
+async def done(*line: str) -> tuple[int | None, bytes]:
+    """Execute a program of this host; return its exit code and its output."""
+    process = await asyncio.create_subprocess_exec(*line, stdout=PIPE)
+    async with asyncio.timeout(PATIENCE):
+        output, _ = await process.communicate()
+    return process.returncode, output
+
+
+SMALL = ("--memory=256", "--accel=tcg")
+
+
+async def test_run_starts_a_vm_for_one_command(vm: AsyncSmolVM) -> None:
+    script = "pwd; cat; echo $A >&2; exit 41"
+    place = ("-e", "A=7", "-w", "/tmp")
+    one, whole = await asyncio.gather(
+        cli(vm, "run", *SMALL, "--rm", "--", "python3", "-c", "print(1)"),
+        cli(vm, "run", *SMALL, *place, "-i", "--", "sh", "-c", script, given=b"\0\xff"),
+    )
+    assert one == (0, b"1\n", b"")
+    assert whole == (41, b"/tmp\n\0\xff", b"7\n")
+    assert await ids(vm) == ["shared"]
+
+
+async def test_a_command_of_run_ends_by_ctrl_c_and_its_vm_with_it(vm: AsyncSmolVM) -> None:
+    process = await start(vm, "run", *SMALL, "--", "sh", "-c", "echo up; exec sleep 4711")
+    async with asyncio.timeout(PATIENCE):
+        assert await process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGINT)
+        assert await process.communicate() == (b"", b"")
+    assert process.returncode == 130
+    assert await ids(vm) == ["shared"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rm", "--keep"], b"either --rm or --keep"),
+        (["-d", "--", "true"], b"either --detach or a COMMAND"),
+        (["--json", "--", "true"], b"either --json or a COMMAND"),
+        (["-w", "/tmp"], b"pass a COMMAND, too"),
+        (["-d", "--memory=1"], b"--memory 1 is less than"),
+    ],
+)
+async def test_wrong_options_of_run_are_told(
+    vm: AsyncSmolVM, arguments: list[str], words: bytes
+) -> None:
+    code, output, errors = await cli(vm, "run", *arguments)
+    assert (code, output) == (2, b"")
+    assert words in b" ".join(errors.replace("│".encode(), b"").split())
+
+
+async def test_a_vm_in_the_background_outlives_its_terminal_and_not_its_owner(
+    vm: AsyncSmolVM, screen: Screen
+) -> None:
+    (code, output, errors), process = await asyncio.gather(
+        cli(vm, "run", "-d", *SMALL), screen.start(words(vm, "run", "-d", "--id=apart", *SMALL))
+    )
+    name = output.decode().strip()
+    assert (code, output) == (0, f"{name}\n".encode())
+    assert f"Starting {name}.".encode() in errors
+    await screen.shows(b"\napart\r\n")
+    async with asyncio.timeout(PATIENCE):
+        assert await process.wait() == 0
+    screen.close()
+    assert await cli(vm, "exec", "apart", "echo", "on") == (0, b"on\n", b"")
+    data_dir = vm._vm.config.data_dir
+    owners = {info.vm_id: info.owner for info in await AsyncSmolVM.list(data_dir=data_dir)}
+    for vm_id in (name, "apart"):
+        owner = os.pidfd_open(owners[vm_id] or 0)
+        assert processes(data_dir / vm_id)
+        if vm_id == name:
+            assert (await cli(vm, "delete", name))[0] == 0
+        else:
+            signal.pidfd_send_signal(owner, signal.SIGKILL)
+        assert await poll(partial(has_ended, owner), PATIENCE)
+        assert await poll(partial(is_empty, data_dir / vm_id), PATIENCE)
+        os.close(owner)
+    assert await ids(vm) == ["shared", "apart"]
+    assert (await cli(vm, "prune"))[1] == b"Removed apart.\n"
 
 
 async def test_a_terminal_needs_a_terminal(vm: AsyncSmolVM) -> None:
