@@ -185,7 +185,7 @@ def run(
 
       smolvm-async run -- python3 -c 'print(1)'
 
-      smolvm-async run -d --id worker
+      smolvm-async run -d --memory 1024
     """
     if remove and keep:
         raise typer.BadParameter("pass either --rm or --keep", param_hint="--rm, --keep")

@@ -318,7 +318,8 @@ async def test_a_vm_in_the_background_outlives_its_terminal_and_not_its_owner(
     vm: AsyncSmolVM, screen: Screen
 ) -> None:
     (code, output, errors), process = await asyncio.gather(
-        cli(vm, "run", "-d", *SMALL), screen.start(words(vm, "run", "-d", "--id=apart", *SMALL))
+        cli(vm, "run", "-d", *SMALL),
+        screen.start(words(vm, "run", "-d", "--os=linux", "--id=apart", *SMALL)),
     )
     name = output.decode().strip()
     assert (code, output) == (0, f"{name}\n".encode())
