@@ -239,7 +239,7 @@ def run(
     async def work() -> None:
         vm = await make(feed.on_progress)
         feed.tell("starting", f"Starting {vm.vm_id}.", vm_id=vm.vm_id)
-        with busy(vm.vm_id, json=json):
+        with busy(vm.vm_id, json=json or detach):  # no thread outlives the terminal
             await hold(vm, timeout, feed)
 
     execute(work(), json=json, interrupts=feed.interrupts)

@@ -40,6 +40,8 @@ async def vm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AsyncSmo
     async with AsyncSmolVM(vm_id="shared", memory=256, accel="tcg", data_dir=data_dir) as vm:
         await vm.run("true", timeout=PATIENCE)
         yield vm
+    for info in await AsyncSmolVM.list(data_dir=data_dir):  # of a test that failed
+        await (await AsyncSmolVM.from_id(info.vm_id, data_dir=data_dir)).delete()
 
 
 def words(vm: AsyncSmolVM, command: str, *arguments: str) -> list[str]:
@@ -205,7 +207,7 @@ async def test_directories_are_copied_both_ways_with_a_progress_bar(
 
 
 async def test_a_port_is_forwarded_until_it_is_removed(vm: AsyncSmolVM) -> None:
-    serve = "python3 -m http.server --bind 127.0.0.1 8000"
+    serve = "python3 -m http.server 8000"
     async with await vm.spawn(f"cd /etc && exec {serve}"):
         code, output, _ = await cli(vm, "forward", "shared", "8000", "--json")
         assert code == 0
