@@ -6,28 +6,16 @@ import io
 import logging
 import sys
 import warnings
+from importlib import import_module
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.logging import RichHandler
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from smolvm_async.cli.command import FAILED
-from smolvm_async.cli.copy import cp
-from smolvm_async.cli.desktop import screenshot, vnc
-from smolvm_async.cli.doctor import doctor
-from smolvm_async.cli.events import events
-from smolvm_async.cli.exec import COMMAND, exec_command, shell
-from smolvm_async.cli.image import image
-from smolvm_async.cli.internet import network
-from smolvm_async.cli.logs import logs
-from smolvm_async.cli.mcp import mcp
 from smolvm_async.cli.output import complain, err, in_options, say, write_nowhere
-from smolvm_async.cli.ports import forward, ssh_config
-from smolvm_async.cli.run import WithCommand, run
-from smolvm_async.cli.snapshot import fork, snapshot
-from smolvm_async.cli.stats import stats
-from smolvm_async.cli.vms import delete, list_vms, pause, prune, resume, stop
 from smolvm_async.foundation.log import get_logger
 
 NAME = "smolvm-async"
@@ -39,25 +27,83 @@ With --json, stdout is JSON: one document, or one on each line. An error is the 
 {"error": {"type": ..., "message": ...}}. Wrong usage is text on stderr.
 """
 
+# Where the commands are in this folder, in the order of the help. Only the module of the command
+# that runs is imported: to prepare the options of all commands takes longer than a command.
+COMMANDS = {
+    "run": "run.run",
+    "list": "vms.list_vms",
+    "exec": "exec.exec_command",
+    "shell": "exec.shell",
+    "cp": "copy.cp",
+    "forward": "ports.forward",
+    "ssh-config": "ports.ssh_config",
+    "stop": "vms.stop",
+    "pause": "vms.pause",
+    "resume": "vms.resume",
+    "delete": "vms.delete",
+    "prune": "vms.prune",
+    "logs": "logs.logs",
+    "events": "events.events",
+    "stats": "stats.stats",
+    "network": "internet.network",
+    "screenshot": "desktop.screenshot",
+    "vnc": "desktop.vnc",
+    "fork": "snapshot.fork",
+    "snapshot": "snapshot.snapshot",
+    "image": "image.image",
+    "mcp": "mcp.mcp",
+    "doctor": "doctor.doctor",
+}
+
+
+class WithCommand(TyperCommand):
+    """A command whose argument COMMAND has all words after `--`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words before `--`."""
+        end = args.index("--") if "--" in args else len(args)
+        rest = super().parse_args(ctx, args[:end])
+        ctx.params["command"] = [*(ctx.params["command"] or ()), *args[end + 1 :]]
+        return rest
+
+
+PARSING: dict[str, dict[str, Any]] = {
+    "run": {"cls": WithCommand},
+    "exec": {
+        "context_settings": {"allow_interspersed_args": False, "ignore_unknown_options": True}
+    },
+}
+
+
+class Commands(TyperGroup):
+    """The commands of the program, each made when it is needed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = dict.fromkeys(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Make a command; return `None` if there is none with this name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[cmd_name].partition(".")
+        found = getattr(import_module(f"smolvm_async.cli.{module}"), function)
+        if isinstance(found, typer.Typer):
+            return get_command(found)
+        alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+        alone.command(cmd_name, **PARSING.get(cmd_name, {}))(found)
+        return get_command(alone)
+
+
 app = typer.Typer(
     name=NAME,
+    cls=Commands,
     epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=WithCommand)(run)
-app.command("list")(list_vms)
-app.command("exec", context_settings=COMMAND)(exec_command)
-app.command("ssh-config")(ssh_config)
-for command in (
-    *(shell, cp, forward, stop, pause, resume, delete, prune),
-    *(logs, events, stats, network, screenshot, vnc, fork, mcp, doctor),
-):
-    app.command()(command)
-app.add_typer(snapshot, name="snapshot")
-app.add_typer(image, name="image")
 
 
 def _show_version(wanted: bool) -> None:
@@ -80,6 +126,8 @@ def set_up(
     """Disposable computers: Linux and Windows 11 sandboxes in QEMU."""
     handler: logging.Handler
     if err.is_terminal:
+        from rich.logging import RichHandler
+
         handler, form = RichHandler(console=err, show_path=False), "%(message)s"
     else:
         handler, form = logging.StreamHandler(), "%(levelname)s: %(message)s"

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 FAILED = 125  # as docker: the exit code if this program failed, and not the command
 GRACE = 10.0  # seconds for a command to end after a signal, as of `docker stop`
 
-COMMAND = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 Command = Annotated[
     list[str], typer.Argument(metavar="COMMAND", help="The command, and its arguments.")
 ]

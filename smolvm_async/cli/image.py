@@ -28,6 +28,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
 }
 
 image = typer.Typer(
+    name="image",
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Publish images to S3, download them, and manage those on this machine.",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from smolvm_async import (
     AsyncSmolVM,
@@ -63,17 +62,6 @@ MACHINE = ("memory", "cpus", "accel", "keep", "boot", "resolution", "vnc", "ttl"
 def _defaults(field: str) -> str:
     """Return each guest OS's default for an option, for the option's help."""
     return ", ".join(f"{guest.title} {getattr(guest, field)}" for guest in GUESTS.values())
-
-
-class WithCommand(TyperCommand):
-    """A command whose argument COMMAND has all words after `--`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words before `--`."""
-        end = args.index("--") if "--" in args else len(args)
-        rest = super().parse_args(ctx, args[:end])
-        ctx.params["command"] = [*(ctx.params["command"] or ()), *args[end + 1 :]]
-        return rest
 
 
 def run(

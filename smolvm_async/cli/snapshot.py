@@ -37,6 +37,8 @@ from smolvm_async.state.snapshots import SNAPSHOTS
 from smolvm_async.state.status import ACTIVE
 
 snapshot = typer.Typer(
+    name="snapshot",
+    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="Save VMs as snapshots, and start VMs from snapshots.",

@@ -893,3 +893,14 @@ def test_the_library_does_not_import_the_command_line() -> None:
     ).stdout.split()
     assert "smolvm_async.vm.vm" in done
     assert not {"typer", "rich", "click", "smolvm_async.cli"} & set(done)
+
+
+def test_a_command_imports_no_other_command(tmp_path: Path) -> None:
+    call = f"app(['list', '--data-dir', {str(tmp_path)!r}], standalone_mode=False)"
+    code = f"import sys; from smolvm_async.cli.app import app; {call}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    ours = {name.removeprefix("smolvm_async.cli.") for name in done if "smolvm_async.cli." in name}
+    assert ours == {"app", "command", "output", "vms"}
+    assert not {"rich.progress", "rich.logging", "asyncssh", "mcp"} & set(done)
