@@ -190,7 +190,7 @@ def python(*arguments: str | Path, cwd: Path = ROOT, **variables: str | Path) ->
 def test_a_vm_lives_in_a_fresh_interpreter(
     blank_image: Path, data_dir: Path, loop: str, flags: list[str]
 ) -> None:
-    """In the development mode, asyncio tells of slow callbacks and of what was not retrieved."""
+    """In the development mode, asyncio tells of what was not awaited, closed or retrieved."""
     python(*flags, "-m", "tests.integration.life", loop, blank_image, data_dir)
 
 
