@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from smolvm_async.controls.agent.system import System
 from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.transport import Command, Transport
 from smolvm_async.qemu.arguments import AGENT_PORT
-from smolvm_async.qemu.events import PortChanged
+from smolvm_async.qemu.events import Event, PortChanged
 from smolvm_async.qemu.guest_agent import GuestAgent
 from smolvm_async.qemu.pauses import Pauses
 
@@ -47,11 +47,13 @@ class Host:
     Attributes:
         channel: The channel to the agent.
         process: The agent's process.
+        listeners: Called with the events of QEMU.
     """
 
     def __init__(self, directory: Path, programs: Path | None = None) -> None:
         self._path = os.environ["PATH"] if programs is None else f"{programs}:{os.environ['PATH']}"
         self.channel = GuestAgent(Pauses())
+        self.listeners: list[Callable[[Event], None]] = [self.channel.on_event]
         self.process: asyncio.subprocess.Process
         self._directory = directory
         self._end: socket.socket
@@ -92,7 +94,8 @@ class Host:
 
     def _changed(self, *, open: bool) -> None:
         event = PortChanged("VSERPORT_CHANGE", time.time(), {"id": AGENT_PORT, "open": open})
-        self.channel.on_event(event)
+        for listener in self.listeners:
+            listener(event)
 
     async def _to_agent(self, writer: asyncio.StreamWriter) -> None:
         try:
@@ -129,6 +132,7 @@ class Guest(Commands):
     def __init__(self, host: Host, system: System = linux) -> None:
         self.host = host
         self.session = Session(host.channel, Pauses())
+        host.listeners.append(self.session.on_event)
         self.transport = AgentTransport(self.session, system)
         self._system = system
 

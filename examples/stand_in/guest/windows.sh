@@ -29,31 +29,33 @@ words() { # $1: a command line; prints the words that Windows' C library makes o
         }'
 }
 
-value() { # $1: the name of a value of the request
-    printf '%s\n' "$request" | sed -n "s/^$1 //p" | base64 -d
+value() { # $1: a value of the request
+    printf %s "$1" | base64 -d
 }
 
 run() { # runner.ps1
-    request=$(cat)
-    directory=$here/$(value directory)
-    if [ "$(value input)" = empty ]; then
-        : >"$directory\\in"
-        return
-    fi
-    source=$directory\\in
-    [ "$(value input)" = file ] || { source=$directory\\content && value content >"$source"; }
+    local names= directory= input= script= text= content= program= arguments= cwd=
+    eval "$(sed -n 's/^env\.\([^ ]*\) \(.*\)/names="$names \1" env_\1=\2/p; s/^\([a-z]*\) /\1=/p')"
+    directory=$here/$(value "$directory")
+    source=$directory\\content
+    case $(value "$input") in
+    empty) : >"$directory\\in" && return ;;
+    file) source=$directory\\in ;;
+    here) value "$content" >"$source" ;;
+    esac
     : >"$directory\\out"
     : >"$directory\\err"
-    [ -z "$(value script)" ] || value text >"$here/$(value script)"
-    for name in $(printf '%s\n' "$request" | sed -n 's/^env\.\([^ ]*\) .*/\1/p'); do
-        text=$(value "env\\.$name" && echo .)
+    [ -z "$script" ] || value "$text" >"$here/$(value "$script")"
+    program=$(value "$program")
+    cwd=$(value "$cwd")
+    arguments=$(value "$arguments" && echo .)
+    eval "set -- $(words "${arguments%.}")"
+    for name in $names; do
+        eval "text=\$env_$name"
+        text=$(value "$text" && echo .)
         export "$name=${text%.}"
     done
-    text=$(value arguments && echo .)
-    eval "set -- $(words "${text%.}")"
-    program=$(value program)
-    where=$(value cwd)
-    cd "${where:-/}" 2>>"$directory\\err" || exit 126
+    cd "${cwd:-/}" 2>>"$directory\\err" || exit 126
     "$program" "$@" <"$source" >>"$directory\\out" 2>>"$directory\\err"
 }
 

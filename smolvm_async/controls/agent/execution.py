@@ -170,10 +170,19 @@ class Execution:
         async with AsyncExitStack() as stack:
             while code is None:
                 await asyncio.sleep(until_next_look(began))
-                code = await look(self._session.agent, pid, self._system)
+                code = await self._look(pid)
                 if code is not None or loop.time() - began > EARLY:
                     await self._read(stack, last=code is not None)
         return code
+
+    async def _look(self, pid: int) -> int | None:
+        try:
+            return await look(self._session.agent, pid, self._system)
+        except GuestAgentError as error:
+            if not error.error_class:
+                raise
+            message = "the guest agent has started again, and does not know the command"
+            raise ConnectionLostError(message) from error
 
     async def _read(self, stack: AsyncExitStack, *, last: bool) -> None:
         """Pass on the new output."""
