@@ -15,20 +15,20 @@ from smolvm_async import (
     AsyncSmolVM,
     BootState,
     BootStateChanged,
+    CommandTimeoutError,
+    ConnectionLostError,
     PortChanged,
     Reset,
     Rung,
     Shutdown,
     Status,
+    UnsupportedError,
     VMCrashedError,
     VMTimeoutError,
 )
-from smolvm_async.controls.agent.execution import AgentTransport
-from smolvm_async.controls.agent.session import Session
-from smolvm_async.controls.commands.transport import Command
 from smolvm_async.state.names import SECRETS, SOCKETS
 from stand_in import build_stand_in
-from tests.conftest import BOOT, children, console_shows, descriptors, run_of
+from tests.conftest import BOOT, children, console_shows, descriptors
 
 pytestmark = pytest.mark.anyio
 
@@ -80,6 +80,7 @@ async def test_the_main_job(stand_in: Path, tmp_path: Path, data_dir: Path) -> N
         assert [entry.name for entry in data_dir.iterdir()] == [vm.vm_id]
         mode = (data_dir / vm.vm_id).stat().st_mode & 0o777
         assert mode == 0o700
+        await run_commands(vm)
         await console_shows(vm, "STAND-IN: ready")
         reported = dict(re.findall(r"STAND-IN: (\w+)=(\S+)", vm.console_log()))
         report = await vm.stop()
@@ -115,12 +116,35 @@ async def test_the_main_job(stand_in: Path, tmp_path: Path, data_dir: Path) -> N
     assert abs(shutdown.timestamp - boot[3].timestamp) < BOOT
 
 
+async def run_commands(vm: AsyncSmolVM) -> None:
+    """Run commands in the stand-in, whose powershell.exe and cmd.exe are programs of its own."""
+    hard = "'\"\\ %PATH% $HOME `id` \n é😀"
+    result = await vm.run('cat; printf %s "$V"; exit 3', input="in\n", env={"V": hard})
+    assert (result.exit_code, result.stdout) == (3, f"in\n{hard}")
+    assert (await vm.run("pwd", BOOT, shell="cmd", cwd="/proc")).stdout == "/proc\n"
+    assert (await vm.run(["printf", "%s", hard], BOOT)).stdout == hard
+    attached = await AsyncSmolVM.from_id(vm.vm_id, data_dir=vm._handle.config.data_dir)
+    async with attached.run_stream("echo one; read line; exec sleep 1200", input="\n") as lines:
+        assert (await anext(lines)).text == "one"
+    with pytest.raises(CommandTimeoutError):
+        await attached.run("exec sleep 1200", timeout=1)
+    await attached.detach()
+    assert "sleep 1200" not in (await vm.run("ps", BOOT)).stdout
+    with pytest.raises(UnsupportedError, match=r"spawn\(\) is not available for Windows"):
+        await vm.spawn("dir")
+
+
 async def test_a_guest_without_an_agent_that_ignores_the_power_button(data_dir: Path) -> None:
     vm = await machine("stand_in.agent=off", "stand_in.power_button=ignore", data_dir=data_dir)
     async with vm:
         ready = await vm.wait_for("ready")
         assert "no guest agent; the disk was idle" in ready.evidence
         assert "STAND-IN: ready" in vm.console_log()
+        attached = await AsyncSmolVM.from_id(vm.vm_id, data_dir=data_dir)
+        for one in (vm, attached):
+            with pytest.raises(UnsupportedError, match=r"run\(\) needs .* virtio-win ISO"):
+                await one.run("Get-Process")
+        await attached.detach()
         report = await vm.stop(timeout=2)
     assert report.rung is Rung.QUIT
     assert not report.graceful
@@ -137,44 +161,35 @@ async def test_stopped_during_early_boot_nothing_is_waited_for(data_dir: Path) -
 
 
 async def test_a_guest_that_reboots_goes_on(data_dir: Path) -> None:
-    vm = await machine("stand_in.then=reboot", data_dir=data_dir)
+    vm = await machine(data_dir=data_dir)
     seen: list[BootStateChanged] = []
     async with vm:
-        async for event in vm.events():
+        events = vm.events()
+        with pytest.raises(ConnectionLostError, match="the guest was reset"):
+            await vm.run("reboot; exec sleep 1000", timeout=None)
+        async for event in events:
             if isinstance(event, Reset):
                 assert event.guest
             if isinstance(event, BootStateChanged):
                 seen.append(event)
-                if event.state is BootState.READY and BootState.FIRMWARE in states(seen):
+                if event.state is BootState.READY and BootState.FIRMWARE in states(seen[1:]):
                     break
         await console_shows(vm, "STAND-IN: ready", times=2)
-        code, output = await run_by_agent(vm, "cat; echo $V; ls /tmp | wc -l; exit 3")
-        assert (code, output) == (3, b"input\0value\n3\n")  # the files of the command itself
+        result = await vm.run("ls /tmp", BOOT, check=True)
+        assert {name.split("\\")[-2] for name in result.stdout.splitlines()} == {
+            result.stdout.split("\\")[-2]  # the files of the command itself
+        }
         boots = re.findall(r"STAND-IN: boot_id=(\S+)", vm.console_log())
         assert "STAND-IN: rebooting" in vm.console_log()
         assert len(set(boots)) == 2
         assert vm.status is Status.RUNNING
     up = [BootState.OPERATING_SYSTEM, BootState.READY]
-    first = states(seen).index(BootState.FIRMWARE)  # it may reboot before its agent can answer
-    assert states(seen[:first]) in (up, up[:1])
-    assert states(seen[first:]) == [BootState.FIRMWARE, *up]
-    assert "guest-reset" in seen[first].evidence
+    assert states(seen[-6:]) == 2 * [BootState.FIRMWARE, *up]
+    assert "guest-reset" in seen[-3].evidence
 
 
 def states(changes: list[BootStateChanged]) -> list[BootState]:
     return [change.state for change in changes]
-
-
-async def run_by_agent(vm: AsyncSmolVM, command: str) -> tuple[int | None, bytes]:
-    """Run a command through the agent of the stand-in, which is a Linux with busybox."""
-    run, output = run_of(vm), bytearray()
-    transport = AgentTransport(Session(run.peripherals.agent, run.pauses))
-    given = Command(command, "raw", {"V": "value"}, b"input\0")
-    async with transport.executing(
-        given, lambda _, data: output.extend(data), lambda _: None
-    ) as execution:
-        await asyncio.wait([execution.ended])
-    return execution.exit_code, bytes(output)
 
 
 async def test_a_guest_that_panics_is_a_crash(data_dir: Path) -> None:

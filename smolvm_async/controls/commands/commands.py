@@ -76,10 +76,10 @@ class Commands(OverTransport):
 
         In a Windows guest, the QEMU guest agent runs the command as LocalSystem in session 0: the
         command may do everything, but nobody sees its windows. To start a program on the desktop,
-        use the keyboard: `press("win+r")`, then `type()` its name and Enter. PowerShell reads no
-        profile, and gets the input as the lines of `$input`. Commands print UTF-8, if they follow
-        the code page of their console. The end of a command's process tree includes no child whose
-        parent has ended before. No Windows was run to test this.
+        press `Meta+r` with `vm.keyboard`, and type its name and Enter. PowerShell reads no profile,
+        and gets the input as the lines of `$input`. Commands print UTF-8, if they follow the code
+        page of their console. A child whose parent has ended before is not killed. No Windows was
+        run to test this.
 
         Args:
             command: A command for the user's shell (PowerShell in a Windows guest), or a list: a
