@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
 from smolvm_async.config.checks import check_boolean, check_integer, encoded, shown
-from smolvm_async.controls.ssh.files import check_guest_path
+from smolvm_async.controls.files.paths import check_guest_path
 from smolvm_async.errors import ConfigError, FileTransferError
 from smolvm_async.foundation.tasks import in_background
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.transport import Transport
 from smolvm_async.controls.contents import Contents, FileAccess
+from smolvm_async.controls.files.environment import Environment
+from smolvm_async.controls.files.files import Files
+from smolvm_async.controls.files.transport import GuestFiles
 from smolvm_async.controls.interface import running
 from smolvm_async.controls.observation import Observation
-from smolvm_async.controls.ssh.environment import Environment
 from smolvm_async.controls.ssh.execution import SSHTransport
-from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.processes import Processes
+from smolvm_async.controls.ssh.transfer import SFTPFiles
 from smolvm_async.errors import VMTimeoutError
 from smolvm_async.qemu.events import BootState
 
@@ -61,6 +64,9 @@ class Shell(Commands, Processes, Files, Contents, Environment, Observation):
             system = find_system(self._vm.config.profile.name)
             return AgentTransport(await self._session(feature), system)
         return SSHTransport(await self._reach())
+
+    async def _files(self) -> AbstractAsyncContextManager[GuestFiles]:
+        return SFTPFiles.opened(await self._reach())
 
     async def _file_access(self) -> FileAccess:
         from smolvm_async.controls.ssh.contents import SFTPAccess

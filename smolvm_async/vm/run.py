@@ -27,11 +27,13 @@ from anyio.abc import TaskGroup
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import Source
 from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.clock import GuestClock
+from smolvm_async.controls.files.environment import set_variables
 from smolvm_async.controls.interface import last_use, unprepared
-from smolvm_async.controls.ssh.clock import GuestClock
-from smolvm_async.controls.ssh.environment import set_variables
+from smolvm_async.controls.ssh.clock import advance_clock
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, Login
+from smolvm_async.controls.ssh.transfer import SFTPFiles
 from smolvm_async.errors import (
     CommandError,
     LaunchError,
@@ -136,7 +138,7 @@ class VMRun:
         self._works: set[asyncio.Task[Any]] = set()
         self._stopped: Event | None = None  # the last event that a snapshot has caused
         self._resumed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._clock = GuestClock(self.link, self._monitor.start_task)
+        self._clock = GuestClock(self.pauses, self._advance_clock, self._monitor.start_task)
         self._commands = CommandQueue(self._monitor)
         self.idleness = Idleness(
             plan.config, self.boot, self.pauses, self._last_use, self.pause, self.resume
@@ -340,6 +342,9 @@ class VMRun:
             machine = record.machine._replace(layers=self._disk.layers)
             await in_thread(self._state.write, record.model_copy(update={"machine": machine}))
 
+    async def _advance_clock(self) -> str:
+        return await advance_clock(self.link)
+
     def _has_clock(self) -> bool:
         """Return whether the library can set the guest's clock."""
         return self._login is not None and self.boot.last.state is BootState.READY
@@ -514,7 +519,8 @@ class VMRun:
             if self._clone is not None and self.parked is None and not self._clone.is_right:
                 await self._clone.set_right(self._plan.config.timeouts.boot)
             if env := self._plan.config.env:
-                await set_variables(self.link, env)
+                async with SFTPFiles.opened(self.link) as guest:
+                    await set_variables(guest, env)
             await self._mounting.mount()
             await self._clock.set_if_late()
         except MountError:  # another try would not help

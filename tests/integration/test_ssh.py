@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import filecmp
-import getpass
 import hashlib
-import itertools
 import os
 import secrets
-import shutil
-import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +24,13 @@ from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.contents import MOST, Contents
 from smolvm_async.controls.ssh.contents import SFTPAccess
 from smolvm_async.controls.ssh.execution import SSHTransport
-from smolvm_async.controls.ssh.files import Files
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, make_key_pair
 from smolvm_async.controls.ssh.processes import Processes
 from smolvm_async.foundation.locking import poll
-from smolvm_async.qemu.pauses import Pauses
-from tests.integration.trees import digest_tree, make_tree
+from tests.integration.ssh_server import link_with, ssh_servers
 
 pytestmark = pytest.mark.anyio
-
-CONFIG = """
-ListenAddress 127.0.0.1
-Port {port}
-HostKey {directory}/host
-AuthorizedKeysFile {directory}/authorized
-PidFile none
-StrictModes no
-UsePAM no
-PermitRootLogin yes
-MaxSessions {sessions}
-Subsystem sftp internal-sftp
-"""
 
 Serve = Callable[[int], Link]
 PATIENCE = 20  # seconds
@@ -60,27 +39,8 @@ PATIENCE = 20  # seconds
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[[int], Access]]:
     """Start servers with a bound on sessions."""
-    servers = []
-
-    def start(sessions: int) -> Access:
-        key, host_key = make_key_pair(), make_key_pair()
-        Path("/run/sshd").mkdir(exist_ok=True)
-        (tmp_path / "host").write_bytes(host_key.private)
-        (tmp_path / "host").chmod(0o600)
-        (tmp_path / "authorized").write_text(key.public)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        config = CONFIG.format(port=port, directory=tmp_path, sessions=sessions)
-        (tmp_path / "config").write_text(config)
-        server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", tmp_path / "config"])
-        servers.append(server)
-        return Access(port, getpass.getuser(), key.private.decode(), host_key.public)
-
-    yield start
-    for server in servers:
-        server.terminate()
-        server.wait()
+    with ssh_servers(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture
@@ -89,14 +49,7 @@ def serve(start_server: Callable[[int], Access]) -> Serve:
     return lambda sessions: link_with(start_server(sessions))
 
 
-def link_with(access: Access) -> Link:
-    async def known() -> Access:
-        return access
-
-    return Link("host", known, Pauses())
-
-
-class Guest(Commands, Processes, Files, Contents):
+class Guest(Commands, Processes, Contents):
     """The host, as if it were a guest."""
 
     def __init__(self, link: Link) -> None:
@@ -227,81 +180,6 @@ async def test_bytes_of_file_names_arrive_as_they_were(serve: Serve) -> None:
     link.close()
 
 
-# File names of every kind, and the target of a link: bytes that are neither UTF-8 nor harmless.
-NAMES = [
-    b"caf\xe9",
-    b"\xff\n\x1b[31m",
-    b"-rf *",
-    b"'\"$(x) \\",
-    b"\xe4\xb8\xad" * 85,  # 255 bytes
-    b"\xff" * 255,
-]
-
-
-def odd_tree(root: Path) -> None:
-    names = [os.fsdecode(name) for name in NAMES]
-    for directory in names:
-        (root / directory).mkdir(parents=True)
-        for name in names:
-            (root / directory / name).write_bytes(os.fsencode(name))
-        (root / directory / "link").symlink_to(os.fsdecode(b"to/\xe9\n"))
-
-
-async def test_file_names_of_any_bytes_go_and_come_the_same(serve: Serve, tmp_path: Path) -> None:
-    link = serve(10)
-    files = Guest(link)
-    odd_tree(tmp_path / "tree")
-    told: list[str] = []
-    target = os.fsdecode(bytes(tmp_path) + b"/guest/caf\xe9")
-    await files.upload_file(
-        tmp_path / "tree", target, on_progress=lambda step: told.append(step.message)
-    )
-    back = await files.download_file(
-        target, tmp_path / "back", on_progress=lambda step: told.append(step.message)
-    )
-    assert digest_tree(tmp_path / "tree") == digest_tree(Path(target)) == digest_tree(back)
-    for name in NAMES:
-        one = tmp_path / "tree" / os.fsdecode(name) / os.fsdecode(name)
-        sent = await files.upload_file(one, f"{target}/files/")
-        assert os.fsencode(sent).endswith(b"/" + name)
-        got = await files.download_file(sent, f"{tmp_path}/one/")
-        assert got.read_bytes() == name
-        assert os.fsencode(got.name) == name
-    "".join(told).encode()  # any terminal can show the progress
-    missing = f"{target}/missing"
-    with pytest.raises(FileTransferError) as caught:
-        await files.download_file(missing, tmp_path / "none")
-    assert "caf\\udce9/missing" in str(caught.value).encode().decode()
-    with pytest.raises(ConfigError, match=r"guest_path='/\\ud800' is wrong"):
-        await files.upload_file(tmp_path / "tree", "/\ud800")
-    link.close()
-
-
-async def test_a_big_file_and_a_big_tree_go_and_come_the_same(serve: Serve, tmp_path: Path) -> None:
-    link = serve(10)
-    files = Guest(link)
-    big = tmp_path / "big"
-    big.write_bytes(os.urandom(1 << 20) * 200 + b"end")
-    make_tree(tmp_path / "tree", 5000)
-    await files.upload_file(big, f"{tmp_path}/there/")
-    await files.download_file(f"{tmp_path}/there/big", tmp_path / "back")
-    assert filecmp.cmp(big, tmp_path / "there" / "big", shallow=False)
-    assert filecmp.cmp(big, tmp_path / "back", shallow=False)
-    await files.upload_file(tmp_path / "tree", f"{tmp_path}/there/tree")
-    await files.download_file(f"{tmp_path}/there/tree", tmp_path / "came")
-    wanted = digest_tree(tmp_path / "tree")
-    assert digest_tree(tmp_path / "there" / "tree") == wanted
-    assert digest_tree(tmp_path / "came") == wanted
-    link.close()
-
-
-async def test_a_file_that_does_not_tell_its_size_comes_whole(serve: Serve, tmp_path: Path) -> None:
-    link = serve(10)
-    await Guest(link).download_file("/proc/self/limits", tmp_path / "limits")
-    assert "Max open files" in (tmp_path / "limits").read_text()
-    link.close()
-
-
 async def test_text_and_bytes_are_read_and_written(guest: Guest, tmp_path: Path) -> None:
     path = tmp_path / "new" / "deep" / "file \udce9"
     content = os.urandom(1 << 20) + b"end"
@@ -391,36 +269,6 @@ async def test_directories_are_made_listed_and_removed(guest: Guest, tmp_path: P
     assert not await guest.exists(top)
     with pytest.raises(FileTransferError, match="No such file"):
         await guest.remove(top, recursive=True)
-
-
-@pytest.mark.parametrize("down", [False, True])
-async def test_a_transfer_cancelled_anywhere_leaves_nothing(
-    serve: Serve, tmp_path: Path, down: bool
-) -> None:
-    link = serve(10)
-    files = Guest(link)
-    source, target = tmp_path / "source", tmp_path / "target"
-    make_tree(source / "tree", 40)
-    (source / "big").write_bytes(os.urandom(3 << 20))
-    target.mkdir()
-    await files.upload_file(source / "big", f"{tmp_path}/connected")
-    transfer = files.download_file if down else files.upload_file
-    for steps in itertools.count(0, 11):
-        copying = asyncio.ensure_future(transfer(str(source), f"{target}/copy"))
-        for _ in range(steps):
-            await asyncio.sleep(0)
-        copying.cancel()
-        with suppress(asyncio.CancelledError):
-            await copying
-        left = [path.name for path in target.iterdir()]
-        assert left in ([], ["copy"]), left
-        if left:
-            assert digest_tree(target / "copy") == digest_tree(source)
-            shutil.rmtree(target / "copy")
-        if not copying.cancelled():
-            break  # it was faster
-    assert steps > 100
-    link.close()
 
 
 @pytest.mark.parametrize(

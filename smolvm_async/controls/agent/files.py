@@ -63,6 +63,10 @@ class GuestFile:
                 raise GuestAgentError(message, command=command)
             view = view[count:]
 
+    async def flush(self) -> None:
+        """Hand all that was written to the guest's kernel: only this shows that a disk is full."""
+        await self._call("guest-file-flush")
+
     async def seek(self, offset: int, whence: str) -> int:
         """Change the position, as `lseek` does, and return it. `whence` is set, cur or end."""
         command = "guest-file-seek"

@@ -40,6 +40,7 @@ class Session:
         self.pauses = pauses
         self.explain = explain
         self.watchers: set[Callable[[], None]] = set()
+        self.env_turn = asyncio.Lock()  # for writers of the guest's environment variables
         self._endings: set[asyncio.Task[None]] = set()
         self._garbage: list[str] = []  # files in the guest that nobody needs any more
         self._removing = False

@@ -9,6 +9,7 @@ from smolvm_async.config.checks import encoded, shown
 from smolvm_async.errors import ConfigError
 
 ENV_FILE = ".smolvm_env.sh"  # in the user's home: the variables of `set_env_vars()`
+WINDOWS_ENV_FILE = ".smolvm_env"  # the same for LocalSystem; `agent/runner.ps1` reads it
 MARK = "SMOLVM_COMMAND"  # the variable that marks a command's processes
 UNUSABLE = 125  # the exit code if the files of a command cannot be made
 SHELLS = {

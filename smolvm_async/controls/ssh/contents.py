@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING
 from smolvm_async.controls.commands.transport import Command
 from smolvm_async.controls.contents import MOST
 from smolvm_async.controls.file_info import FileInfo, kind_of
+from smolvm_async.controls.files.copying import TransferMeter, copy_blocks
+from smolvm_async.controls.files.files import carry_out, explained
+from smolvm_async.controls.files.tree import Entry
 from smolvm_async.controls.ssh.execution import SSHTransport
-from smolvm_async.controls.ssh.files import carry_out, explained
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.transfer import (
-    ONE_BY_ONE,
-    Entry,
-    IntoGuest,
-    block_size,
-    copy_blocks,
-)
+from smolvm_async.controls.ssh.transfer import ONE_BY_ONE, IntoGuest, SFTPFiles, block_size
 from smolvm_async.errors import FileTransferError
 
 if TYPE_CHECKING:
@@ -40,8 +36,9 @@ class SFTPAccess:
 
     @asynccontextmanager
     async def _session(self, path: str) -> AsyncIterator[SFTPClient]:
-        async with explained(self._link, repr(path)), self._link.sftp() as sftp:
-            yield sftp
+        async with self._link.sftp() as sftp:
+            with explained(SFTPFiles(self._link, sftp).explanation, repr(path)):
+                yield sftp
 
     async def read(self, path: str, offset: int, length: int | None) -> bytes:
         """Read a file; without a length, refuse a file of more than `MOST` bytes."""
@@ -75,11 +72,9 @@ class SFTPAccess:
         async with self._session(path) as sftp:
             if await sftp.islink(path):
                 path = str(await sftp.realpath(path))
-            directory = str(PurePosixPath(path).parent)
-            if make_dirs:
-                await sftp.makedirs(directory, exist_ok=True)
             old = await sftp.stat(path) if await sftp.exists(path) else None
-            await carry_out(_Content(sftp, path, content, mode, old), [], sftp, directory)
+            upload = _Content(sftp, path, content, mode, old)
+            await carry_out(upload, [], TransferMeter(None, "", 0), make_dirs=make_dirs)
 
     async def entries(self, path: str) -> list[FileInfo]:
         """Return the files in a directory, sorted by name."""
@@ -163,10 +158,11 @@ class _Content(IntoGuest):
         super().__init__(sftp, target)
         self._content, self._mode, self._old = content, mode, old
 
-    async def copy(self, tree: Sequence[Entry]) -> None:
+    async def copy(self, tree: Sequence[Entry], meter: TransferMeter) -> None:
         """Write everything under the temporary name."""
         from asyncssh import SFTPAttrs, SFTPPermissionDenied
 
+        assert self.temporary is not None
         old, mode = self._old, self._mode
         if mode is None and old is not None:
             mode = stat.S_IMODE(old.permissions or 0)

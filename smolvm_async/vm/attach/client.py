@@ -31,8 +31,8 @@ from pydantic import TypeAdapter
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.clock import PROBLEM
 from smolvm_async.controls.interface import VM, Run, check_run, last_use
-from smolvm_async.controls.ssh.clock import PROBLEM
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import SmolVMError, VMCrashedError, VMExpiredError, VMNotRunningError
 from smolvm_async.foundation.fork import private

@@ -1,0 +1,121 @@
+# The guest's part of the transfers through a Windows guest's agent; see files.sh, whose functions
+# and variables these are. Windows has no modes, and a new file has the rights of its directory.
+# Windows PowerShell 5.1 on .NET Framework has all that is used here.
+$ErrorActionPreference = 'Stop'
+$lines = @($input)
+
+function place {
+    $target = $env:target
+    if ($env:into -or [IO.Directory]::Exists("$target/")) {
+        'inside'
+        $target = "$target/$env:name"
+    }
+    $parent = $target.Substring(0, $target.LastIndexOf('/') + 1)
+    if (-not $env:make_dirs -and -not [IO.Directory]::Exists($parent)) {
+        throw "$parent does not exist"
+    }
+    [void][IO.Directory]::CreateDirectory("$parent$env:leaf")
+}
+
+function unpack {
+    [void][IO.Directory]::CreateDirectory("$env:temporary/tree")
+    tar -xf "$env:temporary/data" -C "$env:temporary/tree"
+    if ($LASTEXITCODE) { exit 1 }
+    [IO.File]::Delete("$env:temporary/data")
+}
+
+function attributes {
+    $time = [DateTimeOffset]::FromUnixTimeSeconds([long]$env:mtime).UtcDateTime
+    [IO.File]::SetLastWriteTimeUtc("$env:temporary/data", $time)
+}
+
+function publish {
+    merge "$env:temporary/$env:content" $env:target
+    [IO.Directory]::Delete($env:temporary)
+}
+
+function merge($from, $to) {
+    if ([IO.Directory]::Exists($from)) {
+        if ([IO.File]::Exists($to)) { unlike $to }
+        if (-not [IO.Directory]::Exists($to)) { return [IO.Directory]::Move($from, $to) }
+        foreach ($path in [IO.Directory]::GetFileSystemEntries($from)) {
+            merge $path "$to/$([IO.Path]::GetFileName($path))"
+        }
+        [IO.Directory]::Delete($from)
+    }
+    elseif ([IO.Directory]::Exists($to)) { unlike $to }
+    else { replace $from $to }
+}
+
+function replace($from, $to) {
+    if ([IO.File]::Exists($to)) { [IO.File]::Replace($from, $to, [NullString]::Value) }
+    else { [IO.File]::Move($from, $to) }
+}
+
+function unlike($path) {
+    [Console]::Error.WriteLine($path)
+    exit 3
+}
+
+function discard {
+    $parent = $env:target.Substring(0, [Math]::Max($env:target.LastIndexOf('/'), 0))
+    foreach ($path in "$parent/$env:leaf", "$env:target/$env:leaf") {
+        if ([IO.Directory]::Exists($path)) { Remove-Item -LiteralPath $path -Recurse -Force }
+    }
+}
+
+function list {
+    if (-not [IO.Directory]::Exists("$env:source/")) {
+        return record (Get-Item -LiteralPath $env:source -Force) '.'
+    }
+    record ([IO.DirectoryInfo]"$env:source/") '.'
+    contents "$env:source/" '.'
+}
+
+function contents($directory, $shown) {
+    foreach ($item in Get-ChildItem -LiteralPath $directory -Force) {
+        $name = "$shown/$($item.Name)"
+        if ($item.LinkType -in 'SymbolicLink', 'Junction') {
+            tell "a1ff 0 0 $name"
+            tell "link 0 0 $name"
+            tell "to 0 0 $(@($item.Target)[0])`n."
+        }
+        else {
+            record $item $name
+            if ($item.PSIsContainer) { contents $item.FullName $name }
+        }
+    }
+}
+
+function record($item, $name) {
+    $time = ([DateTimeOffset]$item.LastWriteTimeUtc).ToUnixTimeSeconds()
+    if ($item -is [IO.DirectoryInfo]) { tell "41ed 0 $time $name" }
+    else { tell "81a4 $($item.Length) $time $name" }
+}
+
+function tell($record) {
+    [Console]::Out.Write("$env:word $record`n")
+}
+
+function read_own {
+    $path = "$env:USERPROFILE/$env:name"
+    if ([IO.File]::Exists($path)) { [Console]::Out.Write([IO.File]::ReadAllText($path)) }
+}
+
+function write_own {
+    $path = "$env:USERPROFILE/$env:name"
+    try {
+        [IO.File]::WriteAllLines("$path.$env:leaf", [string[]]$lines)
+        replace "$path.$env:leaf" $path
+    }
+    finally { [IO.File]::Delete("$path.$env:leaf") }
+}
+
+try { & $env:step }
+catch {
+    $cause = $_.Exception.GetBaseException()
+    if (($cause.HResult -band 0xffff) -in 39, 112) { $text = 'No space left on device' }
+    else { $text = $cause.Message }
+    [Console]::Error.WriteLine($text)
+    exit 1
+}
