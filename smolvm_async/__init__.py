@@ -68,6 +68,7 @@ from smolvm_async.vm.vm import AsyncSmolVM
 
 if TYPE_CHECKING:
     from smolvm_async.controls.file_info import FileInfo
+    from smolvm_async.controls.guest_info import GuestDisk, GuestInfo
     from smolvm_async.fleet import DaskFleet, Fleet, FleetStatus, MemberStatus
     from smolvm_async.images.cache import CachedImage, Damage, ImageStore
     from smolvm_async.images.publish import push_image
@@ -99,6 +100,8 @@ __all__ = [
     "FleetError",
     "FleetStatus",
     "GuestAgentError",
+    "GuestDisk",
+    "GuestInfo",
     "GuestPanicked",
     "GuestProcess",
     "HostError",
@@ -155,6 +158,8 @@ __all__ = [
 # So these names are imported on first use (PEP 562).
 _ON_FIRST_USE = {
     "FileInfo": "smolvm_async.controls.file_info",
+    "GuestDisk": "smolvm_async.controls.guest_info",
+    "GuestInfo": "smolvm_async.controls.guest_info",
     "DaskFleet": "smolvm_async.fleet",
     "Fleet": "smolvm_async.fleet",
     "FleetStatus": "smolvm_async.fleet",

@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smolvm_async.controls.commands.query import query
-from smolvm_async.errors import GuestAgentError
+from smolvm_async.errors import GuestAgentError, VMTimeoutError
 from smolvm_async.foundation.tail import printable
 
 if TYPE_CHECKING:
     from smolvm_async.controls.commands.transport import Transport
     from smolvm_async.qemu.guest_agent import GuestAgent
 
+PATIENCE = 30.0  # seconds for the program; usually, it takes 0.1 s
 LONGEST = 256  # characters of a text
 MOST = 256  # items of a list
 DAY = 86400  # seconds; no time zone is further from UTC
@@ -115,7 +116,12 @@ async def from_agent(agent: GuestAgent) -> GuestInfo:
 
 async def from_shell(transport: Transport) -> GuestInfo:
     """Run a program in a Linux guest."""
-    answer = await query(transport, PROGRAM, {})
+    try:
+        async with transport.pauses.timeout(PATIENCE):
+            answer = await query(transport, PROGRAM, {})
+    except TimeoutError:
+        message = f"the guest did not tell the facts about itself within {PATIENCE:g} s"
+        raise transport.explain(VMTimeoutError(message, seconds=PATIENCE)) from None
     lines: dict[str, list[str]] = {}
     for line in answer.stdout.decode(errors="replace").splitlines():
         name, _, value = line.partition(" ")

@@ -12,6 +12,7 @@ from smolvm_async.controls.contents import Contents, FileAccess
 from smolvm_async.controls.files.environment import Environment
 from smolvm_async.controls.files.files import Files
 from smolvm_async.controls.files.transport import GuestFiles
+from smolvm_async.controls.information import Information
 from smolvm_async.controls.interface import running
 from smolvm_async.controls.observation import Observation
 from smolvm_async.controls.ssh.execution import SSHTransport
@@ -20,9 +21,10 @@ from smolvm_async.controls.ssh.processes import Processes
 from smolvm_async.controls.ssh.transfer import SFTPFiles
 from smolvm_async.errors import VMTimeoutError
 from smolvm_async.qemu.events import BootState
+from smolvm_async.qemu.guest_agent import GuestAgent
 
 
-class Shell(Commands, Processes, Files, Contents, Environment, Observation):
+class Shell(Commands, Processes, Files, Contents, Environment, Information, Observation):
     """`AsyncSmolVM`'s commands and files. Each method waits until the guest is `ready`."""
 
     async def _reach(self) -> Link:
@@ -57,16 +59,34 @@ class Shell(Commands, Processes, Files, Contents, Environment, Observation):
     def _shells(self) -> Sequence[str]:
         return self._vm.config.profile.shells
 
-    async def _transport(self, feature: str) -> Transport:
-        if self._vm.config.profile.channels[0] == "agent":
-            from smolvm_async.controls.agent.execution import AgentTransport, find_system
+    @property
+    def _uses_agent(self) -> bool:
+        return self._vm.config.profile.channels[0] == "agent"
 
-            system = find_system(self._vm.config.profile.name)
-            return AgentTransport(await self._session(feature), system)
+    def _has_windows_paths(self) -> bool:
+        return self._vm.config.profile.name == "windows"
+
+    async def _transport(self, feature: str) -> Transport:
+        if self._uses_agent:
+            return self._over_agent(await self._session(feature))
         return SSHTransport(await self._reach())
 
-    async def _files(self) -> AbstractAsyncContextManager[GuestFiles]:
+    def _over_agent(self, session: Session) -> Transport:
+        from smolvm_async.controls.agent.execution import AgentTransport, find_system
+
+        return AgentTransport(session, find_system(self._vm.config.profile.name))
+
+    async def _files(self, feature: str) -> AbstractAsyncContextManager[GuestFiles]:
+        if self._uses_agent:
+            from smolvm_async.controls.agent.transfer import AgentFiles
+
+            session = await self._session(feature)
+            windows = self._has_windows_paths()
+            return AgentFiles.opened(session, self._over_agent(session), windows=windows)
         return SFTPFiles.opened(await self._reach())
+
+    async def _agent(self, feature: str) -> GuestAgent | None:
+        return (await self._session(feature)).agent if self._uses_agent else None
 
     async def _file_access(self) -> FileAccess:
         from smolvm_async.controls.ssh.contents import SFTPAccess

@@ -45,8 +45,7 @@ WINDOWS = GuestProfile(
     sidecars=("swtpm",),
     shells=("raw", "cmd"),
     channels=("agent",),
-    features=frozenset({"commands"}),
+    features=frozenset({"commands", "files", "variables"}),
     agent="Install the guest tools of the virtio-win ISO (virtio-win-guest-tools.exe) in the image:"
     " they have the agent and the driver of its port.",
-    instead={"variables": "Set the variables inside the image (setx NAME VALUE)."},
 )

@@ -29,6 +29,7 @@ from smolvm_async.config.source import Source
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.clock import GuestClock
 from smolvm_async.controls.files.environment import set_variables
+from smolvm_async.controls.files.transport import GuestFiles
 from smolvm_async.controls.interface import last_use, unprepared
 from smolvm_async.controls.ssh.clock import advance_clock
 from smolvm_async.controls.ssh.link import Link
@@ -342,12 +343,35 @@ class VMRun:
             machine = record.machine._replace(layers=self._disk.layers)
             await in_thread(self._state.write, record.model_copy(update={"machine": machine}))
 
+    @property
+    def _uses_agent(self) -> bool:
+        """Whether the library reaches the guest through its agent, and not over SSH."""
+        return self._login is None
+
     async def _advance_clock(self) -> str:
-        return await advance_clock(self.link)
+        if not self._uses_agent:
+            return await advance_clock(self.link)
+        from smolvm_async.controls.agent import clock  # few guests need it
+
+        agent = self.session.agent
+        return await clock.advance_clock(agent) if await agent.present() else ""
+
+    @asynccontextmanager
+    async def _guest_files(self) -> AsyncIterator[GuestFiles]:
+        if not self._uses_agent:
+            async with SFTPFiles.opened(self.link) as files:
+                yield files
+            return
+        from smolvm_async.controls.agent.execution import AgentTransport, find_system
+        from smolvm_async.controls.agent.transfer import AgentFiles
+
+        name = self._plan.config.profile.name
+        transport = AgentTransport(self.session, find_system(name))
+        yield AgentFiles(self.session, transport, windows=name == "windows")
 
     def _has_clock(self) -> bool:
         """Return whether the library can set the guest's clock."""
-        return self._login is not None and self.boot.last.state is BootState.READY
+        return self.boot.last.state is BootState.READY
 
     async def _run_guest(self, command: str, status: Status) -> None:
         await self._monitor.complete(command)
@@ -360,9 +384,8 @@ class VMRun:
             image = self._source.image if self._source else None
             self.failure = await self.processes.explain(error, self._state.path, image)
             return
-        guess = self._login is None
-        probe = self.peripherals.agent.probe if guess else self._probe
-        group.start_soon(partial(self.boot.watch, self._monitor, probe, guess=guess))
+        guess = self._uses_agent and not self._plan.config.env  # only `_probe` sets variables
+        group.start_soon(partial(self.boot.watch, self._monitor, self._probe, guess=guess))
         group.start_soon(self.idleness.watch)
         self.started.set_result(None)
         await self._until_end()
@@ -474,10 +497,11 @@ class VMRun:
         if saved.login is not None:
             await self._set_right(record, saved.login)
         elif record.ready:
-            from smolvm_async.vm.set_right import NOT_REACHED
+            from smolvm_async.vm.set_right import set_right_through_agent
 
-            logger.warning(NOT_REACHED)
-        # `_probe` sets variables and mounts directories over SSH, before the guest is ready.
+            config = self._plan.config
+            await set_right_through_agent(config.vm_id, self.session, config.profile.name)
+        # `_probe` sets variables and mounts directories, before the guest is ready.
         if record.ready and not self._plan.config.env and not self._mounting.mounts:
             self.boot.enter(BootState.READY, evidence)
 
@@ -512,14 +536,15 @@ class VMRun:
         return login.access(await self.peripherals.ports.ssh())
 
     async def _probe(self) -> str | None:
-        """Log in and set the VM's variables; return the evidence that the guest is ready."""
+        """Reach the guest and set the VM's variables; return the evidence that it is ready."""
         try:
-            if not await self.link.connect():
+            evidence = await self._reach()
+            if evidence is None:
                 return None
             if self._clone is not None and self.parked is None and not self._clone.is_right:
                 await self._clone.set_right(self._plan.config.timeouts.boot)
             if env := self._plan.config.env:
-                async with SFTPFiles.opened(self.link) as guest:
+                async with self._guest_files() as guest:
                     await set_variables(guest, env)
             await self._mounting.mount()
             await self._clock.set_if_late()
@@ -528,7 +553,15 @@ class VMRun:
         except SmolVMError as error:
             logger.warning("the guest is not ready yet: %s", error)
             return None
-        return "the guest's SSH server accepted the login"
+        return evidence
+
+    async def _reach(self) -> str | None:
+        """Return the evidence that the guest answers, if it does."""
+        if self._uses_agent:
+            return await self.session.agent.probe()
+        if await self.link.connect():
+            return "the guest's SSH server accepted the login"
+        return None
 
     async def _read_machine(self) -> Machine:
         where = {"path": "/machine", "property": "type"}

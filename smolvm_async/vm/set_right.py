@@ -8,7 +8,9 @@ library does not rely on this where it can reach the guest:
 - In the built-in Debian, a parked process waits for one message (see `qemu/parked.py`).
 - In other Linux guests, a script does the same over SSH. The first login uses the keys of the
   snapshot, all later logins the clone's own.
-- Windows gets only the new generation id, until commands go through the guest agent.
+- In Linux guests that are reached through their agent, the agent runs this script, without keys.
+- In Windows guests, the agent sets the clock. For random numbers, they have only the new generation
+  id. No Windows was run.
 """
 
 from __future__ import annotations
@@ -16,18 +18,21 @@ from __future__ import annotations
 import secrets
 import shlex
 import time
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Login
 from smolvm_async.controls.ssh.script import as_root
-from smolvm_async.errors import ConnectionLostError
+from smolvm_async.errors import ConnectionLostError, SmolVMError
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.qemu.parked import ENDED, Parked
 
 if TYPE_CHECKING:
     from asyncssh import SSHClientConnection
+
+    from smolvm_async.controls.agent.session import Session
 
 logger = get_logger(__name__)
 
@@ -79,12 +84,11 @@ class Clone:
     async def _set_right_over_ssh(self) -> tuple[str, bool]:
         """Run the script; return the problem, if any, and whether the guest has the new login."""
         values = {**message(self._vm_id, self._own), "old_key": self.login.key.public}
-        lines = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in values.items())
         script = files(__package__).joinpath(SCRIPT).read_text()
 
         async def run(connection: SSHClientConnection) -> Any:
             # The secrets are only on the input.
-            return await connection.run(as_root(script), input=lines.encode(), encoding=None)
+            return await connection.run(as_root(script), input=_assignments(values), encoding=None)
 
         try:
             async with self._link.apart(run) as result:
@@ -96,6 +100,35 @@ class Clone:
         said = (result.stderr or b"").decode(errors="replace")[-QUOTED:].strip()
         done = result.exit_status in (0, RANDOM)
         return "" if result.exit_status == 0 else said or "the connection was lost", done
+
+
+async def set_right_through_agent(vm_id: str, session: Session, os: str) -> None:
+    """Set a clone right that has no login, or log a warning."""
+    from smolvm_async.controls.agent.clock import advance_clock
+    from smolvm_async.controls.agent.execution import AgentTransport
+    from smolvm_async.controls.clock import PROBLEM
+    from smolvm_async.controls.commands.query import query
+
+    present = await session.agent.present()
+    if os != "linux" or not present:
+        logger.warning(NOT_REACHED)
+        if present and (problem := await advance_clock(session.agent)):
+            logger.warning(PROBLEM, problem)
+        return
+    values = {"seed": secrets.token_hex(SEED), "time": time.time(), "hostname": vm_id}
+    script = files(__package__).joinpath(SCRIPT).read_text()
+    try:
+        answer = await query(AgentTransport(session), script, {}, _assignments(values))
+        problem = answer.reason[-QUOTED:] if answer.exit_code else ""
+    except SmolVMError as error:
+        problem = error.message
+    if problem:
+        logger.warning(NOT_RESEEDED, problem)
+
+
+def _assignments(values: Mapping[str, object]) -> bytes:
+    """Return the input of the script."""
+    return "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in values.items()).encode()
 
 
 def message(vm_id: str, login: Login) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-# Runs as root in a clone of a Linux guest. The input assigns the variables below.
+# Runs as root in a clone of a Linux guest. The input assigns the variables below; without a
+# `host_key`, the library does not use the guest's SSH server.
 # Exit status 3: everything but the random numbers was set right.
 eval "$(cat)"
 
@@ -16,6 +17,12 @@ echo "$hostname" >/proc/sys/kernel/hostname
 echo "$hostname" >/etc/hostname
 sed -i "s/\b$before\b/$hostname/g" /etc/hosts
 
+finish() {
+    [ "$reseeded" = 0 ] && exit
+    echo "no python3, perl or vmgenid driver in the guest" >&2
+    exit 3
+}
+[ -n "$host_key" ] || finish
 umask 077
 for key in /etc/ssh/ssh_host_*_key; do # the source has the others, too
     case $key in *_ed25519_key) ;; *) rm -f "$key" "$key.pub" ;; esac
@@ -34,4 +41,4 @@ chown "${SUDO_USER:-root}" "$keys"
 # A signal reloads the server and its host keys; open connections stay.
 systemctl reload ssh 2>/dev/null || systemctl reload sshd 2>/dev/null ||
     kill -HUP "$(cat /run/sshd.pid)"
-[ "$reseeded" = 0 ] || { echo "no python3, perl or vmgenid driver in the guest" >&2; exit 3; }
+finish

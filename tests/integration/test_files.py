@@ -42,7 +42,7 @@ class Guest(Files, Environment):
         self.link = link
         self.session = session
 
-    async def _files(self) -> AbstractAsyncContextManager[GuestFiles]:
+    async def _files(self, feature: str) -> AbstractAsyncContextManager[GuestFiles]:
         if self.link is not None:
             return SFTPFiles.opened(self.link)
         assert self.session is not None

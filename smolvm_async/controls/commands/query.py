@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from smolvm_async.controls.commands.transport import Command, Stream, Transport
-from smolvm_async.errors import GuestAgentError
+from smolvm_async.errors import ConnectionLostError
 
 MOST = 16 << 20  # bytes of output; a hostile guest may write without end
 
@@ -31,8 +31,7 @@ async def query(
     """Run a program for the guest's shell to its end. A cancellation kills the program.
 
     Raises:
-        GuestAgentError: The output has more than 16 MiB.
-        ConnectionLostError: The guest was lost.
+        ConnectionLostError: The guest was lost, or has written more than 16 MiB.
     """
     output: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
     flooded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -49,7 +48,7 @@ async def query(
         await execution.write()
         await asyncio.wait({execution.ended, flooded}, return_when=asyncio.FIRST_COMPLETED)
     if flooded.done():
-        raise GuestAgentError(f"the guest answered with more than {MOST >> 20} MiB")
+        raise ConnectionLostError(f"the guest answered with more than {MOST >> 20} MiB")
     if execution.exit_code is None:
         raise transport.lost(execution)
     return Answer(execution.exit_code, bytes(output["stdout"]), bytes(output["stderr"]))

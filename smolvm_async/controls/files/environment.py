@@ -40,7 +40,7 @@ class Environment(OverFiles):
         """
         self._require("set_env_vars")
         checked = check_env(env_vars, "env_vars")
-        async with await self._files() as guest:
+        async with await self._files("set_env_vars") as guest:
             return await set_variables(guest, checked, merge=merge)
 
     async def unset_env_vars(self, names: Iterable[str]) -> dict[str, str]:
@@ -57,7 +57,7 @@ class Environment(OverFiles):
         if listed is None or not all(isinstance(name, str) for name in listed):
             raise ConfigError(f"names={shown(names)} is wrong: pass a list of variable names.")
         wanted = list(check_env(dict.fromkeys(listed, ""), "names"))
-        async with await self._files() as guest, guest.turn:
+        async with await self._files("unset_env_vars") as guest, guest.turn:
             with explained(guest.explanation, FILE):
                 known = await _read(guest)
                 removed = {name: known.pop(name) for name in wanted if name in known}
@@ -72,7 +72,7 @@ class Environment(OverFiles):
             FileTransferError, ConnectionLostError, ...: See `upload_file()`.
         """
         self._require("list_env_vars")
-        async with await self._files() as guest:
+        async with await self._files("list_env_vars") as guest:
             with explained(guest.explanation, FILE):
                 return await _read(guest)
 

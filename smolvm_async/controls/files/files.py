@@ -55,7 +55,7 @@ class Files(OverFiles):
         source = check_path(local_path, "local_path", "a file or directory")
         target = check_guest_path(guest_path, windows=self._has_windows_paths())
         tree = await in_background(_local_source, source)
-        async with await self._files() as guest:
+        async with await self._files("upload_file") as guest:
             upload = guest.upload(source, target)
             with explained(guest.explanation, f"{str(source)!r} to {target!r}"):
                 meter = TransferMeter(
@@ -104,7 +104,7 @@ class Files(OverFiles):
                     "exist yet."
                 )
             target /= name
-        async with await self._files() as guest:
+        async with await self._files("download_file") as guest:
             with explained(guest.explanation, f"{source!r} to {str(target)!r}"):
                 await _receive(guest, source, target, make_dirs, max_bytes, on_progress)
         return target

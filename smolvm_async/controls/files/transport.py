@@ -67,8 +67,12 @@ class GuestFiles(Readable, Protocol):
 class OverFiles:
     """Base class of the controls that copy files."""
 
-    async def _files(self) -> AbstractAsyncContextManager[GuestFiles]:
-        """Wait until the guest is ready, and return the way to its files."""
+    async def _files(self, feature: str) -> AbstractAsyncContextManager[GuestFiles]:
+        """Wait until the guest is ready, and return the way to its files.
+
+        Args:
+            feature: The method that needs the files.
+        """
         raise NotImplementedError
 
     def _require(self, feature: str) -> None:
