@@ -584,7 +584,7 @@ def test_a_configuration_from_a_record_is_checked_and_stays_the_same(
 def test_the_configuration_of_a_published_image_is_checked_with_the_guest_of_its_manifest() -> None:
     config = complete(make_config(image="s3://bucket/x.json"), "windows", 4096, 2)
     assert recheck(config) == config
-    for wrong in ({"os": "plan9"}, {"memory": 1}, {"env": {"A": "1"}}):
+    for wrong in ({"os": "plan9"}, {"memory": 1}, {"user": "me"}):
         with pytest.raises(ConfigError):
             recheck(config.model_copy(update=wrong))
 
