@@ -411,11 +411,12 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         This also ends a pause by QEMU (as on a full disk) and wakes a guest that suspended itself.
 
-        The clock of a paused guest stands still. So `resume()` sets the clock of a Linux guest that
-        is `ready` to the host's time, as root over SSH, before the waiting commands go on; it never
-        turns the clock back. If this takes more than 5 s or fails, as without sudo, `resume()`
-        logs a warning. A guest that is not `ready` gets the time when it becomes `ready`. The clock
-        of a Windows guest stays late until Windows itself corrects it.
+        The clock of a paused guest stands still. So `resume()` sets the clock of a guest that is
+        `ready` to the host's time, as root over SSH or through the guest's agent, before the
+        waiting commands go on; it never turns the clock back. If this takes more than 5 s or fails,
+        as without sudo, `resume()` logs a warning. A guest that is not `ready` gets the time when
+        it becomes `ready`. In a Windows guest without the agent, the clock stays late until Windows
+        itself corrects it.
 
         Raises:
             VMNotRunningError: The VM does not run, or QEMU has paused it again, as on a disk that
@@ -561,8 +562,8 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         have ended in the clone. These stay the same: processes and files, the MAC address, the
         machine's UUID inside the guest, `/etc/machine-id`, the boot id if a program has read it
         before the snapshot, the TPM's endorsement key, a Windows computer's name and SID. A Windows
-        guest gets only a new generation id (vmgenid), from which Windows reseeds its random
-        numbers.
+        guest gets only the time, through its agent, and a new generation id (vmgenid), from which
+        Windows reseeds its random numbers. A Linux guest with `channel="agent"` gets no SSH keys.
 
         The snapshot fixes the guest OS, image, memory, cores and resolution. A snapshot of a kept
         VM at rest boots. Files that were changed are refused, but nothing shows who has made a

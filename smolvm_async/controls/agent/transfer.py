@@ -11,7 +11,7 @@ does this: each step of a transfer is a function of `files.sh` (Windows: `files.
 - A download lists the source first, then reads one file after the other: nothing is written in the
   guest.
 
-No Windows was run: `files.ps1` was run by PowerShell's own parser at most.
+No Windows was run: `files.ps1` was only parsed.
 """
 
 from __future__ import annotations
