@@ -264,6 +264,15 @@ class Control:
             raise run.troubles.explain(VMNotRunningError(message))
         return run
 
+    async def sleep(self, seconds: float) -> None:
+        """Sleep during a call of the user, which is a use of the VM all the time."""
+        idle = self.vm.config.idle_timeout
+        while idle is not None and seconds > idle / 3:
+            await asyncio.sleep(idle / 3)
+            await wake(self.vm)
+            seconds -= idle / 3
+        await asyncio.sleep(seconds)
+
     @contextmanager
     def releasing(self, events: Sequence[InputEvent]) -> Iterator[None]:
         """If the block fails or is cancelled, release the keys and buttons that `events` press."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smolvm_async.config.checks import shown, told
-from smolvm_async.errors import ConfigError, MemberFailedError, VMNotRunningError
+from smolvm_async.errors import ConfigError, MemberFailedError, SmolVMError, VMNotRunningError
 from smolvm_async.fleet.memory import PROMISES
 from smolvm_async.fleet.template import Template
 from smolvm_async.foundation.tasks import end_tasks, settle, take_exception
@@ -158,7 +158,8 @@ class Member:
         run = self.vm._run
         if run is None:
             return False
-        await run.idleness.wake()
+        with suppress(SmolVMError):  # then the status shows it
+            await run.idleness.wake()
         return await run.guest_status() == "running" and not self.over.done()
 
     @property

@@ -14,6 +14,7 @@ from smolvm_async.errors import ConfigError, VMNotFoundError
 from smolvm_async.foundation.locking import LockFile, is_locked, poll
 from smolvm_async.foundation.log import current_vm, get_logger
 from smolvm_async.foundation.tasks import in_background, in_thread
+from smolvm_async.host.identity import Relation
 from smolvm_async.host.usage import read_usage
 from smolvm_async.state.directory import (
     VMDirectory,
@@ -185,7 +186,7 @@ async def _end_expired(path: Path) -> VMInfo | None:
     fd = find_directory(path)  # another VM may be at this path later
     try:
         record = await in_thread(read_record, path, fd)
-        if record is None or not record.expired or record.is_elsewhere(fd):
+        if record is None or not record.expired or record.relation is not Relation.SAME_PIDS:
             return None
         info = describe(record, record.status)
         await end_orphans(record.processes_here, fd)

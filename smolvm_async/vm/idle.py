@@ -55,6 +55,7 @@ class Idleness:
         self._pause, self._resume = pause, resume
         self._used = time.monotonic()
         self._turn = asyncio.Lock()
+        self._ended = False
 
     async def wake(self) -> None:
         """Note a use of the VM; resume the VM if it was paused because it was idle."""
@@ -64,25 +65,34 @@ class Idleness:
                 if self.paused:
                     await self._resume()
                     self.paused = False
+            self._used = time.monotonic()
+
+    async def end(self) -> None:
+        """Let `watch()` pause the VM no more, and wait for a pause that it has begun."""
+        async with self._turn:
+            self._ended = True
 
     async def watch(self) -> None:
-        """Pause the VM each time that it is idle, until cancelled."""
-        while self._timeout is not None:
+        """Pause the VM each time that it is idle, until cancelled, or until `end()`."""
+        timeout = self._timeout
+        while timeout is not None and not self._ended:
             if self._pauses.active:
                 await self._pauses.until_running()
                 self.paused, self._used = False, time.monotonic()
-            left = self._deadline(self._timeout) - time.monotonic()
-            if left > 0:
-                await asyncio.sleep(min(left, self._timeout))  # the deadline may come closer
-                continue
             async with self._turn:
-                self.paused = True
-                logger.info("pausing the VM, which was idle for %g s", self._timeout)
-                try:
-                    await self._pause()
-                except SmolVMError as error:  # QEMU is busy, or ends
-                    self.paused, self._used = False, time.monotonic()
-                    logger.warning("the idle VM could not be paused: %s", error)
+                left = self._deadline(timeout) - time.monotonic()
+                if left <= 0 and not self._ended:
+                    await self._pause_idle(timeout)
+            await asyncio.sleep(min(max(left, 0.0), timeout))  # the deadline may come closer
+
+    async def _pause_idle(self, timeout: float) -> None:
+        logger.info("pausing the VM, which was idle for %g s", timeout)
+        self.paused = True
+        try:
+            await self._pause()
+        except SmolVMError as error:  # QEMU is busy, or ends
+            self.paused, self._used = False, time.monotonic()
+            logger.warning("the idle VM could not be paused: %s", error)
 
     def _deadline(self, timeout: float) -> float:
         used, changed = max(self._used, self._last_use()), self._boot.changed_at

@@ -604,6 +604,7 @@ class VMRun:
         timeouts = self._plan.config.timeouts
         if self._powerdown_timeout is not None:
             timeouts = timeouts.model_copy(update={"powerdown": self._powerdown_timeout})
+        await self.idleness.end()  # a paused guest does not power down
         await self._record(status=Status.STOPPING)
         if self._plan.config.keep:  # else the guest's disk goes
             await self.session.finish()

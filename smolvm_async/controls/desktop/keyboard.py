@@ -17,7 +17,6 @@ strokes of all attached processes one after another.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from smolvm_async.config.checks import check_seconds
@@ -87,7 +86,7 @@ class Keyboard(Control):
             with self.releasing(downs):
                 for down in downs:
                     await self._send([down])
-                await asyncio.sleep(hold)
+                await self.sleep(hold)
                 for up in released(downs):
                     await self._send([up])
 

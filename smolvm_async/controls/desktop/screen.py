@@ -68,7 +68,7 @@ class Screen(Control):
                     f"{timeout:g} s: {wanted.explain()}"
                 )
                 raise self._explained(VMTimeoutError(message, seconds=timeout))
-            await asyncio.sleep(interval)
+            await self.sleep(interval)
 
     async def _look(self, deadline: float) -> Screenshot:
         seconds = max(deadline - time.monotonic(), LOOK)
