@@ -174,6 +174,14 @@ async def test_run_and_run_stream_are_the_same_as_over_ssh(guest: Guest) -> None
         await guest.run("echo before; sleep 1008", timeout=0.5)
     assert caught.value.stdout == "before\n"
     assert sleepers("1008") == []
+    words = ["printf", r"%s\n", "a b", "", "'$HOME'"]
+    assert (await guest.run(words, cwd="/")).stdout == "a b\n\n'$HOME'\n"
+    assert (await guest.run("pwd", cwd="/usr")).stdout == "/usr\n"
+    assert (await guest.run("pwd", cwd="/none", shell="login")).exit_code == 126
+    with pytest.raises(ConfigError, match="cwd='' is wrong"):
+        await guest.run("pwd", cwd="")
+    with pytest.raises(ConfigError, match="pass a str, or a list"):
+        await guest.run([])
     with pytest.raises(ConfigError, match="more than 1 MiB"):
         await guest.run("# " + "x" * (1 << 20))
     async with guest.run_stream("echo one; echo two >&2; sleep 1009") as lines:

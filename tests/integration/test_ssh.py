@@ -407,3 +407,11 @@ async def test_wrong_arguments_of_processes_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{[*arguments][-1]}="):
         await getattr(guest, method)(**arguments)
+
+
+async def test_a_list_is_a_program_and_starts_in_a_directory(guest: Guest) -> None:
+    words = ["printf", r"%s\n", "a b", "", "'$HOME'\n"]
+    assert (await guest.run(words, cwd="/")).stdout == "a b\n\n'$HOME'\n\n"
+    for shell in ("raw", "login"):
+        assert (await guest.run("pwd", shell=shell, cwd="/usr", env={"A": "b"})).stdout == "/usr\n"
+        assert (await guest.run("pwd", shell=shell, cwd="/none")).exit_code == 126

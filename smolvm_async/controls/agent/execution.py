@@ -23,7 +23,8 @@ from smolvm_async.controls.agent.system import Program, System
 from smolvm_async.controls.commands.transport import Command, Stream
 from smolvm_async.controls.commands.transport import Execution as AnyExecution
 from smolvm_async.errors import ConfigError, ConnectionLostError, GuestAgentError, SmolVMError
-from smolvm_async.foundation.tasks import end_tasks
+from smolvm_async.foundation.tasks import end_tasks, take_exception
+from smolvm_async.qemu.events import Event, Reset
 from smolvm_async.qemu.guest_agent import GuestAgent
 
 FIRST = 0.001  # seconds until the first look at a command, and at least between two looks
@@ -116,6 +117,7 @@ class Execution:
         self._reading = asyncio.Event()
         self._reading.set()
         self._starting: asyncio.Future[int] | None = None
+        self._was_reset = False
         self._running: asyncio.Task[None]
 
     async def write(self) -> None:
@@ -143,6 +145,7 @@ class Execution:
                 await self._write_input(content)
             # A cancelled call must not lose the id, by which the command is killed.
             self._starting = asyncio.ensure_future(launch(self._session.agent, runner))
+            self._starting.add_done_callback(take_exception)
             self.exit_code = await self._follow(await asyncio.shield(self._starting))
         except SmolVMError as error:
             self.error = error
@@ -150,8 +153,9 @@ class Execution:
             self._session.watchers.discard(self._lose)
             self.ended.set_result(None)
 
-    def _lose(self) -> None:
-        """Give up: no later agent knows this command."""
+    def _lose(self, event: Event) -> None:
+        """Give up: no later agent knows this command, and no command survives a reset."""
+        self._was_reset = isinstance(event, Reset)
         message = "the guest agent ended, or the guest was reset, while the command ran"
         self.error = self.error or ConnectionLostError(message)
         self._running.cancel()
@@ -232,7 +236,9 @@ class Execution:
     async def end(self) -> None:
         """Kill the command if it still runs, and remove its files."""
         try:
-            if self.exit_code is None:
+            if self._was_reset:
+                await end_tasks(self._running)
+            elif self.exit_code is None:
                 await self._session.end(self._kill())
         finally:
             self._session.remove([self._stem], self._remove)

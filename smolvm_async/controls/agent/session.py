@@ -27,7 +27,7 @@ class Session:
         agent: The agent.
         pauses: Whether the guest is paused.
         explain: Adds the VM's troubles to the error of a deadline; see `Troubles.explain()`.
-        watchers: Called when the agent ends, which forgets its commands then.
+        watchers: Called with the event that the agent has ended, which forgets its commands then.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Session:
         self.agent = agent
         self.pauses = pauses
         self.explain = explain
-        self.watchers: set[Callable[[], None]] = set()
+        self.watchers: set[Callable[[Event], None]] = set()
         self.env_turn = asyncio.Lock()  # for writers of the guest's environment variables
         self._endings: set[asyncio.Task[None]] = set()
         self._garbage: list[str] = []  # files in the guest that nobody needs any more
@@ -50,7 +50,7 @@ class Session:
         closed = isinstance(event, PortChanged) and event.port == AGENT_PORT and not event.open
         if closed or isinstance(event, Reset):
             for watcher in [*self.watchers]:
-                watcher()
+                watcher(event)
 
     async def end(self, ending: Coroutine[Any, Any, None]) -> None:
         """Run `ending`, which cleans up in the guest.
