@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,6 +122,9 @@ def _arrange_root(
         install(GUEST_SCRIPTS / f"{script}.sh", root / "bin" / script, 0o755)
     for name in ("powershell", "cmd", "taskkill"):
         install(GUEST_SCRIPTS / "windows.sh", root / f"bin/{name}.exe", 0o755)
+    # The library's own program for Linux takes the place of the one for PowerShell.
+    with as_file(files("smolvm_async.controls.agent").joinpath("files.sh")) as steps:
+        install(steps, root / "bin/files.sh", 0o755)
     install(GUEST_SCRIPTS / "network.sh", root / "etc/network.sh", 0o755)
     install(find_file(unpacked, ["qemu-ga"]), root / "bin/qemu-ga", 0o755)
     for library in libraries:

@@ -7,20 +7,33 @@ was run.
 from __future__ import annotations
 
 import asyncio
+import filecmp
 import os
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
 from smolvm_async.controls.agent import windows
-from smolvm_async.errors import CommandTimeoutError, ConfigError, ConnectionLostError
+from smolvm_async.controls.agent.transfer import AgentFiles
+from smolvm_async.controls.files.environment import Environment
+from smolvm_async.controls.files.files import Files
+from smolvm_async.controls.files.transport import GuestFiles
+from smolvm_async.errors import (
+    CommandTimeoutError,
+    ConfigError,
+    ConnectionLostError,
+    FileTransferError,
+)
 from tests.agent import SOON, Guest, Host, sleepers, until_sleeping
+from tests.integration.trees import make_tree
 
 pytestmark = pytest.mark.anyio
 
 SCRIPT = Path(__file__).parents[2] / "examples/stand_in/guest/windows.sh"
+FILES = Path(windows.__file__).with_name("files.sh")
 HARD = '\'"\\ \n\t%PATH% $HOME `id` ${x} $(id) ! # ; & | > < * ? ~ ^ %%i é 😀 \x7f\\\\" \\'
 
 
@@ -30,6 +43,8 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
     programs.mkdir()
     for name in ("powershell", "cmd", "taskkill"):
         shutil.copy(SCRIPT, programs / f"{name}.exe")
+    shutil.copy(FILES, programs)
+    (programs / "files.sh").chmod(0o755)
     async with Host.running(tmp_path, programs) as host:
         guest = Guest(host, windows)
         yield guest
@@ -147,3 +162,62 @@ async def test_a_command_that_kills_the_agent_is_lost(guest: Guest) -> None:
     with pytest.raises(ConnectionLostError, match="guest agent ended"):
         await running
     assert (await guest.run("echo again")).stdout == "again\n"
+
+
+class WindowsFiles(Files, Environment):
+    """The files of a guest whose drive is a directory of the agent's."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    async def _files(self, feature: str) -> AbstractAsyncContextManager[GuestFiles]:
+        return AgentFiles.opened(self._guest.session, self._guest.transport, windows=True)
+
+    def _require(self, feature: str) -> None:
+        pass
+
+    def _has_windows_paths(self) -> bool:
+        return True
+
+
+async def test_files_go_and_come_the_same(guest: Guest, tmp_path: Path) -> None:
+    files, drive = WindowsFiles(guest), tmp_path / "C:"
+    make_tree(tmp_path / "tree", 20)
+    (tmp_path / "tree" / "link").unlink()
+    (tmp_path / "caf\u00e9").write_bytes(os.urandom(100_000))
+    sent = await files.upload_file(tmp_path / "caf\u00e9", "C:\\Program Files\\x y\\")
+    assert sent == "C:/Program Files/x y/caf\u00e9"
+    assert filecmp.cmp(tmp_path / "caf\u00e9", tmp_path / sent, shallow=False)
+    got = await files.download_file("C:\\Program Files\\x y\\caf\u00e9", tmp_path / "back")
+    assert filecmp.cmp(got, tmp_path / "caf\u00e9", shallow=False)
+    for _ in range(2):  # the second copy is merged
+        assert await files.upload_file(tmp_path / "tree", "C:/") == "C:/tree"
+    came = await files.download_file("C:/tree/", tmp_path / "came")
+    assert contents(came) == contents(drive / "tree") == contents(tmp_path / "tree")
+    assert sorted(path.name for path in drive.iterdir()) == ["Program Files", "tree"]
+    with pytest.raises(FileTransferError, match="No such file"):
+        await files.download_file("C:/none", tmp_path / "none")
+    (tmp_path / "tree" / "aux.c").touch()
+    with pytest.raises(ConfigError, match="name of a device"):
+        await files.upload_file(tmp_path / "tree", "C:/other")
+    (tmp_path / "nul").touch()
+    with pytest.raises(FileTransferError, match="name of a device"):
+        await files.upload_file(tmp_path / "nul", "C:/")
+    assert sorted(path.name for path in drive.iterdir()) == ["Program Files", "tree"]
+    shutil.rmtree(drive)  # it would look like a file of a command
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    paths = [path for path in root.rglob("*") if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+async def test_variables_are_in_all_commands(guest: Guest) -> None:
+    files = WindowsFiles(guest)
+    value = HARD.replace("\x7f", "")
+    assert await files.set_env_vars({"A": value, "B": "b"}) == ["A", "B"]
+    assert (await guest.run('printf %s "$A$B"', env={"B": "own"})).stdout == f"{value}own"
+    assert await files.list_env_vars() == {"A": value, "B": "b"}
+    assert await files.unset_env_vars(["A"]) == {"A": value}
+    assert await files.list_env_vars() == {"B": "b"}
+    assert (await guest.run('printf %s "$A$B"')).stdout == "b"

@@ -49,14 +49,20 @@ run() { # runner.ps1
     program=$(value "$program")
     cwd=$(value "$cwd")
     arguments=$(value "$arguments" && echo .)
-    eval "set -- $(words "${arguments%.}")"
+    eval "set -- \"\$program\" $(words "${arguments%.}")"
     for name in $names; do
         eval "text=\$env_$name"
         text=$(value "$text" && echo .)
-        export "$name=${text%.}"
+        set -- "$name=${text%.}" "$@" # for env
     done
+    while read -r name text; do # of set_env_vars()
+        text=$(value "$text" && echo .)
+        [ -z "$name" ] || set -- "$name=${text%.}" "$@"
+    done <<EOF
+$(cat "$here/.smolvm_env" 2>/dev/null)
+EOF
     cd "${cwd:-/}" 2>>"$directory\\err" || exit 126
-    "$program" "$@" <"$source" >>"$directory\\out" 2>>"$directory\\err"
+    env "$@" <"$source" >>"$directory\\out" 2>>"$directory\\err"
 }
 
 powershell() {
@@ -68,7 +74,10 @@ powershell() {
         path=${script#*"| & '"}
         path=$here/${path%%"'"*}
         [ "$(head -c 3 "$path" | base64)" = 77u/ ] || exit 99 # the byte order mark of UTF-8
-        tail -c +4 "$path" | sed '$d' >"$path.sh"             # without the line of the exit code
+        if grep -q '^function unpack' "$path"; then # files.ps1: the same steps are in files.sh
+            cd "$here" && HOME=$here exec sh "$(command -v files.sh)"
+        fi
+        tail -c +4 "$path" | sed '$d' >"$path.sh" # without the line of the exit code
         sh "$path.sh"
         ;;
     esac

@@ -8,7 +8,7 @@ function place {
     $target = $env:target
     if ($env:into -or [IO.Directory]::Exists("$target/")) {
         'inside'
-        $target = "$target/$env:name"
+        $target = "$target/$env:file_name"
     }
     $parent = $target.Substring(0, $target.LastIndexOf('/') + 1)
     if (-not $env:make_dirs -and -not [IO.Directory]::Exists($parent)) {
@@ -98,12 +98,12 @@ function tell($record) {
 }
 
 function read_own {
-    $path = "$env:USERPROFILE/$env:name"
+    $path = "$env:USERPROFILE/$env:file_name"
     if ([IO.File]::Exists($path)) { [Console]::Out.Write([IO.File]::ReadAllText($path)) }
 }
 
 function write_own {
-    $path = "$env:USERPROFILE/$env:name"
+    $path = "$env:USERPROFILE/$env:file_name"
     try {
         [IO.File]::WriteAllLines("$path.$env:leaf", [string[]]$lines)
         replace "$path.$env:leaf" $path

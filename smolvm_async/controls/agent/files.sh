@@ -8,7 +8,7 @@ umask 077
 place() {
     if [ -n "$into" ] || [ -d "$target/" ]; then
         echo inside
-        target=$target/$name
+        target=$target/$file_name
     fi
     parent=${target%/*}/
     if [ -n "$make_dirs" ]; then
@@ -79,12 +79,12 @@ list() {
 
 # Print or replace a small file in the user's home.
 read_own() {
-    [ ! -e ~/"$name" ] || cat ~/"$name"
+    [ ! -e ~/"$file_name" ] || cat ~/"$file_name"
 }
 
 write_own() {
-    cat >~/"$name.$leaf" && mv -f ~/"$name.$leaf" ~/"$name" && return
-    rm -f ~/"$name.$leaf"
+    cat >~/"$file_name.$leaf" && mv -f ~/"$file_name.$leaf" ~/"$file_name" && return
+    rm -f ~/"$file_name.$leaf"
     return 1
 }
 

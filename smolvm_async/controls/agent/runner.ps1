@@ -64,6 +64,15 @@ try {
     $start.RedirectStandardError = $true
     $start.WorkingDirectory = $env:USERPROFILE
     if ($value['cwd']) { $start.WorkingDirectory = $value['cwd'] }
+    # The variables of set_env_vars().
+    $kept = "$env:USERPROFILE\.smolvm_env"
+    if ([IO.File]::Exists($kept)) {
+        foreach ($line in [IO.File]::ReadAllLines($kept)) {
+            $name, $encoded = $line.Split(' ')
+            $bytes = [Convert]::FromBase64String($encoded)
+            $start.EnvironmentVariables[$name] = $utf8.GetString($bytes)
+        }
+    }
     foreach ($name in $variables.Keys) {
         $start.EnvironmentVariables[$name] = $variables[$name]
     }

@@ -30,7 +30,7 @@ from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.commands.query import Answer, query
 from smolvm_async.controls.commands.transport import Transport
 from smolvm_async.controls.files.copying import TransferMeter, opened, unlike
-from smolvm_async.controls.files.paths import check_windows_tree
+from smolvm_async.controls.files.paths import check_windows_tree, name_problem
 from smolvm_async.controls.files.tree import Entry, checked
 from smolvm_async.errors import FileTransferError, GuestAgentError
 from smolvm_async.foundation.tail import printable
@@ -98,11 +98,11 @@ class AgentFiles:
 
     async def read_own(self, name: str) -> bytes:
         """See `GuestFiles.read_own()`."""
-        return (await self.step("read_own", {"name": name})).stdout
+        return (await self.step("read_own", {"file_name": name})).stdout
 
     async def write_own(self, name: str, content: bytes) -> None:
         """See `GuestFiles.write_own()`."""
-        await self.step("write_own", {"name": name, "leaf": secrets.token_hex(4)}, content)
+        await self.step("write_own", {"file_name": name, "leaf": secrets.token_hex(4)}, content)
 
     def block(self, size: int) -> int:
         """See `Readable.block()`: the agent reads a file from its beginning to its end."""
@@ -148,13 +148,15 @@ class AgentUpload:
         values = {
             "target": self._asked,
             "into": "yes" if self.target.endswith("/") else "",
-            "name": self._source.name,
+            "file_name": self._source.name,
             "leaf": self._leaf,
             "make_dirs": "yes" if make_dirs else "",
         }
         self._begun = True
         answer = await self._guest.step("place", values)
         inside = answer.stdout.strip() == b"inside"
+        if inside and self._guest.windows and (problem := name_problem(self._source.name)):
+            raise FileTransferError(problem)
         self.target = f"{self._asked}/{self._source.name}" if inside else self._asked
         self._temporary = f"{self.target.rpartition('/')[0]}/{self._leaf}"
 
@@ -239,6 +241,8 @@ async def archive(
     for entry in part:
         info = tarfile.TarInfo(entry.path or ".")
         info.type, info.mode, info.mtime = kinds[entry.kind], S_IMODE(entry.mode), int(entry.mtime)
+        if windows:
+            info.mode |= 0o600  # otherwise the file would be "read-only"
         if entry.kind == S_IFLNK:
             info.linkname = await in_background(os.readlink, source / entry.path)
         elif entry.kind == S_IFREG:

@@ -11,7 +11,7 @@ from pathlib import Path
 from smolvm_async.config.checks import check_integer, check_path
 from smolvm_async.config.options import check_progress
 from smolvm_async.controls.files.copying import Download, TransferMeter
-from smolvm_async.controls.files.paths import check_guest_path, name_of
+from smolvm_async.controls.files.paths import check_guest_path, check_windows_tree, name_of
 from smolvm_async.controls.files.transport import GuestFiles, OverFiles, Upload
 from smolvm_async.controls.files.tree import Entry, local_tree, size_of
 from smolvm_async.errors import ConfigError, FileTransferError
@@ -34,12 +34,16 @@ class Files(OverFiles):
         """Copy a file, or a directory with its contents, into the guest.
 
         Until the copy is complete, it has a temporary name in the same directory. A directory is
-        merged into an existing directory. Modes and times are kept; links stay links.
+        merged into an existing directory. Modes and times are kept; links stay links. Through the
+        guest agent, the temporary copy is in a directory of its own; a guest needs room for 16 MiB
+        or the biggest file more; names that are not UTF-8 can only be uploaded, and only inside of
+        a directory. In a Windows guest, there are no modes, and links are refused.
 
         Args:
             local_path: The file or directory to copy; `~` is expanded.
-            guest_path: The absolute path to copy to. If the path is a directory or ends with a
-                slash, the copy goes into that directory under the source's name.
+            guest_path: The absolute path to copy to, such as `/root/x` or `C:/x`. If the path is a
+                directory or ends with a slash, the copy goes into that directory under the source's
+                name.
             make_dirs: Whether to make missing directories above `guest_path`.
             on_progress: Called with a `Progress` in bytes, about ten times a second.
 
@@ -53,8 +57,11 @@ class Files(OverFiles):
         self._require("upload_file")
         check_progress(on_progress)
         source = check_path(local_path, "local_path", "a file or directory")
-        target = check_guest_path(guest_path, windows=self._has_windows_paths())
+        windows = self._has_windows_paths()
+        target = check_guest_path(guest_path, windows=windows)
         tree = await in_background(_local_source, source)
+        if windows:
+            check_windows_tree(tree, target)
         async with await self._files("upload_file") as guest:
             upload = guest.upload(source, target)
             with explained(guest.explanation, f"{str(source)!r} to {target!r}"):

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath, PureWindowsPath
+from stat import S_IFLNK
 
 from smolvm_async.config.checks import encoded, shown
 from smolvm_async.controls.files.tree import Entry
@@ -78,7 +79,7 @@ def name_problem(name: str) -> str:
     return ""
 
 
-def check_windows_tree(tree: Sequence[Entry], target: str, most: int = MOST) -> None:
+def check_windows_tree(tree: Sequence[Entry], target: str) -> None:
     """Check that Windows can keep a tree of this host.
 
     Raises:
@@ -90,7 +91,10 @@ def check_windows_tree(tree: Sequence[Entry], target: str, most: int = MOST) -> 
         for name in filter(None, entry.path.split("/")):
             if problem := name_problem(name):
                 raise ConfigError(f"local_path= cannot be copied: {problem} ({entry.path!r}).")
-        if len(target) + 1 + len(entry.path) > most:
+        if entry.kind == S_IFLNK:
+            reason = "it is a link: copy the file that it leads to"
+            raise ConfigError(f"local_path= cannot be copied to Windows: {entry.path!r}: {reason}.")
+        if len(target) + 1 + len(entry.path) > MOST:
             reason = f"its path would have more than {MOST} characters in the guest"
             raise ConfigError(f"local_path= cannot be copied: {entry.path!r}: {reason}.")
         same = seen.setdefault(entry.path.lower(), entry.path)
