@@ -35,6 +35,8 @@ PR_GET_DUMPABLE = 3
 PR_GET_MDWE = 66  # prctl(2), Linux 6.3
 
 OLDEST_GUARD = (5, 9)  # Linux
+YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+CAP_SYS_PTRACE = 19  # capabilities(7)
 
 FILTER = (
     "Allow {} where it is refused: for a container, docker run --security-opt seccomp=PROFILE.json "
@@ -133,11 +135,32 @@ def without_guard(error: OSError) -> Problem:
             "Start this process outside of that container or service, or with a seccomp profile "
             "without SCMP_ACT_NOTIFY.",
         )
+    if error.errno == errno.EPERM and (scope := strict_yama()):
+        return Problem(
+            f"kernel.yama.ptrace_scope={scope} keeps this process from the descriptors of QEMU, "
+            "its own child",
+            "Lower the setting: sysctl -w kernel.yama.ptrace_scope=1 (from 3, after a reboot).",
+        )
     if _kernel() < OLDEST_GUARD or platform.machine() not in SYS_SECCOMP:
         found = f"Linux {platform.release()} on {platform.machine()} has no way to do so"
         return Problem(found, "Use Linux 5.9 or newer on x86_64 or aarch64.")
     name = call[1] if call else "pidfd_open"
     return _refused(name, os.strerror(error.errno or errno.EPERM), extra=f" {name}")
+
+
+def strict_yama() -> int:
+    """Return Yama's setting if it keeps this process from its children's descriptors; otherwise 0.
+
+    Setting 1, which Ubuntu has, allows a process its own children.
+    """
+    try:
+        scope = int(YAMA.read_text())
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # a kernel without Yama
+        return 0
+    effective = re.search(r"(?m)^CapEff:\s*(\w+)$", status)
+    privileged = effective is not None and int(effective[1], 16) >> CAP_SYS_PTRACE & 1
+    return scope if scope > 2 or (scope == 2 and not privileged) else 0
 
 
 def _kernel() -> tuple[int, ...]:

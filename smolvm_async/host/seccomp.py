@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.process import exit_code
-from smolvm_async.host.restrictions import SYS_SECCOMP, has_filter, without_guard
+from smolvm_async.host.restrictions import SYS_SECCOMP, has_filter, strict_yama, without_guard
 
 # Unlike CDLL, PyDLL keeps the interpreter's lock during a call. To get the lock back beside a busy
 # thread takes 5 ms, and none of these calls waits.
@@ -194,6 +194,8 @@ def check_seccomp() -> None:
     try:
         if call := _deadly_call(this_machine()):
             raise OSError(errno.EPERM, f"{call}(2) kills its caller")
+        if strict_yama():  # this process itself is no measure for its children
+            raise PermissionError(errno.EPERM, "pidfd_getfd(2)")
         pidfd = os.pidfd_open(os.getpid())
         try:
             os.close(take_descriptor(pidfd, pidfd))

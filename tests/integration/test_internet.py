@@ -1,6 +1,6 @@
 """The network policy: a guest tries everything, between a host and an internet of the test's own.
 
-Three programs play: see `tests/internet/`. The guest is the built-in Debian.
+Three programs play: see `tests/internet/`. The guest is the built-in Debian, or the stand-in.
 """
 
 from __future__ import annotations
@@ -54,15 +54,19 @@ OF_THE_HOST = {("127.0.0.1", 8000), ("::1", 8000)}  # what 10.0.2.2 and fec0::2 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """Let the guest try everything under each policy, once for all tests."""
+    result: Mapping[str, Any] = try_in_namespaces(tmp_path_factory.mktemp("internet"))
+    return result
+
+
+def try_in_namespaces(*arguments: Path) -> Any:
+    """Run `tests/internet/near.py` in namespaces of its own, and return its results."""
     new_namespaces = ["unshare", "--net", "--mount"]
     if subprocess.run([*new_namespaces, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user cannot make network namespaces")
-    data_dir = tmp_path_factory.mktemp("internet")
-    argv = [*new_namespaces, sys.executable, "-m", "tests.internet.near", str(data_dir)]
+    argv = [*new_namespaces, sys.executable, "-m", "tests.internet.near", *map(str, arguments)]
     host = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     assert host.returncode == 0, host.stderr
-    result: Mapping[str, Any] = json.loads(host.stdout)
-    return result
+    return json.loads(host.stdout)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -130,6 +134,30 @@ def test_a_change_of_the_policy_ends_the_connections_that_it_shuts(
 
 def test_a_guest_connects_while_the_event_loop_is_blocked(results: Mapping[str, Any]) -> None:
     assert results["beat"] < near.BLOCKED / 2
+
+
+@pytest.mark.anyio
+async def test_a_windows_guest_has_the_same_policy(stand_in: Path, data_dir: Path) -> None:
+    result = await asyncio.to_thread(try_in_namespaces, data_dir, stand_in)
+    assert result["said"] == [
+        "203.0.113.1 80 refused",
+        "198.51.100.1 80 hello",
+        "192.0.2.1 8000 refused",
+        "169.254.169.254 80 refused",
+        "10.0.2.2 8000 hello",
+        "10.0.2.2 8001 refused",
+        "10.0.2.3 22 refused",
+        "one.example hello",
+        "secret.example ",
+        "loopback.example ",
+    ]
+    seen = {tuple(target) for target in result["seen"]}
+    assert seen == {
+        ("tcp", "198.51.100.1", 80),
+        ("tcp", "203.0.113.1", 80),
+        ("udp", "203.0.113.53", 53),
+    }
+    assert result["heard"] == [["127.0.0.1", 8000]]
 
 
 async def reached(vm: AsyncSmolVM, *ports: int) -> list[int]:

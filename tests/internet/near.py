@@ -1,5 +1,6 @@
 """The host of the tests, in a network namespace: one guest tries everything, under each policy.
 
+The arguments are a data directory, and the image of a guest that stands in for Windows, if any.
 Prints the results as JSON; `tests/integration/test_internet.py` judges them.
 """
 
@@ -50,6 +51,19 @@ TARGETS = [
 BLOCKED = 5  # seconds
 # Names with an address that no name may have.
 FORBIDDEN = ["loopback.example", "metadata.example", "own.example"]
+FROM_WINDOWS = """
+reach() { answer=$(echo x | nc -w 9 $1 $2 2>/dev/null); echo "$1 $2 ${answer:-refused}"; }
+reach 203.0.113.1 80; reach 198.51.100.1 80; reach 192.0.2.1 8000; reach 169.254.169.254 80
+reach 10.0.2.2 8000; reach 10.0.2.2 8001; reach 10.0.2.3 22
+ping -c 1 -W 2 203.0.113.1 >/dev/null && echo "a ping is answered"
+for name in one.example secret.example loopback.example; do
+    address=$(nslookup $name 8.8.8.8 | awk '/^Name/ { named = 1 } named && /^Address/ { print $2 }')
+    case $address in
+        198.1[89].*) echo "$name $(reach $address 80 | cut -d " " -f 3)" ;;
+        *) echo "$name $address" ;;
+    esac
+done
+"""
 heard: list[tuple[str, int]] = []
 
 
@@ -124,6 +138,21 @@ async def attempt(vm: AsyncSmolVM, far: subprocess.Popen[str], events: EventStre
     }
 
 
+async def try_from_windows(far: subprocess.Popen[str], data_dir: Path, image: str) -> Any:
+    """Let the stand-in for Windows, which has no Python, try a little under one policy."""
+    settings = {
+        "allowed_cidrs": ["198.51.100.0/24"],
+        "allowed_domains": ["one.example", *FORBIDDEN],
+        "allowed_host_ports": [8000],
+    }
+    async with AsyncSmolVM(
+        os="windows", image=image, accel="tcg", data_dir=data_dir, internet_settings=settings
+    ) as vm:
+        await vm.wait_for("ready")
+        said = (await vm.run(FROM_WINDOWS, timeout=120)).stdout.splitlines()
+    return {"said": said, "seen": ask(far), "heard": sorted(set(heard))}
+
+
 async def try_all(far: subprocess.Popen[str], data_dir: Path) -> Mapping[str, Any]:
     results: dict[str, Any] = {}
     settings = {"allowed_host_ports": [8000]}
@@ -164,7 +193,13 @@ def main() -> None:
         for address in ("127.0.0.1", "::1", "192.0.2.1", "2001:db8:f::1"):
             for port in (8000, 8001, 8002):
                 listen(address, port)
-        results = asyncio.run(try_all(far, Path(sys.argv[1])))
+        data_dir, *images = sys.argv[1:]
+        attempts = (
+            try_from_windows(far, Path(data_dir), *images)
+            if images
+            else try_all(far, Path(data_dir))
+        )
+        results = asyncio.run(attempts)
     finally:
         far.kill()
         far.wait()

@@ -8,11 +8,12 @@ import os
 import platform
 import re
 import struct
+from pathlib import Path
 
 import pytest
 
 from smolvm_async import HostError
-from smolvm_async.host import seccomp
+from smolvm_async.host import restrictions, seccomp
 from smolvm_async.host.seccomp import MACHINES, Machine
 from smolvm_async.qemu.internet.trial import find_problem
 
@@ -99,6 +100,19 @@ def test_a_host_that_refuses_is_told_with_the_call_and_the_cure(
     error = caught.value
     assert "cannot be guarded" in error.message
     assert re.search(told, f"{error.message} {error.hint}")
+
+
+@pytest.mark.parametrize("scope", [0, 1, 3])
+def test_a_host_whose_yama_hides_the_descriptors_of_children_is_told(
+    scope: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restrictions, "YAMA", tmp_path / "ptrace_scope")
+    restrictions.YAMA.write_text(f"{scope}\n")
+    if scope < 2:
+        seccomp.check_seccomp()
+    else:
+        with pytest.raises(HostError, match=r"(?s)ptrace_scope=3.*ptrace_scope=1"):
+            seccomp.check_seccomp()
 
 
 def test_a_shortage_is_not_a_host_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
