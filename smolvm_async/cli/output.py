@@ -95,7 +95,7 @@ def in_options(message: str) -> str:
         value = shlex.quote(found["text"]) if found["text"] else found["number"] or ""
         return f"--{OPTIONS[found['name']]} {value}".rstrip()
 
-    value = r"(?:'(?P<text>[^'\n]*)'|(?P<number>\d+)|True)?"
+    value = r"(?:'(?P<text>[^'\n]*)'|(?P<number>-?\d+(?:\.\d+)?|nan|inf)|True)?"
     message = re.sub(rf"\b(?P<name>{'|'.join(OPTIONS)})={value}", option, message)
     calls = "|".join(map(re.escape, COMMANDS))
     return re.sub(rf"(?<![\w.])(?:{calls})", lambda call: COMMANDS[call[0]], message)

@@ -159,7 +159,7 @@ def expired(config: VMConfig) -> VMExpiredError:
     """Return the error for a VM whose time is over."""
     return VMExpiredError(
         f"The time of {config.vm_id} is over: it is deleted {config.ttl:g} s (ttl=) after its "
-        "first start. Make a new AsyncSmolVM, or pass a larger ttl=."
+        "first start. Make a new VM, or pass a larger ttl=."
     )
 
 

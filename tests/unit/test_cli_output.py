@@ -12,6 +12,8 @@ from smolvm_async.cli.output import in_options
     [
         ("Pass accel='tcg' to silence this.", "Pass --accel tcg to silence this."),
         ("memory=4096 MiB does not fit", "--memory 4096 MiB does not fit"),
+        ("idle_timeout=-1.5 is wrong", "--idle-timeout -1.5 is wrong"),
+        ("ttl=nan is wrong", "--ttl nan is wrong"),
         ("Pass a smaller memory=, or", "Pass a smaller --memory, or"),
         ("data_dir='/a b' cannot be used", "--data-dir '/a b' cannot be used"),
         ("vm_id='one' belongs to", "--id one belongs to"),
