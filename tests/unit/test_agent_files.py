@@ -8,11 +8,16 @@ from typing import Any, cast
 
 import pytest
 
-from smolvm_async.controls.agent.execution import AgentTransport, look, wait
+from smolvm_async.controls.agent.execution import AgentTransport, execute, look, wait
 from smolvm_async.controls.agent.files import PIECE, GuestFile, open_file
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.commands.transport import Command
-from smolvm_async.errors import ConnectionLostError, GuestAgentError, SmolVMError
+from smolvm_async.errors import (
+    ConnectionLostError,
+    GuestAgentError,
+    SmolVMError,
+    UnsupportedError,
+)
 from smolvm_async.qemu.guest_agent import GuestAgent
 from smolvm_async.qemu.pauses import Pauses
 
@@ -118,6 +123,7 @@ async def test_a_file_whose_opening_is_cancelled_is_closed() -> None:
     answer.set()
     await asyncio.wait([using])
     assert using.cancelled()
+    await session.finish()
     assert agent.calls[-1] == ("guest-file-close", {"handle": 5})
     await session.close()
 
@@ -144,3 +150,9 @@ async def test_the_error_of_a_command_is_told_and_nothing_hangs(fault: str) -> N
     assert isinstance(transport.lost(execution), SmolVMError)
     assert "guest" in str(transport.lost(execution))
     await session.close()
+
+
+async def test_an_agent_that_may_not_start_programs_is_told_with_the_cure() -> None:
+    refused = GuestAgentError("refused", command="guest-exec", error_class="CommandNotFound")
+    with pytest.raises(UnsupportedError, match=r"does not allow guest-exec.*/etc/sysconfig"):
+        await execute(acting(Agent(exec=refused)), "/bin/true", [])

@@ -22,7 +22,13 @@ from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.agent.system import Program, System
 from smolvm_async.controls.commands.transport import Command, Stream
 from smolvm_async.controls.commands.transport import Execution as AnyExecution
-from smolvm_async.errors import ConfigError, ConnectionLostError, GuestAgentError, SmolVMError
+from smolvm_async.errors import (
+    ConfigError,
+    ConnectionLostError,
+    GuestAgentError,
+    SmolVMError,
+    UnsupportedError,
+)
 from smolvm_async.foundation.tasks import end_tasks, take_exception
 from smolvm_async.qemu.events import Event, Reset
 from smolvm_async.qemu.guest_agent import GuestAgent
@@ -55,9 +61,21 @@ async def launch(agent: GuestAgent, program: Program) -> int:
 
 
 async def execute(agent: GuestAgent, path: str, arguments: list[str], **more: object) -> int:
-    """Start a program in the guest, and return its process id."""
-    request = {"path": path, "arg": arguments, **more}
-    return field(await agent.execute("guest-exec", request), "pid", int, "guest-exec")
+    """Start a program in the guest, and return its process id.
+
+    Raises:
+        UnsupportedError: The agent's configuration does not allow it, as in images of RHEL.
+    """
+    command, request = "guest-exec", {"path": path, "arg": arguments, **more}
+    try:
+        return field(await agent.execute(command, request), "pid", int, command)
+    except GuestAgentError as error:
+        if error.error_class != "CommandNotFound":
+            raise
+        message = "the guest agent in the image does not allow guest-exec, which commands need."
+        hint = "Allow guest-exec and the guest-file-* commands in its configuration in the guest, "
+        hint += "/etc/sysconfig/qemu-ga or /etc/qemu/qemu-ga.conf."
+        raise UnsupportedError(message, hint=hint) from error
 
 
 async def look(agent: GuestAgent, pid: int, system: System = linux) -> int | None:

@@ -100,4 +100,7 @@ async def open_file(session: Session, path: str, mode: str) -> AsyncIterator[Gue
     try:
         yield GuestFile(session.agent, await asyncio.shield(opening))
     finally:
-        await session.end(end())
+        if mode.startswith("r") and "+" not in mode:
+            session.go_on(end())  # the caller has what it wants
+        else:
+            await session.end(end())
