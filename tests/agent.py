@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from smolvm_async.controls.agent import linux
@@ -57,6 +58,7 @@ class Host:
         self.process: asyncio.subprocess.Process
         self._directory = directory
         self._end: socket.socket
+        self._state: str  # a directory in memory: the agent saves its state for each open file
 
     async def start(self) -> None:
         """Start an agent, which opens the port."""
@@ -65,7 +67,7 @@ class Host:
             path.unlink()
         self.process = await asyncio.create_subprocess_exec(
             *(program(), "-m", "unix-listen", "-p", path, "-b", ",".join(BLOCKED)),
-            *("-t", self._directory, "-f", self._directory / "agent.pid"),
+            *("-t", self._state, "-f", self._directory / "agent.pid"),
             cwd=self._directory,
             stderr=asyncio.subprocess.DEVNULL,
             env={"PATH": self._path, "LANG": "C.UTF-8"},
@@ -118,8 +120,9 @@ class Host:
         host._end = host.channel.open()
         host._end.setblocking(False)
         try:
-            await host.start()
-            yield host
+            with TemporaryDirectory(dir="/dev/shm") as host._state:
+                await host.start()
+                yield host
         finally:
             await host.kill()
             host._end.close()
