@@ -24,6 +24,7 @@ SYSTEM_PATHS = (
 )
 # A mount there would hide the guest's own files; a mount below one is fine.
 OWN_PATHS = ("/home", "/mnt", "/opt", "/root", "/srv", DEFAULT)
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, in Linux
 UNSAFE = re.compile(r"[\x00-\x1f\x7f]")
 FORMS = "pass 'SRC', 'SRC:DST' or 'SRC:DST:rw'"
 EXAMPLE = "pass a path like /mnt/data"
@@ -92,6 +93,10 @@ def _check_target(entry: str, target: str) -> None:
         raise _wrong(entry, f"the guest path {target!r} is not absolute", EXAMPLE)
     if "" in parts[1:] or "." in parts or ".." in parts:
         raise _wrong(entry, f"the guest path {target} is / or has an empty part or dots", EXAMPLE)
+    if len(target.encode()) > LONGEST_PATH or any(
+        len(part.encode()) > LONGEST_NAME for part in parts
+    ):
+        raise _wrong(entry, "the guest path is too long", EXAMPLE)
     if target in OWN_PATHS or f"/{parts[1]}" in SYSTEM_PATHS:
         raise _wrong(entry, f"{target} would hide files of the guest", EXAMPLE)
 

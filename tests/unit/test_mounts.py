@@ -51,6 +51,7 @@ def test_a_configuration_has_complete_entries_which_are_read_again_and_no_clone_
     [
         *("mnt", "", "/", "//a", "/mnt/", "/mnt/../etc", "/mnt/./a", "/etc/x", "/proc", "/dev/shm"),
         *("/home", "/usr/share", "/workspace", "/a\n", "/a\0b", "C:\\x", "/a:/b", "/a:rx"),
+        *(f"/{'a' * 256}", "/a" * 2048),
     ],
 )
 def test_an_unusable_guest_path_is_refused(target: str) -> None:
