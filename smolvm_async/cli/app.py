@@ -45,6 +45,7 @@ COMMANDS = {
     "logs": "logs.logs",
     "events": "events.events",
     "stats": "stats.stats",
+    "info": "info.info",
     "network": "internet.network",
     "screenshot": "desktop.screenshot",
     "vnc": "desktop.vnc",
