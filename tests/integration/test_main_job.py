@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,8 @@ async def test_the_main_job(stand_in: Path, tmp_path: Path, data_dir: Path) -> N
         mode = (data_dir / vm.vm_id).stat().st_mode & 0o777
         assert mode == 0o700
         await run_commands(vm)
+        await copy_files(vm, tmp_path)
+        await set_the_clock(vm)
         await console_shows(vm, "STAND-IN: ready")
         reported = dict(re.findall(r"STAND-IN: (\w+)=(\S+)", vm.console_log()))
         report = await vm.stop()
@@ -134,6 +137,33 @@ async def run_commands(vm: AsyncSmolVM) -> None:
         await vm.spawn("dir")
 
 
+async def copy_files(vm: AsyncSmolVM, directory: Path) -> None:
+    """Copy files to the stand-in's drive C and back, in this process and in an attached one."""
+    content = os.urandom(200_000)
+    (directory / "tree").mkdir()
+    (directory / "tree" / "one.bin").write_bytes(content)
+    assert await vm.upload_file(directory / "tree", "C:\\Temp\\") == "C:/Temp/tree"
+    assert await vm.set_env_vars({"KEPT": "it's"}) == ["KEPT"]
+    async with await AsyncSmolVM.from_id(vm.vm_id, data_dir=vm._handle.config.data_dir) as attached:
+        back = await attached.download_file("C:/Temp/tree/one.bin", f"{directory}/back/")
+        assert (await attached.run("echo $KEPT", BOOT)).stdout == "it's\n"
+        info = await attached.guest_info()
+    assert back.read_bytes() == content
+    assert info.kernel is not None
+    assert info.addresses is not None
+    assert "10.0.2.15" in info.addresses
+    names = (await vm.run("ls -A", BOOT, cwd="/tmp/C:/Temp")).stdout
+    assert names == "tree\n", "no temporary directory"
+
+
+async def set_the_clock(vm: AsyncSmolVM) -> None:
+    """Set the guest's clock back, which a pause ends."""
+    await vm.run("date -s @1000000000", BOOT, check=True)
+    await vm.pause()
+    await vm.resume()
+    assert abs(int((await vm.run("date +%s", BOOT)).stdout) - time.time()) < BOOT
+
+
 async def test_a_guest_without_an_agent_that_ignores_the_power_button(data_dir: Path) -> None:
     vm = await machine("stand_in.agent=off", "stand_in.power_button=ignore", data_dir=data_dir)
     async with vm:
@@ -144,6 +174,10 @@ async def test_a_guest_without_an_agent_that_ignores_the_power_button(data_dir: 
         for one in (vm, attached):
             with pytest.raises(UnsupportedError, match=r"run\(\) needs .* virtio-win ISO"):
                 await one.run("Get-Process")
+            with pytest.raises(UnsupportedError, match=r"upload_file\(\) needs .* virtio-win ISO"):
+                await one.upload_file(__file__, "C:/x")
+            with pytest.raises(UnsupportedError, match=r"guest_info\(\) needs .* virtio-win ISO"):
+                await one.guest_info()
         await attached.detach()
         report = await vm.stop(timeout=2)
     assert report.rung is Rung.QUIT
