@@ -1,6 +1,7 @@
 """The guest's files as bytes and text: no file of the host is involved.
 
-`Contents` checks the arguments. A `FileAccess` does the work, over SSH (`ssh/contents.py`).
+`Contents` checks the arguments. A `FileAccess` does the work, over SSH (`ssh/contents.py`) or
+through the guest's agent (`agent/contents.py`).
 """
 
 from __future__ import annotations
@@ -48,9 +49,17 @@ class Contents:
     `VMTimeoutError` and `VMNotRunningError` as `run()` does.
     """
 
-    async def _file_access(self) -> FileAccess:
-        """Wait until the guest is ready, and return the way to its files."""
+    async def _file_access(self, feature: str) -> FileAccess:
+        """Wait until the guest is ready, and return the way to its files.
+
+        Args:
+            feature: The method that needs the files.
+        """
         raise NotImplementedError
+
+    def _has_windows_paths(self) -> bool:
+        """Return whether the guest's paths are those of Windows."""
+        return False
 
     def _require(self, feature: str) -> None:
         """Check that the guest supports this feature, and that the VM runs."""
@@ -83,12 +92,12 @@ class Contents:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("read_file")
-        path = check_guest_path(path, "path")
+        path = check_guest_path(path, "path", windows=self._has_windows_paths())
         check_boolean("text", text)
         check_integer("offset", offset, 0, None, "bytes, 0 or more")
         if length is not None:
             check_integer("length", length, 0, None, "bytes, 0 or more")
-        content = await (await self._file_access()).read(path, offset, length)
+        content = await (await self._file_access("read_file")).read(path, offset, length)
         if not text:
             return content
         try:
@@ -118,7 +127,7 @@ class Contents:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("write_file")
-        path = check_guest_path(path, "path")
+        path = check_guest_path(path, "path", windows=self._has_windows_paths())
         if path.endswith("/"):
             raise ConfigError(
                 f"path={shown(path)} is wrong: a file's path has no slash at its end."
@@ -131,7 +140,7 @@ class Contents:
             raise ConfigError(
                 f"content={shown(content)} is wrong: pass bytes, or str without lone surrogates."
             )
-        await (await self._file_access()).write(path, bytes(data), mode, make_dirs)
+        await (await self._file_access("write_file")).write(path, bytes(data), mode, make_dirs)
 
     async def list_files(self, path: str) -> list[FileInfo]:
         """Return the files in a directory of the guest, sorted by name.
@@ -141,8 +150,8 @@ class Contents:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("list_files")
-        path = check_guest_path(path, "path")
-        return await (await self._file_access()).entries(path)
+        path = check_guest_path(path, "path", windows=self._has_windows_paths())
+        return await (await self._file_access("list_files")).entries(path)
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, a link or a directory in the guest.
@@ -157,9 +166,9 @@ class Contents:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("remove")
-        path = check_guest_path(path, "path").rstrip("/") or "/"
+        path = check_guest_path(path, "path", windows=self._has_windows_paths()).rstrip("/") or "/"
         check_boolean("recursive", recursive)
-        await (await self._file_access()).remove(path, recursive)
+        await (await self._file_access("remove")).remove(path, recursive)
 
     async def make_directory(self, path: str, *, parents: bool = True) -> None:
         """Make a directory in the guest.
@@ -174,9 +183,9 @@ class Contents:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("make_directory")
-        path = check_guest_path(path, "path").rstrip("/") or "/"
+        path = check_guest_path(path, "path", windows=self._has_windows_paths()).rstrip("/") or "/"
         check_boolean("parents", parents)
-        await (await self._file_access()).make_directory(path, parents)
+        await (await self._file_access("make_directory")).make_directory(path, parents)
 
     async def exists(self, path: str) -> bool:
         """Return whether a file or a directory exists in the guest. A dangling link does not.
@@ -186,5 +195,14 @@ class Contents:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("exists")
-        path = check_guest_path(path, "path")
-        return await (await self._file_access()).exists(path)
+        path = check_guest_path(path, "path", windows=self._has_windows_paths())
+        return await (await self._file_access("exists")).exists(path)
+
+
+def check_length(size: int) -> None:
+    """Check that `read_file()` may return `size` bytes."""
+    if size > MOST:
+        raise FileTransferError(
+            "it is longer than the 64 MiB that read_file() returns at once",
+            hint="Read it in parts, with offset= and length=, or use download_file().",
+        )

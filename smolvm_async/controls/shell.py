@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.commands.commands import Commands
@@ -22,6 +23,9 @@ from smolvm_async.controls.ssh.transfer import SFTPFiles
 from smolvm_async.errors import VMTimeoutError
 from smolvm_async.qemu.events import BootState
 from smolvm_async.qemu.guest_agent import GuestAgent
+
+if TYPE_CHECKING:  # few guests need it
+    from smolvm_async.controls.agent.transfer import AgentFiles
 
 
 class Shell(Commands, Processes, Files, Contents, Environment, Information, Observation):
@@ -78,17 +82,24 @@ class Shell(Commands, Processes, Files, Contents, Environment, Information, Obse
 
     async def _files(self, feature: str) -> AbstractAsyncContextManager[GuestFiles]:
         if self._uses_agent:
-            from smolvm_async.controls.agent.transfer import AgentFiles
-
-            session = await self._session(feature)
-            windows = self._has_windows_paths()
-            return AgentFiles.opened(session, self._over_agent(session), windows=windows)
+            return nullcontext(await self._agent_files(feature))
         return SFTPFiles.opened(await self._reach())
+
+    async def _agent_files(self, feature: str) -> AgentFiles:
+        from smolvm_async.controls.agent.transfer import AgentFiles
+
+        session = await self._session(feature)
+        windows = self._has_windows_paths()
+        return AgentFiles(session, self._over_agent(session), windows=windows)
 
     async def _agent(self, feature: str) -> GuestAgent | None:
         return (await self._session(feature)).agent if self._uses_agent else None
 
-    async def _file_access(self) -> FileAccess:
+    async def _file_access(self, feature: str) -> FileAccess:
+        if self._uses_agent:
+            from smolvm_async.controls.agent.contents import AgentAccess
+
+            return AgentAccess(await self._agent_files(feature))
         from smolvm_async.controls.ssh.contents import SFTPAccess
 
         return SFTPAccess(await self._reach())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 FeatureName = Literal[
-    "commands", "processes", "ssh", "files", "contents", "variables", "user", "kernel", "mounts"
+    "commands", "processes", "ssh", "files", "variables", "user", "kernel", "mounts"
 ]
 Channel = Literal["ssh", "agent"]  # SSH, or the QEMU guest agent
 
@@ -42,14 +42,12 @@ FEATURES: dict[FeatureName, Feature] = {
         "Install an SSH server in the image, and reach its port with expose_local(22).",
     ),
     "files": Feature(
-        ("upload_file", "download_file"),
+        (
+            *("upload_file", "download_file", "read_file", "write_file", "list_files", "remove"),
+            *("make_directory", "exists"),
+        ),
         (),
         BY_NETWORK,
-    ),
-    "contents": Feature(
-        ("read_file", "write_file", "list_files", "remove", "make_directory", "exists"),
-        (),
-        "Use upload_file(), download_file() and run(), if the guest supports them.",
     ),
     "variables": Feature(
         ("set_env_vars", "unset_env_vars", "list_env_vars"),
@@ -73,5 +71,5 @@ FEATURES: dict[FeatureName, Feature] = {
 NEEDED: dict[str, FeatureName] = {  # method or argument -> the feature that it needs
     name: feature for feature, row in FEATURES.items() for name in (*row.methods, *row.arguments)
 }
-NEED_SSH: frozenset[FeatureName] = frozenset({"processes", "ssh", "contents", "user", "mounts"})
+NEED_SSH: frozenset[FeatureName] = frozenset({"processes", "ssh", "user", "mounts"})
 ARGUMENTS = tuple(name for row in FEATURES.values() for name in row.arguments)

@@ -11,7 +11,7 @@ import filecmp
 import os
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -171,7 +171,7 @@ class WindowsFiles(Files, Environment):
         self._guest = guest
 
     async def _files(self, feature: str) -> AbstractAsyncContextManager[GuestFiles]:
-        return AgentFiles.opened(self._guest.session, self._guest.transport, windows=True)
+        return nullcontext(AgentFiles(self._guest.session, self._guest.transport, windows=True))
 
     def _require(self, feature: str) -> None:
         pass

@@ -8,19 +8,23 @@ import itertools
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smolvm_async import ConfigError, FileTransferError
 from smolvm_async.controls.agent import linux
+from smolvm_async.controls.agent.contents import AgentAccess
 from smolvm_async.controls.agent.execution import AgentTransport
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.agent.transfer import AgentFiles
+from smolvm_async.controls.contents import MOST, Contents, FileAccess
 from smolvm_async.controls.files.environment import Environment
 from smolvm_async.controls.files.files import Files
 from smolvm_async.controls.files.transport import GuestFiles
+from smolvm_async.controls.ssh.contents import SFTPAccess
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.transfer import SFTPFiles
 from smolvm_async.qemu.pauses import Pauses
@@ -35,7 +39,7 @@ SESSIONS = 10
 SOON = 30.0  # seconds
 
 
-class Guest(Files, Environment):
+class Guest(Files, Contents, Environment):
     """The host, as if it were a guest that is reached over SSH, or through its agent."""
 
     def __init__(self, link: Link | None, session: Session | None) -> None:
@@ -46,7 +50,13 @@ class Guest(Files, Environment):
         if self.link is not None:
             return SFTPFiles.opened(self.link)
         assert self.session is not None
-        return AgentFiles.opened(self.session, AgentTransport(self.session))
+        return nullcontext(AgentFiles(self.session, AgentTransport(self.session)))
+
+    async def _file_access(self, feature: str) -> FileAccess:
+        if self.link is not None:
+            return SFTPAccess(self.link)
+        assert self.session is not None
+        return AgentAccess(AgentFiles(self.session, AgentTransport(self.session)))
 
     def _require(self, feature: str) -> None:
         pass
@@ -251,3 +261,94 @@ async def test_variables_are_set_listed_and_removed(
     finally:
         kept.unlink()
     assert not [*Path.home().glob(f"{tmp_path.name}*")]
+
+
+async def test_text_and_bytes_are_read_and_written(guest: Guest, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / ("file \udce9" if guest.link is not None else "file é")
+    content = os.urandom(1 << 20) + b"end"
+    await guest.write_file(str(path), content)
+    assert path.read_bytes() == content
+    assert await guest.read_file(str(path), text=False) == content
+    assert await guest.read_file(str(path), text=False, offset=1 << 20) == b"end"
+    assert await guest.read_file(str(path), text=False, offset=9, length=2) == content[9:11]
+    assert await guest.read_file(str(path), text=False, offset=2 << 20) == b""
+    await guest.write_file(str(path), "tea caf\xe9")
+    assert await guest.read_file(str(path)) == "tea caf\xe9"
+    await guest.write_file(str(path), b"")
+    assert await guest.read_file(str(path)) == ""
+    assert "Max open files" in await guest.read_file("/proc/self/limits")
+    assert await guest.read_file("/proc/self/limits", offset=0, length=5) == "Limit"
+    assert [each.name for each in path.parent.iterdir()] == [path.name], "no temporary file"
+
+
+async def test_a_file_that_is_written_keeps_its_mode_its_owner_and_its_link(
+    guest: Guest, tmp_path: Path
+) -> None:
+    file, link, secret = (tmp_path / name for name in ("file", "link", "secret"))
+    file.touch(0o640)
+    os.chown(file, 4711, 4712)
+    link.symlink_to("file")
+    await guest.write_file(str(link), "through the link")
+    assert link.is_symlink()
+    assert file.read_text() == "through the link"
+    status = file.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (4711, 4712, 0o640)
+    await guest.write_file(str(secret), "", mode=0o4600)
+    assert secret.stat().st_mode & 0o7777 == 0o4600
+
+
+async def test_what_cannot_be_read_or_written_is_told(guest: Guest, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"ab\xff")
+    os.truncate(tmp_path / "binary", 3)
+    (tmp_path / "big").touch()
+    os.truncate(tmp_path / "big", MOST + 1)
+    os.mkfifo(tmp_path / "fifo")
+    for name, words in {
+        "binary": "not UTF-8 text: invalid start byte at byte 2.*text=False",
+        "big": "longer than the 64 MiB.*length=",
+        "fifo": "not a file",
+        "missing": "No such file",
+        "": "not a file",
+    }.items():
+        with pytest.raises(FileTransferError, match=words):
+            await guest.read_file(str(tmp_path / name))
+    with pytest.raises(FileTransferError, match="No such file"):
+        await guest.write_file(f"{tmp_path}/no/file", "", make_dirs=False)
+    with pytest.raises(FileTransferError, match="not both files"):
+        await guest.write_file(str(tmp_path), "")
+    with pytest.raises(FileTransferError, match="not a directory"):
+        await guest.list_files(f"{tmp_path}/big")
+    wrong: Any
+    for wrong in ("relative", b"/bytes", "/nul\0", "/ends/"):
+        with pytest.raises(ConfigError, match="path="):
+            await guest.write_file(wrong, "")
+    with pytest.raises(ConfigError, match="content="):
+        await guest.write_file("/x", "\ud800")
+
+
+async def test_directories_are_made_listed_and_removed(guest: Guest, tmp_path: Path) -> None:
+    top = f"{tmp_path}/top"
+    with pytest.raises(FileTransferError, match="No such file"):
+        await guest.make_directory(f"{top}/below", parents=False)
+    for _ in range(2):
+        await guest.make_directory(f"{top}/below")
+    with pytest.raises(FileTransferError, match="exists already"):
+        await guest.make_directory(f"{top}/below", parents=False)
+    await guest.write_file(f"{top}/odd \\ name", "12345", mode=0o600)
+    os.symlink("nowhere", f"{top}/link")
+    os.mkfifo(f"{top}/fifo")
+    infos = await guest.list_files(f"{top}/")
+    known = [(info.name, info.kind, info.path) for info in infos]
+    names = {"below": "directory", "fifo": "other", "link": "link", "odd \\ name": "file"}
+    assert known == [(name, kind, f"{top}/{name}") for name, kind in names.items()]
+    assert (infos[3].size, infos[3].mode) == (5, 0o600)
+    assert infos[3].modified == int(os.stat(infos[3].path).st_mtime)
+    assert [await guest.exists(info.path) for info in infos] == [True, True, False, True]
+    with pytest.raises(FileTransferError, match=r"not empty.*recursive=True"):
+        await guest.remove(top)
+    await guest.remove(f"{top}/link")
+    await guest.remove(f"{top}/below")
+    await guest.remove(f"{top}/", recursive=True)
+    assert not await guest.exists(top)
+    with pytest.raises(FileTransferError, match="No such file"):
+        await guest.remove(top, recursive=True)

@@ -18,11 +18,8 @@ from smolvm_async import (
     CommandTimeoutError,
     ConfigError,
     ConnectionLostError,
-    FileTransferError,
 )
 from smolvm_async.controls.commands.commands import Commands
-from smolvm_async.controls.contents import MOST, Contents
-from smolvm_async.controls.ssh.contents import SFTPAccess
 from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, make_key_pair
@@ -49,7 +46,7 @@ def serve(start_server: Callable[[int], Access]) -> Serve:
     return lambda sessions: link_with(start_server(sessions))
 
 
-class Guest(Commands, Processes, Contents):
+class Guest(Commands, Processes):
     """The host, as if it were a guest."""
 
     def __init__(self, link: Link) -> None:
@@ -60,9 +57,6 @@ class Guest(Commands, Processes, Contents):
 
     async def _transport(self, feature: str) -> SSHTransport:
         return SSHTransport(self.link)
-
-    async def _file_access(self) -> SFTPAccess:
-        return SFTPAccess(self.link)
 
     def _require(self, feature: str) -> None:
         pass
@@ -178,97 +172,6 @@ async def test_bytes_of_file_names_arrive_as_they_were(serve: Serve) -> None:
     result = await Guest(link).run(f"printf %s {odd}", shell="login", text=False)
     assert result.stdout == b"\xff\xfe"
     link.close()
-
-
-async def test_text_and_bytes_are_read_and_written(guest: Guest, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "deep" / "file \udce9"
-    content = os.urandom(1 << 20) + b"end"
-    await guest.write_file(str(path), content)
-    assert path.read_bytes() == content
-    assert await guest.read_file(str(path), text=False) == content
-    assert await guest.read_file(str(path), text=False, offset=1 << 20) == b"end"
-    assert await guest.read_file(str(path), text=False, offset=9, length=2) == content[9:11]
-    assert await guest.read_file(str(path), text=False, offset=2 << 20) == b""
-    await guest.write_file(str(path), "tea caf\xe9")
-    assert await guest.read_file(str(path)) == "tea caf\xe9"
-    await guest.write_file(str(path), b"")
-    assert await guest.read_file(str(path)) == ""
-    assert "Max open files" in await guest.read_file("/proc/self/limits")
-    assert await guest.read_file("/proc/self/limits", offset=0, length=5) == "Limit"
-    assert [each.name for each in path.parent.iterdir()] == [path.name], "no temporary file"
-
-
-async def test_a_file_that_is_written_keeps_its_mode_its_owner_and_its_link(
-    guest: Guest, tmp_path: Path
-) -> None:
-    file, link, secret = (tmp_path / name for name in ("file", "link", "secret"))
-    file.touch(0o640)
-    os.chown(file, 4711, 4712)
-    link.symlink_to("file")
-    await guest.write_file(str(link), "through the link")
-    assert link.is_symlink()
-    assert file.read_text() == "through the link"
-    status = file.stat()
-    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (4711, 4712, 0o640)
-    await guest.write_file(str(secret), "", mode=0o4600)
-    assert secret.stat().st_mode & 0o7777 == 0o4600
-
-
-async def test_what_cannot_be_read_or_written_is_told(guest: Guest, tmp_path: Path) -> None:
-    (tmp_path / "binary").write_bytes(b"ab\xff")
-    os.truncate(tmp_path / "binary", 3)
-    (tmp_path / "big").touch()
-    os.truncate(tmp_path / "big", MOST + 1)
-    os.mkfifo(tmp_path / "fifo")
-    for name, words in {
-        "binary": "not UTF-8 text: invalid start byte at byte 2.*text=False",
-        "big": "longer than the 64 MiB.*length=",
-        "fifo": "not a file",
-        "missing": "No such file",
-        "": "not a file",
-    }.items():
-        with pytest.raises(FileTransferError, match=words):
-            await guest.read_file(str(tmp_path / name))
-    with pytest.raises(FileTransferError, match="No such file"):
-        await guest.write_file(f"{tmp_path}/no/file", "", make_dirs=False)
-    with pytest.raises(FileTransferError, match="not both files"):
-        await guest.write_file(str(tmp_path), "")
-    with pytest.raises(FileTransferError, match="not a directory"):
-        await guest.list_files(f"{tmp_path}/big")
-    wrong: Any
-    for wrong in ("relative", b"/bytes", "/nul\0", "/ends/"):
-        with pytest.raises(ConfigError, match="path="):
-            await guest.write_file(wrong, "")
-    with pytest.raises(ConfigError, match="content="):
-        await guest.write_file("/x", "\ud800")
-
-
-async def test_directories_are_made_listed_and_removed(guest: Guest, tmp_path: Path) -> None:
-    top = f"{tmp_path}/top"
-    with pytest.raises(FileTransferError, match="No such file"):
-        await guest.make_directory(f"{top}/below", parents=False)
-    for _ in range(2):
-        await guest.make_directory(f"{top}/below")
-    with pytest.raises(FileTransferError, match="exists already"):
-        await guest.make_directory(f"{top}/below", parents=False)
-    await guest.write_file(f"{top}/odd \\ name", "12345", mode=0o600)
-    os.symlink("nowhere", f"{top}/link")
-    os.mkfifo(f"{top}/fifo")
-    infos = await guest.list_files(f"{top}/")
-    known = [(info.name, info.kind, info.path) for info in infos]
-    names = {"below": "directory", "fifo": "other", "link": "link", "odd \\ name": "file"}
-    assert known == [(name, kind, f"{top}/{name}") for name, kind in names.items()]
-    assert (infos[3].size, infos[3].mode) == (5, 0o600)
-    assert infos[3].modified == int(os.stat(infos[3].path).st_mtime)
-    assert [await guest.exists(info.path) for info in infos] == [True, True, False, True]
-    with pytest.raises(FileTransferError, match=r"not empty.*recursive=True"):
-        await guest.remove(top)
-    await guest.remove(f"{top}/link")
-    await guest.remove(f"{top}/below")
-    await guest.remove(f"{top}/", recursive=True)
-    assert not await guest.exists(top)
-    with pytest.raises(FileTransferError, match="No such file"):
-        await guest.remove(top, recursive=True)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,24 @@ function place {
         'inside'
         $target = "$target/$env:file_name"
     }
+    make_temporary $target
+}
+
+function make_temporary($target) {
     $parent = $target.Substring(0, $target.LastIndexOf('/') + 1)
     if (-not $env:make_dirs -and -not [IO.Directory]::Exists($parent)) {
-        throw "$parent does not exist"
+        throw "No such file or directory: $parent"
     }
     [void][IO.Directory]::CreateDirectory("$parent$env:leaf")
 }
+
+function place_content {
+    if ([IO.Directory]::Exists($env:target)) { unlike $env:target }
+    make_temporary $env:target
+    [Console]::Out.Write($env:target)
+}
+
+function content_attributes { }
 
 function unpack {
     [void][IO.Directory]::CreateDirectory("$env:temporary/tree")
@@ -75,7 +87,7 @@ function list {
 function contents($directory, $shown) {
     foreach ($item in Get-ChildItem -LiteralPath $directory -Force) {
         $name = "$shown/$($item.Name)"
-        if ($item.LinkType -in 'SymbolicLink', 'Junction') {
+        if (is_link $item) {
             tell "a1ff 0 0 $name"
             tell "link 0 0 $name"
             tell "to 0 0 $(@($item.Target)[0])`n."
@@ -85,6 +97,44 @@ function contents($directory, $shown) {
             if ($item.PSIsContainer) { contents $item.FullName $name }
         }
     }
+}
+
+function is_link($item) {
+    $item.LinkType -in 'SymbolicLink', 'Junction'
+}
+
+function entries {
+    if (-not [IO.Directory]::Exists("$env:source/")) { throw 'it is not a directory' }
+    record ([IO.DirectoryInfo]"$env:source/") '.'
+    foreach ($item in Get-ChildItem -LiteralPath "$env:source/" -Force) {
+        if (is_link $item) { tell "a1ff 0 0 ./$($item.Name)" }
+        else { record $item "./$($item.Name)" }
+    }
+}
+
+function info {
+    record (Get-Item -LiteralPath $env:source -Force) '.'
+}
+
+function exists {
+    if ([IO.File]::Exists($env:source) -or [IO.Directory]::Exists($env:source)) { 'yes' }
+}
+
+function remove {
+    $item = Get-Item -LiteralPath $env:source -Force
+    if ($env:recursive -and $item -is [IO.DirectoryInfo] -and -not (is_link $item)) {
+        Remove-Item -LiteralPath $env:source -Recurse -Force
+    }
+    else { $item.Delete() }
+}
+
+function make_directory {
+    if (-not $env:parents) {
+        $parent = [IO.Path]::GetDirectoryName($env:source)
+        if (-not [IO.Directory]::Exists($parent)) { throw "No such file or directory: $parent" }
+        if (Test-Path -LiteralPath $env:source) { throw 'File exists' }
+    }
+    [void][IO.Directory]::CreateDirectory($env:source)
 }
 
 function record($item, $name) {
@@ -115,6 +165,7 @@ try { & $env:step }
 catch {
     $cause = $_.Exception.GetBaseException()
     if (($cause.HResult -band 0xffff) -in 39, 112) { $text = 'No space left on device' }
+    elseif (($cause.HResult -band 0xffff) -eq 145) { $text = 'the directory is not empty' }
     else { $text = $cause.Message }
     [Console]::Error.WriteLine($text)
     exit 1

@@ -10,11 +10,24 @@ place() {
         echo inside
         target=$target/$file_name
     fi
+    make_temporary
+}
+
+make_temporary() {
     parent=${target%/*}/
     if [ -n "$make_dirs" ]; then
         (umask 022 && mkdir -p "$parent") || return
     fi
     mkdir "$parent$leaf"
+}
+
+# The same beside a file to write to, or beside the file that it links to. Tell the path of the file.
+place_content() {
+    [ ! -L "$target" ] || target=$(readlink -f "$target" && echo .) || return
+    target=${target%"
+."}
+    [ ! -d "$target" ] || unlike "$target"
+    make_temporary && printf %s "$target"
 }
 
 # Unpack an archive that was sent, and remove the archive.
@@ -25,6 +38,16 @@ unpack() {
 # Set the attributes of a file that was sent.
 attributes() {
     cd "$temporary" && touch -d "@$mtime" data && chmod "$mode" data
+}
+
+# Set the attributes of bytes that were sent: by default, those of the file that they replace.
+content_attributes() {
+    cd "$temporary" || return
+    if [ -e "$target" ]; then
+        chown "$(stat -c %u:%g "$target")" data 2>/dev/null # only root may give files away
+        mode=${mode:-$(stat -c %a "$target")}
+    fi
+    chmod "${mode:-644}" data # after the owner, whose change removes the set-user-id bit
 }
 
 # Rename to the final name; merge into a directory that exists already.
@@ -60,7 +83,7 @@ unlike() {
 
 # Remove what a failed transfer has left.
 discard() {
-    rm -rf "${target%/*}/$leaf" "$target/$leaf"
+    rm -rf "${target%/*}/$leaf" "$target/$leaf" "$(dirname "$(readlink -f "$target")")/$leaf"
 }
 
 # List a file or a directory. Each record begins with a word that is in no name.
@@ -75,6 +98,38 @@ list() {
             printf "%s link 0 0 %s\\n%s to 0 0 %s\\n" "$word" "$path" "$word" "$to"
         done
     ' sh {} +
+}
+
+# List a directory without what is below its files.
+entries() {
+    if [ ! -d "$source/" ]; then
+        stat "$source" >/dev/null && echo "it is not a directory" >&2
+        return 1
+    fi
+    cd "$source/" && find . -maxdepth 1 -exec stat -c "$word %f %s %Y %n" {} +
+}
+
+info() {
+    stat -Lc "$word %f %s %Y ." "$source"
+}
+
+exists() {
+    [ ! -e "$source" ] || echo yes
+}
+
+remove() {
+    if [ -L "$source" ] || [ ! -d "$source" ]; then
+        rm "$source"
+    elif [ -n "$recursive" ]; then
+        rm -rf "$source"
+    else
+        rmdir "$source"
+    fi
+}
+
+make_directory() {
+    umask 022
+    mkdir ${parents:+-p} "$source"
 }
 
 # Print or replace a small file in the user's home.

@@ -54,14 +54,6 @@ class AgentFiles:
         self._transport = transport
         self._links: dict[str, str] = {}  # targets, by the path of the link
 
-    @classmethod
-    @asynccontextmanager
-    async def opened(
-        cls, session: Session, transport: Transport, *, windows: bool = False
-    ) -> AsyncIterator[AgentFiles]:
-        """Return the files for the block."""
-        yield cls(session, transport, windows=windows)
-
     async def step(self, step: str, values: Mapping[str, object], content: bytes = b"") -> Answer:
         """Run a function of the guest's script.
 
@@ -111,7 +103,7 @@ class AgentFiles:
     @asynccontextmanager
     async def open(self, path: str) -> AsyncIterator[AgentReader]:
         """See `Readable.open()`."""
-        async with open_file(self.session, _utf8(path), "rb") as file:
+        async with open_file(self.session, utf8(path), "rb") as file:
             yield AgentReader(file)
 
     async def readlink(self, path: str) -> str:
@@ -145,6 +137,15 @@ class AgentUpload:
 
     async def place(self, *, make_dirs: bool) -> None:
         """See `Upload.place()`."""
+        answer = await self._begin("place", make_dirs=make_dirs)
+        inside = answer.stdout.strip() == b"inside"
+        if inside and self._guest.windows and (problem := name_problem(self._source.name)):
+            raise FileTransferError(problem)
+        self._place(f"{self._asked}/{self._source.name}" if inside else self._asked)
+
+    async def _begin(self, step: str, *, make_dirs: bool) -> Answer:
+        """Make the temporary directory."""
+        self._begun = True
         values = {
             "target": self._asked,
             "into": "yes" if self.target.endswith("/") else "",
@@ -152,13 +153,11 @@ class AgentUpload:
             "leaf": self._leaf,
             "make_dirs": "yes" if make_dirs else "",
         }
-        self._begun = True
-        answer = await self._guest.step("place", values)
-        inside = answer.stdout.strip() == b"inside"
-        if inside and self._guest.windows and (problem := name_problem(self._source.name)):
-            raise FileTransferError(problem)
-        self.target = f"{self._asked}/{self._source.name}" if inside else self._asked
-        self._temporary = f"{self.target.rpartition('/')[0]}/{self._leaf}"
+        return await self._guest.step(step, values)
+
+    def _place(self, target: str) -> None:
+        self.target = target
+        self._temporary = f"{target.rpartition('/')[0]}/{self._leaf}"
 
     async def copy(self, tree: Sequence[Entry], meter: TransferMeter) -> None:
         """See `Upload.copy()`."""
@@ -197,7 +196,7 @@ class AgentUpload:
 
     async def _write(self, chunks: AsyncIterator[bytes]) -> None:
         """Write a file in the temporary directory."""
-        path = _utf8(f"{self._temporary}/data")
+        path = utf8(f"{self._temporary}/data")
         async with open_file(self._guest.session, path, "wb") as file:
             pending = bytearray()
             async for chunk in chunks:
@@ -271,8 +270,12 @@ async def _content(path: Path, size: int, meter: TransferMeter) -> AsyncIterator
             yield chunk
 
 
-def parse(output: bytes, word: str, source: str) -> tuple[list[Entry], dict[str, str]]:
+def parse(
+    output: bytes, word: str, source: str, *, any_kind: bool = False
+) -> tuple[list[Entry], dict[str, str]]:
     """Return the entries of a listing and the targets of links; a hostile guest has written both.
+
+    With `any_kind`, there may be sockets, FIFOs and devices, and links without targets.
 
     Raises:
         FileTransferError: The listing makes no sense, or a name could lead out of the tree.
@@ -292,10 +295,11 @@ def parse(output: bytes, word: str, source: str) -> tuple[list[Entry], dict[str,
                 numbers = int(kind, 16), int(size), int(mtime)
                 if path in found or not 0 <= min(numbers[:2]) <= max(map(abs, numbers)) < 1 << 62:
                     raise ValueError
-                found[path] = checked(Entry(path, *numbers), f"{source}/{path}".rstrip("/"))
-        if next(iter(found), None) != "" or links.keys() != {
-            entry.path for entry in found.values() if entry.kind == S_IFLNK
-        }:
+                found[path] = Entry(path, *numbers)
+                if not any_kind:
+                    checked(found[path], f"{source}/{path}".rstrip("/"))
+        expected = {entry.path for entry in found.values() if entry.kind == S_IFLNK}
+        if next(iter(found), None) != "" or (not any_kind and links.keys() != expected):
             raise ValueError
     except ValueError:
         raise FileTransferError(f"the guest's list of {source!r} makes no sense") from None
@@ -310,7 +314,7 @@ def _checked_path(name: bytes) -> str:
     return "/".join(names[1:])
 
 
-def _utf8(path: str) -> str:
+def utf8(path: str) -> str:
     """Check that the agent can open a path."""
     try:
         path.encode()

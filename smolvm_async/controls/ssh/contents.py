@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from smolvm_async.controls.commands.transport import Command
-from smolvm_async.controls.contents import MOST
+from smolvm_async.controls.contents import MOST, check_length
 from smolvm_async.controls.file_info import FileInfo, kind_of
 from smolvm_async.controls.files.copying import TransferMeter, copy_blocks
 from smolvm_async.controls.files.files import carry_out, explained
@@ -48,7 +48,7 @@ class SFTPAccess:
                 raise FileTransferError("it is not a file")
             size, most = max(0, (attrs.size or 0) - offset), length
             if most is None:
-                _check_length(size)
+                check_length(size)
                 most = MOST + 1
             blocks: dict[int, bytes] = {}
             async with sftp.open(path, "rb", **ONE_BY_ONE) as file:
@@ -64,7 +64,7 @@ class SFTPAccess:
                 await copy_blocks(whole, block_size(sftp.limits.max_read_len), read)
         content = b"".join(blocks[start] for start in sorted(blocks))
         if length is None:
-            _check_length(len(content))
+            check_length(len(content))
         return content
 
     async def write(self, path: str, content: bytes, mode: int | None, make_dirs: bool) -> None:
@@ -188,11 +188,3 @@ def _info(directory: str, name: str, attrs: SFTPAttrs) -> FileInfo:
     path = str(PurePosixPath(directory) / name)
     kind, modified = kind_of(mode), float(attrs.mtime or 0)
     return FileInfo(name, path, kind, attrs.size or 0, stat.S_IMODE(mode), modified)
-
-
-def _check_length(size: int) -> None:
-    if size > MOST:
-        raise FileTransferError(
-            "it is longer than the 64 MiB that read_file() returns at once",
-            hint="Read it in parts, with offset= and length=, or use download_file().",
-        )
