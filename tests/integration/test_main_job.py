@@ -152,8 +152,10 @@ async def copy_files(vm: AsyncSmolVM, directory: Path) -> None:
     assert info.kernel is not None
     assert info.addresses is not None
     assert "10.0.2.15" in info.addresses
-    names = (await vm.run("ls -A", BOOT, cwd="/tmp/C:/Temp")).stdout
-    assert names == "tree\n", "no temporary directory"
+    await vm.write_file(r"C:\Temp\note", "text é")
+    assert await vm.read_file("C:/Temp/note") == "text é"
+    names = [info.name for info in await vm.list_files("C:/Temp")]
+    assert names == ["note", "tree"], "no temporary directory"
 
 
 async def set_the_clock(vm: AsyncSmolVM) -> None:
