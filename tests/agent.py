@@ -19,6 +19,8 @@ from smolvm_async.controls.agent.execution import AgentTransport, Execution
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.agent.system import System
 from smolvm_async.controls.commands.commands import Commands
+from smolvm_async.controls.commands.lines import LineStream
+from smolvm_async.controls.commands.result import Line
 from smolvm_async.controls.commands.transport import Command, Transport
 from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.events import Event, PortChanged
@@ -188,3 +190,9 @@ async def until_sleeping(seconds: str, count: int) -> None:
     async with asyncio.timeout(SOON):
         while len(sleepers(seconds)) != count:
             await asyncio.sleep(0.01)
+
+
+async def first_of(lines: LineStream, count: int) -> AsyncIterator[Line]:
+    """Yield the first lines."""
+    for _ in range(count):
+        yield await anext(lines)

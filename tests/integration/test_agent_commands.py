@@ -12,15 +12,13 @@ from pathlib import Path
 import pytest
 
 from smolvm_async.controls.agent import linux
-from smolvm_async.controls.commands.lines import LineStream
-from smolvm_async.controls.commands.result import Line
 from smolvm_async.errors import (
     CommandFailedError,
     CommandTimeoutError,
     ConfigError,
     ConnectionLostError,
 )
-from tests.agent import SOON, Guest, Host, sleepers, until_sleeping
+from tests.agent import SOON, Guest, Host, first_of, sleepers, until_sleeping
 
 pytestmark = pytest.mark.anyio
 
@@ -188,8 +186,3 @@ async def test_run_and_run_stream_are_the_same_as_over_ssh(guest: Guest) -> None
         seen = {(line.stream, line.text) async for line in first_of(lines, 2)}
     assert seen == {("stdout", "one"), ("stderr", "two")}
     assert sleepers("1009") == []
-
-
-async def first_of(lines: LineStream, count: int) -> AsyncIterator[Line]:
-    for _ in range(count):
-        yield await anext(lines)

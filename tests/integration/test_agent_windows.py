@@ -10,6 +10,7 @@ import asyncio
 import filecmp
 import os
 import shutil
+import signal
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
@@ -27,7 +28,7 @@ from smolvm_async.errors import (
     ConnectionLostError,
     FileTransferError,
 )
-from tests.agent import SOON, Guest, Host, sleepers, until_sleeping
+from tests.agent import SOON, Guest, Host, first_of, sleepers, until_sleeping
 from tests.integration.trees import make_tree
 
 pytestmark = pytest.mark.anyio
@@ -221,3 +222,15 @@ async def test_variables_are_in_all_commands(guest: Guest) -> None:
     assert await files.unset_env_vars(["A"]) == {"A": value}
     assert await files.list_env_vars() == {"B": "b"}
     assert (await guest.run('printf %s "$A$B"')).stdout == "b"
+
+
+async def test_lines_stream_and_a_child_that_is_left_behind_does_not_hold_the_command(
+    guest: Guest,
+) -> None:
+    async with guest.run_stream("echo one; read line; echo two >&2; exec sleep 1108") as lines:
+        seen = {(line.stream, line.text) async for line in first_of(lines, 2)}
+    assert seen == {("stdout", "one"), ("stderr", "two")}
+    assert sleepers("1108") == []
+    result = await guest.run("sleep 1109 & echo $!; exit 3")
+    assert (result.exit_code, sleepers("1109")) == (3, [int(result.stdout)])
+    os.kill(int(result.stdout), signal.SIGKILL)
