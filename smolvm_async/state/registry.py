@@ -64,7 +64,7 @@ class VMInfo:
     keep: bool
     image: str
     host: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     resident: int | None = None
     processors: float | None = None
 

@@ -107,7 +107,7 @@ async def test_an_idle_vm_is_paused_until_the_next_call(
         calls: list[Callable[[], Awaitable[object]]] = [
             lambda: vm.run("sleep 2.4", check=True),
             lambda: used_for_long(side),
-            lambda: side.keyboard.press("a"),
+            lambda: side.keyboard.press("a", hold=2.4),
             vm.screenshot,
         ]
         for pauses, call in enumerate(calls, start=1):
