@@ -38,6 +38,7 @@ logger = get_logger(__name__)
 
 SEED = 64  # bytes; the pool of Linux has 32
 RANDOM = 3  # the script's exit status if only the random numbers could not be reseeded
+PATIENCE = 30.0  # seconds for a guest's agent; usually, this takes 0.1 s
 QUOTED = 300  # characters of the guest's answer in a warning
 SCRIPT = "set_right.sh"
 NOT_RESEEDED = (
@@ -112,18 +113,23 @@ async def set_right_through_agent(vm_id: str, session: Session, os: str) -> None
     present = await session.agent.present()
     if os != "linux" or not present:
         logger.warning(NOT_REACHED)
-        if present and (problem := await advance_clock(session.agent)):
-            logger.warning(PROBLEM, problem)
+    if not present:
         return
     values = {"seed": secrets.token_hex(SEED), "time": time.time(), "hostname": vm_id}
     script = files(__package__).joinpath(SCRIPT).read_text()
     try:
-        answer = await query(AgentTransport(session), script, {}, _assignments(values))
-        problem = answer.reason[-QUOTED:] if answer.exit_code else ""
+        async with session.pauses.timeout(PATIENCE):
+            if os != "linux":
+                problem = await advance_clock(session.agent)
+            else:
+                answer = await query(AgentTransport(session), script, {}, _assignments(values))
+                problem = answer.reason[-QUOTED:] if answer.exit_code else ""
     except SmolVMError as error:
         problem = error.message
+    except TimeoutError:
+        problem = f"no answer within {PATIENCE:g} s"
     if problem:
-        logger.warning(NOT_RESEEDED, problem)
+        logger.warning(NOT_RESEEDED if os == "linux" else PROBLEM, problem)
 
 
 def _assignments(values: Mapping[str, object]) -> bytes:

@@ -10,7 +10,7 @@ python3 -c 'import fcntl; fcntl.ioctl(open("/dev/urandom", "w"), 0x5207)' 2>/dev
     [ -e /sys/bus/acpi/drivers/vmgenid ] || [ -e /sys/module/vmgenid ]
 reseeded=$?
 
-date -s "@$time" >/dev/null || date -s "@${time%.*}" >/dev/null
+date -s "@$time" >/dev/null 2>&1 || date -s "@${time%.*}" >/dev/null
 
 before=$(hostname)
 echo "$hostname" >/proc/sys/kernel/hostname

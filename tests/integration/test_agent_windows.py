@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from smolvm_async.controls.agent import windows
+from smolvm_async.controls.agent.contents import AgentAccess
 from smolvm_async.controls.agent.transfer import AgentFiles
 from smolvm_async.controls.files.environment import Environment
 from smolvm_async.controls.files.files import Files
@@ -206,6 +207,20 @@ async def test_files_go_and_come_the_same(guest: Guest, tmp_path: Path) -> None:
         await files.upload_file(tmp_path / "nul", "C:/")
     assert sorted(path.name for path in drive.iterdir()) == ["Program Files", "tree"]
     shutil.rmtree(drive)  # it would look like a file of a command
+
+
+async def test_files_are_read_written_listed_and_removed(guest: Guest, tmp_path: Path) -> None:
+    access = AgentAccess(AgentFiles(guest.session, guest.transport, windows=True))
+    await access.make_directory("C:/a b/c", True)
+    await access.write("C:/a b/file", b"one", None, True)
+    await access.write("C:/a b/file", b"two", None, False)
+    assert await access.read("C:/a b/file", 1, None) == b"wo"
+    assert [info.path for info in await access.entries("C:/a b")] == ["C:/a b/c", "C:/a b/file"]
+    with pytest.raises(FileTransferError, match="not empty"):
+        await access.remove("C:/a b", False)
+    await access.remove("C:/a b", True)
+    assert not await access.exists("C:/a b")
+    (tmp_path / "C:").rmdir()
 
 
 def contents(root: Path) -> dict[str, bytes]:

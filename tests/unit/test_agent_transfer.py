@@ -114,6 +114,8 @@ def test_the_scripts_for_linux_and_windows_have_the_same_steps() -> None:
     linux = re.findall(r"^(\w+)\(\) \{", scripts.joinpath("files.sh").read_text(), re.M)
     windows = re.findall(r"^function (\w+)", scripts.joinpath("files.ps1").read_text(), re.M)
     steps = {"place", "unpack", "attributes", "publish", "discard", "list", "read_own", "write_own"}
+    steps |= {"place_content", "content_attributes", "entries", "info", "exists", "remove"}
+    steps |= {"make_directory"}
     assert steps <= {*linux} & {*windows}
 
 
