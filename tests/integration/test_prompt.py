@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import random
+import re
 import select
 import signal
 import struct
@@ -350,3 +351,15 @@ async def test_a_vm_in_the_background_outlives_its_terminal_and_not_its_owner(
 async def test_a_terminal_needs_a_terminal(vm: AsyncSmolVM) -> None:
     code, _, errors = await cli(vm, "shell", "shared")
     assert (code, b"not a terminal" in errors) == (2, True)
+
+
+async def test_the_facts_about_a_guest_are_shown(vm: AsyncSmolVM) -> None:
+    code, output, _ = await cli(vm, "info", "shared", "--json")
+    facts = json.loads(output)
+    assert (code, facts["vm_id"], facts["os_id"]) == (0, "shared", "debian")
+    assert facts["disks"][0]["mount_point"] == "/"
+    code, output, _ = await cli(vm, "info", "shared")
+    lines = output.decode().splitlines()
+    assert code == 0
+    assert "os id: debian" in lines
+    assert re.fullmatch(r"disk /: [\d.]+ \w+ of [\d.]+ \w+, ext4", lines[-1])

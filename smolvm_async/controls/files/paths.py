@@ -19,8 +19,8 @@ from smolvm_async.errors import ConfigError
 
 MOST = 259  # characters of a path; most programs of Windows refuse more
 # Names of devices, in every directory and with every suffix.
-RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM[1-9¹²³]|LPT[1-9¹²³]) *(\..*)?", re.IGNORECASE)
-FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]')
+RESERVED = r"(?i:CON|PRN|AUX|NUL|COM[1-9¹²³]|LPT[1-9¹²³]) *(\..*)?"
+FORBIDDEN = r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]'
 
 
 def check_guest_path(path: object, name: str = "guest_path", *, windows: bool = False) -> str:
@@ -70,11 +70,11 @@ def _check_windows_path(path: object, name: str) -> str:
 
 def name_problem(name: str) -> str:
     """Return the reason why Windows cannot keep a file of this name; empty if it can."""
-    if RESERVED.fullmatch(name):
+    if re.fullmatch(RESERVED, name):
         return f"in Windows, {name!r} is the name of a device: choose another name"
     if name.endswith((".", " ")):  # Windows silently removes them; `..` ends with a dot, too
         return f"in Windows, no name ends with a dot or a space, as {name!r} does"
-    if found := FORBIDDEN.search(name):
+    if found := re.search(FORBIDDEN, name):
         return f"in Windows, {found[0]!r} is not allowed in a name, as in {name!r}"
     return ""
 
