@@ -73,8 +73,9 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         image: The qcow2 to start from: a path or a `file://` URI; or `s3://BUCKET/PREFIX/`, a
             published image, which the first start downloads (see `ImageStore`). A VM never
             writes to its image, so any number of VMs can share an image. A Linux image needs
-            cloud-init; without it, `run()` and file transfer do not work. By default, the built-in
-            Debian, which the library builds at its first use.
+            cloud-init, or the QEMU guest agent (see `channel`); without either, `run()` and file
+            transfer do not work. By default, the built-in Debian, which the library builds at its
+            first use.
         kernel: A Linux kernel for QEMU to load, instead of the image's boot loader.
         initrd: The kernel's initramfs.
         boot_args: The kernel's command line; by default `console=ttyS0 root=/dev/vda rw`.

@@ -11,7 +11,7 @@ try {
 }
 
 $value = @{}
-$content = New-Object byte[] 0
+[byte[]] $content = @()
 $variables = @{}
 foreach ($line in $input) {
     $name, $encoded = ([string] $line).Split(' ')
