@@ -14,15 +14,19 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.tasks import in_thread
 
 POLL = 0.02  # seconds between two attempts
+TURN, TURN_POLL = 120.0, 0.2  # seconds to wait for a turn, and between two attempts of many waiters
 
 
-async def poll(attempt: Callable[[], bool], timeout: float = math.inf) -> bool:
+async def poll(
+    attempt: Callable[[], bool], timeout: float = math.inf, interval: float = POLL
+) -> bool:
     """Call `attempt` in the loop's worker thread until it returns true, or for `timeout` seconds.
 
     Return whether `attempt` returned true. A cancellation may arrive after `attempt` took a lock.
@@ -32,7 +36,7 @@ async def poll(attempt: Callable[[], bool], timeout: float = math.inf) -> bool:
     while not await in_thread(attempt):
         if time.monotonic() > deadline:
             return False
-        await asyncio.sleep(POLL)
+        await asyncio.sleep(interval)
     return True
 
 
@@ -50,6 +54,26 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
     except OSError as error:  # some file systems have no locks: the message must not be about files
         raise OSError(error.errno, f"flock(2) failed: {error.strerror}") from error
     return True
+
+
+@contextlib.asynccontextmanager
+async def turn_at(path: Path) -> AsyncIterator[None]:
+    """Take turns with other processes during the block, by a lock on the file `path`.
+
+    The file may be missing, and a holder may hang. So the block may begin without the lock, at the
+    latest after `TURN` seconds.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # the file system has no locks
+            await poll(partial(try_lock, fd), TURN, TURN_POLL)
+        yield
+    finally:
+        await in_thread(partial(os.close, fd))
 
 
 def is_locked(fd: int) -> bool:

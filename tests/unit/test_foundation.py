@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from smolvm_async.foundation import locking
 from smolvm_async.foundation.files import replace_file, seal
-from smolvm_async.foundation.locking import LockFile, poll
+from smolvm_async.foundation.locking import LockFile, poll, turn_at
 from smolvm_async.foundation.progress import Meter, Progress
 from smolvm_async.foundation.tasks import in_thread
 
@@ -34,6 +35,31 @@ async def test_a_lock_file_has_one_holder_and_is_gone_afterwards(tmp_path: Path)
     await asyncio.gather(*(work(number) for number in range(4)))
     assert log[::2] == log[1::2]
     assert not path.exists()
+
+
+@pytest.mark.anyio
+async def test_one_has_its_turn_at_a_file_and_nobody_waits_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, inside, most = tmp_path / "file", 0, 0
+    path.touch()
+    monkeypatch.setattr(locking, "TURN_POLL", 0.001)
+
+    async def work() -> None:
+        nonlocal inside, most
+        async with turn_at(path):
+            inside += 1
+            most = max(most, inside)
+            await in_thread(int)  # the thread of all attempts
+            inside -= 1
+
+    await asyncio.gather(*(work() for _ in range(10)))
+    assert most == 1
+    monkeypatch.setattr(locking, "TURN", 0.0)
+    async with turn_at(path), turn_at(path):
+        pass
+    async with turn_at(tmp_path / "missing"):
+        pass
 
 
 @pytest.mark.anyio

@@ -17,6 +17,8 @@ Opening the connection needs some care:
   socketpair), and accepts only the host key that we gave to the guest.
 - Only one attempt runs at a time, as a task that all callers wait for. Cancelling a caller does not
   cancel the task; `abort()` does. The link closes the socket unless asyncssh has taken it over.
+- A guest with a busy processor finishes no login of many at once. So logins take turns: those of
+  the clones of this process, and those of all processes that are attached to a VM.
 - Nothing waits in vain for a paused guest (see `Pauses`): no attempt starts, every deadline stands
   still, and the connection needs no keep-alive.
 - `abort()` drops the connection after a reset of the guest, since the network does not report the
@@ -34,7 +36,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolvm_async.controls.ssh.login import Access
@@ -154,6 +156,7 @@ class Link:
         access: Returns the server's port and the keys.
         pauses: Tells whether the guest is paused.
         explain: Adds the VM's troubles to an error; see `Troubles.explain()`.
+        turn: Returns a block that takes turns with other logins, for a server that is `serving`.
 
     Attributes:
         serving: Whether the guest's server certainly runs, as in a clone of a guest that was ready.
@@ -165,8 +168,11 @@ class Link:
         access: Callable[[], Awaitable[Access]],
         pauses: Pauses,
         explain: Callable[[Any], Any] = lambda error: error,
+        turn: Callable[[], AbstractAsyncContextManager[None]] = _login_turns.take,
     ) -> None:
         self.explain = explain
+        self._turn = turn
+        self._queued = 0.0  # seconds spent in waiting for turns
         self.pauses = pauses
         pauses.watchers.add(self._keep_alive)
         self._vm_id = vm_id
@@ -361,9 +367,9 @@ class Link:
 
     async def _patiently_connected(self) -> SSHClientConnection:
         now = asyncio.get_running_loop().time
-        began = now()
+        began = now() - self._queued
         while (connection := await self._connected()) is None:
-            if min(now() - began, self.pauses.running_for()) > PATIENCE:
+            if min(now() - self._queued - began, self.pauses.running_for()) > PATIENCE:
                 raise self._lost(f"its SSH server has not answered for {PATIENCE:g} s")
             await asyncio.sleep(RETRY)
         return connection
@@ -405,7 +411,10 @@ class Link:
         if not self.serving:
             return await self._greet_and_log_in(access)
         self._greeting = LONGEST_GREETING  # a time-out would only start the greeting anew
-        async with _login_turns.take():
+        await _import_asyncssh()
+        began = time.monotonic()
+        async with self._turn():
+            self._queued += time.monotonic() - began
             return await self._greet_and_log_in(access)
 
     async def _greet_and_log_in(self, access: Access) -> SSHClientConnection | None:
@@ -423,7 +432,8 @@ class Link:
         except BaseException as error:
             ours.close()
             if isinstance(error, Exception):
-                raise self._lost(f"logging in failed: {error}") from error
+                reason = str(error) or f"the guest has not answered for {LOGIN:g} s"
+                raise self._lost(f"logging in failed: {reason}") from error
             raise
 
     def _lost(self, reason: str) -> ConnectionLostError:
@@ -521,9 +531,13 @@ def _has_account() -> bool:
         return False
 
 
-async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:
+async def _import_asyncssh() -> None:
     if "asyncssh" not in sys.modules:
         await in_background(no_collection()(importlib.import_module), "asyncssh")
+
+
+async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:
+    await _import_asyncssh()
     import asyncssh
 
     known: Any = ([asyncssh.import_public_key(access.host_key)], [], [])

@@ -23,6 +23,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +37,7 @@ from smolvm_async.controls.interface import VM, Run, check_run, last_use
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import SmolVMError, VMCrashedError, VMExpiredError, VMNotRunningError
 from smolvm_async.foundation.fork import private
-from smolvm_async.foundation.locking import poll
+from smolvm_async.foundation.locking import poll, turn_at
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tail import Tail
 from smolvm_async.foundation.tasks import end_tasks
@@ -47,6 +48,7 @@ from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.logs import log_end
+from smolvm_async.state.names import SSH_KEY
 from smolvm_async.state.record import Record
 from smolvm_async.state.status import Status
 from smolvm_async.vm.attach.messages import (
@@ -91,7 +93,10 @@ class AttachedVM:
         self._stop, self._delete = owner.stop, owner.delete
         self.troubles = Troubles(self.config, lambda: log_end(path, "qemu"))
         self.pauses = Pauses()
-        self.link = Link(self.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
+        turn = partial(turn_at, path / SSH_KEY)
+        explain = self.troubles.explain
+        self.link = Link(self.config.vm_id, self.ssh_access, self.pauses, explain, turn)
+        self.link.serving = True  # nobody uses the link before the guest is ready
         self.session = Session(self.peripherals.agent, self.pauses, self.troubles.explain)
         self.status = record.status
         self.accelerator = ""
