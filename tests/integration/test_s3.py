@@ -1024,8 +1024,8 @@ async def test_a_windows_image_is_a_windows_guest(
         (info,) = await AsyncSmolVM.list(data_dir=data_dir)
         assert (info.os, info.memory) == ("windows", 2048)
         await vm.stop(0)
-    refused = AsyncSmolVM(image=uri, accel="tcg", data_dir=data_dir, env={"A": "b"})
-    with pytest.raises(UnsupportedError, match="env= is not available"):
+    refused = AsyncSmolVM(image=uri, accel="tcg", data_dir=data_dir, user="bob")
+    with pytest.raises(UnsupportedError, match="user= is not available"):
         await refused.start()
     small = AsyncSmolVM(image=uri, accel="tcg", data_dir=data_dir, memory=512)
     with pytest.raises(ConfigError, match="memory=512 is less than"):
