@@ -133,6 +133,7 @@ class VMRun:
         self._source: Source | None = plan.source
         self._login: Login | None = None
         self._clone: Clone | None = None  # if the VM is a clone of a running VM
+        self._right_later = False  # a clone of a guest that boots, and is reached through its agent
         self._disk: Disk
         self._saving = anyio.Lock()  # a snapshot excludes pauses and other snapshots
         self._ram: int | None = None  # the file with the RAM of a VM that boots under TCG
@@ -497,13 +498,18 @@ class VMRun:
         if saved.login is not None:
             await self._set_right(record, saved.login)
         elif record.ready:
-            from smolvm_async.vm.set_right import set_right_through_agent
-
-            config = self._plan.config
-            await set_right_through_agent(config.vm_id, self.session, config.profile.name)
+            await self._set_right_through_agent()
+        else:
+            self._right_later = True
         # `_probe` sets variables and mounts directories, before the guest is ready.
         if record.ready and not self._plan.config.env and not self._mounting.mounts:
             self.boot.enter(BootState.READY, evidence)
+
+    async def _set_right_through_agent(self) -> None:
+        from smolvm_async.vm.set_right import set_right_through_agent
+
+        config = self._plan.config
+        await set_right_through_agent(config.vm_id, self.session, config.profile.name)
 
     async def _set_right(self, record: SnapshotRecord, before: Login) -> None:
         """Set the clone right; if its guest was not ready yet, as soon as it is."""
@@ -543,6 +549,9 @@ class VMRun:
                 return None
             if self._clone is not None and self.parked is None and not self._clone.is_right:
                 await self._clone.set_right(self._plan.config.timeouts.boot)
+            if self._right_later:
+                await self._set_right_through_agent()
+                self._right_later = False
             if env := self._plan.config.env:
                 async with self._guest_files() as guest:
                     await set_variables(guest, env)
