@@ -46,7 +46,7 @@ class Background:
                 os.dup2(nowhere.fileno(), fd)
         text: Any = io.TextIOWrapper(_Log(log), errors="backslashreplace", write_through=True)
         sys.stdout = sys.stderr = text
-        for handler in logging.getLogger().handlers:
+        for handler in logging.root.handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(text)
 
