@@ -301,7 +301,7 @@ class Spawner:
 
         Raises:
             HostError: If the host cannot start a thread.
-            LaunchError: If the thread has ended.
+            OSError: If the thread has ended.
         """
         if not self._started:
             name, arguments = "smolvm-spawner", (self._jobs, self._ended)
@@ -315,7 +315,7 @@ class Spawner:
         either: list[Future[Any]] = [future, self._ended]
         wait(either, return_when=FIRST_COMPLETED)
         if not future.done():
-            raise LaunchError("The thread that spawns the VM's processes has ended.")
+            raise OSError(errno.ETIME, os.strerror(errno.ETIME))
         return future.result()
 
     def end_after(self, seconds: float) -> None:

@@ -66,6 +66,17 @@ async def test_a_vm_is_deleted_when_its_time_is_over(blank: dict[str, Any], data
         assert (await vm.stop()).rung is Rung.TTL
 
 
+async def test_a_time_that_is_over_before_the_vm_runs_is_told(
+    blank: dict[str, Any], data_dir: Path
+) -> None:
+    vm = AsyncSmolVM(**blank, ttl=0.001)
+    for _ in range(2):
+        with pytest.raises(VMExpiredError, match=r"0\.001 s \(ttl=\)"):
+            await vm.start()
+    assert vm.status is Status.DELETED
+    assert not list(data_dir.iterdir())
+
+
 @pytest.mark.parametrize("way", ["hangs", "is stopped"])
 async def test_its_time_ends_also_if_its_owner_hangs_or_is_stopped(
     blank_image: Path, data_dir: Path, way: str
