@@ -24,7 +24,7 @@ WIDTH = 100  # columns
 LOGO = (1280, 800)  # pixels: the screen's size while the firmware shows its logo
 COMMANDS = (
     ["smolvm-async", "run", "--", "python3", "-c", "print(6 * 7)"],
-    ["smolvm-async", "run", "-d", "--id", "demo", "--memory", "256"],
+    ["smolvm-async", "run", "-d", "--os", "linux", "--id", "demo"],
     ["smolvm-async", "exec", "demo", "--", "sh", "-c", "hostname; head -n 1 /etc/os-release"],
     ["smolvm-async", "list"],
     ["smolvm-async", "delete", "demo"],
@@ -35,12 +35,12 @@ COMMANDS = (
 def record(console: Console) -> None:
     """Run the commands in turn, and write each command and its output on the console."""
     scripts = sysconfig.get_path("scripts")
-    env = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
-    env["PATH"] = os.pathsep.join((scripts, env["PATH"]))
+    path = os.pathsep.join((scripts, os.environ["PATH"]))
+    env = os.environ | {"PATH": path, "COLUMNS": str(WIDTH)}
     for words in COMMANDS:
         console.print(Text("$ ", "bold green") + Text(shlex.join(words), "bold"))
         ended = subprocess.run(words, env=env, cwd=HERE.parent, stdout=subprocess.PIPE, check=True)
-        console.print(Text.from_ansi(ended.stdout.decode()))
+        console.print(Text(ended.stdout.decode()))
 
 
 async def photograph(disk: Path, path: Path) -> None:
