@@ -62,7 +62,7 @@ PASSES = 4  # times that QEMU sends what has changed before the guest is stopped
 DOWNTIME = 50  # ms that the guest may stand still by QEMU's estimate before its end
 UNLIMITED = 1 << 40  # bytes per second
 LOOK = 0.002  # seconds between two looks at a migration; a look takes 0.2 ms
-CHUNK = 1 << 20  # bytes
+PIPE, CHUNK = 1 << 20, 1 << 16  # bytes; a user may have no larger pipe
 PATIENCE = 60.0  # seconds for each step, except sending the memory while the guest runs
 
 
@@ -257,47 +257,66 @@ async def activate(monitor: Monitor) -> None:
         await asyncio.gather(monitor.execute("cont"), monitor.execute("stop"))
 
 
-async def load(monitor: Monitor, file: int, resumed: asyncio.Future[None]) -> None:
-    """Load a machine from an open file, and let its guest run. QEMU ends if it cannot load.
+class SavedState:
+    """The file `machine`, on its way to QEMU.
 
     From QEMU 9.1 on, `fd:` with a file is deprecated, and `file:` needs QEMU 8.2. So QEMU gets a
-    pipe, into which a thread writes the file. The pipe takes the whole of most machines: then QEMU
-    has loaded the machine when it comes to `cont`.
+    pipe. The pipe takes the whole of most machines even before QEMU starts: then QEMU has loaded
+    the machine when it comes to `cont`.
 
     Args:
-        resumed: Done when the guest runs.
+        file: The open file; `close()` does not close it.
     """
-    qemus, ours = os.pipe()
-    with suppress(OSError):  # this user has too many large pipes: a small one is slower
-        fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, CHUNK)
-    writing = asyncio.ensure_future(in_background(_write, file, private(ours)))
-    try:
-        await asyncio.gather(  # QEMU has the next command before it has answered the last one
-            monitor.execute("migrate-set-capabilities", _capabilities(**{"x-ignore-shared": True})),
-            monitor.send_descriptor(CHANNEL, qemus),
-            monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"}),
-            monitor.execute("cont"),
-        )
-    finally:
-        os.close(qemus)
-        await settle(writing)
-        close_private(ours)
-    while not resumed.done() and await _lasts(monitor, "query-status", "inmigrate"):
-        pass
-    if not resumed.done():  # QEMU was still loading when it came to `cont`
-        await monitor.execute("cont")
 
+    def __init__(self, file: int) -> None:
+        self._file, self._offset = file, 0
+        self._ends = [private(end) for end in os.pipe()]  # QEMU's, and ours
+        with suppress(OSError):  # this user has too many large pipes: a small one is slower
+            fcntl.fcntl(self._ends[1], fcntl.F_SETPIPE_SZ, PIPE)
+        os.set_blocking(self._ends[1], False)
+        self._whole = self._write(0)
 
-def _write(file: int, pipe: int) -> None:
-    os.set_blocking(pipe, False)
-    free = select.poll()
-    free.register(pipe, select.POLLOUT)
-    offset = 0
-    with suppress(BrokenPipeError):  # QEMU has ended, and its end tells more
-        while part := memoryview(os.pread(file, CHUNK, offset)):
-            offset += len(part)
-            while part and free.poll(PATIENCE * 1000):
-                part = part[os.write(pipe, part) :]
+    async def load(self, monitor: Monitor, resumed: asyncio.Future[None]) -> None:
+        """Load the machine, and let its guest run. QEMU ends if it cannot load the machine.
+
+        Args:
+            resumed: Done when the guest runs.
+        """
+        writing = None if self._whole else asyncio.ensure_future(in_background(self._write))
+        try:
+            await asyncio.gather(  # QEMU has the next command before it has answered the last one
+                monitor.execute(
+                    "migrate-set-capabilities", _capabilities(**{"x-ignore-shared": True})
+                ),
+                monitor.send_descriptor(CHANNEL, self._ends[0]),
+                monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"}),
+                monitor.execute("cont"),
+            )
+        finally:
+            close_private(self._ends.pop(0))  # so that `_write` notices that QEMU has ended
+            if writing is not None:
+                await settle(writing)
+            self.close()
+        while not resumed.done() and await _lasts(monitor, "query-status", "inmigrate"):
+            pass
+        if not resumed.done():  # QEMU was still loading when it came to `cont`
+            await monitor.execute("cont")
+
+    def close(self) -> None:
+        """Close the pipe."""
+        while self._ends:
+            close_private(self._ends.pop())
+
+    def _write(self, patience: float = PATIENCE) -> bool:
+        """Write until the pipe takes no more for so many seconds; return whether all is written."""
+        free = select.poll()
+        free.register(self._ends[-1], select.POLLOUT)
+        with suppress(BrokenPipeError):  # QEMU has ended, and its end tells more
+            while part := os.pread(self._file, CHUNK, self._offset):
+                if not free.poll(patience * 1000):
+                    return False
+                self._offset += os.write(self._ends[-1], part)
+        return True
 
 
 def open_new(path: Path, size: int = 0) -> int:

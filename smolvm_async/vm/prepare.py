@@ -32,6 +32,7 @@ from smolvm_async.vm.plan import Plan, find_source
 
 if TYPE_CHECKING:  # a boot does not need them
     from smolvm_async.host.shares import Share
+    from smolvm_async.qemu.saving import SavedState
     from smolvm_async.state.snapshot_record import SnapshotRecord
     from smolvm_async.state.snapshots import Snapshot
 
@@ -42,13 +43,13 @@ class SavedMachine(NamedTuple):
     Attributes:
         record: The snapshot's record.
         ram: The descriptor of the file with the RAM.
-        state: The descriptor of the file with the state of all devices.
+        state: The state of all devices.
         login: The login that the guest has until the clone is set right; see `vm/set_right.py`.
     """
 
     record: SnapshotRecord
     ram: int
-    state: int
+    state: SavedState
     login: Login | None
 
 
@@ -206,6 +207,7 @@ def _take_from(
     Args:
         disk: The content of `top`, the layer that the VM writes to.
     """
+    from smolvm_async.qemu.saving import SavedState
     from smolvm_async.state.snapshot_record import MACHINE, RAM
 
     record = snapshot.record
@@ -225,7 +227,9 @@ def _take_from(
     stack.callback(os.close, ram)
     machine = snapshot.open(MACHINE)
     stack.callback(os.close, machine)
-    return login, SavedMachine(record, ram, machine, before)
+    saved = SavedState(machine)
+    stack.callback(saved.close)
+    return login, SavedMachine(record, ram, saved, before)
 
 
 def _check_layers(directory: Path, layers: Sequence[str]) -> None:

@@ -85,6 +85,7 @@ from smolvm_async.vm.prepare import PreparedVM, SavedMachine, prepare, snapshot_
 if TYPE_CHECKING:  # a launch, a snapshot, or a start from one, imports them
     from smolvm_async.qemu.internet.denials import Denied
     from smolvm_async.qemu.internet.service import Internet
+    from smolvm_async.qemu.saving import SavedState
     from smolvm_async.state.snapshot_record import SnapshotRecord
     from smolvm_async.state.snapshots import NewSnapshot, Snapshot
     from smolvm_async.vm.set_right import Clone
@@ -469,14 +470,12 @@ class VMRun:
             if saved is not None:
                 await self._load(saved.state)
 
-    async def _load(self, file: int) -> None:
+    async def _load(self, state: SavedState) -> None:
         """Load a saved machine, and let its guest go on."""
-        from smolvm_async.qemu.saving import load  # a boot does not need it
-
         deadline = self._plan.config.timeouts.launch
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline):
-                await load(self._monitor, file, self._resumed)
+                await state.load(self._monitor, self._resumed)
                 waited: set[asyncio.Future[Any]] = {self._resumed, self.processes.qemu.exited}
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not self._resumed.done():
