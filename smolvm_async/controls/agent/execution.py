@@ -299,15 +299,9 @@ class AgentTransport:
         receive: Callable[[Stream, bytes], None],
         on_turn: Callable[[bool], None],
     ) -> AsyncIterator[Execution]:
-        """Run a command during the block; kill the command if it still runs at the block's end.
-
-        Args:
-            command: The command.
-            receive: Called with all output.
-            on_turn: Called at once: a command waits for no other.
-        """
+        """Run a command during the block: see `Transport.executing()`."""
         execution = Execution(self._session, self._system, receive)
-        on_turn(True)
+        on_turn(True)  # a command waits for no other
         execution.begin(command)
         try:
             yield execution

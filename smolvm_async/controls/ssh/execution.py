@@ -202,13 +202,7 @@ class SSHTransport(NamedTuple):
         receive: Callable[[Stream, bytes], None],
         on_turn: Callable[[bool], None],
     ) -> AsyncIterator[Execution]:
-        """Run a command during the block; kill the command if it still runs at the block's end.
-
-        Args:
-            command: The command.
-            receive: Called with all output.
-            on_turn: See `Link.open()`.
-        """
+        """Run a command during the block: see `Transport.executing()`."""
         link, mark = self.link, secrets.token_hex(8)
         text = in_directory(command.text, command.cwd)
         line, first = script(text, command.shell, command.env, mark)
