@@ -251,7 +251,7 @@ PLAN: list[tuple[str, list[Story], int]] = [
     ("SIGTERM swtpm", [block], 1),
     ("SIGTERM swtpm", [desktop], 16),
     ("SIGSTOP QEMU", [block, explicit, kept], 4),
-    ("SIGSTOP QEMU", DESKTOPS, 16),
+    ("SIGSTOP QEMU", DESKTOPS, 12),
     ("SIGSTOP swtpm", [explicit, kept], 4),
     ("SIGSTOP swtpm", [desktop], 16),
     ("EMFILE until the next await", [explicit], 1),

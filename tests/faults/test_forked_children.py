@@ -97,6 +97,9 @@ async def test_an_attached_process_sees_the_death_of_an_owner_whose_child_lives(
             with pytest.raises(VMCrashedError, match=r"its owner, process \d+, has died"):
                 await vm.wait_stopped()
         assert os.path.exists(f"/proc/{child}")
+        async with asyncio.timeout(60):  # a killed process closes its connections before it ends
+            while (await AsyncSmolVM.list(data_dir=data_dir))[0].status != "orphaned":
+                await asyncio.sleep(0.01)
         (pruned,) = await AsyncSmolVM.prune(data_dir=data_dir)
         assert pruned.status == "orphaned"
 
