@@ -261,8 +261,8 @@ class SavedState:
     """The file `machine`, on its way to QEMU.
 
     From QEMU 9.1 on, `fd:` with a file is deprecated, and `file:` needs QEMU 8.2. So QEMU gets a
-    pipe. The pipe takes the whole of most machines even before QEMU starts: then QEMU has loaded
-    the machine when it comes to `cont`.
+    pipe, which takes the whole of most machines before QEMU starts. QEMU does nothing else while it
+    can read, so it has loaded the machine when it comes to a `cont` that follows the last byte.
 
     Args:
         file: The open file; `close()` does not close it.
@@ -290,7 +290,7 @@ class SavedState:
                 ),
                 monitor.send_descriptor(CHANNEL, self._ends[0]),
                 monitor.execute("migrate-incoming", {"uri": f"fd:{CHANNEL}"}),
-                monitor.execute("cont"),
+                _let_run(monitor, writing),
             )
         finally:
             close_private(self._ends.pop(0))  # so that `_write` notices that QEMU has ended
@@ -317,6 +317,12 @@ class SavedState:
                     return False
                 self._offset += os.write(self._ends[-1], part)
         return True
+
+
+async def _let_run(monitor: Monitor, writing: asyncio.Future[bool] | None) -> None:
+    if writing is not None:
+        await asyncio.wait([writing])
+    await monitor.execute("cont")
 
 
 def open_new(path: Path, size: int = 0) -> int:
