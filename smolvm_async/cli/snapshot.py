@@ -185,7 +185,9 @@ def delete(
 
 def fork(
     vm_id: VMId,
-    count: Annotated[int, typer.Argument(min=1, max=1000, help="The number of copies.")] = 1,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, max=1000, help="The number of copies.")
+    ] = 1,
     keep: Keep = False,
     vnc: VNC = None,
     mount: Mount = None,
@@ -201,7 +203,7 @@ def fork(
 
     The VM itself goes on. The signals work as for run.
 
-    For example: smolvm-async fork office 4
+    For example: smolvm-async fork office -n 4
     """
     feed = Feed.make(data_dir, json=json)
     options = _options(None, vnc, data_dir, keep=keep)

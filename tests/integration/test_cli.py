@@ -586,7 +586,7 @@ def test_a_vm_of_another_process_is_saved_restored_and_forked(run: Run, data_dir
         assert taken["type"] == "SnapshotExistsError"
         with (
             started("snapshot", "restore", "first", "--id", "two", "--keep", *place) as restored,
-            started("fork", "one", "2", "--json", *place) as forked,
+            started("fork", "one", "-n", "2", "--json", *place) as forked,
         ):
             assert "two runs under" in restored.until(UP)
             clones = {json.loads(forked.until('"started"'))["vm_id"] for _ in range(2)}
@@ -627,7 +627,7 @@ def test_what_cannot_be_saved_restored_or_forked_is_told(data_dir: Path, tmp_pat
         "there is no snapshot 'first'" in cli("snapshot", "restore", "first", *place, code=4).stderr
     )
     cli("snapshot", "create", "one", "first", "--label", "a", *place, code=2)
-    cli("fork", "one", "0", *place, code=2)
+    cli("fork", "one", "-n", "0", *place, code=2)
 
 
 def test_the_snapshots_of_ready_guests_are_removed(data_dir: Path, tmp_path: Path) -> None:
