@@ -34,6 +34,8 @@ from smolvm_async.qemu.shutdown import Rung, ShutdownReport
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.status import Status
 
+TELLS = 3  # how often a long use of a VM is told during `idle_timeout`; see `vm/idle.py`
+
 
 class Run(Protocol):
     """One run of a VM, from its launch until its last process has ended.
@@ -267,10 +269,10 @@ class Control:
     async def sleep(self, seconds: float) -> None:
         """Sleep during a call of the user, which is a use of the VM all the time."""
         idle = self.vm.config.idle_timeout
-        while idle is not None and seconds > idle / 3:
-            await asyncio.sleep(idle / 3)
+        while idle is not None and seconds > idle / TELLS:
+            await asyncio.sleep(idle / TELLS)
             await wake(self.vm)
-            seconds -= idle / 3
+            seconds -= idle / TELLS
         await asyncio.sleep(seconds)
 
     @contextmanager

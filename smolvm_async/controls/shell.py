@@ -71,13 +71,11 @@ class Shell(Commands, Processes, Files, Contents, Environment, Information, Obse
         return self._vm.config.profile.name == "windows"
 
     async def _transport(self, feature: str) -> Transport:
-        if self._uses_agent:
-            return self._over_agent(await self._session(feature))
-        return SSHTransport(await self._reach())
-
-    def _over_agent(self, session: Session) -> Transport:
+        if not self._uses_agent:
+            return SSHTransport(await self._reach())
         from smolvm_async.controls.agent.execution import AgentTransport, find_system
 
+        session = await self._session(feature)
         return AgentTransport(session, find_system(self._vm.config.profile.name))
 
     async def _files(self, feature: str) -> AbstractAsyncContextManager[GuestFiles]:
@@ -86,11 +84,9 @@ class Shell(Commands, Processes, Files, Contents, Environment, Information, Obse
         return SFTPFiles.opened(await self._reach())
 
     async def _agent_files(self, feature: str) -> AgentFiles:
-        from smolvm_async.controls.agent.transfer import AgentFiles
+        from smolvm_async.controls.agent.transfer import agent_files
 
-        session = await self._session(feature)
-        windows = self._has_windows_paths()
-        return AgentFiles(session, self._over_agent(session), windows=windows)
+        return agent_files(await self._session(feature), self._vm.config.profile.name)
 
     async def _agent(self, feature: str) -> GuestAgent | None:
         return (await self._session(feature)).agent if self._uses_agent else None

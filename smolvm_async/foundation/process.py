@@ -110,16 +110,24 @@ def identify(pid: int, *, but: str = "ZX") -> Identity | None:
     """
     try:
         with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
+            fields = stat_fields(file.read())
     except OSError:
         return None
     return Identity(pid, int(fields[19])) if fields[0] not in but else None
 
 
+def stat_fields(text: str) -> list[str]:
+    """Return the fields of a `/proc/PID/stat` after the name, see proc(5): the state comes first.
+
+    The name may contain spaces and parentheses.
+    """
+    return text.rpartition(")")[2].split()
+
+
 def own_identity() -> Identity:
     """Return the identity of this process, even if /proc shows another PID namespace."""
     with open("/proc/self/stat") as file:
-        return Identity(os.getpid(), int(file.read().rpartition(")")[2].split()[19]))
+        return Identity(os.getpid(), int(stat_fields(file.read())[19]))
 
 
 def describe_exit(returncode: int | None) -> str:

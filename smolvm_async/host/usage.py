@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from smolvm_async.foundation.process import Identity
+from smolvm_async.foundation.process import Identity, stat_fields
 
 MIB = 1 << 20
 
@@ -42,7 +42,7 @@ def read_usage(processes: Iterable[Identity], proc: Path = Path("/proc")) -> Usa
             text = (proc / str(process.pid) / "stat").read_text()
         except OSError:
             continue
-        fields = text.rpartition(")")[2].split()  # proc(5); the first one here is the state
+        fields = stat_fields(text)
         if int(fields[19]) == process.started and fields[0] not in "ZX":
             ticks += int(fields[11]) + int(fields[12])
             pages += int(fields[21])

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import SmolVMError
+from smolvm_async.foundation.process import stat_fields
 from smolvm_async.host.file_systems import find_file_system
 from smolvm_async.qemu.events import Event, Trouble
 from smolvm_async.state.names import OVERLAY, SEED, VARS
@@ -171,7 +172,7 @@ def halted(pid: int | None) -> list[Trouble]:
     states = []
     with suppress(OSError):  # proc_pid_stat(5); no process, or it ends just now
         stats = [(thread / "stat").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
-        states = [stat.rpartition(")")[2].split()[0] for stat in stats]
+        states = [stat_fields(stat)[0] for stat in stats]
     waiting, hint = states.count("D"), ""
     if "T" in states:
         message, hint = f"QEMU's process {pid} is stopped", f"Continue it with kill -CONT {pid}."

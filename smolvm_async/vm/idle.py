@@ -24,8 +24,6 @@ from smolvm_async.qemu.pauses import Pauses
 
 logger = get_logger(__name__)
 
-TELLS = 3  # how often an attached process calls `wake()` during the timeout
-
 
 class Idleness:
     """The pause of a running VM that is idle, in the VM's owner.

@@ -364,12 +364,9 @@ class VMRun:
             async with SFTPFiles.opened(self.link) as files:
                 yield files
             return
-        from smolvm_async.controls.agent.execution import AgentTransport, find_system
-        from smolvm_async.controls.agent.transfer import AgentFiles
+        from smolvm_async.controls.agent.transfer import agent_files
 
-        name = self._plan.config.profile.name
-        transport = AgentTransport(self.session, find_system(name))
-        yield AgentFiles(self.session, transport, windows=name == "windows")
+        yield agent_files(self.session, self._plan.config.profile.name)
 
     def _has_clock(self) -> bool:
         """Return whether the library can set the guest's clock."""

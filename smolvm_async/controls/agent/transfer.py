@@ -25,6 +25,7 @@ from pathlib import Path
 from stat import S_IFDIR, S_IFLNK, S_IFREG, S_IMODE
 from typing import Literal
 
+from smolvm_async.controls.agent.execution import AgentTransport, find_system
 from smolvm_async.controls.agent.files import PIECE, GuestFile, open_file
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.commands.query import Answer, query
@@ -109,6 +110,12 @@ class AgentFiles:
     async def readlink(self, path: str) -> str:
         """See `Readable.readlink()`."""
         return self._links[path]
+
+
+def agent_files(session: Session, os: str) -> AgentFiles:
+    """Return the files of a guest with this OS."""
+    transport = AgentTransport(session, find_system(os))
+    return AgentFiles(session, transport, windows=os == "windows")
 
 
 class AgentReader:

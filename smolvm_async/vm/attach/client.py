@@ -33,7 +33,7 @@ from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.clock import PROBLEM
-from smolvm_async.controls.interface import VM, Run, check_run, last_use
+from smolvm_async.controls.interface import TELLS, VM, Run, check_run, last_use
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import SmolVMError, VMCrashedError, VMExpiredError, VMNotRunningError
 from smolvm_async.foundation.fork import private
@@ -61,7 +61,6 @@ from smolvm_async.vm.attach.messages import (
     version,
 )
 from smolvm_async.vm.attach.proxy import make_peripherals, make_proxy
-from smolvm_async.vm.idle import TELLS
 
 GREETING = 5.0  # seconds for the owner's event loop to answer
 REMOVED = 30.0  # seconds for the owner to remove the directory
