@@ -27,14 +27,12 @@ from anyio.abc import TaskGroup
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.source import Source
 from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.channels import GuestChannel, channel_to
 from smolvm_async.controls.clock import GuestClock
 from smolvm_async.controls.files.environment import set_variables
-from smolvm_async.controls.files.transport import GuestFiles
 from smolvm_async.controls.interface import last_use, unprepared
-from smolvm_async.controls.ssh.clock import advance_clock
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, Login
-from smolvm_async.controls.ssh.transfer import SFTPFiles
 from smolvm_async.errors import (
     CommandError,
     LaunchError,
@@ -141,7 +139,9 @@ class VMRun:
         self._works: set[asyncio.Task[Any]] = set()
         self._stopped: Event | None = None  # the last event that a snapshot has caused
         self._resumed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._clock = GuestClock(self.pauses, self._advance_clock, self._monitor.start_task)
+        self._clock = GuestClock(
+            self.pauses, lambda: self._channel.advance_clock(), self._monitor.start_task
+        )
         self._commands = CommandQueue(self._monitor)
         self.idleness = Idleness(
             plan.config, self.boot, self.pauses, self._last_use, self.pause, self.resume
@@ -346,27 +346,8 @@ class VMRun:
             await in_thread(self._state.write, record.model_copy(update={"machine": machine}))
 
     @property
-    def _uses_agent(self) -> bool:
-        """Whether the library reaches the guest through its agent, and not over SSH."""
-        return self._login is None
-
-    async def _advance_clock(self) -> str:
-        if not self._uses_agent:
-            return await advance_clock(self.link)
-        from smolvm_async.controls.agent import clock  # few guests need it
-
-        agent = self.session.agent
-        return await clock.advance_clock(agent) if await agent.present() else ""
-
-    @asynccontextmanager
-    async def _guest_files(self) -> AsyncIterator[GuestFiles]:
-        if not self._uses_agent:
-            async with SFTPFiles.opened(self.link) as files:
-                yield files
-            return
-        from smolvm_async.controls.agent.transfer import agent_files
-
-        yield agent_files(self.session, self._plan.config.profile.name)
+    def _channel(self) -> GuestChannel:
+        return channel_to(self, self._plan.config.profile)
 
     def _has_clock(self) -> bool:
         """Return whether the library can set the guest's clock."""
@@ -383,7 +364,8 @@ class VMRun:
             image = self._source.image if self._source else None
             self.failure = await self.processes.explain(error, self._state.path, image)
             return
-        guess = self._uses_agent and not self._plan.config.env  # only `_probe` sets variables
+        through_agent = self._channel.agent is not None
+        guess = through_agent and not self._plan.config.env  # only `_probe` sets variables
         group.start_soon(partial(self.boot.watch, self._monitor, self._probe, guess=guess))
         group.start_soon(self.idleness.watch)
         self.started.set_result(None)
@@ -540,7 +522,7 @@ class VMRun:
     async def _probe(self) -> str | None:
         """Reach the guest and set the VM's variables; return the evidence that it is ready."""
         try:
-            evidence = await self._reach()
+            evidence = await self._channel.probe()
             if evidence is None:
                 return None
             if self._clone is not None and self.parked is None and not self._clone.is_right:
@@ -549,7 +531,7 @@ class VMRun:
                 await self._set_right_through_agent()
                 self._right_later = False
             if env := self._plan.config.env:
-                async with self._guest_files() as guest:
+                async with self._channel.files() as guest:
                     await set_variables(guest, env)
             await self._mounting.mount()
             await self._clock.set_if_late()
@@ -559,14 +541,6 @@ class VMRun:
             logger.warning("the guest is not ready yet: %s", error)
             return None
         return evidence
-
-    async def _reach(self) -> str | None:
-        """Return the evidence that the guest answers, if it does."""
-        if self._uses_agent:
-            return await self.session.agent.probe()
-        if await self.link.connect():
-            return "the guest's SSH server accepted the login"
-        return None
 
     async def _read_machine(self) -> Machine:
         where = {"path": "/machine", "property": "type"}
