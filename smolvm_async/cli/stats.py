@@ -13,7 +13,16 @@ from smolvm_async.cli.command import DataDir, Json, VMId, execute, running_vm
 from smolvm_async.cli.output import in_units, say, write_json
 
 INTERVAL = 2.0  # seconds between two rows of `--watch`
-COLUMNS = {"PROCESSORS": 10, "RESIDENT": 9, "OWN": 9, "READ": 10, "WRITTEN": 10, "DISK": 10}
+COLUMNS = {
+    "PROCESSORS": 10,
+    "RESIDENT": 9,
+    "OWN": 9,
+    "READ": 10,
+    "WRITTEN": 10,
+    "DISK": 10,
+    "RECEIVED": 10,
+    "SENT": 10,
+}
 
 
 def stats(
@@ -29,8 +38,8 @@ def stats(
     PROCESSORS is the number of the host's processors that are in use: first on average since the
     VM's start, then since the last row. RESIDENT is the memory that QEMU and swtpm use; OWN is the
     part of it that no other VM shares. READ and WRITTEN is what the guest has read from and written
-    to its disk; DISK is the size of the VM's files on the host. QEMU does not count the network's
-    bytes.
+    to its disk; DISK is the size of the VM's files on the host. RECEIVED and SENT is the guest's
+    network traffic since the first time that anybody has asked for the VM's stats.
     """
 
     async def work() -> None:
@@ -62,11 +71,13 @@ def _processors(now: VMStats, before: VMStats | None) -> float:
 
 
 def _cells(stats: VMStats, processors: float) -> list[str]:
+    network = (stats.network_received, stats.network_sent)
     return [
         f"{processors:.2f}",
         f"{stats.resident} MiB",
         f"{stats.own_memory} MiB",
         *map(in_units, (stats.disk_read, stats.disk_written, stats.disk_size)),
+        *("-" if count is None else in_units(count) for count in network),
     ]
 
 

@@ -40,10 +40,13 @@ def open_regular(name: str, dir_fd: int) -> int:
     return fd
 
 
-def memory_file(name: str) -> int:
-    """Create a file that exists only in memory, and return its descriptor. Forks lose it."""
+def memory_file(name: str, flags: int = 0) -> int:
+    """Create a file that exists only in memory, and return its descriptor. Forks lose it.
+
+    `flags` are those of memfd_create(2).
+    """
     try:
-        return private(os.memfd_create(name))
+        return private(os.memfd_create(name, flags | os.MFD_CLOEXEC))
     except OSError as error:
         raise OSError(error.errno, f"memfd_create(2) failed: {error.strerror}") from error
 

@@ -68,6 +68,7 @@ from smolvm_async.qemu.parked import make_parked
 from smolvm_async.qemu.pauses import Pauses
 from smolvm_async.qemu.peripherals import Peripherals
 from smolvm_async.qemu.shutdown import WAKE, Rung, ShutdownReport, shut_down
+from smolvm_async.qemu.traffic import Traffic
 from smolvm_async.qemu.troubles import Troubles
 from smolvm_async.state.directory import VMDirectory, cannot_use
 from smolvm_async.state.record import Machine, expired
@@ -122,6 +123,7 @@ class VMRun:
         self._hub = hub
         self.troubles = Troubles(plan.config, self._qemu_log, self._qemu_pid)
         self._monitor = Monitor(self._on_event, self.troubles.explain)
+        self._traffic = Traffic(self._monitor)
         self.peripherals = Peripherals.make(self._monitor, self.pauses, plan.config)
         self.link = Link(plan.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
         self.session = Session(self.peripherals.agent, self.pauses, self.troubles.explain)
@@ -199,6 +201,7 @@ class VMRun:
             try:
                 await self._monitor.disconnect()
             finally:
+                self._traffic.close()
                 self.console.close()
                 if self.parked is not None:
                     self.parked.close()
@@ -253,7 +256,7 @@ class VMRun:
 
         identities = [child.identity for child in self.processes.children]
         own = await in_thread(self.own_memory)
-        stats = await measure(identities, own, self._monitor, self._state.path)
+        stats = await measure(identities, own, self._monitor, self._traffic, self._state.path)
         return stats._asdict()
 
     async def guest_status(self) -> str:
@@ -368,6 +371,7 @@ class VMRun:
         guess = through_agent and not self._plan.config.env  # only `_probe` sets variables
         group.start_soon(partial(self.boot.watch, self._monitor, self._probe, guess=guess))
         group.start_soon(self.idleness.watch)
+        group.start_soon(self._traffic.watch)
         self.started.set_result(None)
         await self._until_end()
         if self.processes.qemu.ended:

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smolvm_async.errors import VMNotRunningError
+from smolvm_async.errors import MonitorError, VMNotRunningError
 from smolvm_async.foundation.process import Identity
 from smolvm_async.foundation.tasks import in_thread
 from smolvm_async.host.usage import read_usage
 from smolvm_async.qemu.monitor import Monitor
+from smolvm_async.qemu.traffic import Traffic
 
 
 class VMStats(NamedTuple):
@@ -30,8 +31,9 @@ class VMStats(NamedTuple):
         disk_writes: The guest's requests to write.
         disk_size: Bytes that the VM's files take on the host's disk. A layer that a snapshot shares
             counts, and the image does not.
-        network_received: `None`: QEMU's user network does not count bytes.
-        network_sent: `None`, likewise.
+        network_received: Bytes that the guest has received since the first `stats()`. That call, of
+            any process, begins to count, and has `None`; so has each if the host cannot count.
+        network_sent: Bytes that the guest has sent, likewise.
     """
 
     uptime: float
@@ -53,7 +55,11 @@ class VMStats(NamedTuple):
 
 
 async def measure(
-    processes: Iterable[Identity], own_memory: int, monitor: Monitor, directory: Path
+    processes: Iterable[Identity],
+    own_memory: int,
+    monitor: Monitor,
+    traffic: Traffic,
+    directory: Path,
 ) -> VMStats:
     """Return the resources that a running VM has used.
 
@@ -64,6 +70,9 @@ async def measure(
     usage = await in_thread(read_usage, processes)
     if usage is None:
         raise VMNotRunningError(f"{directory.name} has ended.")
+    received = sent = None
+    with contextlib.suppress(MonitorError, OSError):
+        received, sent = await traffic.count()
     return VMStats(
         uptime=usage.uptime,
         processor_time=usage.processor_time,
@@ -74,6 +83,8 @@ async def measure(
         disk_reads=_total(devices, "rd_operations"),
         disk_writes=_total(devices, "wr_operations"),
         disk_size=await in_thread(_size, directory),
+        network_received=received,
+        network_sent=sent,
     )
 
 

@@ -153,6 +153,10 @@ async def test_the_resources_that_a_vm_uses_are_measured(
         side = await AsyncSmolVM.from_id(vm.vm_id, data_dir=data_dir)
         before = await side.stats()
         work = f"head -c {size} /dev/urandom >data; sync; head -c {2 * size} /dev/vda >/dev/null"
+        send = "s.sendto(bytes(1000), ('10.0.2.2', 9))"
+        work += (
+            f'; python3 -c "import socket; s = socket.socket(type=2); [{send} for _ in range(99)]"'
+        )
         await vm.run(work, check=True)
         after = await side.stats()
         assert after.uptime > before.uptime > 0
@@ -162,6 +166,10 @@ async def test_the_resources_that_a_vm_uses_are_measured(
         assert size <= after.disk_written - before.disk_written < 4 * size
         assert after.disk_read > before.disk_read
         assert after.disk_size - before.disk_size >= size
+        assert before.network_sent is before.network_received is None
+        assert after.network_received is not None
+        assert after.network_sent is not None
+        assert 99_000 < after.network_sent < 200_000
         (info,) = await AsyncSmolVM.list(data_dir=data_dir)
         assert info.resident is not None
         assert info.processors is not None
