@@ -27,13 +27,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 from pydantic import Field
@@ -255,6 +254,11 @@ class Child:
         self.kill()
         await settle(self.exited)
 
+    def said(self, text: str) -> bool:
+        """Return whether the child has already written this text."""
+        self._reader.drain()
+        return text in self.log.text()
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal if the process still runs; do nothing in a forked child."""
         if self._pidfd is not None and self._owner.is_this:
@@ -295,8 +299,7 @@ class Spawner:
     """
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[Job] = SimpleQueue()
-        self._ended: Future[bool] = Future()  # its result: whether a deadline has passed
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._started = False
         weakref.finalize(self, self._jobs.put, None).atexit = False
 
@@ -309,60 +312,27 @@ class Spawner:
 
         Raises:
             HostError: If the host cannot start a thread.
-            OSError: If the thread has ended.
         """
         if not self._started:
-            name, arguments = "smolvm-spawner", (self._jobs, self._ended)
+            name, jobs = "smolvm-spawner", (self._jobs,)
             try:
-                threading.Thread(target=_do, name=name, args=arguments, daemon=True).start()
+                threading.Thread(target=_do, name=name, args=jobs, daemon=True).start()
             except RuntimeError as error:
                 raise no_thread(error) from error
             self._started = True
         future: Future[T] = Future()
         self._jobs.put(partial(_fulfil, future, function))
-        either: list[Future[Any]] = [future, self._ended]
-        wait(either, return_when=FIRST_COMPLETED)
-        if not future.done():
-            raise OSError(errno.ETIME, os.strerror(errno.ETIME))
         return future.result()
-
-    def end_after(self, seconds: float) -> None:
-        """End the thread after so many seconds, and thereby its processes.
-
-        This needs neither the event loop nor any other thread of this process.
-        """
-        self._jobs.put(time.monotonic() + seconds)
-
-    @property
-    def expired(self) -> bool:
-        """True if the deadline of `end_after()` has ended the thread."""
-        return self._ended.done() and self._ended.result()
 
     def close(self) -> None:
         """End the thread. Its processes have ended before, or the kernel kills them."""
         self._jobs.put(None)
 
 
-Job = Callable[[], None] | float | None  # for the thread: work, its deadline, or its end
-
-
-def _do(jobs: SimpleQueue[Job], ended: Future[bool]) -> None:
-    deadline: float | None = None
-    try:
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            job = jobs.get(timeout=left)
-            if job is None:
-                break
-            if isinstance(job, float):
-                deadline = job
-            else:
-                job()
-            del job
-    except Empty:
-        ended.set_result(True)
-    else:
-        ended.set_result(False)
+def _do(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job
 
 
 def _fulfil(future: Future[T], function: Callable[[], T]) -> None:
@@ -508,6 +478,34 @@ def _start(
 
 def _popen(argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, start_new_session=True, **options)
+
+
+async def kill_after(
+    seconds: float, children: Sequence[Child], *, cwd: Path, log: Path, spawner: Spawner
+) -> Child:
+    """Start a timer: a process that kills `children`, even if this process hangs or is stopped.
+
+    Just before that, the timer says `TIME_IS_OVER`. It dies with the thread of `spawner`. Reap it
+    with the children: the ids of children that are reaped could become those of other processes.
+
+    Raises:
+        LaunchError: If the operating system cannot start the timer.
+    """
+    pids = [str(child.identity.pid) for child in children]
+    argv = [sys.executable, "-I", "-S", "-c", _TIMER, str(seconds), TIME_IS_OVER, *pids]
+    return await spawn("timer", argv, cwd=cwd, log=log, fds=(), spawner=spawner)
+
+
+TIME_IS_OVER = "time is over"
+_TIMER = """
+import contextlib, os, sys, time
+_, seconds, text, *pids = sys.argv
+time.sleep(float(seconds))
+print(text, flush=True)
+for pid in pids:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(pid), 9)
+"""
 
 
 def exit_code(argv: Sequence[str]) -> int | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import CommandError, LaunchError, SmolVMError, VMNotRunningError
-from smolvm_async.foundation.process import Child, Spawner, spawn
+from smolvm_async.foundation.process import TIME_IS_OVER, Child, Spawner, kill_after, spawn
 from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
 from smolvm_async.qemu.console import Console
@@ -24,7 +24,7 @@ from smolvm_async.qemu.monitor import Monitor
 from smolvm_async.qemu.parked import Parked
 from smolvm_async.qemu.screen import Screen
 from smolvm_async.qemu.sidecars import SIDECARS
-from smolvm_async.state.names import log_name
+from smolvm_async.state.names import TIMER_LOG, log_name
 
 SAME_END = 0.5  # seconds: QEMU ends this soon after its sidecar, or the sidecar after QEMU
 IMAGE_IN_USE = 'Failed to get shared "write" lock'  # a part of QEMU's error message
@@ -75,11 +75,13 @@ class Processes:
     Attributes:
         children: All processes, QEMU first.
         ended: The processes that have ended, in the order of their ends.
+        timer: The process that kills the others when the VM's time is over, if it has a time.
     """
 
     def __init__(self, on_end: Callable[[], None] = lambda: None) -> None:
         self.children: list[Child] = []
         self.ended: list[Child] = []
+        self.timer: Child | None = None
         self._on_end = on_end
 
     async def __aenter__(self) -> Processes:
@@ -89,6 +91,20 @@ class Processes:
         self.kill()
         if self.children:
             await settle(asyncio.wait([child.exited for child in self.children]))
+        if self.timer is not None:
+            await self.timer.reap()
+
+    async def end_after(self, seconds: float, directory: Path, spawner: Spawner) -> None:
+        """End all processes after so many seconds. Raise a `LaunchError` if that is impossible."""
+        log = directory / TIMER_LOG
+        self.timer = await kill_after(
+            seconds, self.children, cwd=directory, log=log, spawner=spawner
+        )
+
+    @property
+    def expired(self) -> bool:
+        """True if the time of `end_after()` is over."""
+        return self.timer is not None and self.timer.said(TIME_IS_OVER)
 
     @property
     def qemu(self) -> Child:

@@ -62,6 +62,7 @@ def log_name(process: str) -> str:
 
 
 _row(log_name("qemu"))
+TIMER_LOG = _row(log_name("timer"))  # of the process that ends a VM whose time is over
 OWNER_LOG = _row(log_name("owner"))  # of an owner without a terminal
 
 # The processes that may run beside QEMU. This folder must not import their descriptions, so the

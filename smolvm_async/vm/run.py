@@ -182,10 +182,8 @@ class VMRun:
         try:
             with self._scope:
                 async with anyio.create_task_group() as group, self._guarding(), self.processes:
-                    if (left := state.record.seconds_left) is not None:
-                        self._spawner.end_after(left)  # even if this loop hangs then
                     await self._run(group)
-                    if self._spawner.expired or state.record.expired:
+                    if self.processes.expired or state.record.expired:
                         self.failure = expired(self._plan.config)
                         self.report = replace(self.report, rung=Rung.TTL)
                     group.cancel_scope.cancel()
@@ -450,6 +448,11 @@ class VMRun:
                 amend=lambda argv: [*plan.prefix, *argv],
                 spawner=self._spawner,
             )
+            record = self._state.record
+            if record is not None and (left := record.seconds_left) is not None:
+                if left <= 0:
+                    raise expired(plan.config)
+                await self.processes.end_after(left, self._state.path, self._spawner)
             if saved is not None:
                 await self._load(saved.state)
 

@@ -551,23 +551,6 @@ def test_nothing_outlives_an_owner_that_did_not_close_the_guard(end: str, tmp_pa
         time.sleep(0.01)
 
 
-def test_a_child_ends_at_a_deadline_although_the_loop_hangs(tmp_path: Path) -> None:
-    spawner, loop = Spawner(), asyncio.new_event_loop()
-    argv = ["sleep", "600"]
-    spawner.end_after(0.5)
-    child = loop.run_until_complete(
-        spawn("it", argv, cwd=tmp_path, log=tmp_path / "log", fds=[], spawner=spawner)
-    )
-    while child.identity.alive:
-        time.sleep(0.01)  # the loop does not run
-    assert spawner.expired
-    with pytest.raises(OSError, match="expired"):
-        spawner.run(lambda: None)
-    loop.run_until_complete(asyncio.wait([child.exited]))
-    assert child.returncode == -signal.SIGKILL
-    loop.close()
-
-
 def test_a_child_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     """The kernel kills a child with the thread that spawned it, which is the spawner's."""
     spawner, loop, log = Spawner(), asyncio.new_event_loop(), tmp_path / "log"
