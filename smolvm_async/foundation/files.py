@@ -1,11 +1,22 @@
-"""Atomic file writes: a killed process leaves no partial file under the final name."""
+"""Files: atomic writes, and facts about unchanged files.
+
+A killed process leaves no partial file under the final name.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SETTLED = 1_000_000_000  # nanoseconds; two changes further apart always have different times
+MOST = 64  # files to remember the results of one function for
 
 
 def make_private(path: Path) -> None:
@@ -63,3 +74,28 @@ def seal(path: Path, mode: int) -> None:
     with path.open("rb") as file:
         os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
+
+
+def remembered(function: Callable[[int], T], *, linked: bool = False) -> Callable[[int], T]:
+    """Return a function that remembers what `function` returns for open files that do not change.
+
+    Args:
+        function: Returns a fact about the content of an open file.
+        linked: Whether the files get hard links, which change their ctime. Then the file's mtime
+            shows a change, although the file's owner can set mtime back.
+    """
+    results: dict[tuple[int, ...], T] = {}
+
+    def find(fd: int) -> T:
+        status = os.fstat(fd)
+        changed = status.st_mtime_ns if linked else status.st_ctime_ns
+        if time.time_ns() - changed < SETTLED:  # another change could get the same time
+            return function(fd)
+        key = (status.st_dev, status.st_ino, status.st_size, changed)
+        if key not in results:
+            if len(results) == MOST:
+                results.clear()
+            results[key] = function(fd)
+        return results[key]
+
+    return find

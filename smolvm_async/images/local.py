@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 from smolvm_async.config.source import LocalDisk, Source
 from smolvm_async.errors import ImageError
+from smolvm_async.foundation.files import remembered
 from smolvm_async.foundation.fork import close_private, private
 from smolvm_async.foundation.process import run
 from smolvm_async.foundation.tasks import in_thread
@@ -28,9 +28,7 @@ BZIMAGE, BZIMAGE_AT = b"HdrS", 0x202  # magic and its offset: Documentation/arch
 INITRAMFS = (b"0707", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")  # cpio, gzip, zstd: the usual ones
 BOOT_CODE = 440  # bytes of BIOS code in the first sector; a disk for UEFI has zeros there
 SECTOR = 512  # bytes
-MAX_CHECKED = 64  # images whose virtual sizes are cached
 UNFINISHED = (".part", ".partial", ".crdownload", ".opdownload", ".download", ".aria2", ".!qB")
-SETTLED = 1_000_000_000  # nanoseconds; two changes further apart always have different times
 
 
 class BaseImage(NamedTuple):
@@ -44,16 +42,19 @@ class BaseImage(NamedTuple):
 
 
 @contextmanager
-def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
+def open_image(
+    path: Path, disk_format: str = "qcow2", *, layer: bool = False
+) -> Iterator[BaseImage]:
     """Open and check a base image (see `smolvm_async.images.qcow2`).
 
     Args:
         disk_format: `qcow2`, or `raw` if the manifest says so.
+        layer: Whether this is a layer of a snapshot, which gets a hard link for each clone.
     """
     with open_plain(path, "image", "a qcow2 file") as fd:
         status = os.fstat(fd)
         try:
-            size = check_disk(fd, str(path), disk_format)
+            size = check_disk(fd, str(path), disk_format, layer=layer)
         except qcow2.Qcow2Error as error:
             raise ImageError(f"image {str(path)!r} {error}.") from None
         except OSError as error:
@@ -61,25 +62,25 @@ def open_image(path: Path, disk_format: str = "qcow2") -> Iterator[BaseImage]:
         yield BaseImage(path, fd, size, status.st_size, status.st_mtime_ns)
 
 
-def check_disk(fd: int, name: str, disk_format: str) -> int:
+def check_disk(fd: int, name: str, disk_format: str, *, layer: bool = False) -> int:
     """Check an open disk, and return its virtual size in bytes.
 
     A raw disk has no header to check: it is refused only if it certainly is something else.
 
     Args:
         name: The disk's path, for commands in messages.
+        layer: See `open_image()`.
 
     Raises:
         Qcow2Error: The disk cannot be used; the message continues a sentence that begins with the
             disk's name.
     """
-    status = os.fstat(fd)
     if disk_format == "raw":
         if reason := _other_kind(fd, name, "raw"):
             raise qcow2.Qcow2Error(reason)
-        return -(-status.st_size // SECTOR) * SECTOR
+        return -(-os.fstat(fd).st_size // SECTOR) * SECTOR
     try:
-        return _virtual_size(fd, status)
+        return _size_of_layer(fd) if layer else _size_of_image(fd)
     except qcow2.Qcow2Error as error:
         raise qcow2.Qcow2Error(_other_kind(fd, name, "qcow2") or error) from None
 
@@ -90,20 +91,12 @@ def _other_kind(fd: int, name: str, use: str) -> str | None:
     return problem(fd, name, use)
 
 
-# Virtual sizes of checked images, by file and last change: a fleet checks its image only once.
-_checked: dict[tuple[int, ...], int] = {}
+def _virtual_size(fd: int) -> int:
+    return qcow2.check(fd).virtual_size
 
 
-def _virtual_size(fd: int, status: os.stat_result) -> int:
-    if time.time_ns() - status.st_ctime_ns < SETTLED:  # another change could get the same time
-        return qcow2.check(fd).virtual_size
-    times = (status.st_mtime_ns, status.st_ctime_ns)
-    key = (status.st_dev, status.st_ino, status.st_size, *times)
-    if key not in _checked:
-        if len(_checked) == MAX_CHECKED:
-            _checked.clear()
-        _checked[key] = qcow2.check(fd).virtual_size
-    return _checked[key]
+_size_of_image = remembered(_virtual_size)  # a fleet checks its image only once
+_size_of_layer = remembered(_virtual_size, linked=True)  # each clone links its layers
 
 
 @contextmanager

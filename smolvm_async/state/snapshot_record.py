@@ -15,7 +15,7 @@ from smolvm_async.config.checks import check_labels
 from smolvm_async.config.options import recheck
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import SnapshotError
-from smolvm_async.foundation.files import sha256_of
+from smolvm_async.foundation.files import remembered, sha256_of
 from smolvm_async.state.directory import is_at
 from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, LAYER, SEED, SSH_KEY, TPM, VARS
 from smolvm_async.state.record import Machine, RecordError, Time, read_json
@@ -33,6 +33,8 @@ AGAIN = (
     "files: cp -a, or rsync -a."
 )
 
+_hash_of = remembered(sha256_of)  # a fleet reads the files of its snapshot only once
+
 Text = Annotated[str, Field(pattern=r"^[ -~]*$", max_length=1 << 16)]
 
 
@@ -48,7 +50,7 @@ class FileFacts(NamedTuple):
         """Return the facts about an open file."""
         status = os.fstat(fd)
         hashed = status.st_size <= HASHED and name != RAM and not re.search(LAYER, name)
-        return cls(status.st_size, status.st_mtime_ns, sha256_of(fd) if hashed else "")
+        return cls(status.st_size, status.st_mtime_ns, _hash_of(fd) if hashed else "")
 
     def change(self, status: os.stat_result) -> str:
         """Return how size or time differ now, for the end of a message; empty if they are equal."""

@@ -235,7 +235,7 @@ def _take_from(
 def _check_layers(directory: Path, layers: Sequence[str]) -> None:
     """Check a snapshot's layers like an image: no file may name another file of the host."""
     for layer in layers:
-        with open_image(directory / layer):
+        with open_image(directory / layer, layer=True):
             pass
 
 

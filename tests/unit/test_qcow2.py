@@ -23,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolvm_async.errors import ImageError
-from smolvm_async.images import local
 from smolvm_async.images.local import open_image, starts_by_bios
 from smolvm_async.images.qcow2 import Header, Qcow2Error, check, empty, first_sector
 
@@ -609,12 +608,13 @@ def test_an_image_is_opened_for_reading_only_and_left_as_it_was(tmp_path: Path) 
         os.fstat(image.fd)
 
 
+@pytest.mark.parametrize("layer", [False, True])
 @pytest.mark.parametrize("settled", [False, True])
 def test_a_header_is_checked_again_after_each_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settled: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settled: bool, layer: bool
 ) -> None:
     if settled:
-        monkeypatch.setattr(local, "SETTLED", 0)
+        monkeypatch.setattr("smolvm_async.foundation.files.SETTLED", 0)
     path = create(tmp_path / "disk.qcow2")
     checked: list[int] = []
 
@@ -623,17 +623,19 @@ def test_a_header_is_checked_again_after_each_change(
         return check(fd)
 
     monkeypatch.setattr("smolvm_async.images.qcow2.check", counted)
-    for _ in range(3):
-        with open_image(path) as image:
+    for number in range(3):
+        if layer:
+            os.link(path, tmp_path / str(number))
+        with open_image(path, layer=layer) as image:
             assert image.virtual_size == GIB
     assert len(checked) == (1 if settled else 3)
     patch(path, SIZE, MIB)
     os.utime(path, ns=(0, 0))  # some kernels' clocks for files are slow
-    with open_image(path) as image:
+    with open_image(path, layer=layer) as image:
         assert image.virtual_size == MIB
     patch(path, VERSION, 9)
     os.utime(path, ns=(0, 1))
-    with pytest.raises(ImageError), open_image(path):
+    with pytest.raises(ImageError), open_image(path, layer=layer):
         pass
 
 
