@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from smolvm_async.config.vm_config import VMConfig
@@ -19,9 +18,8 @@ from smolvm_async.state.status import ACTIVE
 SYSTEM_RUNTIME = Path("/run")  # for systemd's socket; each user's systemd has another directory
 
 
-@asynccontextmanager
-async def admission(config: VMConfig) -> AsyncIterator[None]:
-    """Refuse a VM that does not fit into the host. Write the VM's record inside the block.
+async def admit(config: VMConfig, write: Callable[[], None]) -> None:
+    """Write the VM's record by `write`, in a thread, if the VM fits into the host.
 
     Memory that running VMs do not use yet counts as available. With `Limits.max_memory`, the whole
     memory of running VMs counts as used, and a lock admits only one VM at a time.
@@ -30,16 +28,8 @@ async def admission(config: VMConfig) -> AsyncIterator[None]:
         HostError: The VM does not fit. The message has the figures.
         OSError: The lock file cannot be made.
     """
-    memory = await in_thread(available_memory)
-    if config.memory > memory.available:
-        raise HostError(
-            f"memory={config.memory} MiB does not fit: {memory.available} MiB of "
-            f"{memory.total} MiB are available (limit: {memory.limit}).",
-            hint="Pass a smaller memory=, stop other VMs, or free memory on the host.",
-            missing=("memory",),
-        )
     if config.limits.max_memory is None:
-        yield
+        await in_thread(_admit, config, write)
         return
     from smolvm_async.state.registry import LOCK
 
@@ -50,10 +40,23 @@ async def admission(config: VMConfig) -> AsyncIterator[None]:
                 "max_memory= could not be checked: another process has locked "
                 f"{str(config.data_dir / LOCK)!r} for {BUSY:g} s. Try again."
             )
-        await in_thread(_check_sum, config, config.limits.max_memory)
-        yield
+        await in_thread(_admit, config, write)
     finally:
         await in_thread(lock.unlock)
+
+
+def _admit(config: VMConfig, write: Callable[[], None]) -> None:
+    memory = available_memory()
+    if config.memory > memory.available:
+        raise HostError(
+            f"memory={config.memory} MiB does not fit: {memory.available} MiB of "
+            f"{memory.total} MiB are available (limit: {memory.limit}).",
+            hint="Pass a smaller memory=, stop other VMs, or free memory on the host.",
+            missing=("memory",),
+        )
+    if config.limits.max_memory is not None:
+        _check_sum(config, config.limits.max_memory)
+    write()
 
 
 def _check_sum(config: VMConfig, max_memory: int) -> None:

@@ -28,6 +28,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -379,12 +380,11 @@ class OwnedVM:
         if directory is None:
             directory = VMDirectory(self.config.data_dir, self.config.vm_id)
             await directory.hold(create=self._created is None)
-        from smolvm_async.vm.limits import admission
+        from smolvm_async.vm.limits import admit
 
         try:
             self._check_not_taken(directory.record)
-            async with admission(self.config):
-                await in_thread(self._write_record, directory)
+            await admit(self.config, partial(self._write_record, directory))
         except BaseException:
             if self._directory is None:
                 with suppress(OSError):
