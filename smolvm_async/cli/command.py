@@ -73,6 +73,12 @@ Mount = Annotated[
         ":rw, the guest may change it; may be given several times.",
     ),
 ]
+Detach = Annotated[
+    bool,
+    typer.Option(
+        "--detach", "-d", help="Run the VM in the background, and show its id when it is ready."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON instead of text.")]
 Timeout = Annotated[
     float | None,

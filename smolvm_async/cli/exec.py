@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import os
 import shlex
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from smolvm_async import GuestProcess
 
 FAILED = 125  # as docker: the exit code if this program failed, and not the command
+BLOCK = 1 << 16  # bytes of output to read at once
 GRACE = 10.0  # seconds for a command to end after a signal, as of `docker stop`
 
 Command = Annotated[
@@ -146,6 +148,16 @@ class GuestCommand:
                 return _exit_code(await connect(process))
             finally:
                 passing.cancel()
+
+    async def run_in_background(self, vm: AsyncSmolVM) -> int:
+        """Run the command without stdin; write its output to `sys.stdout`. Return its exit code."""
+        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        spawning = vm.spawn(f"{self.command} 2>&1", env=self.env, cwd=self.workdir)
+        async with await spawning as process:
+            process.close_input()
+            while data := await process.stdout.read(BLOCK):
+                sys.stdout.write(decoder.decode(data))
+            return _exit_code(await process.wait())
 
 
 async def _pass_on(

@@ -17,6 +17,7 @@ from smolvm_async import (
 )
 from smolvm_async.cli.background import Background
 from smolvm_async.cli.command import Interrupts
+from smolvm_async.cli.exec import GuestCommand
 from smolvm_async.cli.output import (
     describe_ending,
     ending_fields,
@@ -25,6 +26,7 @@ from smolvm_async.cli.output import (
     write_nowhere,
 )
 from smolvm_async.config.options import make_data_dir
+from smolvm_async.foundation.tasks import end_tasks
 from smolvm_async.state.names import OWNER_LOG
 from smolvm_async.state.status import ACTIVE
 
@@ -36,6 +38,7 @@ class Feed(NamedTuple):
         data_dir: The value of `--data-dir`.
         tenths: For each download, the last tenth that was shown.
         background: This process, if it leaves the terminal when the VM is ready.
+        command: A command to run then; the VM ends with it.
     """
 
     json: bool
@@ -43,16 +46,23 @@ class Feed(NamedTuple):
     data_dir: str | None
     tenths: dict[str, int]
     background: Background | None
+    command: GuestCommand | None
 
     @classmethod
     def make(
-        cls, data_dir: str | None, *, json: bool, background: Background | None = None
+        cls,
+        data_dir: str | None,
+        *,
+        json: bool,
+        background: Background | None = None,
+        command: GuestCommand | None = None,
     ) -> Feed:
         """Return a feed whose first signal does not cancel the command, except in the background.
 
         There, the first signal cancels the command until the VM is ready.
         """
-        return cls(json, Interrupts(spare_first=background is None), data_dir, {}, background)
+        interrupts = Interrupts(spare_first=background is None)
+        return cls(json, interrupts, data_dir, {}, background, command)
 
     def tell(self, event: str, text: str, **fields: object) -> None:
         """Write an event: its text, or for JSON its name and fields."""
@@ -94,6 +104,15 @@ class Feed(NamedTuple):
         self.background.leave_terminal(make_data_dir(self.data_dir) / vm_id / OWNER_LOG)
         self.interrupts.spare_first = True
 
+    async def run_command(self, vm: AsyncSmolVM) -> None:
+        """Run the command, and write its output and exit code; without one, wait for ever."""
+        if self.command is None:
+            await asyncio.Event().wait()
+        else:
+            code = await self.command.run_in_background(vm)
+            text = f"The command has ended with exit code {code}."
+            self.tell("command_ended", text, vm_id=vm.vm_id, exit_code=code)
+
     async def tell_events(self, vm_id: str, events: EventStream) -> None:
         """Write the boot states, and the refusals of the network policy, until the VM ends."""
         async for event in events:
@@ -134,8 +153,15 @@ async def _hold(vm: AsyncSmolVM, timeout: float | None, feed: Feed) -> None:
             feed.tell_state(vm.vm_id, await vm.wait_for(BootState.FIRMWARE))
         async with vm:
             await feed.tell_started(vm)
-            # `showing` ends when the VM has ended; a crash cancels this block.
-            await asyncio.wait({asked, showing}, return_when=asyncio.FIRST_COMPLETED)
+            working = asyncio.ensure_future(feed.run_command(vm))
+            try:
+                # `showing` ends when the VM has ended; a crash cancels this block.
+                ends = {asked, showing, working}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if not (asked.done() or showing.done()):
+                    await working
+            finally:
+                await end_tasks(working)
             if asked.done():
                 feed.tell(
                     "stopping",

@@ -20,6 +20,7 @@ from smolvm_async.cli.command import (
     TTL,
     VNC,
     DataDir,
+    Detach,
     IdleTimeout,
     Json,
     Keep,
@@ -127,12 +128,7 @@ def run(
     workdir: Workdir = None,
     tty: Tty = False,
     interactive: Interactive = False,
-    detach: Annotated[
-        bool,
-        typer.Option(
-            "--detach", "-d", help="Run the VM in the background, and show its id when it is ready."
-        ),
-    ] = False,
+    detach: Detach = False,
     remove: Annotated[
         bool, typer.Option("--rm", help="For users of docker: without --keep, no VM is kept.")
     ] = False,
@@ -148,8 +144,9 @@ def run(
     With a COMMAND, the VM is there for the COMMAND only, which runs as by exec: its streams pass
     through, and the exit code is the COMMAND's. With --tty alone, the COMMAND is a login shell.
 
-    With --detach, the VM runs until stop or delete, and is independent of this terminal; logs
-    --source owner shows the messages.
+    With --detach, the VM runs until stop or delete, or until its COMMAND ends, and is independent
+    of this terminal; logs --source owner shows the messages, and the COMMAND's output and exit
+    code: afterwards, too, with --keep.
 
     For example:
 
@@ -174,18 +171,20 @@ def run(
       smolvm-async run -- python3 -c 'print(1)'
 
       smolvm-async run -d --memory 1024
+
+      smolvm-async run -d --id build --keep -- make test
     """
     if remove and keep:
         raise typer.BadParameter("pass either --rm or --keep", param_hint="--rm, --keep")
+    guest_command = None
     if command or tty:
-        if json or detach:
-            other = "--json" if json else "--detach"
-            raise typer.BadParameter(f"pass either {other} or a COMMAND", param_hint=other)
-        guest_command = GuestCommand(command or [], env, workdir, tty=tty)
+        if json:
+            raise typer.BadParameter("pass either --json or a COMMAND", param_hint="--json")
+        guest_command = GuestCommand(command or [], env, workdir, tty=tty, detach=detach)
     elif workdir is not None:
         raise typer.BadParameter("pass a COMMAND, too", param_hint="--workdir")
     background = Background(json=json) if detach else None
-    feed = Feed.make(data_dir, json=json, background=background)
+    feed = Feed.make(data_dir, json=json, background=background, command=guest_command)
     options: VMOptions = {
         "os": os,
         "image": image,
@@ -219,9 +218,9 @@ def run(
             await vm.set_internet_settings(settings)
         return vm
 
-    if command or tty:
+    if guest_command is not None and not detach:
         exit_with(guest_command, _for_a_command(make, timeout))
-    if env:
+    if env and guest_command is None:
         options["env"] = variables(env)
 
     async def work() -> None:

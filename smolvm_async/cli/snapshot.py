@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from smolvm_async import AsyncSmolVM, SmolVMError, SnapshotInfo, SnapshotNotFoundError
+from smolvm_async import (
+    AsyncSmolVM,
+    SmolVMError,
+    SnapshotInfo,
+    SnapshotNotFoundError,
+)
+from smolvm_async.cli.background import Background
 from smolvm_async.cli.command import (
+    TTL,
     VNC,
     DataDir,
+    Detach,
+    IdleTimeout,
     Json,
     Keep,
     Label,
@@ -22,6 +31,7 @@ from smolvm_async.cli.command import (
     labels_given,
     running_vm,
 )
+from smolvm_async.cli.exec import Env, variables
 from smolvm_async.cli.hold import Feed, hold
 from smolvm_async.cli.internet import (
     AllowCIDR,
@@ -125,25 +135,31 @@ def restore(
     allow_domain: AllowDomain = None,
     allow_cidr: AllowCIDR = None,
     allow_host_port: AllowHostPort = None,
+    label: Label = None,
+    ttl: TTL = None,
+    idle_timeout: IdleTimeout = None,
+    env: Env = None,
+    detach: Detach = False,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Start a VM from a snapshot, and run the VM until Ctrl-C.
+    """Start a VM from a snapshot, and run the VM until Ctrl-C, or in the background.
 
     The guest goes on where it was saved; it boots if its VM was stopped. The snapshot stays. The
-    signals work as for run.
+    signals and --detach work as for run.
     """
-    feed = Feed.make(data_dir, json=json)
-    options = _options(accel, vnc, data_dir, keep=keep)
     given = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
-    options["internet_settings"] = given
-    options["mounts"] = mount or ()
+    options = _options(vnc, mount, given, label, ttl, idle_timeout, env, data_dir, keep=keep)
+    if accel is not None:
+        options["accel"] = accel
+    background = Background(json=json) if detach else None
+    feed = Feed.make(data_dir, json=json, background=background)
     options |= {"vm_id": vm_id, "on_progress": feed.on_progress}
 
     async def work() -> None:
         feed.tell("starting", f"Starting a VM from {name}.", snapshot=name)
-        with busy(name, json=json):
+        with busy(name, json=json or detach):
             try:
                 vm = await AsyncSmolVM.from_snapshot(name, **options)
             except SnapshotNotFoundError:
@@ -195,6 +211,10 @@ def fork(
     allow_domain: AllowDomain = None,
     allow_cidr: AllowCIDR = None,
     allow_host_port: AllowHostPort = None,
+    label: Label = None,
+    ttl: TTL = None,
+    idle_timeout: IdleTimeout = None,
+    env: Env = None,
     timeout: Timeout = None,
     data_dir: DataDir = None,
     json: Json = False,
@@ -206,10 +226,8 @@ def fork(
     For example: smolvm-async fork office -n 4
     """
     feed = Feed.make(data_dir, json=json)
-    options = _options(None, vnc, data_dir, keep=keep)
     given = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
-    options["internet_settings"] = given
-    options["mounts"] = mount or ()
+    options = _options(vnc, mount, given, label, ttl, idle_timeout, env, data_dir, keep=keep)
 
     async def work() -> None:
         feed.tell("starting", f"Forking {vm_id}.", vm_id=vm_id, count=count)
@@ -226,16 +244,29 @@ def fork(
 
 
 def _options(
-    accel: AccelName | None,
     vnc: Literal["loopback", "unix"] | None,
+    mount: list[str] | None,
+    internet: dict[str, Any] | None,
+    label: list[str] | None,
+    ttl: float | None,
+    idle_timeout: float | None,
+    env: list[str] | None,
     data_dir: str | None,
     *,
     keep: bool,
 ) -> CloneOptions:
-    options: CloneOptions = {"keep": keep, "vnc": vnc, "data_dir": data_dir}
-    if accel is not None:
-        options["accel"] = accel
-    return options
+    """Return the options that a restored VM and a copy have in common."""
+    return {
+        "keep": keep,
+        "vnc": vnc,
+        "mounts": mount or (),
+        "internet_settings": internet,
+        "labels": labels_given(label) or None,
+        "ttl": ttl,
+        "idle_timeout": idle_timeout,
+        "env": variables(env) if env else None,
+        "data_dir": data_dir,
+    }
 
 
 def _no_such_snapshot(name: str) -> SnapshotNotFoundError:

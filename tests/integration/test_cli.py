@@ -578,6 +578,7 @@ def test_what_a_killed_run_leaves_is_pruned(run: Run, data_dir: Path, as_json: b
 
 def test_a_vm_of_another_process_is_saved_restored_and_forked(run: Run, data_dir: Path) -> None:
     place = ["--data-dir", str(data_dir)]
+    times = ["--label", "of=one", "--ttl", "9000", "--idle-timeout", "900"]
     with run("--id", "one", "--memory", "2048") as running:
         made = document("snapshot", "create", "one", "first", "--label", "a=b=c", *place)
         assert (made["name"], made["vm_id"], made["live"]) == ("first", "one", True)
@@ -586,13 +587,18 @@ def test_a_vm_of_another_process_is_saved_restored_and_forked(run: Run, data_dir
         assert taken["type"] == "SnapshotExistsError"
         with (
             started("snapshot", "restore", "first", "--id", "two", "--keep", *place) as restored,
-            started("fork", "one", "-n", "2", "--json", *place) as forked,
+            started("fork", "one", "-n", "2", "--json", *times, *place) as forked,
         ):
             assert "two runs under" in restored.until(UP)
             clones = {json.loads(forked.until('"started"'))["vm_id"] for _ in range(2)}
             infos = document("list", *place)
             assert {info["vm_id"] for info in infos} == {"one", "two", *clones}
             assert {info["status"] for info in infos} == {"running"}
+            labelled = document("list", "--label", "of=one", *place)
+            assert {info["vm_id"] for info in labelled} == clones
+            for name in clones:
+                config = json.loads((data_dir / name / "vm.json").read_text())["config"]
+                assert (config["ttl"], config["idle_timeout"]) == (9000, 900)
             assert [info["name"] for info in document("snapshot", "list", *place)] == ["first"]
             for command in (restored, forked):
                 command.kill(signal.SIGINT)

@@ -299,12 +299,18 @@ SMALL = ("--memory=256", "--accel=tcg")
 async def test_run_starts_a_vm_for_one_command(vm: AsyncSmolVM) -> None:
     script = "pwd; cat; echo $A >&2; exit 41"
     place = ("-e", "A=7", "-w", "/tmp")
-    one, whole = await asyncio.gather(
+    one, whole, (_, name, _) = await asyncio.gather(
         cli(vm, "run", *SMALL, "--rm", "--", "python3", "-c", "print(1)"),
         cli(vm, "run", *SMALL, *place, "-i", "--", "sh", "-c", script, given=b"\0\xff"),
+        cli(vm, "run", *SMALL, *place, "-d", "--keep", "--", "sh", "-c", script),
     )
     assert one == (0, b"1\n", b"")
     assert whole == (41, b"/tmp\n\0\xff", b"7\n")
+    apart = name.decode().strip()
+    code, log, _ = await cli(vm, "logs", "--follow", "--source=owner", apart)
+    assert code == 0
+    assert log.startswith(b"/tmp\n7\nThe command has ended with exit code 41.\n")
+    assert (await cli(vm, "delete", "--yes", apart))[0] == 0
     assert await ids(vm) == ["shared"]
 
 
@@ -322,7 +328,7 @@ async def test_a_command_of_run_ends_by_ctrl_c_and_its_vm_with_it(vm: AsyncSmolV
     ("arguments", "words"),
     [
         (["--rm", "--keep"], b"either --rm or --keep"),
-        (["-d", "--", "true"], b"either --detach or a COMMAND"),
+        (["-d", "-t", "--", "true"], b"either --tty or --detach"),
         (["--json", "--", "true"], b"either --json or a COMMAND"),
         (["-w", "/tmp"], b"pass a COMMAND, too"),
         (["-d", "--memory=1"], b"--memory 1 is less than"),
