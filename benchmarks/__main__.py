@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import (
+    agent,
     clones,
     comparable,
     desktop,
@@ -51,6 +52,7 @@ def benchmarks(image: Path, rounds: int) -> Mapping[str, Callable[[], Results]]:
         "clones": partial(clones.measure, some),
         "network": lambda: asyncio.run(network.measure(some)),
         "command": lambda: asyncio.run(linux.measure_commands(5 * rounds)),
+        "agent": lambda: asyncio.run(agent.measure(5 * rounds)),
         "screenshot": lambda: asyncio.run(desktop.measure(image, 5 * rounds, "1920x1080")),
         "import": partial(launch.measure_import, rounds),
         "peers": partial(comparable.measure, few),

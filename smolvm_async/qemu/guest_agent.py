@@ -1,4 +1,4 @@
-"""The host's end of the QEMU guest agent's port: one request to the agent, one reply.
+"""The host's end of the QEMU guest agent's port: requests to the agent, one reply for each.
 
 The agent speaks JSON lines, which `docs/interop/qemu-ga-ref` of QEMU describes. It answers one
 request after the other, and its replies do not name their request. `qemu.qmp`, QEMU's client of its
@@ -27,7 +27,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smolvm_async.errors import (
@@ -138,18 +138,38 @@ class GuestAgent:
             VMNotRunningError: QEMU has ended.
             UnsupportedError: The library does not speak to an agent in this guest.
         """
+        (reply,) = await self.execute_all([(command, dict(arguments or {}))], timeout=timeout)
+        return result_of(command, reply)
+
+    @rpc
+    async def execute_all(
+        self, requests: Sequence[tuple[str, dict[str, Any]]], *, timeout: float | None = ANSWER
+    ) -> list[dict[str, Any]]:
+        """Execute commands one after the other, in one round trip, and return the agent's replies.
+
+        A command is executed even if an earlier one is refused. `result_of()` reads a reply.
+
+        Args:
+            requests: At most eight commands with their arguments.
+            timeout: Seconds for all answers; see `execute()`.
+
+        Raises:
+            GuestAgentError: A reply is not one.
+            ConnectionLostError, VMTimeoutError, VMNotRunningError, UnsupportedError: See
+                `execute()`. The commands may have been executed.
+        """
         if self._socket is None:
             raise UnsupportedError("the built-in image has no QEMU guest agent: use SSH.")
         self.used = time.monotonic()
-        request = {"execute": command, **({"arguments": dict(arguments)} if arguments else {})}
+        command = requests[0][0]
         try:
             async with self._pauses.timeout(timeout) as bound, self._turn:
                 if not self._in_step or self._received:
                     await self._synchronize(command)
                 self._in_step, self._left, self._waiting = False, False, bound
                 try:
-                    await self._send(_encode(request), command)
-                    reply = _parse(command, await self._line(command))
+                    await self._send(b"".join(_request(*request) for request in requests), command)
+                    replies = [_parse(name, await self._line(name)) for name, _ in requests]
                     self._in_step = True
                 finally:
                     self._waiting = None
@@ -159,11 +179,8 @@ class GuestAgent:
                 raise ConnectionLostError(message) from None
             message = f"the guest agent did not answer {command} within {timeout:g} s"
             raise self._explain(VMTimeoutError(message, seconds=timeout or 0.0)) from None
-        if "error" in reply:
-            raise _refused(command, reply["error"])
-        self._answered = True
-        result: Result = reply["return"]
-        return result
+        self._answered = self._answered or any("error" not in reply for reply in replies)
+        return replies
 
     async def _synchronize(self, command: str) -> None:
         """Bring the channel into step: send a number, and skip all bytes until its answer."""
@@ -171,8 +188,8 @@ class GuestAgent:
         while True:
             number = secrets.randbits(31)
             answer = re.compile(rb'\xff{"return": ?%d}\r?\n' % number)
-            request = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
-            await self._send(DELIMITER + _encode(request), command)
+            request = _request("guest-sync-delimited", {"id": number})
+            await self._send(DELIMITER + request, command)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     while (found := answer.search(self._received)) is None:
@@ -217,7 +234,20 @@ class GuestAgent:
             raise _ended(command) from None
 
 
-def _encode(request: Mapping[str, object]) -> bytes:
+def result_of(command: str, reply: Mapping[str, Any]) -> Result:
+    """Return the result in the agent's reply to a command.
+
+    Raises:
+        GuestAgentError: The agent refused the command.
+    """
+    if "error" in reply:
+        raise _refused(command, reply["error"])
+    result: Result = reply["return"]
+    return result
+
+
+def _request(command: str, arguments: Mapping[str, object]) -> bytes:
+    request = {"execute": command, **({"arguments": arguments} if arguments else {})}
     return json.dumps(request).encode() + b"\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from smolvm_async.controls.agent.execution import AgentTransport, execute, look, wait
 from smolvm_async.controls.agent.files import PIECE, GuestFile, open_file
-from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.agent.session import FEW, SMALL, Session
 from smolvm_async.controls.commands.transport import Command
 from smolvm_async.errors import (
     ConnectionLostError,
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.anyio
 
 NONSENSE: list[Any] = [None, {}, [], "", 1, True, {"other": 1}]
 LATE = 0.01  # seconds
+SOON = 30.0  # seconds
 
 
 class Agent:
@@ -41,6 +42,15 @@ class Agent:
         if isinstance(result, Exception):
             raise result
         return await result() if callable(result) else result
+
+    async def execute_all(self, requests: Any, **_: Any) -> list[dict[str, Any]]:
+        return [await self._reply(*request) for request in requests]
+
+    async def _reply(self, command: str, arguments: Any) -> dict[str, Any]:
+        try:
+            return {"return": await self.execute(command, arguments)}
+        except GuestAgentError as error:
+            return {"error": {"desc": error.message, "class": error.error_class}}
 
 
 def acting(agent: Agent) -> GuestAgent:
@@ -156,3 +166,30 @@ async def test_an_agent_that_may_not_start_programs_is_told_with_the_cure() -> N
     refused = GuestAgentError("refused", command="guest-exec", error_class="CommandNotFound")
     with pytest.raises(UnsupportedError, match=r"does not allow guest-exec.*/etc/sysconfig"):
         await execute(acting(Agent(exec=refused)), "/bin/true", [])
+
+
+async def test_one_program_removes_the_files_of_many_commands() -> None:
+    removed: list[list[str]] = []
+
+    async def remove(stems: list[str]) -> None:
+        removed.append(stems)
+
+    session = Session(acting(Agent()), Pauses())
+    many = [str(number) for number in range(FEW // SMALL)]
+    for stem in many:
+        assert removed == []
+        session.remove(stem, 0, remove)
+        await asyncio.sleep(0)
+    await until_equal(removed, [many])  # so many, or so much, do not wait
+    session.remove("large", FEW, remove)
+    await until_equal(removed, [many, ["large"]])
+    session.remove("last", 0, remove)
+    await session.finish()
+    assert removed[2:] == [["last"]]
+    await session.close()
+
+
+async def until_equal(found: list[list[str]], wanted: list[list[str]]) -> None:
+    async with asyncio.timeout(SOON):
+        while found != wanted:
+            await asyncio.sleep(0)

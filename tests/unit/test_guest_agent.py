@@ -21,7 +21,7 @@ from smolvm_async.errors import (
 )
 from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.events import PortChanged, Reset
-from smolvm_async.qemu.guest_agent import LIMIT, STALE, GuestAgent
+from smolvm_async.qemu.guest_agent import LIMIT, STALE, GuestAgent, result_of
 from smolvm_async.qemu.pauses import Pauses
 
 pytestmark = pytest.mark.anyio
@@ -117,6 +117,23 @@ async def test_calls_at_once_take_turns(agent: GuestAgent, guest: Guest) -> None
     guest.answers = [b'{"return": %d}\n' % number for number in range(50)]
     calls = [agent.execute("guest-info") for _ in range(50)]
     assert await asyncio.gather(*calls) == list(range(50))
+
+
+async def test_several_commands_take_one_round_trip(agent: GuestAgent, guest: Guest) -> None:
+    guest.answers = [b'{"return": 1}\n', b'{"error": {"desc": "no"}}\n', b'{"return": 3}\n']
+    requests: list[tuple[str, dict[str, Any]]] = [("guest-info", {"n": 1}), *2 * [("guest-x", {})]]
+    first, second, third = await agent.execute_all(requests)
+    assert [result_of("guest-x", reply) for reply in (first, third)] == [1, 3]
+    with pytest.raises(GuestAgentError, match="refused guest-x: no"):
+        result_of("guest-x", second)
+    guest.mute = True
+    cancelled = asyncio.ensure_future(agent.execute_all(requests))
+    await guest.until_heard()
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    guest.mute = False
+    await guest.say(b'{"return": "late"}\n')
+    assert await agent.execute("guest-ping") == {}
 
 
 async def test_a_late_reply_is_not_the_reply_to_the_next_request(

@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from smolvm_async.controls.agent import linux
-from smolvm_async.controls.agent.files import GuestFile, field, open_file
+from smolvm_async.controls.agent.files import field, open_file
+from smolvm_async.controls.agent.output import Output
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.agent.system import Program, System
 from smolvm_async.controls.commands.transport import Command, Stream
@@ -37,10 +38,7 @@ FIRST = 0.001  # seconds until the first look at a command, and at least between
 LAST = 0.1  # seconds between two looks at a command that runs for long
 SHARE = 0.1  # of the time that the command has run: the time until the next look
 EARLY = 0.05  # seconds after which the output is read while the command runs
-SOME = 1 << 20  # bytes of output to read between two looks at a command
 MAX_PROGRAM = 1 << 20  # bytes: one request to the agent has all of them
-
-NAMES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
 
 
 def find_system(os: str) -> System:
@@ -127,13 +125,10 @@ class Execution:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._session = session
         self._system = system
-        self._receive = receive
         self._mark = secrets.token_hex(8)
         self._stem = system.stem(secrets.token_hex(16))
-        self._files: dict[Stream, GuestFile] = {}  # that stay open
-        self._positions: dict[Stream, int] = {}  # in files that do not
-        self._reading = asyncio.Event()
-        self._reading.set()
+        self._output = Output(session, system, self._stem, receive)
+        self._input = 0  # bytes of the file `in`
         self._starting: asyncio.Future[int] | None = None
         self._was_reset = False
         self._running: asyncio.Task[None]
@@ -143,17 +138,18 @@ class Execution:
 
     def pause_reading(self) -> None:
         """Stop reading output: it waits in the guest's files."""
-        self._reading.clear()
+        self._output.pause()
 
     def resume_reading(self) -> None:
         """Continue to read."""
-        self._reading.set()
+        self._output.resume()
 
     def begin(self, command: Command) -> None:
         """Run the command to its end; keep its exit code or the error."""
         large = len(command.content) > self._system.MAX_CONTENT
         kept = command._replace(content=b"") if large else command
         runner = self._system.runner(kept, self._mark, self._stem, has_input=large)
+        self._input = len(command.content) if large else 0
         self._running = asyncio.ensure_future(self._run(runner, command.content if large else b""))
 
     async def _run(self, runner: Program, content: bytes) -> None:
@@ -194,7 +190,7 @@ class Execution:
                 await asyncio.sleep(until_next_look(began))
                 code = await self._look(pid)
                 if code is not None or loop.time() - began > EARLY:
-                    await self._read(stack, last=code is not None)
+                    await self._output.read(stack, last=code is not None)
         return code
 
     async def _look(self, pid: int) -> int | None:
@@ -206,51 +202,6 @@ class Execution:
             message = "the guest agent has started again, and does not know the command"
             raise ConnectionLostError(message) from error
 
-    async def _read(self, stack: AsyncExitStack, *, last: bool) -> None:
-        """Pass on the new output."""
-        for stream, name in NAMES.items():
-            if (file := self._files.get(stream)) is not None:
-                await self._read_file(stream, file, last=last)
-                continue
-            try:
-                async with AsyncExitStack() as closing:
-                    keeping = stack if self._system.KEEPS_OPEN else closing
-                    path = self._system.file(self._stem, name)
-                    opening = open_file(self._session, path, "r")
-                    file = await keeping.enter_async_context(opening)
-                    if self._system.KEEPS_OPEN:
-                        self._files[stream] = file
-                    elif position := self._positions.get(stream):
-                        await file.seek(position, "set")
-                    await self._read_file(stream, file, last=last)
-            except GuestAgentError as error:
-                if not last:
-                    return  # it is not made yet, or being written
-                hint = "Is the disk of the guest full, or its directory for temporary files "
-                hint += "read-only?"
-                message = f"the guest did not keep the command's output: {error.message}"
-                raise ConnectionLostError(message, hint=hint) from error
-
-    async def _read_file(self, stream: Stream, file: GuestFile, *, last: bool) -> None:
-        """Pass on a part of a file, or at last the rest that is there: some programs never stop."""
-        rest: int | None = None  # bytes
-        while rest is None or rest > 0:
-            await self._reading.wait()
-            data, is_end = await file.read()
-            if data:
-                self._positions[stream] = self._positions.get(stream, 0) + len(data)
-                self._receive(stream, data)
-            if is_end:
-                return
-            if rest is not None:
-                rest -= len(data)
-            elif last:
-                position = self._positions[stream]
-                rest = await file.seek(0, "end") - position
-                await file.seek(position, "set")
-            else:
-                rest = SOME
-
     async def end(self) -> None:
         """Kill the command if it still runs, and remove its files."""
         try:
@@ -259,7 +210,7 @@ class Execution:
             elif self.exit_code is None:
                 await self._session.end(self._kill())
         finally:
-            self._session.remove([self._stem], self._remove)
+            self._session.remove(self._stem, self._input + self._output.size, self._remove)
 
     async def _kill(self) -> None:
         """Kill the command, which may be starting."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.errors import GuestAgentError
-from smolvm_async.qemu.guest_agent import GuestAgent
+from smolvm_async.foundation.tasks import take_exception
+from smolvm_async.qemu.guest_agent import GuestAgent, result_of
 
 PIECE = 1 << 16  # bytes to read or write at once; a reply has at most 128 KiB
 
@@ -36,20 +37,12 @@ class GuestFile:
 
     def __init__(self, agent: GuestAgent, handle: int) -> None:
         self._agent = agent
-        self._handle = handle
+        self.handle = handle
 
     async def read(self) -> tuple[bytes, bool]:
         """Return the next bytes, and whether these are the last ones, for now."""
-        command = "guest-file-read"
-        reply = await self._call(command, count=PIECE)
-        try:
-            data = base64.b64decode(field(reply, "buf-b64", str, command), validate=True)
-        except (binascii.Error, ValueError):
-            data = b""
-        if len(data) != field(reply, "count", int, command) or len(data) > PIECE:
-            message = "the guest agent's bytes of a file are not as many as it says"
-            raise GuestAgentError(message, command=command)
-        return data, field(reply, "eof", bool, command) or not data
+        ((data, is_end),) = await read_each(self._agent, [self])
+        return data, is_end
 
     async def write(self, content: bytes) -> None:
         """Write all of `content`."""
@@ -74,31 +67,70 @@ class GuestFile:
         return field(reply, "position", int, command)
 
     async def _call(self, command: str, **arguments: object) -> Any:
-        return await self._agent.execute(command, {"handle": self._handle, **arguments})
+        return await self._agent.execute(command, {"handle": self.handle, **arguments})
+
+
+async def read_each(agent: GuestAgent, files: Sequence[GuestFile]) -> list[tuple[bytes, bool]]:
+    """Read from files in one round trip; see `GuestFile.read()`."""
+    command = "guest-file-read"
+    requests = [(command, {"handle": file.handle, "count": PIECE}) for file in files]
+    return [_content(result_of(command, reply)) for reply in await agent.execute_all(requests)]
+
+
+def _content(result: object) -> tuple[bytes, bool]:
+    command = "guest-file-read"
+    try:
+        data = base64.b64decode(field(result, "buf-b64", str, command), validate=True)
+    except (binascii.Error, ValueError):
+        data = b""
+    if len(data) != field(result, "count", int, command) or len(data) > PIECE:
+        message = "the guest agent's bytes of a file are not as many as it says"
+        raise GuestAgentError(message, command=command)
+    return data, field(result, "eof", bool, command) or not data
 
 
 @asynccontextmanager
 async def open_file(session: Session, path: str, mode: str) -> AsyncIterator[GuestFile]:
-    """Open a file in the guest, as `fopen` does, and close it at the end of the block.
+    """Open a file in the guest; see `open_files()`."""
+    async with open_files(session, [path], mode) as (file,):
+        yield file
+
+
+@asynccontextmanager
+async def open_files(
+    session: Session, paths: Sequence[str], mode: str
+) -> AsyncIterator[list[GuestFile]]:
+    """Open files in the guest, as `fopen` does, and close them at the end of the block.
+
+    One round trip opens the files, and one closes them.
 
     Raises:
-        GuestAgentError: The guest cannot open the file.
+        GuestAgentError: The guest cannot open one of the files.
     """
-    command = "guest-file-open"
+    files: list[GuestFile] = []
 
-    async def begin() -> int:
-        handle = await session.agent.execute(command, {"path": path, "mode": mode})
-        if type(handle) is not int:
-            message = f"the guest agent's result of {command} is not a number"
-            raise GuestAgentError(message, command=command)
-        return handle
+    async def begin() -> None:
+        command = "guest-file-open"
+        requests = [(command, {"path": path, "mode": mode}) for path in paths]
+        replies = await session.agent.execute_all(requests)
+        handles = [reply.get("return") for reply in replies]
+        files.extend(GuestFile(session.agent, each) for each in handles if type(each) is int)
+        for reply in replies:
+            if type(result_of(command, reply)) is not int:
+                message = f"the guest agent's result of {command} is not a number"
+                raise GuestAgentError(message, command=command)
 
     async def end() -> None:
-        await session.agent.execute("guest-file-close", {"handle": await opening})
+        await asyncio.wait([opening])
+        requests = [("guest-file-close", {"handle": file.handle}) for file in files]
+        if requests:
+            await session.agent.execute_all(requests)
 
-    opening = asyncio.ensure_future(begin())  # a cancelled call must not lose the handle
+    opening = asyncio.ensure_future(begin())  # a cancelled call must not lose the handles
+    opening.add_done_callback(take_exception)
     try:
-        yield GuestFile(session.agent, await asyncio.shield(opening))
+        await asyncio.shield(opening)
+        yield files
     finally:
         if mode.startswith("r") and "+" not in mode:
             session.go_on(end())  # the caller has what it wants

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -15,7 +16,10 @@ from smolvm_async.qemu.guest_agent import GuestAgent
 from smolvm_async.qemu.pauses import Pauses
 
 ENDING = 2.0  # seconds that a call waits for its cleanup in the guest
-TIDY = 0.1  # seconds until files are removed: many commands need one program for that
+# Files are removed when no command has ended for a while, or many have: one program removes all.
+TIDY = 0.2  # seconds
+FEW = 1 << 20  # bytes of garbage, of which the files of a command are at least
+SMALL = 1 << 14  # bytes
 
 
 class Session:
@@ -43,7 +47,9 @@ class Session:
         self.env_turn = asyncio.Lock()  # for writers of the guest's environment variables
         self._endings: set[asyncio.Task[None]] = set()
         self._garbage: list[str] = []  # files in the guest that nobody needs any more
+        self._garbage_size = 0  # bytes
         self._removing = False
+        self._finishing = asyncio.Event()
 
     def on_event(self, event: Event) -> None:
         """Note that the agent has ended. Call this with every event of QEMU."""
@@ -68,9 +74,18 @@ class Session:
         task.add_done_callback(self._ended)
         return task
 
-    def remove(self, paths: list[str], remover: Callable[[list[str]], Awaitable[object]]) -> None:
-        """Remove files of the guest soon, in the background, many at once by `remover`."""
-        self._garbage += paths
+    def remove(
+        self, stem: str, size: int, remover: Callable[[list[str]], Awaitable[object]]
+    ) -> None:
+        """Remove the files of a command soon, in the background, many at once by `remover`.
+
+        Args:
+            stem: The command's stem; see `System.stem()`.
+            size: The bytes of the files.
+            remover: A function that removes the files of commands.
+        """
+        self._garbage.append(stem)
+        self._garbage_size += max(size, SMALL)
         if not self._removing:
             self._removing = True
             self.go_on(self._remove(remover))
@@ -78,9 +93,14 @@ class Session:
     async def _remove(self, remover: Callable[[list[str]], Awaitable[object]]) -> None:
         try:
             while self._garbage:
-                await asyncio.sleep(TIDY)
-                paths, self._garbage = self._garbage, []
-                await remover(paths)
+                before = 0
+                while before < self._garbage_size < FEW and not self._finishing.is_set():
+                    before = self._garbage_size
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(TIDY):
+                            await self._finishing.wait()
+                stems, self._garbage, self._garbage_size = self._garbage, [], 0
+                await remover(stems)
         finally:
             self._removing = False
 
@@ -93,6 +113,7 @@ class Session:
 
     async def finish(self) -> None:
         """Wait at most 2 s until the guest is clean."""
+        self._finishing.set()
         if self._endings:
             await asyncio.wait([*self._endings], timeout=ENDING)
 
