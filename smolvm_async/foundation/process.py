@@ -485,8 +485,8 @@ async def kill_after(
 ) -> Child:
     """Start a timer: a process that kills `children`, even if this process hangs or is stopped.
 
-    Just before that, the timer says `TIME_IS_OVER`. It dies with the thread of `spawner`. Reap it
-    with the children: the ids of children that are reaped could become those of other processes.
+    Just before that, the timer says `TIME_IS_OVER`. It dies with the thread of `spawner`. It holds
+    pidfds, so it never kills another process that gets the id of a child.
 
     Raises:
         LaunchError: If the operating system cannot start the timer.
@@ -498,13 +498,20 @@ async def kill_after(
 
 TIME_IS_OVER = "time is over"
 _TIMER = """
-import contextlib, os, sys, time
+import contextlib, os, signal, sys, time
 _, seconds, text, *pids = sys.argv
+children = {}
+for pid in map(int, pids):
+    with contextlib.suppress(ProcessLookupError):
+        children[pid] = os.pidfd_open(pid)
 time.sleep(float(seconds))
 print(text, flush=True)
-for pid in pids:
+for pid, child in children.items():
     with contextlib.suppress(ProcessLookupError):
-        os.kill(int(pid), 9)
+        try:
+            signal.pidfd_send_signal(child, signal.SIGKILL)
+        except PermissionError:  # by a seccomp profile
+            os.kill(pid, signal.SIGKILL)
 """
 
 
