@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smolvm_async.errors import CommandError, LaunchError, SmolVMError, VMNotRunningError
-from smolvm_async.foundation.process import TIME_IS_OVER, Child, Spawner, kill_after, spawn
+from smolvm_async.foundation.process import Child, Spawner, spawn
 from smolvm_async.foundation.tasks import settle
 from smolvm_async.qemu.arguments import Descriptors, MachineSpec, qemu_arguments
 from smolvm_async.qemu.console import Console
@@ -96,6 +96,8 @@ class Processes:
 
     async def end_after(self, seconds: float, directory: Path, spawner: Spawner) -> None:
         """End all processes after so many seconds. Raise a `LaunchError` if that is impossible."""
+        from smolvm_async.foundation.timer import kill_after  # few VMs need it
+
         log = directory / TIMER_LOG
         self.timer = await kill_after(
             seconds, self.children, cwd=directory, log=log, spawner=spawner
@@ -104,7 +106,11 @@ class Processes:
     @property
     def expired(self) -> bool:
         """True if the time of `end_after()` is over."""
-        return self.timer is not None and self.timer.said(TIME_IS_OVER)
+        if self.timer is None:
+            return False
+        from smolvm_async.foundation.timer import TIME_IS_OVER
+
+        return self.timer.said(TIME_IS_OVER)
 
     @property
     def qemu(self) -> Child:
