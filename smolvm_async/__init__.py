@@ -9,11 +9,11 @@ from smolvm_async.config.checks import PortForward
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import Limits, Timeouts
 from smolvm_async.controls.commands.lines import LineStream
+from smolvm_async.controls.commands.processes import GuestProcess, Terminal
 from smolvm_async.controls.commands.result import CommandResult, Line
 from smolvm_async.controls.desktop.comparison import Region
 from smolvm_async.controls.desktop.picture import Screenshot
 from smolvm_async.controls.ssh.login import Access
-from smolvm_async.controls.ssh.processes import GuestProcess, Terminal
 from smolvm_async.errors import (
     AcceleratorWarning,
     ActionError,

@@ -20,6 +20,7 @@ from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.agent.system import System
 from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.lines import LineStream
+from smolvm_async.controls.commands.processes import Processes
 from smolvm_async.controls.commands.result import Line
 from smolvm_async.controls.commands.transport import Command, Transport
 from smolvm_async.qemu.arguments import AGENT_PORT
@@ -131,7 +132,7 @@ class Host:
             await host.channel.close()
 
 
-class Guest(Commands):
+class Guest(Commands, Processes):
     """A guest whose agent runs on this host."""
 
     def __init__(self, host: Host, system: System = linux) -> None:

@@ -33,7 +33,7 @@ NAME = "smolvm-async"
 MAX_LINE = 32 << 20  # bytes of a message from the client; a longer one ends the session
 INSTRUCTIONS = """\
 Sandboxes are virtual machines that you may break. Create one, run commands and use files in \
-Linux, or look at the screen and use mouse and keyboard in any guest. Results are short and say \
+it, or look at the screen and use mouse and keyboard. Results are short and say \
 how to get more. Delete sandboxes that you no longer need: their number, memory and lifetime are \
 limited. All end with the session."""
 

@@ -10,7 +10,6 @@ import asyncio
 import base64
 import binascii
 import codecs
-import shlex
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,8 +17,8 @@ from pydantic import Field
 
 from smolvm_async.agents.output import PAGE, Output
 from smolvm_async.agents.sandboxes import Sandbox, Sandboxes
+from smolvm_async.controls.commands.processes import GuestProcess
 from smolvm_async.controls.desktop.picture import Screenshot
-from smolvm_async.controls.ssh.processes import GuestProcess
 from smolvm_async.errors import ConfigError, VMTimeoutError
 
 Content: TypeAlias = list[str | Screenshot]
@@ -37,9 +36,9 @@ async def _feed(process: GuestProcess, stdin: str) -> None:
     process.close_input()
 
 
-async def _collect(process: GuestProcess, output: Output) -> None:
+async def _collect(stream: asyncio.StreamReader, output: Output) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    while data := await process.stdout.read(1 << 16):
+    while data := await stream.read(1 << 16):
         output.add(decoder.decode(data))
     output.add(decoder.decode(b"", final=True))
 
@@ -60,7 +59,8 @@ class Tools:
     ) -> Content:
         """Start a sandbox: a virtual machine of its own, deleted at the end of the session.
 
-        Linux is a small Debian with python3 and git, in which you are root. A sandbox that boots is
+        Linux is a small Debian with python3 and git, in which you are root; in Windows, you are
+        LocalSystem. A sandbox that boots is
         not ready at once: commands wait for it, and wait_for_screen shows what it does.
         """
         if snapshot is not None:
@@ -119,29 +119,30 @@ class Tools:
     async def run_command(
         self,
         sandbox: Id,
-        command: Annotated[str, Field(description="For the shell, sh.")],
+        command: Annotated[str, Field(description="For the shell: sh; in Windows, PowerShell.")],
         timeout: Annotated[float, Field(description="Seconds until it is killed.")] = WAIT,
         stdin: Annotated[str, Field(description="The command's input.")] = "",
         cwd: Annotated[str | None, Field(description="The directory; else the home.")] = None,
     ) -> Content:
-        """Run a command in a Linux sandbox; return its exit code and output.
+        """Run a command in a sandbox; return its exit code and output.
 
         Every command has a shell of its own: `cd` does not outlast it. Of a long output you get the
         beginning and the end; read_output shows the rest. For a program that goes on in the
-        background, redirect its output: nohup ... > log 2>&1 &
+        background, redirect its output: nohup ... > log 2>&1 &; in Windows, use Start-Process.
         """
         found = self._sandboxes.find(sandbox)
         self._check_time(timeout, "start it in the background: nohup ... > log 2>&1 &")
         output = found.output = Output()
         ended = f"killed after {timeout:g} s"
-        there = f"cd -- {shlex.quote(cwd)} || exit\n" if cwd else ""
-        # The guest joins both streams, so that their order is kept.
-        async with await found.vm.spawn(f"exec 2>&1\n{there}{command}") as process:
+        # A Linux guest joins both streams, so that their order is kept.
+        joined = command if found.guest == "windows" else f"exec 2>&1\n{command}"
+        async with await found.vm.spawn(joined, cwd=cwd) as process:
             with suppress(TimeoutError):  # the output until then is worth more than an error
                 async with asyncio.timeout(timeout):
-                    async with asyncio.TaskGroup() as both:
-                        both.create_task(_feed(process, stdin))
-                        both.create_task(_collect(process, output))
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(_feed(process, stdin))
+                        for stream in (process.stdout, process.stderr):
+                            group.create_task(_collect(stream, output))
                     ended = f"exit code {await process.wait()}"
         more = f"read_output({sandbox!r}, offset={PAGE // 2}) shows them"
         return [f"{ended}\n{output.summary(more)}"]
@@ -166,7 +167,7 @@ class Tools:
         offset: Annotated[int, Field(ge=0, description="Bytes to skip.")] = 0,
         encoding: Encoding = "utf-8",
     ) -> Content:
-        """Read a file of a Linux sandbox, a page at a time."""
+        """Read a file of a sandbox, a page at a time."""
         vm = self._sandboxes.find(sandbox).vm
         data = await vm.read_file(path, text=False, offset=offset, length=PAGE + 1)
         more, data = len(data) > PAGE, data[:PAGE]
@@ -182,7 +183,7 @@ class Tools:
     async def write_file(
         self, sandbox: Id, path: Path, content: str, encoding: Encoding = "utf-8"
     ) -> Content:
-        """Write a file of a Linux sandbox; make its directory if needed."""
+        """Write a file of a sandbox; make its directory if needed."""
         try:
             data = base64.b64decode(content) if encoding == "base64" else content.encode()
         except (binascii.Error, ValueError) as error:

@@ -16,7 +16,7 @@ def cp(
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
-    """Copy a file, or a directory with its contents, into a Linux VM or out of it.
+    """Copy a file, or a directory with its contents, into a VM or out of it.
 
     One of the paths is ID:PATH, with an absolute PATH in the VM. If TARGET is a directory or ends
     with a slash, the copy goes into it. Until a copy is complete, it has a temporary name.
@@ -26,6 +26,8 @@ def cp(
       smolvm-async cp src office:/root/work
 
       smolvm-async cp office:/var/log/dpkg.log .
+
+      smolvm-async cp setup.exe windows:C:/Temp/
     """
     (from_vm, source_path), (to_vm, target_path) = _parts(source), _parts(target)
     vm_id = from_vm or to_vm

@@ -7,8 +7,8 @@ import codecs
 import os
 import shlex
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -65,11 +65,12 @@ def exec_command(
     ] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Run a command in a Linux VM of any process; its streams pass through as bytes.
+    """Run a command in a VM of any process; its streams pass through as bytes.
 
     The exit code is the command's, 128+n if signal n has ended it, or 125 if smolvm-async failed.
     Ctrl-C ends the command, and not the VM; a second Ctrl-C kills it. Without a shell, there are no
-    pipes or patterns: use sh -c. Options stand before ID.
+    pipes or patterns: use sh -c, or in Windows cmd /c or powershell -Command. Options stand before
+    ID. Through a guest agent, there is no --tty; in Windows, an exit code over 255 is 255.
 
     For example:
 
@@ -78,18 +79,20 @@ def exec_command(
       tar c . | smolvm-async exec -w /srv office -- tar x
 
       smolvm-async exec -it office bash
+
+      smolvm-async exec windows -- powershell -Command "Get-Process | Select -First 3"
     """
     given = GuestCommand(command, env, workdir, tty=tty, detach=detach)
-    exit_with(given, running_vm(vm_id, data_dir, tell_pause=True))
+    exit_with(given, given.in_vm(running_vm(vm_id, data_dir, tell_pause=True)))
 
 
 def shell(vm_id: VMId, env: Env = None, workdir: Workdir = None, data_dir: DataDir = None) -> None:
-    """Open a login shell in a Linux VM of any process, in this terminal.
+    """Open a login shell in a VM of any process, in this terminal; not through a guest agent.
 
     The shell ends with exit or Ctrl-D. Enter, ~ and . leave a VM that does not answer any more.
     """
     given = GuestCommand([], env, workdir, tty=True)
-    exit_with(given, running_vm(vm_id, data_dir, tell_pause=True))
+    exit_with(given, given.in_vm(running_vm(vm_id, data_dir, tell_pause=True)))
 
 
 class GuestCommand:
@@ -117,47 +120,67 @@ class GuestCommand:
             raise typer.BadParameter(
                 "stdin is not a terminal: for a script, use exec without --tty", param_hint="--tty"
             )
-        # `exec`, so that no shell stands between a signal and the command.
-        self.command = f"exec {shlex.join(words)}" if words else None
+        self.words = words
         self.env = variables(env or ())
         self.workdir = workdir
         self.tty = tty
         self.detach = detach
 
-    async def run(self, vm: AsyncSmolVM, interrupts: Interrupts) -> int:
-        """Run the command with the streams of this program; return its exit code."""
-        from smolvm_async.cli.streams import connect, connect_terminal, terminal_size
+    async def open(self, vm: AsyncSmolVM) -> GuestProcess:
+        """Start the command as soon as the guest is ready.
 
-        if self.tty:
-            columns, rows = terminal_size()
-            term = os.environ.get("TERM") or "xterm-256color"
-            opening = vm.open_terminal(
-                columns, rows, command=self.command, env=self.env, cwd=self.workdir, term=term
-            )
-            async with await opening as terminal:
-                code = await connect_terminal(terminal)
+        Raises:
+            UnsupportedError: The guest cannot do this, or has no guest agent.
+        """
+        if not self.tty:
+            return await vm.spawn(self.words, env=self.env, cwd=self.workdir, detached=self.detach)
+        from smolvm_async.cli.streams import terminal_size
+
+        columns, rows = terminal_size()
+        # `exec`, so that no shell stands between a signal and the command.
+        command = f"exec {shlex.join(self.words)}" if self.words else None
+        term = os.environ.get("TERM") or "xterm-256color"
+        return await vm.open_terminal(
+            columns, rows, command=command, env=self.env, cwd=self.workdir, term=term
+        )
+
+    @asynccontextmanager
+    async def in_vm(
+        self, vm: AbstractAsyncContextManager[AsyncSmolVM]
+    ) -> AsyncIterator[GuestProcess]:
+        """Run the command in this VM during the block."""
+        async with vm as running, await self.open(running) as process:
+            yield process
+
+    async def connect(self, process: GuestProcess, interrupts: Interrupts) -> int:
+        """Connect the streams of this program to the process; return its exit code."""
+        from smolvm_async.cli.streams import connect, connect_terminal
+        from smolvm_async.controls.commands.processes import Terminal
+
+        if isinstance(process, Terminal):
+            code = await connect_terminal(process)
             return 0 if code is None else _exit_code(code)
-        assert self.command is not None
-        spawning = vm.spawn(self.command, env=self.env, cwd=self.workdir, detached=self.detach)
-        async with await spawning as process:
-            if self.detach:
-                return 0
-            interrupts.spare_first = True
-            passing = asyncio.ensure_future(_pass_on(interrupts, process, asyncio.current_task()))
-            try:
-                return _exit_code(await connect(process))
-            finally:
-                passing.cancel()
+        if self.detach:
+            return 0
+        interrupts.spare_first = True
+        passing = asyncio.ensure_future(_pass_on(interrupts, process, asyncio.current_task()))
+        try:
+            return _exit_code(await connect(process))
+        finally:
+            passing.cancel()
 
     async def run_in_background(self, vm: AsyncSmolVM) -> int:
         """Run the command without stdin; write its output to `sys.stdout`. Return its exit code."""
-        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-        spawning = vm.spawn(f"{self.command} 2>&1", env=self.env, cwd=self.workdir)
-        async with await spawning as process:
+        async with await vm.spawn(self.words, env=self.env, cwd=self.workdir) as process:
             process.close_input()
-            while data := await process.stdout.read(BLOCK):
-                sys.stdout.write(decoder.decode(data))
+            await asyncio.gather(_write(process.stdout), _write(process.stderr))
             return _exit_code(await process.wait())
+
+
+async def _write(stream: asyncio.StreamReader) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    while data := await stream.read(BLOCK):
+        sys.stdout.write(decoder.decode(data))
 
 
 async def _pass_on(
@@ -172,7 +195,8 @@ async def _pass_on(
 
 
 def _exit_code(code: int) -> int:
-    return code if code >= 0 else 128 - code
+    """Return an exit code that this program can have: Windows has bigger ones."""
+    return min(code, 255) if code >= 0 else 128 - code
 
 
 def variables(texts: Iterable[str]) -> dict[str, str]:
@@ -187,14 +211,14 @@ def variables(texts: Iterable[str]) -> dict[str, str]:
 
 def exit_with(
     command: GuestCommand,
-    vm: AbstractAsyncContextManager[AsyncSmolVM],
+    process: AbstractAsyncContextManager[GuestProcess],
     interrupts: Interrupts | None = None,
 ) -> NoReturn:
-    """Run a command in a VM, and exit with its exit code."""
+    """Connect this program to the process of a command, and exit with its exit code."""
     interrupts = interrupts or Interrupts()
 
     async def work() -> int:
-        async with vm as running:
-            return await command.run(running, interrupts)
+        async with process as running:
+            return await command.connect(running, interrupts)
 
     raise typer.Exit(execute(work(), json=False, interrupts=interrupts, failed=FAILED))

@@ -10,6 +10,7 @@ from smolvm_async.cli.command import DataDir, execute
 from smolvm_async.cli.internet import AllowCIDR, AllowDomain, AllowHostPort, settings_given
 from smolvm_async.config.checks import AccelName
 from smolvm_async.config.internet import Mode
+from smolvm_async.guests import Channel
 
 Internet = Annotated[
     Mode | None,
@@ -40,6 +41,13 @@ def mcp(
     windows_image: Annotated[
         str | None, typer.Option(metavar="IMAGE", help="Offer Windows sandboxes from this image.")
     ] = None,
+    channel: Annotated[
+        Channel | None,
+        typer.Option(
+            help="The way to run commands in the images: SSH, or the QEMU guest agent.",
+            show_default="ssh; agent for Windows",
+        ),
+    ] = None,
     snapshot: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Offer a snapshot of yours; may be given several times."),
@@ -66,7 +74,7 @@ def mcp(
     settings = {"mode": "restricted", **settings} if settings else {"mode": "off"}
     images = {"linux": linux_image, "windows": windows_image}
     options: dict[str, Any] = {"accel": accel, "data_dir": data_dir}
-    options["internet_settings"] = settings
+    options["internet_settings"], options["channel"] = settings, channel
 
     async def work() -> None:
         limits = SessionLimits(

@@ -66,7 +66,10 @@ err = Screen(stderr=True)
 
 # The library's messages name its arguments; these have an option with the same meaning.
 OPTIONS = {
-    **{name: name for name in ("accel", "boot", "cpus", "memory", "os", "resolution", "vnc")},
+    **{
+        name: name
+        for name in ("accel", "boot", "channel", "cpus", "memory", "os", "resolution", "vnc")
+    },
     "idle_timeout": "idle-timeout",
     "ttl": "ttl",
     "data_dir": "data-dir",
@@ -84,6 +87,8 @@ COMMANDS = {
     "AsyncSmolVM.list()": "smolvm-async list",
     "AsyncSmolVM.snapshots()": "smolvm-async snapshot list",
     "prune()": "smolvm-async prune",
+    "open_terminal()": "a terminal (shell, --tty)",
+    "spawn()": "exec ID -- COMMAND",
     **{f"{verb}()": verb for verb in ("delete", "start", "stop")},
 }
 

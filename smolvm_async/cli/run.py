@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated, Literal
 
 import typer
 
 from smolvm_async import (
     AsyncSmolVM,
-    BootState,
     ConfigError,
+    GuestProcess,
     VMAlreadyExistsError,
     VMNotFoundError,
+    VMNotRunningError,
 )
 from smolvm_async.cli.background import Background
 from smolvm_async.cli.command import (
@@ -53,11 +54,14 @@ from smolvm_async.cli.output import busy, err
 from smolvm_async.config.checks import AccelName
 from smolvm_async.config.options import VMOptions
 from smolvm_async.foundation.progress import ProgressCallback
-from smolvm_async.guests import GUESTS, GuestName
+from smolvm_async.guests import GUESTS, Channel, GuestName
 from smolvm_async.state.status import ACTIVE
 
 # Fixed in a kept VM.
-MACHINE = ("memory", "cpus", "accel", "keep", "boot", "resolution", "vnc", "ttl", "idle_timeout")
+MACHINE = (
+    *("memory", "cpus", "accel", "channel", "keep", "boot", "resolution", "vnc"),
+    *("ttl", "idle_timeout"),
+)
 
 
 def _defaults(field: str) -> str:
@@ -102,6 +106,13 @@ def run(
     accel: Annotated[
         AccelName | None,
         typer.Option(help="The accelerator of QEMU.", show_default="auto"),
+    ] = None,
+    channel: Annotated[
+        Channel | None,
+        typer.Option(
+            help="The way to run commands: SSH, or the QEMU guest agent in the image.",
+            show_default="ssh; agent for Windows",
+        ),
     ] = None,
     keep: Keep = False,
     boot: Annotated[
@@ -170,6 +181,8 @@ def run(
 
       smolvm-async run -- python3 -c 'print(1)'
 
+      smolvm-async run ~/win11.qcow2 --os windows -- cmd /c ver
+
       smolvm-async run -d --memory 1024
 
       smolvm-async run -d --id build --keep -- make test
@@ -191,6 +204,7 @@ def run(
         "memory": memory,
         "cpus": cpus,
         "vm_id": vm_id,
+        "channel": channel,
         "boot": boot,
         "resolution": resolution,
         "vnc": vnc,
@@ -219,7 +233,7 @@ def run(
         return vm
 
     if guest_command is not None and not detach:
-        exit_with(guest_command, _for_a_command(make, timeout))
+        exit_with(guest_command, _for_a_command(guest_command, make, timeout))
     if env and guest_command is None:
         options["env"] = variables(env)
 
@@ -234,14 +248,20 @@ def run(
 
 @asynccontextmanager
 async def _for_a_command(
-    make: Callable[[ProgressCallback], Awaitable[AsyncSmolVM]], timeout: float | None
-) -> AsyncIterator[AsyncSmolVM]:
-    """Run a VM during the block, and show its progress on stderr."""
+    command: GuestCommand,
+    make: Callable[[ProgressCallback], Awaitable[AsyncSmolVM]],
+    timeout: float | None,
+) -> AsyncIterator[GuestProcess]:
+    """Run a command in a VM of its own during the block; show the VM's progress on stderr."""
     async with AsyncExitStack() as stack:
         with busy("Starting a VM", json=False, console=err) as show:
-            vm = await stack.enter_async_context(await make(lambda step: show(step.message)))
-            await vm.wait_for(BootState.READY)
-        yield vm
+            vm = await make(lambda step: show(step.message))
+            with suppress(VMNotRunningError):  # tell before the boot what the guest cannot do
+                await command.open(vm)
+            await stack.enter_async_context(vm)
+            process = await command.open(vm)
+        async with process:
+            yield process
         await vm.stop(timeout)
 
 

@@ -16,7 +16,7 @@ import tty
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from smolvm_async.controls.ssh.processes import GuestProcess, Terminal
+from smolvm_async.controls.commands.processes import GuestProcess, Terminal
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 BLOCK = 1 << 16  # bytes to read at once

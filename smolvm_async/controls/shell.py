@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 
-from smolvm_async.controls.channels import GuestChannel, SSHChannel, channel_to
+from smolvm_async.controls.channels import GuestChannel, channel_to
 from smolvm_async.controls.commands.commands import Commands
+from smolvm_async.controls.commands.processes import Processes
 from smolvm_async.controls.commands.transport import Transport
 from smolvm_async.controls.contents import Contents, FileAccess
 from smolvm_async.controls.files.environment import Environment
@@ -15,8 +16,6 @@ from smolvm_async.controls.files.transport import GuestFiles
 from smolvm_async.controls.information import Information
 from smolvm_async.controls.interface import running
 from smolvm_async.controls.observation import Observation
-from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.processes import Processes
 from smolvm_async.errors import VMTimeoutError
 from smolvm_async.qemu.events import BootState
 from smolvm_async.qemu.guest_agent import GuestAgent
@@ -48,11 +47,6 @@ class Shell(Commands, Processes, Files, Contents, Environment, Information, Obse
         if late is not None:
             raise late
         return channel
-
-    async def _reach(self) -> Link:
-        channel = await self._channel("spawn")
-        assert isinstance(channel, SSHChannel)  # other guests have no such feature
-        return channel.link
 
     @property
     def _shells(self) -> Sequence[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 FeatureName = Literal[
-    "commands", "processes", "ssh", "files", "variables", "user", "kernel", "mounts"
+    "commands", "terminals", "ssh", "files", "variables", "user", "kernel", "mounts"
 ]
 Channel = Literal["ssh", "agent"]  # SSH, or the QEMU guest agent
 
@@ -27,14 +27,14 @@ class Feature(NamedTuple):
 
 FEATURES: dict[FeatureName, Feature] = {
     "commands": Feature(
-        ("run", "run_stream", "guest_info"),
+        ("run", "run_stream", "spawn", "guest_info"),
         (),
         "Install the program as a service or a scheduled task in the image.",
     ),
-    "processes": Feature(
-        ("spawn", "open_terminal"),
+    "terminals": Feature(
+        ("open_terminal",),
         (),
-        "Use run() with input=, or run_stream(), if the guest supports them.",
+        "Commands without a terminal work, and read their input: spawn(), or run() with input=.",
     ),
     "ssh": Feature(
         ("ssh_access",),
@@ -71,5 +71,5 @@ FEATURES: dict[FeatureName, Feature] = {
 NEEDED: dict[str, FeatureName] = {  # method or argument -> the feature that it needs
     name: feature for feature, row in FEATURES.items() for name in (*row.methods, *row.arguments)
 }
-NEED_SSH: frozenset[FeatureName] = frozenset({"processes", "ssh", "user", "mounts"})
+NEED_SSH: frozenset[FeatureName] = frozenset({"terminals", "ssh", "user", "mounts"})
 ARGUMENTS = tuple(name for row in FEATURES.values() for name in row.arguments)

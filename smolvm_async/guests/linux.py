@@ -31,7 +31,7 @@ LINUX = GuestProfile(
     login="nocloud",
     devices=(MOUNTS,),
     features=frozenset(
-        {"commands", "processes", "ssh", "files", "variables", "user", "kernel", "mounts"}
+        {"commands", "terminals", "ssh", "files", "variables", "user", "kernel", "mounts"}
     ),
     agent="Install the package qemu-guest-agent in the image, or leave channel= out: that is SSH.",
 )

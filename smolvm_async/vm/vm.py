@@ -83,8 +83,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             or a user with sudo that cloud-init creates.
         channel: The way to run commands: `"ssh"`, the default for Linux, or `"agent"`, the default
             for Windows: the QEMU guest agent in the image, which needs no network and no login. A
-            Linux guest that is used through its agent has no `spawn()`, `open_terminal()` and
-            `mounts`.
+            Linux guest that is used through its agent has no `open_terminal()` and `mounts`.
         memory: Memory in MiB. The guest OS sets the minimum and the default (Linux: 128 and 512).
         cpus: The number of cores, all in one socket. The guest OS sets the default (Linux: 1).
         vm_id: The id: lower-case letters, digits, hyphens; by default `vm-` and 8 hex digits.

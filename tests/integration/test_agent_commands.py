@@ -186,3 +186,57 @@ async def test_run_and_run_stream_are_the_same_as_over_ssh(guest: Guest) -> None
         seen = {(line.stream, line.text) async for line in first_of(lines, 2)}
     assert seen == {("stdout", "one"), ("stderr", "two")}
     assert sleepers("1009") == []
+
+
+async def test_a_process_is_fed_while_it_runs(guest: Guest) -> None:
+    script = 'read a; echo "got $a"; read b; echo "got $b" >&2; cat; exit 7'
+    async with await guest.spawn(script, cwd="/", env={"V": "v"}) as process:
+        await process.write("one\n")
+        assert await process.stdout.readline() == b"got one\n"
+        await process.write("two\nrest")
+        assert await process.stderr.readline() == b"got two\n"
+        process.close_input()
+        assert (await process.stdout.read(), await process.wait()) == (b"rest", 7)
+    data = os.urandom(3 << 20)
+    async with await guest.spawn(["sha256sum", "-"]) as process:
+        await process.write(data)
+        process.close_input()
+        assert (await process.stdout.read()).split()[0] == hashlib.sha256(data).hexdigest().encode()
+
+
+async def test_a_process_gets_signals_and_ends_with_its_block(guest: Guest) -> None:
+    script = "trap 'echo caught; exit 5' TERM; echo up; while :; do sleep 0.1; done"
+    async with await guest.spawn(script) as process:
+        assert await process.stdout.readline() == b"up\n"
+        await process.terminate()
+        assert (await process.stdout.read(), await process.wait()) == (b"caught\n", 5)
+    async with await guest.spawn(["cat"]) as process:
+        await process.send_signal(signal.SIGINT)
+        assert await process.wait() == -signal.SIGINT
+        await process.write("dropped")
+    async with await guest.spawn("sleep 1010 & setsid sleep 1010 & sleep 1010"):
+        await until_sleeping("1010", 3)
+    assert sleepers("1010") == []
+
+
+async def test_a_detached_process_goes_on(guest: Guest) -> None:
+    async with await guest.spawn("echo no; exec sleep 1011", detached=True) as process:
+        await until_sleeping("1011", 1)
+    assert sleepers("1011") != []
+    await process.kill()
+    await until_sleeping("1011", 0)
+
+
+async def test_a_process_of_an_agent_that_ends_is_lost(guest: Guest) -> None:
+    async with await guest.spawn("echo up; exec sleep 1012") as process:
+        assert await process.stdout.readline() == b"up\n"
+        await guest.host.kill()
+        with pytest.raises(ConnectionLostError, match="agent ended"):
+            await process.stdout.read()
+        await guest.host.start()
+    await until_sleeping("1012", 0)
+
+
+async def test_a_process_that_cannot_start_is_told(guest: Guest) -> None:
+    with pytest.raises(ConfigError, match="more than 1 MiB"):
+        await guest.spawn("# " + "x" * (1 << 20))

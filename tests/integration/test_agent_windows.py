@@ -28,6 +28,7 @@ from smolvm_async.errors import (
     ConfigError,
     ConnectionLostError,
     FileTransferError,
+    UnsupportedError,
 )
 from tests.agent import SOON, Guest, Host, first_of, sleepers, until_sleeping
 from tests.integration.trees import make_tree
@@ -249,3 +250,46 @@ async def test_lines_stream_and_a_child_that_is_left_behind_does_not_hold_the_co
     result = await guest.run("sleep 1109 & echo $!; exit 3")
     assert (result.exit_code, sleepers("1109")) == (3, [int(result.stdout)])
     os.kill(int(result.stdout), signal.SIGKILL)
+
+
+async def test_a_process_is_fed_while_it_runs(guest: Guest) -> None:
+    script = 'read a; echo "got $a"; read b; echo "got $b" >&2; cat; exit 7'
+    async with await guest.spawn(script) as process:
+        await process.write("one\n")
+        assert await process.stdout.readline() == b"got one\n"
+        await process.write("two\nrest")
+        assert await process.stderr.readline() == b"got two\n"
+        process.close_input()
+        assert (await process.stdout.read(), await process.wait()) == (b"rest", 7)
+    data = os.urandom(1 << 20)
+    async with await guest.spawn(["cat"]) as process:
+        await process.write(data)
+        process.close_input()
+        assert await process.stdout.read() == data
+
+
+async def test_a_process_is_killed_by_each_signal_that_ends_programs(guest: Guest) -> None:
+    async with await guest.spawn("echo up; exec sleep 1110") as process:
+        assert await process.stdout.readline() == b"up\n"
+        with pytest.raises(UnsupportedError, match="no SIGUSR1"):
+            await process.send_signal(signal.SIGUSR1)
+        await process.send_signal(signal.SIGINT)
+        assert await process.wait() != 0
+    assert sleepers("1110") == []
+    async with await guest.spawn(["cat"]):
+        pass
+
+
+async def test_a_detached_process_goes_on_and_leaves_no_file(guest: Guest, tmp_path: Path) -> None:
+    go_on, kept = tmp_path / "go on", tmp_path / "kept"
+    script = f"while [ ! -e '{go_on}' ]; do sleep 0.05; done; echo out; echo a >'{kept}'"
+    async with await guest.spawn(script, detached=True):
+        pass
+    go_on.touch()
+    async with asyncio.timeout(SOON):
+        while not kept.exists() or left(tmp_path):
+            await asyncio.sleep(0.01)
+    async with await guest.spawn(["sleep", "1111"], detached=True) as process:
+        await until_sleeping("1111", 1)
+    await process.kill()
+    assert sleepers("1111") == []

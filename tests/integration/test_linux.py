@@ -524,9 +524,8 @@ async def test_a_disk_with_a_kernel_of_its_own_boots(debian: DebianImage, data_d
 
 async def test_what_windows_lacks_is_said_at_once(blank_image: Path, data_dir: Path) -> None:
     vm = AsyncSmolVM(os="windows", image=blank_image, accel="tcg", data_dir=data_dir)
-    for call in (vm.spawn("dir"), vm.open_terminal()):
-        with pytest.raises(UnsupportedError, match="not available for Windows guests"):
-            await call
+    with pytest.raises(UnsupportedError, match="not available for Windows guests"):
+        await vm.open_terminal()
 
 
 async def test_a_port_that_never_speaks_costs_a_moment(tmp_path: Path) -> None:

@@ -1019,8 +1019,8 @@ async def test_a_windows_image_is_a_windows_guest(
     uri = await publish(server, directory / "disk.qcow2", tmp_path.name, os="windows", memory=2048)
     vm = AsyncSmolVM(image=uri, accel="tcg", data_dir=data_dir)
     async with vm:
-        with pytest.raises(UnsupportedError, match=r"spawn.. is not available for Windows"):
-            await vm.spawn("ver")
+        with pytest.raises(UnsupportedError, match=r"terminal.. is not available for Windows"):
+            await vm.open_terminal()
         (info,) = await AsyncSmolVM.list(data_dir=data_dir)
         assert (info.os, info.memory) == ("windows", 2048)
         await vm.stop(0)

@@ -20,10 +20,10 @@ from smolvm_async import (
     ConnectionLostError,
 )
 from smolvm_async.controls.commands.commands import Commands
+from smolvm_async.controls.commands.processes import Processes
 from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.login import Access, make_key_pair
-from smolvm_async.controls.ssh.processes import Processes
 from smolvm_async.foundation.locking import poll
 from tests.integration.ssh_server import link_with, ssh_servers
 
@@ -51,9 +51,6 @@ class Guest(Commands, Processes):
 
     def __init__(self, link: Link) -> None:
         self.link = link
-
-    async def _reach(self) -> Link:
-        return self.link
 
     async def _transport(self, feature: str) -> SSHTransport:
         return SSHTransport(self.link)

@@ -34,13 +34,18 @@ value() { # $1: a value of the request
 }
 
 run() { # runner.ps1
-    local names= directory= input= script= text= content= program= arguments= cwd=
+    local names= directory= input= script= text= content= program= arguments= cwd= detached=
     eval "$(sed -n 's/^env\.\([^ ]*\) \(.*\)/names="$names \1" env_\1=\2/p; s/^\([a-z]*\) /\1=/p')"
     directory=$here/$(value "$directory")
     source=$directory\\content
     case $(value "$input") in
-    empty) : >"$directory\\in" && return ;;
+    empty) : >"$directory\\in" && : >"$directory\\end" && return ;;
     file) source=$directory\\in ;;
+    live)
+        source=$directory\\pipe
+        mkfifo "$source"
+        feed &
+        ;;
     here) value "$content" >"$source" ;;
     esac
     : >"$directory\\out"
@@ -63,6 +68,15 @@ $(cat "$here/.smolvm_env" 2>/dev/null)
 EOF
     cd "${cwd:-/}" 2>>"$directory\\err" || exit 126
     env "$@" <"$source" >>"$directory\\out" 2>>"$directory\\err"
+    set -- $?
+    [ -z "$detached" ] || rm "$directory"\\*
+    return "$1"
+}
+
+feed() { # passes on what comes into the file `in`, until its end
+    exec 3<"$directory\\in" >"$source"
+    while cat <&3 && [ ! -s "$directory\\end" ] && [ -e /proc/$$ ]; do sleep 0.05; done
+    cat <&3
 }
 
 powershell() {

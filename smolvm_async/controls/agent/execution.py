@@ -128,13 +128,48 @@ class Execution:
         self._mark = secrets.token_hex(8)
         self._stem = system.stem(secrets.token_hex(16))
         self._output = Output(session, system, self._stem, receive)
-        self._input = 0  # bytes of the file `in`
+        self._input = 0  # bytes of the command's input files
         self._starting: asyncio.Future[int] | None = None
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._feeding = asyncio.Lock()
+        self._detached = False
         self._was_reset = False
         self._running: asyncio.Task[None]
 
     async def write(self) -> None:
         """Do nothing: `run()` has written the input before the command starts."""
+
+    async def feed(self, content: bytes) -> None:
+        """Write a part of the standard input into a file of the guest: no command slows it down."""
+        try:
+            await self._append("in", content)
+        except SmolVMError:
+            if not self.ended.done():
+                raise
+
+    def end_input(self) -> None:
+        """End the standard input after all parts, in the background."""
+        self._session.go_on(self._append("end", b"."))
+
+    async def _append(self, name: str, content: bytes) -> None:
+        async with self._feeding:
+            if self.ended.done():
+                return
+            path = self._system.file(self._stem, name)
+            self._input += len(content)
+            async with open_file(self._session, path, "r+") as file:
+                await file.seek(0, "end")
+                await file.write(content)
+                await file.flush()
+
+    async def send_signal(self, name: str) -> None:
+        """Send a signal to the processes of the command: see `Execution.send_signal()`."""
+        assert self._starting is not None
+        agent, pid = self._session.agent, await self._starting
+        program = self._system.signaller(self._mark, pid, name)
+        await wait(agent, await launch(agent, program))
+        if self._detached:  # who was killed removes nothing
+            self._session.remove(self._stem, 0, self._remove)
 
     def pause_reading(self) -> None:
         """Stop reading output: it waits in the guest's files."""
@@ -146,21 +181,32 @@ class Execution:
 
     def begin(self, command: Command) -> None:
         """Run the command to its end; keep its exit code or the error."""
-        large = len(command.content) > self._system.MAX_CONTENT
+        self._detached = command.detached
+        content = command.content or b""
+        large = len(content) > self._system.MAX_CONTENT
         kept = command._replace(content=b"") if large else command
         runner = self._system.runner(kept, self._mark, self._stem, has_input=large)
-        self._input = len(command.content) if large else 0
-        self._running = asyncio.ensure_future(self._run(runner, command.content if large else b""))
+        to_file = large or (command.content is None and not command.detached)
+        self._running = asyncio.ensure_future(self._run(runner, content if to_file else None))
 
-    async def _run(self, runner: Program, content: bytes) -> None:
+    async def until_started(self) -> None:
+        """Wait until the command has started, or raise the error if it could not be."""
+        either = [self._started, self.ended]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if self.error is not None:
+            raise self.error
+
+    async def _run(self, runner: Program, content: bytes | None) -> None:
         self._session.watchers.add(self._lose)
         try:
-            if content:
-                await self._write_input(content)
+            if content is not None:
+                await self._make_input(content)
             # A cancelled call must not lose the id, by which the command is killed.
             self._starting = asyncio.ensure_future(launch(self._session.agent, runner))
             self._starting.add_done_callback(take_exception)
-            self.exit_code = await self._follow(await asyncio.shield(self._starting))
+            pid = await asyncio.shield(self._starting)
+            self._started.set_result(None)
+            self.exit_code = await self._follow(pid)
         except SmolVMError as error:
             self.error = error
         finally:
@@ -174,12 +220,11 @@ class Execution:
         self.error = self.error or ConnectionLostError(message)
         self._running.cancel()
 
-    async def _write_input(self, content: bytes) -> None:
+    async def _make_input(self, content: bytes) -> None:
         agent = self._session.agent
         await wait(agent, await launch(agent, self._system.maker(self._stem, self._mark)))
-        path = self._system.file(self._stem, "in")
-        async with open_file(self._session, path, "r+") as file:
-            await file.write(content)
+        if content:
+            await self._append("in", content)
 
     async def _follow(self, pid: int) -> int:
         """Pass on the command's output until its end; return the exit code."""
@@ -189,7 +234,7 @@ class Execution:
             while code is None:
                 await asyncio.sleep(until_next_look(began))
                 code = await self._look(pid)
-                if code is not None or loop.time() - began > EARLY:
+                if not self._detached and (code is not None or loop.time() - began > EARLY):
                     await self._output.read(stack, last=code is not None)
         return code
 
@@ -203,7 +248,10 @@ class Execution:
             raise ConnectionLostError(message) from error
 
     async def end(self) -> None:
-        """Kill the command if it still runs, and remove its files."""
+        """Kill the command if it still runs, unless it is detached, and remove its files."""
+        if self._detached and self._started.done():  # it has no files, or removes them itself
+            await end_tasks(self._running)
+            return
         try:
             if self._was_reset:
                 await end_tasks(self._running)
@@ -216,9 +264,7 @@ class Execution:
         """Kill the command, which may be starting."""
         await end_tasks(self._running)
         if self._starting is not None:
-            agent = self._session.agent
-            killer = self._system.killer(self._mark, await self._starting)
-            await wait(agent, await launch(agent, killer))
+            await self.send_signal("KILL")
 
     async def _remove(self, stems: list[str]) -> None:
         agent = self._session.agent
@@ -255,6 +301,8 @@ class AgentTransport:
         on_turn(True)  # a command waits for no other
         execution.begin(command)
         try:
+            if command.content is None:
+                await execution.until_started()
             yield execution
         finally:
             await execution.end()

@@ -16,8 +16,8 @@ from smolvm_async.controls.commands.script import (
     SOURCE,
     UNUSABLE,
     exports,
-    find_marked,
     in_directory,
+    signal_script,
 )
 from smolvm_async.controls.commands.transport import Command
 
@@ -25,6 +25,8 @@ SHELL = "/bin/sh"
 KEEPS_OPEN = True
 MAX_CONTENT = 0  # the shell has its program there
 DIRECTORY = "/tmp"  # `_EXCLUSIVE` makes each file, with a random name
+
+FILES = ("in", "end", "pipe", "out", "err")
 
 _EXCLUSIVE = "umask 077\nset -C\n"  # only the owner can read a file, and nobody has made it before
 _USUAL = "umask 022\nset +C\n"
@@ -46,26 +48,47 @@ def file(stem: str, name: str) -> str:
 def runner(command: Command, mark: str, stem: str, *, has_input: bool) -> Program:
     """Return the shell that runs a command with its output in files."""
     text = in_directory(command.text, command.cwd)
-    source = f"{stem}.in" if has_input else "/dev/null"
-    files = f"<{source} >{stem}.out 2>{stem}.err"
+    source, feeder = f"{stem}.in" if has_input else "/dev/null", ""
+    files = f">{stem}.out 2>{stem}.err"
+    if command.detached:
+        files = ">/dev/null 2>&1"
+    elif command.content is None:
+        source, feeder = f"{stem}.pipe", _feeder(stem)
     profiles = _PROFILES if command.shell == "login" else ""
     # The shell reads up to the closing brace first: in the braces, its own input changes.
     return _shell(
-        f"{{\n{_EXCLUSIVE}exec {files} || exit {UNUSABLE}\n{_USUAL}shift\n"
+        f"{{\n{_EXCLUSIVE}{feeder}exec <{source} {files} || exit {UNUSABLE}\n{_USUAL}shift\n"
         f"{_HOME}{profiles}export {MARK}={mark}\n{SOURCE}{exports(command.env)}"
         f"eval {shlex.quote(text)}\nexit\n}}\n",
         mark,
     )
 
 
+def _feeder(stem: str) -> str:
+    """Return the part of a program that passes on the growing file `in`, until its end.
+
+    The library does not write into a pipe: the agent would wait for a reader, or lose what does
+    not fit. Each `cat` goes on where the one before has stopped.
+    """
+    return (
+        f"mkfifo {stem}.pipe || exit {UNUSABLE}\n"
+        "(\n"
+        "trap '' HUP INT QUIT ALRM TERM USR1 USR2\n"  # these are for the command
+        f"exec 3<{stem}.in >{stem}.pipe 2>/dev/null\n"
+        f"while cat <&3 && [ ! -s {stem}.end ] && [ -e /proc/$$ ]; do sleep 0.1; done\n"
+        "cat <&3\n"
+        ") &\n"
+    )
+
+
 def maker(stem: str, mark: str) -> Program:
-    """Return the program that makes an empty `in`, which only its owner can read."""
-    return _shell(f"{_EXCLUSIVE}: >{stem}.in\n", mark)
+    """Return the program that makes empty `in` and `end`, which only their owner can read."""
+    return _shell(f"{_EXCLUSIVE}: >{stem}.in\n: >{stem}.end\n", mark)
 
 
 def remover(stems: Sequence[str]) -> Program:
     """Return the program that removes the files of commands."""
-    files = [file(stem, name) for stem in stems for name in ("in", "out", "err")]
+    files = [file(stem, name) for stem in stems for name in FILES]
     return Program("/bin/rm", ["-f", *files])
 
 
@@ -79,19 +102,6 @@ def _shell(program: str, mark: str) -> Program:
     return Program(SHELL, ["-s", f"{MARK}={mark}"], program.encode(errors="surrogateescape"))
 
 
-def killer(mark: str, _: int) -> Program:
-    """Return a program that kills every process of a command.
-
-    A process that another program is just being loaded into has no environment, so the program
-    looks until it has found nothing twice.
-    """
-    return _shell(
-        "none=0 round=0\n"
-        "while [ $none -lt 2 ] && [ $round -lt 100 ]; do\n"
-        f"found=$({find_marked(mark)})\n"
-        'if [ -n "$found" ]; then none=0; kill -KILL $found; else none=$((none + 1)); fi\n'
-        "round=$((round + 1))\n"
-        "sleep 0.02\n"
-        "done 2>/dev/null\n",
-        "",  # else the program would find itself
-    )
+def signaller(mark: str, _: int, name: str) -> Program:
+    """Return the program that sends a signal to every process of a command."""
+    return _shell(signal_script(mark, name), "")  # with a mark, the program would find itself

@@ -32,10 +32,17 @@ $security.SetSecurityDescriptorSddlForm('D:P(A;OICI;FA;;;SY)(A;OICI;FA;;;OW)')
 [void] [IO.Directory]::CreateDirectory($directory, $security)
 if ($value['input'] -eq 'empty') {
     [IO.File]::WriteAllBytes("$directory\in", $content)
+    [IO.File]::WriteAllBytes("$directory\end", $content)
     exit 0
 }
 
+function Exit-Runner([int] $code) {
+    if ($value['detached']) { [IO.Directory]::Delete($directory, $true) }
+    exit $code
+}
+
 function Add-Output([string] $name, [byte[]] $bytes, [int] $count) {
+    if ($value['detached']) { return }
     while ($true) {
         try {
             $file = [IO.File]::Open("$directory\$name", 'Append', 'Write', 'None')
@@ -80,15 +87,16 @@ try {
 } catch {
     $bytes = $utf8.GetBytes("$($_.Exception.GetBaseException().Message)`r`n")
     Add-Output 'err' $bytes $bytes.Length
-    exit 126
+    Exit-Runner 126
 }
 
 $source = New-Object IO.MemoryStream (, $content)
-if ($value['input'] -eq 'file') { $source = [IO.File]::OpenRead("$directory\in") }
+# The agent may write to the file meanwhile.
+if ($value['input'] -ne 'here') { $source = [IO.File]::Open("$directory\in", 'Open', 'Read', 'ReadWrite') }
 $sink = $process.StandardInput.BaseStream
-$feeding = $source.CopyToAsync($sink)
-
+$feeding = $null
 $size = 65536
+$piece = New-Object byte[] $size
 $since = [Diagnostics.Stopwatch]::StartNew()
 $after = New-Object Diagnostics.Stopwatch
 $outputs = foreach ($name in 'out', 'err') {
@@ -106,7 +114,8 @@ $outputs = foreach ($name in 'out', 'err') {
 do {
     [Threading.Tasks.Task[]] $tasks = @($outputs | ForEach-Object { $_.reading } | Where-Object { $_ })
     if ($tasks.Length) {
-        [void] [Threading.Tasks.Task]::WaitAny($tasks, 50)
+        [Threading.Tasks.Task[]] $any = @($tasks) + @($feeding | Where-Object { $_ })
+        [void] [Threading.Tasks.Task]::WaitAny($any, 50)
     } else {
         [void] $process.WaitForExit(50)
     }
@@ -118,10 +127,23 @@ do {
             if ($count) { $output.reading = $output.stream.ReadAsync($output.buffer, 0, $size) }
         }
     }
-    if ($feeding -and $feeding.IsCompleted) {
+    if ($sink -and (-not $feeding -or $feeding.IsCompleted)) {
         # The command may have closed its standard input, or ended.
-        try { $sink.Close() } catch { }
+        $refused = $feeding -and $feeding.IsFaulted
         $feeding = $null
+        # Look for the end of the input first: all of the input is in the file then.
+        $complete = $value['input'] -ne 'live' -or (New-Object IO.FileInfo "$directory\end").Length
+        $count = $source.Read($piece, 0, $size)
+        if ($refused -or (-not $count -and -not $unflushed -and $complete)) {
+            try { $sink.Close() } catch { }
+            $sink = $null
+        } elseif ($count) {
+            $feeding = $sink.WriteAsync($piece, 0, $count)
+            $unflushed = $true
+        } elseif ($unflushed) {
+            $feeding = $sink.FlushAsync()
+            $unflushed = $false
+        }
     }
     # Children that are left behind may keep the output open for ever.
     if ($process.HasExited -and -not $after.IsRunning) { $after.Start() }
@@ -137,4 +159,4 @@ do {
     if ($flushed) { $since.Restart(); $flushed = $false }
 } until ($over)
 $process.WaitForExit()
-exit $process.ExitCode
+Exit-Runner $process.ExitCode

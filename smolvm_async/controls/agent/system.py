@@ -19,7 +19,9 @@ class Program(NamedTuple):
 class System(Protocol):
     """A module for one guest OS: `linux` or `windows`.
 
-    A command has files in the guest: `in`, its standard input if that is long, and `out` and `err`.
+    A command that is not detached has files in the guest: `out` and `err`, and `in`, its standard
+    input if that is long or comes while the command runs. Then `end` is not empty after the end of
+    the input.
     """
 
     @property
@@ -34,23 +36,27 @@ class System(Protocol):
         """Return the path of which `file()` makes a command's files."""
 
     def file(self, stem: str, name: str) -> str:
-        """Return the path of one of the files `in`, `out` and `err`."""
+        """Return the path of one of a command's files."""
 
     def runner(self, command: Command, mark: str, stem: str, *, has_input: bool) -> Program:
         """Return the program that runs a command with its output in files.
 
         Args:
             command: The command.
-            mark: A text for `killer()` to find the command's processes by.
+            mark: A text for `signaller()` to find the command's processes by.
             stem: The path of the command's files.
             has_input: Whether the standard input is in a file, and not in `command`.
         """
 
     def maker(self, stem: str, mark: str) -> Program:
-        """Return the program that makes an empty `in`, which only its owner can read."""
+        """Return the program that makes empty `in` and `end`, which only their owner can read."""
 
-    def killer(self, mark: str, pid: int) -> Program:
-        """Return the program that kills a command: every process with the mark, or of the tree."""
+    def signaller(self, mark: str, pid: int, name: str) -> Program:
+        """Return the program that sends a signal to every process with the mark, or of the tree.
+
+        Raises:
+            UnsupportedError: The guest OS has no such signal.
+        """
 
     def remover(self, stems: Sequence[str]) -> Program:
         """Return the program that removes the files of commands."""

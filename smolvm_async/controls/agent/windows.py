@@ -28,11 +28,14 @@ from pathlib import Path
 
 from smolvm_async.controls.agent.system import Program
 from smolvm_async.controls.commands.transport import Command
+from smolvm_async.errors import UnsupportedError
 
 KEEPS_OPEN = False
 MAX_CONTENT = 1 << 18
 # Of LocalSystem. An ordinary user can neither list the directory nor guess a name in it.
 DIRECTORY = r"C:\Windows\Temp"
+
+ENDING = ("HUP", "INT", "QUIT", "TERM", "KILL")  # the signals that kill a command
 
 _OPTIONS = (
     *("-NoProfile", "-NonInteractive", "-ExecutionPolicy", "Bypass"),
@@ -65,7 +68,10 @@ def runner(command: Command, _: str, stem: str, *, has_input: bool) -> Program:
 
     The command is a PowerShell script, or a batch file if the shell is cmd.exe.
     """
-    values = [("directory", stem), ("input", "file" if has_input else "here")]
+    live = command.content is None and not command.detached
+    values = [("directory", stem), ("input", "live" if live else "file" if has_input else "here")]
+    if command.detached:
+        values.append(("detached", "yes"))
     if command.words is not None:
         values += [("program", command.words[0]), ("arguments", arguments(command.words[1:]))]
     elif command.shell == "cmd":
@@ -83,19 +89,22 @@ def runner(command: Command, _: str, stem: str, *, has_input: bool) -> Program:
         values.append(("cwd", command.cwd))
     values += [(f"env.{name}", value) for name, value in command.env.items()]
     lines_of_values = [_line(name, value.encode(errors="replace")) for name, value in values]
-    if not has_input:
+    if command.content and not has_input:
         lines_of_values.append(_line("content", command.content))
     return Program("powershell.exe", _encoded(_runner()), b"".join(lines_of_values))
 
 
 def maker(stem: str, _: str) -> Program:
-    """Return the PowerShell that makes the directory and an empty `in`."""
+    """Return the PowerShell that makes the directory, and empty `in` and `end`."""
     content = _line("directory", stem.encode()) + _line("input", b"empty")
     return Program("powershell.exe", _encoded(_runner()), content)
 
 
-def killer(_: str, pid: int) -> Program:
-    """Return the program that kills a process and its descendants."""
+def signaller(_: str, pid: int, name: str) -> Program:
+    """Return the program that kills a process and its descendants, which no signal can reach."""
+    if name not in ENDING:
+        message = f"a Windows guest has no SIG{name}."
+        raise UnsupportedError(message, hint="To end the process, use terminate() or kill().")
     # The filter spares a process that got the number after the command's end.
     filtered = ["/fi", f"PID eq {pid}", "/fi", "IMAGENAME eq powershell.exe"]
     return Program("taskkill.exe", ["/t", "/f", *filtered])

@@ -112,7 +112,7 @@ class Commands(OverTransport):
             ConfigError: An argument is wrong (a `ValueError`).
         """
         self._require("run")
-        prepared = _prepare(command, timeout, env, shell, input, cwd, self._shells)
+        prepared = prepare(command, timeout, env, shell, input, cwd, self._shells)
         command = prepared.text
         for name, value in (("check", check), ("text", text)):
             check_boolean(name, value)
@@ -191,7 +191,7 @@ class Commands(OverTransport):
         input: str | bytes | None,
         cwd: str | None,
     ) -> AsyncIterator[LineStream]:
-        prepared = _prepare(command, timeout, env, shell, input, cwd, self._shells)
+        prepared = prepare(command, timeout, env, shell, input, cwd, self._shells)
         command = prepared.text
         transport = await self._transport("run_stream")
         await _until_open(transport, command, timeout)
@@ -212,7 +212,7 @@ class Commands(OverTransport):
                 writing.cancel()
 
 
-def _prepare(
+def prepare(
     command: str | Sequence[str],
     timeout: float | None,
     env: Mapping[str, str] | None,
@@ -221,7 +221,7 @@ def _prepare(
     cwd: str | None,
     shells: Sequence[str],
 ) -> Command:
-    """Check the arguments."""
+    """Check the arguments of a command."""
     words = None
     if not isinstance(command, str):
         words = check_words(command, shell)

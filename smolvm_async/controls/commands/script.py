@@ -26,7 +26,7 @@ def check_command(command: object, shell: object, shells: Sequence[str] = ("raw"
     if not isinstance(command, str) or not command.strip() or "\0" in command:
         raise ConfigError(
             f"command={shown(command)} is wrong: pass the shell command as str, without NUL "
-            "characters; to run() and run_stream() also a program and its arguments as a list."
+            "characters, or a program and its arguments as a list."
         )
     if encoded(command) is None:
         raise ConfigError(
@@ -75,6 +75,25 @@ def find_marked(mark: str) -> str:
     """
     pattern = f"{MARK}=[{mark[0]}]{mark[1:]}"  # the brackets keep grep from finding itself
     return f"grep -ls '{pattern}' /proc/[0-9]*/environ /proc/[0-9]*/cmdline | cut -d/ -f3"
+
+
+def signal_script(mark: str, name: str) -> str:
+    """Return a script that sends a signal, such as `KILL`, to every process with this mark.
+
+    A process that another program is just being loaded into has no environment, and a process may
+    make another one meanwhile: to kill all, the script looks until it has found nothing twice.
+    """
+    if name != "KILL":
+        return f"kill -{name} $({find_marked(mark)}) 2>/dev/null\n"
+    return (
+        "none=0 round=0\n"
+        "while [ $none -lt 2 ] && [ $round -lt 100 ]; do\n"
+        f"found=$({find_marked(mark)})\n"
+        'if [ -n "$found" ]; then none=0; kill -KILL $found; else none=$((none + 1)); fi\n'
+        "round=$((round + 1))\n"
+        "sleep 0.02\n"
+        "done 2>/dev/null\n"
+    )
 
 
 def parse_exports(text: str) -> dict[str, str]:

@@ -14,6 +14,14 @@ Stream = Literal["stdout", "stderr"]
 ShellKind = Literal["raw", "login", "cmd"]
 
 
+class TerminalKind(NamedTuple):
+    """A terminal: its name for the variable `TERM`, and its size in characters."""
+
+    term: str
+    columns: int
+    rows: int
+
+
 class Command(NamedTuple):
     """A command for a shell of the guest.
 
@@ -21,21 +29,25 @@ class Command(NamedTuple):
         text: The command, for a shell.
         shell: See `Commands.run()`.
         env: The command's own variables.
-        content: The standard input.
+        content: The standard input; `None` if the caller writes it while the command runs.
         cwd: The working directory; `None` for the home of the user.
         words: A program and its arguments, of which `text` is the command for a POSIX shell.
+        detached: Whether the command goes on after the caller's block, without input and output.
+        terminal: The terminal of the command, if it has one.
     """
 
     text: str
     shell: ShellKind
     env: Mapping[str, str]
-    content: bytes
+    content: bytes | None
     cwd: str | None = None
     words: tuple[str, ...] | None = None
+    detached: bool = False
+    terminal: TerminalKind | None = None
 
 
 class Execution(Protocol):
-    """A running command.
+    """A running command. Only a command without `content` may be fed.
 
     Attributes:
         exit_code: The exit code as in `subprocess`: negative for a signal; `None` while the command
@@ -48,6 +60,20 @@ class Execution(Protocol):
 
     async def write(self) -> None:
         """Write all of the command's standard input; stop early if the command ends."""
+
+    async def feed(self, content: bytes) -> None:
+        """Write a part of the command's standard input; stop early if the command ends."""
+
+    def end_input(self) -> None:
+        """End the command's standard input."""
+
+    async def send_signal(self, name: str) -> None:
+        """Send a signal, such as `TERM`, to all processes of the command.
+
+        Raises:
+            ConnectionLostError: The guest does not answer.
+            UnsupportedError: The guest OS has no such signal.
+        """
 
     def pause_reading(self) -> None:
         """Stop reading output, but lose none."""
@@ -76,6 +102,8 @@ class Transport(Protocol):
         on_turn: Callable[[bool], None],
     ) -> AbstractAsyncContextManager[Execution]:
         """Run a command during the block; kill the command if it still runs at the block's end.
+
+        A command that is `detached` goes on.
 
         Args:
             command: The command.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from smolvm_async.controls.commands.script import in_directory
-from smolvm_async.controls.commands.transport import Command, Stream
+from smolvm_async.controls.commands.transport import Command, Stream, TerminalKind
 from smolvm_async.controls.commands.transport import Execution as AnyExecution
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.controls.ssh.script import script, signaller
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
     from asyncssh import SSHClientChannel, SSHClientConnection
 
 AGAIN = 1.0  # seconds between two attempts to kill a command
+APART = "exec </dev/null >/dev/null 2>&1\n"  # the end of the session disturbs nothing
+PTY_ECHO = 53  # RFC 4254, section 8
+
+AnExecution = TypeVar("AnExecution", bound="Execution")
 
 
 class Execution:
@@ -36,19 +39,13 @@ class Execution:
         ended: Done when the session is over.
     """
 
-    def __init__(self, receive: Callable[[Stream, bytes], None], content: bytes = b"") -> None:
+    def __init__(self, receive: Callable[[Stream, bytes], None]) -> None:
         self.exit_code: int | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.channel: SSHClientChannel[bytes]
         self._receive = receive
-        self._content = content  # the standard input
         self._writable = asyncio.Event()
         self._writable.set()
-
-    async def write(self) -> None:
-        """Write all of the command's standard input; stop early if the command ends."""
-        await self.feed(self._content)
-        self.end_input()
 
     async def feed(self, content: bytes) -> None:
         """Write a part of the command's standard input; stop early if the command ends."""
@@ -80,18 +77,6 @@ class Execution:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 room.cancel()
-
-    async def kill(self, link: Link, mark: str) -> None:
-        """Kill the command as soon as the guest answers, and wait for the command's end."""
-        killed = False
-        while not killed and not self.ended.done():
-            with suppress(ConnectionLostError):
-                killed = await _kill(link, mark)
-            if not killed:
-                await asyncio.sleep(AGAIN)
-        if not self.ended.done():
-            self.channel.abort()
-        await asyncio.wait([self.ended])
 
     # asyncssh calls the methods below.
 
@@ -133,15 +118,48 @@ class Execution:
             self.ended.set_result(None)
 
 
-async def _kill(link: Link, mark: str) -> bool:
-    """Kill the processes with this mark; return whether the guest answered."""
-    return await send_signal(link, mark, "KILL")
+class MarkedExecution(Execution):
+    """A running command of the user, all processes of which have a mark."""
 
+    def __init__(
+        self, receive: Callable[[Stream, bytes], None], link: Link, mark: str, content: bytes
+    ) -> None:
+        super().__init__(receive)
+        self._link = link
+        self._mark = mark
+        self._content = content  # the standard input
 
-async def send_signal(link: Link, mark: str, name: str) -> bool:
-    """Send a signal to the processes with this mark; return whether the guest answered."""
-    sending = await run_apart(link, lambda: signaller(mark, name), lambda _: None)
-    return sending.exit_code is not None
+    async def write(self) -> None:
+        """Write all of the command's standard input; stop early if the command ends."""
+        await self.feed(self._content)
+        self.end_input()
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Change the size of the command's terminal, in characters."""
+        if not self.ended.done():
+            self.channel.change_terminal_size(columns, rows)
+
+    async def send_signal(self, name: str) -> None:
+        """Send a signal to all processes of the command: see `Execution.send_signal()`."""
+        await self._signal(name)
+
+    async def _signal(self, name: str) -> bool:
+        """Send a signal; return whether the guest answered."""
+        script = signaller(self._mark, name)
+        sending = await run_apart(self._link, lambda: script, lambda _: None)
+        return sending.exit_code is not None
+
+    async def kill(self) -> None:
+        """Kill the command as soon as the guest answers, and wait for the command's end."""
+        killed = False
+        while not killed and not self.ended.done():
+            with suppress(ConnectionLostError):
+                killed = await self._signal("KILL")
+            if not killed:
+                await asyncio.sleep(AGAIN)
+        if not self.ended.done():
+            self.channel.abort()
+        await asyncio.wait([self.ended])
 
 
 async def run_apart(
@@ -155,24 +173,29 @@ async def run_apart(
     """
 
     async def opener(connection: SSHClientConnection) -> Execution:
-        return await open_session(command(), lambda _, data: receive(data), connection)
+        execution = Execution(lambda _, data: receive(data))
+        return await start(execution, command(), connection)
 
     async with link.apart(opener) as execution:
         await asyncio.wait([execution.ended])
         return execution
 
 
-async def open_session(
+async def start(
+    execution: AnExecution,
     command: str,
-    receive: Callable[[Stream, bytes], None],
     connection: SSHClientConnection,
-    content: bytes = b"",
-    terminal: Mapping[str, Any] | None = None,
-) -> Execution:
-    """Start a command. `terminal` has asyncssh's arguments for a terminal."""
-    execution = Execution(receive, content)
+    terminal: TerminalKind | None = None,
+) -> AnExecution:
+    """Start a command on a connection."""
+    options: dict[str, Any] = {}
+    if terminal is not None:
+        options = {
+            "term_type": terminal.term,
+            "term_size": (terminal.columns, terminal.rows),
+            "term_modes": {PTY_ECHO: 0},  # until the script has read its variables
+        }
     line: Any = command.encode(errors="surrogateescape")  # as os.fsdecode() made it from bytes
-    options = terminal or {}
     await connection.create_session(lambda: cast(Any, execution), line, encoding=None, **options)
     return execution
 
@@ -201,21 +224,36 @@ class SSHTransport(NamedTuple):
         command: Command,
         receive: Callable[[Stream, bytes], None],
         on_turn: Callable[[bool], None],
-    ) -> AsyncIterator[Execution]:
+    ) -> AsyncIterator[MarkedExecution]:
         """Run a command during the block: see `Transport.executing()`."""
-        link, mark = self.link, secrets.token_hex(8)
-        text = in_directory(command.text, command.cwd)
-        line, first = script(text, command.shell, command.env, mark)
+        link, mark, terminal = self.link, secrets.token_hex(8), command.terminal
+        text = f"{APART}{command.text}" if command.detached else command.text
+        line, first = script(
+            in_directory(text, command.cwd),
+            command.shell,
+            command.env,
+            mark,
+            terminal=terminal is not None,
+        )
+        content = first + (command.content or b"")
 
-        async def kill(execution: Execution) -> None:
-            await execution.kill(link, mark)
+        async def opener(connection: SSHClientConnection) -> MarkedExecution:
+            execution = MarkedExecution(receive, link, mark, content)
+            return await start(execution, line, connection, terminal)
 
-        opener = partial(open_session, line, receive, content=first + command.content)
-        execution = await link.open(opener, kill, on_turn)
+        def release(_: object) -> None:
+            link.release()
+
+        execution = await link.open(opener, MarkedExecution.kill, on_turn)
+        execution.ended.add_done_callback(release)
         try:
+            if command.content is None:
+                await execution.feed(first)
             yield execution
         finally:
-            if execution.ended.done():
-                link.release()
-            else:
-                await link.end(kill(execution))
+            if not execution.ended.done():
+                if command.detached:
+                    execution.channel.close()
+                else:
+                    execution.ended.remove_done_callback(release)  # `end()` does this, too
+                    await link.end(execution.kill())

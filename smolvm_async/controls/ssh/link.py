@@ -448,18 +448,6 @@ class Link:
         )
 
 
-class OverSSH:
-    """Base class of the controls that need an SSH connection to the guest."""
-
-    async def _reach(self) -> Link:
-        """Wait until the guest is ready, and return the connection."""
-        raise NotImplementedError
-
-    def _require(self, feature: str) -> None:
-        """Check that the guest supports this feature, and that the VM runs."""
-        raise NotImplementedError
-
-
 async def greeted(port: int, timeout: float) -> socket.socket | None:
     """Connect and wait for the server's first byte; return `None` if no server listens.
 

@@ -6,7 +6,7 @@ import secrets
 import shlex
 from collections.abc import Mapping
 
-from smolvm_async.controls.commands.script import MARK, SOURCE, exports, find_marked
+from smolvm_async.controls.commands.script import MARK, SOURCE, exports, find_marked, signal_script
 
 
 def script(
@@ -57,10 +57,8 @@ def signaller(mark: str, name: str) -> str:
     SSH can send signals, but OpenSSH refuses to do so for root, and the signal would not reach a
     process that has left the command's process group.
     """
-    find = find_marked(mark)
-    times = "1 2" if name == "KILL" else "1"  # a process may have made another one meanwhile
-    own = f"for again in {times}; do kill -{name} $({find}) 2>/dev/null; done"
-    return f"{own}\n{_AS_ROOT} sudo -n sh -c {shlex.quote(_tree_signaller(find, name))}"
+    with_sudo = _tree_signaller(find_marked(mark), name)
+    return f"{signal_script(mark, name)}{_AS_ROOT} sudo -n sh -c {shlex.quote(with_sudo)}"
 
 
 def as_root(posix_script: str) -> str:

@@ -1,33 +1,35 @@
 """Processes and terminals in a guest, which the caller talks to while they run.
 
-Both streams of a process share one SSH session. While a stream has too much unread output, the
-session pauses and the guest waits, so a caller who wants one stream only should join both in the
-guest (`2>&1`).
+Over SSH, both streams of a process share one session. While a stream has too much unread output,
+the session pauses and the guest waits, so a caller who wants one stream only should join both in
+the guest (`2>&1`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import signal as signals
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Protocol, Self, cast
 
-from smolvm_async.config.checks import check_boolean, check_env, check_integer, shown
-from smolvm_async.controls.commands.script import check_command, check_directory, in_directory
-from smolvm_async.controls.commands.transport import ShellKind, Stream
-from smolvm_async.controls.ssh.execution import Execution, open_session, send_signal
-from smolvm_async.controls.ssh.link import Link, OverSSH
-from smolvm_async.controls.ssh.script import script
+from smolvm_async.config.checks import check_boolean, check_integer, shown
+from smolvm_async.controls.commands.commands import prepare
+from smolvm_async.controls.commands.transport import (
+    Command,
+    Execution,
+    OverTransport,
+    ShellKind,
+    Stream,
+    TerminalKind,
+    Transport,
+)
 from smolvm_async.errors import ConfigError
 from smolvm_async.foundation.fork import this_process
 
 UNREAD = 1 << 20  # bytes; asyncio pauses at twice as many, and refuses longer lines
 LOGIN_SHELL = 'exec "${SHELL:-/bin/sh}" -l'
-_APART = "exec </dev/null >/dev/null 2>&1\n"  # so that the end of the session disturbs nothing
-PTY_ECHO = 53  # RFC 4254, section 8
 
 
 class _Side(asyncio.ReadTransport):
@@ -70,8 +72,8 @@ class _Output:
             return
         if bool(self.full) != self._paused:
             self._paused = bool(self.full)
-            channel = self._execution.channel
-            (channel.pause_reading if self._paused else channel.resume_reading)()
+            execution = self._execution
+            (execution.pause_reading if self._paused else execution.resume_reading)()
 
     def end(self, error: Exception | None) -> None:
         for reader in (self.stdout, self.stderr):
@@ -92,14 +94,15 @@ class GuestProcess:
         stderr: The error output, in the same form.
     """
 
-    def __init__(self, command: str, link: Link, mark: str, *, detached: bool = False) -> None:
-        self.command = command
+    def __init__(self, command: Command, transport: Transport) -> None:
+        self.command = command.text
         self._output = _Output()
         self.stdout, self.stderr = self._output.stdout, self._output.stderr
-        self._link = link
-        self._mark = mark
-        self._detached = detached
+        self._transport = transport
+        self._detached = command.detached
         self._maker = this_process()
+        self._running = AsyncExitStack()
+        self._leaving = False
         self._execution: Execution
 
     @property
@@ -107,27 +110,17 @@ class GuestProcess:
         """The exit code as in `subprocess`, negative for a signal; `None` while it runs."""
         return self._execution.exit_code
 
-    async def start(
-        self, line: str, first: bytes, terminal: Mapping[str, Any] | None = None
-    ) -> None:
-        """Start the process, and write its `first` input."""
-        opener = partial(open_session, line, self._output.receive, terminal=terminal)
-        self._execution = await self._link.open(opener, self._kill)
+    async def start(self, command: Command) -> None:
+        """Start the process."""
+        await self._transport.pauses.until_open()
+        running = self._transport.executing(command, self._output.receive, lambda _: None)
+        self._execution = await self._running.enter_async_context(running)
         self._execution.ended.add_done_callback(self._end)
         self._output.follow(self._execution)
-        try:
-            await self._execution.feed(first)
-        except BaseException:
-            await self._close()
-            raise
-
-    async def _kill(self, execution: Execution) -> None:
-        await execution.kill(self._link, self._mark)
 
     def _end(self, _: object) -> None:
-        self._link.release()
-        lost = self.exit_code is None and not self._detached
-        self._output.end(self._link.lost() if lost else None)
+        lost = self.exit_code is None and not self._detached and not self._leaving
+        self._output.end(self._transport.lost(self._execution) if lost else None)
 
     async def write(self, data: str | bytes) -> None:
         """Write to the standard input, and wait while the process does not read.
@@ -155,7 +148,7 @@ class GuestProcess:
         self._check()
         await asyncio.wait([self._execution.ended])
         if self.exit_code is None:
-            raise self._link.lost()
+            raise self._transport.lost(self._execution)
         return self.exit_code
 
     async def send_signal(self, number: int) -> None:
@@ -163,6 +156,7 @@ class GuestProcess:
 
         Raises:
             ConnectionLostError: The guest does not answer.
+            UnsupportedError: A Windows guest has no such signal.
         """
         self._check()
         try:
@@ -172,7 +166,7 @@ class GuestProcess:
                 f"number={shown(number)} is wrong: pass a signal, such as signal.SIGHUP."
             ) from None
         if self._detached or not self._execution.ended.done():
-            await send_signal(self._link, self._mark, name)
+            await self._execution.send_signal(name)
 
     async def terminate(self) -> None:
         """Send SIGTERM; see `send_signal()`."""
@@ -194,18 +188,13 @@ class GuestProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._maker.is_this or self._execution.ended.done():
-            return
-        if self._detached:
-            self._execution.channel.close()
-        else:
-            await self._close()
+        if self._maker.is_this:
+            self._leaving = True
+            await self._running.aclose()
 
-    async def _close(self) -> None:
-        """Kill the process."""
-        self._execution.ended.remove_done_callback(self._end)  # end() releases the session, too
-        self._execution.ended.add_done_callback(lambda _: self._output.end(None))
-        await self._link.end(self._kill(self._execution))
+
+class _TerminalExecution(Protocol):
+    def resize(self, columns: int, rows: int) -> None: ...
 
 
 class Terminal(GuestProcess):
@@ -215,16 +204,15 @@ class Terminal(GuestProcess):
         """Change the size of the terminal; the process gets SIGWINCH."""
         self._check()
         _check_size(columns, rows)
-        if not self._execution.ended.done():
-            self._execution.channel.change_terminal_size(columns, rows)
+        cast(_TerminalExecution, self._execution).resize(columns, rows)
 
 
-class Processes(OverSSH):
+class Processes(OverTransport):
     """`AsyncSmolVM`'s processes and terminals."""
 
     async def spawn(
         self,
-        command: str,
+        command: str | Sequence[str],
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
@@ -244,25 +232,27 @@ class Processes(OverSSH):
 
         Leaving the block kills the process with all processes that it has started.
 
+        Through a guest agent, input and output are in files of the guest until the process has
+        ended, and come some 0.1 s late. In a Windows guest, each signal that ends programs kills
+        the process, and there are no other signals; see `run()` for the rest.
+
         Args:
-            command, env, shell: See `run()`.
-            cwd: The directory to start in; by default the user's home. If the directory does not
-                exist, the exit code is 126.
+            command, env, cwd, shell: See `run()`.
             detached: Whether the process goes on after its block, and after the end of this
                 program, until it ends or the VM ends. It has no input and no output.
 
         Raises:
-            ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
+            ConnectionLostError, VMTimeoutError, VMNotRunningError, UnsupportedError, ConfigError:
+                See `run()`.
         """
         self._require("spawn")
         check_boolean("detached", detached)
-        check_command(command, shell)
-        whole = _in_directory(_APART + command if detached else command, cwd)
-        mark = secrets.token_hex(8)
-        line, first = script(whole, shell, check_env(env), mark)
-        link = await self._reach()
-        process = GuestProcess(command, link, mark, detached=detached)
-        await process.start(line, first)
+        prepared = prepare(command, None, env, shell, None, cwd, self._shells)
+        if prepared.words is not None:  # no shell stands between a signal and the program
+            prepared = prepared._replace(text=f"exec {prepared.text}")
+        prepared = prepared._replace(content=None, detached=detached)
+        process = GuestProcess(prepared, await self._transport("spawn"))
+        await process.start(prepared)
         return process
 
     async def open_terminal(
@@ -292,6 +282,7 @@ class Processes(OverSSH):
             term: The kind of the terminal, for the variable `TERM`.
 
         Raises:
+            UnsupportedError: The guest is reached through its agent, which has no terminals.
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("open_terminal")
@@ -300,21 +291,12 @@ class Processes(OverSSH):
             raise ConfigError(f"term={shown(term)} is wrong: pass a name, such as 'xterm'.")
         if command is None:
             command = LOGIN_SHELL
-        check_command(command, "raw")
-        mark = secrets.token_hex(8)
-        line, first = script(
-            _in_directory(command, cwd), "raw", check_env(env), mark, terminal=True
-        )
-        process = Terminal(command, await self._reach(), mark)
-        modes = {PTY_ECHO: 0}  # until the script has read its variables
-        size = {"term_type": term, "term_size": (columns, rows), "term_modes": modes}
-        await process.start(line, first, size)
+        kind = TerminalKind(term, columns, rows)
+        prepared = prepare(command, None, env, "raw", None, cwd, self._shells)
+        prepared = prepared._replace(content=None, terminal=kind)
+        process = Terminal(prepared, await self._transport("open_terminal"))
+        await process.start(prepared)
         return process
-
-
-def _in_directory(command: str, cwd: str | None) -> str:
-    """Return a command that first changes to a directory."""
-    return in_directory(command, check_directory(cwd))
 
 
 def _check_size(columns: int, rows: int) -> None:
