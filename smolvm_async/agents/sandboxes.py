@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -17,12 +18,16 @@ from smolvm_async.config.options import CloneOptions, VMOptions
 from smolvm_async.controls.desktop.picture import Screenshot
 from smolvm_async.errors import ConfigError, HostError, SnapshotNotFoundError, VMNotFoundError
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import settle
 from smolvm_async.guests import BUILT_IN, GUESTS
 from smolvm_async.state.status import Status
 from smolvm_async.vm.vm import AsyncSmolVM
 
 logger = get_logger(__name__)
+
+# The progress of the current call of a tool: the first sandbox may need minutes to build its image.
+on_progress: ContextVar[ProgressCallback | None] = ContextVar("on_progress", default=None)
 
 
 def _without_network() -> VMOptions:
@@ -70,6 +75,7 @@ class SessionLimits:
         clone: CloneOptions = {"data_dir": self.data_dir, "ttl": self.lifetime}
         clone["internet_settings"] = self.options.get("internet_settings")
         clone["accel"] = self.options.get("accel", "auto")
+        clone["on_progress"] = on_progress.get()
         return clone
 
 
@@ -164,7 +170,8 @@ class Sandboxes:
         check_integer("memory", wanted, 1, None, "MiB, such as 1024")
         options: dict[str, Any] = {**self.limits.options, "os": guest, "image": image}
         async with self._room([wanted]) as ends:
-            vm = AsyncSmolVM(**options, memory=wanted, ttl=self.limits.lifetime)
+            options |= {"ttl": self.limits.lifetime, "on_progress": on_progress.get()}
+            vm = AsyncSmolVM(**options, memory=wanted)
             try:
                 await vm.start()
             except BaseException:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import stat
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
@@ -19,12 +20,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smolvm_async.agents.sandboxes import Sandboxes, SessionLimits
+from smolvm_async.agents.sandboxes import Sandboxes, SessionLimits, on_progress
 from smolvm_async.agents.tools import Content, Tools
 from smolvm_async.config.checks import shown
 from smolvm_async.controls.desktop.picture import Screenshot
 from smolvm_async.errors import ConfigError, HostError, SmolVMError
 from smolvm_async.foundation.log import get_logger
+from smolvm_async.foundation.progress import Progress
 from smolvm_async.foundation.tasks import end_tasks, take_exception
 
 logger = get_logger(__name__)
@@ -110,12 +112,44 @@ def make_handlers(tools: Tools) -> dict[str, Any]:
         try:
             if params.name in names:
                 check_names(getattr(Tools, params.name), arguments)
-            return await registry.call_tool(params.name, arguments)
+            async with progress_to(context.session):
+                return await registry.call_tool(params.name, arguments)
         except (ToolError, ConfigError) as error:
             text = explained(params.name, error)
         return CallToolResult(content=[TextContent(type="text", text=text)], is_error=True)
 
     return {"on_list_tools": list_tools, "on_call_tool": call_tool}
+
+
+@asynccontextmanager
+async def progress_to(client: Any) -> AsyncIterator[None]:
+    """Tell the client the progress of the block, if the client has asked for it.
+
+    Args:
+        client: The SDK's session of a request.
+    """
+    began, latest = time.monotonic(), [""]
+    news = asyncio.Event()
+
+    def note(progress: Progress) -> None:
+        done, total = progress.done, progress.total
+        share = f": {100 * done // total} %" if done is not None and total else ""
+        latest[0] = progress.message + share
+        news.set()
+
+    async def tell() -> None:
+        while True:
+            await news.wait()
+            news.clear()
+            # The number must grow, and the parts of the work have different units.
+            await client.report_progress(time.monotonic() - began, message=latest[0])
+
+    token, telling = on_progress.set(note), asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        on_progress.reset(token)
+        await end_tasks(telling)
 
 
 def check_names(method: Callable[..., object], arguments: Iterable[str]) -> None:

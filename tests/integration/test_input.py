@@ -23,7 +23,7 @@ from tests.unit.test_layouts import characters
 pytestmark = pytest.mark.anyio
 
 EV_KEY, EV_REL, EV_ABS = 1, 2, 3  # linux/input-event-codes.h
-X, Y, WHEEL = 0, 1, 8
+X, Y, WHEEL, FINE_WHEEL = 0, 1, 8, 11
 LEFT, RIGHT, MIDDLE = 272, 273, 274
 AXIS = 32767
 LETTERS = string.ascii_letters + string.digits + " .,;-_/()"
@@ -264,6 +264,39 @@ async def test_the_mouse_is_exact(there: Guest) -> None:
         ):
             await mouse.click(*wrong)
     assert await there.pointer() == []
+
+
+async def test_the_guest_of_an_mcp_client_gets_its_clicks_and_its_wheel(
+    there: Guest, shared_data_dir: Path
+) -> None:
+    pytest.importorskip("mcp", reason="the extra `mcp` is not installed")
+    from tests.integration.test_mcp import create, look, session
+
+    await there.vm.snapshot("desktop")
+    async with session(shared_data_dir, "--snapshot", "desktop") as client:
+        sandbox = await create(client, snapshot="desktop")
+        guest = Guest(await AsyncSmolVM.from_id(sandbox, data_dir=shared_data_dir))
+        listening = asyncio.create_task(guest.listen())
+        picture = await look(client, "click", sandbox=sandbox, x=100, y=50, button="right")
+        width, height = picture.size
+        moved = [
+            (EV_ABS, X, round(100 * AXIS / (width - 1))),
+            (EV_ABS, Y, round(50 * AXIS / (height - 1))),
+        ]
+        events = await guest.reported("tablet", (EV_KEY, RIGHT, 0))
+        assert events == [*moved, (EV_KEY, RIGHT, 1)]
+        await look(client, "scroll", sandbox=sandbox, x=100, y=50, direction="up", amount=2)
+        for _ in range(2):
+            events = await guest.reported("tablet", (EV_REL, WHEEL, 1))
+            assert set(events) <= {(EV_REL, FINE_WHEEL, 120)}
+        drag = {"action": "left_click_drag", "start_coordinate": [0, 0], "coordinate": [100, 50]}
+        await look(client, "computer", sandbox=sandbox, action=drag)
+        events = await guest.reported("tablet", (EV_KEY, LEFT, 0))
+        assert events[:3] == [(EV_ABS, X, 0), (EV_ABS, Y, 0), (EV_KEY, LEFT, 1)]
+        assert set(moved) <= set(events)
+        listening.cancel()
+        await guest.vm.detach()
+    await AsyncSmolVM.delete_snapshot("desktop", data_dir=shared_data_dir)
 
 
 async def test_a_guest_that_does_not_read_its_keyboard_is_told_of(

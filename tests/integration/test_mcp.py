@@ -63,7 +63,15 @@ async def create(client: Any, **arguments: Any) -> str:
 
 async def test_an_agent_writes_a_program_runs_it_and_forks_the_sandbox(data_dir: Path) -> None:
     async with session(data_dir) as client:
-        sandbox = await create(client)
+        steps: list[tuple[float, str | None]] = []
+
+        async def note(done: float, _: float | None, step: str | None) -> None:
+            steps.append((done, step))
+
+        result = await client.call_tool("create_sandbox", {}, progress_callback=note)
+        sandbox = result.content[0].text.partition(":")[0]
+        assert steps == sorted(steps)
+        assert "launching" in str(steps)
         program = {"path": "/root/new/p.py", "content": "print('é', *range(5000))\nexit(7)\n"}
         assert "bytes written" in await ask(client, "write_file", sandbox=sandbox, **program)
         assert (
