@@ -227,6 +227,24 @@ async def test_a_detached_process_goes_on(guest: Guest) -> None:
     await until_sleeping("1011", 0)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3, 8, 20, 50, 150])
+async def test_a_process_whose_start_is_cancelled_leaves_nothing(guest: Guest, steps: int) -> None:
+    async def use() -> None:
+        async with await guest.spawn("sleep 1013 & sleep 1013; echo") as process:
+            await process.write("x" * 100_000)
+            process.close_input()
+            await process.wait()
+
+    using = asyncio.ensure_future(use())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    using.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await using
+    assert await guest.result("true") == (0, b"", b"")
+    assert sleepers("1013") == []
+
+
 async def test_a_process_of_an_agent_that_ends_is_lost(guest: Guest) -> None:
     async with await guest.spawn("echo up; exec sleep 1012") as process:
         assert await process.stdout.readline() == b"up\n"

@@ -94,12 +94,12 @@ class GuestProcess:
         stderr: The error output, in the same form.
     """
 
-    def __init__(self, command: Command, transport: Transport) -> None:
-        self.command = command.text
+    def __init__(self, command: str, transport: Transport, *, detached: bool = False) -> None:
+        self.command = command
         self._output = _Output()
         self.stdout, self.stderr = self._output.stdout, self._output.stderr
         self._transport = transport
-        self._detached = command.detached
+        self._detached = detached
         self._maker = this_process()
         self._running = AsyncExitStack()
         self._leaving = False
@@ -248,11 +248,11 @@ class Processes(OverTransport):
         self._require("spawn")
         check_boolean("detached", detached)
         prepared = prepare(command, None, env, shell, None, cwd, self._shells)
-        if prepared.words is not None:  # no shell stands between a signal and the program
-            prepared = prepared._replace(text=f"exec {prepared.text}")
-        prepared = prepared._replace(content=None, detached=detached)
-        process = GuestProcess(prepared, await self._transport("spawn"))
-        await process.start(prepared)
+        # `exec`: no shell stands between a signal and the program.
+        text = prepared.text if prepared.words is None else f"exec {prepared.text}"
+        transport = await self._transport("spawn")
+        process = GuestProcess(prepared.text, transport, detached=detached)
+        await process.start(prepared._replace(text=text, content=None, detached=detached))
         return process
 
     async def open_terminal(
@@ -293,9 +293,8 @@ class Processes(OverTransport):
             command = LOGIN_SHELL
         kind = TerminalKind(term, columns, rows)
         prepared = prepare(command, None, env, "raw", None, cwd, self._shells)
-        prepared = prepared._replace(content=None, terminal=kind)
-        process = Terminal(prepared, await self._transport("open_terminal"))
-        await process.start(prepared)
+        process = Terminal(command, await self._transport("open_terminal"))
+        await process.start(prepared._replace(content=None, terminal=kind))
         return process
 
 
