@@ -111,6 +111,7 @@ async def test_lines_arrive_while_the_command_runs(guest: Guest) -> None:
 
 async def test_a_child_that_is_left_behind_does_not_hold_the_command(guest: Guest) -> None:
     code, pid, _ = await guest.result("sleep 1005 & echo $!")
+    await until_sleeping("1005", 1)
     assert (code, sleepers("1005")) == (0, [int(pid)])
     os.kill(int(pid), signal.SIGKILL)
     writer = "sh -c 'while :; do echo y; done' & echo $! >&2; sleep 0.2; exit 4"

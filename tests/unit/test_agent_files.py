@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from smolvm_async.controls.agent.execution import AgentTransport, execute, look, wait
-from smolvm_async.controls.agent.files import PIECE, GuestFile, open_file
+from smolvm_async.controls.agent.files import PIECE, SENT, GuestFile, open_file
 from smolvm_async.controls.agent.session import FEW, SMALL, Session
 from smolvm_async.controls.commands.transport import Command
 from smolvm_async.errors import (
@@ -76,7 +76,7 @@ async def test_bytes_of_a_file_that_make_no_sense_are_an_error(result: Any) -> N
 
 
 @pytest.mark.parametrize(
-    "count", [*NONSENSE, {"count": 0}, {"count": -1}, {"count": PIECE + 1}, {"count": "1"}]
+    "count", [*NONSENSE, {"count": 0}, {"count": -1}, {"count": SENT + 1}, {"count": "1"}]
 )
 async def test_a_count_of_written_bytes_that_makes_no_sense_is_an_error(count: Any) -> None:
     with pytest.raises(GuestAgentError, match="guest agent"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from stat import S_IFREG, S_IMODE
 
-from smolvm_async.controls.agent.files import PIECE, open_file
+from smolvm_async.controls.agent.files import SENT, open_file
 from smolvm_async.controls.agent.transfer import AgentFiles, AgentUpload, parse, utf8
 from smolvm_async.controls.contents import MOST, check_length
 from smolvm_async.controls.file_info import FileInfo, kind_of
@@ -105,9 +105,9 @@ class _Content(AgentUpload):
     async def copy(self, tree: Sequence[Entry], meter: TransferMeter) -> None:
         """Write everything under the temporary name."""
 
-        async def chunks() -> AsyncIterator[bytes]:
-            for start in range(0, len(self._bytes), PIECE):
-                yield self._bytes[start : start + PIECE]
+        async def chunks() -> AsyncGenerator[bytes, None]:
+            for start in range(0, len(self._bytes), SENT):
+                yield self._bytes[start : start + SENT]
 
         await self._write(chunks())
         mode = "" if self._mode is None else f"{self._mode:o}"

@@ -38,6 +38,7 @@ FIRST = 0.001  # seconds until the first look at a command, and at least between
 LAST = 0.1  # seconds between two looks at a command that runs for long
 SHARE = 0.1  # of the time that the command has run: the time until the next look
 EARLY = 0.05  # seconds after which the output is read while the command runs
+ATTEMPTS = 3  # at most, to kill a command or to remove its files
 MAX_PROGRAM = 1 << 20  # bytes: one request to the agent has all of them
 
 
@@ -96,6 +97,17 @@ async def wait(agent: GuestAgent, pid: int) -> int:
     while (code := await look(agent, pid)) is None:  # noqa: ASYNC110  # the agent tells no end
         await asyncio.sleep(until_next_look(began))
     return code
+
+
+async def complete(agent: GuestAgent, program: Program) -> None:
+    """Run a program to its end. Start it again if its agent ends meanwhile."""
+    for attempt in range(ATTEMPTS):
+        try:
+            await wait(agent, await launch(agent, program))
+            return
+        except (ConnectionLostError, GuestAgentError):
+            if attempt + 1 == ATTEMPTS:
+                raise
 
 
 def until_next_look(began: float) -> float:
@@ -167,7 +179,7 @@ class Execution:
         assert self._starting is not None
         agent, pid = self._session.agent, await self._starting
         program = self._system.signaller(self._mark, pid, name)
-        await wait(agent, await launch(agent, program))
+        await complete(agent, program)
         if self._detached:  # who was killed removes nothing
             self._session.remove(self._stem, 0, self._remove)
 
@@ -267,8 +279,7 @@ class Execution:
             await self.send_signal("KILL")
 
     async def _remove(self, stems: list[str]) -> None:
-        agent = self._session.agent
-        await wait(agent, await launch(agent, self._system.remover(stems)))
+        await complete(self._session.agent, self._system.remover(stems))
 
 
 class AgentTransport:

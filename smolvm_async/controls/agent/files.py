@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from smolvm_async.controls.agent.session import Session
-from smolvm_async.errors import GuestAgentError
+from smolvm_async.errors import ConnectionLostError, GuestAgentError
 from smolvm_async.foundation.tasks import take_exception
 from smolvm_async.qemu.guest_agent import GuestAgent, result_of
 
-PIECE = 1 << 16  # bytes to read or write at once; a reply has at most 128 KiB
+PIECE = 1 << 16  # bytes to read at once; a reply has at most 128 KiB
+SENT = 1 << 18  # bytes to write at once; under TCG, most of the time the agent parses the JSON
+
+UNKNOWN = "has not been found"  # the agent's words for a handle that it does not know
 
 T = TypeVar("T")
 
@@ -49,9 +52,9 @@ class GuestFile:
         command = "guest-file-write"
         view = memoryview(content)
         while view:
-            piece = base64.b64encode(view[:PIECE]).decode()
+            piece = base64.b64encode(view[:SENT]).decode()
             count = field(await self._call(command, **{"buf-b64": piece}), "count", int, command)
-            if not 0 < count <= PIECE:
+            if not 0 < count <= SENT:
                 message = f"the guest agent wrote {count} bytes of a piece of a file"
                 raise GuestAgentError(message, command=command)
             view = view[count:]
@@ -67,14 +70,31 @@ class GuestFile:
         return field(reply, "position", int, command)
 
     async def _call(self, command: str, **arguments: object) -> Any:
-        return await self._agent.execute(command, {"handle": self.handle, **arguments})
+        request = (command, {"handle": self.handle, **arguments})
+        (reply,) = await self._agent.execute_all([request])
+        return _result(command, reply)
 
 
 async def read_each(agent: GuestAgent, files: Sequence[GuestFile]) -> list[tuple[bytes, bool]]:
     """Read from files in one round trip; see `GuestFile.read()`."""
     command = "guest-file-read"
     requests = [(command, {"handle": file.handle, "count": PIECE}) for file in files]
-    return [_content(result_of(command, reply)) for reply in await agent.execute_all(requests)]
+    return [_content(_result(command, reply)) for reply in await agent.execute_all(requests)]
+
+
+def _result(command: str, reply: Mapping[str, Any]) -> Any:
+    """Return the result for an open file.
+
+    Raises:
+        ConnectionLostError: The agent does not know the file: it has started again.
+    """
+    try:
+        return result_of(command, reply)
+    except GuestAgentError as error:
+        if UNKNOWN not in error.message:
+            raise
+        message = "the guest agent has started again, and does not have the file open any more"
+        raise ConnectionLostError(message) from error
 
 
 def _content(result: object) -> tuple[bytes, bool]:

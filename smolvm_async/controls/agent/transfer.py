@@ -16,17 +16,18 @@ No Windows was run: `files.ps1` was only parsed.
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from stat import S_IFDIR, S_IFLNK, S_IFREG, S_IMODE
 from typing import Literal
 
 from smolvm_async.controls.agent.execution import AgentTransport, find_system
-from smolvm_async.controls.agent.files import PIECE, GuestFile, open_file
+from smolvm_async.controls.agent.files import PIECE, SENT, GuestFile, open_file
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.commands.query import Answer, query
 from smolvm_async.controls.commands.transport import Transport
@@ -61,9 +62,9 @@ class AgentFiles:
         Raises:
             FileTransferError: The function failed.
         """
-        script = files(__package__).joinpath("files.ps1" if self.windows else "files.sh")
         env = {"step": step, **{name: str(value) for name, value in values.items()}}
-        answer = await query(self._transport, script.read_text(), env, content)
+        script = _script("files.ps1" if self.windows else "files.sh")
+        answer = await query(self._transport, script, env, content)
         if answer.exit_code == UNLIKE:
             raise unlike(printable(answer.reason)[-QUOTED:])
         if answer.exit_code:
@@ -110,6 +111,12 @@ class AgentFiles:
     async def readlink(self, path: str) -> str:
         """See `Readable.readlink()`."""
         return self._links[path]
+
+
+@functools.cache
+def _script(name: str) -> str:
+    """Return a script; the cleanup after a lack of descriptors needs the script, too."""
+    return files(__package__).joinpath(name).read_text()
 
 
 def agent_files(session: Session, os: str) -> AgentFiles:
@@ -201,14 +208,14 @@ class AgentUpload:
     async def _step(self, step: str, **values: object) -> None:
         await self._guest.step(step, {**values, "temporary": self._temporary})
 
-    async def _write(self, chunks: AsyncIterator[bytes]) -> None:
+    async def _write(self, chunks: AsyncGenerator[bytes, None]) -> None:
         """Write a file in the temporary directory."""
         path = utf8(f"{self._temporary}/data")
-        async with open_file(self._guest.session, path, "wb") as file:
+        async with aclosing(chunks), open_file(self._guest.session, path, "wb") as file:
             pending = bytearray()
             async for chunk in chunks:
                 pending += chunk
-                if len(pending) >= PIECE:
+                if len(pending) >= SENT:
                     await file.write(bytes(pending))
                     pending.clear()
             await file.write(bytes(pending))
@@ -236,7 +243,7 @@ def parts(tree: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 async def archive(
     source: Path, part: Sequence[Entry], meter: TransferMeter, *, windows: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Return the bytes of a tar archive: a header for each file, and its content."""
     import tarfile  # most processes do not need it
 
@@ -255,13 +262,14 @@ async def archive(
             info.size = entry.size
         yield info.tobuf(form, "utf-8", "surrogateescape")
         if info.size:
-            async for chunk in _content(source / entry.path, entry.size, meter):
-                yield chunk
+            async with aclosing(_content(source / entry.path, entry.size, meter)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
             yield bytes(-entry.size % BLOCK)
     yield bytes(2 * BLOCK)
 
 
-async def _content(path: Path, size: int, meter: TransferMeter) -> AsyncIterator[bytes]:
+async def _content(path: Path, size: int, meter: TransferMeter) -> AsyncGenerator[bytes, None]:
     """Return the bytes of a file of this host; all of them if it does not tell its size."""
     async with opened(path, os.O_RDONLY) as fd:
         offset = 0
