@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
@@ -35,6 +35,9 @@ if TYPE_CHECKING:  # a boot does not need them
     from smolvm_async.qemu.saving import SavedState
     from smolvm_async.state.snapshot_record import SnapshotRecord
     from smolvm_async.state.snapshots import Snapshot
+
+
+_BootFiles: TypeAlias = "tuple[BaseImage, DirectBoot | None]"
 
 
 class SavedMachine(NamedTuple):
@@ -125,17 +128,20 @@ async def prepare(
         await check_loadable(snapshot, plan)
     origin = _origin(snapshot.record) if snapshot is not None else machine
     source = (origin and origin.source) or await find_source(plan, stack)
-    image, direct_boot = await in_thread(_open_files, source, stack)
-    if origin is not None:
-        _check_unchanged(image, origin, "snapshot" if snapshot is not None else "VM")
+    saved: SavedMachine | None = None
+    if snapshot is not None:
+        # One turn of a thread for all: each turn costs as much as what is done in it.
+        (image, direct_boot), layers, login, saved = await in_background(
+            _fill_from, snapshot, plan.config, state, source, stack
+        )
+    else:
+        image, direct_boot = await in_thread(_open_files, source, machine, "VM", stack)
     tools = plan.tools
     if _starts_by_itself(plan, source) and not await _by_bios(plan, source, image):
         tools = tools._replace(firmware=find_plain_uefi())
-    if snapshot is not None:
-        layers, login, saved = await _fill_from(snapshot, plan.config, state, image, stack)
-    else:
+    if snapshot is None:
+        layers = machine.layers if machine is not None else (OVERLAY,)
         login = await _fill(plan.config, state, machine, image, tools)
-        layers, saved = machine.layers if machine is not None else (OVERLAY,), None
     shares = await in_thread(_open_shares, plan.config, stack) if plan.config.mounts else ()
     return PreparedVM(source, image, tools, direct_boot, login, layers, origin, saved, shares)
 
@@ -177,51 +183,31 @@ async def _by_bios(plan: Plan, source: Source, image: BaseImage) -> bool:
     return await starts_by_bios(plan.tools.qemu_img, image.fd, source.format)
 
 
-async def _fill_from(
-    snapshot: Snapshot,
-    config: VMConfig,
-    state: VMDirectory,
-    image: BaseImage,
-    stack: ExitStack,
-) -> tuple[tuple[str, ...], Login | None, SavedMachine | None]:
-    """Fill the directory from a snapshot. Return the disk's layers, the login and the machine."""
-    record = snapshot.record
-    frozen = record.machine.layers
-    layers = (*frozen, next_layer(frozen))
-    disk = qcow2.empty(image.virtual_size)
-    # One turn of a thread for all: each turn costs as much as what is done in it.
-    login, saved = await in_background(_take_from, snapshot, config, state, stack, disk, layers[-1])
-    return layers, login, saved
+def _fill_from(
+    snapshot: Snapshot, config: VMConfig, state: VMDirectory, source: Source, stack: ExitStack
+) -> tuple[_BootFiles, tuple[str, ...], Login | None, SavedMachine | None]:
+    """Open the boot files, and fill the directory from a snapshot.
 
-
-def _take_from(
-    snapshot: Snapshot,
-    config: VMConfig,
-    state: VMDirectory,
-    stack: ExitStack,
-    disk: bytes,
-    top: str,
-) -> tuple[Login | None, SavedMachine | None]:
-    """Fill the directory. Return the login and the machine.
-
-    Args:
-        disk: The content of `top`, the layer that the VM writes to.
+    Return the boot files, the disk's layers, the login and the machine.
     """
     from smolvm_async.qemu.saving import SavedState
     from smolvm_async.state.snapshot_record import MACHINE, RAM
 
     record = snapshot.record
+    image, direct_boot = _open_files(source, record.machine, "snapshot", stack)
+    frozen = record.machine.layers
+    layers = (*frozen, next_layer(frozen))
     login = new_login(config) if config.profile.login != "none" else None
     files = login.files(config) if login is not None else {}
     if record.live:  # the guest has read its seed
         files.pop(SEED, None)
     snapshot.give(state, but=files)
-    _check_layers(state.path, record.machine.layers)
+    _check_layers(state.path, frozen)
     # The state of the sidecars of a running machine is in the file `machine`.
     fresh = directories(config.profile) if record.live else ()
-    state.fill(disk, Parts(None, fresh, files), top)
+    state.fill(qcow2.empty(image.virtual_size), Parts(None, fresh, files), layers[-1])
     if not record.live:
-        return login, None
+        return (image, direct_boot), layers, login, None
     before = kept_login(config, snapshot.place) if login is not None else None
     ram = snapshot.open(RAM)
     stack.callback(os.close, ram)
@@ -229,7 +215,7 @@ def _take_from(
     stack.callback(os.close, machine)
     saved = SavedState(machine)
     stack.callback(saved.close)
-    return login, SavedMachine(record, ram, saved, before)
+    return (image, direct_boot), layers, login, SavedMachine(record, ram, saved, before)
 
 
 def _check_layers(directory: Path, layers: Sequence[str]) -> None:
@@ -278,9 +264,11 @@ def _open_disk(source: Source, stack: ExitStack) -> BaseImage:
     return stack.enter_context(open_image(source.image, source.format))
 
 
-def _open_files(source: Source, stack: ExitStack) -> tuple[BaseImage, DirectBoot | None]:
+def _open_files(source: Source, origin: Machine | None, made: str, stack: ExitStack) -> _BootFiles:
     image = _open_disk(source, stack)
     try_lock(image.fd, shared=True)  # QEMU inherits the lock, so the cache keeps the image
+    if origin is not None:
+        _check_unchanged(image, origin, made)
     return image, _open_boot_files(source, stack)
 
 
