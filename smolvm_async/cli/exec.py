@@ -159,13 +159,13 @@ class GuestCommand:
 
         if isinstance(process, Terminal):
             code = await connect_terminal(process)
-            return 0 if code is None else _exit_code(code)
+            return 0 if code is None else to_exit_code(code)
         if self.detach:
             return 0
         interrupts.spare_first = True
         passing = asyncio.ensure_future(_pass_on(interrupts, process, asyncio.current_task()))
         try:
-            return _exit_code(await connect(process))
+            return to_exit_code(await connect(process))
         finally:
             passing.cancel()
 
@@ -174,7 +174,7 @@ class GuestCommand:
         async with await vm.spawn(self.words, env=self.env, cwd=self.workdir) as process:
             process.close_input()
             await asyncio.gather(_write(process.stdout), _write(process.stderr))
-            return _exit_code(await process.wait())
+            return to_exit_code(await process.wait())
 
 
 async def _write(stream: asyncio.StreamReader) -> None:
@@ -194,7 +194,7 @@ async def _pass_on(
         task.cancel()
 
 
-def _exit_code(code: int) -> int:
+def to_exit_code(code: int) -> int:
     """Return an exit code that this program can have: Windows has bigger ones."""
     return min(code, 255) if code >= 0 else 128 - code
 

@@ -1,9 +1,10 @@
-"""The words of the command line for the library's arguments."""
+"""The words of the command line for the library's arguments, and its exit codes."""
 
 from __future__ import annotations
 
 import pytest
 
+from smolvm_async.cli.exec import to_exit_code
 from smolvm_async.cli.output import in_options
 
 
@@ -21,6 +22,7 @@ from smolvm_async.cli.output import in_options
         ("a kept VM (keep=True): labels= has", "a kept VM (--keep): --label has"),
         ("AsyncSmolVM.list() shows the VMs", "smolvm-async list shows the VMs"),
         ("or delete() the VM; vm.stop(), from_id()", "or delete the VM; vm.stop(), from_id()"),
+        ("spawn() needs the agent", "exec ID -- COMMAND needs the agent"),
         ("image='x.qcow2', max_memory=5, -m memory", "image='x.qcow2', max_memory=5, -m memory"),
     ],
 )
@@ -28,3 +30,10 @@ def test_arguments_and_methods_in_messages_become_options_and_commands(
     message: str, expected: str
 ) -> None:
     assert in_options(message) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"), [(0, 0), (255, 255), (-9, 137), (256, 255), (0xC0000005, 255)]
+)
+def test_a_command_that_failed_never_ends_this_program_with_success(code: int, shown: int) -> None:
+    assert to_exit_code(code) == shown
