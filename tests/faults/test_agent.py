@@ -14,6 +14,7 @@ import os
 import random
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -234,6 +235,18 @@ async def stream(world: World) -> None:
         assert [line.text async for line in first_of(lines, 2)] == ["one", "two"]
 
 
+async def process(world: World) -> None:
+    script = f"sleep {SECONDS} & read line; echo $line; head -c 100000; exec sleep {SECONDS}"
+    async with await world.guest.spawn(script) as running:
+        await running.write("one\n")
+        assert await running.stdout.readline() == b"one\n"
+        await running.write(CONTENT[:100_000])
+        running.close_input()
+        assert await running.stdout.readexactly(100_000) == CONTENT[:100_000]
+        await running.terminate()
+        assert await running.wait() == -signal.SIGTERM
+
+
 async def upload(world: World) -> None:
     await world.upload_file(world.source / "big", f"{world.target}/copy")
     assert (world.target / "copy").exists()
@@ -254,7 +267,16 @@ async def download_tree(world: World) -> None:
     assert (world.target / "copy").exists()
 
 
-STORIES: list[Story] = [command, killed, stream, upload, upload_tree, download, download_tree]
+STORIES: list[Story] = [
+    command,
+    killed,
+    stream,
+    process,
+    upload,
+    upload_tree,
+    download,
+    download_tree,
+]
 
 
 @pytest.fixture
