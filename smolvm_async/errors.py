@@ -24,6 +24,7 @@
     ├── CommandFailedError               a command in the guest ended with an exit code other than 0
     ├── MountError                       the guest cannot mount a host directory
     ├── ConnectionLostError              the guest cannot be reached (any more)
+    │   └── LoginError                   the guest's SSH server refuses the login, or is another one
     ├── FileTransferError                a file could not be transferred
     ├── FleetError                       a part of a fleet failed
     │   ├── MemberFailedError            a VM did not start, or crashed
@@ -307,6 +308,10 @@ class CommandFailedError(SmolVMError):
 
 class ConnectionLostError(SmolVMError):
     """The guest cannot be reached (any more): it was reset, or its SSH server or agent died."""
+
+
+class LoginError(ConnectionLostError):
+    """The SSH server of the image refuses the login, or shows another host key than before."""
 
 
 class FileTransferError(SmolVMError):

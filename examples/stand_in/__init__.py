@@ -25,6 +25,7 @@ __all__ = ["GUEST_OPTIONS", "build_stand_in"]
 GUEST_OPTIONS = {
     "power_button": ("ignore",),  # report a press on the console, and do nothing else
     "agent": ("off",),
+    "ssh": ("on",),  # run an SSH server: the user Administrator has the password stand-in
     "shell": ("on",),  # after `ready`, run each line that arrives on the serial console
     "then": ("reboot", "panic", "poweroff"),  # once, after `ready`; reboot only on the first boot
     "flood": (

@@ -33,6 +33,10 @@ GUEST_SCRIPTS = Path(__file__).parent / "guest"
 
 SIGNED = ("shim-signed", "grub-efi-amd64-signed")
 SHIMS = ("shimx64.efi.signed", "shimx64.efi.signed.latest", "shimx64.efi.dualsigned")
+# The agent, and an SSH server in the place of OpenSSH for Windows.
+PROGRAMS = ("qemu-ga", "dropbear", "sftp-server")
+# Its password is "stand-in" (`openssl passwd -5`). The home is the directory that the agent is in.
+ACCOUNT = "Administrator:$5$standin$gGcMKGUpvuGEgk0jbrF.PzvutKmpQ36CcVMDD.xBp84:0:0::/tmp:/bin/sh\n"
 LOADER = "ld-linux-x86-64.so.2"
 GRUBS = ("grubx64.efi.signed", "grubx64.efi.signed.latest")
 
@@ -72,13 +76,13 @@ DESKTOP = Flavour(  # needs USB, which cloud kernels do not support
 
 async def package_names(cache: Path, flavour: Flavour) -> list[str]:
     """Return the packages to download; the package lists must be in `cache`."""
-    agent = await packages.dependencies(["qemu-guest-agent"], cache)
+    needed = await packages.dependencies(["qemu-guest-agent", "dropbear-bin"], cache)
     kernel = await kernel_packages(flavour.kernels[distribution("the stand-in")], cache)
     return [
         *SIGNED,
         "busybox-static",
-        "qemu-guest-agent",
-        *(name for name in agent if name.startswith(("lib", "zlib"))),
+        *("qemu-guest-agent", "dropbear-bin", "openssh-sftp-server"),
+        *(name for name in needed if name.startswith(("lib", "zlib"))),
         *kernel,
     ]
 
@@ -109,10 +113,22 @@ def _arrange_root(
     drivers: Sequence[Path],
     scripts: Iterable[str],
 ) -> None:
-    for name in ("bin", "dev", "etc", "lib/modules", "lib64", "proc", "run", "sys", "tmp"):
+    directories = (
+        "bin",
+        "dev",
+        "etc/dropbear",
+        "lib/modules",
+        "lib64",
+        "proc",
+        "run",
+        "sys",
+        "tmp",
+    )
+    for name in (*directories, "usr/lib"):
         (root / name).mkdir(parents=True)
     (root / "sbin").symlink_to("bin")
     (root / "etc/resolv.conf").touch()
+    (root / "etc/passwd").write_text(ACCOUNT)
     install(find_file(unpacked, ["busybox"]), root / "bin/busybox", 0o755)
     for applet in applets:
         if applet != "busybox":
@@ -126,7 +142,9 @@ def _arrange_root(
     with as_file(files("smolvm_async.controls.agent").joinpath("files.sh")) as steps:
         install(steps, root / "bin/files.sh", 0o755)
     install(GUEST_SCRIPTS / "network.sh", root / "etc/network.sh", 0o755)
-    install(find_file(unpacked, ["qemu-ga"]), root / "bin/qemu-ga", 0o755)
+    for program in PROGRAMS:
+        install(find_file(unpacked, [program]), root / "bin" / program, 0o755)
+    (root / "usr/lib/sftp-server").symlink_to("/bin/sftp-server")  # for dropbear
     for library in libraries:
         install(library, root / "lib" / library.name, 0o755)
     install(find_file(unpacked, [LOADER]), root / "lib64" / LOADER, 0o755)
@@ -144,16 +162,18 @@ def _arrange_esp(unpacked: Path, esp: Path, drivers: Sequence[Path]) -> None:
 
 
 async def _libraries(unpacked: Path) -> list[Path]:
-    """Find qemu-ga's libraries with the packages' own loader; raise if one is the host's."""
+    """Find the programs' libraries with the packages' own loader; raise if one is the host's."""
     path = f"{unpacked}/lib/x86_64-linux-gnu:{unpacked}/usr/lib/x86_64-linux-gnu"
     loader = await asyncio.to_thread(find_file, unpacked, [LOADER])
-    agent = await asyncio.to_thread(find_file, unpacked, ["qemu-ga"])
-    listing = await process.run(
-        [loader, "--inhibit-cache", "--library-path", path, "--list", agent]
-    )
-    found = [Path(word) for word in re.findall(r"=> (/.*) \(0x", listing)]
-    libraries = [library for library in found if library.name != LOADER]
+    listing = ""
+    for name in PROGRAMS:
+        program = await asyncio.to_thread(find_file, unpacked, [name])
+        listing += await process.run(
+            [loader, "--inhibit-cache", "--library-path", path, "--list", program]
+        )
+    found = {Path(word) for word in re.findall(r"=> (/.*) \(0x", listing)}
+    libraries = [library for library in sorted(found) if library.name != LOADER]
     strangers = [library for library in libraries if unpacked not in library.parents]
     if strangers or "not found" in listing:
-        raise HostError(f"qemu-ga needs libraries that its packages do not contain:\n{listing}")
+        raise HostError(f"a program needs libraries that its packages lack:\n{listing}")
     return libraries

@@ -58,6 +58,8 @@ class VMOptions(TypedDict, total=False):
     initrd: str | os_module.PathLike[str] | None  # the kernel's initramfs
     boot_args: str | None  # the kernel's command line
     user: str | None  # the user name for SSH
+    password: str | None  # the user's password in a Windows image
+    key: str | os_module.PathLike[str] | None  # the file of the user's private key
     channel: Literal["ssh", "agent"] | None  # the way to run commands
     memory: int | None  # MiB
     cpus: int | None  # cores
@@ -115,6 +117,8 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
     image = _image(given["image"])
     origin = make_origin(image)
     channel = _channel(given["channel"])
+    if channel is None and (given["password"] is not None or given["key"] is not None):
+        channel = "ssh"
     profile = _profile(given["os"], given["image"], origin).over(channel)
     for name in ARGUMENTS:
         if given[name]:
@@ -134,6 +138,8 @@ def make_config(**options: Unpack[VMOptions]) -> VMConfig:
         **_direct_boot(origin, given),
         user=_user(given["user"], profile),
         channel=channel,
+        password=check_password(given["password"]),
+        key="" if given["key"] is None else str(check_path(given["key"], "key", "a private key")),
         env=check_env(given["env"]),
         port_forwards=check_port_forwards(given["port_forwards"]),
         accel=check_accel(given["accel"]),
@@ -158,6 +164,7 @@ class CloneOptions(TypedDict, total=False):
     """The arguments of `AsyncSmolVM` that a clone of a snapshot can have, too."""
 
     vm_id: str | None
+    password: str | None
     accel: Literal["auto", "kvm", "tcg"]
     env: Mapping[str, str] | None
     port_forwards: Iterable[int | tuple[int, int | None]] | Mapping[int, int | None]
@@ -204,7 +211,10 @@ def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) ->
         cpus: Cores that the manifest recommends, in case the user chose no cores.
     """
     profile = find_profile(os, config.origin).over(config.channel)
-    needs = (("env", config.env), ("user", config.user != "root"), ("mounts", config.mounts))
+    needs = (
+        *(("env", config.env), ("user", config.user != "root"), ("mounts", config.mounts)),
+        *(("password", config.password), ("key", config.key)),
+    )
     for name, given in needs:
         if given:
             profile.require(name)
@@ -213,6 +223,7 @@ def complete(config: VMConfig, os: str, memory: int | None, cpus: int | None) ->
         "os": os,
         "memory": _memory(config.memory or recommended, profile),
         "cpus": config.cpus or cpus or profile.default_cpus,
+        "user": _user(config.user, profile),
     }
     return _within_bound(config.model_copy(update=update))
 
@@ -369,7 +380,16 @@ def _channel(channel: object) -> Channel | None:
     )
 
 
+def check_password(password: object) -> str | None:
+    """Check a password; no message may have it."""
+    if password is None or (isinstance(password, str) and password and "\0" not in password):
+        return password
+    raise ConfigError("password= is wrong: pass the password of the user in the image as str.")
+
+
 def _user(user: object, profile: GuestProfile) -> str:
+    if profile.login == "image":
+        return _account(user)
     if user is None or user == "root":
         return "root"
     if not isinstance(user, str) or not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", user):
@@ -381,6 +401,15 @@ def _user(user: object, profile: GuestProfile) -> str:
             f"user={user!r}: the built-in image has only the user root; leave user= out, "
             "or add a user in the guest with run('useradd ...')."
         )
+    return user
+
+
+def _account(user: object) -> str:
+    """Check the name of a user in a Windows image."""
+    if user is None or user == "root":  # the default of all guest OSes
+        return "Administrator"
+    if not isinstance(user, str) or not user.strip() or not user.isprintable() or len(user) > 256:
+        raise ConfigError(f"user={shown(user)} is wrong: pass the name of a user in the image.")
     return user
 
 

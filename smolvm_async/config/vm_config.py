@@ -72,6 +72,8 @@ class VMConfig(StrictModel):
             `origin` instead: it has a type for each of the three.
         mounts: Complete entries, `SRC:DST:ro` or `SRC:DST:rw`: see `config/mounts.py`.
         channel: The way to run commands; `None` for the guest OS's first one.
+        password: The password of `user` in the image. The record does not store it.
+        key: The path of the user's private key; empty if there is none.
         boot: `warm` if the first start may restore a snapshot of a guest that is ready.
         ttl: Seconds from the first start to the VM's deletion.
         idle_timeout: Seconds without a call after which the VM is paused.
@@ -87,6 +89,8 @@ class VMConfig(StrictModel):
     boot_args: str | None = None
     user: str = "root"
     channel: Channel | None = None
+    password: str | None = Field(default=None, exclude=True, repr=False)
+    key: str = ""
     env: dict[str, str] = Field(default={})
     port_forwards: Annotated[tuple[PortForward, ...], Field(strict=False)] = ()
     accel: AccelName

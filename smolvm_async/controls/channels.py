@@ -52,6 +52,7 @@ class SSHChannel(NamedTuple):
     """The channel to the guest's SSH server."""
 
     link: Link
+    windows: bool
 
     @property
     def agent(self) -> None:
@@ -68,21 +69,21 @@ class SSHChannel(NamedTuple):
 
     def transport(self) -> Transport:
         """See `GuestChannel.transport()`."""
-        return SSHTransport(self.link)
+        return SSHTransport(self.link, self.windows)
 
     def files(self) -> AbstractAsyncContextManager[GuestFiles]:
         """See `GuestChannel.files()`."""
-        return SFTPFiles.opened(self.link)
+        return SFTPFiles.opened(self.link, windows=self.windows)
 
     def access(self) -> FileAccess:
         """See `GuestChannel.access()`."""
         from smolvm_async.controls.ssh.contents import SFTPAccess
 
-        return SFTPAccess(self.link)
+        return SFTPAccess(self.link, windows=self.windows)
 
     async def advance_clock(self) -> str:
         """See `GuestChannel.advance_clock()`."""
-        return await advance_clock(self.link)
+        return await advance_clock(self.link, windows=self.windows)
 
 
 class AgentChannel(NamedTuple):
@@ -133,7 +134,7 @@ class AgentChannel(NamedTuple):
 
 
 CHANNELS: Mapping[Channel, Callable[[Run, GuestProfile], GuestChannel]] = {
-    "ssh": lambda run, _: SSHChannel(run.link),
+    "ssh": lambda run, profile: SSHChannel(run.link, profile.name == "windows"),
     "agent": lambda run, profile: AgentChannel(run.session, profile.name),
 }
 

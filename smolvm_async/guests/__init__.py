@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from smolvm_async.guests.features import ARGUMENTS, Channel
+from smolvm_async.guests.features import ARGUMENTS, FEATURES, Channel
 from smolvm_async.guests.linux import DEBIAN, LINUX
 from smolvm_async.guests.profile import GuestProfile
 from smolvm_async.guests.windows import WINDOWS
@@ -35,5 +35,5 @@ PUBLISHED = LINUX._replace(
     default_memory=0,
     minimum_memory=min(profile.minimum_memory for profile in GUESTS.values()),
     default_cpus=0,
-    features=frozenset(name for profile in GUESTS.values() for name in profile.features),
+    features=frozenset(FEATURES),
 )

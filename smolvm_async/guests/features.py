@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 FeatureName = Literal[
-    "commands", "terminals", "ssh", "files", "variables", "user", "kernel", "mounts"
+    "commands",
+    "processes",
+    "terminals",
+    "ssh",
+    "files",
+    "variables",
+    "user",
+    "account",
+    "kernel",
+    "mounts",
 ]
 Channel = Literal["ssh", "agent"]  # SSH, or the QEMU guest agent
 
@@ -27,9 +36,14 @@ class Feature(NamedTuple):
 
 FEATURES: dict[FeatureName, Feature] = {
     "commands": Feature(
-        ("run", "run_stream", "spawn", "guest_info"),
+        ("run", "run_stream", "guest_info"),
         (),
         "Install the program as a service or a scheduled task in the image.",
+    ),
+    "processes": Feature(
+        ("spawn",),
+        (),
+        "Use run() with input=, or run_stream(), or the QEMU guest agent in the image.",
     ),
     "terminals": Feature(
         ("open_terminal",),
@@ -55,6 +69,11 @@ FEATURES: dict[FeatureName, Feature] = {
         "Set the variables inside the image.",
     ),
     "user": Feature((), ("user",), "Leave user= out: the image defines its own users."),
+    "account": Feature(
+        (),
+        ("password", "key"),
+        "Leave password= and key= out: they are for Windows images that have an SSH server.",
+    ),
     "kernel": Feature(
         (),
         ("kernel", "initrd", "boot_args"),

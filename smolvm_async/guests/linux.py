@@ -31,7 +31,17 @@ LINUX = GuestProfile(
     login="nocloud",
     devices=(MOUNTS,),
     features=frozenset(
-        {"commands", "terminals", "ssh", "files", "variables", "user", "kernel", "mounts"}
+        {
+            "commands",
+            "processes",
+            "terminals",
+            "ssh",
+            "files",
+            "variables",
+            "user",
+            "kernel",
+            "mounts",
+        }
     ),
     agent="Install the package qemu-guest-agent in the image, or leave channel= out: that is SSH.",
 )

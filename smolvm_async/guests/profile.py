@@ -34,8 +34,9 @@ class GuestProfile(NamedTuple):
     devices: tuple[str, ...] = ()  # values of further `-device` options
     disk_bus: Literal["scsi", "virtio"] = "scsi"  # virtio-scsi, or virtio-blk (`/dev/vda`)
     # The source of the guest's SSH keys: a `nocloud` seed for cloud-init, or `fw_cfg` for the image
-    # that this library builds. With `none`, SSH cannot be used.
-    login: Literal["none", "nocloud", "fw_cfg"] = "none"
+    # that this library builds. An `image` has an SSH server and accounts of its own. With `none`,
+    # SSH cannot be used.
+    login: Literal["none", "nocloud", "fw_cfg", "image"] = "none"
     shells: tuple[str, ...] = ("raw", "login")  # the values of `run()`'s `shell=`
     channels: tuple[Channel, ...] = ("ssh", "agent")  # the ways to run commands; the default first
     agent: str = ""  # how the guest agent gets into an image, for messages
@@ -43,6 +44,11 @@ class GuestProfile(NamedTuple):
     features: frozenset[FeatureName] = frozenset()  # supported; using any other raises an error
     # Advice for missing features, if the advice in `FEATURES` does not fit this guest OS.
     instead: Mapping[FeatureName, str] = MappingProxyType({})
+
+    @property
+    def makes_keys(self) -> bool:
+        """Whether the library makes the keys of the guest's SSH server and of its user."""
+        return self.login in ("nocloud", "fw_cfg")
 
     def over(self, channel: Channel | None) -> GuestProfile:
         """Return the profile of this guest OS if the library uses this channel to the guest.
@@ -57,12 +63,11 @@ class GuestProfile(NamedTuple):
                 f"channel={channel!r} is not available for {self.title} guests.",
                 hint="Leave channel= out.",
             )
-        return self._replace(
-            title=f"{self.title} (channel={channel!r})",
-            channels=(channel,),
-            login="none",
-            features=self.features - NEED_SSH,
-        )
+        profile = self._replace(title=f"{self.title} (channel={channel!r})", channels=(channel,))
+        if channel == "ssh":
+            features = (self.features | {"user", "account"}) - {"processes"}
+            return profile._replace(login="image", features=features)
+        return profile._replace(login="none", features=self.features - NEED_SSH)
 
     def require(self, name: str) -> None:
         """Raise an `UnsupportedError` if the guest OS does not support a method or an argument."""

@@ -44,8 +44,10 @@ WINDOWS = GuestProfile(
     rtc="base=localtime,driftfix=slew",  # Windows expects local time in the hardware clock
     sidecars=("swtpm",),
     shells=("raw", "cmd"),
-    channels=("agent",),
-    features=frozenset({"commands", "files", "variables"}),
+    channels=("agent", "ssh"),
+    features=frozenset({"commands", "processes", "files", "variables"}),
     agent="Install the guest tools of the virtio-win ISO (virtio-win-guest-tools.exe) in the image:"
-    " they have the agent and the driver of its port.",
+    " they have the agent and the driver of its port. Or pass user= and password= or key=, if the "
+    "image has an SSH server.",
+    instead={"user": "Leave user= out; or pass password= or key= too, for an image with OpenSSH."},
 )

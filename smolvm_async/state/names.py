@@ -50,6 +50,7 @@ TPM = _row("tpm", secret=True)  # a directory with swtpm's state
 SEED = _row("seed.iso", secret=True)  # cloud-init reads it
 SSH_KEY = _row("ssh_key", secret=True)
 HOST_KEY = _row("ssh_host_ed25519_key", secret=True)
+KNOWN_HOST = _row("ssh_known_host", secret=True)  # the host key of an image's own SSH server
 AUTHORIZED_KEYS = _row("authorized_keys", secret=True)
 
 CONTROL = _row("control.sock", of_run=True)  # the owner accepts calls of other processes here

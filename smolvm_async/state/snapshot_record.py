@@ -17,13 +17,22 @@ from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import SnapshotError
 from smolvm_async.foundation.files import remembered, sha256_of
 from smolvm_async.state.directory import is_at
-from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, LAYER, SEED, SSH_KEY, TPM, VARS
+from smolvm_async.state.names import (
+    AUTHORIZED_KEYS,
+    HOST_KEY,
+    KNOWN_HOST,
+    LAYER,
+    SEED,
+    SSH_KEY,
+    TPM,
+    VARS,
+)
 from smolvm_async.state.record import Machine, RecordError, Time, read_json
 
 RECORD = "snapshot.json"
 RAM = "ram"  # the guest's memory
 MACHINE = "machine"  # the state of the processors and devices
-COPIED = (VARS, SEED, SSH_KEY, HOST_KEY, AUTHORIZED_KEYS)
+COPIED = (VARS, SEED, SSH_KEY, HOST_KEY, AUTHORIZED_KEYS, KNOWN_HOST)
 TPM_FILE = rf"^{TPM}/[A-Za-z0-9_-][A-Za-z0-9._-]{{0,63}}$"
 SCHEMA_VERSION = 3
 READABLE = (1, 2, 3)  # in their `config`, 1 has no `internet_settings`, 2 no `ttl`

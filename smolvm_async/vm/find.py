@@ -22,8 +22,10 @@ ANSWER = 5.0  # seconds that an owner may need to start or stop the VM
 POLL = 0.01  # seconds between two attempts
 
 
-async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | AttachedVM:
-    """Return the VM whose directory is `path`.
+async def find(
+    path: Path, on_progress: ProgressCallback | None, password: str | None = None
+) -> OwnedVM | AttachedVM:
+    """Return the VM whose directory is `path`. A VM that starts again may need a password.
 
     Raises:
         VMNotFoundError: `path` is not the directory of a VM.
@@ -49,7 +51,7 @@ async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | At
                 raise expired(record.config)
             held = held or (record is not None and record.is_used(fd, held=False))
             if record is not None and not held:
-                return _at_rest(record, on_progress)
+                return _at_rest(record, on_progress, password)
             if record is not None:
                 _refuse_if_over(record)
                 try:
@@ -67,13 +69,15 @@ async def find(path: Path, on_progress: ProgressCallback | None) -> OwnedVM | At
         await asyncio.sleep(POLL)
 
 
-def _at_rest(record: Record, on_progress: ProgressCallback | None) -> OwnedVM:
+def _at_rest(record: Record, on_progress: ProgressCallback | None, password: str | None) -> OwnedVM:
+    config = record.config.model_copy(update={"password": password})
+
     async def plan() -> Plan:  # only start() calls this: other methods need no image
-        return make_plan(record.config, on_progress)
+        return make_plan(config, on_progress)
 
     if record.owner is not None:
         record = record.model_copy(update={"status": Status.ORPHANED})
-    return OwnedVM(record.config, plan, record)
+    return OwnedVM(config, plan, record)
 
 
 def _refuse_if_over(record: Record) -> None:

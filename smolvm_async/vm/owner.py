@@ -40,6 +40,7 @@ from smolvm_async.controls.interface import check_run, unprepared, until_over
 from smolvm_async.errors import (
     ConfigError,
     HostError,
+    LoginError,
     MountError,
     VMAlreadyExistsError,
     VMCrashedError,
@@ -362,7 +363,7 @@ class OwnedVM:
             run.launch.end()
             self._server = None
             self.hub.close()
-            if isinstance(run.failure, VMCrashedError | MountError):
+            if isinstance(run.failure, VMCrashedError | LoginError | MountError):
                 self.on_crash()
             self._deleted = self._deleted or isinstance(run.failure, VMExpiredError)
             try:

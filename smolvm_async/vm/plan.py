@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from smolvm_async.config.options import CloneOptions, complete, make_clone_config
 from smolvm_async.config.source import BuiltInImage, LocalDisk, PublishedImage, Source
 from smolvm_async.config.vm_config import VMConfig
+from smolvm_async.controls.ssh.login import check_account
 from smolvm_async.errors import AcceleratorWarning, HostError, NetworkWarning
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.progress import Progress, ProgressCallback, report
@@ -109,6 +110,7 @@ def make_clone_plan(
 
 def _host(config: VMConfig) -> tuple[HostTools, Accelerator, bool]:
     check_host_directories(config)
+    check_account(config)
     tools = find_tools(config.profile, programs(config.profile))
     smm = "requires-smm" in config.profile.firmware_features
     accelerator, warning = choose_accelerator(config.accel, smm=smm)

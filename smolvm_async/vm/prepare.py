@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from smolvm_async.config.source import Source
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.controls.ssh.login import Login, kept_login, new_login
+from smolvm_async.controls.ssh.login import ImageLogin, Login, image_login, kept_login, new_login
 from smolvm_async.errors import ImageError, VMNotRunningError
 from smolvm_async.foundation.locking import try_lock
 from smolvm_async.foundation.tasks import in_background, in_thread
@@ -74,7 +74,7 @@ class PreparedVM(NamedTuple):
     image: BaseImage
     tools: HostTools
     direct_boot: DirectBoot | None
-    login: Login | None
+    login: Login | ImageLogin | None
     layers: tuple[str, ...]
     origin: Machine | None
     saved: SavedMachine | None
@@ -128,6 +128,7 @@ async def prepare(
         await check_loadable(snapshot, plan)
     origin = _origin(snapshot.record) if snapshot is not None else machine
     source = (origin and origin.source) or await find_source(plan, stack)
+    login: Login | ImageLogin | None
     saved: SavedMachine | None = None
     if snapshot is not None:
         # One turn of a thread for all: each turn costs as much as what is done in it.
@@ -142,6 +143,8 @@ async def prepare(
     if snapshot is None:
         layers = machine.layers if machine is not None else (OVERLAY,)
         login = await _fill(plan.config, state, machine, image, tools)
+    if plan.config.profile.login == "image":
+        login = await in_thread(image_login, plan.config, state.path)
     shares = await in_thread(_open_shares, plan.config, stack) if plan.config.mounts else ()
     return PreparedVM(source, image, tools, direct_boot, login, layers, origin, saved, shares)
 
@@ -197,7 +200,7 @@ def _fill_from(
     image, direct_boot = _open_files(source, record.machine, "snapshot", stack)
     frozen = record.machine.layers
     layers = (*frozen, next_layer(frozen))
-    login = new_login(config) if config.profile.login != "none" else None
+    login = new_login(config) if config.profile.makes_keys else None
     files = login.files(config) if login is not None else {}
     if record.live:  # the guest has read its seed
         files.pop(SEED, None)
@@ -233,7 +236,7 @@ async def _fill(
     tools: HostTools,
 ) -> Login | None:
     """Fill the directory, unless a kept VM's first run has filled it. Return the login."""
-    has_login = config.profile.login != "none"
+    has_login = config.profile.makes_keys
     template = tools.firmware.vars_template if tools.firmware is not None else None
     parts = Parts(template, directories(config.profile))
     if machine is not None:

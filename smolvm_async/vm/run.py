@@ -32,10 +32,11 @@ from smolvm_async.controls.clock import GuestClock
 from smolvm_async.controls.files.environment import set_variables
 from smolvm_async.controls.interface import last_use, unprepared
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.login import Access, Login
+from smolvm_async.controls.ssh.login import Access, ImageLogin, Login
 from smolvm_async.errors import (
     CommandError,
     LaunchError,
+    LoginError,
     MonitorError,
     MountError,
     SmolVMError,
@@ -125,14 +126,20 @@ class VMRun:
         self._monitor = Monitor(self._on_event, self.troubles.explain)
         self._traffic = Traffic(self._monitor)
         self.peripherals = Peripherals.make(self._monitor, self.pauses, plan.config)
-        self.link = Link(plan.config.vm_id, self.ssh_access, self.pauses, self.troubles.explain)
+        self.link = Link(
+            plan.config.vm_id,
+            self.ssh_access,
+            self.pauses,
+            self.troubles.explain,
+            final=plan.config.profile.login == "image",
+        )
         self.session = Session(self.peripherals.agent, self.pauses, self.troubles.explain)
         self._mounting = Mounting(plan.config, self._monitor, self.link)
         self._internet: Internet | None = None  # if a guard enforces the network policy
         self._spawner: Spawner
         self._prepared: PreparedVM
         self._source: Source | None = plan.source
-        self._login: Login | None = None
+        self._login: Login | ImageLogin | None = None
         self._clone: Clone | None = None  # if the VM is a clone of a running VM
         self._right_later = False  # a clone of a guest that boots, and is reached through its agent
         self._disk: Disk
@@ -483,24 +490,28 @@ class VMRun:
         if saved.login is not None:
             await self._set_right(record, saved.login)
         elif record.ready:
-            await self._set_right_through_agent()
+            await self._set_right_without_keys()
         else:
             self._right_later = True
         # `_probe` sets variables and mounts directories, before the guest is ready.
         if record.ready and not self._plan.config.env and not self._mounting.mounts:
             self.boot.enter(BootState.READY, evidence)
 
-    async def _set_right_through_agent(self) -> None:
-        from smolvm_async.vm.set_right import set_right_through_agent
+    async def _set_right_without_keys(self) -> None:
+        from smolvm_async.vm.set_right import NOT_REACHED, set_right_through_agent
 
         config = self._plan.config
-        await set_right_through_agent(config.vm_id, self.session, config.profile.name)
+        if self._channel.agent is not None:
+            await set_right_through_agent(config.vm_id, self.session, config.profile.name)
+        else:  # Windows, over SSH
+            logger.warning(NOT_REACHED)
+            self._clock.set_soon()
 
     async def _set_right(self, record: SnapshotRecord, before: Login) -> None:
         """Set the clone right; if its guest was not ready yet, as soon as it is."""
         from smolvm_async.vm.set_right import Clone
 
-        assert self._login is not None
+        assert isinstance(self._login, Login)
         config = self._plan.config
         self._clone = clone = Clone(config.vm_id, self.link, self.parked, before, self._login)
         if record.ready:
@@ -532,17 +543,20 @@ class VMRun:
             evidence = await self._channel.probe()
             if evidence is None:
                 return None
+            if isinstance(self._login, ImageLogin) and not self._login.host_key:
+                key, directory = self.link.host_key, self._state.path
+                self._login = await in_thread(self._login.remember, key, directory)
             if self._clone is not None and self.parked is None and not self._clone.is_right:
                 await self._clone.set_right(self._plan.config.timeouts.boot)
             if self._right_later:
-                await self._set_right_through_agent()
+                await self._set_right_without_keys()
                 self._right_later = False
             if env := self._plan.config.env:
                 async with self._channel.files() as guest:
                     await set_variables(guest, env)
             await self._mounting.mount()
             await self._clock.set_if_late()
-        except MountError:  # another try would not help
+        except (LoginError, MountError):  # another try would not help
             raise
         except SmolVMError as error:
             logger.warning("the guest is not ready yet: %s", error)

@@ -15,6 +15,7 @@ from smolvm_async.config.checks import check_boolean, check_timeout, check_vm_id
 from smolvm_async.config.options import (
     VMOptions,
     check_internet_settings,
+    check_password,
     check_progress,
     make_config,
     make_data_dir,
@@ -80,10 +81,17 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         initrd: The kernel's initramfs.
         boot_args: The kernel's command line; by default `console=ttyS0 root=/dev/vda rw`.
         user: The login user of `run()` and file transfer in a Linux image: `"root"`, the default,
-            or a user with sudo that cloud-init creates.
+            or a user with sudo that cloud-init creates. In a Windows image with an SSH server:
+            the user who logs in, by default `"Administrator"`.
+        password: The password of `user` in a Windows image that has OpenSSH: then commands and
+            files go over SSH, and the agent is not needed. The VM's files and logs never have the
+            password. The first login shows the server's host key, which all later ones require.
+        key: The file of the user's private key for the same, without a passphrase, which only you
+            can read.
         channel: The way to run commands: `"ssh"`, the default for Linux, or `"agent"`, the default
-            for Windows: the QEMU guest agent in the image, which needs no network and no login. A
-            Linux guest that is used through its agent has no `open_terminal()` and `mounts`.
+            for Windows (without `password` and `key`): the QEMU guest agent in the image, which
+            needs no network and no login. A Linux guest that is used through its agent has no
+            `open_terminal()` and `mounts`.
         memory: Memory in MiB. The guest OS sets the minimum and the default (Linux: 128 and 512).
         cpus: The number of cores, all in one socket. The guest OS sets the default (Linux: 1).
         vm_id: The id: lower-case letters, digits, hyphens; by default `vm-` and 8 hex digits.
@@ -199,6 +207,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         cls,
         vm_id: str,
         *,
+        password: str | None = None,
         data_dir: str | os_module.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> Self:
@@ -210,6 +219,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Args:
             vm_id: The VM's id; `list()` shows all ids.
+            password: See the class; for a kept VM that `start()` boots again.
             data_dir: See the class.
             on_progress: See the class. For an attached VM, only the owner gets the progress.
 
@@ -223,7 +233,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         check_progress(on_progress)
         path = _known_data_dir(data_dir) / check_vm_id(vm_id)
         vm = cls.__new__(cls)
-        vm._hold(await find(path, on_progress), on_progress)
+        vm._hold(await find(path, on_progress, check_password(password)), on_progress)
         return vm
 
     @classmethod
@@ -571,10 +581,10 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
 
         Args:
             name: The snapshot's name.
-            options: `vm_id`, `accel`, `env`, `port_forwards`, `keep`, `vnc`, `limits`, `mounts`,
-                `writable_mounts`, `internet_settings`, `timeouts`, `data_dir` and `on_progress`, as
-                for the class. A clone has the network policy of its source, unless you pass
-                another one, and no `mounts` that you do not pass.
+            options: `vm_id`, `password`, `accel`, `env`, `port_forwards`, `keep`, `vnc`, `limits`,
+                `mounts`, `writable_mounts`, `internet_settings`, `timeouts`, `data_dir` and
+                `on_progress`, as for the class. A clone has the network policy of its source,
+                unless you pass another one, and no `mounts` that you do not pass.
 
         Raises:
             SnapshotNotFoundError: No snapshot has this name.
@@ -626,6 +636,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             message = "port_forwards= cannot have a port of the host: the clones cannot share it."
             raise ConfigError(f"{message} Pass only ports of the guest.")
         running(self._vm)
+        options.setdefault("password", self._vm.config.password)
         return Starting(lambda: fork(self, count, options), lambda vms: vms)
 
 

@@ -23,13 +23,22 @@ StrictModes no
 UsePAM no
 PermitRootLogin yes
 MaxSessions {sessions}
-Subsystem sftp internal-sftp
+Subsystem sftp internal-sftp {sftp}
+{more}
 """
+
+Start = Callable[[int], Access]
 
 
 @contextmanager
-def ssh_servers(directory: Path) -> Iterator[Callable[[int], Access]]:
-    """Yield a function that starts a server with a bound on sessions."""
+def ssh_servers(directory: Path, sftp: str = "", more: str = "") -> Iterator[Start]:
+    """Yield a function that starts a server with a bound on sessions.
+
+    Args:
+        directory: The directory for the server's files.
+        sftp: Options of the SFTP server.
+        more: More lines for the configuration.
+    """
     servers = []
 
     def start(sessions: int) -> Access:
@@ -41,7 +50,8 @@ def ssh_servers(directory: Path) -> Iterator[Callable[[int], Access]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        config = CONFIG.format(port=port, directory=directory, sessions=sessions)
+        values = {"directory": directory, "sessions": sessions, "sftp": sftp, "more": more}
+        config = CONFIG.format(port=port, **values)
         (directory / "config").write_text(config)
         server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", directory / "config"])
         servers.append(server)
@@ -55,10 +65,10 @@ def ssh_servers(directory: Path) -> Iterator[Callable[[int], Access]]:
             server.wait()
 
 
-def link_with(access: Access) -> Link:
+def link_with(access: Access, *, final: bool = False) -> Link:
     """Return a link to a server."""
 
     async def known() -> Access:
         return access
 
-    return Link("host", known, Pauses())
+    return Link("host", known, Pauses(), final=final)

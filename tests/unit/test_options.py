@@ -8,6 +8,12 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+)
 
 from smolvm_async import AsyncSmolVM, ConfigError, DaskFleet, Fleet, UnsupportedError
 from smolvm_async.config.options import (
@@ -18,6 +24,7 @@ from smolvm_async.config.options import (
     recheck,
 )
 from smolvm_async.config.source import BuiltInImage, LocalDisk, PublishedImage
+from smolvm_async.controls.ssh.login import check_account, image_login, make_key_pair
 from smolvm_async.guests import DEFAULT, GUESTS, PUBLISHED, GuestName
 from smolvm_async.guests.features import FEATURES, NEEDED
 
@@ -136,10 +143,71 @@ def test_a_guest_that_is_used_through_its_agent_has_no_login() -> None:
 def test_a_channel_that_a_guest_does_not_have_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="channel='agent' is not available for built-in"):
         make_config(channel="agent")
-    with pytest.raises(UnsupportedError, match="channel='ssh' is not available for Windows"):
-        make_config(os="windows", image="x.qcow2", channel="ssh")
     with pytest.raises(ConfigError, match="channel='telnet' is wrong: pass 'ssh', or 'agent'"):
         make_config(os="linux", image="x.qcow2", channel="telnet")  # type: ignore[arg-type]
-    published = make_config(image="s3://bucket/a", channel="ssh")
-    with pytest.raises(UnsupportedError, match="channel='ssh' is not available for Windows"):
-        complete(published, "windows", None, None)
+
+
+def test_an_account_of_a_windows_image_means_ssh() -> None:
+    config = make_config(os="windows", image="x.qcow2", password="pass word", key="k")
+    assert (config.user, config.channel, config.profile.login) == ("Administrator", "ssh", "image")
+    own = make_config(os="windows", image="x.qcow2", user="PC\\me you", password="x")
+    assert own.user == "PC\\me you"
+    for name in ("spawn", "open_terminal", "ssh_access", "mounts"):
+        with pytest.raises(UnsupportedError, match=r"Windows \(channel='ssh'\) guests"):
+            own.profile.require(name)
+    published = make_config(image="s3://bucket/a", password="x")
+    assert complete(published, "windows", None, None).profile == own.profile
+    with pytest.raises(UnsupportedError, match="password= is not available for Linux guests"):
+        complete(published, "linux", None, None)
+    for name in ("password", "key"):
+        with pytest.raises(UnsupportedError, match=rf"{name}= is not available for .*Leave"):
+            make_config(**{name: "x"})  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"user= is not available .* pass password= or key="):
+        make_config(os="windows", image="x.qcow2", user="me")
+
+
+def test_a_password_is_in_no_record_no_repr_and_no_message() -> None:
+    config = make_config(os="windows", image="x.qcow2", password="s3cret")
+    assert config.password == "s3cret"
+    shown = (repr(config), str(config), config.model_dump_json(), repr(config.model_dump()))
+    assert not [text for text in shown if "s3cret" in text]
+    assert recheck(type(config)(**config.model_dump())).password is None
+    assert make_clone_config(config).password is None
+    assert make_clone_config(config, password="s3cret").password == "s3cret"
+    for wrong in ("", "s3cret\0", b"s3cret"):
+        with pytest.raises(ConfigError, match="password= is wrong") as caught:
+            make_config(os="windows", image="x.qcow2", password=wrong)  # type: ignore[arg-type]
+        assert "s3cret" not in str(caught.value)
+
+
+def test_a_login_needs_a_password_or_a_private_key_of_this_user(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    pair = make_key_pair()
+
+    def check(**options: Any) -> None:
+        check_account(make_config(os="windows", image="x.qcow2", channel="ssh", **options))
+
+    with pytest.raises(ConfigError, match=r"password= is missing.*'Administrator'.*from_id\(\)"):
+        check()
+    with pytest.raises(ConfigError, match=r"key=.*cannot be read.*No such file"):
+        check(key=key)
+    key.write_text(pair.public)
+    with pytest.raises(ConfigError, match="is not a private key: pass the file without"):
+        check(key=key)
+    key.write_bytes(pair.private)
+    key.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"by other users of this host\. .*chmod 600"):
+        check(key=key)
+    key.chmod(0o600)
+    check(key=key)
+    check(password="x")
+    config = make_config(os="windows", image="x.qcow2", key=key)
+    login = image_login(config, tmp_path).remember(pair.public, tmp_path)
+    assert image_login(config, tmp_path) == login
+    assert pair.private.decode() not in repr(login) + repr(login.access(1))
+    locked = Ed25519PrivateKey.generate().private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"passphrase")
+    )
+    key.write_bytes(locked)
+    with pytest.raises(ConfigError, match=r"cannot be used: .*assphrase"):
+        image_login(config, tmp_path)

@@ -1,16 +1,19 @@
-"""The programs for a Windows guest's agent, which no test can run on Windows."""
+"""The programs for a Windows guest, by its agent or over SSH, which no test can run on Windows."""
 
 from __future__ import annotations
 
 import base64
+import re
 
 import pytest
 
 from smolvm_async.controls.agent import windows
 from smolvm_async.controls.agent.system import Program
 from smolvm_async.controls.commands.transport import Command
+from smolvm_async.controls.ssh import windows as over_ssh
 
 LONGEST = 32_767  # characters of a command line of Windows
+LONGEST_OF_CMD = 8191  # characters of a line for cmd.exe
 SECRET = "very-secret"
 
 
@@ -47,6 +50,34 @@ def test_a_command_line_is_short_and_has_nothing_of_the_command() -> None:
         script = base64.b64decode(program.arguments[-1]).decode("utf-16-le")
         assert SECRET not in line + script
         assert len(values(program)["arguments"]) < LONGEST
+
+
+def test_a_line_for_an_ssh_server_has_nothing_of_the_command_and_nothing_special() -> None:
+    for shell in ("cmd", "powershell"):
+        line = over_ssh.line(shell, "mark")
+        assert len(line) < LONGEST_OF_CMD
+        assert ("$input" in line) == (shell == "powershell")
+    killer = over_ssh.killer("mark")
+    for line in (over_ssh.line("cmd", "mark"), killer, over_ssh.clock_setter(1.5)):
+        assert len(line) < LONGEST_OF_CMD
+        assert re.fullmatch(r"[\w .+/=-]+", line, re.ASCII)
+    # It finds the command by its command line, and never itself.
+    script = base64.b64decode(killer.split()[-1]).decode("utf-16-le")
+    marked = over_ssh.line("cmd", "mark").split()[-1]
+    assert marked in script
+    assert marked not in killer
+    assert windows.stem("mark") in script
+    assert over_ssh.shell_of(b"$PSHOME\r\n") == over_ssh.shell_of(b"\n") == "cmd"
+
+
+def test_the_input_over_ssh_is_the_runner_and_the_command() -> None:
+    command = Command("dir", "raw", {"V": "é"}, b"\xff", r"C:\x")
+    first, *rest = over_ssh.content(command, "mark").splitlines()
+    assert base64.b64decode(first).decode() == windows.runner_script()
+    found = dict(line.split(b" ") for line in rest)
+    kept = {name.decode(): base64.b64decode(value) for name, value in found.items()}
+    assert (kept["content"], kept["env.V"], kept["cwd"]) == (b"\xff", "é".encode(), rb"C:\x")
+    assert (kept["output"], kept["directory"].decode()) == (b"session", windows.stem("mark"))
 
 
 def test_a_script_is_utf_8_for_powershell_and_for_cmd() -> None:

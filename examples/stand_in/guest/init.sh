@@ -67,6 +67,11 @@ start_network() {
     udhcpc -i eth0 -s /etc/network.sh -b >/dev/null 2>&1 &
 }
 
+start_ssh() { # its host key stays on the disk
+    [ "$(option ssh)" = on ] || return
+    dropbear -R -E 2>/dev/null
+}
+
 agent_port() {
     local port name
     for port in /sys/class/virtio-ports/*; do
@@ -225,6 +230,7 @@ done </lib/modules/order
 
 start_agent
 start_network
+start_ssh
 watch_power_buttons
 report_machine
 report_agent

@@ -34,7 +34,7 @@ value() { # $1: a value of the request
 }
 
 run() { # runner.ps1
-    local names= directory= input= script= text= content= program= arguments= cwd= detached=
+    local names= directory= input= output= script= text= content= program= arguments= cwd= detached=
     eval "$(sed -n 's/^env\.\([^ ]*\) \(.*\)/names="$names \1" env_\1=\2/p; s/^\([a-z]*\) /\1=/p')"
     directory=$here/$(value "$directory")
     source=$directory\\content
@@ -48,8 +48,12 @@ run() { # runner.ps1
         ;;
     here) value "$content" >"$source" ;;
     esac
-    : >"$directory\\out"
-    : >"$directory\\err"
+    if [ "$(value "$output")" = session ]; then
+        files=$directory\\
+        trap 'rm -f "$files"*' EXIT
+    else
+        exec >>"$directory\\out" 2>>"$directory\\err"
+    fi
     [ -z "$script" ] || value "$text" >"$here/$(value "$script")"
     program=$(value "$program")
     cwd=$(value "$cwd")
@@ -66,11 +70,24 @@ run() { # runner.ps1
     done <<EOF
 $(cat "$here/.smolvm_env" 2>/dev/null)
 EOF
-    cd "${cwd:-/}" 2>>"$directory\\err" || exit 126
-    env "$@" <"$source" >>"$directory\\out" 2>>"$directory\\err"
+    cd "${cwd:-/}" || exit 126
+    env "$@" <"$source"
     set -- $?
     [ -z "$detached" ] || rm "$directory"\\*
     return "$1"
+}
+
+kill_marked() { # the script that ends a command over SSH
+    local mark directory file
+    mark=${script#*"LIKE '%"}
+    mark=${mark%%"%'"*}
+    directory=${script#*"Exists('"}
+    directory=$here/${directory%%"'"*}
+    for file in $(grep -lsF "$mark" /proc/[0-9]*/cmdline); do
+        file=${file#/proc/}
+        kill -KILL $(tree "${file%/cmdline}") 2>/dev/null
+    done
+    rm -f "$directory"\\*
 }
 
 feed() { # passes on what comes into the file `in`, until its end
@@ -83,7 +100,12 @@ powershell() {
     for encoded; do :; done # the last argument
     script=$(decoded "$encoded")
     case $script in
+    *'[ScriptBlock]::Create'*)
+        read -r encoded # the first line of the input
+        case $(value "$encoded") in *Add-Output*) run ;; *) exit 99 ;; esac
+        ;;
     *Add-Output*) run ;;
+    *Win32_Process*) kill_marked ;;
     *"| & '"*)
         path=${script#*"| & '"}
         path=$here/${path%%"'"*}

@@ -1,5 +1,6 @@
 # Runs a command in a Windows guest: see windows.py. It reads values from its standard input, and
-# copies the command's output to the files `out` and `err`. It needs PowerShell 5.1.
+# copies the command's output to the files `out` and `err`. Over SSH, the command inherits the output
+# of this script, which removes the directory then. It needs PowerShell 5.1.
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = 'SilentlyContinue'
 $utf8 = New-Object Text.UTF8Encoding $false
@@ -25,6 +26,7 @@ foreach ($line in $input) {
     }
 }
 $directory = $value['directory']
+$over_ssh = $value['output'] -eq 'session'
 
 # Only LocalSystem and the owner may use the directory, from its beginning.
 $security = New-Object Security.AccessControl.DirectorySecurity
@@ -37,12 +39,12 @@ if ($value['input'] -eq 'empty') {
 }
 
 function Exit-Runner([int] $code) {
-    if ($value['detached']) { [IO.Directory]::Delete($directory, $true) }
+    if ($over_ssh -or $value['detached']) { [IO.Directory]::Delete($directory, $true) }
     exit $code
 }
 
 function Add-Output([string] $name, [byte[]] $bytes, [int] $count) {
-    if ($value['detached']) { return }
+    if ($over_ssh -or $value['detached']) { return }
     while ($true) {
         try {
             $file = [IO.File]::Open("$directory\$name", 'Append', 'Write', 'None')
@@ -67,8 +69,8 @@ try {
     $start = New-Object Diagnostics.ProcessStartInfo $value['program'], $value['arguments']
     $start.UseShellExecute = $false
     $start.RedirectStandardInput = $true
-    $start.RedirectStandardOutput = $true
-    $start.RedirectStandardError = $true
+    $start.RedirectStandardOutput = -not $over_ssh
+    $start.RedirectStandardError = -not $over_ssh
     $start.WorkingDirectory = $env:USERPROFILE
     if ($value['cwd']) { $start.WorkingDirectory = $value['cwd'] }
     # The variables of set_env_vars().
@@ -86,6 +88,7 @@ try {
     $process = [Diagnostics.Process]::Start($start)
 } catch {
     $bytes = $utf8.GetBytes("$($_.Exception.GetBaseException().Message)`r`n")
+    if ($over_ssh) { [Console]::OpenStandardError().Write($bytes, 0, $bytes.Length) }
     Add-Output 'err' $bytes $bytes.Length
     Exit-Runner 126
 }
@@ -99,7 +102,8 @@ $size = 65536
 $piece = New-Object byte[] $size
 $since = [Diagnostics.Stopwatch]::StartNew()
 $after = New-Object Diagnostics.Stopwatch
-$outputs = foreach ($name in 'out', 'err') {
+[string[]] $names = if ($over_ssh) { @() } else { 'out', 'err' }
+$outputs = foreach ($name in $names) {
     $stream = $process.StandardOutput.BaseStream
     if ($name -eq 'err') { $stream = $process.StandardError.BaseStream }
     $buffer = New-Object byte[] $size
@@ -113,8 +117,8 @@ $outputs = foreach ($name in 'out', 'err') {
 }
 do {
     [Threading.Tasks.Task[]] $tasks = @($outputs | ForEach-Object { $_.reading } | Where-Object { $_ })
-    if ($tasks.Length) {
-        [Threading.Tasks.Task[]] $any = @($tasks) + @($feeding | Where-Object { $_ })
+    [Threading.Tasks.Task[]] $any = @($tasks) + @($feeding | Where-Object { $_ })
+    if ($any.Length) {
         [void] [Threading.Tasks.Task]::WaitAny($any, 50)
     } else {
         [void] $process.WaitForExit(50)

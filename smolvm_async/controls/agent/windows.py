@@ -68,36 +68,54 @@ def runner(command: Command, _: str, stem: str, *, has_input: bool) -> Program:
 
     The command is a PowerShell script, or a batch file if the shell is cmd.exe.
     """
+    content = request(command, stem, has_input=has_input)
+    return Program("powershell.exe", encoded(runner_script()), content)
+
+
+def request(
+    command: Command, directory: str, *, has_input: bool = False, over_ssh: bool = False
+) -> bytes:
+    """Return the lines that `runner.ps1` reads.
+
+    Args:
+        command: The command.
+        directory: The directory for the command's files.
+        has_input: Whether the standard input is in a file there, and not in `command`.
+        over_ssh: Whether the output goes to the runner's own output, and not to files, and the
+            runner removes the directory.
+    """
     live = command.content is None and not command.detached
-    values = [("directory", stem), ("input", "live" if live else "file" if has_input else "here")]
+    source = "live" if live else "file" if has_input else "here"
+    values = [("directory", directory), ("input", source)]
+    values.append(("output", "session" if over_ssh else "files"))
     if command.detached:
         values.append(("detached", "yes"))
     if command.words is not None:
         values += [("program", command.words[0]), ("arguments", arguments(command.words[1:]))]
     elif command.shell == "cmd":
-        script = file(stem, "command.cmd")
+        script = file(directory, "command.cmd")
         # cmd.exe reads a batch file line by line, in the code page of the moment.
         lines = f"@echo off\r\nchcp 65001 >nul\r\n{crlf(command.text)}\r\n"
         values += [("script", script), ("text", lines)]
         values += [("program", "cmd.exe"), ("arguments", f'/d /c "{script}"')]
     else:
-        script = file(stem, "command.ps1")
+        script = file(directory, "command.ps1")
         text = f"{_BOM}{command.text}{_EXIT}"
         values += [("script", script), ("text", text), ("program", "powershell.exe")]
-        values += [("arguments", arguments(_encoded(_POWERSHELL.replace("PATH", script))))]
+        values += [("arguments", arguments(encoded(_POWERSHELL.replace("PATH", script))))]
     if command.cwd is not None:
         values.append(("cwd", command.cwd))
     values += [(f"env.{name}", value) for name, value in command.env.items()]
     lines_of_values = [_line(name, value.encode(errors="replace")) for name, value in values]
     if command.content and not has_input:
         lines_of_values.append(_line("content", command.content))
-    return Program("powershell.exe", _encoded(_runner()), b"".join(lines_of_values))
+    return b"".join(lines_of_values)
 
 
 def maker(stem: str, _: str) -> Program:
     """Return the PowerShell that makes the directory, and empty `in` and `end`."""
     content = _line("directory", stem.encode()) + _line("input", b"empty")
-    return Program("powershell.exe", _encoded(_runner()), content)
+    return Program("powershell.exe", encoded(runner_script()), content)
 
 
 def signaller(_: str, pid: int, name: str) -> Program:
@@ -142,13 +160,13 @@ def _line(name: str, value: bytes) -> bytes:
     return f"{name} {b64encode(value).decode()}\n".encode()
 
 
-def _encoded(script: str) -> list[str]:
+def encoded(script: str) -> list[str]:
     """Return PowerShell's arguments for a script."""
     return [*_OPTIONS, b64encode(script.encode("utf-16-le")).decode()]
 
 
 @functools.cache
-def _runner() -> str:
+def runner_script() -> str:
     """Return `runner.ps1` without comments and indentation: a command line has an end."""
     text = Path(__file__).with_name("runner.ps1").read_text()
     lines = [line.strip() for line in text.splitlines()]

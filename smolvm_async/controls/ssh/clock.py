@@ -1,4 +1,4 @@
-"""The clock of a Linux guest, set over SSH."""
+"""The clock of a guest, set over SSH."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from smolvm_async.errors import ConnectionLostError
 QUOTED = 200  # characters of the guest's answer in a warning
 
 
-async def advance_clock(link: Link) -> str:
+async def advance_clock(link: Link, *, windows: bool) -> str:
     """Set the guest's clock to the host's. Return the reason if this failed; otherwise empty."""
     said = bytearray()
+    line = script
+    if windows:
+        from smolvm_async.controls.ssh.windows import clock_setter as line
     try:
-        setting = await run_apart(link, lambda: script(time.time()), said.extend)
+        setting = await run_apart(link, lambda: line(time.time()), said.extend)
     except (ConnectionLostError, OSError) as error:
         return str(error)
     if setting.exit_code == 0:

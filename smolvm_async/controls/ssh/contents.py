@@ -18,7 +18,13 @@ from smolvm_async.controls.files.files import carry_out, explained
 from smolvm_async.controls.files.tree import Entry
 from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.controls.ssh.transfer import ONE_BY_ONE, IntoGuest, SFTPFiles, block_size
+from smolvm_async.controls.ssh.transfer import (
+    ONE_BY_ONE,
+    IntoGuest,
+    SFTPFiles,
+    block_size,
+    remove_tree,
+)
 from smolvm_async.errors import FileTransferError
 
 if TYPE_CHECKING:
@@ -31,8 +37,9 @@ QUOTED = 300  # characters of the guest's answer in a message
 class SFTPAccess:
     """The files of a guest that has an SSH server."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, windows: bool = False) -> None:
         self._link = link
+        self._windows = windows
 
     @asynccontextmanager
     async def _session(self, path: str) -> AsyncIterator[SFTPClient]:
@@ -72,7 +79,9 @@ class SFTPAccess:
         async with self._session(path) as sftp:
             if await sftp.islink(path):
                 path = str(await sftp.realpath(path))
-            old = await sftp.stat(path) if await sftp.exists(path) else None
+            has_old = not self._windows and await sftp.exists(path)
+            old = await sftp.stat(path) if has_old else None
+            mode = None if self._windows else mode
             upload = _Content(sftp, path, content, mode, old)
             await carry_out(upload, [], TransferMeter(None, "", 0), make_dirs=make_dirs)
 
@@ -99,6 +108,8 @@ class SFTPAccess:
             directory = stat.S_ISDIR((await sftp.lstat(path)).permissions or 0)
             if not directory:
                 await sftp.remove(path)
+            elif recursive and self._windows:
+                await remove_tree(sftp, path)
             elif not recursive:
                 try:
                     await sftp.rmdir(path)
@@ -106,7 +117,7 @@ class SFTPAccess:
                     raise FileTransferError(
                         "the directory is not empty", hint="Pass recursive=True."
                     ) from error
-        if directory and recursive:
+        if directory and recursive and not self._windows:
             await self._remove_tree(path)
 
     async def _remove_tree(self, path: str) -> None:

@@ -119,15 +119,26 @@ class Execution:
 
 
 class MarkedExecution(Execution):
-    """A running command of the user, all processes of which have a mark."""
+    """A running command of the user, all processes of which have a mark.
+
+    Args:
+        receive: Called with all output.
+        link: The connection.
+        signaller: Returns the command that sends a signal to the marked processes.
+        content: The standard input.
+    """
 
     def __init__(
-        self, receive: Callable[[Stream, bytes], None], link: Link, mark: str, content: bytes
+        self,
+        receive: Callable[[Stream, bytes], None],
+        link: Link,
+        signaller: Callable[[str], str],
+        content: bytes,
     ) -> None:
         super().__init__(receive)
         self._link = link
-        self._mark = mark
-        self._content = content  # the standard input
+        self._signaller = signaller
+        self._content = content
 
     async def write(self) -> None:
         """Write all of the command's standard input; stop early if the command ends."""
@@ -145,7 +156,7 @@ class MarkedExecution(Execution):
 
     async def _signal(self, name: str) -> bool:
         """Send a signal; return whether the guest answered."""
-        script = signaller(self._mark, name)
+        script = self._signaller(name)
         sending = await run_apart(self._link, lambda: script, lambda _: None)
         return sending.exit_code is not None
 
@@ -200,10 +211,25 @@ async def start(
     return execution
 
 
+async def find_shell(link: Link) -> None:
+    """Find out which shell a Windows guest's server gives commands to, if this is not known."""
+    if link.shell:
+        return
+    from smolvm_async.controls.ssh.windows import QUESTION, shell_of
+
+    said = bytearray()
+    await link.pauses.until_open()
+    asking = await run_apart(link, lambda: QUESTION, said.extend)
+    if asking.exit_code is None:
+        raise link.lost()
+    link.shell = shell_of(bytes(said))
+
+
 class SSHTransport(NamedTuple):
     """The way to run commands over SSH: a `Transport`."""
 
     link: Link
+    windows: bool = False
 
     @property
     def pauses(self) -> Pauses:
@@ -218,6 +244,26 @@ class SSHTransport(NamedTuple):
         """Return the error for a command whose connection was lost."""
         return self.link.lost()
 
+    async def _prepared(
+        self, command: Command, mark: str
+    ) -> tuple[str, bytes, Callable[[str], str]]:
+        """Return a command's line and input, and the line that sends a signal, by its name."""
+        if self.windows:
+            from smolvm_async.controls.ssh import windows
+
+            await find_shell(self.link)
+            line = windows.line(self.link.shell, mark)
+            return line, windows.content(command, mark), lambda _: windows.killer(mark)
+        text = f"{APART}{command.text}" if command.detached else command.text
+        line, first = script(
+            in_directory(text, command.cwd),
+            command.shell,
+            command.env,
+            mark,
+            terminal=command.terminal is not None,
+        )
+        return line, first + (command.content or b""), partial(signaller, mark)
+
     @asynccontextmanager
     async def executing(
         self,
@@ -226,19 +272,11 @@ class SSHTransport(NamedTuple):
         on_turn: Callable[[bool], None],
     ) -> AsyncIterator[MarkedExecution]:
         """Run a command during the block: see `Transport.executing()`."""
-        link, mark, terminal = self.link, secrets.token_hex(8), command.terminal
-        text = f"{APART}{command.text}" if command.detached else command.text
-        line, first = script(
-            in_directory(text, command.cwd),
-            command.shell,
-            command.env,
-            mark,
-            terminal=terminal is not None,
-        )
-        content = first + (command.content or b"")
+        link, terminal, mark = self.link, command.terminal, secrets.token_hex(8)
+        line, content, to_signal = await self._prepared(command, mark)
 
         async def opener(connection: SSHClientConnection) -> MarkedExecution:
-            execution = MarkedExecution(receive, link, mark, content)
+            execution = MarkedExecution(receive, link, to_signal, content)
             return await start(execution, line, connection, terminal)
 
         def release(_: object) -> None:
@@ -248,7 +286,7 @@ class SSHTransport(NamedTuple):
         execution.ended.add_done_callback(release)
         try:
             if command.content is None:
-                await execution.feed(first)
+                await execution.feed(content)
             yield execution
         finally:
             if not execution.ended.done():

@@ -30,23 +30,19 @@ The first connection imports asyncssh in a thread, since the import takes 0.3 s.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import os
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from smolvm_async.controls.ssh.client import find_refusal, import_asyncssh, log_in
 from smolvm_async.controls.ssh.login import Access
-from smolvm_async.errors import ConnectionLostError
+from smolvm_async.errors import ConnectionLostError, LoginError
 from smolvm_async.foundation.fork import end_in_child, private
 from smolvm_async.foundation.tasks import (
     Turns,
     has_result,
-    in_background,
-    no_collection,
     settle,
     take_exception,
 )
@@ -64,9 +60,6 @@ RETRY = 0.05  # seconds between two attempts
 TRIES = 10  # attempts to open a session while no other session is open
 ENDING = 2.0  # seconds to wait for a session to end; after that it ends in the background
 KEEPALIVE = 15  # seconds without data from the guest; asyncssh disconnects after 3 such periods
-
-# The ciphers of OpenSSH and of dropbear, the cheapest for an emulated processor first.
-CIPHERS = ["aes128-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes128-ctr"]
 
 T = TypeVar("T")
 
@@ -157,8 +150,12 @@ class Link:
         pauses: Tells whether the guest is paused.
         explain: Adds the VM's troubles to an error; see `Troubles.explain()`.
         turn: Returns a block that takes turns with other logins, for a server that is `serving`.
+        final: Whether a refused login is final: the server and the account are the image's own. The
+            keys that this library has made are in force only after a part of the boot.
 
     Attributes:
+        host_key: The host key of the server that has accepted the login; empty before.
+        shell: The kind of the shell that the server gives commands to; see `ssh/windows.py`.
         serving: Whether the guest's server certainly runs, as in a clone of a guest that was ready.
     """
 
@@ -169,9 +166,13 @@ class Link:
         pauses: Pauses,
         explain: Callable[[Any], Any] = lambda error: error,
         turn: Callable[[], AbstractAsyncContextManager[None]] = _login_turns.take,
+        *,
+        final: bool = False,
     ) -> None:
         self.explain = explain
         self._turn = turn
+        self._final = final
+        self.host_key = self.shell = ""
         self._queued = 0.0  # seconds spent in waiting for turns
         self.pauses = pauses
         pauses.watchers.add(self._keep_alive)
@@ -199,9 +200,14 @@ class Link:
         """Try once to connect; return whether the guest's server answered.
 
         A caller that waits for a booting guest calls this repeatedly.
+
+        Raises:
+            LoginError: The server refused the login, or is another one, and this is final.
         """
         try:
             return await self._connected() is not None
+        except LoginError:
+            raise
         except ConnectionLostError:
             return False
 
@@ -395,6 +401,8 @@ class Link:
         connection = await self._log_in()
         if connection is not None:
             self._connection = connection
+            if (key := connection.get_server_host_key()) is not None:
+                self.host_key = key.export_public_key().decode().strip()
             self._keep_alive()
             self._sessions.forget_limit()
         return connection
@@ -411,7 +419,7 @@ class Link:
         if not self.serving:
             return await self._greet_and_log_in(access)
         self._greeting = LONGEST_GREETING  # a time-out would only start the greeting anew
-        await _import_asyncssh()
+        await import_asyncssh()
         began = time.monotonic()
         async with self._turn():
             self._queued += time.monotonic() - began
@@ -428,10 +436,12 @@ class Link:
             return None
         try:
             async with self.pauses.timeout(LOGIN):
-                return await _log_in(ours, access)
+                return await log_in(ours, access, KEEPALIVE)
         except BaseException as error:
             ours.close()
             if isinstance(error, Exception):
+                if self._final and (refusal := find_refusal(error, access)):
+                    raise refusal from error
                 reason = str(error) or f"the guest has not answered for {LOGIN:g} s"
                 raise self._lost(f"logging in failed: {reason}") from error
             raise
@@ -484,62 +494,3 @@ async def greeted(port: int, timeout: float) -> socket.socket | None:
 async def _exit(client: SFTPClient) -> None:
     client.exit()
     await client.wait_closed()
-
-
-# asyncssh looks up this process's user, although our logins do not use the result. In containers,
-# a user id often has no entry in the password file; asyncssh then needs these variables.
-ACCOUNT = {"HOME": "/nonexistent", "LOGNAME": "nobody"}
-_logins = 0  # logins in progress that need the variables
-_added: list[str] = []
-
-
-@contextmanager
-def _account() -> Iterator[None]:
-    """Set the missing variables of `ACCOUNT` while a login is in progress, if they are needed."""
-    global _logins, _added
-    if not _logins:
-        _added = [name for name in ACCOUNT if name not in os.environ and not _has_account()]
-        os.environ.update({name: ACCOUNT[name] for name in _added})
-    _logins += 1
-    try:
-        yield
-    finally:
-        _logins -= 1
-        if not _logins:
-            for name in _added:
-                os.environ.pop(name, None)
-
-
-def _has_account() -> bool:
-    import pwd
-
-    try:
-        return bool(pwd.getpwuid(os.getuid()))
-    except KeyError:
-        return False
-
-
-async def _import_asyncssh() -> None:
-    if "asyncssh" not in sys.modules:
-        await in_background(no_collection()(importlib.import_module), "asyncssh")
-
-
-async def _log_in(ours: socket.socket, access: Access) -> SSHClientConnection:
-    await _import_asyncssh()
-    import asyncssh
-
-    known: Any = ([asyncssh.import_public_key(access.host_key)], [], [])
-    with _account():
-        return await asyncssh.connect(
-            sock=ours,
-            username=access.user,
-            client_keys=[asyncssh.import_private_key(access.private_key)],
-            known_hosts=known,
-            config=None,
-            agent_path=None,
-            preferred_auth="publickey",
-            encryption_algs=CIPHERS,
-            compression_algs=["none"],
-            login_timeout=0,  # the caller has a deadline, which stands still during a pause
-            keepalive_interval=KEEPALIVE,
-        )

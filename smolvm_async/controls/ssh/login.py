@@ -1,18 +1,26 @@
-"""The key pairs of a VM's user and SSH server, and the seed disk that passes them to the guest.
+"""The keys of a VM's user and SSH server, and the seed disk that passes them to the guest.
 
 This module makes both key pairs before the guest boots, so the guest's host key is known before the
 first connection. The built-in image reads its keys from fw_cfg, any other image from a seed disk.
+
+A Windows image has an account and a host key of its own. The first login shows the host key; the
+VM's directory keeps the key, and every later login requires this key.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from smolvm_async.config.checks import shown
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, SEED, SSH_KEY
+from smolvm_async.errors import ConfigError
+from smolvm_async.foundation.files import replace_file
+from smolvm_async.state.names import AUTHORIZED_KEYS, HOST_KEY, KNOWN_HOST, SEED, SSH_KEY
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -24,17 +32,21 @@ class Access(NamedTuple):
     Attributes:
         port: The port on 127.0.0.1.
         user: The user to log in as.
-        private_key: The user's private key, in OpenSSH's format.
+        private_key: The user's private key, in OpenSSH's format; of an image's own user, the
+            content of the file, or empty.
         host_key: The server's public key, as a line of `authorized_keys`; refuse any other key.
+            Empty before the first login to an image's own server.
+        password: The password of an image's own user; empty if there is none.
     """
 
     port: int
     user: str
     private_key: str
     host_key: str
+    password: str = ""
 
     def __repr__(self) -> str:
-        """Hide the private key: programs log and print objects."""
+        """Hide the secrets: programs log and print objects."""
         return f"Access({self.port!r}, {self.user!r}, private_key=..., host_key={self.host_key!r})"
 
 
@@ -101,6 +113,92 @@ class Login(NamedTuple):
         if config.profile.login == "nocloud":
             files[SEED] = make_seed(config.vm_id, self)
         return files
+
+
+class ImageLogin(NamedTuple):
+    """An account that the image has, and the host key that its SSH server has shown, if any."""
+
+    user: str
+    password: str
+    private_key: str
+    host_key: str = ""
+
+    def __repr__(self) -> str:
+        return f"ImageLogin({self.user!r}, ..., host_key={self.host_key!r})"
+
+    def access(self, port: int) -> Access:
+        """Return the address and the secrets to log in through a port of 127.0.0.1."""
+        return Access(port, self.user, self.private_key, self.host_key, self.password)
+
+    def remember(self, host_key: str, directory: Path) -> ImageLogin:
+        """Store the host key in the VM's directory, and return the login with this key."""
+        replace_file(directory / KNOWN_HOST, f"{host_key}\n".encode(), mode=0o600)
+        return self._replace(host_key=host_key)
+
+
+def image_login(config: VMConfig, directory: Path) -> ImageLogin:
+    """Return the login to an image's own server. Read the host key from a VM's directory.
+
+    Raises:
+        ConfigError: The private key cannot be used.
+    """
+    private_key = read_key(config.key) if config.key else ""
+    if private_key:
+        import asyncssh  # this takes 0.3 s: call this function in a thread
+
+        try:
+            asyncssh.import_private_key(private_key)
+        except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError) as error:
+            raise ConfigError(
+                f"key={shown(config.key)} cannot be used: {error}.",
+                hint="Pass a private key of OpenSSH without a passphrase.",
+            ) from error
+    known = directory / KNOWN_HOST
+    host_key = known.read_text().strip() if known.exists() else ""
+    return ImageLogin(config.user, config.password or "", private_key, host_key)
+
+
+MOST_KEY = 1 << 16  # bytes of a file with a private key
+
+
+def read_key(path: str) -> str:
+    """Read the file of a private key.
+
+    Raises:
+        ConfigError: The file cannot be read, is not a private key, or other users can read it.
+    """
+    try:
+        with open(path, "rb") as file:
+            mode, content = os.fstat(file.fileno()).st_mode, file.read(MOST_KEY)
+    except OSError as error:
+        raise ConfigError(f"key={shown(path)} cannot be read: {error}.") from error
+    if b"PRIVATE KEY-----" not in content:
+        reason = "is not a private key: pass the file without `.pub`, in the format of ssh-keygen"
+        raise ConfigError(f"key={shown(path)} {reason}.")
+    if stat.S_IMODE(mode) & 0o077:
+        raise ConfigError(
+            f"key={shown(path)} can be used by other users of this host.",
+            hint=f"Close the file for them: chmod 600 {path}",
+        )
+    return content.decode(errors="replace")
+
+
+def check_account(config: VMConfig) -> None:
+    """Check that the secrets are there for an image's own SSH server.
+
+    Raises:
+        ConfigError: They are missing, or the private key cannot be used.
+    """
+    if config.profile.login != "image":
+        return
+    if config.key:
+        read_key(config.key)
+    elif config.password is None:
+        raise ConfigError(
+            f"password= is missing, to log in to the image's SSH server as {config.user!r}: pass "
+            "password= or key=. No VM stores its password: pass password= to from_id() and "
+            "from_snapshot(), too."
+        )
 
 
 def new_login(config: VMConfig) -> Login:

@@ -1,4 +1,7 @@
-"""A guest's files over SFTP: one way of uploads and downloads; see `files/copying.py`."""
+"""A guest's files over SFTP: one way of uploads and downloads; see `files/copying.py`.
+
+A Windows guest has neither owners nor modes here; see `ssh/windows.py` for its paths.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from stat import S_IFDIR, S_IFLNK, S_IFREG
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smolvm_async.controls.files.copying import (
     TransferMeter,
@@ -22,6 +25,7 @@ from smolvm_async.controls.files.copying import (
     temporary_name,
     unlike,
 )
+from smolvm_async.controls.files.paths import name_problem
 from smolvm_async.controls.files.tree import Entry, checked
 from smolvm_async.controls.ssh.link import Link
 from smolvm_async.errors import FileTransferError
@@ -38,18 +42,18 @@ ONE_BY_ONE = {"block_size": 0}  # asyncssh's own blocks would continue after a c
 class SFTPFiles:
     """The files of a guest in one SFTP session: a `GuestFiles`."""
 
-    def __init__(self, link: Link, sftp: SFTPClient) -> None:
+    def __init__(self, link: Link, sftp: SFTPClient, *, windows: bool = False) -> None:
         self.turn = link.env_turn
-        self.windows = False
+        self.windows = windows
         self._link = link
         self._sftp = sftp
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, link: Link) -> AsyncIterator[SFTPFiles]:
+    async def opened(cls, link: Link, *, windows: bool = False) -> AsyncIterator[SFTPFiles]:
         """Open a session for the block."""
         async with link.sftp() as sftp:
-            yield cls(link, sftp)
+            yield cls(link, sftp, windows=windows)
 
     async def tree(self, source: str) -> list[Entry]:
         """See `GuestFiles.tree()`."""
@@ -57,7 +61,7 @@ class SFTPFiles:
 
     def upload(self, source: Path, target: str) -> SFTPUpload:
         """See `GuestFiles.upload()`."""
-        return SFTPUpload(self._sftp, source, target)
+        return SFTPUpload(self._sftp, source, target, windows=self.windows)
 
     async def read_own(self, name: str) -> bytes:
         """See `GuestFiles.read_own()`."""
@@ -138,6 +142,16 @@ def _guest_entry(path: str, attrs: SFTPAttrs, shown: str) -> Entry:
     return checked(Entry(path, attrs.permissions or 0, attrs.size or 0, attrs.mtime or 0), shown)
 
 
+async def remove_tree(sftp: SFTPClient, root: str) -> None:
+    """Remove a directory with its contents. asyncssh's `rmtree()` refuses backslashes in names."""
+    tree = await guest_tree(sftp, root)
+    directories = [entry for entry in tree if entry.kind == S_IFDIR]
+    others = [entry for entry in tree if entry.kind != S_IFDIR]
+    await each(others, lambda entry: sftp.remove(f"{root}/{entry.path}"))
+    for entry in reversed(directories):
+        await sftp.rmdir(f"{root}/{entry.path}".rstrip("/"))
+
+
 class IntoGuest:
     """A transfer into the guest: an `Upload`."""
 
@@ -187,7 +201,7 @@ class IntoGuest:
                 if self.temporary is None or not await self._sftp.lexists(self.temporary):
                     return
                 if await self._sftp.isdir(self.temporary):
-                    await self._sftp.rmtree(self.temporary)
+                    await remove_tree(self._sftp, self.temporary)
                 else:
                     await self._sftp.remove(self.temporary)
 
@@ -206,13 +220,18 @@ class IntoGuest:
 class SFTPUpload(IntoGuest):
     """A transfer of a file or a directory of this host into the guest."""
 
-    def __init__(self, sftp: SFTPClient, source: Path, target: str) -> None:
+    def __init__(
+        self, sftp: SFTPClient, source: Path, target: str, *, windows: bool = False
+    ) -> None:
         super().__init__(sftp, target)
         self._source = source
+        self._windows = windows
 
     async def place(self, *, make_dirs: bool) -> None:
         """See `Upload.place()`."""
         if self.target.endswith("/") or await self._sftp.isdir(self.target):
+            if self._windows and (problem := name_problem(self._source.name)):
+                raise FileTransferError(problem)
             self.target = f"{self.target.rstrip('/')}/{self._source.name}"
         await super().place(make_dirs=make_dirs)
 
@@ -230,7 +249,7 @@ class SFTPUpload(IntoGuest):
                 link = await in_background(os.readlink, self._source / entry.path)
                 await self._sftp.symlink(link, self._at(entry))
         for entry in reversed(directories):
-            await self._sftp.setstat(self._at(entry), _attributes(entry))
+            await self._sftp.setstat(self._at(entry), self._attributes(entry))
 
     def _at(self, entry: Entry) -> str:
         assert self.temporary is not None
@@ -251,7 +270,14 @@ class SFTPUpload(IntoGuest):
             self._sftp.open(self._at(entry), "xb", **ONE_BY_ONE) as target,
         ):
             await copy_blocks(entry.size, block_size(self._sftp.limits.max_write_len), copy)
-            await target.setstat(_attributes(entry))
+            await target.setstat(self._attributes(entry))
+
+    def _attributes(self, entry: Entry) -> SFTPAttrs:
+        from asyncssh import SFTPAttrs
+
+        mode = None if self._windows else stat.S_IMODE(entry.mode)
+        mtime = int(entry.mtime)
+        return SFTPAttrs(permissions=mode, atime=mtime, mtime=mtime)
 
 
 def explanation(error: Exception, link: Link, subject: str) -> Exception | None:
@@ -269,10 +295,3 @@ def explanation(error: Exception, link: Link, subject: str) -> Exception | None:
 def block_size(most: int) -> int:
     """Return the bytes of a block, for a server that allows `most`."""
     return max(LEAST_BLOCK, min(most, MOST_BLOCK))
-
-
-def _attributes(entry: Entry) -> Any:
-    from asyncssh import SFTPAttrs
-
-    mtime = int(entry.mtime)
-    return SFTPAttrs(permissions=stat.S_IMODE(entry.mode), atime=mtime, mtime=mtime)

@@ -94,7 +94,10 @@ class AttachedVM:
         self.pauses = Pauses()
         turn = partial(turn_at, path / SSH_KEY)
         explain = self.troubles.explain
-        self.link = Link(self.config.vm_id, self.ssh_access, self.pauses, explain, turn)
+        final = self.config.profile.login == "image"
+        self.link = Link(
+            self.config.vm_id, self.ssh_access, self.pauses, explain, turn, final=final
+        )
         self.link.serving = True  # nobody uses the link before the guest is ready
         self.session = Session(self.peripherals.agent, self.pauses, self.troubles.explain)
         self.status = record.status
