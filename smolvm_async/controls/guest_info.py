@@ -40,6 +40,29 @@ sed -n 's|^/dev/|mount /dev/|p' /proc/mounts
 true
 """
 
+# The same for Windows over SSH, as PowerShell 5.1.
+WINDOWS_PROGRAM = r"""
+$ErrorActionPreference = 'SilentlyContinue'
+$system = Get-CimInstance Win32_OperatingSystem
+$offset = [TimeZoneInfo]::Local.GetUtcOffset((Get-Date))
+$sign = if ($offset -lt [TimeSpan]::Zero) { '-' } else { '+' }
+'id mswindows'
+"name $($system.Caption)"
+"version $($system.Caption -replace '\D')"
+"kernel $($system.BuildNumber)"
+"host $env:COMPUTERNAME"
+"zone $((Get-TimeZone).Id)"
+"offset $sign$($offset.ToString('hhmm'))"
+"addresses $((Get-NetIPAddress).IPAddress -join ' ')"
+$user = (Get-CimInstance Win32_ComputerSystem).UserName -replace '^.*\\'
+if ($user -notmatch '\s') { "users $user" }
+foreach ($disk in Get-CimInstance Win32_LogicalDisk -Filter 'DriveType = 3') {
+    $name, $size = $disk.DeviceID, $disk.Size
+    "disk $name $([long]($size / 1KB)) $([long](($size - $disk.FreeSpace) / 1KB)) 0 0% $name/"
+    "mount $name $name/ $($disk.FileSystem)"
+}
+"""
+
 
 class GuestDisk(NamedTuple):
     """A file system on a disk of the guest.
@@ -114,11 +137,11 @@ async def from_agent(agent: GuestAgent) -> GuestInfo:
     )
 
 
-async def from_shell(transport: Transport) -> GuestInfo:
-    """Run a program in a Linux guest."""
+async def from_shell(transport: Transport, *, windows: bool = False) -> GuestInfo:
+    """Run a program in a guest."""
     try:
         async with transport.pauses.timeout(PATIENCE):
-            answer = await query(transport, PROGRAM, {})
+            answer = await query(transport, WINDOWS_PROGRAM if windows else PROGRAM, {})
     except TimeoutError:
         message = f"the guest did not tell the facts about itself within {PATIENCE:g} s"
         raise transport.explain(VMTimeoutError(message, seconds=PATIENCE)) from None

@@ -34,4 +34,5 @@ class Information(OverTransport):
         agent = await self._agent("guest_info")
         if agent is not None:
             return await from_agent(agent)
-        return await from_shell(await self._transport("guest_info"))
+        transport = await self._transport("guest_info")
+        return await from_shell(transport, windows="cmd" in self._shells)

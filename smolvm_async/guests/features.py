@@ -90,5 +90,6 @@ FEATURES: dict[FeatureName, Feature] = {
 NEEDED: dict[str, FeatureName] = {  # method or argument -> the feature that it needs
     name: feature for feature, row in FEATURES.items() for name in (*row.methods, *row.arguments)
 }
+OF_ACCOUNTS: frozenset[FeatureName] = frozenset({"user", "account"})
 NEED_SSH: frozenset[FeatureName] = frozenset({"terminals", "ssh", "user", "mounts"})
 ARGUMENTS = tuple(name for row in FEATURES.values() for name in row.arguments)

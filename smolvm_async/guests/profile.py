@@ -7,7 +7,14 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from smolvm_async.errors import UnsupportedError
-from smolvm_async.guests.features import FEATURES, NEED_SSH, NEEDED, Channel, FeatureName
+from smolvm_async.guests.features import (
+    FEATURES,
+    NEED_SSH,
+    NEEDED,
+    OF_ACCOUNTS,
+    Channel,
+    FeatureName,
+)
 
 
 class GuestProfile(NamedTuple):
@@ -65,7 +72,7 @@ class GuestProfile(NamedTuple):
             )
         profile = self._replace(title=f"{self.title} (channel={channel!r})", channels=(channel,))
         if channel == "ssh":
-            features = (self.features | {"user", "account"}) - {"processes"}
+            features = self.features - {"processes"} | OF_ACCOUNTS
             return profile._replace(login="image", features=features)
         return profile._replace(login="none", features=self.features - NEED_SSH)
 

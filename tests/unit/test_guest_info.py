@@ -157,6 +157,19 @@ async def test_the_program_for_linux_tells_the_facts_of_this_host() -> None:
     assert None not in (info.os_id, info.os_name, info.time_zone, info.utc_offset, info.addresses)
 
 
+async def test_the_lines_of_the_program_for_windows_are_facts() -> None:
+    info = await said(
+        "id mswindows\r\nname Microsoft Windows 11 Pro\r\nversion 11\r\nkernel 22631\r\n"
+        "host DESKTOP-1\r\nzone W. Europe Standard Time\r\noffset +0100\r\n"
+        "addresses fe80::1%5 ::1 10.0.2.15 127.0.0.1\r\nusers me\r\n"
+        "disk C: 4 2 0 0% C:/\r\nmount C: C:/ NTFS\r\n"
+    )
+    assert info == GuestInfo(
+        *("mswindows", "Microsoft Windows 11 Pro", "11", "22631", "DESKTOP-1", ("10.0.2.15",)),
+        *("W. Europe Standard Time", 3600, ("me",), (GuestDisk("C:/", "NTFS", 4096, 2048),)),
+    )
+
+
 async def test_lines_that_make_no_sense_are_unknown() -> None:
     assert await said("") == GuestInfo(disks=())
     info = await said(
