@@ -236,6 +236,9 @@ async def test_a_copy_is_merged_and_never_replaces_another_kind(
         await guest.upload_file(source, f"{target.parent}/")
     with pytest.raises(FileTransferError, match=r"tree/d1/file 1/x"):
         await guest.upload_file(source, f"{target}/d1/file 1/x")
+    (source / "d1" / "back\\slash").touch()
+    with pytest.raises(FileTransferError, match="d1/own' exists, but the source and the target"):
+        await guest.upload_file(source, f"{target}/d1/own")
     assert not [path for path in target.parent.rglob("*") if "smolvm" in path.name]
     with pytest.raises(FileTransferError, match="max_bytes=5"):
         await guest.download_file(f"{source}/d3/file 3", tmp_path / "short", max_bytes=5)

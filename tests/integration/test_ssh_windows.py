@@ -231,7 +231,7 @@ async def test_a_refused_login_and_another_host_key_are_told_at_once(tmp_path: P
 
 async def test_a_kept_guest_needs_its_password_again_and_shows_its_host_key(data_dir: Path) -> None:
     image = await build_stand_in(kernel_arguments=["stand_in.ssh=on"])
-    given = {"os": "windows", "vm_id": "kept", "keep": True, "password": "stand-in"}
+    given = {"vm_id": "kept", "keep": True, "password": "stand-in"}
     async with vm_in(data_dir, image, env={"V": "x y"}, **given) as vm:
         result = await vm.run('echo "$V"; cat', input="in", shell="cmd", timeout=BOOT)
         assert (result.stdout, result.exit_code) == ("x y\nin", 0)
