@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,29 +112,54 @@ async def test_the_first_random_numbers_names_and_keys_of_clones_differ(data_dir
 HELD = "fcntl.ioctl(open('/dev/input/event0', 'rb'), 0x80604518, bytes(96))"  # EVIOCGKEY
 
 
-async def test_a_command_and_a_held_key_go_on_and_in_the_clone_the_command_ends(
+SERVER = """
+import socket, time
+server = socket.create_server(("", 8000))
+print("up", flush=True)
+connection, _ = server.accept()
+try:
+    while not time.sleep(0.1):
+        connection.sendall(b"tick\\n")
+except OSError as error:
+    open("/run/lost", "w").write(error.strerror)
+"""
+
+
+async def test_commands_connections_and_a_held_key_go_on_and_in_the_clone_only_the_key_does(
     data_dir: Path,
 ) -> None:
     holds = f'python3 -c "import fcntl; print(any({HELD}))"'
     tick = "while sleep 0.1; do echo tick; done"
+    serve = f"exec python3 -Sc {shlex.quote(SERVER)}"
     async with (
         AsyncSmolVM(data_dir=data_dir, accel="tcg") as vm,
+        await vm.spawn(serve) as server,
+        await vm.spawn("exec cat") as echo,
         vm.run_stream(tick) as lines,
     ):
-        await anext(lines)
+        assert await server.stdout.readline() == b"up\n"
+        port = await vm.expose_local(8000)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(anext(lines), reader.readline())
         await vm.keyboard.down("shift")
         async with vm.fork(1) as (clone,):
             for _ in range(20):  # the library has read some of them before the fork
-                await anext(lines)
-            gone = "while pgrep -f 'echo ti[c]k' >/dev/null; do sleep 0.1; done"
+                await asyncio.gather(anext(lines), reader.readline())
+            gone = "while pgrep -x cat || pgrep -f 'echo ti[c]k'; do sleep 0.1; done >/dev/null"
             await clone.run(gone, check=True, timeout=BOOT)
+            lost = "until [ -s /run/lost ]; do sleep 0.1; done; cat /run/lost"
+            assert await said(clone, lost) == "Connection reset by peer"
             assert await said(clone, holds) == "True"
             await clone.keyboard.up("shift")
             assert await said(clone, holds) == "False"
         assert await said(vm, holds) == "True"
         await vm.keyboard.up("shift")
         assert await said(vm, holds) == "False"
-        await anext(lines)
+        await echo.write("on\n")
+        assert await echo.stdout.readline() == b"on\n"
+        await asyncio.gather(anext(lines), reader.readline())
+        assert (await vm.run("cat /run/lost")).exit_code == 1
+        writer.close()
 
 
 async def test_what_is_damaged_or_missing_is_refused_before_anything_is_made(
