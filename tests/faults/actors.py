@@ -28,6 +28,7 @@ def make(image: str, data_dir: str, keep: bool) -> AsyncSmolVM:
         os="windows",
         image=image,
         memory=2048,
+        cpus=1,
         data_dir=data_dir,
         vm_id="vm",
         accel="tcg",

@@ -21,6 +21,7 @@ import types
 import warnings
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class Run:
         fault: The fault to inject.
         point: The number of the suspension at which the fault is injected; 0 for no fault.
         count: The number of suspensions so far.
+        counting: False while the scenario does what another scenario does with the same faults.
         struck: True if the fault found something to strike.
         cancelled: True if the fault cancelled the scenario.
         ended_cancelled: True if the scenario ended as cancelled.
@@ -105,6 +107,7 @@ class Run:
     fault: Fault | None = None
     point: int = 0
     count: int = 0
+    counting: bool = True
     struck: bool = False
     cancelled: bool = False
     ended_cancelled: bool = False
@@ -150,6 +153,7 @@ class Run:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._complain)
         loop.set_task_factory(self._make_task)
+        _running.set(self)
         self._user = asyncio.ensure_future(scenario())
         self._user.add_done_callback(self._lift)
         await asyncio.wait([self._user], timeout=HANG)
@@ -173,7 +177,7 @@ class Run:
         return asyncio.Task(Counted(inner, self._suspended), loop=loop, **options)
 
     def _suspended(self, coroutine: Any) -> None:
-        if self._user is None or self._user.done():
+        if not self.counting or self._user is None or self._user.done():
             return
         self.count += 1
         where = list(awaits(coroutine))
@@ -199,6 +203,14 @@ class Run:
     def _complain(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if context["message"] != "socket.accept() out of system resource":  # it tries again
             self.complaints.append(f"asyncio complains: {context!r}")
+
+
+_running: ContextVar[Run] = ContextVar("_running")
+
+
+def count_awaits(counting: bool) -> None:
+    """Count the scenario's awaits from here on, or do not: another scenario has faults at them."""
+    _running.get().counting = counting
 
 
 def stacks() -> str:

@@ -84,6 +84,7 @@ class Wire:
         """Wait until all commands so far are out, and every key that they pressed is released."""
         await run_of(vm).peripherals.input.tablet_taken()  # QEMU answers in turn
         await self.shows(lambda: not self.held, what)
+        self.commands.clear()  # `held` goes through all of them
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     pretend(Input, "tablet_taken")
     pretend(Mouse, "_is_taken")
     monkeypatch.setattr("smolvm_async.controls.desktop.mouse.PACE", 0.001)
-    monkeypatch.setattr("smolvm_async.controls.desktop.mouse.STEPS", 3)
+    monkeypatch.setattr("smolvm_async.controls.desktop.mouse.STEPS", 2)
     return wire
 
 

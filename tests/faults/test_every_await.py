@@ -17,8 +17,8 @@ import resource
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,14 @@ import pytest
 
 from smolvm_async import AsyncSmolVM, HostError, LaunchError, Status, VMTimeoutError
 from tests.conftest import descriptors, each_rung, fill_up
-from tests.faults.injection import PROGRAMS, Fault, Run, at_the_awaits, run_once
+from tests.faults.injection import (
+    PROGRAMS,
+    Fault,
+    Run,
+    at_the_awaits,
+    count_awaits,
+    run_once,
+)
 
 QEMU, SWTPM = PROGRAMS
 MOMENT = 0.005  # seconds
@@ -50,6 +57,7 @@ class World:
             os="windows",
             image=self.image,
             memory=2048,
+            cpus=1,
             data_dir=self.data_dir,
             vm_id="vm",
             accel="tcg",
@@ -59,6 +67,15 @@ class World:
 
     async def found(self) -> AsyncSmolVM:
         return await AsyncSmolVM.from_id("vm", data_dir=self.data_dir)
+
+
+@asynccontextmanager
+async def started(world: World) -> AsyncIterator[AsyncSmolVM]:
+    """Run a VM. `block` and `explicit` have all faults at the awaits of its start."""
+    count_awaits(False)
+    async with world.vm() as vm:
+        count_awaits(True)
+        yield vm
 
 
 async def use(vm: AsyncSmolVM) -> None:
@@ -100,7 +117,7 @@ async def kept(world: World) -> None:
 
 
 async def attached(world: World) -> None:
-    async with world.vm():
+    async with started(world):
         async with await world.found() as seen:
             await use(seen)
         seen = await world.found()
@@ -109,7 +126,7 @@ async def attached(world: World) -> None:
 
 
 async def deleted_by_another(world: World) -> None:
-    async with world.vm():
+    async with started(world):
         seen = await world.found()
         try:
             await seen.delete()
@@ -135,13 +152,13 @@ async def use_desktop(vm: AsyncSmolVM) -> None:
 
 
 async def desktop(world: World) -> None:
-    async with world.vm() as vm:
+    async with started(world) as vm:
         await use_desktop(vm)
         await vm.stop(timeout=0)
 
 
 async def attached_desktop(world: World) -> None:
-    async with world.vm(), await world.found() as seen:
+    async with started(world), await world.found() as seen:
         await use_desktop(seen)
 
 

@@ -26,6 +26,7 @@ from smolvm_async import (
     SnapshotNotFoundError,
 )
 from smolvm_async.images.local import open_image
+from smolvm_async.qemu import saving
 from smolvm_async.qemu.disk import MOST
 from smolvm_async.vm import snapshot
 from tests.conftest import BOOT, descriptors, fill_up, processes, run_of
@@ -118,6 +119,7 @@ PLAN: list[tuple[str, list[Story], int]] = [
 @pytest.fixture
 def frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(snapshot, "MOST", 2)
+    monkeypatch.setattr(saving, "LOOK", 0.1)  # or most awaits are those between two looks
     gc.collect()
     gc.freeze()
     yield

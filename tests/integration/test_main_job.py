@@ -29,7 +29,7 @@ from smolvm_async import (
 )
 from smolvm_async.state.names import SECRETS, SOCKETS
 from stand_in import build_stand_in
-from tests.conftest import BOOT, children, console_shows, descriptors
+from tests.conftest import BOOT, children, console_shows, descriptors, vm_in
 
 pytestmark = pytest.mark.anyio
 
@@ -40,8 +40,7 @@ AWKWARD = "a b,c'd\"e%20f%5Cé漢=,x" + "y" * 180
 async def machine(*arguments: str, data_dir: Path, **options: object) -> AsyncSmolVM:
     """A VM on a stand-in with these kernel arguments."""
     disk = await build_stand_in(kernel_arguments=arguments)
-    settings = {"memory": 2048, "accel": "tcg", "timeouts": {"boot": BOOT}, **options}
-    return AsyncSmolVM(os="windows", image=disk, data_dir=data_dir, **settings)  # type: ignore[arg-type]
+    return vm_in(data_dir, disk, timeouts={"boot": BOOT}, **options)
 
 
 def digest(path: Path) -> str:
@@ -254,8 +253,7 @@ async def test_secure_boot_refuses_a_kernel_changed_after_signing(
     kernel.write_bytes(content)
     run("mcopy", "-o", "-i", partition, kernel, name)
     run("qemu-img", "convert", "-O", "qcow2", raw, forged)
-    vm = AsyncSmolVM(os="windows", image=forged, data_dir=data_dir, memory=2048, accel="tcg")
-    async with vm:
+    async with vm_in(data_dir, forged) as vm:
         await console_shows(vm, "bad shim signature")
         with pytest.raises(VMTimeoutError, match="'firmware' since") as raised:
             await vm.wait_for("operating_system", timeout=1)

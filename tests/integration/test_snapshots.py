@@ -25,7 +25,7 @@ from smolvm_async import (
 )
 from smolvm_async.vm import snapshot
 from stand_in import build_stand_in
-from tests.conftest import BOOT, console_shows, run_of
+from tests.conftest import BOOT, console_shows, run_of, vm_in
 
 pytestmark = pytest.mark.anyio
 
@@ -282,9 +282,7 @@ async def a_server(stack: contextlib.AsyncExitStack) -> int:
 
 
 async def try_the_state(image: Path, data_dir: Path, port: int, other: int) -> None:
-    settings: dict[str, Any] = {"image": image, "memory": 2048, "accel": "tcg"}
-    settings["internet_settings"] = {"allowed_host_ports": [port]}
-    async with AsyncSmolVM(os="windows", data_dir=data_dir, **settings) as vm:
+    async with vm_in(data_dir, image, internet_settings={"allowed_host_ports": [port]}) as vm:
         await vm.wait_for("ready", timeout=BOOT)
         await console_shows(vm, "STAND-IN: ready")
         await console_shows(vm, "STAND-IN: address=")

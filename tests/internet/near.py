@@ -146,7 +146,12 @@ async def try_from_windows(far: subprocess.Popen[str], data_dir: Path, image: st
         "allowed_host_ports": [8000],
     }
     async with AsyncSmolVM(
-        os="windows", image=image, accel="tcg", data_dir=data_dir, internet_settings=settings
+        os="windows",
+        image=image,
+        cpus=1,
+        accel="tcg",
+        data_dir=data_dir,
+        internet_settings=settings,
     ) as vm:
         await vm.wait_for("ready")
         said = (await vm.run(FROM_WINDOWS, timeout=120)).stdout.splitlines()
