@@ -215,7 +215,7 @@ def begun(directory: Path) -> dict[str, int]:
 async def counted(vm: AsyncSmolVM, item: Any) -> int:
     """Return the largest number of VMs that existed while this VM was used."""
     most = 0
-    for _ in range(20):
+    for _ in range(8):
         alive = await AsyncSmolVM.list(data_dir=vm._vm.config.data_dir)
         most = max(most, len(alive))
         await asyncio.sleep(0.01)

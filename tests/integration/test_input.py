@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, ConfigError, VMTimeoutError
+from smolvm_async import AsyncSmolVM, ConfigError, ConnectionLostError, VMTimeoutError
 from smolvm_async.controls.desktop.keys import KEYS
 from smolvm_async.controls.desktop.layouts import LAYOUTS, strokes
 from stand_in import build_stand_in
@@ -84,20 +84,16 @@ class Guest:
 
 
 @asynccontextmanager
-async def booted(data_dir: Path, *, times: int) -> AsyncIterator[Guest]:
-    """Boot a guest that listens to its keyboard and its mouse, once or twice."""
-    arguments = ["stand_in.then=reboot"] if times == 2 else []
-    disk = await build_stand_in(desktop=True, kernel_arguments=arguments)
-    async with vm_in(data_dir, disk, timeouts={"boot": BOOT, "input": BOOT}) as vm:
-        await console_shows(vm, "STAND-IN: ready", times=times)
-        there = Guest(vm)
-        listening = asyncio.create_task(there.listen())
-        try:
-            await there.keys()  # from here on nothing is lost
-            yield there
-        finally:
-            listening.cancel()
-        assert (await vm.stop()).graceful
+async def heard(vm: AsyncSmolVM) -> AsyncIterator[Guest]:
+    """Listen to a guest."""
+    guest = Guest(vm)
+    listening = asyncio.create_task(guest.listen())
+    try:
+        await guest.keys()  # from here on nothing is lost
+        yield guest
+    finally:
+        listening.cancel()
+    assert (await vm.stop()).graceful
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +102,22 @@ def shared_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-async def there(shared_data_dir: Path) -> AsyncIterator[Guest]:
-    """A guest that has rebooted, for all tests that leave it as they found it."""
-    async with booted(shared_data_dir, times=2) as there:
-        yield there
+async def guests(shared_data_dir: Path) -> AsyncIterator[tuple[Guest, Guest]]:
+    """A guest that has rebooted, and a clone that has not; tests leave them as they are."""
+    disk = await build_stand_in(desktop=True)
+    async with vm_in(shared_data_dir, disk, timeouts={"boot": BOOT, "input": BOOT}) as vm:
+        await console_shows(vm, "STAND-IN: ready")
+        async with vm.fork(1) as (clone,):
+            with pytest.raises(ConnectionLostError, match="the guest was reset"):
+                await vm.run("reboot; exec sleep 1000", timeout=None)
+            await console_shows(vm, "STAND-IN: ready", times=2)
+            async with heard(vm) as there, heard(clone) as other:
+                yield there, other
+
+
+@pytest.fixture
+def there(guests: tuple[Guest, Guest]) -> Guest:
+    return guests[0]
 
 
 def text_of(events: list[tuple[int, int]], layout: str) -> str:
@@ -188,7 +196,7 @@ async def test_several_processes_lose_no_key_of_each_other(
     await closed_since(before)
 
 
-async def test_two_guests_are_typed_into_at_once(there: Guest, data_dir: Path) -> None:
+async def test_two_guests_are_typed_into_at_once(guests: tuple[Guest, Guest]) -> None:
     async def check(guest: Guest, number: int) -> None:
         text = "".join(random.Random(number).choices(LETTERS, k=500))
         await guest.vm.keyboard.type(text, layout="us")
@@ -197,13 +205,13 @@ async def test_two_guests_are_typed_into_at_once(there: Guest, data_dir: Path) -
         wanted = [pressed(*(evdev[code] for code in keys)) for keys in strokes(text, "us")]
         assert seen == [event for stroke in wanted for event in stroke]
 
-    async with booted(data_dir, times=1) as other:
-        async with asyncio.TaskGroup() as group:
-            for number, guest in enumerate((there, other)):
-                group.create_task(check(guest, number))
-        await other.pointer()
-        await other.vm.mouse.click(0, 0)
-        assert len(await other.pointer()) == 4  # this one has not rebooted
+    async with asyncio.TaskGroup() as group:
+        for number, guest in enumerate(guests):
+            group.create_task(check(guest, number))
+    other = guests[1]
+    await other.pointer()
+    await other.vm.mouse.click(0, 0)
+    assert len(await other.pointer()) == 4  # this one has not rebooted
 
 
 async def test_a_click_that_cannot_be_is_refused_at_once(blank_image: Path, data_dir: Path) -> None:

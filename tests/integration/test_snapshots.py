@@ -39,7 +39,7 @@ async def test_a_linux_guest_goes_on_in_clones_of_clones_and_boots_from_a_snapsh
 ) -> None:
     monkeypatch.setattr(snapshot, "MOST", 3)  # flatten again and again
     async with AsyncSmolVM(data_dir=data_dir, accel="tcg") as vm:
-        count = "i=0; while sleep 0.05; do i=$((i+1)); echo $i >/run/count; done"
+        count = "i=0; while sleep 0.2; do i=$((i+1)); echo $i >/run/count; done"
         await said(vm, f"({count}) </dev/null >/dev/null 2>&1 & echo A >/root/state")
         await said(vm, "head -c 4M /dev/urandom >/root/big; sha256sum /root/big >/root/sum; sync")
         command = asyncio.create_task(
@@ -68,7 +68,7 @@ async def test_a_linux_guest_goes_on_in_clones_of_clones_and_boots_from_a_snapsh
             async with clone.fork(1) as (child,), child.fork(1) as (grandchild,):
                 for each in (child, grandchild):
                     assert await said(each, look) == f"C\n{each.vm_id}"
-                assert int(await said(grandchild, "cat /run/count")) >= before - 20
+                assert int(await said(grandchild, "cat /run/count")) >= before - 5
         assert await said(vm, look) == f"B\n{vm.vm_id}"
 
         restarted = await AsyncSmolVM.from_snapshot("running", data_dir=data_dir)
