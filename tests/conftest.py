@@ -22,6 +22,16 @@ FakeProgram = Callable[[str, str], None]
 
 BOOT = 240  # seconds; a boot takes 12 to 40 here, under TCG
 GONE = 5.0  # seconds for what was killed to be reaped by others
+LONGEST = (  # the files whose single tests take longest
+    *("test_debian13.py", "test_cloud_image.py", "test_main_job.py", "test_input.py"),
+    *("test_internet.py", "test_snapshots.py", "test_soak.py", "test_stand_in.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that no worker is busy long after the others have ended."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")
