@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
@@ -14,6 +14,7 @@ import typer
 from smolvm_async import (
     AsyncSmolVM,
     ConfigError,
+    ConnectionLostError,
     HostError,
     SmolVMError,
     SnapshotNotFoundError,
@@ -33,6 +34,7 @@ CODES: dict[type[Exception], int] = {
     HostError: 3,
     ConfigError: WRONG,
 }
+ENDING = 2.0  # seconds for the owner to say that the VM has ended, after a connection was lost
 SHORT_PAUSE = 1.0  # seconds of a pause that need no message
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -145,6 +147,12 @@ async def running_vm(
     telling = asyncio.ensure_future(_tell_pause(vm, data_dir)) if tell_pause else None
     try:
         yield vm
+    except ConnectionLostError as lost:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ENDING):
+                await vm.wait_stopped()  # this raises the reason, if the VM was not just stopped
+            raise VMNotRunningError(f"{vm_id} has ended.") from lost
+        raise
     finally:
         if telling is not None:
             telling.cancel()

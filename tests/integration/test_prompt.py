@@ -357,6 +357,8 @@ async def test_a_vm_in_the_background_outlives_its_terminal_and_not_its_owner(
         assert await process.wait() == 0
     screen.close()
     assert await cli(vm, "exec", "apart", "echo", "on") == (0, b"on\n", b"")
+    last = await start(vm, "exec", "apart", "sh", "-c", "echo up; exec sleep 4711")
+    assert await last.stdout.readline() == b"up\n"
     data_dir = vm._vm.config.data_dir
     owners = {info.vm_id: info.owner for info in await AsyncSmolVM.list(data_dir=data_dir)}
     for vm_id in (name, "apart"):
@@ -369,6 +371,8 @@ async def test_a_vm_in_the_background_outlives_its_terminal_and_not_its_owner(
         assert await poll(partial(has_ended, owner), PATIENCE)
         assert await poll(partial(is_empty, data_dir / vm_id), PATIENCE)
         os.close(owner)
+    _, errors = await last.communicate()
+    assert (last.returncode, b"apart crashed: its owner" in errors) == (125, True)
     assert await ids(vm) == ["shared", "apart"]
     assert (await cli(vm, "prune"))[1] == b"Removed apart.\n"
 
