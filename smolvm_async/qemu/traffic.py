@@ -1,8 +1,9 @@
 """The bytes that a guest receives and sends over its network.
 
 QEMU's user network counts nothing. But QEMU's `filter-dump` writes a record of each frame to a file
-in memory, and this process adds the lengths up. A record takes QEMU 1 µs, at full speed some 10 %
-of a download's processor time, so nothing is recorded before the first `count()`.
+in memory, and this process adds the lengths up. A record takes QEMU 1 µs. Under TCG, a
+download at full speed so takes 10 to 20 % more processor time, and nothing is recorded before the
+first `count()`.
 
 A guest may send very many frames, so each file has a limit, which the kernel enforces even if this
 process hangs (`F_SEAL_GROW`): there, QEMU stops recording. In time, this process replaces a file by
