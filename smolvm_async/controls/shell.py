@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
 
-from smolvm_async.controls.channels import GuestChannel, channel_to
 from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.processes import Processes
 from smolvm_async.controls.commands.transport import Transport
@@ -20,6 +20,9 @@ from smolvm_async.errors import VMTimeoutError
 from smolvm_async.qemu.events import BootState
 from smolvm_async.qemu.guest_agent import GuestAgent
 
+if TYPE_CHECKING:  # `import smolvm_async` does not need it
+    from smolvm_async.controls.channels import GuestChannel
+
 
 class Shell(Commands, Processes, Files, Contents, Environment, Information, Observation):
     """`AsyncSmolVM`'s commands and files. Each method waits until the guest is `ready`."""
@@ -33,6 +36,8 @@ class Shell(Commands, Processes, Files, Contents, Environment, Information, Obse
         Raises:
             UnsupportedError: The channel is the agent, and the guest has no agent.
         """
+        from smolvm_async.controls.channels import channel_to
+
         late: VMTimeoutError | None = None
         try:
             await self.wait_for(BootState.READY)
