@@ -35,6 +35,7 @@ BLOCKED = (
     *("guest-set-user-password", "guest-set-time", "guest-set-vcpus", "guest-set-memory-blocks"),
     *("guest-ssh-add-authorized-keys", "guest-ssh-remove-authorized-keys"),
 )
+STAND_IN = Path(__file__).parents[1] / "examples/stand_in"
 SOON = 30.0  # seconds; the agent starts in 20 ms
 
 
@@ -173,6 +174,17 @@ class Guest(Commands, Processes):
             raise execution.error
         stdout, stderr = (bytes(output.get(name, b"")) for name in ("stdout", "stderr"))
         return execution.exit_code, stdout, stderr
+
+
+def windows_programs(directory: Path) -> Path:
+    """Make a directory with the stand-in's `powershell.exe` and the like, and return its path."""
+    programs = directory / "programs"
+    programs.mkdir()
+    for name in ("powershell", "cmd", "taskkill"):
+        shutil.copy(STAND_IN / "guest/windows.sh", programs / f"{name}.exe")
+    shutil.copy(Path(linux.__file__).with_name("files.sh"), programs)
+    (programs / "files.sh").chmod(0o755)
+    return programs
 
 
 def sleepers(seconds: str) -> list[int]:

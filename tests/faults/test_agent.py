@@ -1,8 +1,9 @@
 """A fault at the awaits of commands and transfers through the agent: nothing is left.
 
-QEMU's own agent runs on this host. After each fault, the next command has its own output and no
-other. Then there is no process and no file of a command, no temporary file of a transfer, and no
-file that the agent has open. SMOLVM_ASYNC_EVERY_FAULT=1 takes every await, otherwise chance some.
+QEMU's own agent runs on this host; for Windows, with the stand-in's `powershell.exe`. After each
+fault, the next command has its own output and no other. Then there is no process and no file of a
+command, no temporary file of a transfer, and no file that the agent has open.
+SMOLVM_ASYNC_EVERY_FAULT=1 takes every await, otherwise chance some.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from typing import Any, cast
 import pytest
 
 from smolvm_async import AsyncSmolVM
-from smolvm_async.controls.agent import linux
+from smolvm_async.controls.agent import linux, windows
+from smolvm_async.controls.agent.system import System
 from smolvm_async.controls.agent.transfer import AgentFiles
 from smolvm_async.controls.files.files import Files
 from smolvm_async.controls.files.transport import GuestFiles
@@ -39,7 +41,7 @@ from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.events import Event, PortChanged
 from smolvm_async.qemu.guest_agent import GuestAgent
 from smolvm_async.qemu.pauses import Pauses
-from tests.agent import BLOCKED, Guest, Host, first_of, program, sleepers
+from tests.agent import BLOCKED, Guest, Host, first_of, program, sleepers, windows_programs
 from tests.conftest import BOOT, descriptors
 from tests.faults.injection import Fault, Run, run_once
 from tests.faults.test_every_await import EVERY, no_descriptors
@@ -56,9 +58,9 @@ class Agent:
     A thread carries the bytes, so that the event loop has no awaits of this.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, work: Path, path: str) -> None:
         self.listeners: list[Callable[[Event], None]] = []
-        self._directory = directory
+        self._directory, self._work, self._path = directory, work, path
         self._state = TemporaryDirectory(dir="/dev/shm")
         self._port: socket.socket | None = None
         self._spares: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
@@ -76,9 +78,9 @@ class Agent:
                 *(program(), "-m", "unix-listen", "-p", path, "-b", ",".join(BLOCKED)),
                 *("-t", self._state.name, "-f", f"{path}.pid"),
             ],
-            cwd=self._directory,
+            cwd=self._work,
             stderr=subprocess.DEVNULL,
-            env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8"},
+            env={"PATH": self._path, "LANG": "C.UTF-8"},
         )
         deadline = time.monotonic() + GONE
         link = socket.socket(socket.AF_UNIX)
@@ -141,14 +143,18 @@ class Agent:
 class World(Files):
     """The guest of the stories, which is this host, and its directories."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, system: System = linux) -> None:
         self.source, self.target = directory / "source", directory / "target"
         self.commands = directory / "commands"
         for path in (self.target, self.commands):
             path.mkdir()
         make_tree(self.source / "tree", 8)
         (self.source / "big").write_bytes(CONTENT)
-        self.agent = Agent(directory)
+        programs = os.environ["PATH"]
+        if system is windows:
+            programs = f"{windows_programs(directory)}:{programs}"
+        self.agent = Agent(directory, self.commands, programs)
+        self._system = system
         self.guest: Guest
         self.telling: asyncio.Task[None]
         self.cancelled = False
@@ -173,7 +179,7 @@ class World(Files):
         return run, [*run.problems(), *self.left(story)]
 
     async def _tell(self, story: Story, host: Host) -> None:
-        self.guest = Guest(host)
+        self.guest = Guest(host, self._system)
         self.telling = asyncio.ensure_future(story(self))
         await asyncio.wait([self.telling])
         try:
@@ -280,8 +286,10 @@ STORIES: list[Story] = [
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    world = World(tmp_path)
+def world(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[World]:
+    world = World(tmp_path, windows if request.param == "windows" else linux)
     monkeypatch.setattr(linux, "DIRECTORY", str(world.commands))
     yield world
     world.agent.end()
@@ -331,7 +339,14 @@ FAULTS: dict[str, Callable[[World], Fault]] = {
 }
 
 
-@pytest.mark.parametrize("story", STORIES)
+@pytest.mark.parametrize(
+    ("world", "story"),
+    [
+        *[("linux", story) for story in STORIES],
+        *[("windows", story) for story in (command, killed, stream)],
+    ],
+    indirect=["world"],
+)
 def test_a_fault_leaves_nothing_in_the_guest(
     world: World, story: Story, record_property: Callable[[str, object], None]
 ) -> None:

@@ -30,25 +30,17 @@ from smolvm_async.errors import (
     FileTransferError,
     UnsupportedError,
 )
-from tests.agent import SOON, Guest, Host, first_of, sleepers, until_sleeping
+from tests.agent import SOON, Guest, Host, first_of, sleepers, until_sleeping, windows_programs
 from tests.integration.trees import make_tree
 
 pytestmark = pytest.mark.anyio
 
-SCRIPT = Path(__file__).parents[2] / "examples/stand_in/guest/windows.sh"
-FILES = Path(windows.__file__).with_name("files.sh")
 HARD = '\'"\\ \n\t%PATH% $HOME `id` ${x} $(id) ! # ; & | > < * ? ~ ^ %%i é 😀 \x7f\\\\" \\'
 
 
 @pytest.fixture
 async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    for name in ("powershell", "cmd", "taskkill"):
-        shutil.copy(SCRIPT, programs / f"{name}.exe")
-    shutil.copy(FILES, programs)
-    (programs / "files.sh").chmod(0o755)
-    async with Host.running(tmp_path, programs) as host:
+    async with Host.running(tmp_path, windows_programs(tmp_path)) as host:
         guest = Guest(host, windows)
         yield guest
         async with asyncio.timeout(SOON):
