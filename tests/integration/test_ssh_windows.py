@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import filecmp
 import os
-import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -31,10 +30,10 @@ from smolvm_async.controls.ssh.transfer import SFTPFiles
 from smolvm_async.errors import CommandTimeoutError, ConfigError, FileTransferError, LoginError
 from smolvm_async.state.names import KNOWN_HOST
 from stand_in import build_stand_in
-from tests.agent import SOON, first_of, sleepers, until_sleeping
+from tests.agent import SOON, first_of, sleepers, until_sleeping, windows_programs
 from tests.conftest import BOOT, vm_in
 from tests.integration.ssh_server import link_with, ssh_servers
-from tests.integration.test_agent_windows import FILES, HARD, SCRIPT, contents, readable
+from tests.integration.test_agent_windows import HARD, contents, readable
 from tests.integration.trees import make_tree
 
 pytestmark = pytest.mark.anyio
@@ -85,12 +84,8 @@ class Guest(Commands, Files, Contents, Environment):
 
 @pytest.fixture(params=["cmd", "powershell"])
 async def guest(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Guest]:
-    programs, here = tmp_path / "programs", tmp_path / "here"
+    programs, here = windows_programs(tmp_path), tmp_path / "here"
     (here / "C:").mkdir(parents=True)
-    programs.mkdir()
-    for name in ("powershell", "cmd", "taskkill"):
-        shutil.copy(SCRIPT, programs / f"{name}.exe")
-    shutil.copy(FILES, programs)
     more = f"SetEnv PATH={programs}:{os.environ['PATH']} SMOLVM_HERE={here}\n"
     if request.param == "powershell":
         (programs / "shell").write_text(POWERSHELL)

@@ -80,6 +80,12 @@ def test_the_input_over_ssh_is_the_runner_and_the_command() -> None:
     assert (kept["output"], kept["directory"].decode()) == (b"session", windows.stem("mark"))
 
 
+def test_a_request_that_is_cut_can_be_told_from_a_whole_one() -> None:
+    for program in (runner(content=b"x"), windows.maker("stem", "mark")):
+        *others, last = values(program)
+        assert (last, "whole" in others) == ("whole", False)
+
+
 def test_a_script_is_utf_8_for_powershell_and_for_cmd() -> None:
     powershell, cmd = values(runner("é\n$x")), values(runner("é\nb\r\nc", shell="cmd"))
     assert powershell["text"].startswith("\ufeffé\n$x\nif ($?)")

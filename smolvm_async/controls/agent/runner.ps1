@@ -25,6 +25,8 @@ foreach ($line in $input) {
         $value[$name] = $utf8.GetString($bytes)
     }
 }
+# The agent or the session may have ended while it sent the values.
+if (-not $value['whole']) { exit 1 }
 $directory = $value['directory']
 $over_ssh = $value['output'] -eq 'session'
 

@@ -109,12 +109,12 @@ def request(
     lines_of_values = [_line(name, value.encode(errors="replace")) for name, value in values]
     if command.content and not has_input:
         lines_of_values.append(_line("content", command.content))
-    return b"".join(lines_of_values)
+    return b"".join([*lines_of_values, WHOLE])
 
 
 def maker(stem: str, _: str) -> Program:
     """Return the PowerShell that makes the directory, and empty `in` and `end`."""
-    content = _line("directory", stem.encode()) + _line("input", b"empty")
+    content = _line("directory", stem.encode()) + _line("input", b"empty") + WHOLE
     return Program("powershell.exe", encoded(runner_script()), content)
 
 
@@ -158,6 +158,9 @@ def _quoted(word: str) -> str:
 
 def _line(name: str, value: bytes) -> bytes:
     return f"{name} {b64encode(value).decode()}\n".encode()
+
+
+WHOLE = _line("whole", b"yes")  # the last line: the runner ignores a request that is cut
 
 
 def encoded(script: str) -> list[str]:
