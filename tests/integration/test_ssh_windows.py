@@ -30,7 +30,7 @@ from smolvm_async.controls.ssh.transfer import SFTPFiles
 from smolvm_async.errors import CommandTimeoutError, ConfigError, FileTransferError, LoginError
 from smolvm_async.state.names import KNOWN_HOST
 from stand_in import build_stand_in
-from tests.agent import SOON, first_of, sleepers, until_sleeping, windows_programs
+from tests.agent import SOON, first_of, until_sleeping, windows_programs
 from tests.conftest import BOOT, vm_in
 from tests.integration.ssh_server import link_with, ssh_servers
 from tests.integration.test_agent_windows import HARD, contents, readable
@@ -54,9 +54,10 @@ esac
 class Guest(Commands, Files, Contents, Environment):
     """The host, as if it were a Windows guest. Its drive C: is a directory in `here`."""
 
-    def __init__(self, link: Link, here: Path) -> None:
+    def __init__(self, link: Link, here: Path, kind: str) -> None:
         self.link = link
         self.here = here
+        self.kind = kind
 
     async def _transport(self, feature: str) -> SSHTransport:
         return SSHTransport(self.link, windows=True)
@@ -77,6 +78,10 @@ class Guest(Commands, Files, Contents, Environment):
     def _require(self, feature: str) -> None:
         pass
 
+    def seconds(self, number: int) -> str:
+        """Return the argument for a `sleep` that no test beside this one has."""
+        return f"{number}{len(self.kind)}"
+
     def left(self) -> list[str]:
         """Return the files of commands."""
         return [path.name for path in self.here.iterdir() if "smolvm-" in path.name]
@@ -86,15 +91,18 @@ class Guest(Commands, Files, Contents, Environment):
 async def guest(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Guest]:
     programs, here = windows_programs(tmp_path), tmp_path / "here"
     (here / "C:").mkdir(parents=True)
-    more = f"SetEnv PATH={programs}:{os.environ['PATH']} SMOLVM_HERE={here}\n"
+    # The user's own profile may print something.
+    more = f"SetEnv PATH={programs}:{os.environ['PATH']} SMOLVM_HERE={here} HOME={here}\n"
     if request.param == "powershell":
         (programs / "shell").write_text(POWERSHELL)
         (programs / "shell").chmod(0o755)
         more += f"ForceCommand {programs}/shell\n"
     with ssh_servers(tmp_path, f"-d {here}", more) as start:
-        guest = Guest(link_with(start(10)), here)
+        guest = Guest(link_with(start(10)), here, request.param)
         yield guest
-        assert guest.left() == []
+        async with asyncio.timeout(SOON):
+            while guest.left():
+                await asyncio.sleep(0.01)
         guest.link.close()
 
 
@@ -127,7 +135,7 @@ async def test_a_script_its_variables_and_its_input_arrive_as_they_were_sent(
 
 async def test_neither_script_nor_variable_nor_input_is_on_a_command_line(guest: Guest) -> None:
     secret = f"secret-{os.getpid()}-text"
-    command = f": {secret}; echo started; exec sleep 1203"
+    command = f": {secret}; echo started; exec sleep {guest.seconds(123)}"
     async with guest.run_stream(command, env={"V": secret}) as lines:
         assert (await anext(lines)).text == "started"
         found = [
@@ -141,26 +149,29 @@ async def test_neither_script_nor_variable_nor_input_is_on_a_command_line(guest:
 
 
 async def test_a_command_that_takes_too_long_ends_with_all_its_processes(guest: Guest) -> None:
-    with pytest.raises(CommandTimeoutError) as raised:
-        await guest.run("echo some; sleep 1204 & sleep 1204", timeout=1.5)
-    assert raised.value.stdout == "some\n"
-    assert sleepers("1204") == []
-    running = asyncio.ensure_future(guest.run(["sleep", "1205"], timeout=None))
-    await until_sleeping("1205", 1)
+    two, one = guest.seconds(124), guest.seconds(125)
+    running = asyncio.ensure_future(guest.run(f"sleep {two} & sleep {two}", timeout=None))
+    await until_sleeping(two, 2)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert sleepers("1205") == []
+    await until_sleeping(two, 0)
+    with pytest.raises(CommandTimeoutError):
+        await guest.run(["sleep", one], timeout=0.5)
+    await until_sleeping(one, 0)
     assert (await guest.run("echo again")).stdout == "again\n"
 
 
 async def test_many_commands_run_at_once_and_their_lines_stream(guest: Guest) -> None:
-    results = await asyncio.gather(*(guest.run(f"echo {n}", timeout=SOON) for n in range(12)))
-    assert [result.stdout for result in results] == [f"{number}\n" for number in range(12)]
-    async with guest.run_stream("echo one; read line; echo two >&2; exec sleep 1208") as lines:
+    results = await asyncio.gather(*(guest.run(f"echo {n}", timeout=SOON) for n in range(20)))
+    assert [result.stdout for result in results] == [f"{number}\n" for number in range(20)]
+    seconds = guest.seconds(128)
+    async with guest.run_stream(
+        f"echo one; read line; echo two >&2; exec sleep {seconds}"
+    ) as lines:
         seen = {(line.stream, line.text) async for line in first_of(lines, 2)}
     assert seen == {("stdout", "one"), ("stderr", "two")}
-    assert sleepers("1208") == []
+    await until_sleeping(seconds, 0)
 
 
 @pytest.mark.parametrize("guest", ["cmd"], indirect=True)
@@ -232,7 +243,9 @@ async def test_a_kept_guest_needs_its_password_again_and_shows_its_host_key(data
         assert (result.stdout, result.exit_code) == ("x y\nin", 0)
         with pytest.raises(CommandTimeoutError):
             await vm.run("sleep 1000", timeout=2)
-        assert (await vm.run("ps | grep -c '[s]leep 1000'; ls C:*Temp*")).stdout == "0\n"
+        async with asyncio.timeout(BOOT):  # a guest that is slow to kill it does so meanwhile
+            while (await vm.run("ps | grep -c '[s]leep 1000'")).stdout != "0\n":
+                await asyncio.sleep(0.1)
         async with await AsyncSmolVM.from_id("kept", data_dir=data_dir) as attached:
             await attached.write_file("C:\\a b\\file", "content")
         async with vm.fork() as (clone,):

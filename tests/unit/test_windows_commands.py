@@ -67,6 +67,7 @@ def test_a_line_for_an_ssh_server_has_nothing_of_the_command_and_nothing_special
     assert marked in script
     assert marked not in killer
     assert windows.stem("mark") in script
+    assert over_ssh.shell_of(b"C:\\Windows\\System32\\WindowsPowerShell\\v1.0\r\n") == "powershell"
     assert over_ssh.shell_of(b"$PSHOME\r\n") == over_ssh.shell_of(b"\n") == "cmd"
 
 
@@ -78,6 +79,7 @@ def test_the_input_over_ssh_is_the_runner_and_the_command() -> None:
     kept = {name.decode(): base64.b64decode(value) for name, value in found.items()}
     assert (kept["content"], kept["env.V"], kept["cwd"]) == (b"\xff", "é".encode(), rb"C:\x")
     assert (kept["output"], kept["directory"].decode()) == (b"session", windows.stem("mark"))
+    assert rest[-1].startswith(b"whole ")  # a lost connection starts no part of a command
 
 
 def test_a_request_that_is_cut_can_be_told_from_a_whole_one() -> None:

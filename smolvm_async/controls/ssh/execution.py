@@ -214,16 +214,17 @@ async def start(
 
 async def find_shell(link: Link) -> None:
     """Find out which shell a Windows guest's server gives commands to, if this is not known."""
-    if link.shell:
-        return
     from smolvm_async.controls.ssh.windows import QUESTION, shell_of
 
-    said = bytearray()
-    await link.pauses.until_open()
-    asking = await run_apart(link, lambda: QUESTION, said.extend)
-    if asking.exit_code is None:
-        raise link.lost()
-    link.shell = shell_of(bytes(said))
+    async with link.shell_turn:
+        if link.shell:
+            return
+        said = bytearray()
+        await link.pauses.until_open()
+        asking = await run_apart(link, lambda: QUESTION, said.extend)
+        if asking.exit_code is None:
+            raise link.lost()
+        link.shell = shell_of(bytes(said))
 
 
 class SSHTransport(NamedTuple):

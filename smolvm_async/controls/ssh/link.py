@@ -188,6 +188,7 @@ class Link:
         self._greeting = GREETING
         self.serving = False
         self.env_turn = asyncio.Lock()  # for writers of the guest's environment variables
+        self.shell_turn = asyncio.Lock()  # many commands ask for `shell` once
 
     @property
     def last_use(self) -> float:

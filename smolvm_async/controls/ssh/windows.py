@@ -55,7 +55,7 @@ _KILLER = (
 
 def shell_of(answer: bytes) -> str:
     """Return the kind of the shell that has answered the `QUESTION`: `powershell` or `cmd`."""
-    return "powershell" if b"\\" in answer else "cmd"
+    return "powershell" if b"\\" in answer and b"$PSHOME" not in answer else "cmd"
 
 
 def line(shell: str, mark: str) -> str:
