@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from smolvm_async.controls.agent import linux
-from smolvm_async.controls.agent.files import field, open_file
+from smolvm_async.controls.agent.files import field, open_files
 from smolvm_async.controls.agent.output import Output
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.agent.system import Program, System
@@ -153,26 +153,32 @@ class Execution:
 
     async def feed(self, content: bytes) -> None:
         """Write a part of the standard input into a file of the guest: no command slows it down."""
+        news = b"\n" if self._system.ANNOUNCES else None
         try:
-            await self._append("in", content)
+            await self._append(content, news)
         except SmolVMError:
             if not self.ended.done():
                 raise
 
     def end_input(self) -> None:
         """End the standard input after all parts, in the background."""
-        self._session.go_on(self._append("end", b"."))
+        self._session.go_on(self._append(b"", b"end\n"))
 
-    async def _append(self, name: str, content: bytes) -> None:
+    async def _append(self, content: bytes, news: bytes | None = None) -> None:
+        """Write into the file `in`, and with `news` also into `end`."""
         async with self._feeding:
             if self.ended.done():
                 return
-            path = self._system.file(self._stem, name)
             self._input += len(content)
-            async with open_file(self._session, path, "r+") as file:
-                await file.seek(0, "end")
-                await file.write(content)
-                await file.flush()
+            names = ("in",) if news is None else ("in", "end")
+            paths = [self._system.file(self._stem, name) for name in names]
+            async with open_files(self._session, paths, "r+") as files:
+                if content:
+                    await files[0].seek(0, "end")
+                    await files[0].write(content)
+                    await files[0].flush()
+                if news is not None:
+                    await files[1].write(news)
 
     async def send_signal(self, name: str) -> None:
         """Send a signal to the processes of the command: see `Execution.send_signal()`."""
@@ -234,9 +240,11 @@ class Execution:
 
     async def _make_input(self, content: bytes) -> None:
         agent = self._session.agent
-        await wait(agent, await launch(agent, self._system.maker(self._stem, self._mark)))
+        await wait(
+            agent, await launch(agent, self._system.maker(self._stem, self._mark, live=not content))
+        )
         if content:
-            await self._append("in", content)
+            await self._append(content)
 
     async def _follow(self, pid: int) -> int:
         """Pass on the command's output until its end; return the exit code."""

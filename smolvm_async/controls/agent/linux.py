@@ -23,6 +23,7 @@ from smolvm_async.controls.commands.transport import Command
 
 SHELL = "/bin/sh"
 KEEPS_OPEN = True
+ANNOUNCES = True
 MAX_CONTENT = 0  # the shell has its program there
 DIRECTORY = "/tmp"  # `_EXCLUSIVE` makes each file, with a random name
 
@@ -53,7 +54,7 @@ def runner(command: Command, mark: str, stem: str, *, has_input: bool) -> Progra
     if command.detached:
         files = ">/dev/null 2>&1"
     elif command.content is None:
-        source, feeder = f"{stem}.pipe", _feeder(stem)
+        source, feeder = f"{stem}.pipe", _feeder(mark, stem)
     profiles = _PROFILES if command.shell == "login" else ""
     # The shell reads up to the closing brace first: in the braces, its own input changes.
     return _shell(
@@ -64,26 +65,29 @@ def runner(command: Command, mark: str, stem: str, *, has_input: bool) -> Progra
     )
 
 
-def _feeder(stem: str) -> str:
+def _feeder(mark: str, stem: str) -> str:
     """Return the part of a program that passes on the growing file `in`, until its end.
 
-    The library does not write into a pipe: the agent would wait for a reader, or lose what does
-    not fit. Each `cat` goes on where the one before has stopped.
+    The library writes only news into a pipe, `end`, to which the feeder listens: of other content,
+    the agent would lose what does not fit. Each `cat` goes on where the one before has stopped.
+    The last line is also sent when the command has ended. A shell can only wait for one of both.
     """
     return (
         f"mkfifo {stem}.pipe || exit {UNUSABLE}\n"
         "(\n"
         "trap '' HUP INT QUIT ALRM TERM USR1 USR2\n"  # these are for the command
-        f"exec 3<{stem}.in >{stem}.pipe 2>/dev/null\n"
-        f"while cat <&3 && [ ! -s {stem}.end ] && [ -e /proc/$$ ]; do sleep 0.1; done\n"
-        "cat <&3\n"
+        f"export {MARK}={mark}\n"
+        f"exec 3<{stem}.in 4<>{stem}.end >{stem}.pipe 2>/dev/null\n"
+        "(while [ -e /proc/$$ ]; do sleep 1; done; echo end >&4) >/dev/null &\n"
+        'while read -r news <&4 && cat <&3 && [ "$news" != end ]; do :; done\n'
         ") &\n"
     )
 
 
-def maker(stem: str, mark: str) -> Program:
-    """Return the program that makes empty `in` and `end`, which only their owner can read."""
-    return _shell(f"{_EXCLUSIVE}: >{stem}.in\n: >{stem}.end\n", mark)
+def maker(stem: str, mark: str, *, live: bool) -> Program:
+    """Return the program that makes an empty `in`, and for live input the pipe `end`."""
+    end = f"mkfifo {stem}.end\n" if live else ""
+    return _shell(f"{_EXCLUSIVE}: >{stem}.in\n{end}", mark)
 
 
 def remover(stems: Sequence[str]) -> Program:

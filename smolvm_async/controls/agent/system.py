@@ -20,13 +20,17 @@ class System(Protocol):
     """A module for one guest OS: `linux` or `windows`.
 
     A command that is not detached has files in the guest: `out` and `err`, and `in`, its standard
-    input if that is long or comes while the command runs. Then `end` is not empty after the end of
-    the input.
+    input if that is long or comes while the command runs. Then a line in `end` tells the end of the
+    input.
     """
 
     @property
     def KEEPS_OPEN(self) -> bool:  # noqa: N802
         """Whether the agent may keep a file open that a command writes to."""
+
+    @property
+    def ANNOUNCES(self) -> bool:  # noqa: N802
+        """Whether an empty line in `end` has to announce each part of the input."""
 
     @property
     def MAX_CONTENT(self) -> int:  # noqa: N802
@@ -48,8 +52,11 @@ class System(Protocol):
             has_input: Whether the standard input is in a file, and not in `command`.
         """
 
-    def maker(self, stem: str, mark: str) -> Program:
-        """Return the program that makes empty `in` and `end`, which only their owner can read."""
+    def maker(self, stem: str, mark: str, *, live: bool) -> Program:
+        """Return the program that makes an empty `in`, which only its owner can read.
+
+        If the input is `live`, it also makes `end`: the input comes while the command runs.
+        """
 
     def signaller(self, mark: str, pid: int, name: str) -> Program:
         """Return the program that sends a signal to every process with the mark, or of the tree.

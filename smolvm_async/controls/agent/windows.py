@@ -31,6 +31,7 @@ from smolvm_async.controls.commands.transport import Command
 from smolvm_async.errors import UnsupportedError
 
 KEEPS_OPEN = False
+ANNOUNCES = False
 MAX_CONTENT = 1 << 18
 # Of LocalSystem. An ordinary user can neither list the directory nor guess a name in it.
 DIRECTORY = r"C:\Windows\Temp"
@@ -112,7 +113,7 @@ def request(
     return b"".join([*lines_of_values, WHOLE])
 
 
-def maker(stem: str, _: str) -> Program:
+def maker(stem: str, _: str, *, live: bool) -> Program:
     """Return the PowerShell that makes the directory, and empty `in` and `end`."""
     content = _line("directory", stem.encode()) + _line("input", b"empty") + WHOLE
     return Program("powershell.exe", encoded(runner_script()), content)
