@@ -83,7 +83,7 @@ def test_the_input_over_ssh_is_the_runner_and_the_command() -> None:
 
 
 def test_a_request_that_is_cut_can_be_told_from_a_whole_one() -> None:
-    for program in (runner(content=b"x"), windows.maker("stem", "mark")):
+    for program in (runner(content=b"x"), windows.maker("stem", "mark", live=True)):
         *others, last = values(program)
         assert (last, "whole" in others) == ("whole", False)
 
