@@ -73,6 +73,8 @@ OPTIONS = {
     "idle_timeout": "idle-timeout",
     "ttl": "ttl",
     "data_dir": "data-dir",
+    "cwd": "workdir",
+    "env": "env",
     "gone_host": "gone-host",
     "keep": "keep",
     "labels": "label",
@@ -97,7 +99,7 @@ def in_options(message: str) -> str:
     """Return a message of the library with options: `--accel tcg` instead of `accel='tcg'`."""
 
     def option(found: re.Match[str]) -> str:
-        value = shlex.quote(found["text"]) if found["text"] else found["number"] or ""
+        value = shlex.quote(found["text"]) if found["text"] is not None else found["number"] or ""
         return f"--{OPTIONS[found['name']]} {value}".rstrip()
 
     value = r"(?:'(?P<text>[^'\n]*)'|(?P<number>-?\d+(?:\.\d+)?|nan|inf)|True)?"

@@ -102,7 +102,8 @@ def check_seconds(argument: str, seconds: object) -> None:
         or isinstance(seconds, bool)
         or not 0 <= seconds <= MAX_SECONDS
     ):
-        raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass seconds, 0 or more.")
+        limits = f"seconds, 0 or more, at most {MAX_SECONDS:.0f}"
+        raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass {limits}.")
 
 
 def check_life(argument: str, seconds: object) -> float | None:
@@ -112,7 +113,8 @@ def check_life(argument: str, seconds: object) -> float | None:
     if isinstance(seconds, int | float) and not isinstance(seconds, bool) and seconds > 0:
         check_seconds(argument, seconds)
         return float(seconds)
-    raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass seconds, more than 0.")
+    limits = f"seconds, more than 0, at most {MAX_SECONDS:.0f}"
+    raise ConfigError(f"{argument}={shown(seconds)} is wrong: pass {limits}.")
 
 
 def check_vm_id(vm_id: object) -> str:

@@ -268,15 +268,29 @@ async def test_a_process_is_killed_by_each_signal_that_ends_programs(guest: Gues
         await process.send_signal(signal.SIGINT)
         assert await process.wait() != 0
     assert sleepers("1110") == []
-    async with await guest.spawn(["cat"]):
-        pass
+    async with await guest.spawn(["cat"]) as process:
+        await process.kill()  # perhaps before its files are there
+        assert await process.wait() != 0
+        assert await process.stdout.read() == b""
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, 50])
+async def test_a_process_whose_start_is_cancelled_leaves_nothing(guest: Guest, steps: int) -> None:
+    starting = asyncio.ensure_future(guest.spawn("sleep 1112"))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert sleepers("1112") == []
 
 
 async def test_a_detached_process_goes_on_and_leaves_no_file(guest: Guest, tmp_path: Path) -> None:
     go_on, kept = tmp_path / "go on", tmp_path / "kept"
     script = f"while [ ! -e '{go_on}' ]; do sleep 0.05; done; echo out; echo a >'{kept}'"
-    async with await guest.spawn(script, detached=True):
-        pass
+    async with await guest.spawn(script, detached=True) as process:
+        await process.write("dropped")
+        process.close_input()
     go_on.touch()
     async with asyncio.timeout(SOON):
         while not kept.exists() or left(tmp_path):

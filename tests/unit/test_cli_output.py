@@ -20,6 +20,7 @@ from smolvm_async.cli.output import in_options
         ("vm_id='one' belongs to", "--id one belongs to"),
         ("os= is missing: pass os='linux'", "--os is missing: pass --os linux"),
         ("a kept VM (keep=True): labels= has", "a kept VM (--keep): --label has"),
+        ("cwd='' is wrong; env= has", "--workdir '' is wrong; --env has"),
         ("AsyncSmolVM.list() shows the VMs", "smolvm-async list shows the VMs"),
         ("or delete() the VM; vm.stop(), from_id()", "or delete the VM; vm.stop(), from_id()"),
         ("spawn() needs the agent", "exec ID -- COMMAND needs the agent"),

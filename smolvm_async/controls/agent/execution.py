@@ -11,6 +11,7 @@ The agent tells the end of a command once, and forgets the command then.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
@@ -141,6 +142,7 @@ class Execution:
         self._stem = system.stem(secrets.token_hex(16))
         self._output = Output(session, system, self._stem, receive)
         self._input = 0  # bytes of the command's input files
+        self._making: asyncio.Future[int] | None = None
         self._starting: asyncio.Future[int] | None = None
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._feeding = asyncio.Lock()
@@ -167,7 +169,7 @@ class Execution:
     async def _append(self, content: bytes, news: bytes | None = None) -> None:
         """Write into the file `in`, and with `news` also into `end`."""
         async with self._feeding:
-            if self.ended.done():
+            if self.ended.done() or self._detached:
                 return
             self._input += len(content)
             names = ("in",) if news is None else ("in", "end")
@@ -185,6 +187,7 @@ class Execution:
         assert self._starting is not None
         agent, pid = self._session.agent, await self._starting
         program = self._system.signaller(self._mark, pid, name)
+        self._output.may_be_missing = True
         await complete(agent, program)
         if self._detached:  # who was killed removes nothing
             self._session.remove(self._stem, 0, self._remove)
@@ -239,12 +242,16 @@ class Execution:
         self._running.cancel()
 
     async def _make_input(self, content: bytes) -> None:
-        agent = self._session.agent
-        await wait(
-            agent, await launch(agent, self._system.maker(self._stem, self._mark, live=not content))
-        )
+        self._making = asyncio.ensure_future(self._make_files(live=not content))
+        self._making.add_done_callback(take_exception)
+        await asyncio.shield(self._making)  # files that come after their removal would stay
         if content:
             await self._append(content)
+
+    async def _make_files(self, *, live: bool) -> int:
+        agent = self._session.agent
+        maker = self._system.maker(self._stem, self._mark, live=live)
+        return await wait(agent, await launch(agent, maker))
 
     async def _follow(self, pid: int) -> int:
         """Pass on the command's output until its end; return the exit code."""
@@ -272,19 +279,24 @@ class Execution:
         if self._detached and self._started.done():  # it has no files, or removes them itself
             await end_tasks(self._running)
             return
-        try:
-            if self._was_reset:
-                await end_tasks(self._running)
-            elif self.exit_code is None:
-                await self._session.end(self._kill())
-        finally:
-            self._session.remove(self._stem, self._input + self._output.size, self._remove)
+        if self._was_reset or self.exit_code is not None:
+            await end_tasks(self._running)
+            self._discard()
+        else:
+            await self._session.end(self._kill())
 
     async def _kill(self) -> None:
-        """Kill the command, which may be starting."""
+        """Kill the command, which may be starting, and remove its files."""
         await end_tasks(self._running)
-        if self._starting is not None:
-            await self.send_signal("KILL")
+        with contextlib.suppress(SmolVMError):  # the agent has ended, or the guest
+            if self._starting is not None:
+                await self.send_signal("KILL")
+            elif self._making is not None:
+                await self._making
+        self._discard()
+
+    def _discard(self) -> None:
+        self._session.remove(self._stem, self._input + self._output.size, self._remove)
 
     async def _remove(self, stems: list[str]) -> None:
         await complete(self._session.agent, self._system.remover(stems))

@@ -21,6 +21,7 @@ class Output:
 
     Attributes:
         size: The bytes of both streams so far.
+        may_be_missing: Whether the command was perhaps killed before it made the files.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Output:
         self._files: list[GuestFile] = []  # that stay open
         self._wanted = asyncio.Event()
         self._wanted.set()
+        self.may_be_missing = False
 
     @property
     def size(self) -> int:
@@ -70,7 +72,7 @@ class Output:
                     await self._skip(files)
                 await self._read(files, last=last)
         except GuestAgentError as error:
-            if not last:
+            if not last or (self.may_be_missing and not self.size):
                 return  # the files are not made yet, or are being written
             hint = "Is the disk of the guest full, or its directory for temporary files read-only?"
             message = f"the guest did not keep the command's output: {error.message}"
