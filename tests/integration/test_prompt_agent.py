@@ -15,7 +15,7 @@ import pytest
 
 from smolvm_async import AsyncSmolVM, UnsupportedError
 from stand_in import build_stand_in
-from tests.conftest import BOOT
+from tests.conftest import BOOT, vm_in
 from tests.integration.test_mcp import ask, create, session
 from tests.integration.test_prompt import PATIENCE, Screen, cli, screen, start, words
 from tests.integration.trees import digest_tree, make_tree
@@ -28,10 +28,7 @@ pytestmark = pytest.mark.anyio
 async def vm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AsyncSmolVM]:
     """A Windows guest for all tests."""
     image, data_dir = await build_stand_in(), tmp_path_factory.mktemp("agent")
-    machine = AsyncSmolVM(
-        os="windows", image=image, vm_id="office", memory=2048, accel="tcg", data_dir=data_dir
-    )
-    async with machine:
+    async with vm_in(data_dir, image, vm_id="office") as machine:
         await machine.wait_for("ready", BOOT)
         yield machine
 
