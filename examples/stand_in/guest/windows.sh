@@ -84,7 +84,8 @@ kill_marked() { # the script that ends a command over SSH
     mark=${mark%%"%'"*}
     directory=${script#*"Exists('"}
     directory=$here/${directory%%"'"*}
-    for file in $(grep -lsF "$mark" /proc/[0-9]*/cmdline); do
+    for file in /proc/[0-9]*/cmdline; do # whose words end with NUL, where busybox's grep stops
+        tr '\000' ' ' 2>/dev/null <"$file" | grep -qF "$mark" || continue
         file=${file#/proc/}
         kill -KILL $(tree "${file%/cmdline}") 2>/dev/null
     done
