@@ -146,17 +146,25 @@ async def running_vm(
         )
     telling = asyncio.ensure_future(_tell_pause(vm, data_dir)) if tell_pause else None
     try:
-        yield vm
-    except ConnectionLostError as lost:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(ENDING):
-                await vm.wait_stopped()  # this raises the reason, if the VM was not just stopped
-            raise VMNotRunningError(f"{vm_id} has ended.") from lost
-        raise
+        async with end_told(vm):
+            yield vm
     finally:
         if telling is not None:
             telling.cancel()
         await vm.detach()
+
+
+@asynccontextmanager
+async def end_told(vm: AsyncSmolVM) -> AsyncIterator[None]:
+    """Raise the reason of the VM's end in place of a lost connection, if the VM has ended."""
+    try:
+        yield
+    except ConnectionLostError as lost:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ENDING):
+                await vm.wait_stopped()  # this raises the reason, if the VM was not just stopped
+            raise VMNotRunningError(f"{vm.vm_id} has ended.") from lost
+        raise
 
 
 async def _tell_pause(vm: AsyncSmolVM, data_dir: str | None) -> None:

@@ -29,6 +29,7 @@ from smolvm_async.cli.command import (
     Mount,
     Timeout,
     complete_vm_id,
+    end_told,
     execute,
     find_vm,
     labels_given,
@@ -259,6 +260,7 @@ async def _for_a_command(
             with suppress(VMNotRunningError):  # tell before the boot what the guest cannot do
                 await command.open(vm)
             await stack.enter_async_context(vm)
+            await stack.enter_async_context(end_told(vm))
             process = await command.open(vm)
         async with process:
             yield process

@@ -299,11 +299,13 @@ SMALL = ("--memory=256", "--accel=tcg")
 async def test_run_starts_a_vm_for_one_command(vm: AsyncSmolVM) -> None:
     script = "pwd; cat; echo $A >&2; exit 41"
     place = ("-e", "A=7", "-w", "/tmp")
-    one, whole, (_, name, _) = await asyncio.gather(
+    one, whole, (_, name, _), late = await asyncio.gather(
         cli(vm, "run", *SMALL, "--rm", "--", "python3", "-c", "print(1)"),
         cli(vm, "run", *SMALL, *place, "-i", "--", "sh", "-c", script, given=b"\0\xff"),
         cli(vm, "run", *SMALL, *place, "-d", "--keep", "--", "sh", "-c", script),
+        cli(vm, "run", *SMALL, "--ttl=4", "--", "sleep", "4711"),
     )
+    assert (late[0], b"it is deleted 4 s (--ttl)" in late[2]) == (125, True)
     assert one == (0, b"1\n", b"")
     assert whole == (41, b"/tmp\n\0\xff", b"7\n")
     apart = name.decode().strip()
