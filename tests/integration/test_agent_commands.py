@@ -205,6 +205,17 @@ async def test_a_process_is_fed_while_it_runs(guest: Guest) -> None:
         assert (await process.stdout.read()).split()[0] == hashlib.sha256(data).hexdigest().encode()
 
 
+async def test_many_processes_get_their_first_input_and_its_end_at_once(guest: Guest) -> None:
+    async def one(number: int) -> None:
+        async with await guest.spawn("cat") as process:
+            await process.write(f"{number}")
+            process.close_input()
+            assert (await process.stdout.read(), await process.wait()) == (b"%d" % number, 0)
+
+    async with asyncio.timeout(SOON):
+        await asyncio.gather(*[one(number) for number in range(30)])
+
+
 async def test_a_process_gets_signals_and_ends_with_its_block(guest: Guest) -> None:
     script = "trap 'echo caught; exit 5' TERM; echo up; while :; do sleep 0.1; done"
     async with await guest.spawn(script) as process:

@@ -155,32 +155,30 @@ class Execution:
 
     async def feed(self, content: bytes) -> None:
         """Write a part of the standard input into a file of the guest: no command slows it down."""
-        news = b"\n" if self._system.ANNOUNCES else None
         try:
-            await self._append(content, news)
+            await self._append("in", content, live=True)
         except SmolVMError:
             if not self.ended.done():
                 raise
 
     def end_input(self) -> None:
         """End the standard input after all parts, in the background."""
-        self._session.go_on(self._append(b"", b"end\n"))
+        self._session.go_on(self._append("end", b".", live=True))
 
-    async def _append(self, content: bytes, news: bytes | None = None) -> None:
-        """Write into the file `in`, and with `news` also into `end`."""
+    async def _append(self, name: str, content: bytes, *, live: bool) -> None:
+        """Write into one of the command's files, and announce it if the command may wait for it."""
         async with self._feeding:
             if self.ended.done() or self._detached:
                 return
             self._input += len(content)
-            names = ("in",) if news is None else ("in", "end")
-            paths = [self._system.file(self._stem, name) for name in names]
-            async with open_files(self._session, paths, "r+") as files:
-                if content:
-                    await files[0].seek(0, "end")
-                    await files[0].write(content)
-                    await files[0].flush()
-                if news is not None:
-                    await files[1].write(news)
+            names = (name, "bell") if live and self._system.HAS_BELL else (name,)
+            paths = [self._system.file(self._stem, each) for each in names]
+            async with open_files(self._session, paths, "r+") as (file, *bells):
+                await file.seek(0, "end")
+                await file.write(content)
+                await file.flush()
+                for bell in bells:
+                    await bell.write(b"\n")
 
     async def send_signal(self, name: str) -> None:
         """Send a signal to the processes of the command: see `Execution.send_signal()`."""
@@ -246,7 +244,7 @@ class Execution:
         self._making.add_done_callback(take_exception)
         await asyncio.shield(self._making)  # files that come after their removal would stay
         if content:
-            await self._append(content)
+            await self._append("in", content, live=False)
 
     async def _make_files(self, *, live: bool) -> int:
         agent = self._session.agent

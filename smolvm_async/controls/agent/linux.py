@@ -23,11 +23,11 @@ from smolvm_async.controls.commands.transport import Command
 
 SHELL = "/bin/sh"
 KEEPS_OPEN = True
-ANNOUNCES = True
+HAS_BELL = True
 MAX_CONTENT = 0  # the shell has its program there
 DIRECTORY = "/tmp"  # `_EXCLUSIVE` makes each file, with a random name
 
-FILES = ("in", "end", "pipe", "out", "err")
+FILES = ("in", "end", "bell", "pipe", "out", "err")
 
 _EXCLUSIVE = "umask 077\nset -C\n"  # only the owner can read a file, and nobody has made it before
 _USUAL = "umask 022\nset +C\n"
@@ -68,26 +68,28 @@ def runner(command: Command, mark: str, stem: str, *, has_input: bool) -> Progra
 def _feeder(mark: str, stem: str) -> str:
     """Return the part of a program that passes on the growing file `in`, until its end.
 
-    The library writes only news into a pipe, `end`, to which the feeder listens: of other content,
-    the agent would lose what does not fit. Each `cat` goes on where the one before has stopped.
-    The last line is also sent when the command has ended. A shell can only wait for one of both.
+    The library writes the input into no pipe: the agent would lose what does not fit. It rings a
+    `bell`, a pipe, after each part and after the end, which is in the file `end`. A ring is lost
+    before the feeder has opened the bell, so the feeder looks at the files first. Each `cat` goes
+    on where the one before has stopped. The bell also rings when the command has ended.
     """
     return (
         f"mkfifo {stem}.pipe || exit {UNUSABLE}\n"
         "(\n"
         "trap '' HUP INT QUIT ALRM TERM USR1 USR2\n"  # these are for the command
         f"export {MARK}={mark}\n"
-        f"exec 3<{stem}.in 4<>{stem}.end >{stem}.pipe 2>/dev/null\n"
-        "(while [ -e /proc/$$ ]; do sleep 1; done; echo end >&4) >/dev/null &\n"
-        'while read -r news <&4 && cat <&3 && [ "$news" != end ]; do :; done\n'
+        f"exec 3<{stem}.in 4<>{stem}.bell >{stem}.pipe 2>/dev/null\n"
+        "(while [ -e /proc/$$ ]; do sleep 1; done; echo >&4) >/dev/null &\n"
+        f"while cat <&3 && [ ! -s {stem}.end ] && [ -e /proc/$$ ]; do read -r ring <&4; done\n"
+        "cat <&3\n"
         ") &\n"
     )
 
 
 def maker(stem: str, mark: str, *, live: bool) -> Program:
-    """Return the program that makes an empty `in`, and for live input the pipe `end`."""
-    end = f"mkfifo {stem}.end\n" if live else ""
-    return _shell(f"{_EXCLUSIVE}: >{stem}.in\n{end}", mark)
+    """Return the program that makes an empty `in`, and for live input `end` and the `bell`."""
+    more = f": >{stem}.end\nmkfifo {stem}.bell\n" if live else ""
+    return _shell(f"{_EXCLUSIVE}: >{stem}.in\n{more}", mark)
 
 
 def remover(stems: Sequence[str]) -> Program:

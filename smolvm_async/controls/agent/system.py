@@ -20,8 +20,8 @@ class System(Protocol):
     """A module for one guest OS: `linux` or `windows`.
 
     A command that is not detached has files in the guest: `out` and `err`, and `in`, its standard
-    input if that is long or comes while the command runs. Then a line in `end` tells the end of the
-    input.
+    input if that is long or comes while the command runs. Then `end` is not empty after the end of
+    the input.
     """
 
     @property
@@ -29,8 +29,8 @@ class System(Protocol):
         """Whether the agent may keep a file open that a command writes to."""
 
     @property
-    def ANNOUNCES(self) -> bool:  # noqa: N802
-        """Whether an empty line in `end` has to announce each part of the input."""
+    def HAS_BELL(self) -> bool:  # noqa: N802
+        """Whether a line in the file `bell` announces each part of the input, and its end."""
 
     @property
     def MAX_CONTENT(self) -> int:  # noqa: N802

@@ -31,7 +31,7 @@ from smolvm_async.controls.commands.transport import Command
 from smolvm_async.errors import UnsupportedError
 
 KEEPS_OPEN = False
-ANNOUNCES = False
+HAS_BELL = False
 MAX_CONTENT = 1 << 18
 # Of LocalSystem. An ordinary user can neither list the directory nor guess a name in it.
 DIRECTORY = r"C:\Windows\Temp"
