@@ -278,8 +278,10 @@ class Execution:
             await end_tasks(self._running)
             return
         if self._was_reset or self.exit_code is not None:
-            await end_tasks(self._running)
-            self._discard()
+            try:
+                await end_tasks(self._running)
+            finally:
+                self._discard()
         else:
             await self._session.end(self._kill())
 
