@@ -98,7 +98,7 @@ class Agent:
 
     @staticmethod
     def _carry(port: socket.socket, link: socket.socket) -> None:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # a socket is closed, such as a killed agent's
             while True:
                 for source in select.select([port, link], [], [])[0]:
                     data = source.recv(1 << 16)
