@@ -540,11 +540,12 @@ async def test_a_picture_for_which_there_is_no_memory_is_an_error_and_no_crash(
     image_format: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     memfd_create = os.memfd_create
 
-    def create(name: str) -> int:
-        return os.open(small_disk / name, flags) if name == "screen" else memfd_create(name)
+    def create(name: str, flags: int) -> int:
+        if name != "screen":
+            return memfd_create(name, flags)
+        return os.open(small_disk / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
 
     with monkeypatch.context() as patch:  # as a memfd is, where memory is not overcommitted
         patch.setattr(os, "memfd_create", create)

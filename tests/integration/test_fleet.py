@@ -215,7 +215,7 @@ async def test_what_all_have_in_common_is_looked_at_once(
     checked = qcow2.check
     monkeypatch.setattr("smolvm_async.images.local.run", run)
     monkeypatch.setattr("smolvm_async.images.qcow2.check", check)
-    monkeypatch.setattr("smolvm_async.images.local.SETTLED", 0)
+    monkeypatch.setattr("smolvm_async.foundation.files.SETTLED", 0)
     async with Fleet({**blank, "image": image}, size=3, until="firmware") as fleet:
         for vm in await fleet.all_ready():
             assert b"pflash" not in Path(f"/proc/{qemu_of(vm)}/cmdline").read_bytes()
