@@ -20,7 +20,7 @@ from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.agent.system import System
 from smolvm_async.controls.commands.commands import Commands
 from smolvm_async.controls.commands.lines import LineStream
-from smolvm_async.controls.commands.processes import Processes
+from smolvm_async.controls.commands.processes import GuestProcess, Processes
 from smolvm_async.controls.commands.result import Line
 from smolvm_async.controls.commands.transport import Command, Transport
 from smolvm_async.qemu.arguments import AGENT_PORT
@@ -37,6 +37,7 @@ BLOCKED = (
 )
 STAND_IN = Path(__file__).parents[1] / "examples/stand_in"
 SOON = 30.0  # seconds; the agent starts in 20 ms
+DIALOGUE = 'read a; echo "got $a"; read b; echo "got $b" >&2; cat; exit 7'
 
 
 def program() -> str:
@@ -209,3 +210,13 @@ async def first_of(lines: LineStream, count: int) -> AsyncIterator[Line]:
     """Yield the first lines."""
     for _ in range(count):
         yield await anext(lines)
+
+
+async def check_dialogue(process: GuestProcess) -> None:
+    """Check that a process that runs `DIALOGUE` gets its input part by part."""
+    await process.write("one\n")
+    assert await process.stdout.readline() == b"got one\n"
+    await process.write("two\nrest")
+    assert await process.stderr.readline() == b"got two\n"
+    process.close_input()
+    assert (await process.stdout.read(), await process.wait()) == (b"rest", 7)

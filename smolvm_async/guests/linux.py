@@ -6,6 +6,7 @@ each setting.
 
 from __future__ import annotations
 
+from smolvm_async.guests.features import FEATURES
 from smolvm_async.guests.profile import GuestProfile
 
 # The slot for the devices of `mounts=`: see `qemu/mounts.py`. All Linux machines have one, so that
@@ -30,19 +31,7 @@ LINUX = GuestProfile(
     disk_bus="virtio",
     login="nocloud",
     devices=(MOUNTS,),
-    features=frozenset(
-        {
-            "commands",
-            "processes",
-            "terminals",
-            "ssh",
-            "files",
-            "variables",
-            "user",
-            "kernel",
-            "mounts",
-        }
-    ),
+    features=frozenset(FEATURES) - {"account"},
     agent="Install the package qemu-guest-agent in the image, or leave channel= out: that is SSH.",
 )
 

@@ -18,7 +18,16 @@ from smolvm_async.errors import (
     ConfigError,
     ConnectionLostError,
 )
-from tests.agent import SOON, Guest, Host, first_of, sleepers, until_sleeping
+from tests.agent import (
+    DIALOGUE,
+    SOON,
+    Guest,
+    Host,
+    check_dialogue,
+    first_of,
+    sleepers,
+    until_sleeping,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -190,14 +199,8 @@ async def test_run_and_run_stream_are_the_same_as_over_ssh(guest: Guest) -> None
 
 
 async def test_a_process_is_fed_while_it_runs(guest: Guest) -> None:
-    script = 'read a; echo "got $a"; read b; echo "got $b" >&2; cat; exit 7'
-    async with await guest.spawn(script, cwd="/", env={"V": "v"}) as process:
-        await process.write("one\n")
-        assert await process.stdout.readline() == b"got one\n"
-        await process.write("two\nrest")
-        assert await process.stderr.readline() == b"got two\n"
-        process.close_input()
-        assert (await process.stdout.read(), await process.wait()) == (b"rest", 7)
+    async with await guest.spawn(DIALOGUE, cwd="/", env={"V": "v"}) as process:
+        await check_dialogue(process)
     data = os.urandom(3 << 20)
     async with await guest.spawn(["sha256sum", "-"]) as process:
         await process.write(data)

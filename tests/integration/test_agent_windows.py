@@ -30,7 +30,17 @@ from smolvm_async.errors import (
     FileTransferError,
     UnsupportedError,
 )
-from tests.agent import SOON, Guest, Host, first_of, sleepers, until_sleeping, windows_programs
+from tests.agent import (
+    DIALOGUE,
+    SOON,
+    Guest,
+    Host,
+    check_dialogue,
+    first_of,
+    sleepers,
+    until_sleeping,
+    windows_programs,
+)
 from tests.integration.trees import make_tree
 
 pytestmark = pytest.mark.anyio
@@ -245,14 +255,8 @@ async def test_lines_stream_and_a_child_that_is_left_behind_does_not_hold_the_co
 
 
 async def test_a_process_is_fed_while_it_runs(guest: Guest) -> None:
-    script = 'read a; echo "got $a"; read b; echo "got $b" >&2; cat; exit 7'
-    async with await guest.spawn(script) as process:
-        await process.write("one\n")
-        assert await process.stdout.readline() == b"got one\n"
-        await process.write("two\nrest")
-        assert await process.stderr.readline() == b"got two\n"
-        process.close_input()
-        assert (await process.stdout.read(), await process.wait()) == (b"rest", 7)
+    async with await guest.spawn(DIALOGUE) as process:
+        await check_dialogue(process)
     data = os.urandom(1 << 20)
     async with await guest.spawn(["cat"]) as process:
         await process.write(data)
