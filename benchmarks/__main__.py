@@ -8,55 +8,22 @@ Results that are not measured again stay in the JSON, with their own machine and
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import tempfile
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks import (
-    agent,
-    clones,
-    comparable,
-    desktop,
-    fleet,
-    launch,
-    linux,
-    network,
-    sandboxes,
-    stopping,
-)
-from benchmarks.figures import Results, machine, show
+from benchmarks import launch
+from benchmarks.figures import machine, show
+from benchmarks.plots import draw
 from benchmarks.readme import quoted, rewritten, table
-from smolvm_async import AcceleratorWarning
+from benchmarks.suite import benchmarks, run_apart
 
 HERE = Path(__file__).parent
-LIMITS = (1, 2, 4, 8, 16)  # of max_booting=
-
-
-def benchmarks(image: Path, rounds: int) -> Mapping[str, Callable[[], Results]]:
-    """Return all benchmarks by name; the slow ones get fewer rounds."""
-    some, few = max(1, rounds // 2), max(1, rounds // 4)
-    return {
-        "launch": partial(launch.measure, image, 2 * rounds),
-        "fleet": partial(fleet.measure, image, some, fleet.SIZES),
-        "max_booting": partial(fleet.measure_max_booting, image, few, LIMITS),
-        "stopping": partial(stopping.measure, image, rounds),
-        "boot": lambda: asyncio.run(linux.measure_boot(some)),
-        "sandboxes": lambda: asyncio.run(sandboxes.measure(few)),
-        "clones": partial(clones.measure, some),
-        "network": lambda: asyncio.run(network.measure(some)),
-        "command": lambda: asyncio.run(linux.measure_commands(5 * rounds)),
-        "agent": lambda: asyncio.run(agent.measure(5 * rounds)),
-        "screenshot": lambda: asyncio.run(desktop.measure(image, 5 * rounds, "1920x1080")),
-        "import": partial(launch.measure_import, rounds),
-        "peers": partial(comparable.measure, few),
-    }
 
 
 def main() -> None:
@@ -69,16 +36,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
-    warnings.simplefilter("ignore", AcceleratorWarning)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
-        known = benchmarks(launch.blank(Path(directory)), options.rounds)
-        names = options.only.split(",") if options.only else list(known)
+        image = launch.blank(Path(directory))
+        known = [*benchmarks(image, options.rounds)]
+        names = options.only.split(",") if options.only else known
         if unknown := set(names) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-        found = _measure(options.out / "results.json", known, names)
-    from benchmarks.plots import draw  # here, since matplotlib would be in the memory of all forks
-
+        run = partial(run_apart, image, options.rounds)
+        found = _measure(options.out / "results.json", run, known, names)
     written = [options.out / "results.json", *draw(found, options.out)]
     if options.readme:
         for readme, new in {HERE: table, HERE.parent: quoted}.items():
@@ -90,7 +56,7 @@ def main() -> None:
 
 
 def _measure(
-    path: Path, known: Mapping[str, Callable[[], Results]], names: list[str]
+    path: Path, run: Callable[[str], dict[str, Any]], known: list[str], names: list[str]
 ) -> dict[str, Any]:
     """Run the named benchmarks; write each result as soon as it is there."""
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -100,7 +66,7 @@ def _measure(
     for name in names:
         console.rule(name)
         here = machine()
-        earlier[name] = {**known[name]().to_json(), "machine": here}
+        earlier[name] = {**run(name), "machine": here}
         show(earlier[name], console)
         found["benchmarks"] = {name: earlier[name] for name in known if name in earlier}
         path.write_text(json.dumps(found, indent=1) + "\n")
