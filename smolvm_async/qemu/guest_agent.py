@@ -46,7 +46,7 @@ from smolvm_async.qemu.events import Event, PortChanged, Reset
 from smolvm_async.qemu.pauses import GuestTimeout, Pauses
 
 PROBE = 5.0  # seconds for the answer to a ping, while the guest may not run an agent yet
-ANSWER = 30.0  # seconds that a caller waits for the agent; usually, it answers in 0.4 ms
+ANSWER = 30.0  # seconds until an agent that does not answer is dead; usually, it needs 0.4 ms
 AGAIN = 2.0  # seconds until the synchronization is sent again; each time twice as long
 CHUNK = 65536  # bytes to read at once
 LIMIT = 1 << 17  # bytes of a reply
@@ -71,6 +71,7 @@ class GuestAgent:
         self._open = False  # whether a program of the guest has opened the agent's port
         self._answered = False  # whether an agent has answered since the guest's last reset
         self._left = False  # whether the agent closed its port during that request
+        self._heard = 0.0  # the time of the agent's last answer, of `Pauses.time()`
         self.used = 0.0  # the time of the last request, of `time.monotonic()`
 
     def open(self) -> socket.socket:
@@ -109,8 +110,9 @@ class GuestAgent:
     async def probe(self) -> str | None:
         """Return the evidence that an agent answers; `None` if none answers within 5 s."""
         try:
-            await self.execute("guest-ping", timeout=PROBE)
-        except SmolVMError:
+            async with self._pauses.timeout(PROBE):  # earlier requests count here
+                await self.execute("guest-ping")
+        except (SmolVMError, TimeoutError):
             return None
         return "the guest agent answered a ping"
 
@@ -120,7 +122,7 @@ class GuestAgent:
         command: str,
         arguments: Mapping[str, object] | None = None,
         *,
-        timeout: float | None = ANSWER,
+        timeout: float = ANSWER,
     ) -> Result:
         """Execute a command of the agent and return its result: the guest may send anything.
 
@@ -129,7 +131,8 @@ class GuestAgent:
         Args:
             command: The command's name, such as `guest-ping`.
             arguments: The command's arguments.
-            timeout: Seconds for the answer, without the time of a pause. Earlier requests count.
+            timeout: Seconds without an answer of the agent, and without the time of a pause. They
+                begin again with each answer to an earlier request, and end in the request's turn.
 
         Raises:
             GuestAgentError: The agent refused the command, or its reply is not one.
@@ -143,7 +146,7 @@ class GuestAgent:
 
     @rpc
     async def execute_all(
-        self, requests: Sequence[tuple[str, dict[str, Any]]], *, timeout: float | None = ANSWER
+        self, requests: Sequence[tuple[str, dict[str, Any]]], *, timeout: float = ANSWER
     ) -> list[dict[str, Any]]:
         """Execute commands one after the other, in one round trip, and return the agent's replies.
 
@@ -160,26 +163,39 @@ class GuestAgent:
         """
         if self._socket is None:
             raise UnsupportedError("the built-in image has no QEMU guest agent: use SSH.")
-        self.used = time.monotonic()
+        self.used, asked = time.monotonic(), self._pauses.time()
         command = requests[0][0]
-        try:
-            async with self._pauses.timeout(timeout) as bound, self._turn:
-                if not self._in_step or self._received:
-                    await self._synchronize(command)
-                self._in_step, self._left, self._waiting = False, False, bound
-                try:
-                    await self._send(b"".join(_request(*request) for request in requests), command)
-                    replies = [_parse(name, await self._line(name)) for name, _ in requests]
-                    self._in_step = True
-                finally:
-                    self._waiting = None
-        except TimeoutError:
-            if self._left:
-                message = f"the guest agent ended during {command}"
-                raise ConnectionLostError(message) from None
-            message = f"the guest agent did not answer {command} within {timeout:g} s"
-            raise self._explain(VMTimeoutError(message, seconds=timeout or 0.0)) from None
+        async with self._turn:
+            # All requests that wait for a dead agent fail together, and none while it answers.
+            silent = self._pauses.time() - max(asked, self._heard)
+            try:
+                async with self._pauses.timeout(timeout - silent) as bound:
+                    replies = await self._exchange(requests, bound)
+            except TimeoutError:
+                if self._left:
+                    message = f"the guest agent ended during {command}"
+                    raise ConnectionLostError(message) from None
+                message = f"the guest agent did not answer {command} within {timeout:g} s"
+                raise self._explain(VMTimeoutError(message, seconds=timeout)) from None
+            self._heard = self._pauses.time()
         self._answered = self._answered or any("error" not in reply for reply in replies)
+        return replies
+
+    async def _exchange(
+        self, requests: Sequence[tuple[str, dict[str, Any]]], bound: GuestTimeout
+    ) -> list[dict[str, Any]]:
+        """Send requests and return the replies, in this request's turn."""
+        command = requests[0][0]
+        self._left = False
+        if not self._in_step or self._received:
+            await self._synchronize(command)
+        self._in_step, self._waiting = False, bound
+        try:
+            await self._send(b"".join(_request(*request) for request in requests), command)
+            replies = [_parse(name, await self._line(name)) for name, _ in requests]
+            self._in_step = True
+        finally:
+            self._waiting = None
         return replies
 
     async def _synchronize(self, command: str) -> None:

@@ -21,7 +21,7 @@ from smolvm_async.errors import (
 )
 from smolvm_async.qemu.arguments import AGENT_PORT
 from smolvm_async.qemu.events import PortChanged, Reset
-from smolvm_async.qemu.guest_agent import LIMIT, STALE, GuestAgent, result_of
+from smolvm_async.qemu.guest_agent import ANSWER, LIMIT, STALE, GuestAgent, result_of
 from smolvm_async.qemu.pauses import Pauses
 
 pytestmark = pytest.mark.anyio
@@ -43,6 +43,7 @@ class Guest:
         self.answers: list[bytes] = []
         self.before = b""  # comes before the next answer to a synchronization
         self.mute = False
+        self.before_answer: Callable[[], object] = lambda: None
         self.requests: list[str] = []
         self.heard = asyncio.Event()
         self._task = asyncio.ensure_future(self._serve())
@@ -61,6 +62,7 @@ class Guest:
                     before, self.before = self.before, b""
                     await self.say(before + answer_to(request))
                 else:
+                    self.before_answer()
                     await self.say(self.answers.pop(0) if self.answers else PONG)
 
     async def say(self, data: bytes) -> None:
@@ -103,6 +105,15 @@ async def guest(agent: GuestAgent) -> AsyncIterator[Guest]:
     await guest.close()
 
 
+@pytest.fixture
+async def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that lets seconds pass at once on the loop's clock."""
+    loop, passed = asyncio.get_running_loop(), [0.0]
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + sum(passed))
+    return passed.append
+
+
 def opened(open: bool) -> PortChanged:
     return PortChanged("VSERPORT_CHANGE", time.time(), {"id": AGENT_PORT, "open": open})
 
@@ -117,6 +128,39 @@ async def test_calls_at_once_take_turns(agent: GuestAgent, guest: Guest) -> None
     guest.answers = [b'{"return": %d}\n' % number for number in range(50)]
     calls = [agent.execute("guest-info") for _ in range(50)]
     assert await asyncio.gather(*calls) == list(range(50))
+
+
+async def test_a_slow_agent_is_not_a_dead_agent(
+    agent: GuestAgent, guest: Guest, jump: Callable[[float], None]
+) -> None:
+    await agent.execute("guest-ping")
+    guest.before_answer = lambda: jump(0.9 * ANSWER)
+    calls = [agent.execute("guest-info") for _ in range(50)]
+    assert await asyncio.gather(*calls) == 50 * [{}]
+    assert await agent.probe() is None  # it needed more than 5 s
+    with pytest.raises(TimeoutError):  # the deadline of a caller counts all requests
+        async with asyncio.timeout(4 * ANSWER):
+            await asyncio.gather(*(agent.execute("guest-info") for _ in range(50)))
+
+
+async def test_all_requests_hear_together_that_the_agent_is_dead(
+    agent: GuestAgent, guest: Guest, jump: Callable[[float], None]
+) -> None:
+    guest.mute = True
+    early = [asyncio.ensure_future(agent.execute("guest-exec")) for _ in range(50)]
+    await guest.until_heard()
+    jump(0.5 * ANSWER)
+    late = asyncio.ensure_future(agent.execute("guest-exec"))
+    await asyncio.sleep(0)
+    jump(0.5 * ANSWER)
+    await asyncio.wait(early, timeout=0.4 * ANSWER)
+    assert {str(call.exception()) for call in early} == {
+        "the guest agent did not answer guest-exec within 30 s"
+    }
+    assert not late.done()
+    jump(0.5 * ANSWER)
+    with pytest.raises(VMTimeoutError):
+        await late
 
 
 async def test_several_commands_take_one_round_trip(agent: GuestAgent, guest: Guest) -> None:
