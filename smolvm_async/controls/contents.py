@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Protocol, overload
 
 from smolvm_async.config.checks import check_boolean, check_integer, encoded, shown
-from smolvm_async.controls.files.paths import check_guest_path
+from smolvm_async.controls.files.paths import check_guest_path, without_slash
 from smolvm_async.errors import ConfigError, FileTransferError
 from smolvm_async.foundation.tasks import in_background
 
@@ -166,7 +166,7 @@ class Contents:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("remove")
-        path = check_guest_path(path, "path", windows=self._has_windows_paths()).rstrip("/") or "/"
+        path = without_slash(check_guest_path(path, "path", windows=self._has_windows_paths()))
         check_boolean("recursive", recursive)
         await (await self._file_access("remove")).remove(path, recursive)
 
@@ -183,7 +183,7 @@ class Contents:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, ConfigError: See `run()`.
         """
         self._require("make_directory")
-        path = check_guest_path(path, "path", windows=self._has_windows_paths()).rstrip("/") or "/"
+        path = without_slash(check_guest_path(path, "path", windows=self._has_windows_paths()))
         check_boolean("parents", parents)
         await (await self._file_access("make_directory")).make_directory(path, parents)
 

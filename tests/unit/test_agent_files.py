@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b64decode
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -159,6 +160,47 @@ async def test_the_error_of_a_command_is_told_and_nothing_hangs(fault: str) -> N
     assert execution.exit_code is None
     assert isinstance(transport.lost(execution), SmolVMError)
     assert "guest" in str(transport.lost(execution))
+    await session.close()
+
+
+async def test_output_that_makes_no_sense_is_an_error_while_the_command_runs() -> None:
+    was_read = asyncio.Event()
+
+    async def status() -> object:
+        return {"exited": was_read.is_set(), "exitcode": 0}
+
+    async def content() -> object:
+        was_read.set()
+        return {"count": 2, "eof": True}
+
+    agent = Agent(
+        exec={"pid": 1}, exec_status=status, file_open=5, file_read=content, file_close={}
+    )
+    session = Session(acting(agent), Pauses())
+    transport = AgentTransport(session)
+    given = Command("sleep 9", "raw", {}, b"")
+    async with transport.executing(given, lambda *_: None, lambda _: None) as execution:
+        await asyncio.wait([execution.ended])
+    assert isinstance(transport.lost(execution), GuestAgentError)
+    await session.close()
+
+
+async def test_a_command_is_killed_although_the_answer_to_its_start_was_lost() -> None:
+    starts = iter([GuestAgentError("no answer")])
+
+    async def start() -> object:
+        for error in starts:
+            raise error
+        return {"pid": 2}
+
+    agent = Agent(exec=start, exec_status={"exited": True, "exitcode": 0})
+    session = Session(acting(agent), Pauses())
+    given = Command("sleep 9", "raw", {}, b"")
+    async with AgentTransport(session).executing(given, lambda *_: None, lambda _: None) as running:
+        await asyncio.wait([running.ended])
+    first, second = (call for name, call in agent.calls[:2] if name == "guest-exec")
+    mark = first["arg"][1].partition("=")[2].encode()
+    assert mark[1:] in b64decode(second["input-data"])
     await session.close()
 
 

@@ -14,6 +14,7 @@ from smolvm_async.controls.files.paths import (
     check_windows_tree,
     name_of,
     name_problem,
+    without_slash,
 )
 from smolvm_async.controls.files.tree import Entry
 
@@ -22,6 +23,7 @@ from smolvm_async.controls.files.tree import Entry
     ("path", "kept", "name"),
     [
         (r"C:\Users\me\data.csv", "C:/Users/me/data.csv", "data.csv"),
+        (f"C:\\{'x' * (MOST - 3)}", f"C:/{'x' * (MOST - 3)}", "x" * (MOST - 3)),
         ("d:/mixed\\//slashes", "d:/mixed/slashes", "slashes"),
         ("C:\\Temp\\", "C:/Temp/", "Temp"),
         ("C:\\", "C:/", ""),
@@ -35,6 +37,8 @@ from smolvm_async.controls.files.tree import Entry
 def test_a_path_of_windows_has_slashes(path: str, kept: str, name: str) -> None:
     assert check_guest_path(path, windows=True) == kept
     assert name_of(kept) == name
+    assert without_slash(kept) == (kept if not name else kept.rstrip("/"))
+    check_windows_tree([Entry("", S_IFREG, 0, 0)], kept)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,7 @@ def test_a_path_of_windows_has_slashes(path: str, kept: str, name: str) -> None:
         (r"C:\nul", "name of a device"),
         (r"C:\x\Com1.txt", "name of a device"),
         (r"C:\LPT¹", "name of a device"),
+        (r"C:\CONIN$", "name of a device"),
         (r"C:\CON .tar.gz", "name of a device"),
         (r"C:\a:stream", "':' is not allowed"),
         ("C:\\a\nb", "is not allowed"),

@@ -72,6 +72,8 @@ class Output:
                     await self._skip(files)
                 await self._read(files, last=last)
         except GuestAgentError as error:
+            if not error.error_class:  # the agent did not refuse: its answer makes no sense
+                raise
             if not last or (self.may_be_missing and not self.size):
                 return  # the files are not made yet, or are being written
             hint = "Is the disk of the guest full, or its directory for temporary files read-only?"

@@ -11,7 +11,12 @@ from pathlib import Path
 from smolvm_async.config.checks import check_integer, check_path
 from smolvm_async.config.options import check_progress
 from smolvm_async.controls.files.copying import Download, TransferMeter
-from smolvm_async.controls.files.paths import check_guest_path, check_windows_tree, name_of
+from smolvm_async.controls.files.paths import (
+    check_guest_path,
+    check_windows_tree,
+    name_of,
+    without_slash,
+)
 from smolvm_async.controls.files.transport import GuestFiles, OverFiles, Upload
 from smolvm_async.controls.files.tree import Entry, local_tree, size_of
 from smolvm_async.errors import ConfigError, FileTransferError
@@ -99,7 +104,7 @@ class Files(OverFiles):
         """
         self._require("download_file")
         check_progress(on_progress)
-        source = check_guest_path(guest_path, windows=self._has_windows_paths()).rstrip("/") or "/"
+        source = without_slash(check_guest_path(guest_path, windows=self._has_windows_paths()))
         target = check_path(local_path, "local_path", "a file or directory")
         if max_bytes is not None:
             check_integer("max_bytes", max_bytes, 0, None, "bytes, 0 or more")

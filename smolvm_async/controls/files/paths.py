@@ -19,7 +19,7 @@ from smolvm_async.errors import ConfigError
 
 MOST = 259  # characters of a path; most programs of Windows refuse more
 # Names of devices, in every directory and with every suffix.
-RESERVED = r"(?i:CON|PRN|AUX|NUL|COM[1-9¹²³]|LPT[1-9¹²³]) *(\..*)?"
+RESERVED = r"(?i:CON|PRN|AUX|NUL|COM[1-9¹²³]|LPT[1-9¹²³]|CONIN\$|CONOUT\$) *(\..*)?"
 FORBIDDEN = r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]'
 
 
@@ -43,6 +43,12 @@ def check_guest_path(path: object, name: str = "guest_path", *, windows: bool = 
             "'/root/data.csv'; os.fsdecode() makes a path from bytes."
         )
     return path
+
+
+def without_slash(path: str) -> str:
+    """Return a checked path without the slash at the end; a root keeps its slash."""
+    # In Windows, `C:` is another directory than `C:/`.
+    return path if path.endswith(":/") else path.rstrip("/") or "/"
 
 
 def name_of(path: str) -> str:
@@ -94,7 +100,7 @@ def check_windows_tree(tree: Sequence[Entry], target: str) -> None:
         if entry.kind == S_IFLNK:
             reason = "it is a link: copy the file that it leads to"
             raise ConfigError(f"local_path= cannot be copied to Windows: {entry.path!r}: {reason}.")
-        if len(target) + 1 + len(entry.path) > MOST:
+        if len(f"{target}/{entry.path}".rstrip("/")) > MOST:
             reason = f"its path would have more than {MOST} characters in the guest"
             raise ConfigError(f"local_path= cannot be copied: {entry.path!r}: {reason}.")
         same = seen.setdefault(entry.path.lower(), entry.path)
