@@ -203,6 +203,6 @@ def check_length(size: int) -> None:
     """Check that `read_file()` may return `size` bytes."""
     if size > MOST:
         raise FileTransferError(
-            "it is longer than the 64 MiB that read_file() returns at once",
+            "it is longer than the 64 MiB that read_file() returns at once.",
             hint="Read it in parts, with offset= and length=, or use download_file().",
         )

@@ -64,7 +64,7 @@ class AgentAccess:
             except FileTransferError as error:
                 if "not empty" not in error.message:
                     raise
-                message = "the directory is not empty"
+                message = "the directory is not empty."
                 raise FileTransferError(message, hint="Pass recursive=True.") from error
 
     async def make_directory(self, path: str, parents: bool) -> None:

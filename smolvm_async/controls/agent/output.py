@@ -77,7 +77,7 @@ class Output:
             if not last or (self.may_be_missing and not self.size):
                 return  # the files are not made yet, or are being written
             hint = "Is the disk of the guest full, or its directory for temporary files read-only?"
-            message = f"the guest did not keep the command's output: {error.message}"
+            message = f"the guest did not keep the command's output: {error.message}."
             raise ConnectionLostError(message, hint=hint) from error
 
     async def _skip(self, files: list[GuestFile]) -> None:

@@ -334,6 +334,6 @@ def utf8(path: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        message = f"the guest agent cannot open {path!r}: its name is not UTF-8"
+        message = f"the guest agent cannot open {path!r}: its name is not UTF-8."
         raise FileTransferError(message, hint="Rename it, or run() tar for it.") from None
     return path

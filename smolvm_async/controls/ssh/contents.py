@@ -115,7 +115,7 @@ class SFTPAccess:
                     await sftp.rmdir(path)
                 except asyncssh.SFTPFailure as error:
                     raise FileTransferError(
-                        "the directory is not empty", hint="Pass recursive=True."
+                        "the directory is not empty.", hint="Pass recursive=True."
                     ) from error
         if directory and recursive and not self._windows:
             await self._remove_tree(path)
