@@ -82,6 +82,8 @@ def exec_command(
 
       smolvm-async exec windows -- powershell -Command "Get-Process | Select -First 3"
     """
+    if vm_id.startswith("-"):  # options of the command may be unknown here, so this became the ID
+        raise typer.BadParameter(f"exec has no option {vm_id}", param_hint="ID")
     given = GuestCommand(command, env, workdir, tty=tty, detach=detach)
     exit_with(given, given.in_vm(running_vm(vm_id, data_dir, tell_pause=True)))
 

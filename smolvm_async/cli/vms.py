@@ -100,7 +100,7 @@ def pause(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> None:
 
 
 def resume(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> None:
-    """Let the processors of a paused VM run again, and set the clock of a Linux guest."""
+    """Let the processors of a paused VM run again, and set the clock of the guest."""
     _change(vm_id, data_dir, AsyncSmolVM.resume, "runs", json=json)
 
 

@@ -71,17 +71,19 @@ async def test_exec_passes_bytes_and_exit_codes(vm: AsyncSmolVM) -> None:
     content = random.randbytes(300_000)
     place = ("-w", "/tmp", "-e", "TEXT=a  b", "shared")
     script = 'pwd; echo "$TEXT" >&2; kill -9 $$'
-    given, whole, missing, unknown = await asyncio.gather(
+    given, whole, missing, unknown, option = await asyncio.gather(
         cli(vm, "exec", "shared", "cat", given=content),
         cli(vm, "exec", *place, "--", "sh", "-c", script),
         cli(vm, "exec", "-i", "shared", "no-such-program"),
         cli(vm, "exec", "no-such-vm", "true"),
+        cli(vm, "exec", "--timeout", "5", "shared", "true"),
     )
     assert given == (0, content, b"")
     assert whole == (137, b"/tmp\n", b"a  b\n")
     assert missing[0] == 127
     assert unknown[0] == 125
     assert b"smolvm-async list" in unknown[2]
+    assert (option[0], b"no option --timeout" in option[2]) == (2, True)
 
 
 async def test_ctrl_c_ends_the_command_and_not_the_vm(vm: AsyncSmolVM) -> None:
