@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from smolvm_async.config.checks import check_labels
+from smolvm_async.config.checks import check_labels, encoded
 from smolvm_async.config.options import recheck
 from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import SnapshotError
@@ -134,6 +134,10 @@ class SnapshotRecord(BaseModel):
             check_labels(self.labels)
         except ValueError as error:
             raise unusable(path, f"its record is not usable: {error}".rstrip(".")) from error
+        if (source := self.machine.source) is not None:
+            names = encoded("".join((source.boot_args, *map(str, source.paths))))
+            if source.format not in ("qcow2", "raw") or names is None or b"\0" in names:
+                raise unusable(path, "its record does not describe an image's files")
         layers, live = self.machine.layers, (RAM, MACHINE) if self.live else ()
         if missing := {*layers, *live} - self.files.keys():
             raise unusable(path, f"{min(missing)!r} is missing")

@@ -91,6 +91,9 @@ async def restore(kind: type[V], name: str, options: CloneOptions, data_dir: Pat
 
 async def fork(vm: V, count: int, options: CloneOptions) -> list[V]:
     """Start clones of a running VM."""
+    from smolvm_async.vm.limits import check_clones
+
+    await in_background(check_clones, count, vm._vm.config.memory)
     vms: list[V] = []
     async with _all_or_none(vms), forked(vm) as held:
         await _start(type(vm), held, [options] * count, vms)

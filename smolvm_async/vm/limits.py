@@ -11,6 +11,7 @@ from smolvm_async.config.vm_config import VMConfig
 from smolvm_async.errors import HostError
 from smolvm_async.foundation.locking import LockFile, poll
 from smolvm_async.foundation.tasks import in_thread
+from smolvm_async.host.accelerator import OVERHEAD
 from smolvm_async.host.memory import available_memory
 from smolvm_async.state.directory import BUSY
 from smolvm_async.state.status import ACTIVE
@@ -57,6 +58,25 @@ def _admit(config: VMConfig, write: Callable[[], None]) -> None:
     if config.limits.max_memory is not None:
         _check_sum(config, config.limits.max_memory)
     write()
+
+
+def check_clones(count: int, memory: int) -> None:
+    """Check that clones that start together fit into the host, each with its own pages at least.
+
+    `admit()` sees only one VM, and clones take their memory after it: many clones at once would
+    all be admitted, and the kernel would then kill some process.
+
+    Raises:
+        HostError: They do not fit. The message has the figures.
+    """
+    host = available_memory()
+    if memory + (count - 1) * OVERHEAD > host.available:
+        raise HostError(
+            f"count={count} clones do not fit: each takes at least {OVERHEAD} MiB, and "
+            f"{host.available} MiB of {host.total} MiB are available (limit: {host.limit}).",
+            hint="Pass a smaller count=, stop other VMs, or free memory on the host.",
+            missing=("memory",),
+        )
 
 
 def _check_sum(config: VMConfig, max_memory: int) -> None:

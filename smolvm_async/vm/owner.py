@@ -36,7 +36,7 @@ import anyio
 from smolvm_async.config.checks import check_timeout
 from smolvm_async.config.internet import InternetSettings
 from smolvm_async.config.vm_config import VMConfig
-from smolvm_async.controls.interface import check_run, unprepared, until_over
+from smolvm_async.controls.interface import check_run, running, unprepared, until_over
 from smolvm_async.errors import (
     ConfigError,
     HostError,
@@ -285,6 +285,7 @@ class OwnedVM:
         """Fill a new snapshot with the VM, and return the record to finish with."""
         run = self.run
         if run is not None and self.over is not None and not self.over.done():
+            running(self)  # and not starting
             return await run.snapshot(new, labels)
         return await self._snapshot_at_rest(new, labels)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -205,7 +205,7 @@ def _fill_from(
     if record.live:  # the guest has read its seed
         files.pop(SEED, None)
     snapshot.give(state, but=files)
-    _check_layers(state.path, frozen)
+    _check_layers(snapshot, state.path)
     # The state of the sidecars of a running machine is in the file `machine`.
     fresh = directories(config.profile) if record.live else ()
     state.fill(qcow2.empty(image.virtual_size), Parts(None, fresh, files), layers[-1])
@@ -221,11 +221,16 @@ def _fill_from(
     return (image, direct_boot), layers, login, SavedMachine(record, ram, saved, before)
 
 
-def _check_layers(directory: Path, layers: Sequence[str]) -> None:
+def _check_layers(snapshot: Snapshot, directory: Path) -> None:
     """Check a snapshot's layers like an image: no file may name another file of the host."""
-    for layer in layers:
-        with open_image(directory / layer, layer=True):
-            pass
+    from smolvm_async.state.snapshot_record import unusable
+
+    for layer in snapshot.record.machine.layers:
+        try:
+            with open_image(directory / layer, layer=True):
+                pass
+        except ImageError as error:
+            raise unusable(snapshot.path, f"{layer!r} is not a layer of a disk") from error
 
 
 async def _fill(

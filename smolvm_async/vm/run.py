@@ -93,6 +93,7 @@ if TYPE_CHECKING:  # a launch, a snapshot, or a start from one, imports them
 logger = get_logger(__name__)
 
 NO_ROOM = "The disk is probably full: free some space for the guest's memory in {}."
+CANNOT_SAVE = (MountError, MonitorError, LaunchError, CommandError, VMNotRunningError)
 SAVABLE = ("running", "paused", "postmigrate")  # QEMU's run states in which a snapshot is possible
 
 T = TypeVar("T")
@@ -321,9 +322,9 @@ class VMRun:
             try:
                 async with self._mounting.released(machine.ready and status == "running"):
                     record = await self._within_run(save_running(machine, new, labels))
-            except (MountError, MonitorError, LaunchError, CommandError, OSError) as error:
-                if self.processes.ended:
-                    raise VMNotRunningError(f"{vm_id} has ended.") from error
+            except (*CANNOT_SAVE, OSError) as error:
+                if self.processes.ended or isinstance(error, VMNotRunningError):
+                    raise VMNotRunningError(f"{vm_id} has ended during its snapshot.") from error
                 root = new.path.parent
                 reason = cannot_use(root, error) if isinstance(error, OSError) else error
                 message = f"The snapshot of {vm_id} could not be made: {reason.message}"

@@ -34,9 +34,16 @@ async def test_a_vm_that_cannot_fit_is_refused_with_figures(
     assert not list(data_dir.iterdir())
 
 
-async def test_all_vms_together_stay_within_max_memory(blank_image: Path, data_dir: Path) -> None:
+async def test_all_vms_together_stay_within_max_memory(
+    blank_image: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bound = {"max_memory": 5000}
-    async with vm_in(data_dir, blank_image, limits=bound):
+    async with vm_in(data_dir, blank_image, limits=bound) as first:
+        monkeypatch.setattr(limits, "OVERHEAD", available_memory().total)
+        with pytest.raises(
+            HostError, match=r"count=2 clones do not fit: each .* MiB are available"
+        ):
+            await first.fork(2)
         second = vm_in(data_dir, blank_image, limits=Limits(max_memory=5000))
         third = vm_in(data_dir, blank_image, limits=bound)
         outcomes = await asyncio.gather(second.start(), third.start(), return_exceptions=True)

@@ -187,6 +187,12 @@ async def test_what_is_damaged_or_missing_is_refused_before_anything_is_made(
         await refused(SnapshotError, f"{name}' is missing")
         shutil.rmtree(files)
         whole.rename(files)
+    layer = files / "overlay.qcow2"
+    times = layer.stat().st_atime_ns, layer.stat().st_mtime_ns
+    with layer.open("r+b") as file:
+        file.write(bytes(8))
+    os.utime(layer, ns=times)
+    await refused(SnapshotError, "'overlay.qcow2' is not a layer")
     os.utime(image)
     await refused(ImageError, "was changed")
     image.unlink()

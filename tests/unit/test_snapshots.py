@@ -464,6 +464,11 @@ def outside(values: dict[str, Any], name: str) -> None:
     values["machine"][-1] = [*LAYERS, name]
 
 
+def describe(values: dict[str, Any], image: str, disk_format: str = "qcow2") -> None:
+    """Let a record name an image, and its format."""
+    values["machine"][3] = [image, None, None, "", disk_format]
+
+
 HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda values: values.update(schema_version=99), "another version of this library wrote it"),
     (lambda values: values.update(more=1), "another version of this library wrote it"),
@@ -484,6 +489,9 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda values: values["config"].update(cpus=10**6), "cpus=1000000 is wrong"),
     (lambda values: values.update(labels={"a": "\x1b[2J"}), "labels= has"),
     (lambda values: values.update(processor="max\n-device"), "it is damaged"),
+    (lambda values: describe(values, "/a", "vmdk"), "does not describe an image's files"),
+    (lambda values: describe(values, "/a\0b"), "does not describe an image's files"),
+    (lambda values: describe(values, "/\ud800"), "does not describe an image's files"),
 ]
 
 
