@@ -78,17 +78,16 @@ class Disk:
             with suppress(FileNotFoundError):
                 os.unlink(self._directory / layer)
 
-    async def flatten(self) -> tuple[str, ...]:
-        """Copy all layers into the top layer while the guest runs.
+    async def flatten(self) -> None:
+        """Copy all layers into the top layer while the guest runs; then call `close_unused()`.
 
-        Return the files of the layers that the disk does not use any more, for the caller to
-        remove. If the VM ends meanwhile, the disk is as it was.
+        If the VM ends or the caller is cancelled meanwhile, the disk is as it was.
         """
-        *below, top = self.layers
+        top = self.layers[-1]
         # QEMU writes the name of the backing file into the layer. A layer has no such name.
         values = {"job-id": JOB, "device": node_of(top), "base-node": "base", "backing-file": ""}
-        await self._monitor.execute("block-stream", {**values, "auto-dismiss": False})
         try:
+            await self._monitor.execute("block-stream", {**values, "auto-dismiss": False})
             await self._concluded()
         finally:
             job = await settle(self._end())
@@ -96,24 +95,28 @@ class Disk:
             raise MonitorError(
                 f"QEMU could not flatten the disk: {problem}", command="block-stream"
             )
+
+    async def close_unused(self) -> tuple[str, ...]:
+        """Close all layers but the top one, and return their files, for the caller to remove."""
+        *below, top = self.layers
         self.layers = (top,)
         for layer in reversed(below):
             await self._monitor.execute("blockdev-del", {"node-name": node_of(layer)})
         return tuple(below)
 
     async def _end(self) -> dict[str, Any]:
-        """End the job, if it still runs, and return its last state."""
+        """End the job, if it has begun and still runs, and return its last state."""
         with suppress(MonitorError):  # it has concluded
             await self._monitor.execute("job-cancel", {"id": JOB})
-        job = await self._concluded()
-        await self._monitor.execute("job-dismiss", {"id": JOB})
+        if job := await self._concluded():
+            await self._monitor.execute("job-dismiss", {"id": JOB})
         return job
 
     async def _concluded(self) -> dict[str, Any]:
-        """Wait for the end of the job, and return its state."""
+        """Wait for the end of the job, and return its state; empty if there is no job."""
         while True:
             jobs = await self._monitor.execute("query-jobs")
-            job: dict[str, Any] = next(job for job in jobs if job["id"] == JOB)
-            if job["status"] == "concluded":
+            job: dict[str, Any] = next((job for job in jobs if job["id"] == JOB), {})
+            if not job or job["status"] == "concluded":
                 return job
             await asyncio.sleep(LOOK)

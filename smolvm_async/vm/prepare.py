@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from smolvm_async.config.source import Source
@@ -204,8 +203,8 @@ def _fill_from(
     files = login.files(config) if login is not None else {}
     if record.live:  # the guest has read its seed
         files.pop(SEED, None)
+    check_layers(snapshot)
     snapshot.give(state, but=files)
-    _check_layers(snapshot, state.path)
     # The state of the sidecars of a running machine is in the file `machine`.
     fresh = directories(config.profile) if record.live else ()
     state.fill(qcow2.empty(image.virtual_size), Parts(None, fresh, files), layers[-1])
@@ -221,13 +220,17 @@ def _fill_from(
     return (image, direct_boot), layers, login, SavedMachine(record, ram, saved, before)
 
 
-def _check_layers(snapshot: Snapshot, directory: Path) -> None:
-    """Check a snapshot's layers like an image: no file may name another file of the host."""
+def check_layers(snapshot: Snapshot) -> None:
+    """Check a snapshot's layers like an image: no file may name another file of the host.
+
+    Raises:
+        SnapshotError: A layer is damaged.
+    """
     from smolvm_async.state.snapshot_record import unusable
 
     for layer in snapshot.record.machine.layers:
         try:
-            with open_image(directory / layer, layer=True):
+            with open_image(snapshot.place / layer, layer=True):
                 pass
         except ImageError as error:
             raise unusable(snapshot.path, f"{layer!r} is not a layer of a disk") from error

@@ -200,7 +200,12 @@ async def _record(
 
 async def _flatten(vm: RunningMachine) -> None:
     """Make one layer of all, and remove the files of the others."""
-    unused = await vm.disk.flatten()
+    await vm.disk.flatten()
+    await settle(_remove_unused(vm))
+
+
+async def _remove_unused(vm: RunningMachine) -> None:
+    unused = await vm.disk.close_unused()
     await vm.record_layers()
     await in_thread(_remove, vm.directory.path, unused)
 

@@ -53,6 +53,7 @@ from smolvm_async.state.snapshots import (
 )
 from smolvm_async.vm.owner import OwnedVM
 from smolvm_async.vm.plan import Plan, find_source
+from smolvm_async.vm.prepare import check_layers
 
 logger = get_logger(__name__)
 
@@ -100,7 +101,7 @@ async def _hold(plan: Plan, stack: AsyncExitStack) -> Snapshot | None:
         raise
 
 
-async def _find_or_make(plan: Plan, path: Path, stack: AsyncExitStack) -> Snapshot | None:
+async def _find_or_make(plan: Plan, path: Path, stack: AsyncExitStack) -> Snapshot:
     root, name = path.parent, path.name
 
     async def make(on_progress: ProgressCallback) -> None:
@@ -109,6 +110,7 @@ async def _find_or_make(plan: Plan, path: Path, stack: AsyncExitStack) -> Snapsh
     for _ in range(TRIES):
         try:
             held = await stack.enter_async_context(held_snapshot(root, name))
+            await in_background(check_layers, held)
         except SnapshotNotFoundError:
             await _makings.join(path, make, plan.on_progress)
         except SnapshotError as error:
@@ -118,7 +120,7 @@ async def _find_or_make(plan: Plan, path: Path, stack: AsyncExitStack) -> Snapsh
             with suppress(OSError):
                 os.utime(held.path)  # the time of the last use
             return held
-    return None
+    raise SnapshotError(f"{str(path)!r} is not a snapshot that can be used. Remove it.")
 
 
 def cache_root() -> Path:

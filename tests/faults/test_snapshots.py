@@ -266,6 +266,31 @@ async def test_two_tasks_with_one_name_get_whole_snapshots_and_clear_errors(
     await look_for_leftovers(data_dir)
 
 
+@pytest.mark.usefixtures("frozen")
+@pytest.mark.anyio
+async def test_a_cancelled_flattening_does_not_keep_the_disk_busy(
+    blank: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncSmolVM(**blank) as vm:
+        await vm.snapshot("one")
+        monitor = run_of(vm)._monitor
+        execute = monitor.execute
+
+        async def cancelled(command: str, *arguments: Any) -> Any:
+            if command == "block-stream":
+                save.cancel()
+            return await execute(command, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(monitor, "execute", cancelled)
+            save = asyncio.create_task(vm.snapshot("two"))
+            with pytest.raises(asyncio.CancelledError):
+                await save
+        await vm.snapshot("two")
+        for name in ("one", "two"):
+            await AsyncSmolVM.delete_snapshot(name, data_dir=blank["data_dir"])
+
+
 @pytest.mark.anyio
 async def test_many_snapshots_and_forks_leave_nothing(blank: dict[str, Any]) -> None:
     data_dir = blank["data_dir"]
