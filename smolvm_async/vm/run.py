@@ -13,6 +13,7 @@ crashed.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -93,6 +94,7 @@ if TYPE_CHECKING:  # a launch, a snapshot, or a start from one, imports them
 logger = get_logger(__name__)
 
 NO_ROOM = "The disk is probably full: free some space for the guest's memory in {}."
+FULL = ("SIGBUS", os.strerror(errno.ENOSPC))  # signs of a full disk in QEMU's messages
 CANNOT_SAVE = (MountError, MonitorError, LaunchError, CommandError, VMNotRunningError)
 SAVABLE = ("running", "paused", "postmigrate")  # QEMU's run states in which a snapshot is possible
 
@@ -329,7 +331,8 @@ class VMRun:
                 reason = cannot_use(root, error) if isinstance(error, OSError) else error
                 message = f"The snapshot of {vm_id} could not be made: {reason.message}"
                 # A page of the RAM's file for which the disk has no room is a SIGBUS of the twin.
-                hint = NO_ROOM.format(root) if "SIGBUS" in message else reason.hint
+                full = any(sign in message for sign in FULL) and not isinstance(error, OSError)
+                hint = NO_ROOM.format(root) if full else reason.hint
                 raise self.troubles.explain(SnapshotError(message, hint=hint)) from error
         if status == "running" and await self.guest_status() not in (status, "") and self._stopped:
             self._on_event(self._stopped)  # it was not the snapshot that has stopped the guest

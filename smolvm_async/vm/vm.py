@@ -626,12 +626,14 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         from smolvm_async.config.checks import check_integer
         from smolvm_async.config.options import check_clone_options, make_clone_config
         from smolvm_async.vm.clones import Starting, fork
+        from smolvm_async.vm.plan import check_host_directories
 
         check_integer("count", count, 1, 1000, "a whole number from 1 to 1000")
         check_clone_options(options, "fork()")
         if options.get("vm_id") is not None:
             raise ConfigError("vm_id= cannot be given: each clone gets an id of its own.")
         config = make_clone_config(self._vm.config, **options)  # before the guest stands still
+        check_host_directories(config)
         if count > 1 and any(forward.host_port is not None for forward in config.port_forwards):
             message = "port_forwards= cannot have a port of the host: the clones cannot share it."
             raise ConfigError(f"{message} Pass only ports of the guest.")
