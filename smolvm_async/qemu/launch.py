@@ -27,6 +27,8 @@ from smolvm_async.qemu.sidecars import SIDECARS
 from smolvm_async.state.names import TIMER_LOG, log_name
 
 SAME_END = 0.5  # seconds: QEMU ends this soon after its sidecar, or the sidecar after QEMU
+LOAD_FAILED = "load of migration failed"  # in QEMU's message
+TAKE_AGAIN = "The snapshot was altered, or QEMU cannot load it: take the snapshot again."
 IMAGE_IN_USE = 'Failed to get shared "write" lock'  # a part of QEMU's error message
 RELEASE_IMAGE = (
     "End that program (fuser -v IMAGE or lsof IMAGE lists it), or start from a copy of the image."
@@ -160,6 +162,7 @@ class Processes:
                 message, hint = f"{vm_id} did not start. {message}\n{told}", RELEASE_IMAGE
             else:
                 message, hint = _with_cause(f"{vm_id} did not start", told, directory)
+                hint = hint or (TAKE_AGAIN if LOAD_FAILED in told else "")
             return _launch_error(message, failed[0], hint)
         if isinstance(error, LaunchError):
             running = "\n".join(child.report() for child in self.children)

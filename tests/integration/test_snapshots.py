@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import pytest
 from smolvm_async import (
     AsyncSmolVM,
     ImageError,
+    LaunchError,
     NetworkDenied,
     Rung,
     SnapshotError,
@@ -189,10 +191,20 @@ async def test_what_is_damaged_or_missing_is_refused_before_anything_is_made(
         whole.rename(files)
     layer = files / "overlay.qcow2"
     times = layer.stat().st_atime_ns, layer.stat().st_mtime_ns
-    with layer.open("r+b") as file:
-        file.write(bytes(8))
-    os.utime(layer, ns=times)
+
+    def rewrite(head: bytes) -> None:
+        with layer.open("r+b") as file:
+            file.write(head)
+        os.utime(layer, ns=times)
+
+    rewrite(bytes(4))
     await refused(SnapshotError, "'overlay.qcow2' is not a layer")
+    rewrite(b"QFI\xfb")
+    record = files / "snapshot.json"
+    values = json.loads(record.read_bytes())
+    values["config"]["cpus"] = 2
+    record.write_text(json.dumps(values))
+    await refused(LaunchError, "take the snapshot again")
     os.utime(image)
     await refused(ImageError, "was changed")
     image.unlink()
