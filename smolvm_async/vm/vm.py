@@ -582,9 +582,10 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         Args:
             name: The snapshot's name.
             options: `vm_id`, `password`, `accel`, `env`, `port_forwards`, `keep`, `vnc`, `limits`,
-                `mounts`, `writable_mounts`, `internet_settings`, `timeouts`, `data_dir` and
-                `on_progress`, as for the class. A clone has the network policy of its source,
-                unless you pass another one, and no `mounts` that you do not pass.
+                `mounts`, `writable_mounts`, `internet_settings`, `timeouts`, `labels`, `ttl`,
+                `idle_timeout`, `data_dir` and `on_progress`, as for the class. A clone has the
+                network policy of its source, unless you pass another one, and no `mounts`,
+                `labels`, `ttl` and `idle_timeout` that you do not pass.
 
         Raises:
             SnapshotNotFoundError: No snapshot has this name.
@@ -620,6 +621,7 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
             options: As for `from_snapshot()`, but no `vm_id`.
 
         Raises:
+            HostError: So many copies certainly do not fit into the host's memory.
             VMNotRunningError: The VM does not run.
             SnapshotError, LaunchError, ...: See `snapshot()` and `from_snapshot()`.
         """

@@ -23,6 +23,14 @@ from smolvm_async.cli.output import in_options
         ("cwd='' is wrong; env= has", "--workdir '' is wrong; --env has"),
         ("AsyncSmolVM.list() shows the VMs", "smolvm-async list shows the VMs"),
         ("or delete() the VM; vm.stop(), from_id()", "or delete the VM; vm.stop(), from_id()"),
+        (
+            "or attach to the VM with AsyncSmolVM.from_id()",
+            "or use that VM with smolvm-async exec ID",
+        ),
+        (
+            "count=9 clones do not fit: pass a smaller count=",
+            "--count 9 clones do not fit: pass a smaller --count",
+        ),
         ("spawn() needs the agent", "exec ID -- COMMAND needs the agent"),
         ("image='x.qcow2', max_memory=5, -m memory", "image='x.qcow2', max_memory=5, -m memory"),
     ],
