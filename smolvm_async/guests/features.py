@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 FeatureName = Literal[
     "commands",
     "processes",
+    "detached",
     "terminals",
     "ssh",
     "files",
@@ -44,6 +45,12 @@ FEATURES: dict[FeatureName, Feature] = {
         ("spawn",),
         (),
         "Use run() with input=, or run_stream(), or the QEMU guest agent in the image.",
+    ),
+    "detached": Feature(
+        ("spawn(detached=True)",),
+        (),
+        "OpenSSH for Windows ends all processes of a session with the session: start the program "
+        "as a scheduled task (Register-ScheduledTask), or use the QEMU guest agent in the image.",
     ),
     "terminals": Feature(
         ("open_terminal",),
@@ -90,6 +97,6 @@ FEATURES: dict[FeatureName, Feature] = {
 NEEDED: dict[str, FeatureName] = {  # method or argument -> the feature that it needs
     name: feature for feature, row in FEATURES.items() for name in (*row.methods, *row.arguments)
 }
-OF_ACCOUNTS: frozenset[FeatureName] = frozenset({"user", "account"})
+OF_ACCOUNTS: frozenset[FeatureName] = frozenset({"user", "account", "ssh"})
 NEED_SSH: frozenset[FeatureName] = frozenset({"terminals", "ssh", "user", "mounts"})
 ARGUMENTS = tuple(name for row in FEATURES.values() for name in row.arguments)

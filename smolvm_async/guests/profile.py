@@ -72,7 +72,7 @@ class GuestProfile(NamedTuple):
             )
         profile = self._replace(title=f"{self.title} (channel={channel!r})", channels=(channel,))
         if channel == "ssh":
-            features = self.features - {"processes"} | OF_ACCOUNTS
+            features = self.features - {"detached"} | OF_ACCOUNTS
             return profile._replace(login="image", features=features)
         return profile._replace(login="none", features=self.features - NEED_SSH)
 
@@ -89,8 +89,8 @@ class GuestProfile(NamedTuple):
     def refusal(self, name: str) -> UnsupportedError:
         """Return the error for a method or an argument that this guest OS does not support."""
         feature = NEEDED[name]
-        spelled = f"{name}=" if name in FEATURES[feature].arguments else f"{name}()"
+        ending = "=" if name in FEATURES[feature].arguments else "" if "(" in name else "()"
         instead = self.instead.get(feature, FEATURES[feature].instead)
         return UnsupportedError(
-            f"{spelled} is not available for {self.title} guests.", hint=instead
+            f"{name}{ending} is not available for {self.title} guests.", hint=instead
         )

@@ -45,9 +45,12 @@ WINDOWS = GuestProfile(
     sidecars=("swtpm",),
     shells=("raw", "cmd"),
     channels=("agent", "ssh"),
-    features=frozenset({"commands", "processes", "files", "variables"}),
+    features=frozenset({"commands", "processes", "detached", "files", "variables"}),
     agent="Install the guest tools of the virtio-win ISO (virtio-win-guest-tools.exe) in the image:"
     " they have the agent and the driver of its port. Or pass user= and password= or key=, if the "
     "image has an SSH server.",
-    instead={"user": "Leave user= out; or pass password= or key= too, for an image with OpenSSH."},
+    instead={
+        "user": "Leave user= out; or pass password= or key= too, for an image with OpenSSH.",
+        "ssh": "Pass user= and password= or key= to use the SSH server of an image that has one.",
+    },
 )

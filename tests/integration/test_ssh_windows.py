@@ -17,6 +17,7 @@ import pytest
 
 from smolvm_async import AsyncSmolVM
 from smolvm_async.controls.commands.commands import Commands
+from smolvm_async.controls.commands.processes import Processes
 from smolvm_async.controls.commands.transport import ShellKind
 from smolvm_async.controls.contents import Contents, FileAccess
 from smolvm_async.controls.files.environment import Environment
@@ -51,7 +52,7 @@ esac
 """
 
 
-class Guest(Commands, Files, Contents, Environment):
+class Guest(Commands, Processes, Files, Contents, Environment):
     """The host, as if it were a Windows guest. Its drive C: is a directory in `here`."""
 
     def __init__(self, link: Link, here: Path, kind: str) -> None:
@@ -84,7 +85,7 @@ class Guest(Commands, Files, Contents, Environment):
 
     def left(self) -> list[str]:
         """Return the files of commands."""
-        return [path.name for path in self.here.iterdir() if "smolvm-" in path.name]
+        return [path.name for path in self.here.rglob("*smolvm-*")]
 
 
 @pytest.fixture(params=["cmd", "powershell"])

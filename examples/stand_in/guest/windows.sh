@@ -1,6 +1,7 @@
 #!/bin/sh
 # Windows' powershell.exe, cmd.exe and taskkill.exe, as far as smolvm_async uses them: they decode
-# what they are given, and run it with sh. A path of Windows is one name in the agent's directory.
+# what they are given, and run it with sh. A path of Windows is one name in the agent's directory,
+# but the parts of the input come by SFTP, which makes directories of the path.
 
 decoded() { # $1: PowerShell's -EncodedCommand
     printf %s "$1" | base64 -d | tr -d '\000'
@@ -34,7 +35,7 @@ value() { # $1: a value of the request
 }
 
 run() { # runner.ps1
-    local names= directory= input= output= script= text= content= program= arguments= cwd= detached= whole=
+    local names= parts= directory= input= output= script= text= content= program= arguments= cwd= detached= whole=
     eval "$(sed -n 's/^env\.\([^ ]*\) \(.*\)/names="$names \1" env_\1=\2/p; s/^\([a-z]*\) /\1=/p')"
     [ "$whole" ] || return
     directory=$here/$(value "$directory")
@@ -47,11 +48,18 @@ run() { # runner.ps1
         mkfifo "$source"
         feed &
         ;;
+    parts)
+        source=$directory\\pipe
+        parts=$(slashes "$directory")
+        mkdir -p "${parts%/*}" && mkdir "$parts"
+        mkfifo "$source"
+        feed_parts &
+        ;;
     here) value "$content" >"$source" ;;
     esac
     if [ "$(value "$output")" = session ]; then
         files=$directory\\
-        trap 'rm -f "$files"*' EXIT
+        trap 'kill $! 2>/dev/null; rm -f "$files"*; rm -rf "$parts"' EXIT
     else
         exec >>"$directory\\out" 2>>"$directory\\err"
     fi
@@ -90,6 +98,27 @@ kill_marked() { # the script that ends a command over SSH
         kill -KILL $(tree "${file%/cmdline}") 2>/dev/null
     done
     rm -f "$directory"\\*
+    rm -rf "$(slashes "$directory")"
+}
+
+slashes() { # $1: a path of Windows
+    printf %s "$1" | tr '\\' /
+}
+
+feed_parts() { # passes on the files of the input, until an empty file
+    local number=0
+    exec >"$source"
+    trap '' PIPE # drop the rest if the command closes its input
+    while [ -e /proc/$$ ]; do
+        if [ ! -e "$parts/$number" ]; then
+            sleep 0.05
+            continue
+        fi
+        [ -s "$parts/$number" ] || break
+        cat "$parts/$number" 2>/dev/null
+        rm "$parts/$number"
+        number=$((number + 1))
+    done
 }
 
 feed() { # passes on what comes into the file `in`, until its end

@@ -41,7 +41,13 @@ if ($value['input'] -eq 'empty') {
 }
 
 function Exit-Runner([int] $code) {
-    if ($over_ssh -or $value['detached']) { [IO.Directory]::Delete($directory, $true) }
+    if ($over_ssh -or $value['detached']) {
+        # The library may be writing a part of the input: the file cannot be removed then.
+        for ($again = 0; $again -lt 50 -and [IO.Directory]::Exists($directory); $again++) {
+            if ($again) { Start-Sleep -Milliseconds 100 }
+            try { [IO.Directory]::Delete($directory, $true) } catch { }
+        }
+    }
     exit $code
 }
 
@@ -97,11 +103,13 @@ try {
 
 $source = New-Object IO.MemoryStream (, $content)
 # The agent may write to the file meanwhile.
-if ($value['input'] -ne 'here') { $source = [IO.File]::Open("$directory\in", 'Open', 'Read', 'ReadWrite') }
+if ('file', 'live' -contains $value['input']) { $source = [IO.File]::Open("$directory\in", 'Open', 'Read', 'ReadWrite') }
 $sink = $process.StandardInput.BaseStream
 $feeding = $null
 $size = 65536
 $piece = New-Object byte[] $size
+$part = 0
+$complete = 'file', 'here' -contains $value['input']
 $since = [Diagnostics.Stopwatch]::StartNew()
 $after = New-Object Diagnostics.Stopwatch
 [string[]] $names = if ($over_ssh) { @() } else { 'out', 'err' }
@@ -134,13 +142,31 @@ do {
         }
     }
     if ($sink -and (-not $feeding -or $feeding.IsCompleted)) {
-        # The command may have closed its standard input, or ended.
-        $refused = $feeding -and $feeding.IsFaulted
+        # The command may have closed its standard input, or ended: drop the rest.
+        if ($feeding -and $feeding.IsFaulted) {
+            try { $sink.Close() } catch { }
+            $sink = [IO.Stream]::Null
+        }
         $feeding = $null
-        # Look for the end of the input first: all of the input is in the file then.
-        $complete = $value['input'] -ne 'live' -or (New-Object IO.FileInfo "$directory\end").Length
+        if ($value['input'] -eq 'live') {
+            # Look for the end of the input first: all of the input is in the file then.
+            $complete = (New-Object IO.FileInfo "$directory\end").Length
+        }
         $count = $source.Read($piece, 0, $size)
-        if ($refused -or (-not $count -and -not $unflushed -and $complete)) {
+        if (-not $count -and -not $complete -and [IO.File]::Exists("$directory\$part")) {
+            # Over SSH: the next part of the input, or its end, an empty part.
+            try {
+                $bytes = [IO.File]::ReadAllBytes("$directory\$part")
+                [IO.File]::Delete("$directory\$part")
+                $part++
+                $source = New-Object IO.MemoryStream (, $bytes)
+                $complete = -not $bytes.Length
+                $count = $source.Read($piece, 0, $size)
+            } catch {
+                # A virus scanner has the file open: look again.
+            }
+        }
+        if (-not $count -and -not $unflushed -and $complete) {
             try { $sink.Close() } catch { }
             $sink = $null
         } elseif ($count) {

@@ -86,7 +86,7 @@ def request(
             runner removes the directory.
     """
     live = command.content is None and not command.detached
-    source = "live" if live else "file" if has_input else "here"
+    source = ("parts" if over_ssh else "live") if live else "file" if has_input else "here"
     values = [("directory", directory), ("input", source)]
     values.append(("output", "session" if over_ssh else "files"))
     if command.detached:
@@ -119,11 +119,20 @@ def maker(stem: str, _: str, *, live: bool) -> Program:
     return Program("powershell.exe", encoded(runner_script()), content)
 
 
-def signaller(_: str, pid: int, name: str) -> Program:
-    """Return the program that kills a process and its descendants, which no signal can reach."""
+def check_signal(name: str) -> None:
+    """Check that a signal ends programs: Windows has no others.
+
+    Raises:
+        UnsupportedError: The signal does not end programs.
+    """
     if name not in ENDING:
         message = f"a Windows guest has no SIG{name}."
         raise UnsupportedError(message, hint="To end the process, use terminate() or kill().")
+
+
+def signaller(_: str, pid: int, name: str) -> Program:
+    """Return the program that kills a process and its descendants, which no signal can reach."""
+    check_signal(name)
     # The filter spares a process that got the number after the command's end.
     filtered = ["/fi", f"PID eq {pid}", "/fi", "IMAGENAME eq powershell.exe"]
     return Program("taskkill.exe", ["/t", "/f", *filtered])

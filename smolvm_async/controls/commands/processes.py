@@ -126,6 +126,10 @@ class GuestProcess:
         """Write to the standard input, and wait while the process does not read.
 
         Data for a process that has ended is dropped.
+
+        Raises:
+            ConnectionLostError: The guest does not answer.
+            FileTransferError: The input of a Windows guest's process cannot be written over SFTP.
         """
         self._check()
         if not isinstance(data, str | bytes | bytearray | memoryview):
@@ -234,19 +238,22 @@ class Processes(OverTransport):
 
         Through a guest agent, input and output are in files of the guest until the process has
         ended, and come some 0.1 s late. In a Windows guest, each signal that ends programs kills
-        the process, and there are no other signals; see `run()` for the rest.
+        the process, and there are no other signals; over SSH, each part of the input is a file
+        until the process reads it. No Windows was run. See `run()` for the rest.
 
         Args:
             command, env, cwd, shell: See `run()`.
             detached: Whether the process goes on after its block, and after the end of this
-                program, until it ends or the VM ends. It has no input and no output.
+                program, until it ends or the VM ends. It has no input and no output. Not in a
+                Windows guest over SSH, whose server ends all processes of a session.
 
         Raises:
             ConnectionLostError, VMTimeoutError, VMNotRunningError, UnsupportedError, ConfigError:
                 See `run()`.
         """
         self._require("spawn")
-        check_boolean("detached", detached)
+        if check_boolean("detached", detached):
+            self._require("spawn(detached=True)")
         prepared = prepare(command, None, env, shell, None, cwd, self._shells)
         # `exec`: no shell stands between a signal and the program.
         text = prepared.text if prepared.words is None else f"exec {prepared.text}"

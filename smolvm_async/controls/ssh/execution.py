@@ -141,6 +141,10 @@ class MarkedExecution(Execution):
         self._signaller = signaller
         self._content = content
 
+    async def begin(self) -> None:
+        """Write the command itself; the caller writes its input."""
+        await self.feed(self._content)
+
     async def write(self) -> None:
         """Write all of the command's standard input; stop early if the command ends."""
         await self.feed(self._content)
@@ -247,15 +251,21 @@ class SSHTransport(NamedTuple):
         return self.link.lost()
 
     async def _prepared(
-        self, command: Command, mark: str
-    ) -> tuple[str, bytes, Callable[[str], str]]:
-        """Return a command's line and input, and the line that sends a signal, by its name."""
+        self, command: Command, receive: Callable[[Stream, bytes], None]
+    ) -> tuple[str, Callable[[], MarkedExecution]]:
+        """Return the line that runs a command, and the class of its execution with arguments."""
+        mark = secrets.token_hex(8)
         if self.windows:
             from smolvm_async.controls.ssh import windows
 
             await find_shell(self.link)
-            line = windows.line(self.link.shell, mark)
-            return line, windows.content(command, mark), lambda _: windows.killer(mark)
+            line, content = windows.line(self.link.shell, mark), windows.content(command, mark)
+            arguments = (receive, self.link, partial(windows.signaller, mark), content)
+            if command.content is not None:
+                return line, partial(MarkedExecution, *arguments)
+            from smolvm_async.controls.ssh.live_input import FedExecution
+
+            return line, partial(FedExecution, *arguments, windows.directory(mark))
         text = f"{APART}{command.text}" if command.detached else command.text
         line, first = script(
             in_directory(text, command.cwd),
@@ -264,7 +274,9 @@ class SSHTransport(NamedTuple):
             mark,
             terminal=command.terminal is not None,
         )
-        return line, first + (command.content or b""), partial(signaller, mark)
+        content = first + (command.content or b"")
+        to_signal = partial(signaller, mark)
+        return line, partial(MarkedExecution, receive, self.link, to_signal, content)
 
     @asynccontextmanager
     async def executing(
@@ -274,12 +286,11 @@ class SSHTransport(NamedTuple):
         on_turn: Callable[[bool], None],
     ) -> AsyncIterator[MarkedExecution]:
         """Run a command during the block: see `Transport.executing()`."""
-        link, terminal, mark = self.link, command.terminal, secrets.token_hex(8)
-        line, content, to_signal = await self._prepared(command, mark)
+        link, terminal = self.link, command.terminal
+        line, make = await self._prepared(command, receive)
 
         async def opener(connection: SSHClientConnection) -> MarkedExecution:
-            execution = MarkedExecution(receive, link, to_signal, content)
-            return await start(execution, line, connection, terminal)
+            return await start(make(), line, connection, terminal)
 
         def release(_: object) -> None:
             link.release()
@@ -288,7 +299,7 @@ class SSHTransport(NamedTuple):
         execution.ended.add_done_callback(release)
         try:
             if command.content is None:
-                await execution.feed(content)
+                await execution.begin()
             yield execution
         finally:
             if not execution.ended.done():

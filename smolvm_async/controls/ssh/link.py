@@ -33,7 +33,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolvm_async.controls.ssh.client import find_refusal, import_asyncssh, log_in
@@ -141,6 +141,14 @@ class Sessions:
                 turn.set_result(None)
 
 
+class _SharedSFTP:
+    """An SFTP session with several users; the last user closes the session."""
+
+    def __init__(self, sftp: SFTPClient, closing: AsyncExitStack) -> None:
+        self.sftp, self.closing = sftp, closing
+        self.users = 0
+
+
 class Link:
     """The SSH connection, opened on demand, reopened after a loss, and shared by all callers.
 
@@ -189,6 +197,8 @@ class Link:
         self.serving = False
         self.env_turn = asyncio.Lock()  # for writers of the guest's environment variables
         self.shell_turn = asyncio.Lock()  # many commands ask for `shell` once
+        self._shared: _SharedSFTP | None = None
+        self._shared_turn = asyncio.Lock()
 
     @property
     def last_use(self) -> float:
@@ -308,10 +318,14 @@ class Link:
 
     async def _wait_awhile(self, work: Coroutine[None, None, None]) -> None:
         end_in_child(work)
+        await settle(asyncio.wait([self.go_on(work)], timeout=ENDING))
+
+    def go_on(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run `work` in the background, until `close()` at the latest."""
         task = asyncio.ensure_future(work)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
-        await settle(asyncio.wait([task], timeout=ENDING))
+        return task
 
     async def _end(self, ending: Coroutine[None, None, None]) -> None:
         from asyncssh import Error
@@ -371,6 +385,37 @@ class Link:
             yield client
         finally:
             await self.end(_exit(client))
+
+    @asynccontextmanager
+    async def shared_sftp(self) -> AsyncIterator[SFTPClient]:
+        """Use an SFTP session that all callers share, without waiting in the queue.
+
+        The commands that take all places in the queue may wait for what the caller writes.
+        """
+        async with self._shared_turn:
+            if self._shared is None:
+                closing = AsyncExitStack()
+                sftp = await closing.enter_async_context(
+                    self.apart(lambda connection: connection.start_sftp_client())
+                )
+                closing.callback(sftp.exit)
+                self._shared = _SharedSFTP(sftp, closing)
+            shared = self._shared
+            shared.users += 1
+        try:
+            yield shared.sftp
+        except BaseException:
+            self._drop_shared(shared)  # the session may be lost: others open a new one
+            raise
+        finally:
+            shared.users -= 1
+            if not shared.users:
+                self._drop_shared(shared)
+                await shared.closing.aclose()
+
+    def _drop_shared(self, shared: _SharedSFTP) -> None:
+        if self._shared is shared:
+            self._shared = None
 
     async def _patiently_connected(self) -> SSHClientConnection:
         now = asyncio.get_running_loop().time

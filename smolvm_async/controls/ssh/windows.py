@@ -26,7 +26,13 @@ from __future__ import annotations
 from base64 import b64encode
 from typing import Final
 
-from smolvm_async.controls.agent.windows import encoded, request, runner_script, stem
+from smolvm_async.controls.agent.windows import (
+    check_signal,
+    encoded,
+    request,
+    runner_script,
+    stem,
+)
 from smolvm_async.controls.commands.transport import Command
 
 # cmd.exe prints the name, PowerShell the value, and a POSIX shell nothing.
@@ -70,8 +76,18 @@ def content(command: Command, mark: str) -> bytes:
     return runner + request(command, stem(mark), over_ssh=True)
 
 
-def killer(mark: str) -> str:
-    """Return the line that kills a command and removes its files."""
+def directory(mark: str) -> str:
+    """Return the path of a command's directory for SFTP."""
+    return stem(mark).replace("\\", "/")
+
+
+def signaller(mark: str, name: str) -> str:
+    """Return the line that kills a command and removes its files: no other signal is there.
+
+    Raises:
+        UnsupportedError: This signal ends no program.
+    """
+    check_signal(name)
     marked = encoded(_BOOTSTRAP.replace("MARK", mark))[-1]
     return _program(_KILLER.replace("MARK", marked).replace("DIRECTORY", stem(mark)))
 
