@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import filecmp
 import os
+import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -26,18 +27,35 @@ from smolvm_async.controls.files.transport import GuestFiles
 from smolvm_async.controls.ssh.contents import SFTPAccess
 from smolvm_async.controls.ssh.execution import SSHTransport
 from smolvm_async.controls.ssh.link import Link
+from smolvm_async.controls.ssh.live_input import AHEAD, PART
 from smolvm_async.controls.ssh.login import make_key_pair
 from smolvm_async.controls.ssh.transfer import SFTPFiles
-from smolvm_async.errors import CommandTimeoutError, ConfigError, FileTransferError, LoginError
+from smolvm_async.errors import (
+    CommandTimeoutError,
+    ConfigError,
+    FileTransferError,
+    LoginError,
+    UnsupportedError,
+)
 from smolvm_async.state.names import KNOWN_HOST
 from stand_in import build_stand_in
-from tests.agent import SOON, first_of, until_sleeping, windows_programs
+from tests.agent import (
+    DIALOGUE,
+    SOON,
+    check_dialogue,
+    first_of,
+    sleepers,
+    until_sleeping,
+    windows_programs,
+)
 from tests.conftest import BOOT, vm_in
 from tests.integration.ssh_server import link_with, ssh_servers
 from tests.integration.test_agent_windows import HARD, contents, readable
 from tests.integration.trees import make_tree
 
 pytestmark = pytest.mark.anyio
+
+SESSIONS = 10  # the server's bound, as by default
 
 # PowerShell as the server's shell, as far as the library uses it.
 POWERSHELL = r"""#!/bin/sh
@@ -47,6 +65,7 @@ case $SSH_ORIGINAL_COMMAND in
     line=${SSH_ORIGINAL_COMMAND#'$input | '}
     cat | ${line%'; exit $LASTEXITCODE'}
     ;;
+internal-sftp*) exec /usr/lib/openssh/sftp-server ${SSH_ORIGINAL_COMMAND#internal-sftp} ;;
 *) $SSH_ORIGINAL_COMMAND >/dev/null ;; # no command has this form but the one that kills
 esac
 """
@@ -99,7 +118,7 @@ async def guest(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
         (programs / "shell").chmod(0o755)
         more += f"ForceCommand {programs}/shell\n"
     with ssh_servers(tmp_path, f"-d {here}", more) as start:
-        guest = Guest(link_with(start(10)), here, request.param)
+        guest = Guest(link_with(start(SESSIONS)), here, request.param)
         yield guest
         async with asyncio.timeout(SOON):
             while guest.left():
@@ -173,6 +192,68 @@ async def test_many_commands_run_at_once_and_their_lines_stream(guest: Guest) ->
         seen = {(line.stream, line.text) async for line in first_of(lines, 2)}
     assert seen == {("stdout", "one"), ("stderr", "two")}
     await until_sleeping(seconds, 0)
+
+
+async def test_processes_are_fed_while_they_run_though_they_take_all_sessions(guest: Guest) -> None:
+    async with await guest.spawn(DIALOGUE) as process:
+        await check_dialogue(process)
+
+    async def echo(data: bytes) -> bool:
+        async with await guest.spawn(["cat"]) as process:
+            await process.write(data[:1])
+            first = await process.stdout.readexactly(1)
+            writing = asyncio.ensure_future(process.write(data[1:]))
+            writing.add_done_callback(lambda _: process.close_input())
+            return first + await process.stdout.read() == data and await process.wait() == 0
+
+    async with asyncio.timeout(SOON):
+        sizes = [*range(1, SESSIONS + 2), 3 << 20]
+        assert all(await asyncio.gather(*(echo(os.urandom(size)) for size in sizes)))
+
+
+@pytest.mark.parametrize("guest", ["cmd"], indirect=True)
+async def test_input_waits_for_a_process_and_is_dropped_after_its_end(guest: Guest) -> None:
+    seconds, more = guest.seconds(129), bytes((AHEAD + 1) * PART)
+    async with await guest.spawn(["sleep", seconds]) as process:
+        writing = asyncio.ensure_future(process.write(more))
+        async with asyncio.timeout(SOON):
+            while len([*guest.here.rglob("smolvm-*/[0-9]*")]) < AHEAD:
+                await asyncio.sleep(0.01)
+        assert not writing.done()
+        with pytest.raises(UnsupportedError, match="no SIGUSR1"):
+            await process.send_signal(signal.SIGUSR1)
+        await process.send_signal(signal.SIGINT)
+        assert await process.wait() != 0
+        await writing
+    assert sleepers(seconds) == []
+    os.mkfifo(end := guest.here / "end")
+    script = f"read a; exec <&-; echo $a; read a <'{end}'; exit 5"
+    async with await guest.spawn(["sh", "-c", script]) as process:
+        await process.write("one\n")
+        async with asyncio.timeout(SOON):
+            assert await process.stdout.readline() == b"one\n"
+            await process.write(more)  # the process has closed its input
+        end.write_text("\n")
+        assert await process.wait() == 5
+        await process.write(more)
+        process.close_input()
+
+
+@pytest.mark.parametrize("guest", ["cmd"], indirect=True)
+async def test_a_cancelled_write_leaves_no_gap_in_the_input(guest: Guest) -> None:
+    data = os.urandom(3 * PART)
+    async with await guest.spawn(["cat"]) as process:
+        writing = asyncio.ensure_future(process.write(data))
+        got = await process.stdout.readexactly(1)
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await process.write("end")
+        process.close_input()
+        got += await process.stdout.read()
+    assert got.endswith(b"end")
+    assert data.startswith(got[:-3])
+    assert len(got) % PART == 3
 
 
 @pytest.mark.parametrize("guest", ["cmd"], indirect=True)

@@ -57,7 +57,7 @@ def test_a_line_for_an_ssh_server_has_nothing_of_the_command_and_nothing_special
         line = over_ssh.line(shell, "mark")
         assert len(line) < LONGEST_OF_CMD
         assert ("$input" in line) == (shell == "powershell")
-    killer = over_ssh.killer("mark")
+    killer = over_ssh.signaller("mark", "KILL")
     for line in (over_ssh.line("cmd", "mark"), killer, over_ssh.clock_setter(1.5)):
         assert len(line) < LONGEST_OF_CMD
         assert re.fullmatch(r"[\w .+/=-]+", line, re.ASCII)

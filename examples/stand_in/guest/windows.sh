@@ -35,7 +35,7 @@ value() { # $1: a value of the request
 }
 
 run() { # runner.ps1
-    local names= parts= directory= input= output= script= text= content= program= arguments= cwd= detached= whole=
+    local names= directory= input= output= script= text= content= program= arguments= cwd= detached= whole=
     eval "$(sed -n 's/^env\.\([^ ]*\) \(.*\)/names="$names \1" env_\1=\2/p; s/^\([a-z]*\) /\1=/p')"
     [ "$whole" ] || return
     directory=$here/$(value "$directory")
