@@ -60,9 +60,10 @@ def forward(
 
 
 def ssh_config(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> None:
-    """Write the configuration with which ssh, scp, rsync and VS Code reach a Linux VM.
+    """Write the configuration with which ssh, scp, rsync and VS Code reach a VM.
 
-    It holds until the VM ends, and needs OpenSSH 8.5 or newer.
+    It holds until the VM ends, and needs OpenSSH 8.5 or newer. A Windows VM needs --password-file
+    or --key; with a password, which is not in the configuration, the programs ask for it.
 
     For example:
 
@@ -75,15 +76,23 @@ def ssh_config(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> Non
 
     async def work() -> Access:
         async with running_vm(vm_id, data_dir) as vm:
-            return await vm.ssh_access()
+            access = await vm.ssh_access()
+            if not access.host_key:  # of a Windows image: the first login shows it
+                await vm.wait_for("ready")
+                access = await vm.ssh_access()
+            return access
 
     access = execute(work(), json=json)
+    key = access.key_file or str(make_data_dir(data_dir) / vm_id / SSH_KEY)
     settings = {
         "HostName": "127.0.0.1",
         "Port": access.port,
         "User": access.user,
-        "IdentityFile": f'"{make_data_dir(data_dir) / vm_id / SSH_KEY}"',
-        "IdentitiesOnly": "yes",
+        **(
+            {"IdentityFile": f'"{key}"', "IdentitiesOnly": "yes"}
+            if access.private_key
+            else {"PubkeyAuthentication": "no"}
+        ),
         "HostKeyAlias": vm_id,
         "StrictHostKeyChecking": "yes",
         "UserKnownHostsFile": "none",

@@ -472,7 +472,10 @@ class AsyncSmolVM(Shell, Desktop, PortForwarding):
         await self._vm.delete()
 
     async def ssh_access(self) -> Access:
-        """Return the port, the user and the keys for an SSH client to log in to a Linux guest.
+        """Return the port, the user and the keys or the password for an SSH client to log in.
+
+        For a Linux guest, or a Windows guest with `password` or `key`, whose `host_key` is empty
+        until the guest is `ready` for the first time.
 
         Raises:
             VMNotRunningError: The VM does not run.

@@ -328,6 +328,15 @@ async def test_a_kept_guest_needs_its_password_again_and_shows_its_host_key(data
         async with asyncio.timeout(BOOT):  # a guest that is slow to kill it does so meanwhile
             while (await vm.run("ps | grep -c '[s]leep 1000'")).stdout != "0\n":
                 await asyncio.sleep(0.1)
+        access = await vm.ssh_access()
+        assert (access.user, access.password, access.private_key) == (
+            *("Administrator", "stand-in", ""),
+        )
+        assert access.host_key
+        async with await vm.spawn(DIALOGUE) as process:
+            await check_dialogue(process)
+        with pytest.raises(UnsupportedError, match="detached=True.*ends all processes.*scheduled"):
+            await vm.spawn("dir", detached=True)
         async with await AsyncSmolVM.from_id("kept", data_dir=data_dir) as attached:
             await attached.write_file("C:\\a b\\file", "content")
         async with vm.fork() as (clone,):

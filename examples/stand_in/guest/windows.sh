@@ -80,7 +80,7 @@ run() { # runner.ps1
 $(cat "$here/.smolvm_env" 2>/dev/null)
 EOF
     cd "${cwd:-/}" || exit 126
-    env "$@" <"$source"
+    (exec env "$@" <"$source") # a shell may open a file for its command itself
     set -- $?
     [ -z "$detached" ] || rm "$directory"\\*
     return "$1"

@@ -37,6 +37,7 @@ class Access(NamedTuple):
         host_key: The server's public key, as a line of `authorized_keys`; refuse any other key.
             Empty before the first login to an image's own server.
         password: The password of an image's own user; empty if there is none.
+        key_file: The file of the private key of an image's own user; empty if there is none.
     """
 
     port: int
@@ -44,6 +45,7 @@ class Access(NamedTuple):
     private_key: str
     host_key: str
     password: str = ""
+    key_file: str = ""
 
     def __repr__(self) -> str:
         """Hide the secrets: programs log and print objects."""
@@ -122,13 +124,15 @@ class ImageLogin(NamedTuple):
     password: str
     private_key: str
     host_key: str = ""
+    key_file: str = ""
 
     def __repr__(self) -> str:
         return f"ImageLogin({self.user!r}, ..., host_key={self.host_key!r})"
 
     def access(self, port: int) -> Access:
         """Return the address and the secrets to log in through a port of 127.0.0.1."""
-        return Access(port, self.user, self.private_key, self.host_key, self.password)
+        private, password = self.private_key, self.password
+        return Access(port, self.user, private, self.host_key, password, self.key_file)
 
     def remember(self, host_key: str, directory: Path) -> ImageLogin:
         """Store the host key in the VM's directory, and return the login with this key."""
@@ -155,7 +159,7 @@ def image_login(config: VMConfig, directory: Path) -> ImageLogin:
             ) from error
     known = directory / KNOWN_HOST
     host_key = known.read_text().strip() if known.exists() else ""
-    return ImageLogin(config.user, config.password or "", private_key, host_key)
+    return ImageLogin(config.user, config.password or "", private_key, host_key, config.key)
 
 
 MOST_KEY = 1 << 16  # bytes of a file with a private key
