@@ -120,11 +120,16 @@ def labels_given(texts: list[str] | None) -> dict[str, str]:
 
 
 async def find_vm(
-    vm_id: str, data_dir: str | None, on_progress: ProgressCallback | None = None
+    vm_id: str,
+    data_dir: str | None,
+    on_progress: ProgressCallback | None = None,
+    password: str | None = None,
 ) -> AsyncSmolVM:
     """Find a VM by `AsyncSmolVM.from_id()`; raise an error that names a command to try."""
     try:
-        return await AsyncSmolVM.from_id(vm_id, data_dir=data_dir, on_progress=on_progress)
+        return await AsyncSmolVM.from_id(
+            vm_id, password=password, data_dir=data_dir, on_progress=on_progress
+        )
     except VMNotFoundError:
         raise no_such_vm(vm_id) from None
 

@@ -68,8 +68,12 @@ err = Screen(stderr=True)
 OPTIONS = {
     **{
         name: name
-        for name in ("accel", "boot", "channel", "cpus", "memory", "os", "resolution", "vnc")
+        for name in (
+            *("accel", "boot", "channel", "cpus", "key", "memory", "os", "resolution", "user"),
+            "vnc",
+        )
     },
+    "password": "password-file",
     "idle_timeout": "idle-timeout",
     "ttl": "ttl",
     "count": "count",
@@ -93,6 +97,8 @@ COMMANDS = {
     "start the kept VM with AsyncSmolVM.from_id()": "start it with smolvm-async run --id ID",
     "prune()": "smolvm-async prune",
     "open_terminal()": "a terminal (shell, --tty)",
+    "from_id() and from_snapshot()": "run --id and snapshot restore",
+    "spawn(detached=True)": "exec --detach",
     "spawn()": "exec ID -- COMMAND",
     **{f"{verb}()": verb for verb in ("delete", "start", "stop")},
 }

@@ -16,6 +16,7 @@ from smolvm_async import (
     VMNotFoundError,
     VMNotRunningError,
 )
+from smolvm_async.cli.account import Key, PasswordFile, User, password_given
 from smolvm_async.cli.background import Background
 from smolvm_async.cli.command import (
     TTL,
@@ -60,7 +61,7 @@ from smolvm_async.state.status import ACTIVE
 
 # Fixed in a kept VM.
 MACHINE = (
-    *("memory", "cpus", "accel", "channel", "keep", "boot", "resolution", "vnc"),
+    *("memory", "cpus", "accel", "channel", "user", "key", "keep", "boot", "resolution", "vnc"),
     *("ttl", "idle_timeout"),
 )
 
@@ -115,6 +116,9 @@ def run(
             show_default="ssh; agent for Windows",
         ),
     ] = None,
+    user: User = None,
+    key: Key = None,
+    password_file: PasswordFile = None,
     keep: Keep = False,
     boot: Annotated[
         Literal["warm", "cold"] | None,
@@ -172,6 +176,8 @@ def run(
 
       smolvm-async run --id office
 
+      smolvm-async run ~/win11.qcow2 --os windows --user me --password-file -
+
       smolvm-async run --ttl 3600 --idle-timeout 300 --label task=42
 
       smolvm-async run --mount ~/project --mount ~/data:/mnt/data:rw
@@ -197,6 +203,7 @@ def run(
         guest_command = GuestCommand(command or [], env, workdir, tty=tty, detach=detach)
     elif workdir is not None:
         raise typer.BadParameter("pass a COMMAND, too", param_hint="--workdir")
+    password = password_given(password_file)
     background = Background(json=json) if detach else None
     feed = Feed.make(data_dir, json=json, background=background, command=guest_command)
     options: VMOptions = {
@@ -206,6 +213,9 @@ def run(
         "cpus": cpus,
         "vm_id": vm_id,
         "channel": channel,
+        "user": user,
+        "key": key,
+        "password": password,
         "boot": boot,
         "resolution": resolution,
         "vnc": vnc,
@@ -228,7 +238,7 @@ def run(
         if not at_rest:
             options["on_progress"] = on_progress
             return AsyncSmolVM(**options)
-        vm = await _find_at_rest(str(vm_id), data_dir, given, on_progress)
+        vm = await _find_at_rest(str(vm_id), data_dir, password, given, on_progress)
         if (settings := options["internet_settings"]) is not None:
             await vm.set_internet_settings(settings)
         return vm
@@ -268,11 +278,15 @@ async def _for_a_command(
 
 
 async def _find_at_rest(
-    vm_id: str, data_dir: str | None, given: list[str], on_progress: ProgressCallback
+    vm_id: str,
+    data_dir: str | None,
+    password: str | None,
+    given: list[str],
+    on_progress: ProgressCallback,
 ) -> AsyncSmolVM:
     """Find a kept VM, which has its own settings: none may be `given`."""
     try:
-        vm = await find_vm(vm_id, data_dir, on_progress=on_progress)
+        vm = await find_vm(vm_id, data_dir, on_progress=on_progress, password=password)
     except VMNotFoundError as error:
         raise VMNotFoundError(
             f"{error.message} To make a new VM with this id, pass an IMAGE, or --os linux for the "

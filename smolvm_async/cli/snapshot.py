@@ -13,6 +13,7 @@ from smolvm_async import (
     SnapshotInfo,
     SnapshotNotFoundError,
 )
+from smolvm_async.cli.account import PasswordFile, password_given
 from smolvm_async.cli.background import Background
 from smolvm_async.cli.command import (
     TTL,
@@ -128,6 +129,7 @@ def restore(
         ),
     ] = None,
     accel: Accel = None,
+    password_file: PasswordFile = None,
     keep: Keep = False,
     vnc: VNC = None,
     mount: Mount = None,
@@ -153,6 +155,7 @@ def restore(
     options = _options(vnc, mount, given, label, ttl, idle_timeout, env, data_dir, keep=keep)
     if accel is not None:
         options["accel"] = accel
+    options["password"] = password_given(password_file)
     background = Background(json=json) if detach else None
     feed = Feed.make(data_dir, json=json, background=background)
     options |= {"vm_id": vm_id, "on_progress": feed.on_progress}

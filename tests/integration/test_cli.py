@@ -302,6 +302,7 @@ def test_a_program_that_has_gone_before_is_noticed_too(blank_image: Path, data_d
         (["x.qcow2", "--os", "windows", "--memory", "100"], "--memory 100 is less than"),
         (["x.qcow2", "--os", "windows", "--boot", "warm"], "--boot warm is only for"),
         (["/nowhere/x.qcow2", "--os", "windows"], "/nowhere/x.qcow2"),
+        (["x.qcow2", "--os", "windows", "--user", "me"], "pass --password-file or --key too"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments: list[str], words: str) -> None:

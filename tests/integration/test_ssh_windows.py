@@ -335,7 +335,7 @@ async def test_a_kept_guest_needs_its_password_again_and_shows_its_host_key(data
         assert access.host_key
         async with await vm.spawn(DIALOGUE) as process:
             await check_dialogue(process)
-        with pytest.raises(UnsupportedError, match="detached=True.*ends all processes.*scheduled"):
+        with pytest.raises(UnsupportedError, match=r"detached=True.*ends all processes.*scheduled"):
             await vm.spawn("dir", detached=True)
         async with await AsyncSmolVM.from_id("kept", data_dir=data_dir) as attached:
             await attached.write_file("C:\\a b\\file", "content")

@@ -31,6 +31,8 @@ from smolvm_async.cli.output import in_options
             "count=9 clones do not fit: pass a smaller count=",
             "--count 9 clones do not fit: pass a smaller --count",
         ),
+        ("pass password= or key=, user='me'", "pass --password-file or --key, --user me"),
+        ("spawn(detached=True) is not", "exec --detach is not"),
         ("spawn() needs the agent", "exec ID -- COMMAND needs the agent"),
         ("image='x.qcow2', max_memory=5, -m memory", "image='x.qcow2', max_memory=5, -m memory"),
     ],
