@@ -70,8 +70,8 @@ def exec_command(
     The exit code is the command's, 128+n if signal n has ended it, or 125 if smolvm-async failed.
     Ctrl-C ends the command, and not the VM; a second Ctrl-C kills it. Without a shell, there are no
     pipes or patterns: use sh -c, or in Windows cmd /c or powershell -Command. Options stand before
-    ID. In Windows and through a guest agent, there is no --tty. In Windows, an exit code over 255 is
-    255; over SSH, there is no --detach.
+    ID. In Windows, and through a guest agent, there is no --tty. In Windows, an exit code over 255
+    is 255; over SSH, there is no --detach.
 
     For example:
 
@@ -90,7 +90,7 @@ def exec_command(
 
 
 def shell(vm_id: VMId, env: Env = None, workdir: Workdir = None, data_dir: DataDir = None) -> None:
-    """Open a login shell in a VM of any process, in this terminal; not in Windows or through an agent.
+    """Open a login shell in a VM of any process, in this terminal; not in Windows or by an agent.
 
     The shell ends with exit or Ctrl-D. Enter, ~ and . leave a VM that does not answer any more.
     """
