@@ -47,6 +47,8 @@ class SessionLimits:
         images: The image of each guest OS that the agent may use, besides the built-in Linux.
         snapshots: Snapshots of the user that the agent may start, but not delete.
         options: Arguments of every `AsyncSmolVM`: the network policy, the accelerator, ...
+        account: Arguments of the sandboxes from a Windows image that has OpenSSH: `user`,
+            `password`, `key`.
     """
 
     max_sandboxes: int = 8
@@ -57,6 +59,7 @@ class SessionLimits:
     images: Mapping[str, str] = field(default_factory=dict)
     snapshots: tuple[str, ...] = ()
     options: VMOptions = field(default_factory=_without_network)
+    account: VMOptions = field(default_factory=VMOptions, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("max_sandboxes", "max_memory"):
@@ -169,6 +172,8 @@ class Sandboxes:
         wanted = GUESTS[guest].default_memory if memory is None else memory
         check_integer("memory", wanted, 1, None, "MiB, such as 1024")
         options: dict[str, Any] = {**self.limits.options, "os": guest, "image": image}
+        if guest == "windows":
+            options |= self.limits.account
         async with self._room([wanted]) as ends:
             options |= {"ttl": self.limits.lifetime, "on_progress": on_progress.get()}
             vm = AsyncSmolVM(**options, memory=wanted)
@@ -188,7 +193,10 @@ class Sandboxes:
                 f"there is no snapshot {shown(name)} for this session: list_sandboxes shows all."
             )
         async with self._room([info.memory]) as ends:
-            vm = await AsyncSmolVM.from_snapshot(name, **self.limits.clone_options())
+            options = self.limits.clone_options()
+            if info.os == "windows":
+                options["password"] = self.limits.account.get("password")
+            vm = await AsyncSmolVM.from_snapshot(name, **options)
             return self._add(vm, info.os, info.memory, ends)
 
     async def copy(self, source: Sandbox, count: int) -> list[Sandbox]:

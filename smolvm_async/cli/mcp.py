@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from smolvm_async.cli.account import HINT, Key, PasswordFile, User, password_given
 from smolvm_async.cli.command import DataDir, execute
 from smolvm_async.cli.internet import AllowCIDR, AllowDomain, AllowHostPort, settings_given
 from smolvm_async.config.checks import AccelName
@@ -48,6 +49,9 @@ def mcp(
             show_default="ssh; agent for Windows",
         ),
     ] = None,
+    user: User = None,
+    key: Key = None,
+    password_file: PasswordFile = None,
     snapshot: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Offer a snapshot of yours; may be given several times."),
@@ -69,6 +73,9 @@ def mcp(
     from smolvm_async.agents.sandboxes import SessionLimits
     from smolvm_async.agents.server import serve
 
+    if password_file == "-":
+        raise typer.BadParameter("pass a file: stdin has the protocol", param_hint=HINT)
+    account = {"user": user, "key": key, "password": password_given(password_file)}
     settings = settings_given(internet, allow_domain, allow_cidr, allow_host_port)
     # Never `open` by default: elsewhere, an allowed port of the host alone leaves the network open.
     settings = {"mode": "restricted", **settings} if settings else {"mode": "off"}
@@ -86,6 +93,7 @@ def mcp(
             images={guest: image for guest, image in images.items() if image is not None},
             snapshots=tuple(snapshot or ()),
             options=options,  # type: ignore[arg-type]  # typer has checked them
+            account=account,  # type: ignore[arg-type]
         )
         await serve(limits)
 
