@@ -84,6 +84,7 @@ def ssh_config(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> Non
 
     access = execute(work(), json=json)
     key = access.key_file or str(make_data_dir(data_dir) / vm_id / SSH_KEY)
+    kind = access.host_key.partition(" ")[0]
     settings = {
         "HostName": "127.0.0.1",
         "Port": access.port,
@@ -94,6 +95,8 @@ def ssh_config(vm_id: VMId, data_dir: DataDir = None, json: Json = False) -> Non
             else {"PubkeyAuthentication": "no"}
         ),
         "HostKeyAlias": vm_id,
+        # ssh would prefer a key of another kind, which is not known, if the server has one.
+        "HostKeyAlgorithms": "rsa-sha2-512,rsa-sha2-256" if kind == "ssh-rsa" else kind,
         "StrictHostKeyChecking": "yes",
         "UserKnownHostsFile": "none",
         "GlobalKnownHostsFile": "none",
