@@ -26,18 +26,21 @@ case ${1:-} in
     --quick) set -- "${quick[@]}" "${@:2}" ;;
     --all) export SMOLVM_ASYNC_EVERY_FAULT=1 && shift ;;
 esac
-.venv/bin/ruff format --check .
-.venv/bin/ruff check .
-.venv/bin/mypy
 # With `worksteal` a worker keeps whole files as long as it can, so that their tests share guests.
 pytest=(.venv/bin/python -m pytest -rs)  # -rs: say what was skipped, and why
 at_once=(-n 2 --dist worksteal)
+if [ $# -eq 0 ]; then
+    # Beside all others, tests/kvm takes the time that the processors are idle: a third. The static
+    # checks leave a processor idle, too.
+    report=$(mktemp)
+    nice -n 19 "${pytest[@]}" -p no:cacheprovider tests/kvm >"$report" 2>&1 &
+    kvm=$!
+    trap 'kill "$kvm" 2>/dev/null || true; rm -f "$report"' EXIT
+fi
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/mypy
 [ $# -eq 0 ] || exec "${pytest[@]}" "${at_once[@]}" "$@"
-# Beside the other tests, tests/kvm takes the time that the processors are idle: a third.
-report=$(mktemp)
-trap 'kill "$kvm" 2>/dev/null || true; rm -f "$report"' EXIT
-nice -n 19 "${pytest[@]}" -p no:cacheprovider tests/kvm >"$report" 2>&1 &
-kvm=$!
 failed=0
 "${pytest[@]}" "${at_once[@]}" --ignore=tests/kvm || failed=$?
 wait "$kvm" || failed=$?

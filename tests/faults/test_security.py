@@ -23,8 +23,8 @@ from smolvm_async import (
     Status,
     VMNotFoundError,
 )
-from stand_in import build_stand_in
-from tests.conftest import BOOT, FakeProgram, children, console_shows, run_of, vm_in
+from smolvm_async.images.build.debian import DebianImage
+from tests.conftest import BOOT, FakeProgram, children, run_of, vm_in
 
 pytestmark = pytest.mark.anyio
 
@@ -343,12 +343,30 @@ async def test_a_flood_of_events_is_bounded(blank_image: Path, data_dir: Path) -
         assert (await vm.stop(timeout=0)).rung is Rung.QUIT
 
 
-async def test_a_flood_of_the_agents_channel_is_bounded(data_dir: Path) -> None:
-    flood = ("stand_in.agent=off", "stand_in.flood=agent")
-    image = await build_stand_in(kernel_arguments=flood)
-    async with vm_in(data_dir, image) as vm:
-        await vm.wait_for("ready", timeout=BOOT)  # its disk is idle
-        await console_shows(vm, "STAND-IN: ready")
+FLOOD = """
+for port in /sys/class/virtio-ports/*; do
+    read -r name <$port/name
+    if [ $name = org.qemu.guest_agent.0 ]; then
+        yes flood </dev/null >/dev/${port##*/} 2>&1 &
+    fi
+done
+"""
+
+
+async def test_a_flood_of_the_agents_channel_is_bounded(
+    debian: DebianImage, data_dir: Path
+) -> None:
+    # The built-in Linux as an image of the user's: only such a guest may have an agent.
+    async with AsyncSmolVM(
+        os="linux",
+        image=debian.disk,
+        kernel=debian.kernel,
+        initrd=debian.initrd,
+        boot_args=debian.boot_args,
+        accel="tcg",
+        data_dir=data_dir,
+    ) as vm:
+        await vm.run(FLOOD, check=True, timeout=BOOT)
         before = owned_bytes(data_dir / vm.vm_id)
         with pytest.raises(GuestAgentError, match="writes without end"):
             await run_of(vm).peripherals.agent.execute("guest-ping")

@@ -103,15 +103,19 @@ async def with_tpm(blank: dict[str, Any]) -> None:
     await restored({**blank, "os": "windows", "memory": 2048})
 
 
+# Some of the primes are large: a clone is saved in some 900 awaits, most of them alike.
 PLAN: list[tuple[str, list[Story], int]] = [
     ("cancel", [saved], 9),
-    ("cancel", [saved_clone, kept], 29),
+    ("cancel", [kept], 29),
     ("cancel", [restored, forked, attached], 37),
+    ("cancel", [saved_clone], 59),
     ("cancel, and 1 await later", [saved, kept], 37),
     ("SIGKILL QEMU", [saved], 19),
-    ("SIGKILL QEMU", [saved_clone, restored, kept], 79),
+    ("SIGKILL QEMU", [restored, kept], 79),
+    ("SIGKILL QEMU", [saved_clone], 157),
     ("SIGKILL swtpm", [with_tpm], 19),
-    ("EMFILE for 5 awaits", [saved_clone, forked], 79),
+    ("EMFILE for 5 awaits", [forked], 79),
+    ("EMFILE for 5 awaits", [saved_clone], 157),
     ("EMFILE to the end", [saved], 19),
 ]
 
@@ -323,7 +327,7 @@ async def test_many_snapshots_and_forks_leave_nothing(blank: dict[str, Any]) -> 
 def test_an_owner_that_is_killed_leaves_a_whole_snapshot_or_none(
     blank: dict[str, Any], stage: Stage, record_property: Callable[[str, object], None]
 ) -> None:
-    stride = 1 if EVERY else 41
+    stride = 1 if EVERY else 79
     killed = 0
     for point in itertools.count(random.SystemRandom().randint(1, stride), stride):
         stage.call("killed_saving_at", point, blank["image"], blank["data_dir"])

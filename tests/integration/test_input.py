@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from smolvm_async import AsyncSmolVM, ConfigError, ConnectionLostError, VMTimeoutError
+from smolvm_async import (
+    AsyncSmolVM,
+    BootState,
+    BootStateChanged,
+    ConfigError,
+    ConnectionLostError,
+    Reset,
+    Status,
+    VMTimeoutError,
+)
 from smolvm_async.controls.desktop.keys import KEYS
 from smolvm_async.controls.desktop.layouts import LAYOUTS, strokes
 from stand_in import build_stand_in
@@ -32,10 +41,16 @@ Event = tuple[int, int, int]  # type, code, value
 
 
 class Guest:
-    """A VM whose guest reports its input: `INPUT device type code value`."""
+    """A VM whose guest reports its input: `INPUT device type code value`.
+
+    Attributes:
+        vm: The VM.
+        events: Its events since this object was made.
+    """
 
     def __init__(self, vm: AsyncSmolVM) -> None:
         self.vm = vm
+        self.events = vm.events()
         self._text = ""
         self._more = asyncio.Event()
 
@@ -84,16 +99,15 @@ class Guest:
 
 
 @asynccontextmanager
-async def heard(vm: AsyncSmolVM) -> AsyncIterator[Guest]:
+async def heard(guest: Guest) -> AsyncIterator[Guest]:
     """Listen to a guest."""
-    guest = Guest(vm)
     listening = asyncio.create_task(guest.listen())
     try:
         await guest.keys()  # from here on nothing is lost
         yield guest
     finally:
         listening.cancel()
-    assert (await vm.stop()).graceful
+    assert (await guest.vm.stop()).graceful
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +120,15 @@ async def guests(shared_data_dir: Path) -> AsyncIterator[tuple[Guest, Guest]]:
     """A guest that has rebooted, and a clone that has not; tests leave them as they are."""
     disk = await build_stand_in(desktop=True)
     async with vm_in(shared_data_dir, disk, timeouts={"boot": BOOT, "input": BOOT}) as vm:
+        guest = Guest(vm)
         await console_shows(vm, "STAND-IN: ready")
+        await vm.wait_for("ready", timeout=BOOT)
         async with vm.fork(1) as (clone,):
             with pytest.raises(ConnectionLostError, match="the guest was reset"):
                 await vm.run("reboot; exec sleep 1000", timeout=None)
             await console_shows(vm, "STAND-IN: ready", times=2)
-            async with heard(vm) as there, heard(clone) as other:
+            await vm.wait_for("ready", timeout=BOOT)
+            async with heard(guest) as there, heard(Guest(clone)) as other:
                 yield there, other
 
 
@@ -144,6 +161,20 @@ async def test_what_is_typed_is_shown_after_a_reboot(there: Guest) -> None:
     shown = await there.vm.wait_for_screen(changed=before, stable=1)
     assert (shown.width, shown.height) == (1280, 800)
     await there.keys()
+
+
+async def test_a_guest_that_reboots_goes_on(there: Guest) -> None:
+    seen = there.events.pending()
+    assert any(isinstance(event, Reset) and event.guest for event in seen)
+    changes = [event for event in seen if isinstance(event, BootStateChanged)]
+    up = [BootState.OPERATING_SYSTEM, BootState.READY]
+    assert [change.state for change in changes] == [*up, BootState.FIRMWARE, *up]
+    assert "guest-reset" in changes[2].evidence
+    assert "STAND-IN: rebooting" in there.vm.console_log()
+    assert len(set(re.findall(r"STAND-IN: boot_id=(\S+)", there.vm.console_log()))) == 2
+    assert there.vm.status is Status.RUNNING
+    files = (await there.vm.run("ls /tmp", BOOT, check=True)).stdout.splitlines()
+    assert len({name.split("\\")[-2] for name in files}) == 1, "only those of the command itself"
 
 
 @pytest.mark.skipif(bool(xkb.missing()), reason=xkb.missing())

@@ -196,9 +196,10 @@ def test_the_wheel_works_with_its_declared_dependencies_alone(
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True)
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", python]
+    subprocess.run([*pip, "install", "-q", wheel], check=True)
     launch: list[str | Path] = [python, "-I", "-W", "error", script, blank_image, data_dir]
     launch.append(ROOT / "examples")
     output = subprocess.run(launch, check=True, capture_output=True, cwd=tmp_path)

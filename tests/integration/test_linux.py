@@ -514,11 +514,12 @@ async def test_a_disk_with_a_kernel_of_its_own_boots(debian: DebianImage, data_d
         kernel=debian.kernel,
         initrd=debian.initrd,
         boot_args=debian.boot_args,
+        cpus=2,
         accel="tcg",
         data_dir=data_dir,
     )
     async with vm:
-        assert (await vm.run("id -un", timeout=240)).stdout == "root\n"
+        assert (await vm.run("id -un; nproc", timeout=240)).stdout == "root\n2\n"
         await vm.stop(timeout=0)
 
 

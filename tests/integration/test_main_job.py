@@ -17,9 +17,7 @@ from smolvm_async import (
     BootState,
     BootStateChanged,
     CommandTimeoutError,
-    ConnectionLostError,
     PortChanged,
-    Reset,
     Rung,
     Shutdown,
     Status,
@@ -64,7 +62,7 @@ async def test_the_main_job(stand_in: Path, tmp_path: Path, data_dir: Path) -> N
     before = digest(image), image.stat().st_mtime_ns
     data_dir = data_dir / AWKWARD
     vm = AsyncSmolVM(
-        os="windows", image=image.as_uri(), cpus=2, memory=2048, accel="tcg", data_dir=data_dir
+        os="windows", image=image.as_uri(), cpus=1, memory=2048, accel="tcg", data_dir=data_dir
     )
     events = vm.events()
     async with vm:
@@ -102,7 +100,7 @@ async def test_the_main_job(stand_in: Path, tmp_path: Path, data_dir: Path) -> N
     assert reported["tpm_version"] == "2"
     assert re.fullmatch(r"[0-9a-f]{16}", reported["tpm_random"])
     assert reported["root_driver"] == "virtio_scsi"
-    assert reported["cpus"] == "2"
+    assert reported["cpus"] == "1"
     assert 1700 < int(reported["memory_mib"]) <= 2048
 
     seen = [event async for event in events]
@@ -195,42 +193,8 @@ async def test_stopped_during_early_boot_nothing_is_waited_for(data_dir: Path) -
     assert "no operating system" in report.steps[0].note
 
 
-async def test_a_guest_that_reboots_goes_on(data_dir: Path) -> None:
-    vm = await machine(data_dir=data_dir)
-    seen: list[BootStateChanged] = []
-    async with vm:
-        events = vm.events()
-        with pytest.raises(ConnectionLostError, match="the guest was reset"):
-            await vm.run("reboot; exec sleep 1000", timeout=None)
-        async for event in events:
-            if isinstance(event, Reset):
-                assert event.guest
-            if isinstance(event, BootStateChanged):
-                seen.append(event)
-                if event.state is BootState.READY and BootState.FIRMWARE in states(seen):
-                    break
-        await console_shows(vm, "STAND-IN: ready", times=2)
-        result = await vm.run("ls /tmp", BOOT, check=True)
-        assert {name.split("\\")[-2] for name in result.stdout.splitlines()} == {
-            result.stdout.split("\\")[-2]  # the files of the command itself
-        }
-        boots = re.findall(r"STAND-IN: boot_id=(\S+)", vm.console_log())
-        assert "STAND-IN: rebooting" in vm.console_log()
-        assert len(set(boots)) == 2
-        assert vm.status is Status.RUNNING
-    up = [BootState.OPERATING_SYSTEM, BootState.READY]
-    assert states(seen) == [*up, BootState.FIRMWARE, *up]
-    assert "guest-reset" in seen[-3].evidence
-
-
-def states(changes: list[BootStateChanged]) -> list[BootState]:
-    return [change.state for change in changes]
-
-
 async def test_a_guest_that_panics_is_a_crash(data_dir: Path) -> None:
-    # Of two processors, one may hold the console while the other one panics, whose lines then come
-    # out among its own or, since it is stopped, never.
-    panicking = await machine("stand_in.then=panic", data_dir=data_dir, cpus=1)
+    panicking = await machine("stand_in.then=panic", data_dir=data_dir)
     with pytest.raises(VMCrashedError, match="panicked") as raised:
         async with panicking as vm:
             await asyncio.sleep(BOOT)

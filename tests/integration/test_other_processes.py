@@ -20,6 +20,7 @@ from smolvm_async import (
     AsyncSmolVM,
     BootState,
     ConfigError,
+    ConnectionLostError,
     Rung,
     Status,
     VMCrashedError,
@@ -28,7 +29,7 @@ from smolvm_async import (
     VMTimeoutError,
 )
 from smolvm_async.foundation.process import identify
-from stand_in import build_stand_in
+from smolvm_async.images.build.debian import DebianImage
 from tests.conftest import BOOT, children, vm_in
 
 pytestmark = pytest.mark.anyio
@@ -72,9 +73,11 @@ def shared(image: Path, data_dir: Path) -> AsyncSmolVM:
     return vm_in(data_dir, image, vm_id="shared")
 
 
-async def test_a_guest_that_shuts_itself_down_is_no_crash_on_either_side(data_dir: Path) -> None:
-    image = await build_stand_in(kernel_arguments=("stand_in.then=poweroff",))
-    async with shared(image, data_dir) as owned:
+async def test_a_guest_that_shuts_itself_down_is_no_crash_on_either_side(
+    debian: DebianImage, data_dir: Path
+) -> None:
+    machine = AsyncSmolVM(vm_id="shared", boot="cold", accel="tcg", data_dir=data_dir)
+    async with machine as owned:
         vm = await AsyncSmolVM.from_id("shared", data_dir=data_dir)
         assert vm.status is Status.RUNNING
         assert vm.accelerator == "tcg"
@@ -82,10 +85,12 @@ async def test_a_guest_that_shuts_itself_down_is_no_crash_on_either_side(data_di
         events = vm.events()
         reached = await vm.wait_for("operating_system", timeout=BOOT)
         assert "PM1_EN" in reached.evidence
-        await vm.wait_stopped()  # the guest powers itself down
-        assert "STAND-IN: powering off" in vm.console_log()
+        with pytest.raises(ConnectionLostError):
+            await vm.run("poweroff; exec sleep 1000", timeout=BOOT)
+        await vm.wait_stopped()
+        assert "Power down" in vm.console_log()
         names = [event.name async for event in events]
-        assert {"BOOT_STATE", "SHUTDOWN"} <= {*names}  # perhaps the agent has no time to answer
+        assert {"BOOT_STATE", "SHUTDOWN"} <= {*names}
         await owned.wait_stopped()
         for side in (owned, vm):
             assert side.status is Status.STOPPED
@@ -278,14 +283,13 @@ async def test_an_attached_process_that_is_killed_harms_nothing(
 
 
 async def test_one_that_reads_nothing_does_not_hold_up_the_owner(
-    data_dir: Path,
+    debian: DebianImage, data_dir: Path
 ) -> None:
-    image = await build_stand_in(kernel_arguments=("stand_in.flood=serial",))
-    vm = shared(image, data_dir)
+    vm = AsyncSmolVM(vm_id="shared", accel="tcg", data_dir=data_dir)
     await vm.start()
     _, writer = await asyncio.open_unix_connection(str(data_dir / "shared" / "control.sock"))
     writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await vm.wait_for("ready", timeout=BOOT)
+    await vm.run("yes flood </dev/null >/dev/ttyS0 2>&1 &", check=True, timeout=BOOT)
     async with asyncio.timeout(BOOT):
         while vm.console_log().count("flood") < 10_000:
             await asyncio.sleep(0.1)
