@@ -201,7 +201,7 @@ async def test_a_guest_that_writes_goes_on_in_a_snapshot_and_in_a_fork(
 async def goes_on_in_state(state: str, vm: AsyncSmolVM) -> None:
     """Check that the guest goes on to write, has the state, and that its memory is in order."""
     rounds = "wc -l </run/rounds"
-    more = f"n=$({rounds}); until [ $({rounds}) -gt $((n + 2)) ]; do sleep 0.1; done"
+    more = f"n=$({rounds}); until [ $({rounds}) -gt $((n + 1)) ]; do sleep 1; done"
     oops = f"echo $(($(cat /proc/sys/kernel/tainted) & {OOPS}))"
     look = f"{more}; cat /root/state /run/differences; {oops}; dmesg | grep -c 'segfault at'"
     assert (await vm.run(look, timeout=BOOT)).stdout == f"{state}\n0\n0\n"
