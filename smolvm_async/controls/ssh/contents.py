@@ -82,7 +82,7 @@ class SFTPAccess:
             has_old = not self._windows and await sftp.exists(path)
             old = await sftp.stat(path) if has_old else None
             mode = None if self._windows else mode
-            upload = _Content(sftp, path, content, mode, old)
+            upload = _Content(self._link, sftp, path, content, mode, old)
             await carry_out(upload, [], TransferMeter(None, "", 0), make_dirs=make_dirs)
 
     async def entries(self, path: str) -> list[FileInfo]:
@@ -160,13 +160,14 @@ class _Content(IntoGuest):
 
     def __init__(
         self,
+        link: Link,
         sftp: SFTPClient,
         target: str,
         content: bytes,
         mode: int | None,
         old: SFTPAttrs | None,
     ) -> None:
-        super().__init__(sftp, target)
+        super().__init__(link, sftp, target)
         self._content, self._mode, self._old = content, mode, old
 
     async def copy(self, tree: Sequence[Entry], meter: TransferMeter) -> None:

@@ -177,6 +177,13 @@ class MarkedExecution(Execution):
             self.channel.abort()
         await asyncio.wait([self.ended])
 
+    async def kill_lost(self) -> None:
+        """Kill the command after the loss of its connection, if the guest still answers."""
+        from asyncssh import Error
+
+        with suppress(ConnectionLostError, Error, OSError):
+            await self._signal("KILL")
+
 
 async def run_apart(
     link: Link, command: Callable[[], str], receive: Callable[[bytes], None]
@@ -308,3 +315,5 @@ class SSHTransport(NamedTuple):
                 else:
                     execution.ended.remove_done_callback(release)  # `end()` does this, too
                     await link.end(execution.kill())
+            elif execution.exit_code is None and not command.detached:
+                link.go_on(execution.kill_lost())

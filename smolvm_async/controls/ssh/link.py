@@ -314,14 +314,16 @@ class Link:
         session ends in the background.
         """
         end_in_child(ending)
-        await self._wait_awhile(self._end(ending))
+        task = self.go_on(self._end(ending))
+        task.add_done_callback(lambda _: ending.close())  # it may be cancelled before it begins
+        await settle(asyncio.wait([task], timeout=ENDING))
 
     async def _wait_awhile(self, work: Coroutine[None, None, None]) -> None:
-        end_in_child(work)
         await settle(asyncio.wait([self.go_on(work)], timeout=ENDING))
 
     def go_on(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run `work` in the background, until `close()` at the latest."""
+        end_in_child(work)
         task = asyncio.ensure_future(work)
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)

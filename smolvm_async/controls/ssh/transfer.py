@@ -28,7 +28,7 @@ from smolvm_async.controls.files.copying import (
 from smolvm_async.controls.files.paths import name_problem
 from smolvm_async.controls.files.tree import Entry, checked
 from smolvm_async.controls.ssh.link import Link
-from smolvm_async.errors import FileTransferError
+from smolvm_async.errors import ConnectionLostError, FileTransferError
 from smolvm_async.foundation.tasks import in_background
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class SFTPFiles:
 
     def upload(self, source: Path, target: str) -> SFTPUpload:
         """See `GuestFiles.upload()`."""
-        return SFTPUpload(self._sftp, source, target, windows=self.windows)
+        return SFTPUpload(self._link, self._sftp, source, target, windows=self.windows)
 
     async def read_own(self, name: str) -> bytes:
         """See `GuestFiles.read_own()`."""
@@ -152,12 +152,22 @@ async def remove_tree(sftp: SFTPClient, root: str) -> None:
         await sftp.rmdir(f"{root}/{entry.path}".rstrip("/"))
 
 
+async def _remove(sftp: SFTPClient, path: str) -> None:
+    if not await sftp.lexists(path):
+        return
+    if await sftp.isdir(path):
+        await remove_tree(sftp, path)
+    else:
+        await sftp.remove(path)
+
+
 class IntoGuest:
     """A transfer into the guest: an `Upload`."""
 
-    def __init__(self, sftp: SFTPClient, target: str) -> None:
+    def __init__(self, link: Link, sftp: SFTPClient, target: str) -> None:
         self.target = target
         self.temporary: str | None = None
+        self._link = link
         self._sftp = sftp
 
     async def place(self, *, make_dirs: bool) -> None:
@@ -196,14 +206,22 @@ class IntoGuest:
         """See `Upload.discard()`."""
         import asyncssh
 
+        if self.temporary is None:
+            return
         with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
             async with asyncio.timeout(CLEANING):
-                if self.temporary is None or not await self._sftp.lexists(self.temporary):
-                    return
-                if await self._sftp.isdir(self.temporary):
-                    await remove_tree(self._sftp, self.temporary)
-                else:
-                    await self._sftp.remove(self.temporary)
+                try:
+                    await _remove(self._sftp, self.temporary)
+                except (asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost):
+                    self._link.go_on(self._discard_lost(self.temporary))
+
+    async def _discard_lost(self, temporary: str) -> None:
+        """Remove the temporary copy after the loss of the connection, if the guest answers."""
+        import asyncssh
+
+        with contextlib.suppress(asyncssh.Error, OSError, ConnectionLostError):
+            async with self._link.sftp() as sftp:
+                await _remove(sftp, temporary)
 
     async def met_full_disk(self, error: BaseException) -> bool:
         """See `Upload.met_full_disk()`: SFTP only reports "Failure"."""
@@ -221,9 +239,15 @@ class SFTPUpload(IntoGuest):
     """A transfer of a file or a directory of this host into the guest."""
 
     def __init__(
-        self, sftp: SFTPClient, source: Path, target: str, *, windows: bool = False
+        self,
+        link: Link,
+        sftp: SFTPClient,
+        source: Path,
+        target: str,
+        *,
+        windows: bool = False,
     ) -> None:
-        super().__init__(sftp, target)
+        super().__init__(link, sftp, target)
         self._source = source
         self._windows = windows
 
