@@ -132,15 +132,26 @@ async def test_a_command_is_killed_in_time_though_all_sessions_are_taken(
     link.close()
 
 
-async def test_the_time_of_a_stream_begins_with_its_session(serve: Serve) -> None:
+async def test_the_time_of_a_stream_begins_with_its_session(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     link = serve(1)
     guest = Guest(link)
-    first = asyncio.ensure_future(guest.run("sleep 1.5"))
-    while (await guest.run("true")).exit_code:
-        pass  # the first has its session
-    async with guest.run_stream("sleep 0.5; echo in time", timeout=1.2) as lines:
-        assert [line.text async for line in lines] == ["in time"]
-    await first
+
+    async def texts() -> list[str]:
+        async with guest.run_stream("echo in time", timeout=PATIENCE) as lines:
+            return [line.text async for line in lines]
+
+    async with await guest.spawn("echo begun; cat") as first:
+        assert await first.stdout.readline() == b"begun\n"
+        waiting = asyncio.ensure_future(texts())
+        while not link._sessions._waiting:
+            await asyncio.sleep(0.01)
+        loop, clock = asyncio.get_running_loop(), asyncio.get_running_loop().time
+        monkeypatch.setattr(loop, "time", lambda: clock() + 2 * PATIENCE)
+        first.close_input()
+        assert await first.wait() == 0
+    assert await waiting == ["in time"]
     with pytest.raises(CommandTimeoutError):
         async with guest.run_stream("echo x; sleep 4713", timeout=0.5) as lines:
             assert [line.text async for line in lines] == ["x"]
