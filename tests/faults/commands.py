@@ -87,7 +87,8 @@ class World:
             assert self.telling.cancelled() == self.cancelled, f"{self.telling}"
             error = None if self.cancelled else self.telling.exception()
             result = await self.guest.run("echo again")
-            assert (result.exit_code, result.stdout, result.stderr) == (0, "again\n", "")
+            again = (result.exit_code, result.stdout, result.stderr)
+            assert again == (0, "again\n", ""), f"{again}"
             if error is not None:
                 raise error
 

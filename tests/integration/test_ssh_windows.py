@@ -326,7 +326,7 @@ async def test_a_kept_guest_needs_its_password_again_and_shows_its_host_key(data
         with pytest.raises(CommandTimeoutError):
             await vm.run("sleep 1000", timeout=2)
         async with asyncio.timeout(BOOT):  # a guest that is slow to kill it does so meanwhile
-            while (await vm.run("ps | grep -c '[s]leep 1000'")).stdout != "0\n":
+            while (await vm.run("ps | grep -c '[s]leep 1000'", BOOT)).stdout != "0\n":
                 await asyncio.sleep(0.1)
         access = await vm.ssh_access()
         assert (access.user, access.password, access.private_key) == (
