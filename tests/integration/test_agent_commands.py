@@ -17,6 +17,7 @@ from smolvm_async.errors import (
     CommandTimeoutError,
     ConfigError,
     ConnectionLostError,
+    VMNotRunningError,
 )
 from tests.agent import (
     DIALOGUE,
@@ -268,6 +269,23 @@ async def test_a_process_of_an_agent_that_ends_is_lost(guest: Guest) -> None:
             await process.stdout.read()
         await guest.host.start()
     await until_sleeping("1012", 0)
+
+
+async def test_the_end_of_the_session_ends_a_process_whose_output_nobody_reads(
+    guest: Guest,
+) -> None:
+    process = await guest.spawn("echo $$; exec yes")
+    pid = int(await process.stdout.readline())
+    while not process._output.full:
+        await asyncio.sleep(0.01)
+    waiting = asyncio.ensure_future(process.wait())
+    async with asyncio.timeout(SOON):
+        await guest.session.close()  # as at the end of QEMU, with which all below ends, too
+        with pytest.raises(VMNotRunningError, match="QEMU has ended"):
+            await waiting
+    os.kill(pid, signal.SIGKILL)
+    for file in Path(linux.DIRECTORY).iterdir():
+        file.unlink()
 
 
 async def test_a_process_that_cannot_start_is_told(guest: Guest) -> None:

@@ -30,6 +30,7 @@ from smolvm_async.errors import (
     GuestAgentError,
     SmolVMError,
     UnsupportedError,
+    VMNotRunningError,
     VMTimeoutError,
 )
 from smolvm_async.foundation.tasks import end_tasks, take_exception
@@ -148,7 +149,7 @@ class Execution:
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._feeding = asyncio.Lock()
         self._detached = False
-        self._was_reset = False
+        self._gone = False
         self._running: asyncio.Task[None]
 
     async def write(self) -> None:
@@ -236,11 +237,16 @@ class Execution:
             self._session.watchers.discard(self._lose)
             self.ended.set_result(None)
 
-    def _lose(self, event: Event) -> None:
+    def _lose(self, event: Event | None) -> None:
         """Give up: no later agent knows this command, and no command survives a reset."""
-        self._was_reset = isinstance(event, Reset)
-        message = "the guest agent ended, or the guest was reset, while the command ran"
-        self.error = self.error or ConnectionLostError(message)
+        self._gone = event is None or isinstance(event, Reset)
+        error: SmolVMError = VMNotRunningError(
+            "QEMU has ended, or this process has detached, while the command ran"
+        )
+        if event is not None:
+            message = "the guest agent ended, or the guest was reset, while the command ran"
+            error = ConnectionLostError(message)
+        self.error = self.error or error
         self._running.cancel()
 
     async def _make_input(self, content: bytes) -> None:
@@ -281,7 +287,7 @@ class Execution:
         if self._detached and self._started.done():  # it has no files, or removes them itself
             await end_tasks(self._running)
             return
-        if self._was_reset or self.exit_code is not None:
+        if self._gone or self.exit_code is not None:
             try:
                 await end_tasks(self._running)
             finally:

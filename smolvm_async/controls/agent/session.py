@@ -31,7 +31,8 @@ class Session:
         agent: The agent.
         pauses: Whether the guest is paused.
         explain: Adds the VM's troubles to the error of a deadline; see `Troubles.explain()`.
-        watchers: Called with the event that the agent has ended, which forgets its commands then.
+        watchers: Called with the event that the agent has ended, which forgets its commands then;
+            `None` is the end of QEMU.
     """
 
     def __init__(
@@ -43,20 +44,24 @@ class Session:
         self.agent = agent
         self.pauses = pauses
         self.explain = explain
-        self.watchers: set[Callable[[Event], None]] = set()
+        self.watchers: set[Callable[[Event | None], None]] = set()
         self.env_turn = asyncio.Lock()  # for writers of the guest's environment variables
         self._endings: set[asyncio.Task[None]] = set()
         self._garbage: list[str] = []  # files in the guest that nobody needs any more
         self._garbage_size = 0  # bytes
         self._removing = False
         self._finishing = asyncio.Event()
+        self._closed = False
 
     def on_event(self, event: Event) -> None:
         """Note that the agent has ended. Call this with every event of QEMU."""
         closed = isinstance(event, PortChanged) and event.port == AGENT_PORT and not event.open
         if closed or isinstance(event, Reset):
-            for watcher in [*self.watchers]:
-                watcher(event)
+            self._tell(event)
+
+    def _tell(self, event: Event | None) -> None:
+        for watcher in [*self.watchers]:
+            watcher(event)
 
     async def end(self, ending: Coroutine[Any, Any, None]) -> None:
         """Run `ending`, which cleans up in the guest.
@@ -84,6 +89,8 @@ class Session:
             size: The bytes of the files.
             remover: A function that removes the files of commands.
         """
+        if self._closed:
+            return
         self._garbage.append(stem)
         self._garbage_size += max(size, SMALL)
         if not self._removing:
@@ -118,5 +125,7 @@ class Session:
             await asyncio.wait([*self._endings], timeout=ENDING)
 
     async def close(self) -> None:
-        """End all cleanups, after QEMU has ended or this process has detached."""
+        """End all commands and cleanups, after QEMU has ended or this process has detached."""
+        self._closed = True
+        self._tell(None)
         await end_tasks(*self._endings)
