@@ -274,7 +274,7 @@ async def test_a_process_of_an_agent_that_ends_is_lost(guest: Guest) -> None:
 async def test_the_end_of_the_session_ends_a_process_whose_output_nobody_reads(
     guest: Guest,
 ) -> None:
-    process = await guest.spawn("echo $$; exec yes")
+    process = await guest.spawn("echo $$; yes | head -c 8M; exec sleep 1016")
     pid = int(await process.stdout.readline())
     while not process._output.full:
         await asyncio.sleep(0.01)
