@@ -302,8 +302,16 @@ class Execution:
             if self._starting is not None:
                 await self.send_signal("KILL")
             elif self._making is not None:
-                await self._making
+                await self._until_made()
         self._discard()
+
+    async def _until_made(self) -> None:
+        """Wait until the program that makes the input files can make no more files."""
+        assert self._making is not None
+        try:
+            await self._making
+        except SmolVMError:  # its agent has ended, and the program may go on
+            await complete(self._session.agent, self._system.signaller(self._mark, 0, "KILL"))
 
     def _discard(self) -> None:
         self._session.remove(self._stem, self._input + self._output.size, self._remove)
