@@ -364,13 +364,14 @@ class Link:
 
         try:
             try:
-                opened = await opener(connection)
-            except ChannelOpenError:
-                second = await self._log_in()
-                if second is None:
-                    raise self.lost() from None
-                opened = await opener(second)
-            except Error as error:
+                try:
+                    opened = await opener(connection)
+                except ChannelOpenError:
+                    second = await self._log_in()
+                    if second is None:
+                        raise self.lost() from None
+                    opened = await opener(second)
+            except (Error, OSError) as error:
                 raise self._lost(str(error)) from error
             yield opened
         finally:
@@ -479,6 +480,8 @@ class Link:
         except TimeoutError:
             self._greeting = min(self._greeting * LONGER, LONGEST_GREETING)
             return None
+        except OSError as error:  # the host has no descriptors
+            raise self._lost(str(error)) from error
         self._greeting = GREETING
         if ours is None:
             return None
