@@ -176,6 +176,8 @@ class MarkedExecution(Execution):
         if not self.ended.done():
             self.channel.abort()
         await asyncio.wait([self.ended])
+        if not killed and self.exit_code is None:
+            await self.kill_lost()
 
     async def kill_lost(self) -> None:
         """Kill the command after the loss of its connection, if the guest still answers."""
