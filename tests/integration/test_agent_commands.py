@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from smolvm_async.errors import (
     CommandTimeoutError,
     ConfigError,
     ConnectionLostError,
+    GuestAgentError,
     VMNotRunningError,
 )
 from tests.agent import (
@@ -230,9 +232,13 @@ async def test_a_process_gets_signals_and_ends_with_its_block(guest: Guest) -> N
         await process.send_signal(signal.SIGINT)
         assert await process.wait() == -signal.SIGINT
         await process.write("dropped")
-    async with await guest.spawn("sleep 1010 & setsid sleep 1010 & sleep 1010"):
+    async with await guest.spawn("sleep 1010 & setsid sleep 1010 & sleep 1010") as process:
         await until_sleeping("1010", 3)
     assert sleepers("1010") == []
+    execution: Any = process._execution
+    killed = {"pid": execution._starting.result()}
+    with pytest.raises(GuestAgentError, match="pid"):  # a later process may have the same id
+        await guest.session.agent.execute("guest-exec-status", killed)
 
 
 async def test_a_detached_process_goes_on(guest: Guest) -> None:

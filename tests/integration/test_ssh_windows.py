@@ -241,7 +241,7 @@ async def test_input_waits_for_a_process_and_is_dropped_after_its_end(guest: Gue
 
 @pytest.mark.parametrize("guest", ["cmd"], indirect=True)
 async def test_a_cancelled_write_leaves_no_gap_in_the_input(guest: Guest) -> None:
-    data = os.urandom(3 * PART)
+    data = os.urandom(2 * AHEAD * PART)  # more than fits while the output is not read
     async with await guest.spawn(["cat"]) as process:
         writing = asyncio.ensure_future(process.write(data))
         got = await process.stdout.readexactly(1)

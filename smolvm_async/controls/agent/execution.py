@@ -20,7 +20,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from smolvm_async.controls.agent import linux
 from smolvm_async.controls.agent.files import field, open_files
 from smolvm_async.controls.agent.output import Output
-from smolvm_async.controls.agent.session import Session
+from smolvm_async.controls.agent.session import ENDING, Session
 from smolvm_async.controls.agent.system import Program, System
 from smolvm_async.controls.commands.transport import Command, Stream
 from smolvm_async.controls.commands.transport import Execution as AnyExecution
@@ -33,7 +33,7 @@ from smolvm_async.errors import (
     VMNotRunningError,
     VMTimeoutError,
 )
-from smolvm_async.foundation.tasks import end_tasks, take_exception
+from smolvm_async.foundation.tasks import end_tasks, has_result, take_exception
 from smolvm_async.qemu.events import Event, Reset
 from smolvm_async.qemu.guest_agent import GuestAgent
 
@@ -301,9 +301,21 @@ class Execution:
         with contextlib.suppress(SmolVMError):  # the agent has ended, or the guest
             if self._starting is not None:
                 await self.send_signal("KILL")
+                await self._forget()
             elif self._making is not None:
                 await self._until_made()
         self._discard()
+
+    async def _forget(self) -> None:
+        """Take the exit code of the killed command.
+
+        The agent keeps it otherwise, and tells it of a later process that has the same id.
+        """
+        assert self._starting is not None
+        if has_result(self._starting):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ENDING):
+                    await wait(self._session.agent, self._starting.result())
 
     async def _until_made(self) -> None:
         """Wait until the program that makes the input files can make no more files."""
