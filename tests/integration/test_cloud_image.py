@@ -109,6 +109,7 @@ async def test_uefi_boots_it_for_root(
         assert await vm.upload_file(sent, "/root/data/") == "/root/data/sent"
         came = await vm.download_file("/root/data/sent", tmp_path / "came")
         assert came.read_bytes() == sent.read_bytes()
+        await cloud_init_is_content(vm)  # it also changes the settings of sshd
         settings = (await said(vm, "sshd -T")).splitlines()
         assert {"maxsessions 1000", "passwordauthentication no"} <= set(settings)
 
