@@ -26,10 +26,9 @@ case ${1:-} in
     --quick) set -- "${quick[@]}" "${@:2}" ;;
     --all) export SMOLVM_ASYNC_EVERY_FAULT=1 && shift ;;
 esac
-# Three workers, since the last tests wait more than they work. With `worksteal` a worker keeps whole
-# files as long as it can, so that their tests share guests.
+# With `worksteal` a worker keeps whole files as long as it can, so that their tests share guests.
 pytest=(.venv/bin/python -m pytest -rs)  # -rs: say what was skipped, and why
-at_once=(-n 3 --dist worksteal)
+at_once=(-n 2 --dist worksteal)
 if [ $# -eq 0 ]; then
     # Beside all others, tests/kvm takes the time that the processors are idle: a third. The static
     # checks leave a processor idle, too.
