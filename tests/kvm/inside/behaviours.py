@@ -208,7 +208,7 @@ async def goes_on_in_state(state: str, vm: AsyncSmolVM) -> None:
 
 
 async def test_a_kept_vm_powers_down_and_starts_again(vm: AsyncSmolVM, data_dir: Path) -> None:
-    await vm.run("echo precious >/root/note", check=True)
+    await vm.run("echo precious >/root/note", check=True, timeout=BOOT)
     report = await vm.stop()
     assert (report.rung, report.graceful) == (Rung.POWERDOWN, True), report
     again = await AsyncSmolVM.from_id(vm.vm_id, data_dir=data_dir)
