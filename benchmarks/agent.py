@@ -24,12 +24,13 @@ from smolvm_async.qemu.guest_agent import GuestAgent
 EXAMPLES = Path(__file__).parents[1] / "examples"
 POLL = 0.001  # seconds
 BUDGET = 1.2  # run() / a bare guest-exec
-TRUE = {"path": "/bin/sh", "arg": ["-c", "true"], "capture-output": True}
+COMMANDS = ("true", "echo hello")
 
 
-async def bare(agent: GuestAgent) -> None:
-    """Execute `true` in a shell, and wait for its end."""
-    started: Any = await agent.execute("guest-exec", TRUE)
+async def bare(agent: GuestAgent, command: str) -> None:
+    """Execute a command in a shell, and wait for its end and its output."""
+    request = {"path": "/bin/sh", "arg": ["-c", command], "capture-output": True}
+    started: Any = await agent.execute("guest-exec", request)
     status: Any = {"exited": False}
     while not status["exited"]:
         await asyncio.sleep(POLL)
@@ -42,26 +43,27 @@ async def measure(rounds: int) -> Results:
     from stand_in import build_stand_in
 
     image = await build_stand_in()
-    alone: list[float] = []
-    through: list[float] = []
+    alone: dict[str, list[float]] = {command: [] for command in COMMANDS}
+    through: dict[str, list[float]] = {command: [] for command in COMMANDS}
     async with AsyncSmolVM(os="linux", image=image, channel="agent", accel="tcg") as vm:
         await vm.run("true")
         run: Any = vm._vm.run
-        for _ in range(rounds):
+        for command in COMMANDS * rounds:
             began = time.perf_counter()
-            await bare(run.session.agent)
+            await bare(run.session.agent, command)
             middle = time.perf_counter()
-            await vm.run("true")
-            alone.append(middle - began)
-            through.append(time.perf_counter() - middle)
+            await vm.run(command)
+            alone[command].append(middle - began)
+            through[command].append(time.perf_counter() - middle)
         await vm.stop(timeout=0)
     results = Results("Round trip of a command through the guest agent")
-    results.compare(
-        "command (`true`) through the guest agent",
-        Figure("bare guest-exec of a shell, polled each millisecond", alone),
-        Figure("run()", through),
-        budget=BUDGET,
-    )
+    for command in COMMANDS:
+        results.compare(
+            f"command (`{command}`) through the guest agent",
+            Figure("bare guest-exec of a shell, polled each millisecond", alone[command]),
+            Figure("run()", through[command]),
+            budget=BUDGET,
+        )
     return results
 
 

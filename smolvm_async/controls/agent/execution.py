@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NamedTuple
 
 from smolvm_async.controls.agent import linux
 from smolvm_async.controls.agent.files import field, open_files
@@ -37,9 +38,13 @@ from smolvm_async.foundation.tasks import end_tasks, has_result, take_exception
 from smolvm_async.qemu.events import Event, Reset
 from smolvm_async.qemu.guest_agent import GuestAgent
 
-FIRST = 0.001  # seconds until the first look at a command, and at least between two looks
+FIRST = 0.001  # seconds between two looks, at least
 LAST = 0.1  # seconds between two looks at a command that runs for long
 SHARE = 0.1  # of the time that the command has run: the time until the next look
+# A look takes the processor of a guest that has one, and a short command takes about as long to run
+# as to start. So the first look waits. Under TCG, `true` ends a sixth earlier.
+START = 0.75  # of the time that the start took: the time until the first look
+UNHURRIED = 0.01  # seconds until the first look at most: other requests may have delayed the start
 EARLY = 0.05  # seconds after which the output is read while the command runs
 ATTEMPTS = 3  # at most, to kill a command or to remove its files
 MAX_PROGRAM = 1 << 20  # bytes: one request to the agent has all of them
@@ -58,7 +63,9 @@ async def launch(agent: GuestAgent, program: Program) -> int:
     """Start a program in the guest, and return its process id."""
     if len(program.content) > MAX_PROGRAM:
         raise ConfigError("command= has more than 1 MiB: upload it as a file, and run the file.")
-    more = {"input-data": b64encode(program.content).decode()} if program.content else {}
+    more: dict[str, object] = {"capture-output": True} if program.reports else {}
+    if program.content:
+        more["input-data"] = b64encode(program.content).decode()
     return await execute(agent, program.path, [*program.arguments], **more)
 
 
@@ -80,26 +87,33 @@ async def execute(agent: GuestAgent, path: str, arguments: list[str], **more: ob
         raise UnsupportedError(message, hint=hint) from error
 
 
-async def look(agent: GuestAgent, pid: int, system: System = linux) -> int | None:
-    """Return the exit code of a program; `None` while it runs.
+class End(NamedTuple):
+    """The end of a program, which the agent tells once."""
 
-    The agent tells the exit code only once.
-    """
+    exit_code: int
+    report: bytes  # what a program that reports has printed
+
+
+async def look(agent: GuestAgent, pid: int, system: System = linux) -> End | None:
+    """Return the end of a program; `None` while it runs."""
     command = "guest-exec-status"
     status = await agent.execute(command, {"pid": pid})
-    if not field(status, "exited", bool, command):
+    if not field(status, "exited", bool, command) or not isinstance(status, dict):
         return None
-    if isinstance(status, dict) and "signal" in status:
-        return system.exit_code(field(status, "signal", int, command), signal=True)
-    return system.exit_code(field(status, "exitcode", int, command), signal=False)
+    signal = "signal" in status
+    code = field(status, "signal" if signal else "exitcode", int, command)
+    report = b""
+    with contextlib.suppress(TypeError, ValueError):  # a hostile guest
+        report = b64decode(status.get("out-data", ""))
+    return End(system.exit_code(code, signal=signal), report)
 
 
 async def wait(agent: GuestAgent, pid: int) -> int:
     """Wait for the end of a program, and return its exit code."""
     began = asyncio.get_running_loop().time()
-    while (code := await look(agent, pid)) is None:  # noqa: ASYNC110  # the agent tells no end
+    while (end := await look(agent, pid)) is None:  # noqa: ASYNC110  # the agent tells no end
         await asyncio.sleep(until_next_look(began))
-    return code
+    return end.exit_code
 
 
 async def complete(agent: GuestAgent, program: Program) -> None:
@@ -228,8 +242,11 @@ class Execution:
             # A cancelled call must not lose the id, by which the command is killed.
             self._starting = asyncio.ensure_future(launch(self._session.agent, runner))
             self._starting.add_done_callback(take_exception)
+            began = asyncio.get_running_loop().time()
             pid = await asyncio.shield(self._starting)
             self._started.set_result(None)
+            took = asyncio.get_running_loop().time() - began
+            await asyncio.sleep(min(took * START, UNHURRIED))
             self.exit_code = await self._follow(pid)
         except SmolVMError as error:
             self.error = error
@@ -240,13 +257,11 @@ class Execution:
     def _lose(self, event: Event | None) -> None:
         """Give up: no later agent knows this command, and no command survives a reset."""
         self._gone = event is None or isinstance(event, Reset)
-        error: SmolVMError = VMNotRunningError(
-            "QEMU has ended, or this process has detached, while the command ran"
+        self.error = self.error or (
+            VMNotRunningError("QEMU has ended, or this process has detached, while the command ran")
+            if event is None
+            else ConnectionLostError("the guest agent ended, or the guest was reset, while it ran")
         )
-        if event is not None:
-            message = "the guest agent ended, or the guest was reset, while the command ran"
-            error = ConnectionLostError(message)
-        self.error = self.error or error
         self._running.cancel()
 
     async def _make_input(self, content: bytes) -> None:
@@ -264,16 +279,18 @@ class Execution:
     async def _follow(self, pid: int) -> int:
         """Pass on the command's output until its end; return the exit code."""
         loop = asyncio.get_running_loop()
-        began, code = loop.time(), None
+        began = loop.time()
         async with AsyncExitStack() as stack:
-            while code is None:
+            while (end := await self._look(pid)) is None:
+                if not self._detached and loop.time() - began > EARLY:
+                    await self._output.read(stack)
                 await asyncio.sleep(until_next_look(began))
-                code = await self._look(pid)
-                if not self._detached and (code is not None or loop.time() - began > EARLY):
-                    await self._output.read(stack, last=code is not None)
-        return code
+            if not self._detached:
+                self._output.end(end.report)
+                await self._output.read(stack)
+        return end.exit_code
 
-    async def _look(self, pid: int) -> int | None:
+    async def _look(self, pid: int) -> End | None:
         try:
             return await look(self._session.agent, pid, self._system)
         except GuestAgentError as error:
