@@ -26,7 +26,7 @@ from smolvm_async.doctor.verdicts import NETWORK, Sighting
 from smolvm_async.foundation.progress import ProgressCallback
 from smolvm_async.foundation.tasks import running_loop
 from smolvm_async.guests import GUESTS, GuestProfile
-from smolvm_async.host.accelerator import KVM, TCG, Accelerator, Problem, probe_kvm
+from smolvm_async.host.accelerator import KVM, TCG, Accelerator, Problem, probe_kvm, trusts_tsc
 from smolvm_async.host.distribution import QEMU, QEMU_IMG, Program
 from smolvm_async.host.firmware import Firmware
 from smolvm_async.host.tools import HostTools
@@ -114,7 +114,7 @@ class Boots:
             self._problem = probe_kvm()
             if os.access(DEVICE, os.R_OK | os.W_OK):
                 self._seen = await self._probe(KVM)
-        return verdicts.kvm(self._accel, self._seen, self._problem)
+        return verdicts.kvm(self._accel, self._seen, self._problem, tsc=trusts_tsc())
 
     async def _boot(self) -> Verdict:
         """Boot under TCG, unless the machine has booted under KVM."""

@@ -42,6 +42,15 @@ TESTED_KVM = (
 )
 
 USE_TCG = "Pass accel='tcg': software emulation, many times slower."
+NO_TSC = (
+    "the host's kernel does not trust its TSC: a guest from a snapshot, a fork or a warm start "
+    "stands still at first, for as long as its guest ran before the snapshot"
+)
+TRUST_TSC = (
+    "See the kernel's reason: dmesg | grep -i tsc. If this host is a VM, its hypervisor may lack "
+    "an invariant TSC; if the processors' TSCs agree, boot the kernel with tsc=reliable. Or boot "
+    "guests: boot='cold'."
+)
 GOOD_KVM = (
     "Use a host whose KVM runs guests: a real machine, or a VM with nested virtualization. "
     f"Until then: {USE_TCG}"
@@ -208,17 +217,22 @@ def sidecar(sighting: Sighting, sidecar: Sidecar) -> Verdict:
     return skipped("the firmware did not boot")
 
 
-def kvm(accel: str, sighting: Sighting | None, problem: Problem | None) -> Verdict:
+def kvm(
+    accel: str, sighting: Sighting | None, problem: Problem | None, *, tsc: bool = True
+) -> Verdict:
     """Conclude whether KVM runs guests. `sighting` is `None` if KVM cannot be opened.
 
-    `problem` is the reason why accel='auto' does not choose KVM; `None` if it chooses KVM.
+    `problem` is the reason why accel='auto' does not choose KVM; `None` if it chooses KVM. `tsc`
+    is whether the host's kernel trusts its TSC.
     """
     if accel == "tcg":
         return skipped("accel='tcg' does not use KVM")
     if sighting is not None and sighting.booted:
         found = f"the firmware booted under KVM in {sighting.seconds:.1f} s"
-        if problem is None:
+        if problem is None and tsc:
             return ok(f"{found} (this library is tested with {TESTED_KVM})")
+        if problem is None:
+            return warning(f"{found}, but {NO_TSC}", TRUST_TSC)
         return warning(f"{found}, but accel='auto' does not choose KVM: {problem.reason}", USE_TCG)
     reasons = []
     cause = find_cause(sighting.failure) if sighting is not None else None

@@ -144,6 +144,20 @@ def _probe(fd: int, device: Path, smm: bool) -> Problem | None:
     return None
 
 
+def trusts_tsc(
+    clocksources: Path = Path("/sys/devices/system/clocksource/clocksource0"),
+) -> bool:
+    """Return whether the host's kernel trusts its TSC, as it does on a usual machine.
+
+    Without it, KVM gives a restored guest a new TSC, and the guest's timer fires when that has
+    reached the old one: the guest stands still for as long as it ran before.
+    """
+    try:
+        return "tsc" in (clocksources / "available_clocksource").read_text().split()
+    except OSError:  # this is no evidence of anything
+        return True
+
+
 def _has_virtualization(cpuinfo: Path) -> bool:
     try:
         with cpuinfo.open() as lines:  # of a big host, only the first processor's lines are read

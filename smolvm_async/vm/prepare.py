@@ -132,7 +132,7 @@ async def prepare(
     if snapshot is not None:
         # One turn of a thread for all: each turn costs as much as what is done in it.
         (image, direct_boot), layers, login, saved = await in_background(
-            _fill_from, snapshot, plan.config, state, source, stack
+            _fill_from, snapshot, plan, state, source, stack
         )
     else:
         image, direct_boot = await in_thread(_open_files, source, machine, "VM", stack)
@@ -186,7 +186,7 @@ async def _by_bios(plan: Plan, source: Source, image: BaseImage) -> bool:
 
 
 def _fill_from(
-    snapshot: Snapshot, config: VMConfig, state: VMDirectory, source: Source, stack: ExitStack
+    snapshot: Snapshot, plan: Plan, state: VMDirectory, source: Source, stack: ExitStack
 ) -> tuple[_BootFiles, tuple[str, ...], Login | None, SavedMachine | None]:
     """Open the boot files, and fill the directory from a snapshot.
 
@@ -195,7 +195,7 @@ def _fill_from(
     from smolvm_async.qemu.saving import SavedState
     from smolvm_async.state.snapshot_record import MACHINE, RAM
 
-    record = snapshot.record
+    record, config = snapshot.record, plan.config
     image, direct_boot = _open_files(source, record.machine, "snapshot", stack)
     frozen = record.machine.layers
     layers = (*frozen, next_layer(frozen))
@@ -203,7 +203,8 @@ def _fill_from(
     files = login.files(config) if login is not None else {}
     if record.live:  # the guest has read its seed
         files.pop(SEED, None)
-    check_layers(snapshot)
+    if plan.snapshot is not None:  # `ready_guest()` has checked its own
+        check_layers(snapshot)
     snapshot.give(state, but=files)
     # The state of the sidecars of a running machine is in the file `machine`.
     fresh = directories(config.profile) if record.live else ()

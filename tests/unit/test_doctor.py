@@ -21,7 +21,7 @@ from smolvm_async.doctor.probe import _failure, _subsets
 from smolvm_async.doctor.unsigned import MARKER, unsigned_application, unsigned_disk
 from smolvm_async.doctor.verdicts import NETWORK, Sighting, offered_address
 from smolvm_async.guests import GUESTS
-from smolvm_async.host.accelerator import KVM, TCG, Accelerator, Problem
+from smolvm_async.host.accelerator import KVM, TCG, Accelerator, Problem, trusts_tsc
 from smolvm_async.host.firmware import Firmware
 from smolvm_async.qemu.sidecars import SIDECARS
 from smolvm_async.qemu.sidecars.swtpm import random_bytes
@@ -210,6 +210,21 @@ def test_kvm(
         assert "failed to set MSR 0x10a" in verdict.detail
     if problem is not None and status is not Outcome.SKIPPED:
         assert "no vmx" in verdict.detail
+
+
+def test_kvm_whose_host_does_not_trust_its_tsc() -> None:
+    verdict = verdicts.kvm("auto", GOOD, None, tsc=False)
+    assert verdict.status is Outcome.WARNING
+    assert "stands still" in verdict.detail
+    assert "tsc=reliable" in verdict.cure
+
+
+def test_a_kernel_that_does_not_trust_its_tsc_does_not_list_it(tmp_path: Path) -> None:
+    (tmp_path / "available_clocksource").write_text("acpi_pm hpet \n")
+    assert not trusts_tsc(tmp_path)
+    (tmp_path / "available_clocksource").write_text("tsc kvm-clock \n")
+    assert trusts_tsc(tmp_path)
+    assert trusts_tsc(tmp_path / "missing")
 
 
 def chooses(monkeypatch: pytest.MonkeyPatch, chosen: Accelerator | None) -> None:
