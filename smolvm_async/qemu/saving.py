@@ -49,7 +49,7 @@ from typing import Any
 
 from smolvm_async.errors import MonitorError, SmolVMError
 from smolvm_async.foundation.fork import close_private, private
-from smolvm_async.foundation.tasks import in_background, settle
+from smolvm_async.foundation.tasks import end_tasks, in_background, settle
 from smolvm_async.qemu.arguments import MachineSpec
 from smolvm_async.qemu.console import Console
 from smolvm_async.qemu.launch import SAME_END, Processes, launch
@@ -282,6 +282,22 @@ class SavedState:
         Args:
             resumed: Done when the guest runs.
         """
+        loading = monitor.start_task(self._load(monitor))
+        try:
+            # QEMU may answer the last command some milliseconds after the guest runs.
+            await asyncio.wait({loading, resumed}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await end_tasks(loading)
+            raise
+        if loading.done():
+            loading.result()
+        while not resumed.done() and await _lasts(monitor, "query-status", "inmigrate"):
+            pass
+        if not resumed.done():  # QEMU was still loading when it came to `cont`
+            await monitor.execute("cont")
+
+    async def _load(self, monitor: Monitor) -> None:
+        """Make QEMU load the machine, and let its guest run."""
         writing = None if self._whole else asyncio.ensure_future(in_background(self._write))
         try:
             await asyncio.gather(  # QEMU has the next command before it has answered the last one
@@ -293,14 +309,11 @@ class SavedState:
                 _let_run(monitor, writing),
             )
         finally:
-            close_private(self._ends.pop(0))  # so that `_write` notices that QEMU has ended
+            if self._ends:  # the guest does not run yet; `_write` has to notice that QEMU has ended
+                close_private(self._ends.pop(0))
             if writing is not None:
                 await settle(writing)
             self.close()
-        while not resumed.done() and await _lasts(monitor, "query-status", "inmigrate"):
-            pass
-        if not resumed.done():  # QEMU was still loading when it came to `cont`
-            await monitor.execute("cont")
 
     def close(self) -> None:
         """Close the pipe."""

@@ -24,6 +24,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -57,8 +58,13 @@ def remote_methods(vm: VM, run: Run) -> dict[str, MethodType]:
     return {
         prefix + name: getattr(target, name)
         for prefix, kind, target in objects
-        for name in rpc_methods(kind)
+        for name in _names(kind)
     }
+
+
+@cache  # the classes of a VM have so many members that this takes half a millisecond
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(rpc_methods(kind))
 
 
 class ControlServer:
