@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import NamedTuple
 
 from smolvm_async.controls.agent import linux
 from smolvm_async.controls.agent.files import field, open_files
@@ -63,9 +62,7 @@ async def launch(agent: GuestAgent, program: Program) -> int:
     """Start a program in the guest, and return its process id."""
     if len(program.content) > MAX_PROGRAM:
         raise ConfigError("command= has more than 1 MiB: upload it as a file, and run the file.")
-    more: dict[str, object] = {"capture-output": True} if program.reports else {}
-    if program.content:
-        more["input-data"] = b64encode(program.content).decode()
+    more = {"input-data": b64encode(program.content).decode()} if program.content else {}
     return await execute(agent, program.path, [*program.arguments], **more)
 
 
@@ -87,33 +84,26 @@ async def execute(agent: GuestAgent, path: str, arguments: list[str], **more: ob
         raise UnsupportedError(message, hint=hint) from error
 
 
-class End(NamedTuple):
-    """The end of a program, which the agent tells once."""
+async def look(agent: GuestAgent, pid: int, system: System = linux) -> int | None:
+    """Return the exit code of a program; `None` while it runs.
 
-    exit_code: int
-    report: bytes  # what a program that reports has printed
-
-
-async def look(agent: GuestAgent, pid: int, system: System = linux) -> End | None:
-    """Return the end of a program; `None` while it runs."""
+    The agent tells the exit code only once.
+    """
     command = "guest-exec-status"
     status = await agent.execute(command, {"pid": pid})
-    if not field(status, "exited", bool, command) or not isinstance(status, dict):
+    if not field(status, "exited", bool, command):
         return None
-    signal = "signal" in status
-    code = field(status, "signal" if signal else "exitcode", int, command)
-    report = b""
-    with contextlib.suppress(TypeError, ValueError):  # a hostile guest
-        report = b64decode(status.get("out-data", ""))
-    return End(system.exit_code(code, signal=signal), report)
+    if isinstance(status, dict) and "signal" in status:
+        return system.exit_code(field(status, "signal", int, command), signal=True)
+    return system.exit_code(field(status, "exitcode", int, command), signal=False)
 
 
 async def wait(agent: GuestAgent, pid: int) -> int:
     """Wait for the end of a program, and return its exit code."""
     began = asyncio.get_running_loop().time()
-    while (end := await look(agent, pid)) is None:  # noqa: ASYNC110  # the agent tells no end
+    while (code := await look(agent, pid)) is None:  # noqa: ASYNC110  # the agent tells no end
         await asyncio.sleep(until_next_look(began))
-    return end.exit_code
+    return code
 
 
 async def complete(agent: GuestAgent, program: Program) -> None:
@@ -281,16 +271,15 @@ class Execution:
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with AsyncExitStack() as stack:
-            while (end := await self._look(pid)) is None:
+            while (code := await self._look(pid)) is None:
                 if not self._detached and loop.time() - began > EARLY:
-                    await self._output.read(stack)
+                    await self._output.read(stack, last=False)
                 await asyncio.sleep(until_next_look(began))
             if not self._detached:
-                self._output.end(end.report)
-                await self._output.read(stack)
-        return end.exit_code
+                await self._output.read(stack, last=True)
+        return code
 
-    async def _look(self, pid: int) -> End | None:
+    async def _look(self, pid: int) -> int | None:
         try:
             return await look(self._session.agent, pid, self._system)
         except GuestAgentError as error:

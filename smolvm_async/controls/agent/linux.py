@@ -50,34 +50,19 @@ def runner(command: Command, mark: str, stem: str, *, has_input: bool) -> Progra
     """Return the shell that runs a command with its output in files."""
     text = in_directory(command.text, command.cwd)
     source, feeder = f"{stem}.in" if has_input else "/dev/null", ""
-    files, report = f"9>&1 >{stem}.out 2>{stem}.err", _reporter(stem)
+    files = f">{stem}.out 2>{stem}.err"
     if command.detached:
-        files, report = ">/dev/null 2>&1", ""
+        files = ">/dev/null 2>&1"
     elif command.content is None:
         source, feeder = f"{stem}.pipe", _feeder(mark, stem)
     profiles = _PROFILES if command.shell == "login" else ""
     # The shell reads up to the closing brace first: in the braces, its own input changes.
-    program = _shell(
-        f"{{\n{_EXCLUSIVE}{feeder}exec <{source} {files} || exit {UNUSABLE}\n{report}{{\n{_USUAL}"
-        f"shift\n{_HOME}{profiles}export {MARK}={mark}\n{SOURCE}{exports(command.env)}"
-        f"eval {shlex.quote(text)}\n}} 9>&-\nexit\n}}\n",
+    return _shell(
+        f"{{\n{_EXCLUSIVE}{feeder}exec <{source} {files} || exit {UNUSABLE}\n{_USUAL}shift\n"
+        f"{_HOME}{profiles}export {MARK}={mark}\n{SOURCE}{exports(command.env)}"
+        f"eval {shlex.quote(text)}\nexit\n}}\n",
         mark,
     )
-    return program._replace(reports=not command.detached)
-
-
-def _reporter(stem: str) -> str:
-    """Return the part of a program that reports in the end which output is empty.
-
-    The report goes to the shell's first output, which is descriptor 9 later: no process of the
-    command has it, so no such process delays the report. A command that ends the shell otherwise,
-    or has a trap of its own, leaves no report.
-    """
-    tests = "; ".join(
-        f"command [ -e {path} -a ! -s {path} ] && command echo {name}"
-        for name, path in (("stdout", f"{stem}.out"), ("stderr", f"{stem}.err"))
-    )
-    return f"trap '{{ {{ {tests}; }} >&9; }} 2>/dev/null' EXIT\n"
 
 
 def _feeder(mark: str, stem: str) -> str:

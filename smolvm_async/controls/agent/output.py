@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from smolvm_async.controls.agent.files import GuestFile, open_files, read_each
@@ -13,7 +13,7 @@ from smolvm_async.controls.commands.transport import Stream
 from smolvm_async.errors import ConnectionLostError, GuestAgentError
 
 SOME = 1 << 20  # bytes of output to read between two looks at a command
-FILES: dict[Stream, str] = {"stdout": "out", "stderr": "err"}
+STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 
 
 class Output:
@@ -32,12 +32,11 @@ class Output:
         receive: Callable[[Stream, bytes], None],
     ) -> None:
         self._session = session
-        self._paths = {stream: system.file(stem, name) for stream, name in FILES.items()}
+        self._paths = [system.file(stem, name) for name in ("out", "err")]
         self._keeps_open = system.KEEPS_OPEN
         self._receive = receive
-        self._positions: dict[Stream, int] = dict.fromkeys(FILES, 0)
-        self._files: dict[Stream, GuestFile] = {}  # that stay open
-        self._last = False
+        self._positions: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
+        self._files: list[GuestFile] = []  # that stay open
         self._wanted = asyncio.Event()
         self._wanted.set()
         self.may_be_missing = False
@@ -55,14 +54,7 @@ class Output:
         """Continue to read."""
         self._wanted.set()
 
-    def end(self, report: bytes) -> None:
-        """Read all of the rest the next time: the command has ended, with this report."""
-        self._last = True
-        for stream in FILES:
-            if stream.encode() in report.split():  # it is empty
-                del self._paths[stream]
-
-    async def read(self, stack: AsyncExitStack) -> None:
+    async def read(self, stack: AsyncExitStack, *, last: bool) -> None:
         """Pass on the new output, at last all of it. The stack closes the files.
 
         Raises:
@@ -71,47 +63,40 @@ class Output:
         try:
             async with AsyncExitStack() as soon:
                 keeping = stack if self._keeps_open else soon
-                files = self._files or await self._open(keeping)
+                files = self._files or await keeping.enter_async_context(
+                    open_files(self._session, self._paths, "r")
+                )
                 if self._keeps_open:
                     self._files = files
                 else:
                     await self._skip(files)
-                await self._read(files)
+                await self._read(files, last=last)
         except GuestAgentError as error:
             if not error.error_class:  # the agent did not refuse: its answer makes no sense
                 raise
-            if not self._last or (self.may_be_missing and not self.size):
+            if not last or (self.may_be_missing and not self.size):
                 return  # the files are not made yet, or are being written
             hint = "Is the disk of the guest full, or its directory for temporary files read-only?"
             message = f"the guest did not keep the command's output: {error.message}."
             raise ConnectionLostError(message, hint=hint) from error
 
-    async def _open(self, keeping: AsyncExitStack) -> dict[Stream, GuestFile]:
-        if not self._paths:
-            return {}
-        opened = open_files(self._session, [*self._paths.values()], "r")
-        files = await keeping.enter_async_context(opened)
-        return dict(zip(self._paths, files, strict=True))
-
-    async def _skip(self, files: Mapping[Stream, GuestFile]) -> None:
-        for stream, file in files.items():
-            if position := self._positions[stream]:
+    async def _skip(self, files: list[GuestFile]) -> None:
+        for file, position in zip(files, self._positions.values(), strict=True):
+            if position:
                 await file.seek(position, "set")
 
-    async def _read(self, files: Mapping[Stream, GuestFile]) -> None:
+    async def _read(self, files: list[GuestFile], *, last: bool) -> None:
         await self._wanted.wait()
-        if not files:
-            return
-        first = await read_each(self._session.agent, [*files.values()])
-        for (stream, file), (data, is_end) in zip(files.items(), first, strict=True):
+        first = await read_each(self._session.agent, files)
+        for stream, file, (data, is_end) in zip(STREAMS, files, first, strict=True):
             self._pass_on(stream, data)
             if not is_end:
-                await self._read_more(stream, file)
+                await self._read_more(stream, file, last=last)
 
-    async def _read_more(self, stream: Stream, file: GuestFile) -> None:
+    async def _read_more(self, stream: Stream, file: GuestFile, *, last: bool) -> None:
         """Pass on a part of a file, or at last the rest that is there: some programs never stop."""
         rest = SOME
-        if self._last:
+        if last:
             position = self._positions[stream]
             rest = await file.seek(0, "end") - position
             await file.seek(position, "set")

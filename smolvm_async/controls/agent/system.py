@@ -14,7 +14,6 @@ class Program(NamedTuple):
     path: str
     arguments: Sequence[str]
     content: bytes = b""  # the standard input
-    reports: bool = False  # whether the output, which the agent keeps then, is of use
 
 
 class System(Protocol):
@@ -45,8 +44,6 @@ class System(Protocol):
 
     def runner(self, command: Command, mark: str, stem: str, *, has_input: bool) -> Program:
         """Return the program that runs a command with its output in files.
-
-        A program that reports prints the names of those streams that are empty in the end.
 
         Args:
             command: The command.
