@@ -107,11 +107,12 @@ async def _build(work: Path, suite: str) -> None:
 
 async def _install(work: Path, suite: str) -> None:
     source = f"deb [signed-by={KEYRING}] http://deb.debian.org/debian {suite} main"
-    excluded = [f"--dpkgopt=path-exclude={pattern}" for pattern in NOT_UNPACKED]
+    options = [f"--dpkgopt=path-exclude={pattern}" for pattern in NOT_UNPACKED]
+    options.append("--dpkgopt=force-unsafe-io")  # a build that is cut off is thrown away
     included = f"--include={','.join(PACKAGES)}"
     # The mounts of mmdebstrap are in their own namespace, and go with it, however it ends.
     command = ["unshare", "--mount", "mmdebstrap", "--mode=root", "--variant=minbase"]
-    await _run(work, *command, included, *excluded, suite, "root", source)
+    await _run(work, *command, included, *options, suite, "root", source)
 
 
 def _generalize(root: Path) -> None:

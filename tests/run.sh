@@ -26,9 +26,10 @@ case ${1:-} in
     --quick) set -- "${quick[@]}" "${@:2}" ;;
     --all) export SMOLVM_ASYNC_EVERY_FAULT=1 && shift ;;
 esac
-# With `worksteal` a worker keeps whole files as long as it can, so that their tests share guests.
+# Three workers keep two processors busy. With `worksteal` a worker keeps whole files as long as it
+# can, so that their tests share guests.
 pytest=(.venv/bin/python -m pytest -rs)  # -rs: say what was skipped, and why
-at_once=(-n 2 --dist worksteal)
+at_once=(-n 3 --dist worksteal)
 if [ $# -eq 0 ]; then
     # Beside all others, tests/kvm takes the time that the processors are idle: a third. The static
     # checks leave a processor idle, too.

@@ -133,6 +133,7 @@ async def _install(root: Path, wheel: Path, *, backports: bool) -> None:
     options = [
         f"--include={','.join(PACKAGES)}",
         "--aptopt=APT::Install-Recommends false",
+        "--dpkgopt=force-unsafe-io",  # an installation that is cut off is thrown away
         *([f"{pin} >$1/etc/apt/preferences.d/backports"] if backports else []),
     ]
     command = ["unshare", "--mount", "mmdebstrap", "--mode=root", "--variant=minbase"]
