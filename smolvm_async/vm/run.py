@@ -506,6 +506,7 @@ class VMRun:
 
         config = self._plan.config
         if self._channel.agent is not None:
+            await self.guest_status()  # before its answer, QEMU tells whether the port is open
             await set_right_through_agent(config.vm_id, self.session, config.profile.name)
         else:  # Windows, over SSH
             logger.warning(NOT_REACHED)
