@@ -43,8 +43,8 @@ TESTED_KVM = (
 
 USE_TCG = "Pass accel='tcg': software emulation, many times slower."
 NO_TSC = (
-    "the host's kernel does not trust its TSC: a guest from a snapshot, a fork or a warm start "
-    "stands still at first, for as long as its guest ran before the snapshot"
+    "the host's kernel does not trust its TSC: a guest that was saved and is restored (a snapshot, "
+    "a fork, a warm start) stands still at first, for as long as it ran before it was saved"
 )
 TRUST_TSC = (
     "See the kernel's reason: dmesg | grep -i tsc. If this host is a VM, its hypervisor may lack "

@@ -149,8 +149,9 @@ def trusts_tsc(
 ) -> bool:
     """Return whether the host's kernel trusts its TSC, as it does on a usual machine.
 
-    Without it, KVM gives a restored guest a new TSC, and the guest's timer fires when that has
-    reached the old one: the guest stands still for as long as it ran before.
+    Without it, a restored guest of KVM has another TSC than before, and its timer fires only when
+    this TSC has reached the old one: the guest stands still for as long as it ran before. So it is
+    under a KVM that QEMU emulates; no real machine of this kind was tried.
     """
     try:
         return "tsc" in (clocksources / "available_clocksource").read_text().split()

@@ -67,9 +67,14 @@ def check_clones(count: int, memory: int) -> None:
     all be admitted, and the kernel would then kill some process.
 
     Raises:
-        HostError: They do not fit. The message has the figures.
+        HostError: They do not fit: the message has the figures. Or no descriptors are left.
     """
-    host = available_memory()
+    try:
+        host = available_memory()
+    except OSError as error:
+        raise HostError(
+            f"count={count}: the host's free memory cannot be read: {error}."
+        ) from error
     if memory + (count - 1) * OVERHEAD > host.available:
         raise HostError(
             f"count={count} clones do not fit: each takes at least {OVERHEAD} MiB, and "

@@ -334,7 +334,7 @@ def test_at_every_await(
             sites.update(run.site.split())
             start = struck % STARTS == turn
             check(run, world, f"{fault} at await {run.point}", prune=prune, start=start)
-    assert struck > 3
+    assert struck
     record_property("injected", (fault, struck))
     record_property("injected at", sorted(sites))
 

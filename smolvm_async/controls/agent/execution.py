@@ -247,10 +247,10 @@ class Execution:
     def _lose(self, event: Event | None) -> None:
         """Give up: no later agent knows this command, and no command survives a reset."""
         self._gone = event is None or isinstance(event, Reset)
+        ended = "QEMU has ended, or this process has detached, while the command ran"
+        reset = "the guest agent ended, or the guest was reset, while the command ran"
         self.error = self.error or (
-            VMNotRunningError("QEMU has ended, or this process has detached, while the command ran")
-            if event is None
-            else ConnectionLostError("the guest agent ended, or the guest was reset, while it ran")
+            VMNotRunningError(ended) if event is None else ConnectionLostError(reset)
         )
         self._running.cancel()
 
