@@ -522,6 +522,7 @@ async def test_those_who_wait_for_a_picture_hear_that_qemu_has_ended(
             os.kill(qemu, signal.SIGKILL)
             try:
                 await asyncio.wait(calls)
+                await asyncio.sleep(SOON)  # a block that is left now would stop the VM
             except asyncio.CancelledError:  # the block's, which has crashed
                 await asyncio.wait(calls)
             for call in calls:
