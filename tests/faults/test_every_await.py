@@ -255,10 +255,10 @@ PLAN: list[tuple[str, list[Story], int]] = [
     ("cancel, and 5 awaits later", [block], 4),
     ("cancel, and 5 awaits later", [desktop], 12),
     ("SIGKILL QEMU", [block], 1),
-    ("SIGKILL QEMU", [explicit, kept, attached], 8),
+    ("SIGKILL QEMU", [explicit, kept, attached], 4),
     ("SIGKILL QEMU", DESKTOPS, 8),
     ("SIGKILL swtpm", [block], 1),
-    ("SIGKILL swtpm", [deleted_by_another], 4),
+    ("SIGKILL swtpm", [deleted_by_another], 2),
     ("SIGKILL swtpm", [kept], 8),
     ("SIGKILL swtpm", [attached_desktop], 16),
     ("SIGKILL QEMU and swtpm", [explicit, attached], 4),
@@ -267,9 +267,9 @@ PLAN: list[tuple[str, list[Story], int]] = [
     ("SIGTERM QEMU", [desktop], 12),
     ("SIGTERM swtpm", [block], 4),
     ("SIGTERM swtpm", [desktop], 16),
-    ("SIGSTOP QEMU", [block, explicit, kept], 8),
+    ("SIGSTOP QEMU", [block, explicit, kept], 4),
     ("SIGSTOP QEMU", DESKTOPS, 12),
-    ("SIGSTOP swtpm", [explicit, kept], 8),
+    ("SIGSTOP swtpm", [explicit, kept], 4),
     ("SIGSTOP swtpm", [desktop], 12),
     ("EMFILE until the next await", [explicit], 4),
     ("EMFILE until the next await", [kept], 8),
@@ -283,7 +283,7 @@ PLAN: list[tuple[str, list[Story], int]] = [
     ("EMFILE to the end", [desktop], 12),
     (ENOSPC, [block], 4),
     (ENOSPC, [kept], 8),
-    (ENOSPC, [desktop], 16),
+    (ENOSPC, [desktop], 12),
 ]
 EVERY = "SMOLVM_ASYNC_EVERY_FAULT" in os.environ
 STARTS = 1 if EVERY else 4  # faults for each start of the next VM
@@ -334,7 +334,7 @@ def test_at_every_await(
             sites.update(run.site.split())
             start = struck % STARTS == turn
             check(run, world, f"{fault} at await {run.point}", prune=prune, start=start)
-    assert struck
+    assert struck > 3
     record_property("injected", (fault, struck))
     record_property("injected at", sorted(sites))
 
