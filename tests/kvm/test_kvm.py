@@ -37,7 +37,7 @@ BEHAVIOURS = [
 
 MEMORY = 7168  # MiB; what the doctor wants to see for a Windows guest, and a fleet
 QEMU = 1280  # MiB besides; most of it is code that TCG has translated
-# Seconds for the next test's result: on a quiet host, each takes 2 to 100, beside others more.
+# Seconds for the next test's result: on a quiet host, each takes 1 to 30, beside others more.
 SILENCE = 600
 # TCG's emulation of SVM can leave a processor of the host guest halted for ever (see the README of
 # the tests). The tests without a result then run in a second host guest, and no third.
