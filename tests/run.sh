@@ -31,8 +31,8 @@ esac
 pytest=(.venv/bin/python -m pytest -rs)  # -rs: say what was skipped, and why
 at_once=(-n 3 --dist worksteal)
 if [ $# -eq 0 ]; then
-    # Beside all others, tests/kvm takes the time that the processors are idle: a third. The static
-    # checks leave a processor idle, too.
+    # tests/kvm runs beside all others, which it must not delay. The static checks leave a processor
+    # idle.
     report=$(mktemp)
     nice -n 19 "${pytest[@]}" -p no:cacheprovider tests/kvm >"$report" 2>&1 &
     kvm=$!

@@ -229,11 +229,12 @@ def kvm(
         return skipped("accel='tcg' does not use KVM")
     if sighting is not None and sighting.booted:
         found = f"the firmware booted under KVM in {sighting.seconds:.1f} s"
-        if problem is None and tsc:
-            return ok(f"{found} (this library is tested with {TESTED_KVM})")
-        if problem is None:
+        if problem is not None:
+            reason = f"accel='auto' does not choose KVM: {problem.reason}"
+            return warning(f"{found}, but {reason}", USE_TCG)
+        if not tsc:
             return warning(f"{found}, but {NO_TSC}", TRUST_TSC)
-        return warning(f"{found}, but accel='auto' does not choose KVM: {problem.reason}", USE_TCG)
+        return ok(f"{found} (this library is tested with {TESTED_KVM})")
     reasons = []
     cause = find_cause(sighting.failure) if sighting is not None else None
     if cause is not None:
