@@ -103,6 +103,7 @@ class Proxy:
     requests: list[Request] = field(default_factory=list)
     sent: int = 0
     url: str = ""
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def gets(self) -> list[Request]:
@@ -111,6 +112,11 @@ class Proxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one connection's only request."""
+        # Nothing else holds this task once the other side has closed its connection; the garbage
+        # collector would end it in another thread, which may close another connection's socket.
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.add(task)
         try:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await self._answer(reader, writer)
@@ -120,6 +126,7 @@ class Proxy:
             pass
         finally:
             writer.transport.abort()
+            self.tasks.discard(task)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin1")

@@ -820,6 +820,21 @@ async def test_a_push_that_is_cancelled_at_any_moment_leaves_no_upload(
             break
 
 
+async def test_a_push_to_a_server_that_does_not_read_is_given_up(
+    server: str, proxy: Proxy, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_bucket(server)
+    monkeypatch.setattr(client, "READ_TIMEOUT", 1.5)  # a busy server answers sooner
+    monkeypatch.setattr(client, "ATTEMPTS", 1)
+    gate = threading.Event()
+    proxy.fault = lambda request: Fault(hold=gate) if request.method == "PUT" else None
+    for size in (source.stat().st_size, MIB):  # parts that no socket holds; a file that one holds
+        disk = disk_of(tmp_path / str(size), size)
+        with pytest.raises(ImageError, match="cannot be reached"):
+            await push_image(disk.parent, f"s3://bucket/{tmp_path.name}-{size}/", os="linux")
+    gate.set()
+
+
 async def test_images_are_removed_by_name_and_what_others_have_stays(
     published: Published, server: str, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def _create_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     import aioboto3
     import aiofiles  # noqa: F401 (import it now; an import during a download would block the loop)
     from aiobotocore.config import AioConfig
+    from botocore.handlers import add_expect_header
 
     session = aioboto3.Session()
     session._session.register_component("data_loader", _loader())
@@ -111,6 +112,8 @@ def _create_now(options: dict[str, Any], hurried: bool) -> tuple[Any, Any]:
     async def enter() -> tuple[Any, Any]:
         context = session.client("s3", region_name=region, config=config, **options)
         client = await context.__aenter__()
+        # aiohttp waits without a deadline for the answer to `Expect: 100-continue`.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
         try:
             # Load endpoint rules and signer now; the first request would load them in the loop.
             await client.generate_presigned_url("get_object", {"Bucket": "none", "Key": "none"})
@@ -149,6 +152,9 @@ def _private_socket(address: tuple[Any, ...]) -> socket.socket:
     """Make a socket for an address of `getaddrinfo()`."""
     made = socket.socket(*address[:3])
     private(made.fileno())
+    # aiohttp has no deadline for a server that does not read what is sent; the kernel has this one.
+    unread = round(READ_TIMEOUT * 1000)  # milliseconds
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
     return made
 
 
@@ -166,6 +172,10 @@ def _session_class() -> type[Any]:
     class Session(AIOHTTPSession):  # type: ignore[misc]
         def __init__(self, verify: Any = True, *args: Any, **options: Any) -> None:
             super().__init__(verify, *args, **options)
+            self._connector_args: dict[str, Any] = {
+                **self._connector_args,
+                "socket_factory": _private_socket,
+            }
             self._prepared: ssl.SSLContext | None = None
             if verify:
                 self._prepared = create_urllib3_context()
@@ -181,12 +191,10 @@ def _session_class() -> type[Any]:
         def _create_connector(self, proxy_url: str | None) -> Any:
             if proxy_url or self._cert_file:
                 return super()._create_connector(proxy_url)
-            connections, options = self._max_pool_connections, self._connector_args
             return aiohttp.TCPConnector(
-                limit=connections,
+                limit=self._max_pool_connections,
                 ssl=self._prepared or False,
-                socket_factory=_private_socket,
-                **options,
+                **self._connector_args,
             )
 
     return Session
