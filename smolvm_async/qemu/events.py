@@ -6,7 +6,7 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -227,6 +227,27 @@ TYPES: Mapping[str, type[Event]] = {
     Trouble.NAME: Trouble,
     NetworkDenied.NAME: NetworkDenied,
 }
+
+
+class Ports:
+    """The virtio-serial ports that the guest has open.
+
+    QEMU tells at most one change of a port in a second, and the last one of the second. If a port
+    was closed and opened again meanwhile, as by an agent that starts again, only `open` is told.
+    """
+
+    def __init__(self) -> None:
+        self._open: set[str] = set()
+
+    def complete(self, event: Event) -> list[Event]:
+        """Return the event, after the change that QEMU has left out."""
+        if not isinstance(event, PortChanged):
+            return [event]
+        was_open = event.port in self._open
+        (self._open.add if event.open else self._open.discard)(event.port)
+        if event.open and was_open:
+            return [replace(event, data={**event.data, "open": False}), event]
+        return [event]
 
 
 def parse_event(message: Mapping[str, Any]) -> Event:

@@ -36,7 +36,7 @@ from smolvm_async.errors import LaunchError, MonitorError, VMNotRunningError
 from smolvm_async.foundation.fork import private
 from smolvm_async.foundation.log import get_logger
 from smolvm_async.foundation.tasks import settle, take_exception
-from smolvm_async.qemu.events import Event, parse_event
+from smolvm_async.qemu.events import Event, Ports, parse_event
 
 # This module raises or expects all errors that the client logs. DEBUG shows every message.
 wire = get_logger(f"{__name__}.wire")
@@ -74,8 +74,11 @@ class Monitor:
         self._client = _Client()  # unnamed: for each name, Python makes a logger and never frees it
         self._client.logger = wire
 
+        ports = Ports()
+
         def hand_on(message: Any) -> bool:
-            on_event(parse_event(message))
+            for event in ports.complete(parse_event(message)):
+                on_event(event)
             return False  # the client does not keep the event
 
         self._client.events.event_filter = hand_on

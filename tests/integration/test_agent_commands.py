@@ -60,6 +60,31 @@ async def test_exit_code_and_output(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "result"),
+    [
+        ("true", (0, b"", b"")),
+        ("echo out", (0, b"out\n", b"")),
+        ("echo err >&2", (0, b"", b"err\n")),
+        ("echo out; echo err >&2", (0, b"out\n", b"err\n")),
+        ("sleep 0.2; echo out", (0, b"out\n", b"")),
+        ("echo out; sleep 0.2; echo err >&2", (0, b"out\n", b"err\n")),
+        ("echo out; false", (1, b"out\n", b"")),
+        ("set -e; false; echo out", (1, b"", b"")),
+        ("echo out; exit 0", (0, b"out\n", b"")),
+        ("exec echo out", (0, b"out\n", b"")),
+        ("trap 'echo bye; exit 5' EXIT; echo out", (5, b"out\nbye\n", b"")),
+        ("kill() { echo no; }; echo out", (0, b"out\n", b"")),
+        ("(echo out); (exit 0)", (0, b"out\n", b"")),
+        ("kill -TERM $$; sleep 1", (-15, b"", b"")),
+    ],
+)
+async def test_whatever_ends_a_command_its_output_is_whole(
+    guest: Guest, command: str, result: tuple[int, bytes, bytes]
+) -> None:
+    assert await guest.result(command) == result
+
+
+@pytest.mark.parametrize(
     "text",
     ["'\"\\ \n\t%PATH% $HOME `id` ${x} $(id) ! # ; & | > < * ? ~", "é 😀 \x01\x7f", "x" * 100_000],
 )

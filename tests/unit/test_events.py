@@ -23,7 +23,7 @@ from smolvm_async import (
     Shutdown,
 )
 from smolvm_async.qemu.boot import BootTracker
-from smolvm_async.qemu.events import BACKLOG, EventHub, parse_event
+from smolvm_async.qemu.events import BACKLOG, EventHub, Ports, parse_event
 from smolvm_async.qemu.pauses import Pauses
 
 pytestmark = pytest.mark.anyio
@@ -337,6 +337,21 @@ async def test_who_gave_up_waiting_stands_in_nobodys_way() -> None:
     reached = await patient
     assert reached is not None
     assert reached.state is BootState.FIRMWARE
+
+
+async def test_a_port_that_is_told_open_twice_was_closed_in_between() -> None:
+    ports = Ports()
+    told = [("agent", True), ("parked", True), ("agent", True), ("agent", False), ("agent", True)]
+    events = [
+        event
+        for port, open in told
+        for event in ports.complete(parse_event(message("VSERPORT_CHANGE", id=port, open=open)))
+    ]
+    assert [(event.port, event.open) for event in events if isinstance(event, PortChanged)] == [
+        *told[:2],
+        ("agent", False),
+        *told[2:],
+    ]
 
 
 async def test_a_progress_callback_that_raises_harms_nothing(

@@ -17,9 +17,11 @@ from smolvm_async.qemu.guest_agent import GuestAgent, result_of
 PIECE = 1 << 16  # bytes to read at once; a reply has at most 128 KiB
 SENT = 1 << 18  # bytes to write at once; under TCG, most of the time the agent parses the JSON
 
+OPEN = "guest-file-open"
 UNKNOWN = "has not been found"  # the agent's words for a handle that it does not know
 
 T = TypeVar("T")
+Request = tuple[str, dict[str, Any]]  # a command of the agent, and its arguments
 
 
 def field(reply: object, name: str, kind: type[T], command: str) -> T:
@@ -127,30 +129,42 @@ async def open_files(
     Raises:
         GuestAgentError: The guest cannot open one of the files.
     """
+    async with opening(session, paths, mode) as (replies, files):
+        for reply in replies:
+            if type(result_of(OPEN, reply)) is not int:
+                message = f"the guest agent's result of {OPEN} is not a number"
+                raise GuestAgentError(message, command=OPEN)
+        yield files
+
+
+@asynccontextmanager
+async def opening(
+    session: Session, paths: Sequence[str], mode: str, after: Sequence[Request] = ()
+) -> AsyncIterator[tuple[list[dict[str, Any]], list[GuestFile]]]:
+    """Send requests and open files in one round trip; close the files at the end of the block.
+
+    Yields:
+        The agent's replies to all of that, and the files that the guest has opened.
+    """
     files: list[GuestFile] = []
 
-    async def begin() -> None:
-        command = "guest-file-open"
-        requests = [(command, {"path": path, "mode": mode}) for path in paths]
+    async def begin() -> list[dict[str, Any]]:
+        requests = [*after, *((OPEN, {"path": path, "mode": mode}) for path in paths)]
         replies = await session.agent.execute_all(requests)
-        handles = [reply.get("return") for reply in replies]
+        handles = [reply.get("return") for reply in replies[len(after) :]]
         files.extend(GuestFile(session.agent, each) for each in handles if type(each) is int)
-        for reply in replies:
-            if type(result_of(command, reply)) is not int:
-                message = f"the guest agent's result of {command} is not a number"
-                raise GuestAgentError(message, command=command)
+        return replies
 
     async def end() -> None:
-        await asyncio.wait([opening])
+        await asyncio.wait([beginning])
         requests = [("guest-file-close", {"handle": file.handle}) for file in files]
         if requests:
             await session.agent.execute_all(requests)
 
-    opening = asyncio.ensure_future(begin())  # a cancelled call must not lose the handles
-    opening.add_done_callback(take_exception)
+    beginning = asyncio.ensure_future(begin())  # a cancelled call must not lose the handles
+    beginning.add_done_callback(take_exception)
     try:
-        await asyncio.shield(opening)
-        yield files
+        yield await asyncio.shield(beginning), files
     finally:
         if mode.startswith("r") and "+" not in mode:
             session.go_on(end())  # the caller has what it wants
