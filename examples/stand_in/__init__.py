@@ -28,10 +28,6 @@ GUEST_OPTIONS = {
     "ssh": ("on",),  # run an SSH server: the user Administrator has the password stand-in
     "shell": ("on",),  # after `ready`, run each line that arrives on the serial console
     "then": ("reboot", "panic", "poweroff"),  # once, after `ready`; reboot only on the first boot
-    "flood": (
-        "serial",
-        "agent",
-    ),  # after `ready`, write endlessly to the serial console or the agent's port
 }
 
 PROGRAMS = {  # the programs that the build runs, and their packages

@@ -203,13 +203,6 @@ and_then() {
     esac
 }
 
-flood() {
-    case $1 in
-    serial) yes "STAND-IN: flood" & ;;
-    agent) yes flood >"$(agent_port)" & ;; # needs stand_in.agent=off: the port allows one process
-    esac
-}
-
 # Commands.
 
 obey() { # runs each line that arrives on the serial console, without an echo
@@ -237,7 +230,6 @@ report_agent
 [ ! -e /bin/desktop ] || desktop
 say ready
 and_then "$(option then)"
-flood "$(option flood)"
 [ "$(option shell)" != on ] || obey </dev/console &
 
 while :; do # process 1 must not end; `wait` also reaps orphans, and lets the traps run
