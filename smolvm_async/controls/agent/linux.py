@@ -19,7 +19,7 @@ from smolvm_async.controls.commands.script import (
     in_directory,
     signal_script,
 )
-from smolvm_async.controls.commands.transport import STREAMS, Command, Stream
+from smolvm_async.controls.commands.transport import Command
 
 SHELL = "/bin/sh"
 KEEPS_OPEN = True
@@ -28,11 +28,6 @@ MAX_CONTENT = 0  # the shell has its program there
 DIRECTORY = "/tmp"  # `_EXCLUSIVE` makes each file, with a random name
 
 FILES = ("in", "end", "bell", "pipe", "out", "err")
-
-# Two more exit codes, which say that the command has ended with 0 and what it has not written: no
-# file is opened in vain then. They are signals of which C libraries use both inside threads only,
-# so that no program can choose or expect them.
-SILENT, NO_ERRORS = 32, 33
 
 _EXCLUSIVE = "umask 077\nset -C\n"  # only the owner can read a file, and nobody has made it before
 _USUAL = "umask 022\nset +C\n"
@@ -61,24 +56,13 @@ def runner(command: Command, mark: str, stem: str, *, has_input: bool) -> Progra
     elif command.content is None:
         source, feeder = f"{stem}.pipe", _feeder(mark, stem)
     profiles = _PROFILES if command.shell == "login" else ""
-    report = "" if command.detached else _report(stem)
     # The shell reads up to the closing brace first: in the braces, its own input changes.
     return _shell(
         f"{{\n{_EXCLUSIVE}{feeder}exec <{source} {files} || exit {UNUSABLE}\n{_USUAL}shift\n"
         f"{_HOME}{profiles}export {MARK}={mark}\n{SOURCE}{exports(command.env)}"
-        f"{report}eval {shlex.quote(text)}\nexit\n}}\n",
+        f"eval {shlex.quote(text)}\nexit\n}}\n",
         mark,
     )
-
-
-def _report(stem: str) -> str:
-    """Return the part of a program that ends the shell with `SILENT` or `NO_ERRORS`, if it can.
-
-    A command that executes another program in place of the shell, or has a trap of its own, ends
-    with its exit code as usual.
-    """
-    ended = f"[ -s {stem}.out ] && command kill -{NO_ERRORS} $$ || command kill -{SILENT} $$"
-    return f"trap '[ $? -ne 0 ] || [ -s {stem}.err ] || {{ {ended}; }}' EXIT\n"
 
 
 def _feeder(mark: str, stem: str) -> str:
@@ -117,15 +101,6 @@ def remover(stems: Sequence[str]) -> Program:
 def exit_code(code: int, *, signal: bool) -> int:
     """Return the exit code as in `subprocess`."""
     return -code if signal else code
-
-
-def written(code: int) -> tuple[int, Sequence[Stream]]:
-    """Return the exit code of a command, and the streams that it may have written to."""
-    reported: dict[int, tuple[int, Sequence[Stream]]] = {
-        -SILENT: (0, ()),
-        -NO_ERRORS: (0, ("stdout",)),
-    }
-    return reported.get(code, (code, STREAMS))
 
 
 def _shell(program: str, mark: str) -> Program:

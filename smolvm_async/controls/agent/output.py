@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
 from smolvm_async.controls.agent.files import GuestFile, Request, open_files, opening, read_each
 from smolvm_async.controls.agent.session import Session
 from smolvm_async.controls.agent.system import System
-from smolvm_async.controls.commands.transport import STREAMS, Stream
+from smolvm_async.controls.commands.transport import Stream
 from smolvm_async.errors import ConnectionLostError, GuestAgentError
 
 SOME = 1 << 20  # bytes of output to read between two looks at a command
+STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
 
 
 class Output:
@@ -32,14 +33,11 @@ class Output:
         receive: Callable[[Stream, bytes], None],
     ) -> None:
         self._session = session
-        self._paths: dict[Stream, str] = {
-            "stdout": system.file(stem, "out"),
-            "stderr": system.file(stem, "err"),
-        }
+        self._paths = [system.file(stem, name) for name in ("out", "err")]
         self._keeps_open = system.KEEPS_OPEN
         self._receive = receive
         self._positions: dict[Stream, int] = dict.fromkeys(STREAMS, 0)
-        self._files: dict[Stream, GuestFile] = {}  # that stay open
+        self._files: list[GuestFile] = []  # that stay open
         self._wanted = asyncio.Event()
         self._wanted.set()
         self.may_be_missing = False
@@ -58,42 +56,29 @@ class Output:
         self._wanted.set()
 
     async def open_after(self, stack: AsyncExitStack, request: Request) -> dict[str, Any]:
-        """Send a request and open the standard output, if it is there, in one round trip.
+        """Send a request and open the files, if they are there, in one round trip.
 
         Returns:
-            The agent's reply to the request. The stack closes the file.
+            The agent's reply to the request. The stack closes the files.
         """
-        context = opening(self._session, [self._paths["stdout"]], "r", [request])
-        (reply, _), files = await stack.enter_async_context(context)
-        if files:
-            self._files["stdout"] = files[0]
+        context = opening(self._session, self._paths, "r", [request])
+        (reply, *_), files = await stack.enter_async_context(context)
+        if len(files) == len(self._paths):
+            self._files = files
         return reply
 
-    async def read(
-        self, stack: AsyncExitStack, *, last: bool, streams: Sequence[Stream] = STREAMS
-    ) -> None:
+    async def read(self, stack: AsyncExitStack, *, last: bool) -> None:
         """Pass on the new output, at last all of it. The stack closes the files.
-
-        Args:
-            stack: The command's.
-            last: Whether the command has ended.
-            streams: Those that may have output.
 
         Raises:
             ConnectionLostError: The command has ended, and the guest does not have the files.
         """
-        if not streams:
-            return
         try:
             async with AsyncExitStack() as soon:
-                files = dict(self._files)
-                if missing := [stream for stream in streams if stream not in files]:
-                    keeping = stack if self._keeps_open else soon
-                    paths = [self._paths[stream] for stream in missing]
-                    opened = await keeping.enter_async_context(
-                        open_files(self._session, paths, "r")
-                    )
-                    files.update(zip(missing, opened, strict=True))
+                keeping = stack if self._keeps_open else soon
+                files = self._files or await keeping.enter_async_context(
+                    open_files(self._session, self._paths, "r")
+                )
                 if self._keeps_open:
                     self._files = files
                 else:
@@ -108,15 +93,15 @@ class Output:
             message = f"the guest did not keep the command's output: {error.message}."
             raise ConnectionLostError(message, hint=hint) from error
 
-    async def _skip(self, files: dict[Stream, GuestFile]) -> None:
-        for stream, file in files.items():
-            if position := self._positions[stream]:
+    async def _skip(self, files: list[GuestFile]) -> None:
+        for file, position in zip(files, self._positions.values(), strict=True):
+            if position:
                 await file.seek(position, "set")
 
-    async def _read(self, files: dict[Stream, GuestFile], *, last: bool) -> None:
+    async def _read(self, files: list[GuestFile], *, last: bool) -> None:
         await self._wanted.wait()
-        first = await read_each(self._session.agent, [*files.values()])
-        for (stream, file), (data, is_end) in zip(files.items(), first, strict=True):
+        first = await read_each(self._session.agent, files)
+        for stream, file, (data, is_end) in zip(STREAMS, files, first, strict=True):
             self._pass_on(stream, data)
             if not is_end:
                 await self._read_more(stream, file, last=last)

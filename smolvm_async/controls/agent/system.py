@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from smolvm_async.controls.commands.transport import Command, Stream
+from smolvm_async.controls.commands.transport import Command
 
 
 class Program(NamedTuple):
@@ -70,6 +70,3 @@ class System(Protocol):
 
     def exit_code(self, code: int, *, signal: bool) -> int:
         """Return a command's exit code. The agent has told a signal, or an exit code."""
-
-    def written(self, code: int) -> tuple[int, Sequence[Stream]]:
-        """Return the exit code of a command of `runner()`, and the streams with perhaps output."""

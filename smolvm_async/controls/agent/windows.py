@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from smolvm_async.controls.agent.system import Program
-from smolvm_async.controls.commands.transport import STREAMS, Command, Stream
+from smolvm_async.controls.commands.transport import Command
 from smolvm_async.errors import UnsupportedError
 
 KEEPS_OPEN = False
@@ -146,11 +146,6 @@ def remover(stems: Sequence[str]) -> Program:
 def exit_code(code: int, *, signal: bool) -> int:  # the agent's name for high ones
     """Return the exit code as Windows has it: 0 to 0xFFFFFFFF."""
     return code & 0xFFFFFFFF
-
-
-def written(code: int) -> tuple[int, Sequence[Stream]]:
-    """Return the exit code of a command, and the streams that it may have written to: both."""
-    return code, STREAMS
 
 
 def crlf(text: str) -> str:

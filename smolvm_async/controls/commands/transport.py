@@ -13,8 +13,6 @@ from smolvm_async.qemu.pauses import Pauses
 Stream = Literal["stdout", "stderr"]
 ShellKind = Literal["raw", "login", "cmd"]
 
-STREAMS: tuple[Stream, Stream] = ("stdout", "stderr")
-
 
 class TerminalKind(NamedTuple):
     """A terminal: its name for the variable `TERM`, and its size in characters."""
