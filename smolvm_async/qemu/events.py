@@ -243,10 +243,12 @@ class Ports:
         """Return the event, after the change that QEMU has left out."""
         if not isinstance(event, PortChanged):
             return [event]
-        was_open = event.port in self._open
-        (self._open.add if event.open else self._open.discard)(event.port)
-        if event.open and was_open:
+        if not event.open:
+            self._open.discard(event.port)
+        elif event.port in self._open:
             return [replace(event, data={**event.data, "open": False}), event]
+        else:
+            self._open.add(event.port)
         return [event]
 
 

@@ -275,18 +275,17 @@ class Execution:
         began = loop.time()
         async with AsyncExitStack() as stack:
             # Most commands have ended at the first look, which opens their output, too.
-            keeps = self._system.KEEPS_OPEN and not self._detached
-            code = await self._look(pid, stack if keeps else None)
-            while code is None:
+            opening = stack if self._system.KEEPS_OPEN and not self._detached else None
+            while (code := await self._look(pid, opening)) is None:
+                opening = None
                 if not self._detached and loop.time() - began > EARLY:
                     await self._output.read(stack, last=False)
                 await asyncio.sleep(until_next_look(began))
-                code = await self._look(pid)
             if not self._detached:
                 await self._output.read(stack, last=True)
         return code
 
-    async def _look(self, pid: int, stack: AsyncExitStack | None = None) -> int | None:
+    async def _look(self, pid: int, stack: AsyncExitStack | None) -> int | None:
         """Return the exit code, if the command has ended; with a stack, open its output, too."""
         try:
             if stack is None:
